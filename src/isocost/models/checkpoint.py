@@ -1,0 +1,122 @@
+"""The checkpoint folder: where training and scoring meet.
+
+unet/          config.json, diffusion_pytorch_model.safetensors: the EMA weights, as diffusers reads them
+scheduler/     scheduler_config.json: noise schedule and prediction type, as diffusers reads them
+isocost.json   size, width, images seen, where codec and text encoder are, and what made them
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
+
+from isocost.errors import RequestError
+from isocost.store import MANIFEST, read_manifest
+from isocost.study import ModelSpec, PredictionType, Spec, TextSpec
+
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+
+
+class CheckpointInfo(Spec):
+    """What `isocost.json` of a checkpoint says. `codec` is a path beside the checkpoint, a folder, a Hub id or `scenes`."""
+
+    model: ModelSpec
+    size: str
+    num_parameters: int
+    images_seen: int
+    gflop_per_forward: float
+    normalised_cost: float
+    prediction: PredictionType
+    codec: str
+    codec_subfolder: str | None = None
+    text: TextSpec
+    resolution: int
+    run: str = ""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint opened for sampling."""
+
+    folder: Path
+    digest: str
+    info: CheckpointInfo
+    network: UNet2DConditionModel
+
+    @property
+    def codec_path(self) -> str:
+        """Where the codec is, with a path beside the checkpoint resolved."""
+        beside = self.folder / self.info.codec
+        return str(beside) if beside.is_dir() else self.info.codec
+
+
+def scheduler_for(prediction: PredictionType) -> DDIMScheduler:
+    """Stable Diffusion's noise schedule (scaled linear, 0.00085 to 0.012) as a diffusers scheduler, trailing spacing."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction,
+        timestep_spacing="trailing",
+    )
+
+
+def save_networks(folder: Path, network: UNet2DConditionModel, prediction: PredictionType) -> None:
+    """Write `unet/` and `scheduler/`; the manifest comes from the store when it publishes the folder."""
+    network.save_pretrained(folder / "unet", safe_serialization=True)
+    scheduler_for(prediction).save_pretrained(folder / "scheduler")
+
+
+def load_checkpoint(folder: str | Path, device: str = "cpu") -> Checkpoint:
+    """Open a checkpoint folder.
+
+    Raises:
+        RequestError: no such folder, not a checkpoint of isocost, pickled or truncated weights.
+    """
+    path = Path(folder)
+    if path.is_file() and path.suffix in PICKLE_SUFFIXES:
+        raise RequestError(
+            f"{path}: pickled weights are refused (they can run code when loaded); convert to a safetensors folder"
+        )
+    if not path.is_dir():
+        raise RequestError(f"{path}: no such checkpoint folder; a run writes them to OUT/artefacts/checkpoint/")
+    for part in (path, path / "unet"):
+        refuse_pickles(part)
+    if not (path / MANIFEST).is_file() or not (path / "unet" / "config.json").is_file():
+        raise RequestError(f"{path}: not a checkpoint of isocost (needs {MANIFEST} and unet/config.json)")
+    manifest = read_manifest(path)
+    if manifest.get("kind") != "checkpoint":
+        raise RequestError(f"{path}: a {manifest.get('kind', 'folder')}, not a checkpoint; see OUT/artefacts/checkpoint/")
+    info = CheckpointInfo.model_validate(manifest["info"])
+    try:
+        network = UNet2DConditionModel.from_pretrained(path / "unet", use_safetensors=True, low_cpu_mem_usage=False)
+    except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
+        raise RequestError(f"{path}: the weights cannot be read: {' '.join(str(error).split())[:200]}") from error
+    return Checkpoint(path, manifest["digest"], info, network.to(device).eval().requires_grad_(False))
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raise RequestError where a folder has pickled weights and no safetensors."""
+    files = [file for file in folder.glob("*") if file.is_file()]
+    pickles = [file for file in files if file.suffix in PICKLE_SUFFIXES]
+    if pickles and not any(file.suffix == ".safetensors" for file in files):
+        raise RequestError(f"{pickles[0]}: pickled weights are refused (they can run code when loaded); convert to safetensors")
+
+
+def describe(info: CheckpointInfo) -> dict[str, Any]:
+    """The columns that every point of a checkpoint shares."""
+    return {
+        "size": info.size,
+        "width": info.model.width,
+        "num_parameters": info.num_parameters,
+        "images_seen": info.images_seen,
+        "training_gflop": 3 * info.gflop_per_forward * info.images_seen,
+    }

@@ -1,0 +1,76 @@
+"""Parameters and GFLOP of a network, counted on the meta device: no memory, no weights, any size.
+
+GFLOP are 2 x multiply-accumulates of matrix products, convolutions and attention, for one row and one pass. Counting on
+meta matters: on CPU, fused attention is counted as zero, which bends the ratios between sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from isocost.models.paper import BY_WIDTH, PAPER_NUM_TOKENS, REFERENCE_WIDTH
+from isocost.models.unet import build_unet, size_name
+from isocost.study import ModelSpec
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Size and cost of one network at one latent shape.
+
+    `normalised_cost` is `gflop_per_forward` over that of the family's c = 320 network (866M at context width 1024) at the
+    same latent shape, token number and context width, as the paper's "norm. cost" is at 64x64x4.
+    """
+
+    size: str
+    width: int
+    num_parameters: int
+    gflop_per_forward: float
+    normalised_cost: float
+
+
+def model_cost(spec: ModelSpec, num_tokens: int = PAPER_NUM_TOKENS) -> ModelCost:
+    """Count one network and its reference.
+
+    Raises:
+        RequestError: the width or latent side does not fit the family.
+    """
+    num_parameters, gflop = _count(spec, num_tokens)
+    _, reference = _count(spec.model_copy(update={"width": REFERENCE_WIDTH, "extra_input_channels": 0}), num_tokens)
+    name = size_name(spec.width, num_parameters, spec.context_width)
+    return ModelCost(name, spec.width, num_parameters, gflop, gflop / reference)
+
+
+@lru_cache(maxsize=256)
+def _count(spec: ModelSpec, num_tokens: int) -> tuple[int, float]:
+    network = build_unet(spec, device="meta").eval()
+    rows = torch.empty(1, spec.latent_channels + spec.extra_input_channels, spec.latent_side, spec.latent_side, device="meta")
+    states = torch.empty(1, num_tokens, spec.context_width, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(rows, torch.zeros(1, device="meta"), states)
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    return num_parameters, counter.get_total_flops() / 1e9
+
+
+def family_table(widths: list[int], spec: ModelSpec, num_tokens: int = PAPER_NUM_TOKENS) -> list[dict[str, object]]:
+    """One row a width: ours counted, the paper's beside it where it has that width."""
+    rows: list[dict[str, object]] = []
+    for width in widths:
+        cost = model_cost(spec.model_copy(update={"width": width}), num_tokens)
+        paper = BY_WIDTH.get(width)
+        rows.append(
+            {
+                "size": cost.size,
+                "width": width,
+                "parameters_million": round(cost.num_parameters / 1e6, 3 if cost.num_parameters < 1e7 else 1),
+                "gflop_per_forward": round(cost.gflop_per_forward, 4 if cost.gflop_per_forward < 10 else 1),
+                "normalised_cost": round(cost.normalised_cost, 5 if cost.normalised_cost < 0.01 else 3),
+                "paper_gflop": paper.gflop if paper else None,
+                "paper_normalised_cost": paper.normalised_cost if paper else None,
+                "paper_note": paper.note if paper else "",
+            }
+        )
+    return rows

@@ -1,0 +1,88 @@
+"""Width -> U-Net: one dial, everything else derived.
+
+The family of arXiv 2404.01367: diffusers' UNet2DConditionModel with Stable Diffusion v1.5's block types, block widths
+[c, 2c, 4c, 4c], two layers a block. For c >= 64 group norms have 32 groups and attention 8 heads, as in the paper's
+networks. Smaller members follow one rule for both: the largest power of two that divides c and leaves at least 2 channels
+a group, or 8 channels a head, at the first level.
+
+| c      | 8 | 16 | 24 | 32 | 48 | 64 and above |
+| groups | 4 |  8 |  8 | 16 | 16 | 32           |
+| heads  | 1 |  2 |  2 |  4 |  4 | 8            |
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from isocost.errors import RequestError
+from isocost.models.paper import BY_SIZE, BY_WIDTH, PAPER_CONTEXT_WIDTH
+from isocost.study import ModelSpec
+
+_MAX_GROUPS, _CHANNELS_PER_GROUP = 32, 2
+_MAX_HEADS, _CHANNELS_PER_HEAD = 8, 8
+_SIDE_MULTIPLE = 8
+
+
+def check_width(width: int) -> None:
+    """Raise RequestError for a width that the family's rule does not fit."""
+    multiple = 8 if width < 64 else 32
+    if width < 8 or width % multiple:
+        below = max(8, width - width % multiple)
+        rule = "a multiple of 8 below 64, a multiple of 32 from 64 on (group norm and attention heads must divide it)"
+        raise RequestError(f"width {width}: no group rule fits; take {rule}, such as {below} or {below + multiple}")
+
+
+def num_groups(width: int) -> int:
+    """Group-norm groups at width c."""
+    return _largest_power_of_two(width, _MAX_GROUPS, _CHANNELS_PER_GROUP)
+
+
+def num_heads(width: int) -> int:
+    """Attention heads at width c, the same at every level."""
+    return _largest_power_of_two(width, _MAX_HEADS, _CHANNELS_PER_HEAD)
+
+
+def build_unet(spec: ModelSpec, device: str | torch.device = "cpu") -> UNet2DConditionModel:
+    """The network of a spec; on device "meta" it takes no memory.
+
+    Raises:
+        RequestError: the width or the latent side does not fit the family.
+    """
+    check_width(spec.width)
+    if spec.latent_side % _SIDE_MULTIPLE:
+        raise RequestError(f"latent side {spec.latent_side}: the U-Net halves it three times, so it must be a multiple of 8")
+    c = spec.width
+    with torch.device(device):
+        return UNet2DConditionModel(
+            sample_size=spec.latent_side,
+            in_channels=spec.latent_channels + spec.extra_input_channels,
+            out_channels=spec.latent_channels,
+            block_out_channels=(c, 2 * c, 4 * c, 4 * c),
+            layers_per_block=2,
+            cross_attention_dim=spec.context_width,
+            attention_head_dim=num_heads(c),
+            norm_num_groups=num_groups(c),
+        )
+
+
+def size_name(width: int, num_parameters: int, context_width: int) -> str:
+    """The paper's name where it is the paper's network ("145M"), else the number of parameters ("0.8M")."""
+    if context_width == PAPER_CONTEXT_WIDTH and width in BY_WIDTH:
+        return BY_WIDTH[width].size
+    millions = num_parameters / 1e6
+    if millions >= 1000:
+        return f"{millions / 1000:.1f}B"
+    return f"{millions:.0f}M" if millions >= 10 else f"{millions:.1f}M"
+
+
+def width_of(size: str) -> int:
+    """The width of a size named as in the paper."""
+    if size not in BY_SIZE:
+        raise RequestError(f"size '{size}': the named sizes are {', '.join(BY_SIZE)}")
+    return BY_SIZE[size].width
+
+
+def _largest_power_of_two(width: int, most: int, channels_each: int) -> int:
+    fitting = [n for n in (1, 2, 4, 8, 16, 32) if n <= most and width % n == 0 and width // n >= channels_each]
+    return fitting[-1]

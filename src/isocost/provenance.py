@@ -1,0 +1,52 @@
+"""Where a number comes from: versions, commit, host, hardware."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_PACKAGES = ("isocost", "torch", "diffusers", "transformers", "accelerate", "numpy")
+
+
+@lru_cache(maxsize=1)
+def provenance() -> dict[str, str]:
+    """Versions of what computes, the commit of this source where it is a git checkout, host, processor and threads."""
+    import torch
+
+    facts = {f"{name}_version": _version(name) for name in _PACKAGES}
+    facts["python_version"] = platform.python_version()
+    facts["commit"] = _commit()
+    facts["host"] = platform.node()
+    facts["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    facts["num_threads"] = str(torch.get_num_threads())
+    return facts
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _commit() -> str:
+    source = Path(__file__).resolve().parent
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"

@@ -1,0 +1,371 @@
+"""Figures by the data behind their marks, and the page by what a parser and a browser make of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from isocost.analysis.frontier import COSTS
+from isocost.errors import RequestError
+from isocost.report import figures
+from isocost.report.page import markdown_summary, metrics_in, write_report
+from planted import BEST_GUIDANCE, planted_table
+
+KERNEL = "kernel_efficientnet"
+CAPTIONS = ["a red circle", "</script><script>alert('caption')</script>", '"><img src=x onerror=alert(1)> costs $5 or $6']
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def plain_pictures(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """For every final point three pictures [3, 8, 8, 3] whose colour tells the point and the caption."""
+    points = table.loc[table["is_final"], "point"]
+    return {
+        point: np.stack([np.full((8, 8, 3), (number % 256, number // 256, picture), np.uint8) for picture in range(3)])
+        for number, point in enumerate(points)
+    }
+
+
+# --- the data behind the marks ----------------------------------------------------------------------------------------
+
+
+def test_cost_curves_show_the_planted_crossing_and_order() -> None:
+    curves = figures.cost_curves(planted_table(), KERNEL, "paper_cost")
+    assert [series.label for series in curves.series] == ["0.2M", "0.8M", "3.2M", "7.1M", "12.6M"]
+    small, large = curves.series[0], curves.series[-1]
+    assert np.interp(small.x[-1], small.x, small.y) < np.interp(small.x[-1], large.x, large.y), (
+        "small wins where it can be afforded"
+    )
+    assert large.y[-1] < small.y.min(), "large wins in the end"
+    for series in curves.series:
+        assert (np.diff(series.x) > 0).all()
+        assert (np.diff(series.y) < 0).all()
+        assert (series.low < series.y).all()
+        assert (series.y < series.high).all()
+        assert all(f"guidance {BEST_GUIDANCE:g}" in note and "dpmsolver++2m" in note for note in series.notes)
+
+
+def test_the_frontier_lies_under_every_mark() -> None:
+    table = planted_table(noise=0.01)
+    frontier = figures.cost_curves(table, KERNEL, "gflop").frontier
+    assert frontier is not None
+    finished = table[table["is_final"]]
+    for cost, value in zip(finished["gflop"], finished[KERNEL], strict=True):
+        assert frontier.y[frontier.x <= cost].min() <= value
+
+
+def test_a_sampler_can_be_singled_out() -> None:
+    table = planted_table()
+    both, ddim = (figures.cost_curves(table, KERNEL, "nfe", sampler=sampler) for sampler in (None, "ddim/trailing"))
+    assert all("ddim/trailing" in note for series in ddim.series for note in series.notes)
+    assert (ddim.series[0].y > both.series[0].y).all(), "first order is planted worse"
+    with pytest.raises(RequestError, match="no point of sampler 'euler'"):
+        figures.cost_curves(table, KERNEL, "nfe", sampler="euler")
+
+
+def test_compute_curves_take_one_setting_and_end_at_the_final_point() -> None:
+    table = planted_table()
+    curves = figures.compute_curves(table, KERNEL, floor=0.01)
+    assert curves.setting == "ddim/trailing, 16 steps, guidance 2"
+    for series in curves.series:
+        rows = table[table["size"] == series.label]
+        assert series.x.tolist() == sorted(rows["training_gflop"].unique())
+        assert (np.diff(series.y) < 0).all()
+    with pytest.raises(RequestError, match=r"train\.marks"):
+        figures.compute_curves(table[table["is_final"]], KERNEL)
+
+
+@pytest.mark.parametrize(("metric", "pick"), [(KERNEL, np.nanargmin), ("alignment", np.nanargmax)])
+def test_heat_panels_mark_the_planted_optimum(metric: str, pick: object) -> None:
+    table = planted_table(noise=0.01)
+    table["alignment"] = 1 - table[KERNEL]
+    panels = figures.guidance_panels(table, metric)
+    assert [(panel.sampler, panel.size) for panel in panels][:6][-1] == ("dpmsolver++2m/trailing", "0.2M")
+    for panel in panels:
+        assert [int(pick(row)) for row in panel.values] == list(panel.best)  # type: ignore[operator]
+        assert np.ravel_multi_index(panel.optimum, panel.values.shape) == pick(panel.values)  # type: ignore[operator]
+    noiseless = figures.guidance_panels(planted_table(), KERNEL)
+    assert all(panel.guidance[column] == BEST_GUIDANCE for panel in noiseless for column in panel.best)
+
+
+def test_heat_panels_bear_holes_in_the_grid() -> None:
+    table = planted_table()
+    hole = table["is_final"] & (table["num_steps"] == 8) & (table["guidance"] == 3.0)
+    panel = figures.guidance_panels(table[~hole], KERNEL)[0]
+    assert np.argwhere(np.isnan(panel.values)).tolist() == [[2, 3]]
+    assert figures.guidance_heatmap(table[~hole], KERNEL).axes
+    assert figures.plotly_heat(panel).data[0].text[2][3] == ""
+
+
+def test_contact_cells_show_the_best_point_of_each_cell() -> None:
+    table = planted_table()
+    pictures = plain_pictures(table)
+    sheet = figures.contact_cells(table, KERNEL, pictures, CAPTIONS)
+    finished = table[table["is_final"]]
+    best = finished.loc[finished.groupby(["size", "num_steps"])[KERNEL].idxmin()].set_index(["size", "num_steps"])["point"]
+    assert (sheet.rows[0], sheet.rows[-1], sheet.columns) == ("0.2M", "12.6M", ("2", "4", "8", "16", "32"))
+    for size, cells in zip(sheet.rows, sheet.cells, strict=True):
+        for steps, cell in zip(sheet.columns, cells, strict=True):
+            assert cell is not None
+            assert cell.point == best[size, int(steps)]
+            assert (cell.pictures == pictures[cell.point]).all()
+
+
+def test_contact_cells_by_budget_leave_out_what_does_not_fit() -> None:
+    table = planted_table()
+    sheet = figures.contact_cells(table, KERNEL, plain_pictures(table), CAPTIONS, "paper_cost", [0.1, 6])
+    assert sheet.columns == ("0.1", "6")
+    assert [cells[0] is not None for cells in sheet.cells] == [True, False, False, False, False]
+    assert sheet.cells[0][1] is not None
+    assert "32 steps" in sheet.cells[0][1].label
+
+
+def test_pictures_stand_where_the_sheet_says() -> None:
+    table = planted_table()
+    sheet = figures.contact_cells(table, KERNEL, plain_pictures(table), CAPTIONS)
+    axes = figures.contact_sheet(table, KERNEL, plain_pictures(table), CAPTIONS).axes[1]
+    mosaic = np.asarray(axes.images[0].get_array())
+    for row, top in enumerate(axes.get_yticks()):
+        for column, left in enumerate(axes.get_xticks()):
+            cell = sheet.cells[row][column]
+            assert cell is not None
+            assert (mosaic[int(top), int(left)] == cell.pictures[1, 0, 0]).all()
+
+
+def test_pictures_must_match_the_captions() -> None:
+    table = planted_table()
+    with pytest.raises(RequestError, match="2 captions"):
+        figures.contact_cells(table, KERNEL, plain_pictures(table), CAPTIONS[:2])
+    with pytest.raises(RequestError, match="no pictures were kept"):
+        figures.contact_cells(table, KERNEL, {}, CAPTIONS)
+
+
+@pytest.mark.parametrize(("low", "high", "labels"), [
+    (1, 16, ["1", "2", "4", "8", "16"]),
+    (0.01, 0.1, ["0.01", "0.02", "0.05", "0.1"]),
+    (1e4, 1e7, ["10⁴", "10⁵", "10⁶", "10⁷"]),
+])  # fmt: skip
+def test_ticks_of_logarithmic_axes(low: float, high: float, labels: list[str]) -> None:
+    places, names = figures.log_ticks(low, high)
+    assert names == labels
+    assert (places[0], places[-1]) == pytest.approx((low, high))
+
+
+# --- drawings ---------------------------------------------------------------------------------------------------------
+
+
+def test_both_ways_of_drawing_put_the_marks_where_the_data_is() -> None:
+    curves = figures.cost_curves(planted_table(), KERNEL, "paper_cost", floor=0.013)
+    (axes,) = figures.draw_curves(curves).axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    traces = {trace.name: trace for trace in figures.plotly_curves(curves).data}
+    for series in curves.series:
+        np.testing.assert_array_equal(lines[series.label].get_xydata(), np.column_stack([series.x, series.y]))
+        assert list(traces[series.label].x) == series.x.tolist()
+        assert list(traces[series.label].y) == series.y.tolist()
+        assert lines[series.label].get_color() == traces[series.label].line.color == series.color
+    assert lines["decoded real pictures"].get_ydata()[0] == 0.013
+    assert set(traces["decoded real pictures"].y) == {0.013}
+    assert axes.get_xscale() == "log"
+    assert len({series.color for series in curves.series}) == len({series.mark for series in curves.series}) == 5
+
+
+def test_colours_run_from_dark_to_light() -> None:
+    brightness = [np.dot([int(c[i : i + 2], 16) for i in (1, 3, 5)], (0.299, 0.587, 0.114)) for c in figures.size_colors(11)]
+    assert (np.diff(brightness) > 5).all()
+
+
+def test_wide_ranges_get_a_logarithmic_axis_unless_something_is_not_positive() -> None:
+    table = planted_table()
+    values = table[KERNEL].to_numpy(copy=True)
+    wide = table.assign(**{KERNEL: values**3, f"{KERNEL}_low": values**3 * 0.9, f"{KERNEL}_high": values**3 * 1.1})
+    assert figures.cost_curves(wide, KERNEL, "nfe").log_y
+    assert not figures.cost_curves(wide, KERNEL, "nfe", floor=-1e-5).log_y
+    assert not figures.cost_curves(wide.assign(**{f"{KERNEL}_low": -1e-6}), KERNEL, "nfe").log_y
+    assert figures.draw_curves(figures.cost_curves(wide, KERNEL, "nfe")).axes[0].get_yscale() == "log"
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+class Reader(HTMLParser):
+    """Collects elements, their attributes, and the text of scripts by id."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: dict[str, str] = {}
+        self.text = ""
+        self._script: str | None = None
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "script":
+            self._script = dict(attrs).get("id") or f"script-{len(self.scripts)}"
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "script":
+            self._script = None
+
+    def handle_data(self, data: str) -> None:
+        if self._script is None:
+            self.text += data
+        else:
+            self.scripts[self._script] = self.scripts.get(self._script, "") + data
+
+
+def read(path: Path) -> Reader:
+    reader = Reader()
+    reader.feed(path.read_text(encoding="utf-8"))
+    return reader
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    table = planted_table(noise=0.004)
+    table.loc[table["size"] == "3.2M", "size"] = "3.2M <b>&"
+    origin = {"commit": "abc", "hours": {"training": 0.5}, "study_yaml": "name: </pre><script>alert('yaml')</script>\n"}
+    floors = {KERNEL: 0.013, "alignment": 0.95}
+    folder = tmp_path_factory.mktemp("page") / "report"
+    return write_report(folder, "planted", table, KERNEL, origin, floors, plain_pictures(table), CAPTIONS)
+
+
+def test_the_answer_comes_first_and_the_parts_in_order(written: Path) -> None:
+    page = read(written)
+    sections = [attributes["id"] for tag, attributes in page.elements if tag == "section"]
+    assert sections == ["answer", "cost", "compute", "guidance", "pictures", "points", "origin"]
+    assert "The best size moves from 0.2M at 0.32 to 12.6M at 81 units of paper cost" in page.text
+    for line in (
+        "For 0.32 units of paper cost",
+        "0.2M, 8 steps, guidance 2, dpmsolver++2m/trailing",
+        "runner-up 0.8M, 2 steps",
+    ):
+        assert line in page.text
+    assert "Not in this report" not in page.text
+
+
+def test_names_and_captions_stay_text(written: Path) -> None:
+    page = read(written)
+    assert len(page.scripts) == 4, "two of data, plotly.js, and the page's own"
+    assert not any("onerror" in attributes for _, attributes in page.elements)
+    for text in (*CAPTIONS, "3.2M <b>&", "</pre><script>alert('yaml')</script>"):
+        assert text in page.text
+    rows = json.loads(page.scripts["rows"])
+    assert "3.2M <b>&" in {row[0] for row in rows["texts"]}
+    drawn = json.loads(page.scripts["drawings"])["cost"]["drawings"]["0|0|0"][0]["data"]
+    assert "3.2M &lt;b&gt;&amp;" in {trace["name"] for trace in drawn}, "plotly reads names as markup"
+
+
+def test_nothing_is_asked_of_the_network(written: Path) -> None:
+    page = read(written)
+    policy = next(
+        a["content"] for tag, a in page.elements if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    assert "http" not in policy
+    for tag, attributes in page.elements:
+        assert (attributes.get("src") or "data:").startswith("data:"), tag
+        link = attributes.get("href") or "#"
+        assert link.startswith("#") or (written.parent / link).is_file(), link
+    assert written.stat().st_size < 15e6
+
+
+def test_every_choice_has_its_drawing(written: Path) -> None:
+    page = read(written)
+    drawings = json.loads(page.scripts["drawings"])
+    assert len(drawings["cost"]["drawings"]) == 4 * 3 * 3
+    assert len(drawings["compute"]["drawings"]) == 3
+    assert len(drawings["guidance"]["drawings"]) == 2 * 3
+    axes = [drawings["cost"]["drawings"][f"{at}|0|0"][0]["layout"]["xaxis"]["title"]["text"] for at in range(4)]
+    assert axes == [cost.axis for cost in COSTS.values()]
+
+
+def test_the_table_holds_every_point_best_first(written: Path) -> None:
+    rows = json.loads(read(written).scripts["rows"])
+    assert len(rows["texts"]) == len(rows["keys"]) == len(planted_table())
+    column = rows["titles"].index("kernel distance")
+    values = [keys[column] for keys in rows["keys"]]
+    assert values == sorted(values)
+    assert rows["sorted_by"] == [column, "ascending"]
+
+
+def test_figures_lie_beside_the_page(written: Path) -> None:
+    names = {file.stem for file in written.parent.glob("*.png")}
+    assert names == {
+        "quality_against_training_compute",
+        "guidance_heatmap",
+        "contact_sheet_steps",
+        "contact_sheet_budgets",
+        *(f"quality_against_{cost}" for cost in COSTS),
+    }
+    for file in written.parent.glob("*.png"):
+        with Image.open(file) as picture:
+            assert min(picture.size) > 300
+            assert len(picture.convert("RGB").getcolors(2**24)) > 20, f"{file.name} is blank"
+
+
+def test_missing_parts_are_said_and_the_rest_is_there(tmp_path: Path) -> None:
+    table = planted_table(samplers=("ddim/trailing",), marks=()).assign(ms_per_picture=np.nan, alignment=np.nan)
+    (tmp_path / "quality_against_ms_per_picture.png").write_bytes(b"of an earlier report")
+    page = read(write_report(tmp_path, "bare", table, KERNEL, {}, {}, {}, []))
+    for line in (
+        "no checkpoint before the last was scored",
+        "no pictures were kept of any finished point",
+        "Not measured: milliseconds",
+        "no floor is drawn",
+        "no provenance was recorded",
+        "YAML was not given",
+    ):
+        assert line in page.text
+    assert metrics_in(table) == [KERNEL, "frechet_efficientnet"]
+    assert set(json.loads(page.scripts["drawings"])) == {"cost", "guidance"}
+    assert not (tmp_path / "quality_against_ms_per_picture.png").exists()
+    assert "For " in page.text
+
+
+def test_an_unfinished_study_has_a_page_too(tmp_path: Path) -> None:
+    table = planted_table()
+    page = read(write_report(tmp_path, "young", table[~table["is_final"]], KERNEL, {}, {}, {}, []))
+    assert "No answer yet" in page.text
+    assert set(json.loads(page.scripts["drawings"])) == {"compute"}
+
+
+def test_what_cannot_be_compared_is_not_written(tmp_path: Path) -> None:
+    table = planted_table()
+    table.loc[0, "protocol"] = "newer"
+    with pytest.raises(RequestError, match="differ in protocol"):
+        write_report(tmp_path / "report", "mixed", table, KERNEL, {}, {}, {}, [])
+    assert not (tmp_path / "report").exists()
+
+
+def test_the_summary_is_a_table_of_the_answers() -> None:
+    text = markdown_summary(planted_table(half_width=0.2), KERNEL, "planted", budgets=[6, 1e-6])
+    lines = text.splitlines()
+    assert lines[0].startswith("**planted**: ")
+    assert len({line.count("|") for line in lines[2:]}) == 1
+    assert lines[4].startswith("| 6 | ")
+    assert lines[4].endswith("| undecided |")
+    assert "nothing fits" in lines[5]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_draws_the_page_without_complaint(written: Path, tmp_path: Path) -> None:
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=8000", "--enable-logging=stderr", "--dump-dom"]
+    done = subprocess.run([*command, written.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr
+    drawn = Reader()
+    drawn.feed(done.stdout)
+    classes = [attributes.get("class") or "" for _, attributes in drawn.elements]
+    assert sum("js-plotly-plot" in name for name in classes) == 1 + 1 + 5
+    assert sum(name == "scatterlayer mlayer" for name in classes) == 2
+    assert sum(tag == "tr" for tag, _ in drawn.elements) > 50
