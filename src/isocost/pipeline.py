@@ -1,69 +1,284 @@
-"""A study from pictures to report: each stage a function of specs, each artefact named by its digest, what exists skipped."""
+"""A study from pictures to scored points: stages are functions of specs, artefacts named by digests, what exists skipped."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from isocost.data.cache import PictureSet, load_pictures
-from isocost.data.codec import Codec, load_codec
-from isocost.data.sources import source_fingerprint
+import torch
+import yaml
+from torch import nn
+
+from isocost.diffusion.noise import Schedule
+from isocost.diffusion.samplers import build_table
+from isocost.errors import RequestError
+from isocost.materials import Materials
+from isocost.metrics.names import metric_of
+from isocost.models.checkpoint import CheckpointInfo, load_checkpoint, save_networks
+from isocost.models.cost import ModelCost, model_cost
+from isocost.models.unet import build_unet, check_width
 from isocost.progress import progress_bar, say
-from isocost.store import Store
-from isocost.study import LinearCodecSpec, PretrainedCodecSpec, SourceSpec, StudySpec, digest
-from isocost.train.codec import fit_codec
+from isocost.score.protocol import Protocol
+from isocost.store import Store, write_atomically
+from isocost.study import ModelSpec, StudySpec, digest, dump_study, parse_spec
+from isocost.sweep.ledger import Ledger
+from isocost.sweep.points import Point, grid_points, mark_point
+from isocost.sweep.workers import Worker
+from isocost.train.loop import OutOfTime, train
+from isocost.train.state import newest_state
+from isocost.train.tasks import TextToImage
 
-CODEC_VERSION = 1
+TRAIN_VERSION = 1
+STUDY_FILE = "study.yaml"
+LEDGER_FILE = "ledger.sqlite"
 
 
-@dataclass
+@dataclass(frozen=True)
+class Run:
+    """One training of the study: its network, the digest of its run, and the digest of its checkpoint by images seen."""
+
+    model: ModelSpec
+    digest: str
+    checkpoints: dict[int, str]
+
+    @property
+    def final(self) -> str:
+        """Digest of the last checkpoint."""
+        return self.checkpoints[max(self.checkpoints)]
+
+
 class Pipeline:
-    """One study in one output folder. Stages call the ones they need; results are kept in memory while it lives."""
+    """One study in one output folder.
 
-    study: StudySpec
-    out: Path
-    _pictures: dict[str, PictureSet] = field(default_factory=dict)
+    `train` makes the materials that it needs; `sweep` takes the checkpoints that `train` left. `deadline` is a
+    `time.monotonic()` after which a stage keeps what it has and stops.
+    """
 
-    def __post_init__(self) -> None:
-        self.out = Path(self.out)
+    def __init__(self, study: StudySpec, out: str | Path) -> None:
+        """
+        Raises:
+            RequestError: a width does not fit the family, or the folder holds artefacts of a study that conflicts.
+        """
+        for width in study.family.widths:
+            check_width(width)
+        for sampler in study.sweep.samplers:
+            for num_steps in (*study.sweep.num_steps, study.sweep.marks_num_steps):
+                build_table(sampler, num_steps, Schedule.scaled_linear())
+        metric_of(study.report.metric)
+        self.study, self.out = study, Path(out)
         self.store = Store(self.out)
+        refuse_conflict(study, self.store)
+        self.materials = Materials(study, self.store)
 
-    def source_key(self, source: SourceSpec) -> dict[str, Any]:
-        """What of a source enters digests: its content and how it is read, not where it lies."""
-        plain = {key: value for key, value in source.canonical().items() if key != "path"}
-        return {**plain, "content": source_fingerprint(source), "resolution": self.study.data.resolution}
+    def prepare(self) -> None:
+        """Check that the sources are there and write the resolved study; every stage does it first."""
+        self.ledger  # noqa: B018
 
-    def pictures(self, part: str) -> PictureSet:
-        """The pictures of `train` or `reference`, read once."""
-        if part not in self._pictures:
-            data = self.study.data
-            self._pictures[part] = load_pictures(getattr(data, part), data.resolution, data.max_bad_share)
-        return self._pictures[part]
+    @cached_property
+    def ledger(self) -> Ledger:
+        """Opened by `prepare`."""
+        for part in ("train", "reference"):
+            self.materials.source_key(part)
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.out / STUDY_FILE, dump_study(self.study))
+        self.store.remove_partial()
+        return Ledger(self.out / LEDGER_FILE)
 
-    # --- codec ---
+    def _record_skipped(self) -> None:
+        for part, events in self.materials.skipped().items():
+            self.ledger.set_events(f"data.{part}", events)
 
-    def codec_digest(self) -> str:
-        spec = self.study.codec
-        if isinstance(spec, PretrainedCodecSpec):
-            return digest({"stage": "codec", "version": CODEC_VERSION}, spec)
-        return digest({"stage": "codec", "version": CODEC_VERSION}, spec, self.source_key(self.study.data.train))
+    # --- training ---
 
-    def codec(self) -> Codec:
-        """Fit the study's codec, or load it."""
-        spec = self.study.codec
-        if isinstance(spec, PretrainedCodecSpec):
-            return load_codec(spec.path, spec.subfolder)
-        name = self.codec_digest()
-        if not self.store.has("codec", name):
-            pictures = self.pictures("train").pictures
-            total = 1 if isinstance(spec, LinearCodecSpec) else spec.num_images
-            started = time.monotonic()
-            with self.store.create("codec", name, manifest := {"spec": spec.canonical()}) as folder:
-                with progress_bar("codec", total, "images") as progress:
-                    codec = fit_codec(spec, pictures, progress=lambda done, loss: progress(done, f"loss {loss:.4f}"))
-                codec.save(folder)
-                manifest["seconds"] = round(time.monotonic() - started, 1)
-            say(f"codec {name} fitted in {manifest['seconds']} s")
-        return load_codec(self.store.folder("codec", name))
+    @cached_property
+    def runs(self) -> list[Run]:
+        """The trainings that the study asks for, smallest first."""
+        self.prepare()
+        channels, side, _ = self.materials.latent_shape
+        spec, context_width = self.study.train, self.materials.text.context_width
+        marks = [spec.whole_batches(mark) for mark in spec.all_marks]
+        runs = []
+        for width in sorted(self.study.family.widths):
+            model = ModelSpec(width=width, latent_channels=channels, latent_side=side, context_width=context_width)
+            stage = {"stage": "train", "version": TRAIN_VERSION, "cache": self.materials.cache_digest, "recipe": spec.recipe()}
+            name = digest(stage, model)
+            runs.append(
+                Run(model, name, {mark: digest({"stage": "checkpoint", "run": name, "images": mark}) for mark in marks})
+            )
+        return runs
+
+    def cost(self, run: Run) -> ModelCost:
+        """Size and cost of a run's network at the study's latent shape and number of tokens."""
+        return model_cost(run.model, self.study.text.max_tokens)
+
+    def train(self, run: Run, deadline: float | None = None) -> None:
+        """Train one size until its last mark, from where it stands; every mark becomes a checkpoint.
+
+        Raises:
+            RequestError: a mark was added that the training has passed.
+            OutOfTime: the deadline came; the state is kept.
+        """
+        missing = [mark for mark, name in run.checkpoints.items() if not self.store.has("checkpoint", name)]
+        if not missing:
+            return
+        folder = self.store.folder("run", run.digest)
+        passed = newest_state(folder)
+        if min(missing) <= passed:
+            raise RequestError(
+                f"train.marks: {min(missing)} images were passed without keeping a checkpoint (width {run.model.width} stands "
+                f"at {passed}); take that mark out, or remove {folder} to train this size anew"
+            )
+        spec, materials, cost = self.study.train, self.materials, self.cost(run)
+
+        def publish(network: nn.Module, mark: int) -> None:
+            seen = spec.whole_batches(mark)
+            name = run.checkpoints[seen]
+            if not self.store.has("checkpoint", name):
+                info = self._checkpoint_info(run, cost, seen).model_dump(mode="json")
+                with self.store.create("checkpoint", name, {"info": info}) as partial:
+                    save_networks(partial, network, spec.prediction)
+
+        cache = materials.cache
+        self._record_skipped()
+        task = TextToImage(spec, cache, Schedule.scaled_linear(), None if cache.states is not None else materials.text)
+        torch.manual_seed(spec.seed)
+        network = build_unet(run.model)
+        title = f"train {cost.size} (width {run.model.width})"
+        train(spec, task, network, folder, publish, title=title, deadline=deadline)
+
+    def _checkpoint_info(self, run: Run, cost: ModelCost, images_seen: int) -> CheckpointInfo:
+        return CheckpointInfo(
+            model=run.model,
+            size=cost.size,
+            num_parameters=cost.num_parameters,
+            images_seen=images_seen,
+            gflop_per_forward=cost.gflop_per_forward,
+            normalised_cost=cost.normalised_cost,
+            prediction=self.study.train.prediction,
+            codec=self.materials.codec_from_checkpoint,
+            codec_subfolder=getattr(self.study.codec, "subfolder", None),
+            text=self.study.text,
+            resolution=self.study.data.resolution,
+            run=run.digest,
+        )
+
+    # --- sweep ---
+
+    def points(self, run: Run, protocol: Protocol) -> dict[str, list[Point]]:
+        """The points of one size by checkpoint: the grid at the last one, one point at every mark where there are several."""
+        sweep, spec = self.study.sweep, self.study.protocol
+        points: dict[str, list[Point]] = {}
+        for name in run.checkpoints.values():
+            grid = grid_points(name, sweep, spec, protocol) if name == run.final else []
+            marked = [mark_point(name, sweep, spec, protocol)] if len(run.checkpoints) > 1 else []
+            points[name] = list({point.digest: point for point in [*grid, *marked]}.values())
+        return points
+
+    def sweep(self, run: Run, deadline: float | None = None) -> bool:
+        """Make and score every point of one size that the ledger lacks; False where the deadline came first.
+
+        Raises:
+            RequestError: the size lacks a checkpoint.
+        """
+        for mark, name in run.checkpoints.items():
+            if not self.store.has("checkpoint", name):
+                raise RequestError(
+                    f"width {run.model.width}: no checkpoint at {mark} images yet; run `isocost train` first, or `isocost run`"
+                )
+        materials = self.materials
+        by_checkpoint = self.points(run, materials.reference.protocol)
+        self._record_skipped()
+        worker = Worker(
+            self.store,
+            self.ledger,
+            materials.reference,
+            materials.caption_states,
+            materials.kept,
+            self.study.protocol.distances,
+            self.study.sweep.batch_size,
+        )
+        numbers = {point.digest: n for n, point in enumerate((p for ps in by_checkpoint.values() for p in ps), start=1)}
+        with progress_bar(f"sweep {self.cost(run).size} (width {run.model.width})", len(numbers), "points") as progress:
+            for name, points in by_checkpoint.items():
+                checkpoint = load_checkpoint(self.store.folder("checkpoint", name))
+                finished = worker.run(
+                    checkpoint, materials.codec, points, lambda point: progress(numbers[point.digest], point.title), deadline
+                )
+                if not finished:
+                    return False
+        return True
+
+    # --- the whole ---
+
+    def run(self, deadline: float | None = None) -> bool:
+        """Train and sweep every size; False where the deadline came first. What is done stays, and the same call goes on."""
+        runs = self.runs
+        self.materials.reference  # noqa: B018  a protocol that cannot be met shows before the first training
+        for run in runs:
+            try:
+                self.train(run, deadline)
+            except OutOfTime as stopped:
+                say(str(stopped))
+                return False
+            if not self.sweep(run, deadline):
+                return False
+        return True
+
+    def plan(self) -> dict[str, Any]:
+        """What `run` would do: artefacts there and missing, points there and missing, images and GFLOP to train.
+
+        The materials that it needs (codec, reference) are made where they are missing: points are named by them.
+        """
+        materials = self.materials
+        protocol, recorded = materials.reference.protocol, self.ledger.points()
+        sizes = []
+        for run in self.runs:
+            cost = self.cost(run)
+            passed = newest_state(self.store.folder("run", run.digest))
+            points = [point for some in self.points(run, protocol).values() for point in some]
+            missing = [point for point in points if point.digest not in recorded]
+            images = max(0, max(run.checkpoints) - passed)
+            if all(self.store.has("checkpoint", name) for name in run.checkpoints.values()):
+                images = 0
+            pictures = self.study.protocol.num_pictures
+            sizes.append(
+                {
+                    "size": cost.size,
+                    "width": cost.width,
+                    "images_to_train": images,
+                    "training_gflop": 3 * cost.gflop_per_forward * images,
+                    "points": len(points),
+                    "points_to_make": len(missing),
+                    "sampling_gflop": sum(cost.gflop_per_forward * point.nfe * pictures for point in missing),
+                }
+            )
+        return {"study": self.study.name, "out": str(self.out), "protocol": protocol.id, "sizes": sizes}
+
+
+def refuse_conflict(study: StudySpec, store: Store) -> None:
+    """Raise RequestError where an output folder holds artefacts of a study that this one cannot continue.
+
+    Adding a size, a step count, a guidance value, a sampler, a mark or images is the normal case and no conflict.
+    """
+    file = store.out / STUDY_FILE
+    if not file.is_file() or store.is_empty():
+        return
+    before = parse_spec(StudySpec, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+    difference = _first_difference(before.fixed_part(), study.fixed_part())
+    if difference is not None:
+        key, old, new = difference
+        raise RequestError(
+            f"{store.out}: its artefacts were made with {key} = {old}, now it says {new}; give another --out, or set it back"
+        )
+
+
+def _first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in [*before, *(name for name in now if name not in before)]:
+            found = _first_difference(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+            if found is not None:
+                return found
+        return None
+    return None if before == now else (key, before, now)

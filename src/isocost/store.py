@@ -40,6 +40,10 @@ class Store:
         """What made the artefact, and what it reports of itself."""
         return read_manifest(self.folder(kind, name))
 
+    def is_empty(self) -> bool:
+        """True where no artefact and no training state stands."""
+        return not any(self.root.glob(f"[!.]*/*/{MANIFEST}")) and not any(self.root.glob("run/*/state-*"))
+
     @contextmanager
     def create(self, kind: str, name: str, manifest: dict[str, Any]) -> Iterator[Path]:
         """A folder to write an artefact into; published when the block ends well. `manifest` may be filled meanwhile."""

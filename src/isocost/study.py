@@ -213,6 +213,10 @@ class TrainSpec(Spec):
         """What decides the weights after n images; how long to train and how often to save is not part of it."""
         return {k: v for k, v in self.canonical().items() if k not in {"num_images", "marks", "state_every_images", "tracker"}}
 
+    def whole_batches(self, images: int) -> int:
+        """`images` rounded up to whole batches: where a training can stand."""
+        return -(-images // self.batch_size) * self.batch_size
+
     @property
     def all_marks(self) -> tuple[int, ...]:
         """Images seen at which a checkpoint is published, rising; the last is `num_images`."""

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from isocost.errors import RequestError
-from isocost.metrics.names import METRICS, Metric
+from isocost.metrics.names import metric_of
 
 COMPARABLE_BY = ("protocol", "num_pictures", "seed")
 CONFIGURATION = ("size", "sampler", "num_steps", "guidance")
@@ -96,13 +96,6 @@ class BudgetChoice:
     beyond_data: bool
     cheapest: Configuration
     dearest: Configuration
-
-
-def metric_of(name: str) -> Metric:
-    """The metric called `name`; RequestError with the known names where there is none."""
-    if name not in METRICS:
-        raise RequestError(f"no metric is called {name!r}; known: {', '.join(METRICS)}")
-    return METRICS[name]
 
 
 def metric_words(name: str) -> str:
@@ -271,7 +264,7 @@ def format_score(value: float, low: float | None, high: float | None) -> str:
     digits = 2 - _magnitude(value)
     if len(bounds) < 2:
         return f"{value:.{_clamp(digits)}f}"
-    digits = _clamp(max(digits, -_magnitude((bounds[1] - bounds[0]) / 2)))
+    digits = _clamp(max(digits, -_magnitude((bounds[1] - bounds[0]) / 2 * (1 + ROUNDING))))
     return f"{value:.{digits}f} [{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
 
 

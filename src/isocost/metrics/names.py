@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from isocost.errors import RequestError
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -44,3 +46,10 @@ METRICS: dict[str, Metric] = {
         Metric("lpips", "LPIPS, AlexNet", "lower", "LPIPS, AlexNet (lower is better)"),
     )
 }
+
+
+def metric_of(name: str) -> Metric:
+    """The metric called `name`; RequestError with the known names where there is none."""
+    if name not in METRICS:
+        raise RequestError(f"no metric is called {name!r}; known: {', '.join(METRICS)}")
+    return METRICS[name]

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from isocost.models.paper import BY_WIDTH, PAPER_NUM_TOKENS, REFERENCE_WIDTH
+from isocost.models.paper import BY_WIDTH, PAPER_NUM_TOKENS, PAPER_SHAPE, REFERENCE_WIDTH
 from isocost.models.unet import build_unet, size_name
 from isocost.study import ModelSpec
 
@@ -56,11 +56,12 @@ def _count(spec: ModelSpec, num_tokens: int) -> tuple[int, float]:
 
 
 def family_table(widths: list[int], spec: ModelSpec, num_tokens: int = PAPER_NUM_TOKENS) -> list[dict[str, object]]:
-    """One row a width: ours counted, the paper's beside it where it has that width."""
+    """One row a width: ours counted, the paper's beside it where width, latent shape, context and tokens are the paper's."""
+    as_in_paper = (spec.latent_channels, spec.latent_side, spec.context_width, num_tokens) == PAPER_SHAPE
     rows: list[dict[str, object]] = []
     for width in widths:
         cost = model_cost(spec.model_copy(update={"width": width}), num_tokens)
-        paper = BY_WIDTH.get(width)
+        paper = BY_WIDTH.get(width) if as_in_paper else None
         rows.append(
             {
                 "size": cost.size,

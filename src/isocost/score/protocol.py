@@ -36,8 +36,8 @@ class Protocol:
     def sentence(self) -> str:
         """The protocol in words, for a report."""
         return (
-            f"{self.num_pictures} pictures of {self.resolution} x {self.resolution} pixels against {self.num_reference} reference "
-            f"pictures (content {self.reference}), captions {self.captions}, features {self.extractor}, alignment by "
+            f"{self.num_pictures} pictures of {self.resolution} x {self.resolution} pixels against {self.num_reference} "
+            f"reference pictures (content {self.reference}), captions {self.captions}, features {self.extractor}, alignment by "
             f"{self.alignment}, {self.num_bootstrap} bootstrap resamples"
         )
 

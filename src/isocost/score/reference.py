@@ -82,14 +82,20 @@ def read_features(folder: Path) -> np.ndarray:
     return load_file(folder / "features.safetensors")["features"].numpy()
 
 
-def train_probe(
-    folder: Path, train: PictureSet, held_out: PictureSet, num_classes: tuple[int, ...], seed: int
-) -> dict[str, object]:
-    """Fit the probe on real training pictures, save it, and return its accuracy on held-out real pictures for the manifest."""
+def need_labels(train: PictureSet, held_out: PictureSet) -> None:
+    """Raise RequestError where alignment cannot be measured for want of labels."""
     if train.labels is None or held_out.labels is None:
         raise RequestError(
             "protocol.alignment needs labels in data.train and data.reference (label_column), or alignment: none"
         )
+
+
+def train_probe(
+    folder: Path, train: PictureSet, held_out: PictureSet, num_classes: tuple[int, ...], seed: int
+) -> dict[str, object]:
+    """Fit the probe on real training pictures, save it, and return its accuracy on held-out real pictures for the manifest."""
+    assert train.labels is not None, "need_labels comes first"
+    assert held_out.labels is not None, "need_labels comes first"
     probe = fit_probe(train.pictures, train.labels, num_classes, num_epochs=PROBE_EPOCHS, seed=seed)
     probe.save(folder)
     accuracy = probe.accuracy(held_out.pictures, held_out.labels)

@@ -165,6 +165,18 @@ class Ledger:
         return table.reset_index().sort_values(order, ignore_index=True)
 
 
+def read_table(out: str | Path) -> pd.DataFrame:
+    """`table.parquet` of an output folder: the points of its study as its last report left them.
+
+    Raises:
+        RequestError: there is none.
+    """
+    file = Path(out) / "table.parquet"
+    if not file.is_file():
+        raise RequestError(f"{out}: no table.parquet; an output folder has one after `isocost run` or `isocost report`")
+    return pd.read_parquet(file)
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 

@@ -82,6 +82,12 @@ def load_state(run: Path, network: nn.Module, ema: Ema, optimizer: torch.optim.O
     return int(images_seen)
 
 
+def newest_state(run: Path) -> int:
+    """Images seen at the newest whole state in the folder `run`; 0 where there is none."""
+    states = sorted(run.glob("state-*"))
+    return int(states[-1].name.removeprefix("state-")) if states else 0
+
+
 def _state_folder(run: Path, images_seen: int) -> Path:
     return run / f"state-{images_seen:012d}"
 

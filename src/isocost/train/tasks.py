@@ -19,7 +19,7 @@ from isocost.study import TrainSpec
 
 @dataclass(frozen=True)
 class Batch:
-    """Noisy latents [B, C, L, L], timesteps int64 [B], caption states [B, T, D], and what the network should say [B, C, L, L]."""
+    """Noisy latents [B, C, L, L], timesteps int64 [B], caption states [B, T, D], and the network's target [B, C, L, L]."""
 
     noisy: Tensor
     timesteps: Tensor

@@ -1,0 +1,334 @@
+"""The command line. Progress goes to stderr; the last line on stdout is one JSON document.
+
+Exit status: 0 done (or stopped by --stop-after), 1 the work failed, 2 the request was wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+import warnings
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from isocost.errors import RequestError, WorkError
+from isocost.study import PretrainedCodecSpec, SamplerSpec, StudySpec, load_study, parse_spec
+
+app = typer.Typer(
+    help="Which diffusion model, sampler, steps and guidance give the best pictures for an inference budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Study = Annotated[Path, typer.Argument(help="the study, a YAML file")]
+Out = Annotated[Path | None, typer.Option("--out", help="output folder; runs/NAME where absent")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="replace a value of the study: train.lr=2e-4")
+]
+StopAfter = Annotated[float | None, typer.Option("--stop-after", metavar="HOURS", help="keep what is done and stop")]
+
+
+@app.command()
+def demo(out: Out = None, overrides: Set = None, stop_after: StopAfter = None) -> None:
+    """The embedded study, pictures to report, minutes on two cores."""
+    with resources.as_file(resources.files("isocost.assets") / "demo.yaml") as file:
+        _run(_load(file, overrides), out, stop_after)
+
+
+@app.command()
+def run(
+    study: Study,
+    out: Out = None,
+    overrides: Set = None,
+    stop_after: StopAfter = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be trained and sampled, and stop")] = False,
+) -> None:
+    """Train, sweep, score and report a study. The same command goes on where an earlier one stopped."""
+    spec = _load(study, overrides)
+    if dry_run:
+        from isocost.pipeline import Pipeline
+
+        _answer(Pipeline(spec, _out(spec, out)).plan())
+        return
+    _run(spec, out, stop_after)
+
+
+@app.command()
+def codec(study: Study, out: Out = None, overrides: Set = None) -> None:
+    """Train (or fit) a study's codec, and measure it on held-out pictures beside the linear one of the same latent shape."""
+    from isocost.pipeline import Pipeline
+
+    spec = _load(study, overrides)
+    pipeline = Pipeline(spec, _out(spec, out))
+    pipeline.prepare()
+    told = pipeline.materials.codec_report()
+    trained = not isinstance(spec.codec, PretrainedCodecSpec)
+    folder = pipeline.store.folder("codec", told["digest"]) if trained else Path(spec.codec.path)  # type: ignore[union-attr]
+    _answer({"study": spec.name, "folder": str(folder), **told})
+
+
+@app.command()
+def train(study: Study, out: Out = None, overrides: Set = None, stop_after: StopAfter = None) -> None:
+    """Train the family of a study."""
+    from isocost.pipeline import Pipeline
+    from isocost.train.loop import OutOfTime
+
+    spec = _load(study, overrides)
+    pipeline = Pipeline(spec, _out(spec, out))
+    finished = True
+    try:
+        for one in pipeline.runs:
+            pipeline.train(one, _deadline(stop_after))
+    except OutOfTime as stopped:
+        print(stopped, file=sys.stderr)
+        finished = False
+    checkpoints = {
+        f"{one.model.width}@{mark}": str(pipeline.store.folder("checkpoint", name))
+        for one in pipeline.runs
+        for mark, name in one.checkpoints.items()
+        if pipeline.store.has("checkpoint", name)
+    }
+    _answer({"study": spec.name, "finished": finished, "checkpoints": checkpoints})
+
+
+@app.command()
+def sweep(study: Study, out: Out = None, overrides: Set = None, stop_after: StopAfter = None) -> None:
+    """Sample and score every point of a study whose checkpoints are there."""
+    from isocost.pipeline import Pipeline
+
+    spec = _load(study, overrides)
+    pipeline = Pipeline(spec, _out(spec, out))
+    deadline = _deadline(stop_after)
+    finished = all(pipeline.sweep(one, deadline) for one in pipeline.runs)
+    _answer({"study": spec.name, "finished": finished, "ledger": str(pipeline.out / "ledger.sqlite")})
+
+
+@app.command()
+def report(study: Study, out: Out = None, overrides: Set = None) -> None:
+    """Write the report of what the ledger holds."""
+    from isocost.pipeline import Pipeline
+
+    spec = _load(study, overrides)
+    _report(Pipeline(spec, _out(spec, out)), finished=True)
+
+
+@app.command()
+def family(
+    widths: Annotated[str, typer.Option(help="widths c, or the paper's names: 64,96 or 39M,83M")] = "",
+    context: Annotated[int, typer.Option(help="width of the caption states")] = 1024,
+    latent: Annotated[str, typer.Option(help="latent shape, channels x side")] = "4x64",
+    tokens: Annotated[int, typer.Option(help="caption tokens")] = 77,
+    as_json: Annotated[bool, typer.Option("--json", help="no table, the JSON line alone")] = False,
+) -> None:
+    """Sizes: parameters, GFLOP per forward pass, normalised cost, and the paper's figures beside."""
+    from isocost.models.cost import family_table
+    from isocost.models.paper import TABLE_1
+    from isocost.models.unet import width_of
+    from isocost.study import ModelSpec
+
+    try:
+        channels, side = (int(part) for part in latent.lower().split("x"))
+    except ValueError as error:
+        raise RequestError(f"--latent {latent}: give channels x side, such as 4x64") from error
+    names = [part.strip() for part in widths.split(",") if part.strip()]
+    chosen = [int(name) if name.isdigit() else width_of(name) for name in names] or [row.width for row in TABLE_1]
+    spec = ModelSpec(width=chosen[0], latent_channels=channels, latent_side=side, context_width=context)
+    rows = family_table(chosen, spec, tokens)
+    reference = f"normalised cost 1 is c = 320 at latent {channels}x{side}x{side}, {tokens} tokens, context {context}"
+    if not as_json:
+        _print_family(rows, reference)
+    _answer({"family": rows, "reference": reference})
+
+
+@app.command()
+def sample(
+    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint folder: OUT/artefacts/checkpoint/DIGEST")],
+    prompt: Annotated[list[str], typer.Option("--prompt", help="a caption; may be given several times")],
+    steps: Annotated[int, typer.Option(help="solver steps")] = 16,
+    guidance: Annotated[float, typer.Option(help="w in uncond + w (cond - uncond); 1 is one pass")] = 2.0,
+    sampler: Annotated[str, typer.Option(help="ddim, ddpm or dpmsolver++2m")] = "ddim",
+    spacing: Annotated[str, typer.Option(help="trailing, leading or linspace")] = "trailing",
+    eta: Annotated[float, typer.Option(help="DDIM's share of ancestral noise")] = 0.0,
+    num: Annotated[int, typer.Option("--num", help="pictures of each prompt")] = 4,
+    seed: Annotated[int, typer.Option(help="what the noise is a function of, with the picture's number")] = 0,
+    out: Annotated[Path, typer.Option("--out", help="folder for the PNGs and sheet.png")] = Path("samples"),
+) -> None:
+    """Pictures from one checkpoint."""
+    from PIL import Image
+
+    from isocost.sample import sample as draw
+
+    spec = parse_spec(SamplerSpec, {"name": sampler, "spacing": spacing, "eta": eta}, "--sampler")
+    drawn = draw(checkpoint, prompt, sampler=spec, num_steps=steps, guidance=guidance, num_pictures=num, seed=seed)
+    out.mkdir(parents=True, exist_ok=True)
+    files = []
+    for p, pictures in enumerate(drawn.pictures):
+        for k, picture in enumerate(pictures):
+            files.append(str(out / f"{p:02d}-{k:02d}.png"))
+            Image.fromarray(picture).save(files[-1])
+    drawn.sheet().save(out / "sheet.png")
+    cost = {"nfe": drawn.nfe, "gflop_per_picture": drawn.gflop, "seconds": drawn.seconds}
+    _answer({"prompts": list(drawn.prompts), "files": files, "sheet": str(out / "sheet.png"), **cost})
+
+
+@app.command()
+def score(
+    pictures: Annotated[Path, typer.Argument(help="a folder of pictures")],
+    reference: Annotated[Path, typer.Option("--reference", help="a folder of real pictures, or of features that a run keeps")],
+    protocol: Annotated[str, typer.Option("--protocol", help="kernel-efficientnet-64, frechet-efficientnet-224, ...")],
+) -> None:
+    """Distances of a folder of pictures from another, with intervals."""
+    from isocost.score.folders import score_folder
+
+    scored = score_folder(pictures, reference, protocol)
+    for note in scored.notes:
+        print(note, file=sys.stderr)
+    _answer(dataclasses.asdict(scored))
+
+
+@app.command()
+def recommend(
+    out: Annotated[Path, typer.Argument(help="the output folder of a study")],
+    budget_ms: Annotated[float | None, typer.Option("--budget-ms", help="milliseconds per picture")] = None,
+    budget_gflop: Annotated[float | None, typer.Option("--budget-gflop", help="GFLOP per picture")] = None,
+    budget_nfe: Annotated[float | None, typer.Option("--budget-nfe", help="network evaluations per picture")] = None,
+    budget_paper_cost: Annotated[float | None, typer.Option("--budget-paper-cost", help="normalised cost x steps")] = None,
+    metric: Annotated[str, typer.Option(help="the score to go by")] = "kernel_efficientnet",
+) -> None:
+    """The best size, sampler, steps and guidance within a budget."""
+    from isocost.analysis.recommend import recommend as choose
+    from isocost.sweep.ledger import read_table
+
+    budgets = {
+        "ms_per_picture": budget_ms,
+        "gflop": budget_gflop,
+        "nfe": budget_nfe,
+        "paper_cost": budget_paper_cost,
+    }
+    given = {cost: budget for cost, budget in budgets.items() if budget is not None}
+    if len(given) != 1:
+        raise RequestError("give one budget: --budget-ms, --budget-gflop, --budget-nfe or --budget-paper-cost")
+    ((cost, budget),) = given.items()
+    chosen = choose(read_table(out), cost, budget, metric, str(out))
+    for line in (chosen.reason, *(f"note: {note}" for note in chosen.notes), chosen.command):
+        print(line, file=sys.stderr)
+    _answer(dataclasses.asdict(chosen))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint folder")],
+    folder: Annotated[Path, typer.Argument(help="a new folder")],
+) -> None:
+    """A folder that diffusers' StableDiffusionPipeline loads."""
+    from isocost.export import export as write
+
+    written = write(checkpoint, folder)
+    _answer({"folder": str(written), "load": f"StableDiffusionPipeline.from_pretrained({str(written)!r})"})
+
+
+def main() -> None:
+    """Entry point: turns mistakes into one line and an exit status."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app(standalone_mode=True)
+    except RequestError as error:
+        print(f"isocost: {error}", file=sys.stderr)
+        sys.exit(2)
+    except WorkError as error:
+        print(f"isocost: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _load(study: Path, overrides: list[str] | None) -> StudySpec:
+    values: dict[str, Any] = {}
+    for item in overrides or []:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise RequestError(f"--set {item}: give KEY=VALUE, such as train.num_images=5000")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RequestError(f"--set {item}: the value is not YAML") from error
+    return load_study(study, values)
+
+
+def _out(study: StudySpec, out: Path | None) -> Path:
+    return out if out is not None else Path("runs") / study.name
+
+
+def _deadline(stop_after: float | None) -> float | None:
+    if stop_after is None:
+        return None
+    if stop_after <= 0:
+        raise RequestError(f"--stop-after {stop_after:g}: give hours, more than 0")
+    return time.monotonic() + 3600 * stop_after
+
+
+def _run(study: StudySpec, out: Path | None, stop_after: float | None) -> None:
+    from isocost.pipeline import Pipeline
+
+    pipeline = Pipeline(study, _out(study, out))
+    finished = pipeline.run(_deadline(stop_after))
+    if finished:
+        _report(pipeline, finished)
+    else:
+        _answer({"study": study.name, "out": str(pipeline.out), "finished": False})
+
+
+def _report(pipeline: Any, finished: bool) -> None:
+    from isocost.analysis.recommend import answer
+    from isocost.report.gather import report as write
+
+    written = write(pipeline)
+    for choice in written.choices:
+        print(answer(choice), file=sys.stderr)
+    best = [
+        {
+            "budget": choice.budget,
+            "cost": choice.cost,
+            "metric": choice.metric,
+            "best": None if choice.best is None else dataclasses.asdict(choice.best),
+            "undecided": choice.undecided,
+        }
+        for choice in written.choices
+    ]
+    _answer(
+        {
+            "study": pipeline.study.name,
+            "out": str(pipeline.out),
+            "finished": finished,
+            "report": str(written.page),
+            "num_points": len(written.table),
+            "best_at_budgets": best,
+        }
+    )
+
+
+def _print_family(rows: list[dict[str, Any]], reference: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(caption_justify="left")
+    for title in ("size", "c", "M param.", "GFLOP", "cost", "paper GFLOP", "paper cost"):
+        table.add_column(title, justify="left" if title == "size" else "right")
+    for row in rows:
+        *cells, note = row.values()
+        table.add_row(*("" if value is None else str(value) for value in cells))
+        reference += f"\n{row['size']}: {note}" if note else ""
+    table.caption = reference
+    Console(stderr=True).print(table)
+
+
+def _answer(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)

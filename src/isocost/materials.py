@@ -1,0 +1,243 @@
+"""What training and scoring draw on: a study's pictures, codec, caption encoder, latent cache, reference and floors.
+
+Each is made once, named by the digest of what it depends on, and found again by the next run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from isocost.data import cache as caching
+from isocost.data.cache import LatentCache, PictureSet, load_pictures, write_cache, write_states
+from isocost.data.codec import Codec, LinearCodec, TextCodec, load_codec
+from isocost.data.sources import num_classes, source_fingerprint
+from isocost.diffusion.generate import CaptionStates
+from isocost.metrics.features import Extractor, load_lpips
+from isocost.metrics.probe import Probe
+from isocost.progress import Report, progress_bar, say
+from isocost.score import reference as referencing
+from isocost.score.codec import codec_quality, round_trip
+from isocost.score.protocol import make_protocol
+from isocost.score.reference import Reference, captions_to_draw, classes_of, read_features, train_probe, write_features
+from isocost.score.score import Measured, score
+from isocost.store import Store
+from isocost.study import LinearCodecSpec, PretrainedCodecSpec, SourceSpec, StudySpec, digest
+from isocost.train.codec import fit_codec
+
+CODEC_VERSION = 1
+FLOOR_VERSION = 1
+NUM_CODEC_PICTURES = 2000
+NUM_KEPT = 12
+
+
+class Materials:
+    """Made on first use, kept in memory while the object lives."""
+
+    def __init__(self, study: StudySpec, store: Store) -> None:
+        self.study, self.store = study, store
+        self._pictures: dict[str, PictureSet] = {}
+        self._fingerprints: dict[str, str] = {}
+
+    # --- pictures ---
+
+    def source_key(self, part: str) -> dict[str, Any]:
+        """What of the source `train` or `reference` enters digests: its content and how it is read, not where it lies."""
+        source: SourceSpec = getattr(self.study.data, part)
+        if part not in self._fingerprints:
+            self._fingerprints[part] = source_fingerprint(source)
+        plain = {key: value for key, value in source.canonical().items() if key != "path"}
+        return {**plain, "content": self._fingerprints[part], "resolution": self.study.data.resolution}
+
+    def pictures(self, part: str) -> PictureSet:
+        """The pictures of `train` or `reference`, read once."""
+        if part not in self._pictures:
+            data = self.study.data
+            loaded = load_pictures(getattr(data, part), data.resolution, data.max_bad_share)
+            if loaded.bad:
+                say(f"data.{part}: {len(loaded.bad)} of {len(loaded) + len(loaded.bad)} skipped; the ledger names them")
+            self._pictures[part] = loaded
+        return self._pictures[part]
+
+    def skipped(self) -> dict[str, list[tuple[str, str]]]:
+        """Name and reason of what could not be read, of the parts that were read so far."""
+        return {part: [(bad.name, bad.reason) for bad in loaded.bad] for part, loaded in self._pictures.items()}
+
+    # --- codec and captions ---
+
+    @cached_property
+    def codec_digest(self) -> str:
+        stage = {"stage": "codec", "version": CODEC_VERSION}
+        if isinstance(self.study.codec, PretrainedCodecSpec):
+            return digest(stage, self.study.codec)
+        return digest(stage, self.study.codec, self.source_key("train"))
+
+    @cached_property
+    def codec(self) -> Codec:
+        """The study's codec, fitted where it is not there yet."""
+        spec = self.study.codec
+        if isinstance(spec, PretrainedCodecSpec):
+            return load_codec(spec.path, spec.subfolder)
+        if not self.store.has("codec", self.codec_digest):
+            pictures = self.pictures("train").pictures
+            total = 1 if isinstance(spec, LinearCodecSpec) else spec.num_images
+            started = time.monotonic()
+            with self.store.create("codec", self.codec_digest, manifest := {"spec": spec.canonical()}) as folder:
+                with progress_bar("codec", total, "images") as progress:
+                    codec = fit_codec(spec, pictures, progress=lambda done, loss: progress(done, f"loss {loss:.4f}"))
+                codec.save(folder)
+                manifest["seconds"] = round(time.monotonic() - started)
+        return load_codec(self.store.folder("codec", self.codec_digest))
+
+    @property
+    def codec_from_checkpoint(self) -> str:
+        """Where a checkpoint of this output folder finds the codec."""
+        if isinstance(self.study.codec, PretrainedCodecSpec):
+            return self.study.codec.path
+        return f"../../codec/{self.codec_digest}"
+
+    def codec_report(self) -> dict[str, Any]:
+        """Held-out quality of the codec, and that of the linear codec of the same latent shape beside it."""
+        stage = {"stage": "codec-quality", "version": CODEC_VERSION, "codec": self.codec_digest}
+        name = digest(stage, self.source_key("train"), self.source_key("reference"))
+        if not self.store.has("codec-quality", name):
+            held_out, others = (self.pictures(part).pictures[:NUM_CODEC_PICTURES] for part in ("reference", "train"))
+            linear = LinearCodec.fit(others, self.codec.factor, self.codec.latent_channels)
+            weights = str(getattr(self.study.codec, "perceptual", ""))
+            lpips = load_lpips(weights) if weights.endswith(".safetensors") else None
+            with self.store.create("codec-quality", name, manifest := {"codec_digest": self.codec_digest}):
+                for title, codec in (("codec", self.codec), ("linear", linear)):
+                    say(f"measuring the {'study' if title == 'codec' else title} codec on {len(held_out)} held-out pictures")
+                    manifest[title] = codec_quality(codec, held_out, others, self.extractor, lpips)
+        manifest = self.store.manifest("codec-quality", name)
+        parts = {title: manifest[title] for title in ("codec", "linear")}
+        return {"digest": self.codec_digest, "latent_shape": list(self.latent_shape), **parts}
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, side, side."""
+        side = self.study.data.resolution // self.codec.factor
+        return self.codec.latent_channels, side, side
+
+    @cached_property
+    def text(self) -> TextCodec:
+        return TextCodec(self.study.text)
+
+    @cached_property
+    def cache_digest(self) -> str:
+        stage = {"stage": "cache", "version": caching.VERSION, "codec": self.codec_digest}
+        return digest(stage, self.source_key("train"), self.study.text)
+
+    @cached_property
+    def cache(self) -> LatentCache:
+        """Latent moments and caption states of the training pictures."""
+        name = self.cache_digest
+        if not self.store.has("cache", name):
+            pictures = self.pictures("train")
+            with self.store.create("cache", name, manifest := {}) as folder:
+                with progress_bar("latents", len(pictures), "pictures") as progress:
+                    manifest.update(write_cache(folder, pictures, self.codec, self.text, _adding_up(progress)))
+                if self.study.text.cache_states:
+                    with progress_bar("caption states", manifest["num_captions"] + 1, "captions") as progress:
+                        write_states(folder, self.text, _adding_up(progress))
+        return LatentCache(self.store.folder("cache", name))
+
+    # --- reference ---
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        return referencing.make_extractor(self.study.protocol.feature_side)
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The protocol fixed on the study's real pictures, with their features and the probe."""
+        spec = self.study.protocol
+        held_out = self.pictures("reference")
+        captions, labels = captions_to_draw(held_out, spec.num_pictures)
+        compared = held_out.pictures[: spec.num_reference]
+        protocol = make_protocol(
+            spec,
+            resolution=self.study.data.resolution,
+            extractor=self.extractor.id,
+            reference=held_out.fingerprint(),
+            num_reference=len(compared),
+            captions=captions,
+        )
+        stage = {"stage": "features", "version": referencing.VERSION, "extractor": self.extractor.id, "num": len(compared)}
+        name = digest(stage, self.source_key("reference"))
+        if not self.store.has("features", name):
+            say(f"features of {len(compared)} reference pictures")
+            with self.store.create("features", name, {"extractor": self.extractor.id, "num_pictures": len(compared)}) as folder:
+                write_features(folder, self.extractor, compared)
+        features = read_features(self.store.folder("features", name))
+        if spec.alignment == "none":
+            return Reference(protocol, self.extractor, features, captions, None, None)
+        return Reference(protocol, self.extractor, features, captions, labels, self._probe())
+
+    @property
+    def _probe_digest(self) -> str:
+        stage = {"stage": "probe", "version": referencing.VERSION, "seed": self.study.protocol.seed}
+        return digest(stage, self.source_key("train"), self.source_key("reference"))
+
+    def _probe(self) -> Probe:
+        name = self._probe_digest
+        if not self.store.has("probe", name):
+            training, held_out = self.pictures("train"), self.pictures("reference")
+            referencing.need_labels(training, held_out)
+            classes = num_classes(self.study.data.train) or classes_of(training)
+            say(f"fitting the probe to {len(training)} real pictures")
+            with self.store.create("probe", name, manifest := {}) as folder:
+                manifest.update(train_probe(folder, training, held_out, classes, self.study.protocol.seed))
+            say(f"the probe reads {manifest['accuracy']:.3f} of the labels of held-out real pictures")
+        return Probe.load(self.store.folder("probe", name))
+
+    def floors(self) -> dict[str, dict[str, float]]:
+        """Scores of real pictures after the codec (`decoded`) and before it (`real`): what no model is expected to pass.
+
+        Distances take the first training pictures against the reference; alignment takes the reference pictures with their
+        own labels, so `real` is the probe's accuracy.
+        """
+        spec, reference = self.study.protocol, self.reference
+        stage = {"stage": "floor", "version": FLOOR_VERSION, "codec": self.codec_digest, "protocol": reference.protocol.id}
+        name = digest({**stage, "distances": list(spec.distances)}, self.source_key("train"))
+        if not self.store.has("floor", name):
+            with self.store.create("floor", name, manifest := {}):
+                for title in ("decoded", "real"):
+                    training, held_out = (self.pictures(part).pictures[: spec.num_pictures] for part in ("train", "reference"))
+                    if title == "decoded":
+                        training, held_out = round_trip(self.codec, training), round_trip(self.codec, held_out)
+                    features = self.extractor(training).cpu().numpy()
+                    aligned = None
+                    if reference.probe is not None and reference.labels is not None:
+                        aligned = reference.probe.alignment(held_out, reference.labels)
+                    scores = score(Measured(features, aligned), reference, spec.distances)
+                    manifest[title] = {metric: interval.value for metric, interval in scores.items()}
+        manifest = self.store.manifest("floor", name)
+        return {title: manifest[title] for title in ("decoded", "real")}
+
+    @cached_property
+    def caption_states(self) -> CaptionStates:
+        """States of the captions that are drawn."""
+        return CaptionStates.of(self.reference.captions, self.text)
+
+    @cached_property
+    def kept(self) -> list[int]:
+        """Picture ids whose pictures every point keeps: the first of each caption, then others, `NUM_KEPT` in all."""
+        captions = self.reference.captions
+        firsts = sorted({caption: i for i, caption in reversed(list(enumerate(captions)))}.values())
+        others = [i for i in range(len(captions)) if i not in set(firsts)]
+        return sorted([*firsts, *others][:NUM_KEPT])
+
+
+def _adding_up(progress: Report) -> Callable[[int], None]:
+    """A callback that is told how many more."""
+    total = 0
+
+    def add(more: int) -> None:
+        nonlocal total
+        total += more
+        progress(total, "")
+
+    return add

@@ -1,0 +1,82 @@
+"""Pictures from one checkpoint, for a person who wants to look.
+
+Shapes: P prompts, K pictures a prompt, N = P K pictures, R resolution.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from isocost.data.codec import TextCodec, load_codec
+from isocost.diffusion.engine import Row
+from isocost.diffusion.generate import CaptionStates, generate, make_engine
+from isocost.diffusion.noise import Schedule
+from isocost.diffusion.samplers import build_table
+from isocost.errors import RequestError
+from isocost.models.checkpoint import load_checkpoint
+from isocost.study import SamplerSpec
+
+MAX_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures uint8 [P, K, R, R, 3] of the prompts, what they cost and how long they took."""
+
+    pictures: np.ndarray
+    prompts: tuple[str, ...]
+    nfe: int
+    gflop: float
+    seconds: float
+
+    def sheet(self) -> Image.Image:
+        """All pictures in one, a row a prompt."""
+        num_prompts, num_each, side, _, _ = self.pictures.shape
+        tiled = self.pictures.transpose(0, 2, 1, 3, 4).reshape(num_prompts * side, num_each * side, 3)
+        return Image.fromarray(tiled)
+
+
+def sample(
+    checkpoint: str | Path,
+    prompts: Sequence[str],
+    *,
+    sampler: SamplerSpec | None = None,
+    num_steps: int = 16,
+    guidance: float = 2.0,
+    num_pictures: int = 4,
+    seed: int = 0,
+) -> Samples:
+    """Draw `num_pictures` of each prompt. Picture k of prompt p starts from the noise of picture id p K + k.
+
+    Raises:
+        RequestError: the checkpoint does not load, or the sampler does not take these settings.
+    """
+    if not prompts or any(not prompt.strip() for prompt in prompts):
+        raise RequestError("give at least one prompt with words in it (--prompt TEXT)")
+    if num_pictures < 1:
+        raise RequestError(f"num_pictures = {num_pictures}: at least 1")
+    table = build_table(sampler or SamplerSpec(), num_steps, Schedule.scaled_linear())
+    rows = [Row(i, i // num_pictures, table, guidance, seed=seed) for i in range(len(prompts) * num_pictures)]
+    opened = load_checkpoint(checkpoint)
+    codec = load_codec(opened.codec_path, opened.info.codec_subfolder)
+    states = CaptionStates.of(prompts, TextCodec(opened.info.text))
+    engine = make_engine(opened.network, opened.info, states, batch_size=min(MAX_BATCH, len(rows)))
+    started = time.perf_counter()
+    side = opened.info.resolution
+    pictures = torch.empty(len(rows), 3, side, side, dtype=torch.uint8)
+    for finished, drawn in generate(engine, codec, rows):
+        broken = [row.row.picture_id for row in finished if not row.finite]
+        if broken:
+            raise RequestError(f"picture {broken[0]} is not finite numbers: lower the guidance, or train longer")
+        pictures[[row.row.picture_id for row in finished]] = drawn
+    seconds = time.perf_counter() - started
+    shaped = pictures.permute(0, 2, 3, 1).numpy().reshape(len(prompts), num_pictures, side, side, 3)
+    nfe = rows[0].num_passes * num_steps
+    return Samples(shaped, tuple(prompts), nfe, nfe * opened.info.gflop_per_forward, seconds)

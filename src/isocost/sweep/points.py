@@ -1,0 +1,85 @@
+"""The grid of a study as points: coordinate, digest, and what a picture costs there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from isocost.models.checkpoint import CheckpointInfo
+from isocost.score.protocol import Protocol
+from isocost.study import PointSpec, ProtocolSpec, SweepSpec, digest
+
+VERSION = 1
+"""Raised when a fix changes what a point's pictures or scores are."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A coordinate under a protocol. The digest names its artefact and its row in the ledger."""
+
+    spec: PointSpec
+    digest: str
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per picture, guidance's second pass counted."""
+        return self.spec.num_steps * (1 if self.spec.guidance in (0, 1) else 2)
+
+    def costs(self, info: CheckpointInfo) -> dict[str, float]:
+        """What one picture costs, time apart. `paper_cost` is normalised cost x steps (arXiv 2404.01367, sec. 4.1)."""
+        return {
+            "paper_cost": info.normalised_cost * self.spec.num_steps,
+            "nfe": float(self.nfe),
+            "gflop": info.gflop_per_forward * self.nfe,
+        }
+
+    def coordinate(self) -> dict[str, Any]:
+        """The columns of the ledger that say where the point lies."""
+        spec = self.spec
+        return {
+            "point": self.digest,
+            "checkpoint": spec.checkpoint,
+            "sampler": spec.sampler.label,
+            "num_steps": spec.num_steps,
+            "guidance": spec.guidance,
+            "num_pictures": spec.num_pictures,
+            "seed": spec.seed,
+            "precision": spec.precision,
+        }
+
+    @property
+    def title(self) -> str:
+        """Short words for a progress bar."""
+        return f"{self.spec.sampler.name} {self.spec.num_steps} steps, guidance {self.spec.guidance:g}"
+
+
+def make_point(spec: PointSpec, protocol: Protocol) -> Point:
+    """A point and its digest."""
+    return Point(spec, digest({"stage": "point", "version": VERSION, "protocol": protocol.id}, spec))
+
+
+def grid_points(checkpoint: str, sweep: SweepSpec, protocol_spec: ProtocolSpec, protocol: Protocol) -> list[Point]:
+    """Every sampler x num_steps x guidance of the sweep for one checkpoint, in rising cost."""
+    specs = [
+        _point_spec(checkpoint, sweep, protocol_spec, sampler=sampler, num_steps=num_steps, guidance=guidance)
+        for sampler in sweep.samplers
+        for num_steps in sorted(set(sweep.num_steps))
+        for guidance in sorted(set(sweep.guidance))
+    ]
+    return [make_point(spec, protocol) for spec in specs]
+
+
+def mark_point(checkpoint: str, sweep: SweepSpec, protocol_spec: ProtocolSpec, protocol: Protocol) -> Point:
+    """The one point at which every training mark is scored, so that the curve over training compute compares like with like."""
+    at = {"sampler": sweep.samplers[0], "num_steps": sweep.marks_num_steps, "guidance": sweep.marks_guidance}
+    return make_point(_point_spec(checkpoint, sweep, protocol_spec, **at), protocol)
+
+
+def _point_spec(checkpoint: str, sweep: SweepSpec, protocol_spec: ProtocolSpec, **at: Any) -> PointSpec:
+    return PointSpec(
+        checkpoint=checkpoint,
+        num_pictures=protocol_spec.num_pictures,
+        seed=sweep.seed,
+        precision=sweep.precision,
+        **at,
+    )
