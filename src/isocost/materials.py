@@ -84,11 +84,11 @@ class Materials:
             pictures = self.pictures("train").pictures
             total = 1 if isinstance(spec, LinearCodecSpec) else spec.num_images
             started = time.monotonic()
-            with self.store.create("codec", self.codec_digest, manifest := {"spec": spec.canonical()}) as folder:
+            with self.store.create("codec", self.codec_digest, manifest := _manifest(spec=spec.canonical())) as folder:
                 with progress_bar("codec", total, "images") as progress:
                     codec = fit_codec(spec, pictures, progress=lambda done, loss: progress(done, f"loss {loss:.4f}"))
                 codec.save(folder)
-                manifest["seconds"] = round(time.monotonic() - started)
+                manifest["seconds"] = int(time.monotonic() - started)
         return load_codec(self.store.folder("codec", self.codec_digest))
 
     @property
@@ -107,7 +107,7 @@ class Materials:
             linear = LinearCodec.fit(others, self.codec.factor, self.codec.latent_channels)
             weights = str(getattr(self.study.codec, "perceptual", ""))
             lpips = load_lpips(weights) if weights.endswith(".safetensors") else None
-            with self.store.create("codec-quality", name, manifest := {"codec_digest": self.codec_digest}):
+            with self.store.create("codec-quality", name, manifest := _manifest(codec_digest=self.codec_digest)):
                 for title, codec in (("codec", self.codec), ("linear", linear)):
                     say(f"measuring the {'study' if title == 'codec' else title} codec on {len(held_out)} held-out pictures")
                     manifest[title] = codec_quality(codec, held_out, others, self.extractor, lpips)
@@ -136,7 +136,7 @@ class Materials:
         name = self.cache_digest
         if not self.store.has("cache", name):
             pictures = self.pictures("train")
-            with self.store.create("cache", name, manifest := {}) as folder:
+            with self.store.create("cache", name, manifest := _manifest()) as folder:
                 with progress_bar("latents", len(pictures), "pictures") as progress:
                     manifest.update(write_cache(folder, pictures, self.codec, self.text, _adding_up(progress)))
                 if self.study.text.cache_states:
@@ -188,7 +188,7 @@ class Materials:
             referencing.need_labels(training, held_out)
             classes = num_classes(self.study.data.train) or classes_of(training)
             say(f"fitting the probe to {len(training)} real pictures")
-            with self.store.create("probe", name, manifest := {}) as folder:
+            with self.store.create("probe", name, manifest := _manifest()) as folder:
                 manifest.update(train_probe(folder, training, held_out, classes, self.study.protocol.seed))
             say(f"the probe reads {manifest['accuracy']:.3f} of the labels of held-out real pictures")
         return Probe.load(self.store.folder("probe", name))
@@ -203,7 +203,7 @@ class Materials:
         stage = {"stage": "floor", "version": FLOOR_VERSION, "codec": self.codec_digest, "protocol": reference.protocol.id}
         name = digest({**stage, "distances": list(spec.distances)}, self.source_key("train"))
         if not self.store.has("floor", name):
-            with self.store.create("floor", name, manifest := {}):
+            with self.store.create("floor", name, manifest := _manifest()):
                 for title in ("decoded", "real"):
                     training, held_out = (self.pictures(part).pictures[: spec.num_pictures] for part in ("train", "reference"))
                     if title == "decoded":
@@ -229,6 +229,11 @@ class Materials:
         firsts = sorted({caption: i for i, caption in reversed(list(enumerate(captions)))}.values())
         others = [i for i in range(len(captions)) if i not in set(firsts)]
         return sorted([*firsts, *others][:NUM_KEPT])
+
+
+def _manifest(**facts: Any) -> dict[str, Any]:
+    """What an artefact's manifest begins with; its stage fills in the rest."""
+    return facts
 
 
 def _adding_up(progress: Report) -> Callable[[int], None]:

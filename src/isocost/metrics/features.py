@@ -64,7 +64,7 @@ class EfficientNetLite0:
             f"efficientnet-lite0:{self.WEIGHTS_SHA256[:16]}/resize=bicubic-antialias-float/side={side}/crop=none"
             "/norm=(x-127)÷128/pool=mean/fp32"
         )
-        self._network = self._load(side).to(self.device, memory_format=torch.channels_last)
+        self._network = self._load(side).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Probe:
 
     def __init__(self, network: ProbeNetwork, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self.network = network.to(self.device, memory_format=torch.channels_last).eval()
+        self.network = network.to(self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
     @torch.inference_mode()
     def predict(self, pictures: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def fit_probe(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = ProbeNetwork(pictures.shape[-1], num_classes)
-    network.to(place, memory_format=torch.channels_last).train()
+    network.to(place, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     batches_per_epoch = len(pictures) // BATCH_SIZE
     schedule = torch.optim.lr_scheduler.OneCycleLR(

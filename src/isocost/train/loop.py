@@ -54,7 +54,7 @@ def train(
     )
     if spec.tracker != "none":
         accelerator.init_trackers(title, config=spec.model_dump(mode="json", exclude={"marks", "adam_betas"}))
-    network = network.train().to(accelerator.device, memory_format=torch.channels_last)
+    network = network.train().to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=spec.lr, betas=spec.adam_betas, weight_decay=spec.weight_decay, fused=True
     )

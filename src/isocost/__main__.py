@@ -1,0 +1,5 @@
+"""`python -m isocost`."""
+
+from isocost.cli import main
+
+main()

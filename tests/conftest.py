@@ -1,0 +1,50 @@
+"""What several test files share: a study small enough for seconds, and the real data where it is at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from isocost.study import StudySpec, parse_spec
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "assets"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+def plain_study(**changes: Any) -> dict[str, Any]:
+    """A whole study in seconds: the linear codec, two sizes, scenes. `changes` replaces top-level parts."""
+    return {
+        "name": "tiny",
+        "data": {
+            "resolution": 32,
+            "train": {"kind": "scenes", "num_pictures": 192, "seed": 0},
+            "reference": {"kind": "scenes", "num_pictures": 64, "seed": 1},
+        },
+        "codec": {"kind": "linear", "patch": 4, "num_channels": 4, "num_fit_pictures": 64},
+        "text": {"path": "minilm", "max_tokens": 8},
+        "family": {"widths": [8, 16]},
+        "train": {"num_images": 256, "marks": [128], "batch_size": 16, "lr": 1e-3, "state_every_images": 64},
+        "sweep": {"num_steps": [1, 2], "guidance": [1, 2], "batch_size": 16, "marks_num_steps": 2, "marks_guidance": 2},
+        "protocol": {"num_pictures": 32, "num_reference": 64, "num_bootstrap": 20, "alignment": "scenes"},
+        **changes,
+    }
+
+
+def tiny_study(**changes: Any) -> StudySpec:
+    """`plain_study`, parsed."""
+    return parse_spec(StudySpec, plain_study(**changes), "tiny")
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real data; the test is skipped where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("no folder of real data beside this checkout")
+    return SHARED

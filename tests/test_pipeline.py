@@ -1,0 +1,147 @@
+"""The whole way: pictures to report; what exists is skipped; a killed run ends with the same table."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import plain_study, tiny_study
+
+from isocost.errors import RequestError
+from isocost.pipeline import Pipeline
+from isocost.report.gather import report
+from isocost.store import Store
+
+TIMES = ["ms_per_picture", "seconds", "created", "provenance"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a tiny study that ran without a break."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    pipeline = Pipeline(tiny_study(), out)
+    assert pipeline.run()
+    report(pipeline)
+    return out
+
+
+def table_of(out: Path) -> pd.DataFrame:
+    return pd.read_parquet(out / "table.parquet").drop(columns=TIMES)
+
+
+def test_the_table_holds_the_grid_and_the_marks(finished: Path) -> None:
+    table = table_of(finished)
+    finals = table[table["is_final"]]
+    assert len(finals) == 2 * 2 * 2
+    assert len(table[~table["is_final"]]) == 2
+    assert set(table["images_seen"]) == {128, 256}
+    for metric in ("kernel_efficientnet", "alignment"):
+        assert (table[f"{metric}_low"] <= table[f"{metric}_high"]).all()
+    one_pass = finals[finals["guidance"] == 1]
+    assert (one_pass["nfe"] == one_pass["num_steps"]).all()
+    two_passes = finals[finals["guidance"] == 2]
+    assert (two_passes["nfe"] == 2 * two_passes["num_steps"]).all()
+
+
+def test_the_output_folder_is_whole(finished: Path) -> None:
+    for name in ("study.yaml", "ledger.sqlite", "table.csv", "report/index.html", "report/summary.md"):
+        assert (finished / name).is_file(), name
+    page = (finished / "report" / "index.html").read_text()
+    assert "0.8M" in page
+    assert "http://" not in page.split("<body>")[1].split("<script")[0]
+
+
+def test_what_exists_is_skipped(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (finished / "artefacts").rglob("*") if path.is_file()}
+    pipeline = Pipeline(tiny_study(), finished)
+    assert pipeline.run()
+    assert before == {path: path.stat().st_mtime_ns for path in (finished / "artefacts").rglob("*") if path.is_file()}
+    assert all(size["points_to_make"] == size["images_to_train"] == 0 for size in pipeline.plan()["sizes"])
+
+
+def test_a_wider_grid_reuses_what_stands(finished: Path, tmp_path: Path) -> None:
+    sweep = {**plain_study()["sweep"], "guidance": [1, 2, 4]}
+    plan = Pipeline(tiny_study(sweep=sweep, family={"widths": [8, 16, 24]}), finished).plan()
+    by_width = {size["width"]: size for size in plan["sizes"]}
+    assert by_width[8]["points_to_make"] == 2
+    assert by_width[8]["images_to_train"] == 0
+    assert by_width[24]["images_to_train"] == 256
+
+
+def test_more_images_go_on_from_the_last_state(finished: Path) -> None:
+    longer = {**plain_study()["train"], "num_images": 320, "marks": [128, 256]}
+    pipeline = Pipeline(tiny_study(train=longer), finished)
+    assert [size["images_to_train"] for size in pipeline.plan()["sizes"]] == [64, 64]
+
+
+def test_a_mark_behind_the_state_is_refused(finished: Path) -> None:
+    pipeline = Pipeline(tiny_study(train={**plain_study()["train"], "marks": [64, 128]}), finished)
+    with pytest.raises(RequestError, match=r"train\.marks: 64 images were passed"):
+        pipeline.train(pipeline.runs[0])
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "key"),
+    [
+        ("train", {"lr": 2e-3}, "train.lr"),
+        ("codec", {"num_channels": 8}, "codec.num_channels"),
+        ("protocol", {"num_pictures": 48}, "protocol.num_pictures"),
+        ("data", {"resolution": 64}, "data.resolution"),
+    ],
+)
+def test_a_conflicting_study_is_refused_and_writes_nothing(finished: Path, part: str, change: dict, key: str) -> None:
+    before = (finished / "study.yaml").read_bytes()
+    with pytest.raises(RequestError, match=key):
+        Pipeline(tiny_study(**{part: {**plain_study()[part], **change}}), finished)
+    assert (finished / "study.yaml").read_bytes() == before
+
+
+def test_a_deadline_keeps_what_is_done(tmp_path: Path) -> None:
+    pipeline = Pipeline(tiny_study(family={"widths": [8]}), tmp_path / "out")
+    assert not pipeline.run(deadline=time.monotonic())
+    assert any((tmp_path / "out" / "artefacts" / "run").glob("*/state-*"))
+    assert Pipeline(tiny_study(family={"widths": [8]}), tmp_path / "out").run()
+
+
+# --- kill -9 ----------------------------------------------------------------------------------------------------------
+
+
+def start(study: Path, out: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "isocost", "run", str(study), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+
+
+def kill_when(process: subprocess.Popen[bytes], ready: object) -> None:
+    deadline = time.monotonic() + 120
+    while not ready():  # type: ignore[operator]
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_a_killed_run_ends_with_the_same_table(finished: Path, tmp_path: Path) -> None:
+    study, out = tmp_path / "study.yaml", tmp_path / "out"
+    study.write_text(yaml.safe_dump(plain_study()))
+    artefacts = out / "artefacts"
+    kill_when(start(study, out), lambda: any(artefacts.glob("run/*/state-*64")))
+    assert not any(artefacts.glob("checkpoint/*/isocost.json"))
+    kill_when(start(study, out), lambda: any(artefacts.glob("point/*/isocost.json")))
+    assert len(list(artefacts.glob("point/*"))) < 5
+    (artefacts / ".partial").mkdir(exist_ok=True)
+    last = start(study, out)
+    answer = json.loads(last.communicate(timeout=300)[0].splitlines()[-1])
+    assert answer["finished"]
+    assert last.returncode == 0
+    pd.testing.assert_frame_equal(table_of(out), table_of(finished))
+    assert not any(Store(out).root.glob(".partial/*"))

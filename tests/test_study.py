@@ -1,0 +1,106 @@
+"""Specs: digests that hold still, YAML in and out, mistakes in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import plain_study, tiny_study
+
+from isocost.errors import RequestError
+from isocost.study import ProtocolSpec, SamplerSpec, StudySpec, TrainSpec, digest, dump_study, load_study, parse_spec
+
+
+def test_yaml_out_and_in_is_the_same_study(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(dump_study(tiny_study()))
+    assert load_study(file) == tiny_study()
+
+
+def test_a_default_written_out_names_nothing_anew() -> None:
+    assert digest(SamplerSpec()) == digest(SamplerSpec(name="ddim", spacing="trailing", eta=0.0))
+    assert digest(SamplerSpec()) != digest(SamplerSpec(spacing="leading"))
+
+
+def test_a_digest_is_the_sha256_of_canonical_json() -> None:
+    assert digest({"stage": "point"}, SamplerSpec(name="ddpm")) == "4c5068367771f898"
+
+
+def test_how_long_and_how_often_is_no_part_of_the_recipe() -> None:
+    short, long = TrainSpec(num_images=10), TrainSpec(num_images=20, marks=(5,), state_every_images=7, tracker="tensorboard")
+    assert short.recipe() == long.recipe()
+    assert short.recipe() != TrainSpec(num_images=10, lr=2e-4).recipe()
+
+
+def test_marks_are_met_at_whole_batches() -> None:
+    assert TrainSpec(num_images=100, batch_size=32).whole_batches(50) == 64
+    assert TrainSpec(num_images=100, marks=(50, 20)).all_marks == (20, 50, 100)
+
+
+def test_growing_a_study_is_no_conflict() -> None:
+    grown = plain_study(family={"widths": [8, 16, 24]})
+    grown["sweep"] = {**grown["sweep"], "num_steps": [1, 2, 4], "guidance": [1, 2, 3], "samplers": [{"name": "ddpm"}]}
+    grown["train"] = {**grown["train"], "num_images": 512}
+    assert parse_spec(StudySpec, grown, "grown").fixed_part() == tiny_study().fixed_part()
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    plain = yaml.safe_load(yaml.safe_dump(plain_study()))
+    *parents, last = path.split(".")
+    node = plain
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    return plain
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("sweep.guidence", [1], "sweep.guidence: unknown key; allowed here: samplers, num_steps, guidance"),
+        ("trian", {}, "trian: unknown key; allowed here: name, data, codec"),
+        ("data.train.pth", "x", "data.train.pth: unknown key; allowed here: kind, num_pictures, first, seed"),
+        ("codec.patches", 4, "codec.patches: unknown key; allowed here: kind, patch, num_channels"),
+        ("codec.kind", "vq", "codec"),
+        ("sweep.guidance", [-1], "sweep.guidance.0 = -1"),
+        ("sweep.num_steps", [0], "sweep.num_steps.0 = 0"),
+        ("sweep.num_steps", [], "sweep.num_steps"),
+        ("sweep.samplers", [{"name": "euler"}], "'ddim', 'ddpm' or 'dpmsolver++2m'"),
+        ("family.widths", [8, 8], "widths must be given, each once"),
+        ("train.marks", [999], "marks must lie between 1 and num_images=256"),
+        ("train.num_images", "many", "train.num_images = 'many'"),
+        ("protocol.num_pictures", 1, "protocol.num_pictures = 1"),
+    ],
+)
+def test_a_mistake_is_one_line_with_file_key_value_and_remedy(path: str, value: Any, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(changed(path, value)))
+    with pytest.raises(RequestError) as caught:
+        load_study(file)
+    assert "\n" not in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_overrides_reach_into_the_study(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(plain_study()))
+    assert load_study(file, {"train.lr": 5e-4, "sweep.num_steps": [3]}).sweep.num_steps == (3,)
+    with pytest.raises(RequestError, match="'lr' is not a mapping"):
+        load_study(file, {"train.lr.x": 1})
+
+
+def test_a_file_that_is_no_study(tmp_path: Path) -> None:
+    for text in ("a: [", "- 1", ""):
+        (tmp_path / "study.yaml").write_text(text)
+        with pytest.raises(RequestError, match=r"study\.yaml"):
+            load_study(tmp_path / "study.yaml")
+    with pytest.raises(RequestError, match="no such study file"):
+        load_study(tmp_path / "absent.yaml")
+
+
+def test_a_frozen_spec_stays_as_it_is() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        ProtocolSpec().num_pictures = 3  # type: ignore[misc]
