@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from conftest import plain_study, tiny_study
 
+from conftest import plain_study, tiny_study
 from isocost.errors import RequestError
 from isocost.pipeline import Pipeline
 from isocost.report.gather import report

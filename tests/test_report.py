@@ -15,7 +15,7 @@ from PIL import Image
 
 from isocost.analysis.frontier import COSTS
 from isocost.errors import RequestError
-from isocost.report import figures
+from isocost.report import charts, figures, marks
 from isocost.report.page import markdown_summary, metrics_in, write_report
 from planted import BEST_GUIDANCE, planted_table
 
@@ -37,7 +37,7 @@ def plain_pictures(table: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def test_cost_curves_show_the_planted_crossing_and_order() -> None:
-    curves = figures.cost_curves(planted_table(), KERNEL, "paper_cost")
+    curves = marks.cost_curves(planted_table(), KERNEL, "paper_cost")
     assert [series.label for series in curves.series] == ["0.2M", "0.8M", "3.2M", "7.1M", "12.6M"]
     small, large = curves.series[0], curves.series[-1]
     assert np.interp(small.x[-1], small.x, small.y) < np.interp(small.x[-1], large.x, large.y), (
@@ -54,7 +54,7 @@ def test_cost_curves_show_the_planted_crossing_and_order() -> None:
 
 def test_the_frontier_lies_under_every_mark() -> None:
     table = planted_table(noise=0.01)
-    frontier = figures.cost_curves(table, KERNEL, "gflop").frontier
+    frontier = marks.cost_curves(table, KERNEL, "gflop").frontier
     assert frontier is not None
     finished = table[table["is_final"]]
     for cost, value in zip(finished["gflop"], finished[KERNEL], strict=True):
@@ -63,51 +63,51 @@ def test_the_frontier_lies_under_every_mark() -> None:
 
 def test_a_sampler_can_be_singled_out() -> None:
     table = planted_table()
-    both, ddim = (figures.cost_curves(table, KERNEL, "nfe", sampler=sampler) for sampler in (None, "ddim/trailing"))
+    both, ddim = (marks.cost_curves(table, KERNEL, "nfe", sampler=sampler) for sampler in (None, "ddim/trailing"))
     assert all("ddim/trailing" in note for series in ddim.series for note in series.notes)
     assert (ddim.series[0].y > both.series[0].y).all(), "first order is planted worse"
     with pytest.raises(RequestError, match="no point of sampler 'euler'"):
-        figures.cost_curves(table, KERNEL, "nfe", sampler="euler")
+        marks.cost_curves(table, KERNEL, "nfe", sampler="euler")
 
 
 def test_compute_curves_take_one_setting_and_end_at_the_final_point() -> None:
     table = planted_table()
-    curves = figures.compute_curves(table, KERNEL, floor=0.01)
+    curves = marks.compute_curves(table, KERNEL, floor=0.01)
     assert curves.setting == "ddim/trailing, 16 steps, guidance 2"
     for series in curves.series:
         rows = table[table["size"] == series.label]
         assert series.x.tolist() == sorted(rows["training_gflop"].unique())
         assert (np.diff(series.y) < 0).all()
     with pytest.raises(RequestError, match=r"train\.marks"):
-        figures.compute_curves(table[table["is_final"]], KERNEL)
+        marks.compute_curves(table[table["is_final"]], KERNEL)
 
 
 @pytest.mark.parametrize(("metric", "pick"), [(KERNEL, np.nanargmin), ("alignment", np.nanargmax)])
 def test_heat_panels_mark_the_planted_optimum(metric: str, pick: object) -> None:
     table = planted_table(noise=0.01)
     table["alignment"] = 1 - table[KERNEL]
-    panels = figures.guidance_panels(table, metric)
+    panels = marks.guidance_panels(table, metric)
     assert [(panel.sampler, panel.size) for panel in panels][:6][-1] == ("dpmsolver++2m/trailing", "0.2M")
     for panel in panels:
         assert [int(pick(row)) for row in panel.values] == list(panel.best)  # type: ignore[operator]
         assert np.ravel_multi_index(panel.optimum, panel.values.shape) == pick(panel.values)  # type: ignore[operator]
-    noiseless = figures.guidance_panels(planted_table(), KERNEL)
+    noiseless = marks.guidance_panels(planted_table(), KERNEL)
     assert all(panel.guidance[column] == BEST_GUIDANCE for panel in noiseless for column in panel.best)
 
 
 def test_heat_panels_bear_holes_in_the_grid() -> None:
     table = planted_table()
     hole = table["is_final"] & (table["num_steps"] == 8) & (table["guidance"] == 3.0)
-    panel = figures.guidance_panels(table[~hole], KERNEL)[0]
+    panel = marks.guidance_panels(table[~hole], KERNEL)[0]
     assert np.argwhere(np.isnan(panel.values)).tolist() == [[2, 3]]
     assert figures.guidance_heatmap(table[~hole], KERNEL).axes
-    assert figures.plotly_heat(panel).data[0].text[2][3] == ""
+    assert charts.plotly_heat(panel).data[0].text[2][3] == ""
 
 
 def test_contact_cells_show_the_best_point_of_each_cell() -> None:
     table = planted_table()
     pictures = plain_pictures(table)
-    sheet = figures.contact_cells(table, KERNEL, pictures, CAPTIONS)
+    sheet = marks.contact_cells(table, KERNEL, pictures, CAPTIONS)
     finished = table[table["is_final"]]
     best = finished.loc[finished.groupby(["size", "num_steps"])[KERNEL].idxmin()].set_index(["size", "num_steps"])["point"]
     assert (sheet.rows[0], sheet.rows[-1], sheet.columns) == ("0.2M", "12.6M", ("2", "4", "8", "16", "32"))
@@ -120,7 +120,7 @@ def test_contact_cells_show_the_best_point_of_each_cell() -> None:
 
 def test_contact_cells_by_budget_leave_out_what_does_not_fit() -> None:
     table = planted_table()
-    sheet = figures.contact_cells(table, KERNEL, plain_pictures(table), CAPTIONS, "paper_cost", [0.1, 6])
+    sheet = marks.contact_cells(table, KERNEL, plain_pictures(table), CAPTIONS, "paper_cost", [0.1, 6])
     assert sheet.columns == ("0.1", "6")
     assert [cells[0] is not None for cells in sheet.cells] == [True, False, False, False, False]
     assert sheet.cells[0][1] is not None
@@ -129,7 +129,7 @@ def test_contact_cells_by_budget_leave_out_what_does_not_fit() -> None:
 
 def test_pictures_stand_where_the_sheet_says() -> None:
     table = planted_table()
-    sheet = figures.contact_cells(table, KERNEL, plain_pictures(table), CAPTIONS)
+    sheet = marks.contact_cells(table, KERNEL, plain_pictures(table), CAPTIONS)
     axes = figures.contact_sheet(table, KERNEL, plain_pictures(table), CAPTIONS).axes[1]
     mosaic = np.asarray(axes.images[0].get_array())
     for row, top in enumerate(axes.get_yticks()):
@@ -142,9 +142,9 @@ def test_pictures_stand_where_the_sheet_says() -> None:
 def test_pictures_must_match_the_captions() -> None:
     table = planted_table()
     with pytest.raises(RequestError, match="2 captions"):
-        figures.contact_cells(table, KERNEL, plain_pictures(table), CAPTIONS[:2])
+        marks.contact_cells(table, KERNEL, plain_pictures(table), CAPTIONS[:2])
     with pytest.raises(RequestError, match="no pictures were kept"):
-        figures.contact_cells(table, KERNEL, {}, CAPTIONS)
+        marks.contact_cells(table, KERNEL, {}, CAPTIONS)
 
 
 @pytest.mark.parametrize(("low", "high", "labels"), [
@@ -153,7 +153,7 @@ def test_pictures_must_match_the_captions() -> None:
     (1e4, 1e7, ["10⁴", "10⁵", "10⁶", "10⁷"]),
 ])  # fmt: skip
 def test_ticks_of_logarithmic_axes(low: float, high: float, labels: list[str]) -> None:
-    places, names = figures.log_ticks(low, high)
+    places, names = marks.log_ticks(low, high)
     assert names == labels
     assert (places[0], places[-1]) == pytest.approx((low, high))
 
@@ -162,10 +162,10 @@ def test_ticks_of_logarithmic_axes(low: float, high: float, labels: list[str]) -
 
 
 def test_both_ways_of_drawing_put_the_marks_where_the_data_is() -> None:
-    curves = figures.cost_curves(planted_table(), KERNEL, "paper_cost", floor=0.013)
+    curves = marks.cost_curves(planted_table(), KERNEL, "paper_cost", floor=0.013)
     (axes,) = figures.draw_curves(curves).axes
     lines = {line.get_label(): line for line in axes.get_lines()}
-    traces = {trace.name: trace for trace in figures.plotly_curves(curves).data}
+    traces = {trace.name: trace for trace in charts.plotly_curves(curves).data}
     for series in curves.series:
         np.testing.assert_array_equal(lines[series.label].get_xydata(), np.column_stack([series.x, series.y]))
         assert list(traces[series.label].x) == series.x.tolist()
@@ -178,7 +178,7 @@ def test_both_ways_of_drawing_put_the_marks_where_the_data_is() -> None:
 
 
 def test_colours_run_from_dark_to_light() -> None:
-    brightness = [np.dot([int(c[i : i + 2], 16) for i in (1, 3, 5)], (0.299, 0.587, 0.114)) for c in figures.size_colors(11)]
+    brightness = [np.dot([int(c[i : i + 2], 16) for i in (1, 3, 5)], (0.299, 0.587, 0.114)) for c in marks.size_colors(11)]
     assert (np.diff(brightness) > 5).all()
 
 
@@ -186,10 +186,10 @@ def test_wide_ranges_get_a_logarithmic_axis_unless_something_is_not_positive() -
     table = planted_table()
     values = table[KERNEL].to_numpy(copy=True)
     wide = table.assign(**{KERNEL: values**3, f"{KERNEL}_low": values**3 * 0.9, f"{KERNEL}_high": values**3 * 1.1})
-    assert figures.cost_curves(wide, KERNEL, "nfe").log_y
-    assert not figures.cost_curves(wide, KERNEL, "nfe", floor=-1e-5).log_y
-    assert not figures.cost_curves(wide.assign(**{f"{KERNEL}_low": -1e-6}), KERNEL, "nfe").log_y
-    assert figures.draw_curves(figures.cost_curves(wide, KERNEL, "nfe")).axes[0].get_yscale() == "log"
+    assert marks.cost_curves(wide, KERNEL, "nfe").log_y
+    assert not marks.cost_curves(wide, KERNEL, "nfe", floor=-1e-5).log_y
+    assert not marks.cost_curves(wide.assign(**{f"{KERNEL}_low": -1e-6}), KERNEL, "nfe").log_y
+    assert figures.draw_curves(marks.cost_curves(wide, KERNEL, "nfe")).axes[0].get_yscale() == "log"
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

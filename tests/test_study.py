@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import plain_study, tiny_study
 
+from conftest import plain_study, tiny_study
 from isocost.errors import RequestError
 from isocost.study import ProtocolSpec, SamplerSpec, StudySpec, TrainSpec, digest, dump_study, load_study, parse_spec
 

@@ -259,12 +259,16 @@ def format_number(value: float) -> str:
 
 
 def format_score(value: float, low: float | None, high: float | None) -> str:
-    """A value with its 95 % interval: "0.123 [0.120, 0.126]", with the digits that value and interval need."""
+    """A value with its 95 % interval, "0.123 [0.120, 0.126]".
+
+    Three digits of the value, but at least one and at most two of the interval's half width.
+    """
     bounds = [bound for bound in (low, high) if bound is not None and math.isfinite(bound)]
     digits = 2 - _magnitude(value)
     if len(bounds) < 2:
         return f"{value:.{_clamp(digits)}f}"
-    digits = _clamp(max(digits, -_magnitude((bounds[1] - bounds[0]) / 2 * (1 + ROUNDING))))
+    half_width = _magnitude((bounds[1] - bounds[0]) / 2 * (1 + ROUNDING))
+    digits = _clamp(max(min(digits, 1 - half_width), -half_width))
     return f"{value:.{digits}f} [{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
 
 

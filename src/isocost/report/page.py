@@ -44,7 +44,7 @@ from isocost.analysis.frontier import (
 from isocost.analysis.recommend import answer
 from isocost.errors import RequestError
 from isocost.metrics.names import METRICS
-from isocost.report import figures
+from isocost.report import charts, figures, marks
 from isocost.store import write_atomically
 
 STUDY_YAML = "study_yaml"
@@ -119,7 +119,7 @@ def write_report(
     } | {
         f"quality_against_{cost}": lambda cost=cost: figures.quality_against_cost(table, metric, cost, floor) for cost in COSTS
     }
-    sheet = _or_missing(figures.contact_cells, table, metric, samples, captions)
+    sheet = _or_missing(marks.contact_cells, table, metric, samples, captions)
     page = (
         _environment()
         .get_template("page.html")
@@ -200,7 +200,7 @@ def _cost_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float]) -
     costs = [cost for cost in COSTS if table.loc[table["is_final"].astype(bool), cost].notna().any()]
     views: list[str | None] = [None, *samplers] if len(samplers) > 1 else [None]
     curves = {
-        f"{a}|{b}|{c}": figures.cost_curves(table, name, cost, floors.get(name), sampler)
+        f"{a}|{b}|{c}": marks.cost_curves(table, name, cost, floors.get(name), sampler)
         for a, cost in enumerate(costs)
         for b, sampler in enumerate(views)
         for c, name in enumerate(metrics)
@@ -215,7 +215,7 @@ def _cost_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float]) -
 
 def _compute_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float]) -> Chart:
     metrics = _lead_first(table, metric)
-    curves = {str(c): figures.compute_curves(table, name, floors.get(name)) for c, name in enumerate(metrics)}
+    curves = {str(c): marks.compute_curves(table, name, floors.get(name)) for c, name in enumerate(metrics)}
     return _chart("compute", (Control("Quality", tuple(metric_words(name) for name in metrics)),), curves)
 
 
@@ -223,7 +223,7 @@ def _guidance_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float
     metrics = _lead_first(table, metric)
     samplers = sorted(finals(table, metric)["sampler"].unique())
     drawings = {
-        f"{b}|{c}": [figures.plotly_heat(panel) for panel in figures.guidance_panels(table, name) if panel.sampler == sampler]
+        f"{b}|{c}": [charts.plotly_heat(panel) for panel in marks.guidance_panels(table, name) if panel.sampler == sampler]
         for b, sampler in enumerate(samplers)
         for c, name in enumerate(metrics)
     }
@@ -234,8 +234,8 @@ def _guidance_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float
 CHARTS = {"cost": _cost_chart, "compute": _compute_chart, "guidance": _guidance_chart}
 
 
-def _chart(name: str, controls: tuple[Control, ...], curves: Mapping[str, figures.Curves]) -> Chart:
-    drawings = {key: [figures.plotly_curves(one)] for key, one in curves.items()}
+def _chart(name: str, controls: tuple[Control, ...], curves: Mapping[str, marks.Curves]) -> Chart:
+    drawings = {key: [charts.plotly_curves(one)] for key, one in curves.items()}
     return Chart(name, controls, drawings, {key: f"{one.y_label}. Sampled with {one.setting}." for key, one in curves.items()})
 
 

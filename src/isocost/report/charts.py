@@ -1,0 +1,148 @@
+"""The figures of the page: plotly draws what `marks.py` gathers, and hovering tells the configuration."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from matplotlib.colors import to_hex
+
+from isocost.analysis.frontier import format_number
+from isocost.report.marks import (
+    FLOOR_LABEL,
+    HAIRLINE,
+    INK,
+    MUTED,
+    OPTIMUM,
+    Curves,
+    HeatPanel,
+    Series,
+    all_series,
+    log_ticks,
+    panel_colors,
+    x_ticks,
+    y_range,
+)
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+
+def plotly_curves(curves: Curves) -> go.Figure:
+    """`draw_curves` for the page: hovering tells the configuration, a click on the legend hides a size."""
+    figure = go.Figure()
+    for series in curves.series:
+        known = ~(np.isnan(series.low) | np.isnan(series.high))
+        band_x, low, high = series.x[known], series.low[known], series.high[known]
+        figure.add_scatter(
+            x=[*band_x, *band_x[::-1]],
+            y=[*high, *low[::-1]],
+            fill="toself",
+            fillcolor=_with_alpha(series.color, 0.16),
+            line={"width": 0},
+            mode="lines",
+            hoverinfo="skip",
+            legendgroup=series.label,
+            showlegend=False,
+            name=f"{html.escape(series.label)} 95 % interval",
+        )
+    for series in curves.series:
+        marker = {"symbol": series.mark[1], "size": 10, "line": {"color": "white", "width": 0.5}}
+        figure.add_scatter(**_plotly_line(series), marker=marker, line={"color": series.color, "width": 2})
+    if curves.frontier is not None:
+        line = {"color": INK, "width": 1.2, "shape": "hv"}
+        marker = {"symbol": "circle-open", "size": 15, "color": INK, "line": {"width": 1.2}}
+        figure.add_scatter(**_plotly_line(curves.frontier), marker=marker, line=line)
+    xs, ys = [series.x for series in all_series(curves)], y_range(curves)
+    if curves.floor is not None:
+        ends = [float(min(x.min() for x in xs)), float(max(x.max() for x in xs))]
+        figure.add_scatter(
+            x=ends,
+            y=[curves.floor] * 2,
+            mode="lines",
+            line={"color": MUTED, "width": 1.5, "dash": "dash"},
+            name=FLOOR_LABEL,
+            hovertemplate=f"{FLOOR_LABEL}: {format_number(curves.floor)}<extra></extra>",
+        )
+    x_axis = _plotly_axis(curves.x_label) | _plotly_log(*x_ticks(curves))
+    y_axis = _plotly_axis(curves.y_label.split(",")[0].split(" (")[0]) | (_plotly_log(*log_ticks(*ys)) if curves.log_y else {})
+    legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemwidth": 30}
+    figure.update_layout(**_plotly_look(), xaxis=x_axis, yaxis=y_axis, legend=legend, hovermode="closest", height=520)
+    figure.update_layout(margin={"l": 62, "r": 12, "t": 10, "b": 56})
+    return figure
+
+
+def plotly_heat(panel: HeatPanel) -> go.Figure:
+    """One panel of `guidance_heatmap` for the page."""
+    colors, scale = panel_colors(panel)
+    texts = [
+        [
+            "" if np.isnan(value) else ("★ " if (row, column) == panel.optimum else "") + format_number(value)
+            for column, value in enumerate(values)
+        ]
+        for row, values in enumerate(panel.values)
+    ]
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=panel.values,
+        zmin=scale.vmin,
+        zmax=scale.vmax,
+        colorscale=[[place, to_hex(colors(place))] for place in np.linspace(0, 1, 11).tolist()],
+        showscale=False,
+        text=texts,
+        texttemplate="%{text}",
+        textfont={"size": 10},
+        customdata=[[[steps, guidance] for guidance in panel.guidance] for steps in panel.num_steps],
+        hovertemplate="%{customdata[0]} steps, guidance %{customdata[1]}: %{z:.4g}<extra></extra>",
+        xgap=1,
+        ygap=1,
+    )
+    for row, column in enumerate(panel.best):
+        edges = {"x0": column - 0.48, "x1": column + 0.48, "y0": row - 0.46, "y1": row + 0.46}
+        figure.add_shape(type="rect", line={"color": OPTIMUM, "width": 2.5}, **edges)
+    guidance, steps = [f"{value:g}" for value in panel.guidance], [str(value) for value in panel.num_steps]
+    x_axis = _plotly_axis("guidance") | _plotly_places(guidance)
+    y_axis = _plotly_axis("steps") | _plotly_places(steps) | {"autorange": "reversed"}
+    figure.update_layout(**_plotly_look(), xaxis=x_axis, yaxis=y_axis, height=110 + 30 * len(steps))
+    figure.update_layout(margin={"l": 48, "r": 6, "t": 34, "b": 44})
+    figure.update_layout(title={"text": html.escape(panel.size), "font": {"size": 14}, "x": 0, "xref": "paper", "y": 0.96})
+    return figure
+
+
+def _plotly_line(series: Series) -> dict[str, Any]:
+    notes = [html.escape(note).replace("\n", "<br>") for note in series.notes]
+    name = html.escape(series.label)
+    plain = {"x": series.x.tolist(), "y": series.y.tolist(), "text": notes, "name": name, "legendgroup": series.label}
+    return plain | {"mode": "lines+markers", "hovertemplate": "%{text}<extra></extra>"}
+
+
+def _plotly_look() -> dict[str, Any]:
+    font = {"family": FONT, "size": 13, "color": INK}
+    hover = {"bgcolor": "white", "bordercolor": HAIRLINE, "font": font}
+    return {"template": "none", "font": font, "paper_bgcolor": "white", "plot_bgcolor": "white", "hoverlabel": hover}
+
+
+def _plotly_axis(title: str) -> dict[str, Any]:
+    return {
+        "title": {"text": html.escape(title), "font": {"size": 13, "color": INK}},
+        "tickfont": {"size": 12, "color": MUTED},
+        "gridcolor": HAIRLINE,
+        "zeroline": False,
+        "fixedrange": True,
+        "automargin": True,
+        "ticks": "",
+    }
+
+
+def _plotly_log(ticks: list[float], labels: list[str]) -> dict[str, Any]:
+    return {"type": "log", "tickmode": "array", "tickvals": ticks, "ticktext": labels}
+
+
+def _plotly_places(labels: list[str]) -> dict[str, Any]:
+    return {"tickmode": "array", "tickvals": list(range(len(labels))), "ticktext": labels, "showgrid": False}
+
+
+def _with_alpha(color: str, alpha: float) -> str:
+    red, green, blue = (int(color[at : at + 2], 16) for at in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha})"
