@@ -12,8 +12,7 @@ Shapes: R resolution, N objects in a group, W side of an object's window in pixe
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
@@ -21,10 +20,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from isocost.data.shapes import DISTANCES, RIM, TEXTURE_COVERS, Floats, cover
 from isocost.errors import RequestError
 
 T = TypeVar("T")
-Floats = NDArray[np.floating]
 RGB = tuple[int, int, int]
 
 VERSION = 1  # raised when a change gives other pictures, captions or labels for the same (seed, index)
@@ -319,115 +318,17 @@ def _draw(canvas: Floats, group: Group) -> None:
 
     radius = group.diameter / 2
     distance = DISTANCES[group.shape](x / radius, y / radius) * radius  # [N, W, W]
-    cover = _cover(distance, pixel)[..., None]
+    inside_share = cover(distance, pixel)[..., None]
     ink, shade = (np.array(rgb, dtype=np.float32) for rgb in COLOURS[group.colour])
     if group.texture == "plain":
         paint = np.broadcast_to(ink, (*distance.shape, 3))
     else:
-        shaded = TEXTURE_COVERS[group.texture](x, y, pixel) * _cover(distance + RIM, pixel)
+        shaded = TEXTURE_COVERS[group.texture](x, y, pixel) * cover(distance + RIM, pixel)
         paint = ink + shaded[..., None] * (shade - ink)
-    for (left, top), alpha, colour in zip(corners.tolist(), cover, paint, strict=True):
+    for (left, top), alpha, colour in zip(corners.tolist(), inside_share, paint, strict=True):
         window = canvas[top : top + side, left : left + side]
         window += alpha * (colour - window)
 
-
-def _cover(distance: Floats, pixel: float) -> Floats:
-    """Share of a pixel inside an edge at a signed distance (negative inside) from its centre."""
-    return np.clip(0.5 - distance / pixel, 0, 1)
-
-
-# Signed distances within the box -1 .. 1, negative inside; exact at the edges, where anti-aliasing looks at them.
-
-
-def _circle(x: Floats, y: Floats) -> Floats:
-    return np.hypot(x, y) - 1
-
-
-def _square(x: Floats, y: Floats) -> Floats:
-    return np.maximum(abs(x), abs(y)) - 0.94
-
-
-def _triangle(x: Floats, y: Floats) -> Floats:
-    """Tip at (0, -1), base from (-1, 0.9) to (1, 0.9)."""
-    slant = (1.9 * abs(x) - y - 1) / math.hypot(1.9, 1)
-    return np.maximum(slant, y - 0.9)
-
-
-def _diamond(x: Floats, y: Floats) -> Floats:
-    return (abs(x) + abs(y) - 1) / math.sqrt(2)
-
-
-def _star(x: Floats, y: Floats) -> Floats:
-    """Five tips; by symmetry one line from a tip to the next notch, in the sector folded about that tip."""
-    tip, notch, y = 1.06, 0.52, y - 0.09
-    sector = math.tau / 5
-    angle = abs((np.arctan2(x, -y) + sector / 2) % sector - sector / 2)
-    length = np.hypot(x, y)
-    notch_x, notch_y = notch * math.cos(sector / 2), notch * math.sin(sector / 2)
-    normal_x, normal_y = notch_y, tip - notch_x
-    distance = (length * np.cos(angle) - tip) * normal_x + length * np.sin(angle) * normal_y
-    return distance / math.hypot(normal_x, normal_y)
-
-
-def _cross(x: Floats, y: Floats) -> Floats:
-    x, y = abs(x), abs(y)
-    return np.maximum(np.maximum(x, y) - 1, np.minimum(x, y) - 0.34)
-
-
-def _ring(x: Floats, y: Floats) -> Floats:
-    return abs(np.hypot(x, y) - 0.75) - 0.25
-
-
-def _heart(x: Floats, y: Floats) -> Floats:
-    """Inigo Quilez, "2D distance functions": two lobes over a right angle, here of width 2."""
-    scale = 1.65
-    x, y = abs(x) / scale, 0.57 - y / scale
-    lobe = np.hypot(x - 0.25, y - 0.75) - math.sqrt(2) / 4
-    corner = np.maximum(x + y, 0) / 2
-    nearest = np.minimum(np.hypot(x, y - 1), np.hypot(x - corner, y - corner))
-    return np.where(x + y > 1, lobe, nearest * np.sign(x - y)) * scale
-
-
-DISTANCES: dict[str, Callable[[Floats, Floats], Floats]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "diamond": _diamond,
-    "star": _star,
-    "cross": _cross,
-    "ring": _ring,
-    "heart": _heart,
-}
-
-# Textures: share of each pixel in the shade, about the object's centre; a rim in the object's own colour keeps its outline.
-
-RIM = 0.5
-
-
-def _striped(x: Floats, y: Floats, pixel: float) -> Floats:
-    return _cover(_from_lattice(y, 4.0) - 1.0, pixel) + 0 * x
-
-
-def _dotted(x: Floats, y: Floats, pixel: float) -> Floats:
-    return _cover(np.hypot(_from_lattice(x, 4.0), _from_lattice(y, 4.0)) - 1.15, pixel)
-
-
-def _checkered(x: Floats, y: Floats, pixel: float) -> Floats:
-    period = 6.0
-    odd_x, odd_y = (_cover(_from_lattice(v - period / 4, period) - period / 4, pixel) for v in (x, y))
-    return odd_x * (1 - odd_y) + odd_y * (1 - odd_x)
-
-
-def _from_lattice(v: Floats, period: float) -> Floats:
-    """Distance to the nearest multiple of `period`."""
-    return abs(v - period * np.rint(v / period))
-
-
-TEXTURE_COVERS: dict[str, Callable[[Floats, Floats, float], Floats]] = {
-    "striped": _striped,
-    "dotted": _dotted,
-    "checkered": _checkered,
-}
 
 # --- captions ---------------------------------------------------------------------------------------------------------
 
