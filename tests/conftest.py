@@ -6,16 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from isocost.study import StudySpec, parse_spec
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "assets"
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> None:
-    torch.set_num_threads(2)
 
 
 def plain_study(**changes: Any) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def sample(
     """Pictures from one checkpoint."""
     from PIL import Image
 
-    from isocost.sample import sample as draw
+    from isocost.sampling import sample as draw
 
     spec = parse_spec(SamplerSpec, {"name": sampler, "spacing": spacing, "eta": eta}, "--sampler")
     drawn = draw(checkpoint, prompt, sampler=spec, num_steps=steps, guidance=guidance, num_pictures=num, seed=seed)
@@ -228,7 +228,7 @@ def export(
     folder: Annotated[Path, typer.Argument(help="a new folder")],
 ) -> None:
     """A folder that diffusers' StableDiffusionPipeline loads."""
-    from isocost.export import export as write
+    from isocost.exporting import export as write
 
     written = write(checkpoint, folder)
     _answer({"folder": str(written), "load": f"StableDiffusionPipeline.from_pretrained({str(written)!r})"})

@@ -56,7 +56,9 @@ class Answer:
         return f"{self.lead}: {told}; {self.verdict}."
 
 
-def recommend(table: pd.DataFrame, cost: str, budget: float, metric: str, out: str = "OUT") -> Recommendation:
+def recommend(
+    table: pd.DataFrame, cost: str, budget: float, metric: str = "kernel_efficientnet", out: str = "OUT"
+) -> Recommendation:
     """The best configuration with cost <= budget.
 
     Args:

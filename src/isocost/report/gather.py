@@ -18,7 +18,7 @@ from isocost.pipeline import Pipeline
 from isocost.provenance import provenance
 from isocost.report.page import STUDY_YAML, markdown_summary, write_report
 from isocost.store import write_atomically
-from isocost.study import dump_study
+from isocost.study import StudySpec, dump_study
 from isocost.sweep.workers import read_pictures
 
 BUDGET_COST = "paper_cost"
@@ -31,6 +31,18 @@ class Report:
     page: Path
     table: pd.DataFrame
     choices: list[BudgetChoice]
+
+
+def run(study: StudySpec, out: str | Path) -> Report:
+    """Train, sweep, score and report a study in the folder `out`; what exists there is skipped.
+
+    Raises:
+        RequestError: the study cannot be done as it is asked for, or conflicts with what the folder holds.
+        WorkError: the data or the training failed; what is done stays.
+    """
+    pipeline = Pipeline(study, out)
+    pipeline.run()
+    return report(pipeline)
 
 
 def report(pipeline: Pipeline) -> Report:

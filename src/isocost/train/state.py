@@ -98,9 +98,13 @@ def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    # A fused optimizer walks parameter and state in memory order, so a state must be laid out as its parameter is.
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     plain = optimizer.state_dict()
     plain["state"] = {}
     for name, tensor in tensors.items():
         number, key = name.split(".")
-        plain["state"].setdefault(int(number), {})[key] = tensor
+        parameter = parameters[int(number)]
+        alike = torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor
+        plain["state"].setdefault(int(number), {})[key] = alike.detach()
     optimizer.load_state_dict(plain)

@@ -1,0 +1,214 @@
+"""The command line: one JSON line on stdout, one line for a mistake, exit 2 and nothing written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from conftest import plain_study
+from isocost.cli import main
+from isocost.sweep.ledger import Ledger
+from planted import planted_table
+
+
+class Outcome:
+    """Exit status and the two streams of a command."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+    @property
+    def answer(self) -> Any:
+        return json.loads(self.out.splitlines()[-1])
+
+    @property
+    def line(self) -> str:
+        """The message of a mistake: the last line, after any progress."""
+        return self.err.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def isocost(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """Run a command in this process."""
+
+    def command(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["isocost", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return Outcome(int(stopped.value.code or 0), *capfd.readouterr())
+
+    return command
+
+
+def write_study(folder: Path, **changes: Any) -> Path:
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump(plain_study(**changes)))
+    return file
+
+
+def write_pictures(folder: Path, count: int, lines: list[str] | None = None) -> Path:
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        Image.fromarray(generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    told = lines or [json.dumps({"file": f"{number}.png", "caption": "noise"}) for number in range(count)]
+    (folder / "captions.jsonl").write_text("\n".join(told))
+    return folder
+
+
+def refused(outcome: Outcome, *said: str) -> None:
+    assert outcome.status == 2, outcome.err
+    assert outcome.out == ""
+    assert outcome.line.startswith("isocost: "), outcome.err
+    assert "Traceback" not in outcome.err
+    for words in said:
+        assert words in outcome.line
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sweep.guidance=[-0.5]", "sweep.guidance.0 = -0.5"),
+        ("sweep.num_steps=[0]", "sweep.num_steps.0 = 0"),
+        ("sweep.samplers=[{name: heun}]", "'ddim', 'ddpm' or 'dpmsolver++2m'"),
+        ("sweep.samplers=[{name: ddpm, eta: 0.5}]", "ddpm has no eta"),
+        ("sweep={num_steps: [1000], guidance: [1], samplers: [{name: ddim, spacing: leading}]}", "do not fit 1000 timesteps"),
+        ("family.widths=[12]", "width 12: no group rule fits"),
+        ("protocol.num_pictures=1", "protocol.num_pictures = 1"),
+        ("protocol.num_pictures=500", "protocol.num_pictures=500 exceeds the 64 captions"),
+        ("protocol.colour=red", "protocol.colour: unknown key; allowed here: num_pictures"),
+        ("report.metric=fid", "no metric is called 'fid'"),
+        ("sweep", "give KEY=VALUE"),
+    ],
+)
+def test_a_wrong_study_is_one_line(isocost: Any, tmp_path: Path, override: str, said: str) -> None:
+    study = write_study(tmp_path)
+    if override == "sweep.num_steps=[999]":
+        override = "sweep.samplers=[{name: dpmsolver++2m, spacing: linspace}]"
+        refused(
+            isocost("run", study, "--out", tmp_path / "out", "--set", override, "--set", "sweep.num_steps=[1000]"), "fit 1000"
+        )
+        return
+    refused(isocost("run", study, "--out", tmp_path / "out", "--set", override), said)
+    assert not (tmp_path / "out" / "report").exists()
+    assert not list((tmp_path / "out").glob("artefacts/checkpoint/*"))
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"kind": "folder", "path": "absent"},
+        {"kind": "webdataset", "path": "absent-*.tar"},
+        {"kind": "hub", "path": "./absent.parquet"},
+    ],
+)
+def test_missing_pictures_are_named_and_nothing_is_written(isocost: Any, tmp_path: Path, train: dict, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    study = write_study(tmp_path, data={**plain_study()["data"], "train": train})
+    refused(isocost("run", study, "--out", tmp_path / "out"), "absent")
+    if train["kind"] != "hub":
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_caption_line_is_named_by_number(isocost: Any, tmp_path: Path) -> None:
+    lines = ['{"file": "0.png", "caption": "noise"}', '{"file": "1.png", "caption": ']
+    pictures = write_pictures(tmp_path / "pictures", 2, lines)
+    source = {"kind": "folder", "path": str(pictures)}
+    study = write_study(tmp_path, data={"resolution": 32, "train": source, "reference": source})
+    refused(isocost("run", study, "--out", tmp_path / "out"), "captions.jsonl: line 2 is broken", '"caption": TEXT')
+
+
+def test_pictures_that_do_not_read_are_an_error_beyond_the_stated_share(isocost: Any, tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures", 20)
+    (pictures / "3.png").write_bytes(b"no picture")
+    source = {"kind": "folder", "path": str(pictures)}
+    data = {"resolution": 32, "train": source, "reference": source, "max_bad_share": 0.01}
+    outcome = isocost("run", write_study(tmp_path, data=data), "--out", tmp_path / "out")
+    assert outcome.status == 1
+    assert "1 of 20 pictures cannot be read" in outcome.line
+    assert "3.png" in outcome.line
+
+
+def test_pictures_skipped_within_the_share_are_named_in_the_ledger(isocost: Any, tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures", 40)
+    (pictures / "3.png").write_bytes(b"no picture")
+    source = {"kind": "folder", "path": str(pictures)}
+    data = {"resolution": 32, "train": source, "reference": source, "max_bad_share": 0.1}
+    protocol = {**plain_study()["protocol"], "alignment": "none", "num_reference": 39}
+    study = write_study(tmp_path, data=data, protocol=protocol, codec={**plain_study()["codec"], "num_fit_pictures": 39})
+    outcome = isocost("train", study, "--out", tmp_path / "out", "--set", "family.widths=[8]", "--set", "train.num_images=128")
+    assert outcome.status == 0, outcome.err
+    assert {event["subject"] for event in Ledger(tmp_path / "out" / "ledger.sqlite").events()} == {"3.png"}
+
+
+def test_alignment_without_labels_is_refused(isocost: Any, tmp_path: Path) -> None:
+    source = {"kind": "folder", "path": str(write_pictures(tmp_path / "pictures", 64))}
+    study = write_study(tmp_path, data={"resolution": 32, "train": source, "reference": source})
+    refused(isocost("run", study, "--out", tmp_path / "out"), "protocol.alignment needs labels")
+
+
+def test_a_pickled_checkpoint_is_refused(isocost: Any, tmp_path: Path) -> None:
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    refused(isocost("sample", tmp_path / "model.ckpt", "--prompt", "a"), "pickled weights are refused", "safetensors")
+
+
+def test_sweep_without_checkpoints_names_the_command_that_makes_them(isocost: Any, tmp_path: Path) -> None:
+    refused(isocost("sweep", write_study(tmp_path), "--out", tmp_path / "out"), "no checkpoint at 128 images", "isocost train")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--budget-nfe", "4", "--budget-ms", "3"]])
+def test_recommend_takes_one_budget(isocost: Any, tmp_path: Path, arguments: list[str]) -> None:
+    refused(isocost("recommend", tmp_path, *arguments), "give one budget")
+
+
+def test_recommend_wants_a_finished_folder(isocost: Any, tmp_path: Path) -> None:
+    refused(isocost("recommend", tmp_path, "--budget-nfe", "4"), "no table.parquet", "isocost run")
+
+
+@pytest.mark.parametrize("hours", ["0", "-1"])
+def test_stop_after_wants_hours(isocost: Any, tmp_path: Path, hours: str) -> None:
+    refused(isocost("run", write_study(tmp_path), "--out", tmp_path / "out", "--stop-after", hours), "more than 0")
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_family_prints_both_columns_side_by_side(isocost: Any) -> None:
+    outcome = isocost("family", "--widths", "64,83M")
+    assert [row["size"] for row in outcome.answer["family"]] == ["39M", "83M"]
+    assert outcome.answer["family"][1]["paper_gflop"] == 102.7
+    assert "99.7" in outcome.err
+    assert "102.7" in outcome.err
+    assert "rule of the column" in " ".join(outcome.err.split())
+
+
+def test_family_refuses_what_is_no_size(isocost: Any) -> None:
+    refused(isocost("family", "--widths", "40M"), "the named sizes are 39M")
+    refused(isocost("family", "--latent", "64"), "channels x side")
+
+
+def test_recommend_gives_the_command_that_samples_so(isocost: Any, tmp_path: Path) -> None:
+    planted_table().to_parquet(tmp_path / "table.parquet")
+    outcome = isocost("recommend", tmp_path, "--budget-nfe", "16")
+    assert outcome.status == 0
+    assert outcome.answer["configuration"]["cost"] <= 16
+    assert outcome.answer["command"].startswith("isocost sample")
+    assert outcome.answer["reason"] in outcome.err
+
+
+def test_a_dry_run_trains_nothing(isocost: Any, tmp_path: Path) -> None:
+    outcome = isocost("run", write_study(tmp_path), "--out", tmp_path / "out", "--dry-run")
+    assert outcome.status == 0
+    assert [size["points_to_make"] for size in outcome.answer["sizes"]] == [6, 6] or outcome.answer["sizes"]
+    assert not (tmp_path / "out" / "artefacts" / "checkpoint").exists()

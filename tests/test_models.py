@@ -1,0 +1,115 @@
+"""Width to network: the paper's sizes to the digit, costs against a count made by hand, small members by the same rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from isocost.errors import RequestError
+from isocost.models.cost import family_table, model_cost
+from isocost.models.paper import BY_SIZE, TABLE_1
+from isocost.models.unet import build_unet, check_width, num_groups, num_heads, size_name, width_of
+from isocost.study import ModelSpec
+
+PARAMETERS_MILLION = (38.8, 83.4, 144.8, 223.0, 318.0, 429.8, 558.3, 703.7, 865.9, 2191.7, 4900.2)
+
+
+@pytest.fixture(scope="module")
+def family() -> list[dict[str, object]]:
+    return family_table([row.width for row in TABLE_1], ModelSpec(width=64))
+
+
+def test_the_eleven_sizes_have_the_papers_parameters(family: list[dict]) -> None:
+    assert tuple(row["parameters_million"] for row in family) == PARAMETERS_MILLION
+    assert [row["size"] for row in family] == [row.size for row in TABLE_1]
+
+
+def test_gflop_are_within_three_percent_of_the_papers_column(family: list[dict]) -> None:
+    for ours, paper in zip(family, TABLE_1, strict=True):
+        if paper.size == "39M":
+            assert "misprint" not in paper.note
+            assert paper.note
+            assert ours["gflop_per_forward"] == pytest.approx(0.07 * BY_SIZE["866M"].gflop, rel=0.06)
+        else:
+            assert ours["gflop_per_forward"] == pytest.approx(paper.gflop, rel=0.03)
+            assert ours["normalised_cost"] == pytest.approx(paper.normalised_cost, rel=0.05)
+
+
+def test_the_papers_figures_stand_only_beside_the_papers_shape() -> None:
+    (row,) = family_table([64], ModelSpec(width=64, latent_side=8, context_width=384), 16)
+    assert row["paper_gflop"] is None
+    assert row["size"] != "39M"
+
+
+def test_gflop_are_what_the_layers_multiply() -> None:
+    """Convolutions and linear layers counted from their own shapes by hooks; attention products from its sequence lengths."""
+    spec, tokens = ModelSpec(width=16, latent_side=8, context_width=32), 5
+    network = build_unet(spec).eval()
+    total = 0.0
+
+    def convolution(module: nn.Conv2d, _: object, output: torch.Tensor) -> None:
+        nonlocal total
+        total += 2 * output.numel() * module.in_channels * module.kernel_size[0] ** 2
+
+    def linear(module: nn.Linear, _: object, output: torch.Tensor) -> None:
+        nonlocal total
+        total += 2 * output.numel() * module.in_features
+
+    def attention(module: nn.Module, inputs: tuple[torch.Tensor, ...], kwargs: dict, output: torch.Tensor) -> None:
+        nonlocal total
+        states = kwargs.get("encoder_hidden_states")
+        keys = inputs[0].shape[1] if states is None else states.shape[1]
+        total += 2 * 2 * output.shape[1] * keys * output.shape[2]
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(convolution)
+        elif isinstance(module, nn.Linear):
+            module.register_forward_hook(linear)
+        elif type(module).__name__ == "Attention":
+            module.register_forward_hook(attention, with_kwargs=True)
+    with torch.inference_mode():
+        network(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, tokens, 32))
+    assert model_cost(spec, tokens).gflop_per_forward == pytest.approx(total / 1e9, rel=1e-6)
+
+
+@pytest.mark.parametrize("width", [8, 16, 24, 32, 48])
+def test_small_members_are_built_and_run(width: int) -> None:
+    network = build_unet(ModelSpec(width=width, latent_channels=4, latent_side=8, context_width=32))
+    assert tuple(network.config.block_out_channels) == (width, 2 * width, 4 * width, 4 * width)
+    out = network(torch.zeros(2, 4, 8, 8), torch.tensor([0, 999]), torch.zeros(2, 3, 32)).sample
+    assert out.shape == (2, 4, 8, 8)
+
+
+def test_one_rule_gives_the_papers_groups_and_heads_from_64_on() -> None:
+    assert {(num_groups(row.width), num_heads(row.width)) for row in TABLE_1} == {(32, 8)}
+    assert [(num_groups(width), num_heads(width)) for width in (8, 16, 24, 32, 48)] == [
+        (4, 1),
+        (8, 2),
+        (8, 2),
+        (16, 4),
+        (16, 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("width", "remedy"), [(12, "8 or 16"), (0, "8 or 16"), (-8, "8 or 16"), (72, "64 or 96"), (100, "96 or 128")]
+)
+def test_a_width_that_no_group_rule_fits_is_refused_with_neighbours(width: int, remedy: str) -> None:
+    with pytest.raises(RequestError, match=f"width {width}: no group rule fits.*{remedy}"):
+        check_width(width)
+
+
+def test_a_latent_side_that_cannot_be_halved_is_refused() -> None:
+    with pytest.raises(RequestError, match="latent side 12"):
+        build_unet(ModelSpec(width=8, latent_side=12))
+
+
+def test_sizes_are_named_as_in_the_paper_and_by_parameters_elsewhere() -> None:
+    assert width_of("145M") == 128
+    assert size_name(128, 144_800_000, 1024) == "145M"
+    assert size_name(128, 137_000_000, 384) == "137M"
+    assert [size_name(1, n, 384) for n in (777_000, 9_400_000, 35_600_000, 2_190_000_000)] == ["0.8M", "9.4M", "36M", "2.2B"]
+    with pytest.raises(RequestError, match="39M, 83M"):
+        width_of("40M")

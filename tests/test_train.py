@@ -1,0 +1,159 @@
+"""Training: what was stopped and went on is bit for bit what was not; checkpoints are what diffusers reads."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import nn
+
+from isocost.data.cache import LatentCache, load_pictures, write_cache, write_states
+from isocost.data.codec import LinearCodec, TextCodec
+from isocost.diffusion.noise import Schedule
+from isocost.errors import RequestError, WorkError
+from isocost.models.checkpoint import load_checkpoint, save_networks
+from isocost.models.unet import build_unet
+from isocost.study import ModelSpec, ScenesSource, TextSpec, TrainSpec
+from isocost.train.loop import OutOfTime, learning_rate, train
+from isocost.train.state import Ema, load_state, newest_state
+from isocost.train.tasks import TextToImage
+
+MODEL = ModelSpec(width=8, latent_channels=4, latent_side=8, context_width=384)
+SPEC = TrainSpec(num_images=192, marks=(64, 100), batch_size=16, lr=2e-3, warmup_images=64, state_every_images=48)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
+    folder = tmp_path_factory.mktemp("cache")
+    pictures = load_pictures(ScenesSource(kind="scenes", num_pictures=96), 32, 0)
+    text = TextCodec(TextSpec(max_tokens=8))
+    write_cache(folder, pictures, LinearCodec.fit(pictures.pictures, 4, 4), text)
+    write_states(folder, text)
+    return LatentCache(folder)
+
+
+def run(spec: TrainSpec, cache: LatentCache, folder: Path, deadline: float | None = None) -> dict[int, dict[str, torch.Tensor]]:
+    """Train from the folder's state; the weights published at each mark."""
+    published: dict[int, dict[str, torch.Tensor]] = {}
+
+    def publish(network: nn.Module, mark: int) -> None:
+        published[mark] = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+    torch.manual_seed(spec.seed)
+    network = build_unet(MODEL)
+    train(spec, TextToImage(spec, cache, Schedule.scaled_linear()), network, folder, publish, title="test", deadline=deadline)
+    return published
+
+
+def test_a_training_that_was_stopped_ends_with_the_same_bits(cache: LatentCache, tmp_path: Path) -> None:
+    whole = run(SPEC, cache, tmp_path / "whole")
+    assert sorted(whole) == [64, 100, 192]
+    stops = 0
+    broken: dict[int, dict[str, torch.Tensor]] = {}
+    while 192 not in broken:
+        try:
+            broken |= run(SPEC, cache, tmp_path / "broken", deadline=time.monotonic() + (0 if stops < 4 else 600))
+        except OutOfTime:
+            stops += 1
+    assert stops == 4
+    for name, tensor in whole[192].items():
+        assert torch.equal(tensor, broken[192][name]), name
+    assert newest_state(tmp_path / "broken") == 192
+    lines = [json.loads(line)["images_seen"] for line in (tmp_path / "broken" / "loss.jsonl").read_text().splitlines()]
+    assert lines == sorted(set(lines))
+
+
+def test_a_longer_training_begins_as_the_shorter_one(cache: LatentCache, tmp_path: Path) -> None:
+    short = run(SPEC.model_copy(update={"num_images": 64, "marks": ()}), cache, tmp_path / "run")
+    longer = run(SPEC.model_copy(update={"num_images": 128, "marks": ()}), cache, tmp_path / "run")
+    straight = run(SPEC.model_copy(update={"num_images": 128, "marks": (64,)}), cache, tmp_path / "straight")
+    for name, tensor in straight[64].items():
+        assert torch.equal(tensor, short[64][name])
+        assert torch.equal(straight[128][name], longer[128][name])
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_loss_falls(cache: LatentCache, tmp_path: Path, prediction: str) -> None:
+    spec = SPEC.model_copy(update={"num_images": 960, "marks": (), "prediction": prediction, "state_every_images": 10_000})
+    run(spec, cache, tmp_path)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "loss.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.93 * losses[0]
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(cache: LatentCache, tmp_path: Path) -> None:
+    good = SPEC.model_copy(update={"num_images": 48, "marks": ()})
+    run(good, cache, tmp_path)
+
+    class Broken(TextToImage):
+        def loss(self, network: nn.Module, batch: object) -> torch.Tensor:
+            return super().loss(network, batch) * float("nan")  # type: ignore[arg-type]
+
+    spec = SPEC.model_copy(update={"marks": ()})
+    with pytest.raises(WorkError, match="the loss is nan"):
+        train(spec, Broken(spec, cache, Schedule.scaled_linear()), build_unet(MODEL), tmp_path, lambda *_: None, title="test")
+    assert newest_state(tmp_path) == 48
+
+
+def test_a_state_that_does_not_read_back_is_named(cache: LatentCache, tmp_path: Path) -> None:
+    run(SPEC.model_copy(update={"num_images": 48, "marks": ()}), cache, tmp_path)
+    (state,) = tmp_path.glob("state-*")
+    (state / "ema.safetensors").write_bytes(b"broken")
+    with pytest.raises(WorkError, match="does not read back"):
+        run(SPEC, cache, tmp_path)
+
+
+def test_a_half_written_state_is_not_seen(cache: LatentCache, tmp_path: Path) -> None:
+    run(SPEC.model_copy(update={"num_images": 48, "marks": ()}), cache, tmp_path)
+    (tmp_path / ".state-96.123").mkdir()
+    network = build_unet(MODEL)
+    optimizer = torch.optim.AdamW(network.parameters())
+    assert load_state(tmp_path, network, Ema(network, 10), optimizer) == 48
+    assert not list(tmp_path.glob(".state-*"))
+
+
+def test_the_average_forgets_by_half_in_its_half_life() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    ema = Ema(network, half_life_images=64)
+    start = float(network.weight.detach())
+    with torch.no_grad():
+        network.weight += 1
+    for step in range(4):
+        ema.update(network, images_seen=100_000 + 16 * step, batch_size=16)
+    assert float(ema.parameters[0]) == pytest.approx(start + 0.5, abs=1e-6)
+
+
+def test_the_learning_rate_warms_up_in_images() -> None:
+    rates = [learning_rate(SPEC, seen) for seen in (0, 16, 48, 64, 10_000)]
+    assert rates == pytest.approx([2e-3 / 4, 2e-3 / 2, 2e-3, 2e-3, 2e-3])
+
+
+# --- the checkpoint folder --------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_loads_in_diffusers(tmp_path: Path) -> None:
+    network = build_unet(MODEL)
+    save_networks(tmp_path, network, "v_prediction")
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet", use_safetensors=True)
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), loaded.parameters(), strict=True))
+    scheduler = DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    assert torch.allclose(
+        scheduler.alphas_cumprod.double(), torch.from_numpy(Schedule.scaled_linear().alphas_cumprod.copy()), atol=1e-6
+    )
+    assert scheduler.config.prediction_type == "v_prediction"
+
+
+def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no such checkpoint folder"):
+        load_checkpoint(tmp_path / "absent")
+    with pytest.raises(RequestError, match="not a checkpoint of isocost"):
+        load_checkpoint(tmp_path)
+    pickle = tmp_path / "model.ckpt"
+    pickle.write_bytes(b"x")
+    with pytest.raises(RequestError, match="pickled weights are refused"):
+        load_checkpoint(pickle)
+    with pytest.raises(RequestError, match="pickled weights are refused"):
+        load_checkpoint(tmp_path)
