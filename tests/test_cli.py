@@ -86,6 +86,8 @@ def refused(outcome: Outcome, *said: str) -> None:
         ("sweep={num_steps: [1000], guidance: [1], samplers: [{name: ddim, spacing: leading}]}", "do not fit 1000 timesteps"),
         ("family.widths=[12]", "width 12: no group rule fits"),
         ("protocol.num_pictures=1", "protocol.num_pictures = 1"),
+        ("protocol.num_pictures=31", "greater than or equal to 32"),
+        ("data.reference.num_pictures=20", "a distance takes at least 32"),
         ("protocol.num_pictures=500", "protocol.num_pictures=500 exceeds the 64 captions"),
         ("protocol.colour=red", "protocol.colour: unknown key; allowed here: num_pictures"),
         ("report.metric=fid", "no metric is called 'fid'"),

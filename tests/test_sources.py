@@ -193,11 +193,13 @@ def test_what_cannot_be_read_counts_towards_the_limit(layout: Layout, tmp_path: 
     assert [type(item) for item in items] == [Sample, Bad]
 
 
+BROKEN_CHUNK = bytes(4)
 BAD_ENTRIES = {
     "not a picture": (b"no picture at all", ["b"]),
     "empty file": (b"", ["b"]),
     "truncated jpeg": (encoded(noise(64, 64), "JPEG")[:1500], ["b"]),
     "truncated png": (encoded(noise(64, 64))[:1500], ["b"]),
+    "png with a broken second chunk": (BROKEN_CHUNK.join(encoded(noise(200, 200)).rsplit(b"IDAT", 1)), ["b"]),
     "no caption": (plain(20), None),
     "empty list of captions": (plain(20), []),
     "empty caption": (plain(20), [""]),
@@ -620,18 +622,32 @@ def test_sixteen_bit_grey_keeps_its_levels(tmp_path: Path) -> None:
     assert np.abs(picture[0, :, 0] - np.linspace(0, 255, R)).max() <= 1
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_a_picture_stands_as_its_camera_held_it(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "orientation"), [("PNG", 6), ("WEBP", 6), *(("JPEG", number) for number in range(1, 9))])
+def test_a_picture_stands_as_its_camera_held_it(kind: str, orientation: int, tmp_path: Path) -> None:
     """`datasets` and picture viewers turn a photograph by its EXIF orientation; its caption says what is seen then."""
-    image = Image.new("RGB", (R, R), WHITE)
-    image.paste((0, 0, 0), (0, 0, R // 2, R))
+    image = noise(3, 3).resize((24, 24), Image.Resampling.NEAREST)
     tags = Image.Exif()
-    tags[0x0112] = 6
+    tags[0x0112] = orientation
     data = encoded(image, kind, exif=tags.tobytes())
     oracle = datasets.Image().decode_example({"bytes": data, "path": None}).convert("RGB")
-    picture = picture_of(data, tmp_path)
-    assert np.array_equal(picture, np.asarray(oracle))
-    assert picture[:2].mean() < 30 < 225 < picture[-2:].mean()
+    assert np.array_equal(picture_of(data, tmp_path, 24), np.asarray(oracle))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_a_broken_exif_block_does_not_lose_the_picture(kind: str, tmp_path: Path) -> None:
+    tags = Image.Exif()
+    tags.update({0x0112: 6, 0x010F: "maker", 0x011A: 72.0, 0x8769: {0x9000: b"0230"}})
+    data = encoded(noise(R, R), kind, exif=tags.tobytes())
+    start = data.find(b"MM\x00*") if b"MM\x00*" in data else data.find(b"II*\x00")
+    rng = np.random.default_rng(0)
+    entries: list[Entry] = []
+    for _ in range(200):
+        broken = bytearray(data)
+        for place in rng.integers(start, start + len(tags.tobytes()) - 6, 3):
+            broken[place] = rng.integers(256)
+        entries.append((bytes(broken), ["a"]))
+    assert [type(item) for item in read(tar_shard(tmp_path, entries))] == [Sample] * 200
 
 
 @pytest.mark.parametrize(("width", "height"), [(60, 40), (40, 60), (40, 40), (12, 8), (6, 10)])
@@ -727,6 +743,11 @@ def test_too_much_that_cannot_be_read_stops_the_work(num_good: int, num_bad: int
     assert "max_bad_share" in message
     assert "train-000.tar/0" in message
     assert "\n" not in message
+
+
+def test_a_source_without_any_picture_stops_the_work(tmp_path: Path) -> None:
+    with pytest.raises(WorkError):
+        load_pictures(tar_shard(tmp_path, []), R, max_bad_share=0.5)
 
 
 def test_pictures_are_stacked_channels_first(tmp_path: Path) -> None:

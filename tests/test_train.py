@@ -84,6 +84,14 @@ def test_the_loss_falls(cache: LatentCache, tmp_path: Path, prediction: str) -> 
     assert losses[-1] < 0.93 * losses[0]
 
 
+def test_bf16_trains_and_a_missing_tracker_is_named(cache: LatentCache, tmp_path: Path) -> None:
+    spec = SPEC.model_copy(update={"num_images": 32, "marks": (), "precision": "bf16"})
+    published = run(spec, cache, tmp_path / "bf16")
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in published[32].values())
+    with pytest.raises(RequestError, match="wandb is not installed"):
+        run(spec.model_copy(update={"tracker": "wandb"}), cache, tmp_path / "tracked")
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(cache: LatentCache, tmp_path: Path) -> None:
     good = SPEC.model_copy(update={"num_images": 48, "marks": ()})
     run(good, cache, tmp_path)

@@ -15,6 +15,7 @@ from isocost.data.cache import LatentCache, PictureSet, load_pictures, write_cac
 from isocost.data.codec import Codec, LinearCodec, TextCodec, load_codec
 from isocost.data.sources import num_classes, source_fingerprint
 from isocost.diffusion.generate import CaptionStates
+from isocost.errors import RequestError
 from isocost.metrics.features import Extractor, load_lpips
 from isocost.metrics.probe import Probe
 from isocost.progress import Report, progress_bar, say
@@ -24,7 +25,7 @@ from isocost.score.protocol import make_protocol
 from isocost.score.reference import Reference, captions_to_draw, classes_of, read_features, train_probe, write_features
 from isocost.score.score import Measured, score
 from isocost.store import Store
-from isocost.study import LinearCodecSpec, PretrainedCodecSpec, SourceSpec, StudySpec, digest
+from isocost.study import LEAST_PICTURES, LinearCodecSpec, PretrainedCodecSpec, SourceSpec, StudySpec, digest
 from isocost.train.codec import fit_codec
 
 CODEC_VERSION = 1
@@ -113,6 +114,8 @@ class Materials:
                     manifest[title] = codec_quality(codec, held_out, others, self.extractor, lpips)
         manifest = self.store.manifest("codec-quality", name)
         parts = {title: manifest[title] for title in ("codec", "linear")}
+        if parts["codec"]["psnr_db"] <= parts["linear"]["psnr_db"]:
+            say("the study's codec does not beat the linear one of its latent shape: train it longer, or use kind: linear")
         return {"digest": self.codec_digest, "latent_shape": list(self.latent_shape), **parts}
 
     @property
@@ -155,8 +158,10 @@ class Materials:
         """The protocol fixed on the study's real pictures, with their features and the probe."""
         spec = self.study.protocol
         held_out = self.pictures("reference")
-        captions, labels = captions_to_draw(held_out, spec.num_pictures)
         compared = held_out.pictures[: spec.num_reference]
+        if len(compared) < LEAST_PICTURES:
+            raise RequestError(f"data.reference: {len(compared)} pictures; a distance takes at least {LEAST_PICTURES}")
+        captions, labels = captions_to_draw(held_out, spec.num_pictures)
         protocol = make_protocol(
             spec,
             resolution=self.study.data.resolution,

@@ -20,6 +20,8 @@ from isocost.errors import RequestError
 SAMPLER_NAMES = ("ddim", "ddpm", "dpmsolver++2m")
 SPACING_NAMES = ("leading", "trailing", "linspace")
 NUM_TRAIN_TIMESTEPS = 1000
+LEAST_PICTURES = 32
+"""Fewer pictures on either side than this give a distance whose interval says nothing."""
 
 SamplerName = Literal["ddim", "ddpm", "dpmsolver++2m"]
 SpacingName = Literal["leading", "trailing", "linspace"]
@@ -254,8 +256,8 @@ class PointSpec(Spec):
 class ProtocolSpec(Spec):
     """What makes two numbers comparable: pictures, captions, features, reference."""
 
-    num_pictures: int = Field(1000, ge=2)
-    num_reference: int | None = Field(None, ge=2, description="reference pictures used; all where absent")
+    num_pictures: int = Field(1000, ge=LEAST_PICTURES)
+    num_reference: int | None = Field(None, ge=LEAST_PICTURES, description="reference pictures used; all where absent")
     features: Literal["efficientnet-lite0"] = "efficientnet-lite0"
     feature_side: int = Field(64, ge=32, description="pictures are resized to this side for the features, pixels")
     alignment: Literal["scenes", "class", "none"] = "none"

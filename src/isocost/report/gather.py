@@ -63,7 +63,7 @@ def report(pipeline: Pipeline) -> Report:
         study.name,
         table,
         study.report.metric,
-        _provenance(pipeline, floors),
+        _provenance(pipeline, table, floors),
         floors["decoded"],
         _samples(pipeline, table),
         [reference.captions[i] for i in pipeline.materials.kept],
@@ -90,15 +90,19 @@ def _samples(pipeline: Pipeline, table: pd.DataFrame) -> dict[str, np.ndarray]:
     return {point: read_pictures(store.folder("point", point)) for point in table["point"] if store.has("point", point)}
 
 
-def _provenance(pipeline: Pipeline, floors: dict[str, dict[str, float]]) -> dict[str, Any]:
+def _provenance(pipeline: Pipeline, table: pd.DataFrame, floors: dict[str, dict[str, float]]) -> dict[str, Any]:
     materials = pipeline.materials
     skipped = [event for event in pipeline.ledger.events() if event["stage"].startswith("data.")]
+    flagged = int(table["flagged"].sum())
     facts: dict[str, Any] = {
         "protocol": materials.reference.protocol.sentence(),
         "codec": {"digest": materials.codec_digest, "latent shape": " x ".join(map(str, materials.latent_shape))},
         "real pictures after the codec": _rounded(floors["decoded"]),
         "real pictures as they are": _rounded(floors["real"]),
         "pictures skipped": len(skipped),
+        "flagged": f"{flagged} points: Fréchet distance from fewer pictures than twice its features, compare at equal N only"
+        if flagged
+        else "no point",
         "made with": dict(provenance()),
         STUDY_YAML: dump_study(pipeline.study),
     }

@@ -21,7 +21,7 @@ from isocost.metrics.features import EfficientNetLite0
 from isocost.score.intervals import Interval, KernelReference, frechet_interval, kernel_interval
 from isocost.score.reference import read_features
 from isocost.score.score import frechet_is_flagged
-from isocost.study import ProtocolSpec, digest
+from isocost.study import LEAST_PICTURES, ProtocolSpec, digest
 
 FEATURES_FILE = "features.safetensors"
 PROTOCOLS = {
@@ -30,7 +30,6 @@ PROTOCOLS = {
     "frechet-efficientnet-64": ProtocolSpec(feature_side=64, distances=("kernel", "frechet")),
     "frechet-efficientnet-224": ProtocolSpec(feature_side=224, distances=("kernel", "frechet")),
 }
-LEAST_PICTURES = 32
 
 
 @dataclass(frozen=True)

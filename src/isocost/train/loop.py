@@ -6,13 +6,14 @@ import json
 import math
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from isocost.errors import WorkError
+from isocost.errors import RequestError, WorkError
 from isocost.progress import progress_bar
 from isocost.study import TrainSpec
 from isocost.train.state import Ema, load_state, save_state
@@ -45,10 +46,12 @@ def train(
         deadline: `time.monotonic()` after which the state is saved and OutOfTime raised.
 
     Raises:
+        RequestError: `spec.tracker` is not installed.
         WorkError: the loss is not finite; the last durable state stays.
     """
+    if spec.tracker != "none" and find_spec(spec.tracker) is None:
+        raise RequestError(f"train.tracker: {spec.tracker} is not installed: pip install {spec.tracker}, or tracker: none")
     accelerator = Accelerator(
-        mixed_precision="bf16" if spec.precision == "bf16" else "no",
         log_with=None if spec.tracker == "none" else spec.tracker,
         project_dir=str(run / "tracker"),
     )
@@ -70,7 +73,7 @@ def train(
             batch = task.batch(images_seen).part(accelerator.process_index, accelerator.num_processes).to(accelerator.device)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(spec, images_seen)
-            with accelerator.autocast():
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=spec.precision == "bf16"):
                 loss = task.loss(prepared, batch)
             optimizer.zero_grad(set_to_none=True)
             accelerator.backward(loss)
