@@ -23,7 +23,7 @@ from isocost.metrics.distances import frechet_distance, kernel_distance
 from isocost.metrics.features import EfficientNetLite0, Extractor
 from isocost.metrics.names import METRICS
 from isocost.metrics.probe import Probe, ProbeNetwork
-from isocost.score.folders import LEAST_PICTURES, PROTOCOLS, FolderScore, score_folder
+from isocost.score.folders import PROTOCOLS, FolderScore, score_folder
 from isocost.score.protocol import Protocol, make_protocol
 from isocost.score.reference import (
     Reference,
@@ -37,7 +37,7 @@ from isocost.score.reference import (
 )
 from isocost.score.score import Measured, Measuring, frechet_is_flagged, score
 from isocost.store import Store
-from isocost.study import ProtocolSpec, ScenesSource
+from isocost.study import LEAST_PICTURES, ProtocolSpec, ScenesSource
 
 KERNEL = "kernel-efficientnet-64"
 PLAIN = Protocol(
@@ -231,7 +231,7 @@ def test_a_protocols_id_changes_with_each_field(name: str) -> None:
 
 def make(spec: ProtocolSpec | None = None, **changes: object) -> Protocol:
     made = {"resolution": 32, "extractor": "e", "reference": "r", "num_reference": 9, "captions": ["a cat", "été"], **changes}
-    return make_protocol(spec or ProtocolSpec(num_pictures=2), **made)  # type: ignore[arg-type]
+    return make_protocol(spec or ProtocolSpec(num_pictures=32), **made)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -245,10 +245,10 @@ def make(spec: ProtocolSpec | None = None, **changes: object) -> Protocol:
         {"captions": ["été", "a cat"]},
         {"captions": ["a cat"]},
         {"captions": ["a", " catété"]},
-        {"spec": ProtocolSpec(num_pictures=3)},
-        {"spec": ProtocolSpec(num_pictures=2, num_bootstrap=201)},
-        {"spec": ProtocolSpec(num_pictures=2, seed=1)},
-        {"spec": ProtocolSpec(num_pictures=2, alignment="class")},
+        {"spec": ProtocolSpec(num_pictures=33)},
+        {"spec": ProtocolSpec(num_pictures=32, num_bootstrap=201)},
+        {"spec": ProtocolSpec(num_pictures=32, seed=1)},
+        {"spec": ProtocolSpec(num_pictures=32, alignment="class")},
     ],
     ids=str,
 )
@@ -257,7 +257,7 @@ def test_each_ingredient_makes_another_protocol(changes: dict[str, object]) -> N
 
 
 def test_further_distances_leave_the_protocol_as_it_is() -> None:
-    assert make(ProtocolSpec(num_pictures=2, distances=("kernel", "frechet"))).id == make().id
+    assert make(ProtocolSpec(num_pictures=32, distances=("kernel", "frechet"))).id == make().id
 
 
 def test_a_probe_from_other_pictures_makes_another_protocol(tmp_path: Path, drawn: Tensor) -> None:
@@ -300,6 +300,13 @@ def test_the_captions_to_draw_are_the_first_of_each_picture() -> None:
 def test_more_pictures_than_captions_are_refused() -> None:
     with pytest.raises(RequestError, match=r"protocol\.num_pictures=6 exceeds the 5 captions"):
         captions_to_draw(captioned(5), 6)
+
+
+def test_a_study_with_too_few_reference_pictures_is_refused(tmp_path: Path) -> None:
+    few = {"kind": "scenes", "num_pictures": LEAST_PICTURES - 1, "seed": 1}
+    study = tiny_study(data={"resolution": 32, "train": {**few, "seed": 0}, "reference": few})
+    with pytest.raises(RequestError, match=r"data\.reference: 31 pictures.*at least 32"):
+        _ = Materials(study, Store(tmp_path)).reference
 
 
 def test_alignment_without_labels_is_refused() -> None:

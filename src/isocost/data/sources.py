@@ -8,11 +8,16 @@ Shapes: H = W resolution, pixels.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import io
 import json
+import lzma
+import re
+import struct
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +79,8 @@ def source_fingerprint(source: SourceSpec) -> str:
         return f"hub:{source.path}"
     sha = hashlib.sha256()
     for file in _files_of(source):
-        sha.update(file.name.encode())
+        inside = file.relative_to(source.path) if Path(source.path).is_dir() else file.name
+        sha.update(str(inside).encode())
         with file.open("rb") as stream:
             for block in iter(lambda: stream.read(1 << 20), b""):
                 sha.update(block)
@@ -109,7 +115,9 @@ def _read_scenes(source: ScenesSource, resolution: int) -> Iterator[Sample]:
 def _files_of(source: FolderSource | WebdatasetSource | HubSource) -> list[Path]:
     path = Path(source.path)
     if isinstance(source, WebdatasetSource):
-        files = sorted(Path(match) for match in glob.glob(source.path))
+        files = sorted(file for match in glob.glob(source.path) if (file := Path(match)).is_file()) or (
+            [path] if path.is_file() else []
+        )
         if not files:
             raise RequestError(f"{source.path}: no such tar shard; give a path or a glob like data/train-*.tar")
         return files
@@ -117,7 +125,8 @@ def _files_of(source: FolderSource | WebdatasetSource | HubSource) -> list[Path]
         raise RequestError(f"{source.path}: no such file or folder; paths in a study are relative to where isocost is started")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     if isinstance(source, HubSource) and path.is_dir():
-        files = [file for file in files if file.suffix == ".parquet" and source.split in file.stem]
+        word = re.compile(rf"(?<![A-Za-z]){re.escape(source.split)}(?![A-Za-z])")
+        files = [file for file in files if file.suffix == ".parquet" and word.search(file.stem)]
         if not files:
             raise RequestError(f"{source.path}: no Parquet file whose name holds the split '{source.split}'")
     if isinstance(source, FolderSource) and not any(file.suffix.lower() in PICTURE_SUFFIXES for file in files):
@@ -142,6 +151,8 @@ def _raw_folder(source: FolderSource) -> Iterator[_Raw | Bad]:
                 yield Bad(name, "captions.jsonl names a file outside its folder")
             elif not file.is_file():
                 yield Bad(name, "named in captions.jsonl but not there")
+            elif not _all_said(captions[name]):
+                yield Bad(name, "empty caption")
             else:
                 yield _Raw(name, file.read_bytes(), captions[name])
         return
@@ -156,11 +167,11 @@ def _raw_folder(source: FolderSource) -> Iterator[_Raw | Bad]:
 
 def _caption_lines(file: Path) -> dict[str, tuple[str, ...]]:
     captions: dict[str, tuple[str, ...]] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = json.loads(line.decode("utf-8"))
             captions[str(entry["file"])] = _captions_of(entry)
         except (ValueError, KeyError, TypeError) as error:
             remedy = 'each line is {"file": NAME, "caption": TEXT} or {"file": NAME, "captions": [TEXT, ...]}'
@@ -173,8 +184,8 @@ def _raw_webdataset(source: WebdatasetSource) -> Iterator[_Raw | Bad]:
         try:
             with tarfile.open(shard) as archive:
                 yield from _raw_tar(shard.name, archive)
-        except tarfile.TarError as error:
-            yield Bad(shard.name, f"tar shard cannot be read: {error}")
+        except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            yield Bad(shard.name, f"tar shard cannot be read: {' '.join(str(error).split())}")
 
 
 def _raw_tar(shard: str, archive: tarfile.TarFile) -> Iterator[_Raw | Bad]:
@@ -183,7 +194,9 @@ def _raw_tar(shard: str, archive: tarfile.TarFile) -> Iterator[_Raw | Bad]:
     for member in archive:
         if not member.isfile():
             continue
-        stem, _, suffix = member.name.partition(".")
+        folder, _, last = member.name.rpartition("/")
+        stem, _, suffix = last.partition(".")
+        stem = f"{folder}/{stem}" if folder else stem
         if stem != current and group:
             yield _from_group(f"{shard}/{current}", group)
             group = {}
@@ -205,11 +218,15 @@ def _from_group(name: str, group: dict[str, tuple[str, bytes]]) -> _Raw | Bad:
 
 def _raw_hub(source: HubSource) -> Iterator[_Raw | Bad]:
     import datasets
+    import pyarrow as pa
 
     path = Path(source.path)
     if path.exists():
         files = [str(file) for file in _files_of(source)]
-        table = datasets.load_dataset("parquet", data_files={source.split: files}, split=source.split)
+        try:
+            table = datasets.load_dataset("parquet", data_files={source.split: files}, split=source.split)
+        except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+            raise RequestError(f"{source.path}: not readable as Parquet: {' '.join(str(error).split())[:200]}") from error
     else:
         try:
             table = datasets.load_dataset(source.path, split=source.split)
@@ -229,13 +246,15 @@ def _raw_hub(source: HubSource) -> Iterator[_Raw | Bad]:
         data = image.get("bytes") if isinstance(image, dict) else None
         captions = row[source.caption_column]
         captions = [captions] if isinstance(captions, str) else captions
-        label = int(row[source.label_column]) if source.label_column else None
+        label = row[source.label_column] if source.label_column else None
         if not data:
             yield Bad(name, "no picture bytes in the image column")
-        elif not captions:
-            yield Bad(name, "no caption")
+        elif not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
+            yield Bad(name, "no caption, or an empty one")
+        elif source.label_column and label is None:
+            yield Bad(name, "no label")
         else:
-            yield _Raw(name, data, tuple(str(caption) for caption in captions), label)
+            yield _Raw(name, data, tuple(captions), None if label is None else int(label))
 
 
 # --- one picture ------------------------------------------------------------------------------------------------------
@@ -243,33 +262,62 @@ def _raw_hub(source: HubSource) -> Iterator[_Raw | Bad]:
 
 def _with_sidecar(name: str, data: bytes, sidecar_name: str, sidecar: bytes) -> _Raw | Bad:
     try:
-        text = sidecar.decode("utf-8")
+        text = sidecar.decode("utf-8-sig")
         captions = _captions_of(json.loads(text)) if sidecar_name.endswith(".json") else _captions_of({"caption": text.strip()})
     except (ValueError, KeyError, TypeError) as error:
         return Bad(name, f"caption file {sidecar_name} cannot be read: {' '.join(str(error).split())}")
-    return _Raw(name, data, captions)
+    return _Raw(name, data, captions) if _all_said(captions) else Bad(name, f"caption file {sidecar_name} is empty")
 
 
 def _captions_of(entry: dict[str, Any]) -> tuple[str, ...]:
     found = entry["captions"] if "captions" in entry else entry["caption"]
-    captions = tuple([found] if isinstance(found, str) else found)
-    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-        raise ValueError("empty caption")
-    return captions
+    captions = [found] if isinstance(found, str) else found
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise TypeError("captions are a text or a list of texts")
+    return tuple(captions)
+
+
+def _all_said(captions: tuple[str, ...]) -> bool:
+    return bool(captions) and all(caption.strip() for caption in captions)
 
 
 def _decode(raw: _Raw, resolution: int) -> Sample | Bad:
     try:
         with Image.open(io.BytesIO(raw.data)) as opened:
             picture = square_rgb(opened, resolution)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError:
+        return Bad(raw.name, "picture cannot be read: no known format")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return Bad(raw.name, f"picture cannot be read: {' '.join(str(error).split())[:120]}")
     labels = None if raw.label is None else np.array([raw.label], dtype=np.int64)
     return Sample(raw.name, picture, raw.captions, labels)
 
 
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(opened: Image.Image) -> Image.Image:
+    """Turned by its EXIF orientation; a broken EXIF block is not worth losing the picture."""
+    try:
+        turn = _TURNS.get(opened.getexif().get(0x0112, 1))
+    except (ValueError, TypeError, SyntaxError, OSError, KeyError, struct.error):
+        turn = None
+    return opened if turn is None else opened.transpose(turn)
+
+
 def square_rgb(opened: Image.Image, resolution: int) -> np.ndarray:
     """Centre square of a picture, on white where it is transparent, as uint8 [resolution, resolution, 3] (Lanczos)."""
+    opened = _upright(opened)
+    if opened.mode.startswith("I;16"):
+        opened = Image.fromarray((np.asarray(opened) / 257).round().astype(np.uint8))
     if opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
         rgba = opened.convert("RGBA")
         opened = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

@@ -88,7 +88,7 @@ def frechet_influence(a: ArrayLike, b: ArrayLike, moments_b: Moments | None = No
 def _positive_eigh(matrix: Array) -> tuple[Array, Array]:
     """Eigenvalues [r] above rounding error and their vectors [D, r] of a symmetric positive semi-definite [D, D]."""
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    kept = values > max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
+    kept = values > values.max(initial=0.0) * len(values) * np.finfo(np.float64).eps
     return values[kept], vectors[:, kept]
 
 

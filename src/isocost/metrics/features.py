@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as functional
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -168,6 +169,10 @@ def load_lpips(alexnet_safetensors: str | Path | None = None, device: torch.devi
     if absent:
         raise RequestError(f"{alexnet_safetensors}: no tensor {absent[0]}; expected AlexNet under torchvision's names")
     convolutions = {name: weights[source] for name, source in names.items()}
+    for name, tensor in network.net.state_dict().items():
+        if tensor.shape != convolutions[name].shape:
+            found = f"{names[name]} is {list(convolutions[name].shape)}, not {list(tensor.shape)}"
+            raise RequestError(f"{alexnet_safetensors}: {found}; expected torchvision's AlexNet")
     network.net.load_state_dict(convolutions, strict=True)
     network.requires_grad_(False).eval().to(device)
     return Lpips(network, _tensors_sha256(convolutions), torch.device(device))
@@ -176,7 +181,10 @@ def load_lpips(alexnet_safetensors: str | Path | None = None, device: torch.devi
 def _read_alexnet(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise RequestError(f"{file}: no such file; give the AlexNet weights as safetensors, or none to use torchvision's")
-    return load_file(file)
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise RequestError(f"{file}: not a safetensors file ({error}); pickled weights are refused") from error
 
 
 def _torchvision_alexnet() -> Mapping[str, Tensor]:
@@ -184,7 +192,7 @@ def _torchvision_alexnet() -> Mapping[str, Tensor]:
 
     try:
         return AlexNet_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise RequestError(f"torchvision's AlexNet weights cannot be had ({error}); give them as a safetensors file") from error
 
 

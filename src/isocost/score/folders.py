@@ -6,7 +6,6 @@ Shapes: N pictures, M reference pictures, R resolution, D features.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from isocost.metrics.features import EfficientNetLite0
 from isocost.score.intervals import Interval, KernelReference, frechet_interval, kernel_interval
 from isocost.score.reference import read_features
 from isocost.score.score import frechet_is_flagged
+from isocost.store import MANIFEST, read_manifest
 from isocost.study import LEAST_PICTURES, ProtocolSpec, digest
 
 FEATURES_FILE = "features.safetensors"
@@ -56,8 +56,10 @@ def score_folder(pictures: str | Path, reference: str | Path, protocol: str) -> 
         raise RequestError(f"protocol '{protocol}': choose one of {', '.join(PROTOCOLS)}")
     spec = PROTOCOLS[protocol]
     extractor = EfficientNetLite0(side=spec.feature_side)
-    features, _ = _features(Path(pictures), extractor)
-    compared, reference_digest = _reference_features(Path(reference), extractor)
+    files, reference_files = _picture_files(Path(pictures)), _reference_files(Path(reference), extractor)
+    features = _features(files, extractor)
+    compared = read_features(reference_files) if isinstance(reference_files, Path) else _features(reference_files, extractor)
+    reference_digest = hashlib.sha256(compared.tobytes()).hexdigest()[:16]
     scores: dict[str, Interval] = {}
     notes = []
     against = KernelReference.of(compared, num_bootstrap=spec.num_bootstrap, seed=spec.seed)
@@ -73,34 +75,44 @@ def score_folder(pictures: str | Path, reference: str | Path, protocol: str) -> 
     return FolderScore(f"{protocol}:{name}", extractor.id, len(features), len(compared), scores, tuple(notes))
 
 
-def _reference_features(path: Path, extractor: EfficientNetLite0) -> tuple[np.ndarray, str]:
+def _reference_files(path: Path, extractor: EfficientNetLite0) -> Path | list[Path]:
+    """The folder of an artefact of features, or else the pictures below a folder."""
     folder = path.parent if path.name == FEATURES_FILE else path
-    if (folder / FEATURES_FILE).is_file():
-        manifest = folder / "isocost.json"
-        made_by = json.loads(manifest.read_text(encoding="utf-8")).get("extractor") if manifest.is_file() else None
-        if made_by != extractor.id:
-            raise RequestError(f"{path}: features of another extractor ({made_by}); this protocol needs {extractor.id}")
-        features = read_features(folder)
-        return features, hashlib.sha256(features.tobytes()).hexdigest()[:16]
-    return _features(path, extractor)
+    if not (folder / FEATURES_FILE).is_file():
+        return _picture_files(path)
+    manifest = folder / MANIFEST
+    made_by = read_manifest(folder).get("extractor") if manifest.is_file() else None
+    if made_by != extractor.id:
+        raise RequestError(f"{path}: features of another extractor ({made_by}); this protocol needs {extractor.id}")
+    return folder
 
 
-def _features(folder: Path, extractor: EfficientNetLite0) -> tuple[np.ndarray, str]:
+def _picture_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise RequestError(f"{folder}: no such folder of pictures")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
     if len(files) < LEAST_PICTURES:
         raise RequestError(f"{folder}: {len(files)} pictures; a distance takes at least {LEAST_PICTURES}")
-    sha = hashlib.sha256()
-    features = []
-    for start in range(0, len(files), extractor.BUCKET):
-        batch = [_square(file) for file in files[start : start + extractor.BUCKET]]
-        for picture in batch:
-            sha.update(picture.numpy().tobytes())
-        same = len({picture.shape for picture in batch}) == 1
-        groups = [torch.stack(batch)] if same else [picture[None] for picture in batch]
-        features += [extractor(group).cpu() for group in groups]
-    return torch.cat(features).numpy(), sha.hexdigest()[:16]
+    return files
+
+
+def _features(files: list[Path], extractor: EfficientNetLite0) -> np.ndarray:
+    """float32 [N, D]. Pictures of one size go through the extractor together; its features do not depend on company."""
+    features = np.empty((len(files), extractor.width), dtype=np.float32)
+    waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+
+    def flush(shape: tuple[int, ...]) -> None:
+        places, pictures = zip(*waiting.pop(shape), strict=True)
+        features[list(places)] = extractor(torch.stack(pictures)).cpu().numpy()
+
+    for place, file in enumerate(files):
+        picture = _square(file)
+        waiting.setdefault(picture.shape, []).append((place, picture))
+        if len(waiting[picture.shape]) == extractor.BUCKET:
+            flush(picture.shape)
+    for shape in list(waiting):
+        flush(shape)
+    return features
 
 
 def _square(file: Path) -> Tensor:
