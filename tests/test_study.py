@@ -104,3 +104,12 @@ def test_a_file_that_is_no_study(tmp_path: Path) -> None:
 def test_a_frozen_spec_stays_as_it_is() -> None:
     with pytest.raises(ValueError, match="frozen"):
         ProtocolSpec().num_pictures = 3  # type: ignore[misc]
+
+
+STUDIES = sorted((Path(__file__).resolve().parents[1] / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.name)
+def test_every_study_of_the_project_is_valid_and_says_what_it_costs(file: Path) -> None:
+    assert load_study(file).name == file.stem
+    assert "# Cost:" in file.read_text()
