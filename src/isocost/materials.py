@@ -169,6 +169,7 @@ class Materials:
             reference=held_out.fingerprint(),
             num_reference=len(compared),
             captions=captions,
+            probe=None if spec.alignment == "none" else self._probe_digest,
         )
         stage = {"stage": "features", "version": referencing.VERSION, "extractor": self.extractor.id, "num": len(compared)}
         name = digest(stage, self.source_key("reference"))

@@ -43,9 +43,16 @@ class Protocol:
 
 
 def make_protocol(
-    spec: ProtocolSpec, *, resolution: int, extractor: str, reference: str, num_reference: int, captions: Sequence[str]
+    spec: ProtocolSpec,
+    *,
+    resolution: int,
+    extractor: str,
+    reference: str,
+    num_reference: int,
+    captions: Sequence[str],
+    probe: str | None = None,
 ) -> Protocol:
-    """Fix a protocol on a study's own reference (its content hash) and captions."""
+    """Fix a protocol on a study's own reference (its content hash), its captions, and the digest of its probe."""
     listed = hashlib.sha256(json.dumps(list(captions), ensure_ascii=False).encode()).hexdigest()[:12]
     return Protocol(
         spec.num_pictures,
@@ -54,7 +61,7 @@ def make_protocol(
         extractor,
         reference,
         listed,
-        spec.alignment,
+        spec.alignment if probe is None else f"{spec.alignment}/probe={probe}",
         spec.num_bootstrap,
         spec.seed,
     )
