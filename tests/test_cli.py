@@ -209,8 +209,9 @@ def test_recommend_gives_the_command_that_samples_so(isocost: Any, tmp_path: Pat
     assert outcome.answer["reason"] in outcome.err
 
 
-def test_a_dry_run_trains_nothing(isocost: Any, tmp_path: Path) -> None:
+def test_a_dry_run_writes_nothing(isocost: Any, tmp_path: Path) -> None:
     outcome = isocost("run", write_study(tmp_path), "--out", tmp_path / "out", "--dry-run")
     assert outcome.status == 0
-    assert [size["points_to_make"] for size in outcome.answer["sizes"]] == [6, 6] or outcome.answer["sizes"]
-    assert not (tmp_path / "out" / "artefacts" / "checkpoint").exists()
+    assert [size["points_to_make"] for size in outcome.answer["sizes"]] == [5, 5]
+    assert [size["images_to_train"] for size in outcome.answer["sizes"]] == [256, 256]
+    assert not (tmp_path / "out").exists()

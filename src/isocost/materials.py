@@ -21,7 +21,7 @@ from isocost.metrics.probe import Probe
 from isocost.progress import Report, progress_bar, say
 from isocost.score import reference as referencing
 from isocost.score.codec import codec_quality, round_trip
-from isocost.score.protocol import make_protocol
+from isocost.score.protocol import Protocol, make_protocol
 from isocost.score.reference import Reference, captions_to_draw, classes_of, read_features, train_probe, write_features
 from isocost.score.score import Measured, score
 from isocost.store import Store
@@ -120,9 +120,16 @@ class Materials:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, side, side."""
-        side = self.study.data.resolution // self.codec.factor
-        return self.codec.latent_channels, side, side
+        """Channels, side, side: known from the spec, before the codec is fitted."""
+        spec = self.study.codec
+        if isinstance(spec, PretrainedCodecSpec):
+            channels, factor = self.codec.latent_channels, self.codec.factor
+        elif isinstance(spec, LinearCodecSpec):
+            channels, factor = spec.num_channels, spec.patch
+        else:
+            channels, factor = spec.num_channels, 2 ** (len(spec.block_widths) - 1)
+        side = self.study.data.resolution // factor
+        return channels, side, side
 
     @cached_property
     def text(self) -> TextCodec:
@@ -154,23 +161,35 @@ class Materials:
         return referencing.make_extractor(self.study.protocol.feature_side)
 
     @cached_property
-    def reference(self) -> Reference:
-        """The protocol fixed on the study's real pictures, with their features and the probe."""
-        spec = self.study.protocol
-        held_out = self.pictures("reference")
-        compared = held_out.pictures[: spec.num_reference]
-        if len(compared) < LEAST_PICTURES:
-            raise RequestError(f"data.reference: {len(compared)} pictures; a distance takes at least {LEAST_PICTURES}")
+    def protocol(self) -> Protocol:
+        """What the study's scores rest on, fixed on its real pictures; nothing is computed from them yet.
+
+        Raises:
+            RequestError: there are too few reference pictures, or no labels where alignment is asked for.
+        """
+        spec, held_out = self.study.protocol, self.pictures("reference")
+        num_reference = min(len(held_out), spec.num_reference or len(held_out))
+        if num_reference < LEAST_PICTURES:
+            raise RequestError(f"data.reference: {num_reference} pictures; a distance takes at least {LEAST_PICTURES}")
         captions, labels = captions_to_draw(held_out, spec.num_pictures)
-        protocol = make_protocol(
+        if spec.alignment != "none" and labels is None:
+            raise RequestError(referencing.LABELS_NEEDED)
+        return make_protocol(
             spec,
             resolution=self.study.data.resolution,
             extractor=self.extractor.id,
             reference=held_out.fingerprint(),
-            num_reference=len(compared),
+            num_reference=num_reference,
             captions=captions,
             probe=None if spec.alignment == "none" else self._probe_digest,
         )
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The protocol with the reference pictures' features and the probe."""
+        protocol, held_out = self.protocol, self.pictures("reference")
+        captions, labels = captions_to_draw(held_out, protocol.num_pictures)
+        compared = held_out.pictures[: protocol.num_reference]
         stage = {"stage": "features", "version": referencing.VERSION, "extractor": self.extractor.id, "num": len(compared)}
         name = digest(stage, self.source_key("reference"))
         if not self.store.has("features", name):
@@ -178,7 +197,7 @@ class Materials:
             with self.store.create("features", name, {"extractor": self.extractor.id, "num_pictures": len(compared)}) as folder:
                 write_features(folder, self.extractor, compared)
         features = read_features(self.store.folder("features", name))
-        if spec.alignment == "none":
+        if self.study.protocol.alignment == "none":
             return Reference(protocol, self.extractor, features, captions, None, None)
         return Reference(protocol, self.extractor, features, captions, labels, self._probe())
 

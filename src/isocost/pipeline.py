@@ -95,7 +95,6 @@ class Pipeline:
     @cached_property
     def runs(self) -> list[Run]:
         """The trainings that the study asks for, smallest first."""
-        self.prepare()
         channels, side, _ = self.materials.latent_shape
         spec, context_width = self.study.train, self.materials.text.context_width
         marks = [spec.whole_batches(mark) for mark in spec.all_marks]
@@ -120,6 +119,7 @@ class Pipeline:
             RequestError: a mark was added that the training has passed.
             OutOfTime: the deadline came; the state is kept.
         """
+        self.prepare()
         missing = [mark for mark, name in run.checkpoints.items() if not self.store.has("checkpoint", name)]
         if not missing:
             return
@@ -182,13 +182,14 @@ class Pipeline:
         Raises:
             RequestError: the size lacks a checkpoint.
         """
+        self.prepare()
         for mark, name in run.checkpoints.items():
             if not self.store.has("checkpoint", name):
                 raise RequestError(
                     f"width {run.model.width}: no checkpoint at {mark} images yet; run `isocost train` first, or `isocost run`"
                 )
         materials = self.materials
-        by_checkpoint = self.points(run, materials.reference.protocol)
+        by_checkpoint = self.points(run, materials.protocol)
         self._record_skipped()
         worker = Worker(
             self.store,
@@ -214,6 +215,7 @@ class Pipeline:
 
     def run(self, deadline: float | None = None) -> bool:
         """Train and sweep every size; False where the deadline came first. What is done stays, and the same call goes on."""
+        self.prepare()
         runs = self.runs
         self.materials.reference  # noqa: B018  a protocol that cannot be met shows before the first training
         for run in runs:
@@ -227,12 +229,9 @@ class Pipeline:
         return True
 
     def plan(self) -> dict[str, Any]:
-        """What `run` would do: artefacts there and missing, points there and missing, images and GFLOP to train.
-
-        The materials that it needs (codec, reference) are made where they are missing: points are named by them.
-        """
-        materials = self.materials
-        protocol, recorded = materials.reference.protocol, self.ledger.points()
+        """What `run` would do, by size: images and GFLOP to train, points to make. Reads the pictures; writes nothing."""
+        protocol = self.materials.protocol
+        recorded = self.ledger.points() if (self.out / LEDGER_FILE).is_file() else set()
         sizes = []
         for run in self.runs:
             cost = self.cost(run)

@@ -75,7 +75,7 @@ def report(pipeline: Pipeline) -> Report:
 
 def study_table(pipeline: Pipeline) -> pd.DataFrame:
     """The ledger's points that belong to the study as it stands now; `is_final` marks those of the last checkpoint."""
-    protocol = pipeline.materials.reference.protocol
+    protocol = pipeline.materials.protocol
     wanted = {point.digest for run in pipeline.runs for some in pipeline.points(run, protocol).values() for point in some}
     table = pipeline.ledger.table()
     table = table[table["point"].isin(wanted)]
@@ -95,7 +95,7 @@ def _provenance(pipeline: Pipeline, table: pd.DataFrame, floors: dict[str, dict[
     skipped = [event for event in pipeline.ledger.events() if event["stage"].startswith("data.")]
     flagged = int(table["flagged"].sum())
     facts: dict[str, Any] = {
-        "protocol": materials.reference.protocol.sentence(),
+        "protocol": materials.protocol.sentence(),
         "codec": {"digest": materials.codec_digest, "latent shape": " x ".join(map(str, materials.latent_shape))},
         "real pictures after the codec": _rounded(floors["decoded"]),
         "real pictures as they are": _rounded(floors["real"]),

@@ -24,6 +24,7 @@ from isocost.score.protocol import Protocol
 
 PROBE_EPOCHS = 6
 VERSION = 1
+LABELS_NEEDED = "protocol.alignment needs labels in data.train and data.reference (label_column), or alignment: none"
 
 
 @dataclass
@@ -85,9 +86,7 @@ def read_features(folder: Path) -> np.ndarray:
 def need_labels(train: PictureSet, held_out: PictureSet) -> None:
     """Raise RequestError where alignment cannot be measured for want of labels."""
     if train.labels is None or held_out.labels is None:
-        raise RequestError(
-            "protocol.alignment needs labels in data.train and data.reference (label_column), or alignment: none"
-        )
+        raise RequestError(LABELS_NEEDED)
 
 
 def train_probe(
