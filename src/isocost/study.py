@@ -371,14 +371,13 @@ def _one_line(error: ValidationError, spec_type: type[Spec], where: str) -> str:
     tags = {"folder", "webdataset", "hub", "scenes", "linear", "kl", "pretrained"}
     location = [part for part in problem["loc"] if part not in tags or part == problem["loc"][-1]]
     key = ".".join(str(part) for part in location) or "(whole)"
-    allowed = ""
     if problem["type"] == "extra_forbidden":
         owner = _spec_at(spec_type, problem["loc"][:-1])
         said = f"unknown key; allowed here: {', '.join(owner.model_fields)}" if owner else "unknown key"
         return f"{where}: {key}: {said}"
     value = problem.get("input")
     shown = "" if problem["type"] == "missing" or isinstance(value, dict | list) else f" = {value!r}"
-    return f"{where}: {key}{shown}: {problem['msg'].removeprefix('Value error, ')}{allowed}"
+    return f"{where}: {key}{shown}: {problem['msg'].removeprefix('Value error, ')}"
 
 
 def _spec_at(spec_type: type[Spec], location: tuple[int | str, ...]) -> type[Spec] | None:
