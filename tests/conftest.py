@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from isocost.study import StudySpec, parse_spec
+from isocost.spec import parse_spec
+from isocost.study import StudySpec
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "assets"
 

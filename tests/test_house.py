@@ -23,6 +23,7 @@ FLOORS = (
     {"data"},
     {"models", "metrics"},
     {"study"},
+    {"spec"},
     {"store", "progress"},
     {"provenance"},
     {"errors", "assets"},

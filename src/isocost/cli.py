@@ -18,7 +18,8 @@ import typer
 import yaml
 
 from isocost.errors import RequestError, WorkError
-from isocost.study import PretrainedCodecSpec, SamplerSpec, StudySpec, load_study, parse_spec
+from isocost.spec import parse_spec
+from isocost.study import PretrainedCodecSpec, SamplerSpec, StudySpec, load_study
 
 app = typer.Typer(
     help="Which diffusion model, sampler, steps and guidance give the best pictures for an inference budget.",

@@ -24,8 +24,9 @@ from isocost.score.codec import codec_quality, round_trip
 from isocost.score.protocol import Protocol, make_protocol
 from isocost.score.reference import Reference, captions_to_draw, classes_of, read_features, train_probe, write_features
 from isocost.score.score import Measured, score
+from isocost.spec import digest
 from isocost.store import Store
-from isocost.study import LEAST_PICTURES, LinearCodecSpec, PretrainedCodecSpec, SourceSpec, StudySpec, digest
+from isocost.study import LEAST_PICTURES, LinearCodecSpec, PretrainedCodecSpec, SourceSpec, StudySpec
 from isocost.train.codec import fit_codec
 
 CODEC_VERSION = 1

@@ -21,8 +21,9 @@ from isocost.models.cost import ModelCost, model_cost
 from isocost.models.unet import build_unet, check_width
 from isocost.progress import progress_bar, say
 from isocost.score.protocol import Protocol
+from isocost.spec import digest, parse_spec
 from isocost.store import Store, write_atomically
-from isocost.study import ModelSpec, StudySpec, digest, dump_study, parse_spec
+from isocost.study import ModelSpec, StudySpec, dump_study
 from isocost.sweep.ledger import Ledger
 from isocost.sweep.points import Point, grid_points, mark_point
 from isocost.sweep.workers import Worker

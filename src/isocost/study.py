@@ -1,21 +1,16 @@
-"""The vocabulary of the whole: frozen specs, their digests, YAML in and out.
-
-Every stage of isocost is a function from a spec (and the artefacts it names) to an artefact named by the spec's digest.
-Fields left at their default do not enter a digest, so a new field renames nothing that stands.
-"""
+"""The vocabulary of the whole: the specs of every stage, and a study's YAML in and out."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from isocost.errors import RequestError
+from isocost.spec import Spec, parse_spec
 
 SAMPLER_NAMES = ("ddim", "ddpm", "dpmsolver++2m")
 SPACING_NAMES = ("leading", "trailing", "linspace")
@@ -26,30 +21,6 @@ LEAST_PICTURES = 32
 SamplerName = Literal["ddim", "ddpm", "dpmsolver++2m"]
 SpacingName = Literal["leading", "trailing", "linspace"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
-S = TypeVar("S", bound="Spec")
-
-
-class Spec(BaseModel):
-    """A frozen description of one stage; unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def canonical(self) -> dict[str, Any]:
-        """Plain data without the fields that stand at their default: what enters a digest."""
-        return self.model_dump(mode="json", exclude_defaults=True)
-
-
-def digest(*parts: Spec | Mapping[str, Any] | str | int) -> str:
-    """Name of an artefact: 16 hex digits of SHA-256 over the canonical JSON of `parts`."""
-    plain = [part.canonical() if isinstance(part, Spec) else part for part in parts]
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_spec_to_plain)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _spec_to_plain(value: Any) -> Any:
-    if isinstance(value, Spec):
-        return value.canonical()
-    raise TypeError(f"{type(value).__name__} cannot enter a digest")
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -343,14 +314,6 @@ def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     return parse_spec(StudySpec, plain, str(file))
 
 
-def parse_spec(spec_type: type[S], plain: Mapping[str, Any], where: str) -> S:
-    """Validate `plain` as `spec_type`; a mistake is one line with `where`, key, value and what is allowed."""
-    try:
-        return spec_type.model_validate(plain)
-    except ValidationError as error:
-        raise RequestError(_one_line(error, spec_type, where)) from error
-
-
 def dump_study(study: StudySpec) -> str:
     """YAML text with every field resolved, stable under load and dump."""
     return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
@@ -364,44 +327,3 @@ def _set_dotted(plain: dict[str, Any], key: str, value: Any, file: Path) -> None
         if not isinstance(node, dict):
             raise RequestError(f"{file}: --set {key}: '{parent}' is not a mapping")
     node[last] = value
-
-
-def _one_line(error: ValidationError, spec_type: type[Spec], where: str) -> str:
-    problem = error.errors()[0]
-    tags = {"folder", "webdataset", "hub", "scenes", "linear", "kl", "pretrained"}
-    location = [part for part in problem["loc"] if part not in tags or part == problem["loc"][-1]]
-    key = ".".join(str(part) for part in location) or "(whole)"
-    if problem["type"] == "extra_forbidden":
-        owner = _spec_at(spec_type, problem["loc"][:-1])
-        said = f"unknown key; allowed here: {', '.join(owner.model_fields)}" if owner else "unknown key"
-        return f"{where}: {key}: {said}"
-    value = problem.get("input")
-    shown = "" if problem["type"] == "missing" or isinstance(value, dict | list) else f" = {value!r}"
-    return f"{where}: {key}{shown}: {problem['msg'].removeprefix('Value error, ')}"
-
-
-def _spec_at(spec_type: type[Spec], location: tuple[int | str, ...]) -> type[Spec] | None:
-    """The spec class that owns the keys at `location` of a validation error."""
-    current: Any = spec_type
-    for part in location:
-        if isinstance(part, int):
-            continue
-        if isinstance(current, type) and issubclass(current, Spec) and part in current.model_fields:
-            current = current.model_fields[part].annotation
-        choices = _specs_in(current)
-        tagged = [choice for choice in choices if part in _kinds(choice)]
-        if tagged or len(choices) == 1:
-            current = (tagged or choices)[0]
-    choices = _specs_in(current)
-    return choices[0] if len(choices) == 1 else None
-
-
-def _specs_in(annotation: Any) -> list[type[Spec]]:
-    if isinstance(annotation, type) and issubclass(annotation, Spec):
-        return [annotation]
-    return [spec for part in getattr(annotation, "__args__", ()) for spec in _specs_in(part)]
-
-
-def _kinds(spec_type: type[Spec]) -> tuple[str, ...]:
-    field = spec_type.model_fields.get("kind")
-    return tuple(getattr(field.annotation, "__args__", ())) if field else ()

@@ -16,8 +16,9 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
 
 from isocost.errors import RequestError
+from isocost.spec import Spec
 from isocost.store import MANIFEST, read_manifest
-from isocost.study import ModelSpec, PredictionType, Spec, TextSpec
+from isocost.study import ModelSpec, PredictionType, TextSpec
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 

@@ -20,8 +20,9 @@ from isocost.metrics.features import EfficientNetLite0
 from isocost.score.intervals import Interval, KernelReference, frechet_interval, kernel_interval
 from isocost.score.reference import read_features
 from isocost.score.score import frechet_is_flagged
+from isocost.spec import digest
 from isocost.store import MANIFEST, read_manifest
-from isocost.study import LEAST_PICTURES, ProtocolSpec, digest
+from isocost.study import LEAST_PICTURES, ProtocolSpec
 
 FEATURES_FILE = "features.safetensors"
 PROTOCOLS = {

@@ -11,7 +11,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from isocost.study import ProtocolSpec, digest
+from isocost.spec import digest
+from isocost.study import ProtocolSpec
 
 
 @dataclass(frozen=True)

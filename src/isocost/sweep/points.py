@@ -7,7 +7,8 @@ from typing import Any
 
 from isocost.models.checkpoint import CheckpointInfo
 from isocost.score.protocol import Protocol
-from isocost.study import PointSpec, ProtocolSpec, SweepSpec, digest
+from isocost.spec import digest
+from isocost.study import PointSpec, ProtocolSpec, SweepSpec
 
 VERSION = 1
 """Raised when a fix changes what a point's pictures or scores are."""
