@@ -12,15 +12,18 @@ from pydantic import Field, field_validator, model_validator
 from isocost.errors import RequestError
 from isocost.spec import Spec, parse_spec
 
-SAMPLER_NAMES = ("ddim", "ddpm", "dpmsolver++2m")
-SPACING_NAMES = ("leading", "trailing", "linspace")
+SAMPLER_NAMES = (
+    *("ddim", "ddpm", "euler", "euler-ancestral", "heun"),
+    *("dpmsolver++2m", "sde-dpmsolver++2m", "unipc", "lcm"),
+)
+SPACING_NAMES = ("leading", "trailing", "linspace", "karras")
 NUM_TRAIN_TIMESTEPS = 1000
 LEAST_PICTURES = 32
 """Fewer pictures on either side than this give a distance whose interval says nothing."""
 
-SamplerName = Literal["ddim", "ddpm", "dpmsolver++2m"]
-SpacingName = Literal["leading", "trailing", "linspace"]
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+SamplerName = Literal["ddim", "ddpm", "euler", "euler-ancestral", "heun", "dpmsolver++2m", "sde-dpmsolver++2m", "unipc", "lcm"]
+SpacingName = Literal["leading", "trailing", "linspace", "karras"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -205,11 +208,13 @@ class SamplerSpec(Spec):
     name: SamplerName = "ddim"
     spacing: SpacingName = "trailing"
     eta: float = Field(0.0, ge=0, le=1)
+    offset: int = Field(1, ge=0, description="added to a leading grid: Stable Diffusion's steps_offset")
 
     @property
     def label(self) -> str:
-        """Short text for tables: `ddim/trailing`, with eta where it is not zero."""
-        return f"{self.name}/{self.spacing}" + (f"/eta={self.eta:g}" if self.eta else "")
+        """Short text for tables: `ddim/trailing`, with eta and offset where they are not the default."""
+        eta = f"/eta={self.eta:g}" if self.eta else ""
+        return f"{self.name}/{self.spacing}{eta}" + (f"/offset={self.offset}" if self.offset != 1 else "")
 
 
 class PointSpec(Spec):

@@ -155,9 +155,9 @@ class Engine:
             guided = unconditional + slots.guidance * (output[slots.twice] - unconditional)
             output = output.index_copy(0, slots.twice, guided)
 
-        p, q, a, b, c, s = lines.coefficients[:, line].view(6, num_rows, 1, 1, 1)
+        p, q, a, b, c, d, s = lines.coefficients[:, line].view(7, num_rows, 1, 1, 1)
         x0 = p * slots.x + q * output
-        x = a * slots.x + b * x0 + c * slots.x0
+        x = a * slots.x + b * x0 + c * slots.x0 + d * slots.x0_before
         noisy = np.flatnonzero(lines.is_noisy[host["line"]])
         if len(noisy):
             drawn = host[noisy]
@@ -166,7 +166,7 @@ class Engine:
             noise = normal_noise(seeds, picture_ids, evaluations, self.latent_shape, self.device)
             on_device = torch.from_numpy(noisy).to(self.device)
             x.index_add_(0, on_device, s[on_device] * noise)
-        slots.x, slots.x0 = x, x0
+        slots.x, slots.x0, slots.x0_before = x, x0, slots.x0
         host["line"] += 1
         host["nfe"] += host["num_passes"]
         return np.flatnonzero(host["line"] == host["end_line"])
@@ -181,8 +181,8 @@ class _Lines:
     def __init__(self, prediction: PredictionType, device: torch.device) -> None:
         self.prediction = prediction
         self.first_lines: dict[SamplerTable, int] = {}
-        self.coefficients = torch.empty(6, 0, device=device)
-        self.timesteps = torch.empty(0, dtype=torch.int64, device=device)
+        self.coefficients = torch.empty(7, 0, device=device)
+        self.timesteps = torch.empty(0, device=device)
         self.is_noisy = np.empty(0, dtype=bool)
 
     def first_line(self, table: SamplerTable) -> int:
@@ -190,9 +190,9 @@ class _Lines:
         if table not in self.first_lines:
             self.first_lines[table] = len(self.is_noisy)
             p, q = x0_coefficients(self.prediction, table.alpha, table.sigma)
-            coefficients = torch.from_numpy(np.stack([p, q, table.a, table.b, table.c, table.s])).float()
+            coefficients = torch.from_numpy(np.stack([p, q, table.a, table.b, table.c, table.d, table.s])).float()
             self.coefficients = torch.cat([self.coefficients, coefficients.to(self.coefficients.device)], dim=1)
-            self.timesteps = torch.cat([self.timesteps, torch.tensor(table.timesteps, device=self.timesteps.device)])
+            self.timesteps = torch.cat([self.timesteps, torch.tensor(table.timesteps, device=self.timesteps.device).float()])
             self.is_noisy = np.append(self.is_noisy, table.s != 0)
         return self.first_lines[table]
 
@@ -215,7 +215,7 @@ class _Slots:
         self.rows = np.empty(num_slots, dtype=object)
         self.host = np.zeros(num_slots, _HOST)
         self.x = torch.zeros(num_slots, *engine.latent_shape, device=engine.device)
-        self.x0 = torch.zeros_like(self.x)
+        self.x0, self.x0_before = torch.zeros_like(self.x), torch.zeros_like(self.x)
         self.states = self.null_states.repeat(2 * num_slots, 1, 1)
 
     def refill(self, vacant: Indices, fresh: list[tuple[Row, Tensor]]) -> int:
@@ -241,12 +241,14 @@ class _Slots:
     @torch.inference_mode()
     def _place(self, slots: Indices, fresh: list[tuple[Row, Tensor]]) -> None:
         for slot, (row, _) in zip(slots, fresh, strict=True):
-            first, num_steps = self.lines.first_line(row.table), row.table.num_steps
-            counts = (first, first, first + num_steps, row.num_passes, 0, row.seed, row.picture_id)
+            first, num_lines = self.lines.first_line(row.table), row.table.num_evaluations
+            counts = (first, first, first + num_lines, row.num_passes, 0, row.seed, row.picture_id)
             self.rows[slot], self.host[slot] = row, (*counts, row.guidance)
         on_device = self._to_device(slots)
         self.x[on_device] = torch.stack([start for _, start in fresh])
-        self.x0[on_device] = 0.0  # a first line's c is 0, but 0 times a former row's infinity is not
+        self.x0[on_device] = self.x0_before[on_device] = (
+            0.0  # a first line's c is 0, but 0 times a former row's infinity is not
+        )
         self.states[on_device] = self.null_states
         wanted = [(slot, row.caption) for slot, (row, _) in zip(slots, fresh, strict=True) if row.guidance != 0]
         if wanted:
@@ -258,7 +260,7 @@ class _Slots:
         kept = np.setdiff1d(np.arange(len(self.rows)), slots)
         on_device = self._to_device(kept)
         self.rows, self.host = self.rows[kept], self.host[kept]
-        self.x, self.x0 = self.x[on_device], self.x0[on_device]
+        self.x, self.x0, self.x0_before = self.x[on_device], self.x0[on_device], self.x0_before[on_device]
         self.states = torch.cat([self.states[on_device], self.null_states.expand(len(kept), -1, -1)])
 
     def _lay_out_passes(self) -> None:
