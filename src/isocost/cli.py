@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 import warnings
@@ -279,6 +280,8 @@ def _deadline(stop_after: float | None) -> float | None:
 def _run(study: StudySpec, out: Path | None, stop_after: float | None) -> None:
     from isocost.pipeline import Pipeline
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RequestError("several processes train together: `isocost train` under torchrun, then `isocost run` without it")
     pipeline = Pipeline(study, _out(study, out))
     finished = pipeline.run(_deadline(stop_after))
     if finished:
@@ -332,4 +335,6 @@ def _print_family(rows: list[dict[str, Any]], reference: str) -> None:
 
 
 def _answer(value: Any) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(json.dumps(value, ensure_ascii=False, default=str), flush=True)

@@ -8,18 +8,22 @@ isocost.json   size, width, images seen, where codec and text encoder are, and w
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
+from torch import Tensor
 
 from isocost.errors import RequestError
+from isocost.models.weights import Plan, write_streamed
 from isocost.spec import Spec
 from isocost.store import MANIFEST, read_manifest
 from isocost.study import ModelSpec, PredictionType, TextSpec
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
 
@@ -33,6 +37,7 @@ class CheckpointInfo(Spec):
     gflop_per_forward: float
     normalised_cost: float
     prediction: PredictionType
+    zero_terminal_snr: bool = False
     codec: str
     codec_subfolder: str | None = None
     text: TextSpec
@@ -56,8 +61,13 @@ class Checkpoint:
         return str(beside) if beside.is_dir() else self.info.codec
 
 
-def scheduler_for(prediction: PredictionType) -> DDIMScheduler:
-    """Stable Diffusion's noise schedule (scaled linear, 0.00085 to 0.012) as a diffusers scheduler, trailing spacing."""
+def scheduler_for(
+    prediction: PredictionType, zero_terminal_snr: bool = False
+) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+    """The noise schedule of a training as a diffusers scheduler, trailing spacing: a straight flow, or Stable Diffusion's
+    (scaled linear, 0.00085 to 0.012), perhaps with zero terminal SNR."""
+    if prediction == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler()
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -67,13 +77,28 @@ def scheduler_for(prediction: PredictionType) -> DDIMScheduler:
         steps_offset=1,
         prediction_type=prediction,
         timestep_spacing="trailing",
+        rescale_betas_zero_snr=zero_terminal_snr,
     )
 
 
-def save_networks(folder: Path, network: UNet2DConditionModel, prediction: PredictionType) -> None:
-    """Write `unet/` and `scheduler/`; the manifest comes from the store when it publishes the folder."""
-    network.save_pretrained(folder / "unet", safe_serialization=True)
-    scheduler_for(prediction).save_pretrained(folder / "scheduler")
+def save_networks(
+    folder: Path,
+    network: UNet2DConditionModel,
+    prediction: PredictionType,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
+    zero_terminal_snr: bool = False,
+) -> None:
+    """Write `unet/` and `scheduler/`; the manifest comes from the store when it publishes the folder.
+
+    `weights` are names and whole tensors in the order of the network's parameters, its own where None; they are written one
+    at a time, so they need not fit into memory together.
+    """
+    assert not list(network.buffers()), "a network with buffers needs them written too"
+    plan: Plan = [(name, parameter.dtype, tuple(parameter.shape)) for name, parameter in network.named_parameters()]
+    network.save_config(folder / "unet")
+    tensors = (tensor for _, tensor in (weights if weights is not None else network.named_parameters()))
+    write_streamed(folder / "unet" / WEIGHTS, plan, tensors, {"format": "pt"})
+    scheduler_for(prediction, zero_terminal_snr).save_pretrained(folder / "scheduler")
 
 
 def load_checkpoint(folder: str | Path, device: str = "cpu") -> Checkpoint:
