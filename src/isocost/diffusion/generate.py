@@ -1,23 +1,31 @@
 """Rows in, uint8 pictures out: a checkpoint, its codec and its captions around the engine. No picture needs to touch the disk.
 
-Shapes: N captions, U distinct captions, T tokens, D width of the caption states, R resolution.
+Shapes: N captions, U distinct captions, T tokens, D width of the caption states, K width of their keys and values, R
+resolution.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from isocost.data.cache import NULL_CAPTION
 from isocost.data.codec import Codec, TextCodec
-from isocost.diffusion.engine import Denoise, Engine, FinishedRow, Row
+from isocost.diffusion.engine import Engine
+from isocost.diffusion.network import Precision, SamplingNetwork
+from isocost.diffusion.noise import Schedule
+from isocost.diffusion.rows import FinishedRow, Row
 from isocost.models.checkpoint import CheckpointInfo
 
 ENCODE_BATCH = 256
+DECODE_BATCH = 32
+MOST_DECODING = 2
+PROJECTED_BYTES = 2**29
 
 
 @dataclass(frozen=True)
@@ -43,49 +51,106 @@ class CaptionStates:
         return self.distinct[self.number[captions]]
 
 
+class ProjectedCaptions:
+    """Captions as a network's keys and values, each projected once where all of them fit into `PROJECTED_BYTES`."""
+
+    def __init__(self, captions: CaptionStates, network: SamplingNetwork) -> None:
+        self.captions, self.network = captions, network
+        num_distinct, num_tokens, _ = captions.distinct.shape
+        width = network.context_width
+        fits = num_distinct * num_tokens * width * network.dtype.itemsize <= PROJECTED_BYTES
+        self.kept = torch.empty(num_distinct if fits else 0, num_tokens, width, dtype=network.dtype, device=network.device)
+        self.is_known = torch.zeros(len(self.kept), dtype=torch.bool)
+
+    @property
+    def null(self) -> Tensor:
+        """The empty caption, [T, K]."""
+        return self.network.project(self.captions.null[None])[0]
+
+    def __call__(self, captions: Tensor) -> Tensor:
+        """Caption indices int64 [R] -> keys and values [R, T, K]."""
+        distinct = self.captions.number[captions]
+        if not len(self.kept):
+            return self.network.project(self.captions.distinct[distinct])
+        fresh = distinct[~self.is_known[distinct]].unique()
+        if len(fresh):
+            self.kept[fresh.to(self.kept.device)] = self.network.project(self.captions.distinct[fresh])
+            self.is_known[fresh] = True
+        return self.kept[distinct.to(self.kept.device)]
+
+
 def make_engine(
     network: nn.Module,
     info: CheckpointInfo,
     captions: CaptionStates,
     *,
-    batch_size: int,
-    device: torch.device | str = "cpu",
-    precision: Literal["fp32", "bf16"] = "fp32",
+    bucket_size: int,
+    precision: Precision = "fp32",
+    compiled: bool = False,
+    share_bytes: int = 0,
 ) -> Engine:
-    """An engine around a checkpoint's network."""
+    """An engine around a checkpoint's network, which it changes in place. On a CPU a lane for each of torch's threads."""
+    prepared = SamplingNetwork(network, precision, compiled)
+    projected = ProjectedCaptions(captions, prepared)
     model = info.model
-    shape = (model.latent_channels, model.latent_side, model.latent_side)
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Engine(_denoise(network), info.prediction, captions, captions.null, shape, batch_size, device, precision)
+    return Engine(
+        prepared.denoise(),
+        info.prediction,
+        projected,
+        projected.null,
+        (model.latent_channels, model.latent_side, model.latent_side),
+        bucket_size,
+        prepared.device,
+        num_lanes=torch.get_num_threads() if prepared.device.type == "cpu" else 1,
+        embeds_guidance=prepared.embeds_guidance,
+        share_bytes=share_bytes,
+    )
 
 
-def generate(engine: Engine, codec: Codec, rows: Iterable[Row]) -> Iterator[tuple[list[FinishedRow], Tensor]]:
-    """Run rows and decode what finishes, a batch of the engine's size at a time.
+def schedule_of(info: CheckpointInfo) -> Schedule:
+    """The noise schedule that a checkpoint was trained on."""
+    if info.prediction == "flow_prediction":
+        return Schedule.flow()
+    return Schedule.scaled_linear(zero_terminal_snr=info.zero_terminal_snr)
 
-    Yields the finished rows with their pictures uint8 [N, 3, R, R]. A latent that is not finite decodes to mid-grey; its
-    row says so.
+
+@dataclass(frozen=True)
+class Drawn:
+    """Finished rows with their pictures uint8 [N, 3, R, R]. A row that is not finite numbers has no picture."""
+
+    rows: list[FinishedRow]
+    pictures: Tensor
+    broken: list[FinishedRow]
+
+
+def generate(engine: Engine, codec: Codec, rows: Iterable[Row]) -> Iterator[Drawn]:
+    """Run rows and decode what finishes, `DECODE_BATCH` at a time, while the next pictures are denoised.
+
+    A latent that is not finite numbers is never decoded: it is handed on as broken.
     """
-    waiting: list[FinishedRow] = []
-    for finished in engine.run(rows):
-        waiting.append(finished)
-        if len(waiting) == engine.batch_size:
-            yield waiting, _decode(waiting, codec)
-            waiting = []
-    if waiting:
-        yield waiting, _decode(waiting, codec)
+    with ThreadPoolExecutor(1, "decode") as decoder:
+        waiting: list[FinishedRow] = []
+        broken: list[FinishedRow] = []
+        decoding: deque[tuple[list[FinishedRow], list[FinishedRow], Future[Tensor]]] = deque()
+        for finished in engine.run(rows):
+            (waiting if finished.finite else broken).append(finished)
+            if len(waiting) == DECODE_BATCH:
+                decoding.append((waiting, broken, decoder.submit(_decode, waiting, codec)))
+                waiting, broken = [], []
+            while decoding and (decoding[0][2].done() or len(decoding) > MOST_DECODING):
+                ready, lost, pictures = decoding.popleft()
+                yield Drawn(ready, pictures.result(), lost)
+        for ready, lost, pictures in decoding:
+            yield Drawn(ready, pictures.result(), lost)
+        if waiting or broken:
+            yield Drawn(waiting, _decode(waiting, codec), broken)
 
 
+@torch.inference_mode()
 def _decode(finished: list[FinishedRow], codec: Codec) -> Tensor:
-    latents = torch.stack([row.latent if row.finite else torch.zeros_like(row.latent) for row in finished])
-    pictures = codec.decode(latents).cpu()
-    for place, row in enumerate(finished):
-        if not row.finite:
-            pictures[place] = 128
-    return pictures
-
-
-def _denoise(network: nn.Module) -> Denoise:
-    def denoise(x: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
-        return network(x.contiguous(memory_format=torch.channels_last), timesteps, states).sample
-
-    return denoise
+    """uint8 [N, 3, R, R] on the CPU. Always `DECODE_BATCH` latents at once, so a picture does not depend on its company."""
+    if not finished:
+        return torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    latents = torch.stack([row.latent for row in finished])
+    padded = torch.cat([latents, latents[-1:].expand(DECODE_BATCH - len(latents), -1, -1, -1)])
+    return codec.decode(padded)[: len(latents)].cpu()

@@ -33,6 +33,7 @@ class CheckpointInfo(Spec):
     gflop_per_forward: float
     normalised_cost: float
     prediction: PredictionType
+    zero_terminal_snr: bool = False
     codec: str
     codec_subfolder: str | None = None
     text: TextSpec
