@@ -3,7 +3,7 @@
 Shape letters: P places of a network call, C H W latent, L D caption states.
 """
 
-import heapq
+import itertools
 import random
 from collections import Counter
 
@@ -121,6 +121,29 @@ def test_the_same_bits_whatever_shares_the_bucket(make_engine):
     assert torch.pdist(latents.flatten(1)).min() > 1  # no two rows are the same picture
 
 
+@pytest.fixture
+def rounds_by_position(unet):
+    """A network whose output depends on the position in the call, far more than any processor's rounding does."""
+
+    def denoise(x, timesteps, context, guidance):
+        return unet(x, timesteps, context).sample * (1 + 0.01 * torch.arange(len(x)).view(-1, 1, 1, 1))
+
+    return denoise
+
+
+@pytest.mark.parametrize("bucket_size", [1, 2, 5, 8])
+def test_the_position_in_the_call_is_the_pictures_own(make_engine, rounds_by_position, bucket_size):
+    rows = mixed_rows()
+    alone = by_picture(done for row in rows for done in make_engine(bucket_size, rounds_by_position).run([row]))
+    for stream, lanes in ((random.Random(1).sample(rows, len(rows)), 1), (rows, 3)):
+        for picture_id, done in by_picture(make_engine(bucket_size, rounds_by_position, num_lanes=lanes).run(stream)).items():
+            assert torch.equal(done.latent, alone[picture_id].latent), picture_id
+    grid = grid_of_points()
+    plain = {done.row.tag: done.latent for done in make_engine(bucket_size, rounds_by_position).run(grid)}
+    for done in make_engine(bucket_size, rounds_by_position, share_bytes=2**24).run(grid):
+        assert torch.equal(done.latent, plain[done.row.tag]), done.row.tag
+
+
 def test_other_bucket_sizes_agree_to_rounding(make_engine):
     rows = mixed_rows()
     first, *others = (by_picture(make_engine(bucket_size).run(rows)) for bucket_size in (1, 7, 64))
@@ -201,10 +224,8 @@ def test_finished_places_are_refilled_at_once(make_engine):
         return x
 
     assert len(list(make_engine(4, denoise).run(rows))) == 23
-    free_at = [0] * 4  # four machines that take the jobs of a list as they come free
-    for row in rows:
-        heapq.heappush(free_at, heapq.heappop(free_at) + row.table.num_steps)
-    assert len(in_use) == max(free_at)
+    busy_until = [sum(row.table.num_steps for row in rows[position::4]) for position in range(4)]
+    assert len(in_use) == max(busy_until)
     assert in_use == sorted(in_use, reverse=True)
     assert sum(in_use) == sum(row.table.num_steps for row in rows)
 
@@ -386,7 +407,7 @@ def test_a_pass_that_does_not_fit_is_one_line_and_other_errors_are_not_swallowed
 
 def test_stream_is_read_lazily(make_engine):
     read = []
-    endless = (read.append(i) or Row(i, 0, table(SAMPLERS[0], 2), 1.0) for i in iter(int, 1))
+    endless = (read.append(i) or Row(i, 0, table(SAMPLERS[0], 2), 1.0) for i in itertools.count())
     stream = make_engine(4, identity).run(endless)
     next(stream)
     assert len(read) <= 8

@@ -3,28 +3,27 @@
 Rows that differ in sampler, step count, guidance and caption share network calls of one fixed shape and one fused update a
 tick, because a sampler is a table of numbers (`samplers.py`) and noise belongs to the picture (`noise.py`). A network call
 has `bucket_size` places, one a pass; a row takes one place, or two with guidance, and keeps them until it is finished, when
-the next row gets them (`places.py`). A place that no row needs runs empty, so the call never changes its shape, nor a
-picture its bits. On a CPU several calls of that shape run at once, one a core (`lanes.py`): how many does not touch the
-pictures either.
+the next row gets them (`places.py`). Which positions a picture may take is a matter of its id alone (`waiting.py`), and a
+place that no row needs runs empty: shape and position never change, nor does a picture its bits. On a CPU several calls of
+that shape run at once, one a core (`lanes.py`): how many does not touch the pictures either.
 
 Shape letters: P places of all lanes, C H W latent, L D states.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from isocost.diffusion.lanes import Lanes
-from isocost.diffusion.noise import START_NOISE, normal_noise, x0_coefficients
+from isocost.diffusion.noise import x0_coefficients
 from isocost.diffusion.places import Lines, Places
 from isocost.diffusion.rows import CaptionStates, Conditions, FinishedRow, Row, num_passes
 from isocost.diffusion.sharing import FirstEvaluations
+from isocost.diffusion.waiting import Waiting
 from isocost.errors import RequestError
 from isocost.study import PredictionType
 
@@ -32,6 +31,10 @@ Denoise = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(x [P, C, H, W] float32, timesteps [P] float32, states [P, L, D], guidance [P] float32) -> raw output [P, C, H, W].
 
 `guidance` is for networks that embed it; others leave it."""
+
+
+_READ_AHEAD = 16
+"""How many times the places' number of rows may wait for a place that is theirs or for an evaluation that they share."""
 
 
 class Engine:
@@ -89,11 +92,12 @@ class Engine:
         """
         lines = Lines(self.prediction, self.device)
         shared = FirstEvaluations(self.share_bytes)
-        places = Places(self.lanes.num_places, self.latent_shape, lines, self.conditions, shared, self.lanes.call_size)
-        waiting: deque[tuple[Row, Tensor]] = deque()
-        stream = self._with_start_noise(iter(rows))
+        num_places, call_size = self.lanes.num_places, self.lanes.call_size
+        places = Places(num_places, self.latent_shape, lines, self.conditions, shared, self.bucket_size, call_size)
+        most_waiting = _READ_AHEAD * num_places
+        waiting = Waiting(iter(rows), self.conditions, self.latent_shape, self.bucket_size, most_waiting, self.device)
         while True:
-            yield from places.refill(waiting, stream)
+            yield from places.refill(waiting)
             if not places.num_busy:
                 return
             yield from self._tick(places)
@@ -101,14 +105,6 @@ class Engine:
     def passes(self, row: Row) -> int:
         """Network passes an evaluation of the row."""
         return num_passes(row.guidance, self.conditions.embeds_guidance)
-
-    def _with_start_noise(self, rows: Iterator[Row]) -> Iterator[tuple[Row, Tensor]]:
-        # Drawn for many rows at once: for one or two it would cost as much as the rest of a tick.
-        while chunk := list(islice(rows, self.lanes.num_places)):
-            seeds = torch.tensor([row.seed for row in chunk])
-            picture_ids = torch.tensor([row.picture_id for row in chunk])
-            noise = normal_noise(seeds, picture_ids, START_NOISE, self.latent_shape, self.device)
-            yield from zip(chunk, noise, strict=True)
 
     @torch.inference_mode()
     def _tick(self, places: Places) -> list[FinishedRow]:

@@ -25,6 +25,7 @@ from isocost.models.checkpoint import CheckpointInfo
 ENCODE_BATCH = 256
 DECODE_BATCH = 32
 MOST_DECODING = 2
+MOST_FILLING = 4
 PROJECTED_BYTES = 2**29
 
 
@@ -129,28 +130,57 @@ def generate(engine: Engine, codec: Codec, rows: Iterable[Row]) -> Iterator[Draw
     A latent that is not finite numbers is never decoded: it is handed on as broken.
     """
     with ThreadPoolExecutor(1, "decode") as decoder:
-        waiting: list[FinishedRow] = []
-        broken: list[FinishedRow] = []
-        decoding: deque[tuple[list[FinishedRow], list[FinishedRow], Future[Tensor]]] = deque()
+        batches = _DecodeBatches()
+        decoding: deque[tuple[list[FinishedRow], Future[Tensor]]] = deque()
         for finished in engine.run(rows):
-            (waiting if finished.finite else broken).append(finished)
-            if len(waiting) == DECODE_BATCH:
-                decoding.append((waiting, broken, decoder.submit(_decode, waiting, codec)))
-                waiting, broken = [], []
-            while decoding and (decoding[0][2].done() or len(decoding) > MOST_DECODING):
-                ready, lost, pictures = decoding.popleft()
-                yield Drawn(ready, pictures.result(), lost)
-        for ready, lost, pictures in decoding:
-            yield Drawn(ready, pictures.result(), lost)
-        if waiting or broken:
-            yield Drawn(waiting, _decode(waiting, codec), broken)
+            if not finished.finite:
+                yield Drawn([], torch.empty(0, 3, 0, 0, dtype=torch.uint8), [finished])
+                continue
+            for batch in batches.add(finished):
+                decoding.append((list(batch.values()), decoder.submit(_decode, batch, codec)))
+            while decoding and (decoding[0][1].done() or len(decoding) > MOST_DECODING):
+                ready, pictures = decoding.popleft()
+                yield Drawn(ready, pictures.result(), [])
+        for batch in batches.rest():
+            decoding.append((list(batch.values()), decoder.submit(_decode, batch, codec)))
+        for ready, pictures in decoding:
+            yield Drawn(ready, pictures.result(), [])
+
+
+Batch = dict[int, FinishedRow]
+"""Rows to decode at once, by their place in the call."""
+
+
+class _DecodeBatches:
+    """Calls of the decoder that fill up. A picture's place in its call is its id's, as in the engine's calls (`waiting.py`)."""
+
+    def __init__(self) -> None:
+        self._filling: deque[Batch] = deque()
+
+    def add(self, finished: FinishedRow) -> Iterator[Batch]:
+        """Put a row into the first batch where its place is free; gives the batches that are to be decoded now."""
+        place = finished.row.picture_id % DECODE_BATCH
+        batch = next((batch for batch in self._filling if place not in batch), None)
+        if batch is None:
+            batch = {}
+            self._filling.append(batch)
+        batch[place] = finished
+        if len(batch) == DECODE_BATCH:
+            self._filling.remove(batch)
+            yield batch
+        elif len(self._filling) > MOST_FILLING:
+            yield self._filling.popleft()
+
+    def rest(self) -> Iterator[Batch]:
+        """The batches that did not fill up."""
+        return iter(self._filling)
 
 
 @torch.inference_mode()
-def _decode(finished: list[FinishedRow], codec: Codec) -> Tensor:
-    """uint8 [N, 3, R, R] on the CPU. Always `DECODE_BATCH` latents at once, so a picture does not depend on its company."""
-    if not finished:
-        return torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-    latents = torch.stack([row.latent for row in finished])
-    padded = torch.cat([latents, latents[-1:].expand(DECODE_BATCH - len(latents), -1, -1, -1)])
-    return codec.decode(padded)[: len(latents)].cpu()
+def _decode(batch: Batch, codec: Codec) -> Tensor:
+    """uint8 [N, 3, R, R] on the CPU, in the batch's order. Always `DECODE_BATCH` latents at once."""
+    places = list(batch)
+    some = batch[places[0]].latent
+    latents = some.new_zeros(DECODE_BATCH, *some.shape)
+    latents[places] = torch.stack([row.latent for row in batch.values()])
+    return codec.decode(latents)[places].cpu()

@@ -23,9 +23,6 @@ from isocost.diffusion.engine import Denoise
 from isocost.progress import say
 
 Precision = Literal["fp32", "bf16"]
-PROJECTED_AT_ONCE = 32
-"""Captions are projected in calls of this one shape, so that a caption's bits do not depend on its company."""
-
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -62,12 +59,11 @@ class SamplingNetwork:
     @torch.inference_mode()
     def project(self, states: Tensor) -> Tensor:
         """Caption states [B, T, D] to their keys and values in every cross-attention, [B, T, K]."""
-        parts = []
-        for chunk in states.to(self.device, self.dtype).split(PROJECTED_AT_ONCE):
-            padded = functional.pad(chunk, (0, 0, 0, 0, 0, PROJECTED_AT_ONCE - len(chunk)))
-            projected = [values for one in self.attentions for values in (one.to_k(padded), one.to_v(padded))]
-            parts.append(torch.cat(projected, dim=-1)[: len(chunk)])
-        return torch.cat(parts)
+        # One by one, so that a caption's bits do not depend on its company.
+        return torch.cat([self._project_one(one) for one in states.to(self.device, self.dtype).split(1)])
+
+    def _project_one(self, states: Tensor) -> Tensor:
+        return torch.cat([values for one in self.attentions for values in (one.to_k(states), one.to_v(states))], dim=-1)
 
     def denoise(self) -> Denoise:
         """The network as the engine calls it."""

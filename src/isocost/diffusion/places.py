@@ -5,7 +5,6 @@ Shape letters: P places of all lanes, R rows placed or finished at once, N lines
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,11 +16,10 @@ from isocost.diffusion.noise import START_NOISE, normal_noise, x0_coefficients
 from isocost.diffusion.rows import Conditions, FinishedRow, Row
 from isocost.diffusion.samplers import SamplerTable
 from isocost.diffusion.sharing import FirstEvaluations, Key
+from isocost.diffusion.waiting import Waiting, WaitingRow
 from isocost.study import PredictionType
 
 Indices = NDArray[np.int64]
-_READ_AHEAD = 16
-"""How many times the places' number of rows may wait while the first evaluation they share is computed."""
 
 
 class Lines:
@@ -73,6 +71,7 @@ class Places:
         lines: Lines,
         conditions: Conditions,
         shared: FirstEvaluations,
+        bucket_size: int,
         call_size: int,
     ) -> None:
         self.latent_shape, self.lines, self.conditions, self.shared = latent_shape, lines, conditions, shared
@@ -80,7 +79,7 @@ class Places:
         self.rows = np.empty(num_places, dtype=object)
         self.host = np.zeros(num_places, _HOST)
         self.host["secondary"] = self.primary = np.arange(num_places)
-        self.vacant = list(range(num_places - 1, -1, -1))
+        self.vacant = [list(range(position, num_places, bucket_size))[::-1] for position in range(bucket_size)]
         self.x = torch.zeros(num_places, *latent_shape, device=self.device)
         self.x0, self.x0_before = torch.zeros_like(self.x), torch.zeros_like(self.x)
         self.guidance = torch.ones(num_places, device=self.device)
@@ -101,58 +100,46 @@ class Places:
         """Whether each place works for a row."""
         return self.host["busy"][self.primary]
 
-    def refill(self, waiting: deque[tuple[Row, Tensor]], stream: Iterator[tuple[Row, Tensor]]) -> Iterator[FinishedRow]:
+    def refill(self, waiting: Waiting) -> Iterator[FinishedRow]:
         """Put rows into vacant places; yields the rows whose only evaluation was shared."""
-        while self.vacant:
-            fresh = self._choose(waiting, stream)
-            if not fresh:
-                return
+        while fresh := self._choose(waiting):
             placed = self._place(fresh)
             if self.shared.capacity:
                 yield from self._take_over(placed)
 
-    def _choose(self, waiting: deque[tuple[Row, Tensor]], stream: Iterator[tuple[Row, Tensor]]) -> list[tuple[Row, Tensor]]:
+    def _choose(self, waiting: Waiting) -> list[WaitingRow]:
         """The next rows that fit the vacant places. A row whose first evaluation is being computed for another waits."""
-        chosen: list[tuple[Row, Tensor]] = []
-        held: list[tuple[Row, Tensor]] = []
-        left = len(self.vacant)
+        vacant = [len(places) for places in self.vacant]
+        if not self.shared.capacity:
+            return list(waiting.take(vacant, lambda _: True))
         pending = {key for place in np.flatnonzero(self._at_first_line()) for key in self._keys(self.rows[place])}
-        most_held = _READ_AHEAD * len(self.host)
-        while left:
-            item = waiting.popleft() if waiting else next(stream, None)
-            if item is None:
-                break
-            passes = len(self.conditions.captions(item[0]))
-            if passes > left:
-                waiting.appendleft(item)
-                break
-            if self.shared.capacity:
-                keys = self._keys(item[0])
-                if not self.shared.has(keys) and not pending.isdisjoint(keys) and len(held) < most_held:
-                    held.append(item)
-                    continue
-                pending.update(keys)
-            chosen.append(item)
-            left -= passes
-        waiting.extendleft(reversed(held))
+
+        def may_start(one: WaitingRow) -> bool:
+            keys = self._keys(one.row)
+            return self.shared.has(keys) or pending.isdisjoint(keys)
+
+        chosen = []
+        for one in waiting.take(vacant, may_start):
+            pending.update(self._keys(one.row))
+            chosen.append(one)
         return chosen
 
     @torch.inference_mode()
-    def _place(self, fresh: list[tuple[Row, Tensor]]) -> Indices:
+    def _place(self, fresh: list[WaitingRow]) -> Indices:
         """Put each row into one or two vacant places; returns the primary ones."""
         placed = []
         wanted: list[tuple[int, int | None]] = []  # place, caption or None for the empty one
-        for row, _ in fresh:
-            captions = self.conditions.captions(row)
-            place = self.vacant.pop()
-            secondary = self.vacant.pop() if len(captions) == 2 else place
+        for one in fresh:
+            row = one.row
+            standing = [self.vacant[position].pop() for position in one.positions]
+            place, secondary = standing[0], standing[-1]
             first = self.lines.first_line(row.table)
             end = first + row.table.num_evaluations
             self.host[place] = (
                 first,
                 first,
                 end,
-                len(captions),
+                len(standing),
                 secondary,
                 0,
                 0,
@@ -163,14 +150,14 @@ class Places:
             )
             self.rows[place] = row
             self.primary[secondary] = self.primary[place] = place
-            wanted.extend(zip((place, secondary), captions, strict=False))
+            wanted.extend((stand, each.caption) for stand, each in zip(standing, one.passes, strict=True))
             placed.append(place)
         primary = np.array(placed)
         on_device = self.to_device(primary)
-        self.x[on_device] = torch.stack([start for _, start in fresh])
+        self.x[on_device] = torch.stack([one.start for one in fresh])
         # A first line's c and d are 0, but 0 times a former row's infinity is not.
         self.x0[on_device] = self.x0_before[on_device] = 0.0
-        self.guidance[on_device] = torch.tensor([self.conditions.weight(row) for row, _ in fresh], device=self.device)
+        self.guidance[on_device] = torch.tensor([self.conditions.weight(one.row) for one in fresh], device=self.device)
         self._condition(wanted)
         return primary
 
@@ -254,7 +241,7 @@ class Places:
             finished.append(FinishedRow(row, latent, *counts, is_finite, int(record["bucket_size"])))
             for freed in sorted({place, int(record["secondary"])}, reverse=True):
                 self.primary[freed] = self.host["secondary"][freed] = freed
-                self.vacant.append(freed)
+                self.vacant[freed % len(self.vacant)].append(freed)
             self.rows[place] = None
             self.host["busy"][place] = False
         self.x[self.to_device(ended)] = 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +76,13 @@ def num_passes(guidance: float, embeds_guidance: bool = False) -> int:
     return 1 if embeds_guidance or guidance in (0, 1) else 2
 
 
+class Pass(NamedTuple):
+    """A network pass of a row: its caption, None for the empty one, and whether it is what guidance leads away from."""
+
+    caption: int | None
+    unconditional: bool
+
+
 @dataclass(frozen=True)
 class Conditions:
     """What the passes of a row are conditioned on.
@@ -89,23 +97,24 @@ class Conditions:
     null_states: Tensor | None
     embeds_guidance: bool = False
 
-    def captions(self, row: Row) -> tuple[int | None, ...]:
-        """The caption of each pass, None for the empty one: the conditional pass, then guidance's second one.
+    def passes(self, row: Row) -> tuple[Pass, ...]:
+        """The passes of an evaluation: the conditional one, the unconditional one, or both in this order.
 
         Raises:
             RequestError: the empty caption is asked for, and there is none.
         """
+        conditional, unconditional = Pass(row.caption, False), Pass(row.negative, True)
         if num_passes(row.guidance, self.embeds_guidance) == 2:
-            captions: tuple[int | None, ...] = (row.caption, row.negative)
+            passes: tuple[Pass, ...] = (conditional, unconditional)
         else:
-            captions = (row.negative if row.guidance == 0 and not self.embeds_guidance else row.caption,)
-        if self.null_states is None and None in captions:
+            passes = (unconditional if row.guidance == 0 and not self.embeds_guidance else conditional,)
+        if self.null_states is None and any(one.caption is None for one in passes):
             raise RequestError(f"guidance = {row.guidance:g}: this network has no null caption; take guidance 1")
-        return captions
+        return passes
 
     def weight(self, row: Row) -> float:
         """w where it is used, by the update or by the network; 1 where a row takes one plain pass."""
-        return row.guidance if self.embeds_guidance or len(self.captions(row)) == 2 else 1.0
+        return row.guidance if num_passes(row.guidance, self.embeds_guidance) == 2 or self.embeds_guidance else 1.0
 
     def states(self, wanted: list[tuple[int, int | None]]) -> Iterator[tuple[list[int], Tensor]]:
         """(place, caption) pairs to places with their states [L, D] or [R, L, D]."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from isocost.diffusion.rows import Conditions, Row
+from isocost.diffusion.rows import Conditions, Pass, Row
 
-Key = tuple[int, int, float, int | None, float]
+Key = tuple[int, int, float, Pass, float]
 
 
 class FirstEvaluations:
@@ -23,10 +23,11 @@ class FirstEvaluations:
 
     @staticmethod
     def keys(row: Row, conditions: Conditions) -> tuple[Key, ...]:
-        """What the row's passes at its first line depend on: seed, picture, timestep, caption, embedded guidance."""
+        """What the row's passes at its first line depend on: seed, picture, timestep, caption, embedded guidance (the side of
+        guidance too, because it decides the place in the call, and with it the last bits)."""
         weight = row.guidance if conditions.embeds_guidance else 1.0
         at = (row.seed, row.picture_id, float(row.table.timesteps[0]))
-        return tuple((*at, caption, weight) for caption in conditions.captions(row))
+        return tuple((*at, one, weight) for one in conditions.passes(row))
 
     def has(self, keys: tuple[Key, ...]) -> bool:
         """True where all passes are there."""
