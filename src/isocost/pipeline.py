@@ -157,7 +157,7 @@ class Pipeline:
             if not self.store.has("checkpoint", name):
                 info = self._checkpoint_info(run, cost, seen).model_dump(mode="json")
                 with self.store.create("checkpoint", name, {"info": info}) as partial:
-                    save_networks(partial, network, spec.prediction, weights, spec.zero_terminal_snr)
+                    save_networks(partial, network, spec.prediction, spec.zero_terminal_snr, weights)
 
         cache = materials.cache
         self._record_skipped()
@@ -218,7 +218,6 @@ class Pipeline:
             materials.caption_states,
             materials.kept,
             self.study.protocol.distances,
-            self.study.sweep.batch_size,
         )
         numbers = {point.digest: n for n, point in enumerate((p for ps in by_checkpoint.values() for p in ps), start=1)}
         with progress_bar(f"sweep {self.cost(run).size} (width {run.model.width})", len(numbers), "points") as progress:

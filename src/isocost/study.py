@@ -18,6 +18,7 @@ SAMPLER_NAMES = (
 )
 SPACING_NAMES = ("leading", "trailing", "linspace", "karras")
 NUM_TRAIN_TIMESTEPS = 1000
+DEFAULT_BUCKET_SIZE = 64
 LEAST_PICTURES = 32
 """Fewer pictures on either side than this give a distance whose interval says nothing."""
 
@@ -303,6 +304,13 @@ class PointSpec(Spec):
     num_pictures: int = Field(ge=1)
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
+    compiled: bool = False
+    bucket_size: int = Field(DEFAULT_BUCKET_SIZE, ge=1)
+
+    @property
+    def numerics(self) -> tuple[str, bool, int]:
+        """What decides the last bits of a picture: precision, compiled or eager, places of a network call."""
+        return self.precision, self.compiled, self.bucket_size
 
 
 class ProtocolSpec(Spec):
@@ -326,7 +334,10 @@ class SweepSpec(Spec):
     guidance: tuple[Annotated[float, Field(ge=0)], ...]
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
-    batch_size: int = Field(128, ge=1, description="rows that share a network call")
+    compiled: bool = Field(False, description="compile the network: minutes once a machine, then faster calls")
+    bucket_size: int = Field(
+        DEFAULT_BUCKET_SIZE, ge=1, description="passes of a network call; on a CPU each core makes its own"
+    )
     marks_num_steps: int = Field(16, ge=1, le=NUM_TRAIN_TIMESTEPS)
     marks_guidance: float = Field(2.0, ge=0)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -61,11 +61,11 @@ class Checkpoint:
         return str(beside) if beside.is_dir() else self.info.codec
 
 
-def scheduler_for(
-    prediction: PredictionType, zero_terminal_snr: bool = False
-) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
-    """The noise schedule of a training as a diffusers scheduler, trailing spacing: a straight flow, or Stable Diffusion's
-    (scaled linear, 0.00085 to 0.012), perhaps with zero terminal SNR."""
+def scheduler_for(prediction: PredictionType, zero_terminal_snr: bool = False) -> SchedulerMixin:
+    """Stable Diffusion's noise schedule (scaled linear, 0.00085 to 0.012) as a diffusers scheduler, trailing spacing.
+
+    A flow's is diffusers' Euler for flow matching.
+    """
     if prediction == "flow_prediction":
         return FlowMatchEulerDiscreteScheduler()
     return DDIMScheduler(
@@ -85,8 +85,8 @@ def save_networks(
     folder: Path,
     network: UNet2DConditionModel,
     prediction: PredictionType,
-    weights: Iterable[tuple[str, Tensor]] | None = None,
     zero_terminal_snr: bool = False,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
     """Write `unet/` and `scheduler/`; the manifest comes from the store when it publishes the folder.
 

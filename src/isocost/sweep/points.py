@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from isocost.diffusion.rows import num_passes
 from isocost.diffusion.samplers import num_evaluations
 from isocost.models.checkpoint import CheckpointInfo
 from isocost.score.protocol import Protocol
 from isocost.spec import digest
 from isocost.study import PointSpec, ProtocolSpec, SweepSpec
 
-VERSION = 1
+VERSION = 2
 """Raised when a fix changes what a point's pictures or scores are."""
 
 
@@ -25,7 +26,7 @@ class Point:
     @property
     def nfe(self) -> int:
         """Network evaluations per picture, guidance's second pass counted."""
-        return self.num_evaluations * (1 if self.spec.guidance in (0, 1) else 2)
+        return self.num_evaluations * num_passes(self.spec.guidance)
 
     @property
     def num_evaluations(self) -> int:
@@ -55,6 +56,8 @@ class Point:
             "num_pictures": spec.num_pictures,
             "seed": spec.seed,
             "precision": spec.precision,
+            "compiled": spec.compiled,
+            "bucket_size": spec.bucket_size,
         }
 
     @property
@@ -91,5 +94,7 @@ def _point_spec(checkpoint: str, sweep: SweepSpec, protocol_spec: ProtocolSpec, 
         num_pictures=protocol_spec.num_pictures,
         seed=sweep.seed,
         precision=sweep.precision,
+        compiled=sweep.compiled,
+        bucket_size=sweep.bucket_size,
         **at,
     )
