@@ -168,3 +168,22 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
     assert list(rows_of(TrainSpec(num_images=9, batch_size=9), three)) == [3, 4, 5]  # type: ignore[arg-type]
     with pytest.raises(RequestError, match=r"batch_size=16 does not divide by 3 processes: take 15 or 18"):
         rows_of(TrainSpec(num_images=16, batch_size=16), three)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("width", "limit"),
+    [(96, None), pytest.param(768, 0.10, marks=pytest.mark.slow)],
+)
+def test_a_large_member_shards_steps_and_takes_the_memory_that_was_forecast(
+    width: int, limit: float | None, tmp_path: Path
+) -> None:
+    """The member called 5B, of two levels instead of four: 453M parameters. At width 96 PyTorch itself takes more."""
+    model = {"width": width, "latent_side": 8, "num_levels": 2, "layers_per_block": 1}
+    spec = {**FSDP, "batch_size": 4, "microbatch": 2, "ema_half_life_images": 64, "gradient_checkpointing": True}
+    launch(2, [{"spec": spec, "folder": str(tmp_path), "memory": model}], tmp_path, timeout=600)
+    for rank in range(2):
+        about = json.loads((tmp_path / f"memory-{rank}.json").read_text())
+        assert all(0 < loss < 10 for loss in about["losses"])
+        assert about["held"] == pytest.approx(about["parameters"] / 2, rel=0.01)
+        if limit is not None:
+            assert about["measured"] == pytest.approx(about["forecast"], rel=limit)

@@ -21,9 +21,12 @@ from isocost.data.codec import TextCodec
 from isocost.data.order import picture_order
 from isocost.data.shards import Place
 from isocost.diffusion.noise import Schedule
+from isocost.errors import RequestError
 from isocost.models.checkpoint import scheduler_for
+from isocost.spec import parse_spec
 from isocost.study import TextSpec, TrainSpec
-from isocost.train.tasks import Batch, TextToImage, choices, loss_weights, training_key
+from isocost.train.schedules import learning_rate
+from isocost.train.tasks import Batch, TextToImage, choices, loss_weights, training_key, training_schedule
 
 NUM_PICTURES, STDS = 10, torch.tensor([0.5, 2.0])
 CPU = torch.device("cpu")
@@ -160,3 +163,40 @@ def test_captions_are_encoded_in_the_step_where_no_states_are_cached(cache: Late
         task = TextToImage(TrainSpec(num_images=1), LatentCache(place), Schedule.scaled_linear(), text)
         made[with_states] = task.batch(0, range(8), CPU).states
     assert torch.allclose(made[True], made[False], atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "zero_terminal_snr"), [("v_prediction", True), ("flow_prediction", False), ("sample", False)]
+)
+def test_a_batch_follows_the_schedule_of_its_prediction(cache: LatentCache, prediction: str, zero_terminal_snr: bool) -> None:
+    spec = TrainSpec.model_validate({"num_images": 1, "prediction": prediction, "zero_terminal_snr": zero_terminal_snr})
+    schedule = training_schedule(spec)
+    batch = TextToImage(spec, cache, schedule).batch(0, range(512), CPU)
+    clean = TextToImage(spec.model_copy(update={"prediction": "sample"}), cache, schedule).batch(0, range(512), CPU).target
+    index = torch.from_numpy(np.searchsorted(schedule.timesteps, batch.timesteps.double().numpy() - 1e-3))
+    assert torch.allclose(schedule.predicted_x0(prediction, batch.target, batch.noisy, index), clean, atol=1e-3)  # type: ignore[arg-type]
+    assert schedule.starts_pure == (prediction != "sample")
+    noisiest = batch.noisy[index == schedule.num_timesteps - 1]
+    assert len(noisiest) == 0 or noisiest.abs().max() < 5
+
+
+def test_zero_terminal_snr_is_refused_for_epsilon() -> None:
+    with pytest.raises(RequestError, match="zero_terminal_snr needs prediction: v_prediction"):
+        parse_spec(TrainSpec, {"num_images": 1, "zero_terminal_snr": True}, "study")
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+def test_learning_rates_follow_their_schedule(schedule: str) -> None:
+    plain = {"num_images": 1000, "batch_size": 10, "lr": 1.0, "warmup_images": 100, "lr_schedule": schedule}
+    spec = TrainSpec.model_validate(plain)
+    rates = [learning_rate(spec, seen) for seen in range(0, 1000, 10)]
+    assert rates[:10] == pytest.approx([0.1 * (k + 1) for k in range(10)], rel=0.03)
+    if schedule == "constant":
+        assert set(rates[10:]) == {1.0}
+        assert "num_images" not in spec.recipe()
+        return
+    assert spec.recipe()["num_images"] == 1000
+    assert rates[-1] == pytest.approx(0.0003 if schedule == "cosine" else 0.05, rel=0.1)
+    middle = learning_rate(spec, 550)
+    assert middle == pytest.approx(0.5 if schedule == "cosine" else 1.0)
+    assert all(later <= earlier for earlier, later in pairwise(rates[10:]))

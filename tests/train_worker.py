@@ -20,6 +20,7 @@ from isocost.diffusion.noise import Schedule
 from isocost.models.unet import build_unet
 from isocost.study import ModelSpec, TrainSpec
 from isocost.train.loop import Trainer, _accelerator, backward, train
+from isocost.train.memory import training_memory
 from isocost.train.parallel import this_part
 from isocost.train.tasks import Batch, TextToImage
 
@@ -43,16 +44,67 @@ def network_of(spec: TrainSpec, dtype: torch.dtype) -> nn.Module:
     return build_unet(MODEL).to(dtype)
 
 
+class Random:
+    """Batches of random numbers, for a network of any shape."""
+
+    def __init__(self, model: ModelSpec, num_tokens: int) -> None:
+        self.model, self.num_tokens = model, num_tokens
+
+    def batch(self, images_seen: int, rows: range, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
+        latents = torch.randn(len(rows), self.model.latent_channels, self.model.latent_side, self.model.latent_side)
+        states = torch.randn(len(rows), self.num_tokens, self.model.context_width)
+        return Batch(latents, torch.zeros(len(rows)), states, latents.clone(), torch.ones(len(rows)))
+
+    def loss(self, network: nn.Module, batch: Batch) -> Tensor:
+        return TextToImage.loss(self, network, batch)  # type: ignore[arg-type]
+
+
+def resident(peak: bool = False) -> int:
+    """Bytes of memory of this process, now or at most since `clear_refs`."""
+    key = "VmHWM:" if peak else "VmRSS:"
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return 1024 * int(line.split()[1])
+
+
+def measure_memory(spec: TrainSpec, model: ModelSpec, folder: Path, rank: int) -> None:
+    """Two steps of a network of random numbers; writes what was forecast and what the steps took at most.
+
+    A small network comes first: it loads what PyTorch loads once in a process.
+    """
+    accelerator = _accelerator(spec, folder, "test")
+    small = ModelSpec(width=8, latent_side=8)
+    first = Trainer(spec, Random(small, 77), build_unet(small), folder, accelerator)
+    first.step(first.batch(0), 0)
+    del first
+    before = resident()
+    torch.manual_seed(0)
+    network = build_unet(model, "cpu" if rank == 0 else "meta")
+    trainer = Trainer(spec, Random(model, 77), network, folder, accelerator)
+    losses = [float(trainer.step(trainer.batch(0), 0))]
+    Path("/proc/self/clear_refs").write_text("5")
+    losses.append(float(trainer.step(trainer.batch(0), spec.batch_size)))
+    measured = resident(peak=True) - before
+    forecast = training_memory(model, spec, trainer.microbatch, 77, accelerator.num_processes)
+    about = {"measured": measured, "forecast": forecast.total, "state": forecast.state, "losses": losses}
+    shards = sum(piece.data.numel() for piece in trainer.parallel.pieces())
+    about |= {"held": shards, "parameters": sum(p.numel() for p in network.parameters())}
+    (folder / f"memory-{rank}.json").write_text(json.dumps(about))
+
+
 def run_job(job: dict[str, Any]) -> None:
     """Train as the job says; its folder then holds the published weights, and each process's images."""
     spec, folder = TrainSpec.model_validate(job["spec"]), Path(job["folder"])
     dtype = torch.float64 if job.get("double") else torch.float32
-    task = Noted(spec, LatentCache(job["cache"]), Schedule.scaled_linear())
     rank = this_part().rank
 
     def publish(network: nn.Module, weights: Iterable[tuple[str, Tensor]], mark: int) -> None:
         save_file({name: tensor.clone().contiguous() for name, tensor in weights}, folder / f"weights-{mark}.safetensors")
 
+    if "memory" in job:
+        model = ModelSpec.model_validate(job["memory"])
+        measure_memory(spec, model, folder, rank)
+        return
+    task = Noted(spec, LatentCache(job["cache"]), Schedule.scaled_linear())
     if job.get("gradients"):
         trainer = Trainer(spec, task, network_of(spec, dtype), folder, _accelerator(spec, folder, "test"))
         loss = backward(trainer.parallel, task, trainer.batch(0), trainer.microbatch, spec.precision)
