@@ -19,7 +19,8 @@ from isocost.data.cache import LatentCache
 from isocost.diffusion.noise import Schedule
 from isocost.models.unet import build_unet
 from isocost.study import ModelSpec, TrainSpec
-from isocost.train.loop import Trainer, _accelerator, backward, train
+from isocost.train.forecast import RandomTask
+from isocost.train.loop import Trainer, backward, make_accelerator, train
 from isocost.train.memory import training_memory
 from isocost.train.parallel import this_part
 from isocost.train.tasks import Batch, TextToImage
@@ -44,21 +45,6 @@ def network_of(spec: TrainSpec, dtype: torch.dtype) -> nn.Module:
     return build_unet(MODEL).to(dtype)
 
 
-class Random:
-    """Batches of random numbers, for a network of any shape."""
-
-    def __init__(self, model: ModelSpec, num_tokens: int) -> None:
-        self.model, self.num_tokens = model, num_tokens
-
-    def batch(self, images_seen: int, rows: range, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
-        latents = torch.randn(len(rows), self.model.latent_channels, self.model.latent_side, self.model.latent_side)
-        states = torch.randn(len(rows), self.num_tokens, self.model.context_width)
-        return Batch(latents, torch.zeros(len(rows)), states, latents.clone(), torch.ones(len(rows)))
-
-    def loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        return TextToImage.loss(self, network, batch)  # type: ignore[arg-type]
-
-
 def resident(peak: bool = False) -> int:
     """Bytes of memory of this process, now or at most since `clear_refs`."""
     key = "VmHWM:" if peak else "VmRSS:"
@@ -71,15 +57,15 @@ def measure_memory(spec: TrainSpec, model: ModelSpec, folder: Path, rank: int) -
 
     A small network comes first: it loads what PyTorch loads once in a process.
     """
-    accelerator = _accelerator(spec, folder, "test")
+    accelerator = make_accelerator(spec, folder, "test")
     small = ModelSpec(width=8, latent_side=8)
-    first = Trainer(spec, Random(small, 77), build_unet(small), folder, accelerator)
+    first = Trainer(spec, RandomTask(small, 77), build_unet(small), folder, accelerator)
     first.step(first.batch(0), 0)
     del first
     before = resident()
     torch.manual_seed(0)
     network = build_unet(model, "cpu" if rank == 0 else "meta")
-    trainer = Trainer(spec, Random(model, 77), network, folder, accelerator)
+    trainer = Trainer(spec, RandomTask(model, 77), network, folder, accelerator)
     losses = [float(trainer.step(trainer.batch(0), 0))]
     Path("/proc/self/clear_refs").write_text("5")
     losses.append(float(trainer.step(trainer.batch(0), spec.batch_size)))
@@ -106,7 +92,7 @@ def run_job(job: dict[str, Any]) -> None:
         return
     task = Noted(spec, LatentCache(job["cache"]), Schedule.scaled_linear())
     if job.get("gradients"):
-        trainer = Trainer(spec, task, network_of(spec, dtype), folder, _accelerator(spec, folder, "test"))
+        trainer = Trainer(spec, task, network_of(spec, dtype), folder, make_accelerator(spec, folder, "test"))
         loss = backward(trainer.parallel, task, trainer.batch(0), trainer.microbatch, spec.precision)
         grads = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in trainer.parallel.network.parameters()]
         names = [name for name, _ in trainer.parallel.network.named_parameters()]

@@ -77,13 +77,22 @@ def codec(study: Study, out: Out = None, overrides: Set = None) -> None:
 
 
 @app.command()
-def train(study: Study, out: Out = None, overrides: Set = None, stop_after: StopAfter = None) -> None:
-    """Train the family of a study."""
+def train(
+    study: Study,
+    out: Out = None,
+    overrides: Set = None,
+    stop_after: StopAfter = None,
+    forecast: Annotated[bool, typer.Option("--forecast", help="say hours, memory and disk of each size, and stop")] = False,
+) -> None:
+    """Train the family of a study; under torchrun or `accelerate launch` by several processes."""
     from isocost.pipeline import Pipeline
     from isocost.train.loop import OutOfTime
 
     spec = _load(study, overrides)
     pipeline = Pipeline(spec, _out(spec, out))
+    if forecast:
+        _answer({"study": spec.name, "sizes": [dataclasses.asdict(one) for one in pipeline.forecast()]})
+        return
     finished = True
     try:
         for one in pipeline.runs:

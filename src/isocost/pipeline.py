@@ -23,11 +23,12 @@ from isocost.models.unet import build_unet, check_width
 from isocost.progress import progress_bar, say
 from isocost.score.protocol import Protocol
 from isocost.spec import digest, parse_spec
-from isocost.store import Store, write_atomically
+from isocost.store import Store, free_disk, write_atomically
 from isocost.study import ModelSpec, StudySpec, dump_study
 from isocost.sweep.ledger import Ledger
 from isocost.sweep.points import Point, grid_points, mark_point
 from isocost.sweep.workers import Worker
+from isocost.train.forecast import Forecast, Forecaster
 from isocost.train.loop import OutOfTime, train
 from isocost.train.parallel import this_part
 from isocost.train.state import newest_state
@@ -166,6 +167,22 @@ class Pipeline:
         network = build_unet(run.model, "cpu" if spec.sharding == "none" or self.part.rank == 0 else "meta")
         title = f"train {cost.size} (width {run.model.width})"
         train(spec, task, network, folder, publish, title=title, marks=tuple(run.checkpoints), deadline=deadline)
+
+    def forecast(self) -> list[Forecast]:
+        """Hours, memory and disk of every size on this machine, from a few steps of each; nothing is kept.
+
+        Raises:
+            RequestError: several processes ask; one can tell.
+        """
+        if self.part.num_parts > 1:
+            raise RequestError("--forecast measures one process: run it without torchrun or accelerate launch")
+        forecaster = Forecaster(self.study.train, self.study.text.max_tokens, free_disk(self.out))
+        found = []
+        for run in self.runs:
+            images = max(0, max(run.checkpoints) - newest_state(self.store.folder("run", run.digest)))
+            found.append(forecaster(run.model, images, tuple(run.checkpoints)))
+            say(str(found[-1]))
+        return found
 
     def _checkpoint_info(self, run: Run, cost: ModelCost, images_seen: int) -> CheckpointInfo:
         return CheckpointInfo(

@@ -60,7 +60,7 @@ def train(
         RequestError: `spec.tracker` is not installed, or the batch does not divide by the number of processes.
         WorkError: the loss is not finite, a state is damaged or cannot be written; the last durable state stays.
     """
-    accelerator = _accelerator(spec, run, title)
+    accelerator = make_accelerator(spec, run, title)
     trainer = Trainer(spec, task, network, run, accelerator)
     images_seen = last_saved = trainer.state.load()
     ahead = tuple(mark for mark in marks or (spec.num_images,) if spec.whole_batches(mark) >= images_seen)
@@ -157,7 +157,7 @@ def backward(parallel: Parallel, task: Task, batch: Batch, microbatch: int, prec
     return total
 
 
-def _accelerator(spec: TrainSpec, run: Path, title: str) -> Accelerator:
+def make_accelerator(spec: TrainSpec, run: Path, title: str) -> Accelerator:
     """Knows the device and the other processes (torchrun, `accelerate launch`), and opens the tracker."""
     if spec.tracker != "none" and find_spec(spec.tracker) is None:
         raise RequestError(f"train.tracker: {spec.tracker} is not installed: pip install {spec.tracker}, or tracker: none")

@@ -44,12 +44,17 @@ def training_memory(model: ModelSpec, spec: TrainSpec, microbatch: int, num_toke
     """Memory of each of `num_processes` processes that take `microbatch` rows through the network at once."""
     shares = num_processes if spec.sharding == "fsdp" else 1
     about = _one_pass(model, microbatch, num_tokens, spec.gradient_checkpointing, spec.precision, shares)
-    copies = 1 + ADAM_MOMENTS + len(spec.half_lives)
-    state = FLOAT * about.num_parameters * copies // shares
+    state = state_bytes(spec, about.num_parameters, num_processes)
     # Under FSDP2 the root's own weights stay gathered through a step; beside them stand a block with its gradients and the
     # buffers of its all-gather and reduce-scatter.
     gathered = FLOAT * (2 * about.root_parameters + 4 * about.largest_block) if shares > 1 else 0
     return Memory(state, gathered + about.peak)
+
+
+def state_bytes(spec: TrainSpec, num_parameters: int, num_processes: int = 1) -> int:
+    """Weights, moments and averages of one process: in memory, and of its share of a state on disk."""
+    copies = 1 + ADAM_MOMENTS + len(spec.half_lives)
+    return FLOAT * num_parameters * copies // (num_processes if spec.sharding == "fsdp" else 1)
 
 
 @dataclass(frozen=True)
