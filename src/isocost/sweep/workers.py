@@ -26,8 +26,9 @@ from isocost.diffusion.samplers import build_table
 from isocost.errors import WorkError
 from isocost.models.checkpoint import Checkpoint, describe
 from isocost.provenance import provenance
+from isocost.score.kept import read_measured, write_measured
 from isocost.score.reference import Reference
-from isocost.score.score import Measured, Measuring, frechet_is_flagged, score
+from isocost.score.score import Measuring, is_flagged, score, wanted
 from isocost.store import Store
 from isocost.sweep.ledger import Ledger
 from isocost.sweep.points import Point
@@ -51,10 +52,9 @@ class Worker:
 
     def run(self, checkpoint: Checkpoint, codec: Codec, points: Sequence[Point], done: Done, deadline: float | None) -> bool:
         """Make and score what is not in the ledger yet; False where `deadline` (of time.monotonic) came first."""
-        recorded = self.ledger.points()
+        recorded, asked = self.ledger.points(), wanted(self.reference, self.distances)
         for point in points:
-            wanted = self._wanted()
-            if point.digest in recorded and wanted <= self.ledger.metrics_of(point.digest):
+            if point.digest in recorded and asked <= self.ledger.metrics_of(point.digest):
                 done(point)
                 continue
             if deadline is not None and time.monotonic() > deadline:
@@ -64,10 +64,6 @@ class Worker:
             self._record(checkpoint, point)
             done(point)
         return True
-
-    def _wanted(self) -> set[str]:
-        names = {f"{distance}_efficientnet" for distance in self.distances}
-        return names | ({"alignment"} if self.reference.probe is not None else set())
 
     def _make(self, checkpoint: Checkpoint, codec: Codec, point: Point) -> None:
         """Draw the point's pictures and keep their features, their alignment and the pictures `kept`."""
@@ -104,17 +100,14 @@ class Worker:
             "seconds": time.monotonic() - started,
         }
         with self.store.create("point", point.digest, manifest) as folder:
-            tensors = {"features": torch.from_numpy(measured.features)}
-            if measured.alignment is not None:
-                tensors["alignment"] = torch.from_numpy(measured.alignment)
-            save_file(tensors, folder / "measured.safetensors")
+            write_measured(folder, measured, self.reference.kept)
             save_file({"pictures": torch.stack([pictures[i] for i in self.kept])}, folder / "pictures.safetensors")
 
     def _record(self, checkpoint: Checkpoint, point: Point) -> None:
         """Score the artefact and write the ledger's row."""
         manifest = self.store.manifest("point", point.digest)
-        scores = score(read_measured(self.store.folder("point", point.digest)), self.reference, self.distances)
-        flagged = "frechet" in self.distances and frechet_is_flagged(point.spec.num_pictures, self.reference.extractor.width)
+        measured = read_measured(self.store.folder("point", point.digest), tuple(self.reference.extractors))
+        scores = score(measured, self.reference, self.distances)
         row = {
             **point.coordinate(),
             **point.costs(checkpoint.info),
@@ -123,16 +116,10 @@ class Worker:
             "num_not_finite": manifest["num_not_finite"],
             "ms_per_picture": manifest["ms_per_picture"],
             "seconds": manifest["seconds"],
-            "flagged": flagged,
+            "flagged": is_flagged(point.spec.num_pictures, self.reference, self.distances),
         }
+        self.ledger.add_protocol(self.reference.protocol.id, self.reference.protocol.parts)
         self.ledger.add_point(row, scores, provenance())
-
-
-def read_measured(folder: Path) -> Measured:
-    """What a point's artefact keeps of its pictures: features [N, D] and alignment [N]."""
-    tensors = load_file(folder / "measured.safetensors")
-    alignment = tensors["alignment"].numpy() if "alignment" in tensors else None
-    return Measured(tensors["features"].numpy(), alignment)
 
 
 def read_pictures(folder: Path) -> np.ndarray:
