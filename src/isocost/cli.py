@@ -225,7 +225,7 @@ def reference(
 @app.command()
 def verify(
     inception: Annotated[
-        str | None, typer.Option("--inception", help="FID's Inception weights, to check pictures to FID")
+        str | None, typer.Option("--inception", help="FID's Inception weights: checks the way from pictures")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="no table, the JSON line alone")] = False,
 ) -> None:

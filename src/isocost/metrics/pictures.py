@@ -11,14 +11,23 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from isocost.errors import RequestError
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_KINDS = {1: "grey: repeat the channel", 4: "RGBA: put them on the ground they stand on"}
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def check_pictures(pictures: Tensor) -> None:
-    """Raise ValueError where `pictures` are not uint8 [N, 3, H, W]."""
-    if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
-        raise ValueError(f"pictures must be uint8 [N, 3, H, W], not {pictures.dtype} {list(pictures.shape)}")
+    """Raise RequestError, which is a ValueError, where `pictures` are not uint8 [N, 3, H, W]."""
+    if pictures.dtype == torch.uint8 and pictures.ndim == 4 and pictures.shape[1] == 3:
+        return
+    reason = ""
+    if pictures.is_floating_point() and not pictures.isfinite().all():
+        reason = f"; {int((~pictures.isfinite()).flatten(1).any(1).sum())} pictures hold NaN or infinite pixels"
+    elif pictures.ndim == 4 and pictures.shape[1] in _KINDS:
+        reason = f"; these are {_KINDS[pictures.shape[1]]}"
+    raise RequestError(f"pictures must be uint8 [N, 3, H, W], not {pictures.dtype} {list(pictures.shape)}{reason}")
 
 
 @torch.inference_mode()
@@ -42,18 +51,18 @@ def in_buckets(
 
 
 def resize_shorter_side(pictures: Tensor, side: int) -> Tensor:
-    """Float [N, 3, H, W] in 0..255 so that the shorter side is `side`: bicubic, antialiased, rounded to whole levels.
+    """Float [N, 3, H, W] in 0..255 so that the shorter side is `side`: bicubic, antialiased, in whole levels.
 
-    Within one level of Pillow's bicubic on bytes, which CLIP, DINO and DINOv2 were published with.
+    Rows, then columns, each rounded and clipped: within one level of Pillow's bicubic on bytes, which CLIP, DINO and DINOv2
+    were published with.
     """
     height, width = pictures.shape[-2:]
     if min(height, width) == side:
         return pictures
-    size = [
-        side * max(height, width) // min(height, width) if one > other else side
-        for one, other in ((height, width), (width, height))
-    ]
-    return functional.interpolate(pictures, size, mode="bicubic", antialias=True).round().clamp(0, 255)
+    new_height, new_width = (side * length // min(height, width) for length in (height, width))
+    for size in ((height, new_width), (new_height, new_width)):
+        pictures = functional.interpolate(pictures, size, mode="bicubic", antialias=True).round().clamp(0, 255)
+    return pictures
 
 
 def centre_crop(pictures: Tensor, side: int) -> Tensor:

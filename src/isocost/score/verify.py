@@ -21,7 +21,7 @@ from isocost.errors import RequestError
 from isocost.metrics import compat
 from isocost.metrics.distances import Moments, frechet_distance, frechet_from_moments, kernel_distance
 from isocost.metrics.features import EfficientNetLite0
-from isocost.metrics.inception import Inception
+from isocost.metrics.inception import SHA256, Inception
 from isocost.metrics.likeness import inception_score, psnr, ssim
 from isocost.metrics.lpips import lpips_of_maps
 from isocost.metrics.neighbours import reach
@@ -31,6 +31,7 @@ LPIPS_PUBLISHED = {"ex_p0": 0.722, "ex_p1": 0.138}
 """Distances of the example pictures from `ex_ref`, as lpips 0.1.4's README prints them, three digits."""
 NUM_PICTURES = 128
 NUM_FEATURES = 32
+NUM_INCEPTION_PICTURES = 64
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,13 @@ def relative(what: str, found: float, expected: float, tolerance: float, source:
 
 
 def anchors(inception: str | None = None) -> list[Anchor]:
-    """All anchors that can be had here; with a place of FID's Inception weights also from pictures to FID.
+    """All anchors that can be had here; with a place of FID's Inception weights also from pictures to KID.
 
     Raises:
         RequestError: the weights are not to be had, or a package is missing.
     """
     found = [*_closed_forms(), *_lpips(), *_torch_fidelity()]
-    return found + (list(_pictures_to_fid(inception)) if inception is not None else [])
+    return found + (list(_from_pictures(inception)) if inception is not None else [])
 
 
 def _closed_forms() -> Iterator[Anchor]:
@@ -130,12 +131,12 @@ def _torch_fidelity() -> Iterator[Anchor]:
     yield relative("recall of features", recall, prc[metric_prc.KEY_METRIC_RECALL], 1e-6, source)
 
 
-def _pictures_to_fid(weights: str) -> Iterator[Anchor]:
+def _from_pictures(weights: str) -> Iterator[Anchor]:
     """torch-fidelity's whole way and ours on the same pictures with the same Inception weights."""
     import torch_fidelity
 
-    extractor, file = Inception(weights), find_weights(weights, known_sha256=None, title="inception")
-    sharp = _scenes()
+    extractor, file = Inception(weights), find_weights(weights, known_sha256=SHA256, title="inception")
+    sharp = _scenes()[:NUM_INCEPTION_PICTURES]
     coarse = sharp[:, :, ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3)
     with tempfile.TemporaryDirectory() as folder:
         for name, pictures in (("sharp", sharp), ("coarse", coarse)):
@@ -145,15 +146,23 @@ def _pictures_to_fid(weights: str) -> Iterator[Anchor]:
         theirs = torch_fidelity.calculate_metrics(
             input1=f"{folder}/coarse",
             input2=f"{folder}/sharp",
-            fid=True,
+            kid=True,
+            kid_subsets=1,
+            kid_subset_size=len(sharp),
+            isc=True,
+            isc_splits=1,
             cuda=False,
             verbose=False,
             cache=False,
             feature_extractor_weights_path=str(file.path),
         )
     features, real = extractor(coarse).cpu().numpy(), extractor(sharp).cpu().numpy()
-    source = f"torch-fidelity 0.4, {NUM_PICTURES} scenes"
-    yield relative("FID from pictures", frechet_distance(features, real), theirs["frechet_inception_distance"], 1e-4, source)
+    source = f"torch-fidelity 0.4, {len(sharp)} scenes"
+    # One subset of all pictures is the kernel distance itself; a Frechet distance of so few would compare rounding errors.
+    kid = theirs["kernel_inception_distance_mean"]
+    yield relative("KID from pictures", kernel_distance(features, real), kid, 1e-4, source)
+    found = float(inception_score(extractor.logits(features))[0])
+    yield relative("Inception score from pictures", found, theirs["inception_score_mean"], 1e-4, source)
 
 
 def _scenes() -> torch.Tensor:
