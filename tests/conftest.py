@@ -26,7 +26,7 @@ def plain_study(**changes: Any) -> dict[str, Any]:
         "text": {"path": "minilm", "max_tokens": 8},
         "family": {"widths": [8, 16]},
         "train": {"num_images": 256, "marks": [128], "batch_size": 16, "lr": 1e-3, "state_every_images": 64},
-        "sweep": {"num_steps": [1, 2], "guidance": [1, 2], "batch_size": 16, "marks_num_steps": 2, "marks_guidance": 2},
+        "sweep": {"num_steps": [1, 2], "guidance": [1, 2], "bucket_size": 16, "marks_num_steps": 2, "marks_guidance": 2},
         "protocol": {"num_pictures": 32, "num_reference": 64, "num_bootstrap": 20, "alignment": "scenes"},
         **changes,
     }

@@ -81,7 +81,7 @@ def refused(outcome: Outcome, *said: str) -> None:
     [
         ("sweep.guidance=[-0.5]", "sweep.guidance.0 = -0.5"),
         ("sweep.num_steps=[0]", "sweep.num_steps.0 = 0"),
-        ("sweep.samplers=[{name: heun}]", "'ddim', 'ddpm' or 'dpmsolver++2m'"),
+        ("sweep.samplers=[{name: huen}]", "'ddim', 'ddpm', 'euler'"),
         ("sweep.samplers=[{name: ddpm, eta: 0.5}]", "ddpm has no eta"),
         ("sweep={num_steps: [1000], guidance: [1], samplers: [{name: ddim, spacing: leading}]}", "do not fit 1000 timesteps"),
         ("family.widths=[12]", "width 12: no group rule fits"),

@@ -1,22 +1,24 @@
 """The row engine on a tiny U-Net: batching must change nothing, every evaluation is counted, diffusers gives the same latents.
 
-Shape letters: P passes of a network call, C H W latent, L D caption states.
+Shape letters: P places of a network call, C H W latent, L D caption states.
 """
 
-import heapq
+import itertools
 import random
 from collections import Counter
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
-from diffusers.schedulers import scheduling_ddpm
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, LCMScheduler, UNet2DConditionModel
+from diffusers.schedulers import scheduling_ddpm, scheduling_lcm
 
-from isocost.diffusion.engine import Engine, Row
+from isocost.diffusion.engine import Engine
+from isocost.diffusion.network import SamplingNetwork, guidance_embedding
 from isocost.diffusion.noise import Schedule, normal_noise
+from isocost.diffusion.rows import Row
 from isocost.diffusion.samplers import build_table
-from isocost.errors import RequestError
-from isocost.study import SamplerSpec
+from isocost.errors import RequestError, WorkError
+from isocost.study import SAMPLER_NAMES, SamplerSpec
 
 SCHEDULE = Schedule.scaled_linear()
 SHAPE = (4, 8, 8)
@@ -26,11 +28,11 @@ SAMPLERS = (
     SamplerSpec(name="ddim", spacing="leading", eta=1.0),
     SamplerSpec(name="ddpm", spacing="linspace"),
     SamplerSpec(name="dpmsolver++2m"),
+    *(SamplerSpec(name=name) for name in SAMPLER_NAMES if name not in ("ddim", "ddpm", "dpmsolver++2m")),
 )
 
 
-@pytest.fixture(scope="module")
-def unet():
+def small_unet(**changes):
     torch.manual_seed(0)
     return (
         UNet2DConditionModel(
@@ -44,10 +46,16 @@ def unet():
             cross_attention_dim=STATE_WIDTH,
             attention_head_dim=4,
             norm_num_groups=4,
+            **changes,
         )
         .eval()
         .requires_grad_(False)
     )
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return small_unet()
 
 
 @pytest.fixture(scope="module")
@@ -58,28 +66,33 @@ def states():
 
 @pytest.fixture
 def make_engine(unet, states):
-    def make(batch_size, denoise=None, prediction="v_prediction", **options):
-        def call_unet(x, timesteps, context):
+    def make(bucket_size, denoise=None, prediction="v_prediction", **options):
+        def call_unet(x, timesteps, context, guidance):
             return unet(x, timesteps, context).sample
 
-        return Engine(denoise or call_unet, prediction, lambda i: states[i], states[-1], SHAPE, batch_size, **options)
+        return Engine(denoise or call_unet, prediction, lambda i: states[i], states[-1], SHAPE, bucket_size, **options)
 
     return make
+
+
+def identity(x, timesteps, context, guidance):
+    return x
 
 
 def table(spec, num_steps):
     return build_table(spec, num_steps, SCHEDULE)
 
 
-def mixed_rows(count=24):
+def mixed_rows(count=36):
     return [
         Row(
             picture_id=100 + i,
             caption=i % NUM_CAPTIONS,
-            table=table(SAMPLERS[i % 4], (1, 2, 3, 5, 7)[i % 5]),
+            table=table(SAMPLERS[i % len(SAMPLERS)], (1, 2, 3, 5, 7)[i % 5]),
             guidance=(0.0, 1.0, 3.0, 7.5)[i // 2 % 4],
             tag=("point", i),
             seed=i // 8,
+            negative=3 if i % 7 == 6 else None,
         )
         for i in range(count)
     ]
@@ -93,65 +106,149 @@ def assert_same(latent, other):
     assert float((latent - other).norm() / other.norm()) < 1e-5
 
 
-def test_rows_alone_equal_rows_in_mixed_batches(make_engine):
+def test_the_same_bits_whatever_shares_the_bucket(make_engine):
+    """One bucket size: alone, in a mixed batch, in another order, over one lane or three."""
     rows = mixed_rows()
-    alone = by_picture(done for row in rows for done in make_engine(1).run([row]))
-    for batch_size in (2, 5, 64):
-        together = by_picture(make_engine(batch_size).run(rows))
+    alone = by_picture(done for row in rows for done in make_engine(8).run([row]))
+    shuffled = random.Random(0).sample(rows, len(rows))
+    for stream, lanes in ((rows, 1), (iter(shuffled), 1), (rows, 3)):
+        together = by_picture(make_engine(8, num_lanes=lanes).run(stream))
         assert together.keys() == alone.keys()
         for picture_id, done in together.items():
-            assert_same(done.latent, alone[picture_id].latent)
+            assert torch.equal(done.latent, alone[picture_id].latent), picture_id
+            assert done.row is next(row for row in rows if row.picture_id == picture_id)
     latents = torch.stack([alone[row.picture_id].latent for row in rows])
     assert torch.pdist(latents.flatten(1)).min() > 1  # no two rows are the same picture
 
 
-def test_order_does_not_matter(make_engine):
-    rows = mixed_rows()
-    in_order = by_picture(make_engine(6).run(rows))
-    shuffled = random.Random(0).sample(rows, len(rows))
-    for picture_id, done in by_picture(make_engine(6).run(iter(shuffled))).items():
-        assert_same(done.latent, in_order[picture_id].latent)
-        assert done.row is next(row for row in rows if row.picture_id == picture_id)
+@pytest.fixture
+def rounds_by_position(unet):
+    """A network whose output depends on the position in the call, far more than any processor's rounding does."""
+
+    def denoise(x, timesteps, context, guidance):
+        return unet(x, timesteps, context).sample * (1 + 0.01 * torch.arange(len(x)).view(-1, 1, 1, 1))
+
+    return denoise
 
 
-def test_every_network_evaluation_is_counted(make_engine, unet):
-    passes = []
-    handle = unet.register_forward_hook(lambda _module, inputs, _output: passes.append(len(inputs[0])))
+@pytest.mark.parametrize("bucket_size", [1, 2, 5, 8])
+def test_the_position_in_the_call_is_the_pictures_own(make_engine, rounds_by_position, bucket_size):
     rows = mixed_rows()
-    finished = list(make_engine(6).run(rows))
+    alone = by_picture(done for row in rows for done in make_engine(bucket_size, rounds_by_position).run([row]))
+    for stream, lanes in ((random.Random(1).sample(rows, len(rows)), 1), (rows, 3)):
+        for picture_id, done in by_picture(make_engine(bucket_size, rounds_by_position, num_lanes=lanes).run(stream)).items():
+            assert torch.equal(done.latent, alone[picture_id].latent), picture_id
+    grid = grid_of_points()
+    plain = {done.row.tag: done.latent for done in make_engine(bucket_size, rounds_by_position).run(grid)}
+    for done in make_engine(bucket_size, rounds_by_position, share_bytes=2**24).run(grid):
+        assert torch.equal(done.latent, plain[done.row.tag]), done.row.tag
+
+
+def test_other_bucket_sizes_agree_to_rounding(make_engine):
+    rows = mixed_rows()
+    first, *others = (by_picture(make_engine(bucket_size).run(rows)) for bucket_size in (1, 7, 64))
+    for other in others:
+        for picture_id, done in other.items():
+            assert_same(done.latent, first[picture_id].latent)
+
+
+@pytest.fixture
+def passes_seen(unet):
+    """Passes that a hook on the network itself counts; an empty place is all zero."""
+    seen = []
+    handle = unet.register_forward_hook(
+        lambda _module, inputs, _output: seen.append(int(inputs[0].flatten(1).any(dim=1).sum()))
+    )
+    yield seen
     handle.remove()
-    assert sum(done.nfe for done in finished) == sum(passes)
+
+
+@pytest.mark.parametrize("share_bytes", [0, 2**20])
+def test_every_network_evaluation_is_counted(make_engine, passes_seen, share_bytes):
+    rows = mixed_rows()
+    finished = list(make_engine(6, share_bytes=share_bytes).run(rows))
+    assert sum(done.nfe_computed for done in finished) == sum(passes_seen)
     for done in finished:
-        assert done.nfe == done.row.table.num_steps * (2 if done.row.guidance in (3.0, 7.5) else 1)
+        num_lines = 2 * done.row.table.num_steps - 1 if done.row.table.c[1:2].any() and done.row.table.a[1] == 1 else None
+        lines = num_lines or done.row.table.num_steps
+        assert done.nfe == lines * (2 if done.row.guidance in (3.0, 7.5) else 1)
+        assert done.nfe_computed == done.nfe  # every picture of these rows starts from its own noise
+    heun = [done for done in finished if done.row.table.num_evaluations != done.row.table.num_steps]
+    assert heun
 
 
-def test_finished_slots_are_refilled_at_once(make_engine):
+def grid_of_points(pictures=6):
+    """What a sweep makes: the same pictures at several guidance values, samplers and step counts."""
+    points = [(w, spec, n) for w in (3.0, 6.0, 1.0) for spec in SAMPLERS[::3] for n in (1, 4)]
+    return [
+        Row(picture_id, picture_id % NUM_CAPTIONS, table(spec, n), w, tag=(point, picture_id))
+        for point, (w, spec, n) in enumerate(points)
+        for picture_id in range(pictures)
+    ]
+
+
+@pytest.mark.parametrize("bucket_size", [1, 5, 16, 64])
+def test_first_evaluations_are_computed_once_and_shared(make_engine, passes_seen, bucket_size):
+    rows = grid_of_points()
+    plain = {done.row.tag: done for done in make_engine(bucket_size).run(rows)}
+    formula = sum(done.nfe for done in plain.values())
+    assert sum(passes_seen) == formula
+    passes_seen.clear()
+    shared = {done.row.tag: done for done in make_engine(bucket_size, share_bytes=2**24).run(rows)}
+    first_passes = sum(2 if row.guidance != 1 else 1 for row in rows)
+    starts = {(row.picture_id, float(row.table.timesteps[0])) for row in rows}
+    expected = formula - first_passes + 2 * len(starts)
+    assert sum(passes_seen) == sum(done.nfe_computed for done in shared.values()) == expected
+    for tag, done in shared.items():
+        assert done.nfe == plain[tag].nfe
+        assert torch.equal(done.latent, plain[tag].latent)
+
+
+def test_sharing_stops_where_its_memory_ends(make_engine, passes_seen):
+    rows = grid_of_points()
+    one = 4 * 8 * 8 * 4
+    finished = list(make_engine(16, share_bytes=5 * one).run(rows))
+    assert len(finished) == len(rows)
+    saved = sum(done.nfe - done.nfe_computed for done in finished)
+    assert saved > 0
+    assert sum(passes_seen) == sum(done.nfe_computed for done in finished)
+
+
+def test_finished_places_are_refilled_at_once(make_engine):
     rows = [Row(i, 0, table(SAMPLERS[0], (1, 9, 2, 2, 5)[i % 5]), 1.0) for i in range(23)]
-    batch_sizes = []
+    in_use = []
 
-    def denoise(x, timesteps, context):
-        batch_sizes.append(len(x))
+    def denoise(x, timesteps, context, guidance):
+        in_use.append(int(x.flatten(1).any(dim=1).sum()))
+        assert len(x) == 4
         return x
 
     assert len(list(make_engine(4, denoise).run(rows))) == 23
-    free_at = [0] * 4  # four machines that take the jobs of a list as they come free
-    for row in rows:
-        heapq.heappush(free_at, heapq.heappop(free_at) + row.table.num_steps)
-    assert len(batch_sizes) == max(free_at)
-    assert batch_sizes == sorted(batch_sizes, reverse=True)
-    assert sum(batch_sizes) == sum(row.table.num_steps for row in rows)
+    busy_until = [sum(row.table.num_steps for row in rows[position::4]) for position in range(4)]
+    assert len(in_use) == max(busy_until)
+    assert in_use == sorted(in_use, reverse=True)
+    assert sum(in_use) == sum(row.table.num_steps for row in rows)
 
 
 def test_guidance_decides_the_states_seen(make_engine, states):
     seen = Counter()
 
-    def denoise(x, timesteps, context):
-        seen.update(int((states == one).flatten(1).all(dim=1).nonzero()) for one in context)
+    def denoise(x, timesteps, context, guidance):
+        for latent, one in zip(x, context, strict=True):
+            if latent.any():
+                seen.update([int((states == one).flatten(1).all(dim=1).nonzero())])
         return x
 
-    for guidance, expected in ((0.0, {NUM_CAPTIONS: 3}), (1.0, {2: 3}), (4.0, {2: 3, NUM_CAPTIONS: 3})):
+    null = NUM_CAPTIONS
+    for guidance, negative, expected in (
+        (0.0, None, {null: 3}),
+        (1.0, None, {2: 3}),
+        (4.0, None, {2: 3, null: 3}),
+        (4.0, 1, {2: 3, 1: 3}),
+        (0.0, 1, {1: 3}),
+    ):
         seen.clear()
-        list(make_engine(2, denoise).run([Row(0, 2, table(SAMPLERS[0], 3), guidance)]))
+        list(make_engine(2, denoise).run([Row(0, 2, table(SAMPLERS[0], 3), guidance, negative=negative)]))
         assert seen == expected
 
 
@@ -196,8 +293,69 @@ def test_step_noise_is_that_of_the_next_evaluation(make_engine, unet, states, mo
     assert float((ours - x[0]).norm() / x.norm()) < 1e-4
 
 
+def test_a_student_that_embeds_guidance_takes_one_pass(states, monkeypatch):
+    """A guidance-distilled U-Net (diffusers' `time_cond_proj_dim`) against diffusers' LCM scheduler and embedding."""
+    student = small_unet(time_cond_proj_dim=12)
+    prepared = SamplingNetwork(student)
+    assert prepared.embeds_guidance
+    engine = Engine(
+        prepared.denoise(),
+        "epsilon",
+        lambda i: prepared.project(states[i]),
+        prepared.project(states[-1:])[0],
+        SHAPE,
+        4,
+        embeds_guidance=True,
+        share_bytes=2**20,
+    )
+    sampler = table(SamplerSpec(name="lcm"), 3)
+    rows = [Row(7, 0, sampler, w, seed=5, tag=w) for w in (1.0, 2.0, 8.0)]
+    finished = {done.row.tag: done for done in engine.run(rows)}
+    reference = small_unet(time_cond_proj_dim=12)
+    for w, done in finished.items():
+        assert done.nfe == done.nfe_computed == 3
+        scheduler = LCMScheduler(**SD_SCHEDULER, clip_sample=False, prediction_type="epsilon")
+        scheduler.set_timesteps(3)
+        x = normal_noise(5, torch.tensor([7]), 0, SHAPE, "cpu")
+        for i, timestep in enumerate(scheduler.timesteps):
+            noise = normal_noise(5, torch.tensor([7]), i + 1, SHAPE, "cpu")
+            monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda *_, value=noise, **__: value)
+            embedded = diffusers_guidance_embedding(torch.tensor([w - 1]), 12)
+            output = reference(x, timestep, states[:1], timestep_cond=embedded).sample
+            x = scheduler.step(output, timestep, x).prev_sample
+        assert float((done.latent - x[0]).norm() / x.norm()) < 1e-4
+    assert not torch.allclose(finished[2.0].latent, finished[8.0].latent, atol=1e-3)
+
+
+def diffusers_guidance_embedding(w, width):
+    from diffusers import LatentConsistencyModelPipeline
+
+    return LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, embedding_dim=width)
+
+
+@pytest.mark.parametrize("width", [12, 7, 256])
+def test_guidance_embedding_is_diffusers(width):
+    w = torch.tensor([1.0, 2.5, 8.0])
+    ours = guidance_embedding(w, width)
+    torch.testing.assert_close(ours, diffusers_guidance_embedding(w - 1, width), rtol=0, atol=2e-4)
+
+
+def test_projected_captions_change_nothing(unet, states):
+    generator = torch.Generator().manual_seed(2)
+    x, timesteps = torch.randn(6, *SHAPE, generator=generator), 999 * torch.rand(6, generator=generator)
+    with torch.inference_mode():
+        plain = unet(x, timesteps, states).sample
+        prepared = SamplingNetwork(small_unet())
+        projected = prepared.project(states)
+        ours = prepared.denoise()(x, timesteps, projected, torch.ones(6))
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
+    assert prepared.context_width == projected.shape[-1] == 2 * sum(one.inner_dim for one in prepared.attentions)
+    for i in range(6):
+        assert torch.equal(prepared.project(states[i : i + 1])[0], projected[i])
+
+
 def test_broken_row_is_marked_and_spoils_no_other(make_engine, unet, states):
-    def denoise(x, timesteps, context):
+    def denoise(x, timesteps, context, guidance):
         output = unet(x, timesteps, context).sample
         broken = (context == states[3]).flatten(1).all(dim=1)
         return output.masked_fill(broken[:, None, None, None], float("inf"))
@@ -209,28 +367,75 @@ def test_broken_row_is_marked_and_spoils_no_other(make_engine, unet, states):
         done = finished[row.picture_id]
         assert done.finite is bool(done.latent.isfinite().all()) is (row.caption != 3)
         if done.finite:
-            assert_same(done.latent, whole[row.picture_id].latent)
+            assert torch.equal(done.latent, whole[row.picture_id].latent)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_out_of_memory_halves_the_calls_and_goes_on(make_engine, unet, lanes):
+    sizes = []
+
+    def denoise(x, timesteps, context, guidance):
+        if len(sizes) >= 3 and len(x) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        sizes.append(len(x))
+        return unet(x, timesteps, context).sample
+
+    rows = mixed_rows(20)
+    whole = by_picture(make_engine(10, num_lanes=lanes).run(rows))
+    finished = by_picture(make_engine(10, denoise, num_lanes=lanes).run(rows))
+    assert sizes[0] == 10
+    assert sizes[-1] == 3
+    assert {done.bucket_size for done in whole.values()} == {10}
+    assert {3} <= {done.bucket_size for done in finished.values()} <= {3, 5, 10}
+    for picture_id, done in finished.items():
+        assert_same(done.latent, whole[picture_id].latent)
+
+
+def test_a_pass_that_does_not_fit_is_one_line_and_other_errors_are_not_swallowed(make_engine):
+    def too_large(x, timesteps, context, guidance):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(WorkError, match="does not fit into memory"):
+        list(make_engine(4, too_large).run(mixed_rows(2)))
+
+    def broken(x, timesteps, context, guidance):
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        list(make_engine(4, broken).run(mixed_rows(2)))
 
 
 def test_stream_is_read_lazily(make_engine):
     read = []
-    endless = (read.append(i) or Row(i, 0, table(SAMPLERS[0], 2), 1.0) for i in iter(int, 1))
-    stream = make_engine(4, lambda x, timesteps, context: x).run(endless)
+    endless = (read.append(i) or Row(i, 0, table(SAMPLERS[0], 2), 1.0) for i in itertools.count())
+    stream = make_engine(4, identity).run(endless)
     next(stream)
     assert len(read) <= 8
     assert list(make_engine(4).run([])) == []
 
 
-def test_bfloat16_is_near_and_latents_stay_float32(make_engine):
+def test_bfloat16_is_near_and_latents_stay_float32(states):
     rows = mixed_rows(8)
-    full, half = (by_picture(make_engine(8, precision=precision).run(rows)) for precision in ("fp32", "bf16"))
-    for picture_id, done in half.items():
+    made = {}
+    for precision in ("fp32", "bf16"):
+        prepared = SamplingNetwork(small_unet(), precision)
+        engine = Engine(
+            prepared.denoise(),
+            "v_prediction",
+            lambda i, p=prepared: p.project(states[i]),
+            prepared.project(states[-1:])[0],
+            SHAPE,
+            8,
+        )
+        made[precision] = by_picture(engine.run(rows))
+    for picture_id, done in made["bf16"].items():
+        full = made["fp32"][picture_id].latent
         assert done.latent.dtype == torch.float32
-        assert 0 < float((done.latent - full[picture_id].latent).norm() / full[picture_id].latent.norm()) < 0.1
+        assert 0 < float((done.latent - full).norm() / full.norm()) < 0.1
 
 
-def test_wrong_requests_are_refused(make_engine):
-    with pytest.raises(RequestError, match="batch_size"):
+def test_wrong_requests_are_refused(make_engine, unet, states):
+    with pytest.raises(RequestError, match="bucket_size"):
         make_engine(0)
     with pytest.raises(RequestError, match="choose one of"):
         make_engine(1, prediction="flow")
@@ -239,3 +444,10 @@ def test_wrong_requests_are_refused(make_engine):
             Row(0, 0, table(SAMPLERS[0], 1), guidance)
     with pytest.raises(RequestError, match="seed"):
         Row(0, 0, table(SAMPLERS[0], 1), 1.0, seed=2**63)
+    without_null = Engine(identity, "epsilon", lambda i: states[i], None, SHAPE, 4)
+    assert len(list(without_null.run([Row(0, 0, table(SAMPLERS[0], 1), 1.0)]))) == 1
+    with pytest.raises(RequestError, match="no null caption; take guidance 1"):
+        list(without_null.run([Row(0, 0, table(SAMPLERS[0], 1), 3.0)]))
+    pure = build_table(SamplerSpec(), 2, Schedule.scaled_linear(zero_terminal_snr=True))
+    with pytest.raises(RequestError, match="v_prediction"):
+        list(make_engine(4, prediction="epsilon").run([Row(0, 0, pure, 1.0)]))

@@ -30,6 +30,9 @@ def row(point: str, **changes: object) -> dict[str, object]:
         "num_not_finite": 0,
         "seed": 0,
         "precision": "fp32",
+        "compiled": False,
+        "bucket_size": 64,
+        "least_bucket_size": 64,
         "paper_cost": 1.0,
         "nfe": 4.0,
         "gflop": 1.0,
@@ -41,6 +44,20 @@ def row(point: str, **changes: object) -> dict[str, object]:
 
 
 SCORES = {"kernel_efficientnet": Interval(0.5, 0.4, 0.6)}
+
+
+def test_an_older_ledger_is_brought_up_to_date(tmp_path: Path) -> None:
+    file = tmp_path / "ledger.sqlite"
+    Ledger(file).add_point(row("a"), SCORES, {})
+    with sqlite3.connect(file) as connection:
+        for column in ("compiled", "bucket_size", "least_bucket_size"):
+            connection.execute(f"ALTER TABLE points DROP COLUMN {column}")
+        connection.execute("UPDATE schema SET version = 1")
+    ledger = Ledger(file)
+    ledger.add_point(row("b"), SCORES, {})
+    table = ledger.table().set_index("point")
+    assert table.loc["b", "bucket_size"] == 64
+    assert table["bucket_size"].isna().tolist() == [True, False]
 
 
 def test_a_point_comes_back_with_its_scores(tmp_path: Path) -> None:

@@ -76,9 +76,9 @@ def test_cached_coefficients_serve_training_after_inference(batch):
 def test_wrong_requests_are_refused(schedule, batch):
     with pytest.raises(RequestError, match="choose one of epsilon"):
         schedule.training_target("flow", *batch)
-    for wrong in ([0.5, 0.0], [0.5, 0.6], [1.0, 0.5], []):
+    for wrong in ([0.5, -0.1], [0.5, 0.6], [1.0, 0.5], []):
         with pytest.raises(RequestError, match="alphas_cumprod"):
-            Schedule(np.array(wrong))
+            Schedule.of_alphas_cumprod(np.array(wrong))
 
 
 @pytest.mark.parametrize(

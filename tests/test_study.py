@@ -68,7 +68,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("sweep.guidance", [-1], "sweep.guidance.0 = -1"),
         ("sweep.num_steps", [0], "sweep.num_steps.0 = 0"),
         ("sweep.num_steps", [], "sweep.num_steps"),
-        ("sweep.samplers", [{"name": "euler"}], "'ddim', 'ddpm' or 'dpmsolver++2m'"),
+        ("sweep.samplers", [{"name": "eular"}], "'ddim', 'ddpm', 'euler', 'euler-ancestral'"),
         ("family.widths", [8, 8], "widths must be given, each once"),
         ("train.marks", [999], "marks must lie between 1 and num_images=256"),
         ("train.num_images", "many", "train.num_images = 'many'"),

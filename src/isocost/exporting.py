@@ -37,7 +37,7 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
         text_encoder=text.network,
         tokenizer=text.tokenizer,
         unet=opened.network,
-        scheduler=scheduler_for(opened.info.prediction),
+        scheduler=scheduler_for(opened.info.prediction, opened.info.zero_terminal_snr),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

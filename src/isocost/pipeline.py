@@ -199,7 +199,6 @@ class Pipeline:
             materials.caption_states,
             materials.kept,
             self.study.protocol.distances,
-            self.study.sweep.batch_size,
         )
         numbers = {point.digest: n for n, point in enumerate((p for ps in by_checkpoint.values() for p in ps), start=1)}
         with progress_bar(f"sweep {self.cost(run).size} (width {run.model.width})", len(numbers), "points") as progress:

@@ -15,15 +15,13 @@ import torch
 from PIL import Image
 
 from isocost.data.codec import TextCodec, load_codec
-from isocost.diffusion.engine import Row
-from isocost.diffusion.generate import CaptionStates, generate, make_engine
-from isocost.diffusion.noise import Schedule
+from isocost.diffusion.generate import CaptionStates, generate, make_engine, schedule_of
+from isocost.diffusion.network import Precision
+from isocost.diffusion.rows import Row, num_passes
 from isocost.diffusion.samplers import build_table
 from isocost.errors import RequestError
 from isocost.models.checkpoint import load_checkpoint
-from isocost.study import SamplerSpec
-
-MAX_BATCH = 64
+from isocost.study import DEFAULT_BUCKET_SIZE, SamplerSpec
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,12 @@ def sample(
     guidance: float = 2.0,
     num_pictures: int = 4,
     seed: int = 0,
+    negative: str | None = None,
+    precision: Precision = "fp32",
 ) -> Samples:
     """Draw `num_pictures` of each prompt. Picture k of prompt p starts from the noise of picture id p K + k.
+
+    `negative` stands in for the empty caption in guidance's second pass.
 
     Raises:
         RequestError: the checkpoint does not load, or the sampler does not take these settings.
@@ -62,21 +64,30 @@ def sample(
         raise RequestError("give at least one prompt with words in it (--prompt TEXT)")
     if num_pictures < 1:
         raise RequestError(f"num_pictures = {num_pictures}: at least 1")
-    table = build_table(sampler or SamplerSpec(), num_steps, Schedule.scaled_linear())
-    rows = [Row(i, i // num_pictures, table, guidance, seed=seed) for i in range(len(prompts) * num_pictures)]
+    if negative is not None and guidance in (0, 1):
+        raise RequestError("a negative prompt does nothing without guidance; give a guidance above 1, or leave it out")
     opened = load_checkpoint(checkpoint)
+    table = build_table(sampler or SamplerSpec(), num_steps, schedule_of(opened.info))
+    of_negative = None if negative is None else len(prompts)
+    rows = [
+        Row(i, i // num_pictures, table, guidance, seed=seed, negative=of_negative) for i in range(len(prompts) * num_pictures)
+    ]
     codec = load_codec(opened.codec_path, opened.info.codec_subfolder)
-    states = CaptionStates.of(prompts, TextCodec(opened.info.text))
-    engine = make_engine(opened.network, opened.info, states, batch_size=min(MAX_BATCH, len(rows)))
+    captions = list(prompts) if negative is None else [*prompts, negative]
+    states = CaptionStates.of(captions, TextCodec(opened.info.text))
+    num_places = len(rows) * num_passes(guidance)
+    engine = make_engine(
+        opened.network, opened.info, states, bucket_size=min(DEFAULT_BUCKET_SIZE, num_places), precision=precision
+    )
     started = time.perf_counter()
     side = opened.info.resolution
     pictures = torch.empty(len(rows), 3, side, side, dtype=torch.uint8)
-    for finished, drawn in generate(engine, codec, rows):
-        broken = [row.row.picture_id for row in finished if not row.finite]
-        if broken:
-            raise RequestError(f"picture {broken[0]} is not finite numbers: lower the guidance, or train longer")
-        pictures[[row.row.picture_id for row in finished]] = drawn
+    for drawn in generate(engine, codec, rows):
+        if drawn.broken:
+            name = drawn.broken[0].row.picture_id
+            raise RequestError(f"picture {name} is not finite numbers: lower the guidance, or train longer")
+        pictures[[row.row.picture_id for row in drawn.rows]] = drawn.pictures
     seconds = time.perf_counter() - started
     shaped = pictures.permute(0, 2, 3, 1).numpy().reshape(len(prompts), num_pictures, side, side, 3)
-    nfe = rows[0].num_passes * num_steps
+    nfe = engine.passes(rows[0]) * table.num_evaluations
     return Samples(shaped, tuple(prompts), nfe, nfe * opened.info.gflop_per_forward, seconds)

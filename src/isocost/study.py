@@ -12,15 +12,19 @@ from pydantic import Field, field_validator, model_validator
 from isocost.errors import RequestError
 from isocost.spec import Spec, parse_spec
 
-SAMPLER_NAMES = ("ddim", "ddpm", "dpmsolver++2m")
-SPACING_NAMES = ("leading", "trailing", "linspace")
+SAMPLER_NAMES = (
+    *("ddim", "ddpm", "euler", "euler-ancestral", "heun"),
+    *("dpmsolver++2m", "sde-dpmsolver++2m", "unipc", "lcm"),
+)
+SPACING_NAMES = ("leading", "trailing", "linspace", "karras")
 NUM_TRAIN_TIMESTEPS = 1000
+DEFAULT_BUCKET_SIZE = 64
 LEAST_PICTURES = 32
 """Fewer pictures on either side than this give a distance whose interval says nothing."""
 
-SamplerName = Literal["ddim", "ddpm", "dpmsolver++2m"]
-SpacingName = Literal["leading", "trailing", "linspace"]
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+SamplerName = Literal["ddim", "ddpm", "euler", "euler-ancestral", "heun", "dpmsolver++2m", "sde-dpmsolver++2m", "unipc", "lcm"]
+SpacingName = Literal["leading", "trailing", "linspace", "karras"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 FeatureName = Literal[
     "efficientnet-lite0",
     "inception",
@@ -227,11 +231,13 @@ class SamplerSpec(Spec):
     name: SamplerName = "ddim"
     spacing: SpacingName = "trailing"
     eta: float = Field(0.0, ge=0, le=1)
+    offset: int = Field(1, ge=0, description="added to a leading grid: Stable Diffusion's steps_offset")
 
     @property
     def label(self) -> str:
-        """Short text for tables: `ddim/trailing`, with eta where it is not zero."""
-        return f"{self.name}/{self.spacing}" + (f"/eta={self.eta:g}" if self.eta else "")
+        """Short text for tables: `ddim/trailing`, with eta and offset where they are not the default."""
+        eta = f"/eta={self.eta:g}" if self.eta else ""
+        return f"{self.name}/{self.spacing}{eta}" + (f"/offset={self.offset}" if self.offset != 1 else "")
 
 
 class PointSpec(Spec):
@@ -244,6 +250,13 @@ class PointSpec(Spec):
     num_pictures: int = Field(ge=1)
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
+    compiled: bool = False
+    bucket_size: int = Field(DEFAULT_BUCKET_SIZE, ge=1)
+
+    @property
+    def numerics(self) -> tuple[str, bool, int]:
+        """What decides the last bits of a picture: precision, compiled or eager, places of a network call."""
+        return self.precision, self.compiled, self.bucket_size
 
 
 class ProtocolSpec(Spec):
@@ -285,7 +298,10 @@ class SweepSpec(Spec):
     guidance: tuple[Annotated[float, Field(ge=0)], ...]
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
-    batch_size: int = Field(128, ge=1, description="rows that share a network call")
+    compiled: bool = Field(False, description="compile the network: minutes once a machine, then faster calls")
+    bucket_size: int = Field(
+        DEFAULT_BUCKET_SIZE, ge=1, description="passes of a network call; on a CPU each core makes its own"
+    )
     marks_num_steps: int = Field(16, ge=1, le=NUM_TRAIN_TIMESTEPS)
     marks_guidance: float = Field(2.0, ge=0)
 

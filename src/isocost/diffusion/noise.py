@@ -1,7 +1,7 @@
 """How noise mixes into latents, and the noise itself as a function of the picture.
 
-The forward process is variance preserving (Ho et al., arXiv 2006.11239, eq. 4):
-`x_t = alpha_t x0 + sigma_t noise` with `alpha_t^2 = alphas_cumprod[t]` and `alpha_t^2 + sigma_t^2 = 1`.
+The forward process is `x_t = alpha_t x0 + sigma_t noise`: variance preserving (Ho et al., arXiv 2006.11239, eq. 4:
+`alpha_t^2 + sigma_t^2 = 1`) or a straight flow (Lipman et al., arXiv 2210.02747: `alpha_t + sigma_t = 1`).
 
 Shape letters: T training timesteps, B rows, C H W latent, K blocks of four elements (`K = ceil(C H W / 4)`).
 """
@@ -22,7 +22,9 @@ from isocost.errors import RequestError
 from isocost.study import NUM_TRAIN_TIMESTEPS, PredictionType
 
 START_NOISE = 0
-"""The evaluation whose noise a picture starts from; solver step i (from 0) adds the noise of evaluation i + 1."""
+"""The evaluation whose noise a picture starts from; table line i (from 0) adds the noise of evaluation i + 1."""
+
+Floats = NDArray[np.float64]
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -32,54 +34,102 @@ _NUM_ROUNDS = 10
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """A discrete variance-preserving schedule. Two schedules are the same only if they are the same object.
+    """A discrete noise schedule, from nearly clean (index 0) to nearly pure noise (index T - 1).
+
+    Two schedules are the same only if they are the same object; the constructors below give the same object for the same
+    arguments.
 
     Attributes:
-        alphas_cumprod: float64 [T], falling, inside (0, 1).
+        alpha, sigma: float64 [T], `x_t = alpha x0 + sigma noise`; alpha falls inside [0, 1), sigma rises inside (0, 1].
+        timesteps: float64 [T], what the network is told at each index.
     """
 
-    alphas_cumprod: NDArray[np.float64]
+    alpha: Floats
+    sigma: Floats
+    timesteps: Floats
 
     def __post_init__(self) -> None:
-        values = np.array(self.alphas_cumprod, dtype=np.float64)
-        if values.ndim != 1 or not values.size or np.any(np.diff(values) >= 0) or not 0 < values[-1] <= values[0] < 1:
-            raise RequestError("alphas_cumprod must fall and stay inside (0, 1): give a schedule without zero terminal SNR")
-        values.setflags(write=False)
-        object.__setattr__(self, "alphas_cumprod", values)
+        for name in ("alpha", "sigma", "timesteps"):
+            values = np.array(getattr(self, name), dtype=np.float64)
+            values.setflags(write=False)
+            object.__setattr__(self, name, values)
+        falls = np.all(np.diff(self.alpha) < 0) and np.all(np.diff(self.sigma) > 0)
+        inside = self.alpha.size and 0 <= self.alpha[-1] <= self.alpha[0] < 1 and 0 < self.sigma[0] <= self.sigma[-1] <= 1
+        if not (falls and inside):
+            raise RequestError("a schedule's alpha must fall inside [0, 1) and its sigma rise inside (0, 1]")
 
-    @classmethod
+    @staticmethod
+    def of_alphas_cumprod(alphas_cumprod: NDArray[np.floating]) -> Schedule:
+        """The variance-preserving schedule of `alphas_cumprod` [T] (diffusers' name for alpha^2)."""
+        values = np.asarray(alphas_cumprod, dtype=np.float64)
+        if values.ndim != 1 or not values.size or np.any(np.diff(values) >= 0) or not 0 <= values[-1] <= values[0] < 1:
+            raise RequestError("alphas_cumprod must fall and stay inside [0, 1)")
+        return Schedule(np.sqrt(values), np.sqrt(1 - values), np.arange(len(values), dtype=np.float64))
+
+    @staticmethod
+    @lru_cache(maxsize=64)
     def scaled_linear(
-        cls, beta_start: float = 0.00085, beta_end: float = 0.012, num_timesteps: int = NUM_TRAIN_TIMESTEPS
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        num_timesteps: int = NUM_TRAIN_TIMESTEPS,
+        zero_terminal_snr: bool = False,
     ) -> Schedule:
-        """Stable Diffusion's schedule: the square roots of the betas rise linearly (arXiv 2112.10752, released configs)."""
-        roots: NDArray[np.float64] = np.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_timesteps)
-        return cls(np.cumprod(1 - roots**2, dtype=np.float64))
+        """Stable Diffusion's schedule: the square roots of the betas rise linearly (arXiv 2112.10752, released configs).
+
+        With `zero_terminal_snr` alpha is shifted and scaled so that it ends at 0, and begins where it began (Lin et al.,
+        arXiv 2305.08891, algorithm 1).
+        """
+        roots: Floats = np.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_timesteps)
+        alphas_cumprod = np.cumprod(1 - roots**2, dtype=np.float64)
+        if zero_terminal_snr:
+            alpha = np.sqrt(alphas_cumprod)
+            alphas_cumprod = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+        return Schedule.of_alphas_cumprod(alphas_cumprod)
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def flow(shift: float = 1.0, num_timesteps: int = NUM_TRAIN_TIMESTEPS) -> Schedule:
+        """Flow matching: sigma = s / T for s = 1 to T, shifted to `shift sigma / (1 + (shift - 1) sigma)` (SD3, arXiv
+        2403.03206, eq. 23); the network is told T sigma.
+
+        Raises:
+            RequestError: shift is not positive.
+        """
+        if not shift > 0:
+            raise RequestError(f"shift = {shift}: a flow's shift is above 0")
+        sigma = shifted(np.arange(1, num_timesteps + 1) / num_timesteps, shift)
+        return Schedule(1 - sigma, sigma, sigma * num_timesteps)
 
     @property
     def num_timesteps(self) -> int:
-        return len(self.alphas_cumprod)
+        return len(self.alpha)
+
+    @property
+    def alphas_cumprod(self) -> Floats:
+        """alpha^2, float64 [T]."""
+        return self.alpha**2
 
     @cached_property
-    def alpha(self) -> NDArray[np.float64]:
-        """Scale of the clean latent at each timestep, float64 [T]."""
-        return np.sqrt(self.alphas_cumprod)
+    def is_flow(self) -> bool:
+        """True where `alpha + sigma = 1`."""
+        return bool(np.allclose(self.alpha + self.sigma, 1, rtol=0, atol=1e-12))
 
-    @cached_property
-    def sigma(self) -> NDArray[np.float64]:
-        """Standard deviation of the noise at each timestep, float64 [T]."""
-        return np.sqrt(1 - self.alphas_cumprod)
+    @property
+    def starts_pure(self) -> bool:
+        """True where the last index holds no trace of the data (zero terminal SNR, flows)."""
+        return bool(self.alpha[-1] == 0)
 
-    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """`alpha x0 + sigma noise` for x0, noise [B, ...] and timesteps int64 [B]."""
-        alpha, sigma = _gather(self, timesteps, x0)
+    def add_noise(self, x0: Tensor, noise: Tensor, indices: Tensor) -> Tensor:
+        """`alpha x0 + sigma noise` for x0, noise [B, ...] and schedule indices int64 [B]."""
+        alpha, sigma = _gather(self, indices, x0)
         return alpha * x0 + sigma * noise
 
-    def velocity(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def velocity(self, x0: Tensor, noise: Tensor, indices: Tensor) -> Tensor:
         """`alpha noise - sigma x0` (Salimans & Ho, arXiv 2202.00512, section 4)."""
-        alpha, sigma = _gather(self, timesteps, x0)
+        alpha, sigma = _gather(self, indices, x0)
         return alpha * noise - sigma * x0
 
-    def training_target(self, prediction: PredictionType, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def training_target(self, prediction: PredictionType, x0: Tensor, noise: Tensor, indices: Tensor) -> Tensor:
         """What a network of this prediction type is trained to say, [B, ...].
 
         Raises:
@@ -88,37 +138,47 @@ class Schedule:
         _check_prediction(prediction)
         if prediction == "epsilon":
             return noise
-        return x0 if prediction == "sample" else self.velocity(x0, noise, timesteps)
+        if prediction == "flow_prediction":
+            return noise - x0
+        return x0 if prediction == "sample" else self.velocity(x0, noise, indices)
 
-    def predicted_x0(self, prediction: PredictionType, output: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
-        """The clean latent that a network's output stands for; output, x [B, ...], timesteps int64 [B].
+    def predicted_x0(self, prediction: PredictionType, output: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+        """The clean latent that a network's output stands for; output, x [B, ...], indices int64 [B].
 
         Raises:
             RequestError: unknown prediction type.
         """
-        steps = timesteps.cpu().numpy()
+        at = indices.cpu().numpy()
         from_x, from_output = (
             torch.from_numpy(values).to(x).view(-1, *[1] * (x.ndim - 1))
-            for values in x0_coefficients(prediction, self.alpha[steps], self.sigma[steps])
+            for values in x0_coefficients(prediction, self.alpha[at], self.sigma[at])
         )
         return from_x * x + from_output * output
 
 
-def x0_coefficients(
-    prediction: PredictionType, alpha: NDArray[np.float64], sigma: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def shifted(sigma: Floats, shift: float) -> Floats:
+    """`shift sigma / (1 + (shift - 1) sigma)`: the same flow seen at another resolution (arXiv 2403.03206, eq. 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def x0_coefficients(prediction: PredictionType, alpha: Floats, sigma: Floats) -> tuple[Floats, Floats]:
     """Float64 (p, q), shaped as alpha, with `x0 = p x + q output` for a state `x = alpha x0 + sigma noise`.
 
-    epsilon: arXiv 2006.11239, eq. 15; v: arXiv 2202.00512, section 4.
+    epsilon: arXiv 2006.11239, eq. 15; v: arXiv 2202.00512, section 4; flow (output = noise - x0): arXiv 2210.02747, eq. 23.
 
     Raises:
-        RequestError: unknown prediction type.
+        RequestError: unknown prediction type, or epsilon where alpha is 0 (noise alone says nothing of the data).
     """
     _check_prediction(prediction)
     if prediction == "epsilon":
+        if np.any(alpha == 0):
+            raise RequestError("prediction epsilon cannot start from zero terminal SNR; train and sample with v_prediction")
         return 1 / alpha, -sigma / alpha
     if prediction == "v_prediction":
-        return alpha, -sigma
+        scale = alpha**2 + sigma**2
+        return alpha / scale, -sigma / scale
+    if prediction == "flow_prediction":
+        return 1 / (alpha + sigma), -sigma / (alpha + sigma)
     return np.zeros_like(alpha), np.ones_like(alpha)
 
 
@@ -134,7 +194,7 @@ def normal_noise(
     Args:
         seed: int64, one or [B].
         picture_ids: int64 [B].
-        evaluation: int64 in [0, 2^32), one or [B]. `START_NOISE` (0) is the start; solver step i takes i + 1.
+        evaluation: int64 in [0, 2^32), one or [B]. `START_NOISE` (0) is the start; table line i takes i + 1.
         shape: (C, H, W).
         device: where the numbers are made. Devices agree to float32 rounding.
 
@@ -184,11 +244,11 @@ def _check_prediction(prediction: str) -> None:
         raise RequestError(f"prediction type {prediction!r}: choose one of {', '.join(get_args(PredictionType))}")
 
 
-def _gather(schedule: Schedule, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+def _gather(schedule: Schedule, indices: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     alpha, sigma = _on_device(schedule, like.device)
     shape = (-1,) + (1,) * (like.ndim - 1)
-    steps = timesteps.to(like.device)
-    return alpha[steps].to(like.dtype).view(shape), sigma[steps].to(like.dtype).view(shape)
+    at = indices.to(like.device)
+    return alpha[at].to(like.dtype).view(shape), sigma[at].to(like.dtype).view(shape)
 
 
 @lru_cache(maxsize=16)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
 from safetensors import SafetensorError
 
 from isocost.errors import RequestError
@@ -33,6 +33,7 @@ class CheckpointInfo(Spec):
     gflop_per_forward: float
     normalised_cost: float
     prediction: PredictionType
+    zero_terminal_snr: bool = False
     codec: str
     codec_subfolder: str | None = None
     text: TextSpec
@@ -56,8 +57,13 @@ class Checkpoint:
         return str(beside) if beside.is_dir() else self.info.codec
 
 
-def scheduler_for(prediction: PredictionType) -> DDIMScheduler:
-    """Stable Diffusion's noise schedule (scaled linear, 0.00085 to 0.012) as a diffusers scheduler, trailing spacing."""
+def scheduler_for(prediction: PredictionType, zero_terminal_snr: bool = False) -> SchedulerMixin:
+    """Stable Diffusion's noise schedule (scaled linear, 0.00085 to 0.012) as a diffusers scheduler, trailing spacing.
+
+    A flow's is diffusers' Euler for flow matching.
+    """
+    if prediction == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler()
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -67,13 +73,16 @@ def scheduler_for(prediction: PredictionType) -> DDIMScheduler:
         steps_offset=1,
         prediction_type=prediction,
         timestep_spacing="trailing",
+        rescale_betas_zero_snr=zero_terminal_snr,
     )
 
 
-def save_networks(folder: Path, network: UNet2DConditionModel, prediction: PredictionType) -> None:
+def save_networks(
+    folder: Path, network: UNet2DConditionModel, prediction: PredictionType, zero_terminal_snr: bool = False
+) -> None:
     """Write `unet/` and `scheduler/`; the manifest comes from the store when it publishes the folder."""
     network.save_pretrained(folder / "unet", safe_serialization=True)
-    scheduler_for(prediction).save_pretrained(folder / "scheduler")
+    scheduler_for(prediction, zero_terminal_snr).save_pretrained(folder / "scheduler")
 
 
 def load_checkpoint(folder: str | Path, device: str = "cpu") -> Checkpoint:

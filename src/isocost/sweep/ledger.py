@@ -12,13 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from sqlalchemy import Boolean, Float, ForeignKey, Integer, String, Text, create_engine, delete, event, select
+from sqlalchemy import (
+    Boolean,
+    Float,
+    ForeignKey,
+    Integer,
+    String,
+    Text,
+    create_engine,
+    delete,
+    event,
+    inspect,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from isocost.errors import RequestError
 from isocost.score.intervals import Interval
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: points carry all of their numerics."""
 
 
 class _Base(DeclarativeBase):
@@ -51,6 +66,9 @@ class PointRow(_Base):
     num_not_finite: Mapped[int] = mapped_column(Integer)
     seed: Mapped[int] = mapped_column(Integer)
     precision: Mapped[str] = mapped_column(String(8))
+    compiled: Mapped[bool | None] = mapped_column(Boolean)
+    bucket_size: Mapped[int | None] = mapped_column(Integer)
+    least_bucket_size: Mapped[int | None] = mapped_column(Integer)
     paper_cost: Mapped[float] = mapped_column(Float)
     nfe: Mapped[float] = mapped_column(Float)
     gflop: Mapped[float] = mapped_column(Float)
@@ -106,14 +124,26 @@ class Ledger:
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine, "connect", _write_ahead)
         _Base.metadata.create_all(self.engine)
+        self._add_columns()
         with Session(self.engine) as session, session.begin():
             version = session.scalar(select(SchemaRow.version))
             if version is None:
                 session.add(SchemaRow(version=SCHEMA_VERSION))
+            elif version < SCHEMA_VERSION:
+                session.execute(update(SchemaRow).values(version=SCHEMA_VERSION))
             elif version > SCHEMA_VERSION:
                 raise RequestError(
                     f"{where}: a ledger of version {version}; this isocost reads {SCHEMA_VERSION}: upgrade isocost"
                 )
+
+    def _add_columns(self) -> None:
+        """Bring an older ledger's points to this version; what they do not know of themselves stays empty."""
+        there = {column["name"] for column in inspect(self.engine).get_columns("points")}
+        with self.engine.begin() as connection:
+            for column in PointRow.__table__.columns:
+                if column.name not in there:
+                    kind = column.type.compile(self.engine.dialect)
+                    connection.execute(text(f"ALTER TABLE points ADD COLUMN {column.name} {kind}"))
 
     def points(self) -> set[str]:
         """Digests of the points that are done."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from isocost.diffusion.rows import num_passes
+from isocost.diffusion.samplers import num_evaluations
 from isocost.models.checkpoint import CheckpointInfo
 from isocost.score.protocol import Protocol
 from isocost.spec import digest
 from isocost.study import PointSpec, ProtocolSpec, SweepSpec
 
-VERSION = 1
+VERSION = 2
 """Raised when a fix changes what a point's pictures or scores are."""
 
 
@@ -24,12 +26,20 @@ class Point:
     @property
     def nfe(self) -> int:
         """Network evaluations per picture, guidance's second pass counted."""
-        return self.spec.num_steps * (1 if self.spec.guidance in (0, 1) else 2)
+        return self.num_evaluations * num_passes(self.spec.guidance)
+
+    @property
+    def num_evaluations(self) -> int:
+        """Network evaluations of one pass: the steps, but for Heun's sampler."""
+        return num_evaluations(self.spec.sampler, self.spec.num_steps)
 
     def costs(self, info: CheckpointInfo) -> dict[str, float]:
-        """What one picture costs, time apart. `paper_cost` is normalised cost x steps (arXiv 2404.01367, sec. 4.1)."""
+        """What one picture costs, time apart.
+
+        `paper_cost` is normalised cost x steps (arXiv 2404.01367, sec. 4.1); Heun's second evaluations count in full.
+        """
         return {
-            "paper_cost": info.normalised_cost * self.spec.num_steps,
+            "paper_cost": info.normalised_cost * self.num_evaluations,
             "nfe": float(self.nfe),
             "gflop": info.gflop_per_forward * self.nfe,
         }
@@ -46,6 +56,8 @@ class Point:
             "num_pictures": spec.num_pictures,
             "seed": spec.seed,
             "precision": spec.precision,
+            "compiled": spec.compiled,
+            "bucket_size": spec.bucket_size,
         }
 
     @property
@@ -82,5 +94,7 @@ def _point_spec(checkpoint: str, sweep: SweepSpec, protocol_spec: ProtocolSpec, 
         num_pictures=protocol_spec.num_pictures,
         seed=sweep.seed,
         precision=sweep.precision,
+        compiled=sweep.compiled,
+        bucket_size=sweep.bucket_size,
         **at,
     )

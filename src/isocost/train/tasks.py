@@ -57,7 +57,7 @@ class TextToImage:
         spec = self.spec
         latents, captions, generator = self.cache.batch(spec.seed, images_seen, spec.batch_size, spec.caption_dropout)
         noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(len(self.schedule.alphas_cumprod), (len(latents),), generator=generator)
+        timesteps = torch.randint(self.schedule.num_timesteps, (len(latents),), generator=generator)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         target = self.schedule.training_target(spec.prediction, latents, noise, timesteps)
         return Batch(noisy, timesteps, self._states(captions), target)
