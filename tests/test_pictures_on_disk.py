@@ -16,13 +16,13 @@ from PIL import Image
 from isocost.cli import app
 from isocost.errors import RequestError
 from isocost.metrics.distances import kernel_distance
-from isocost.metrics.features import EfficientNetLite0, Extractor
+from isocost.metrics.features import EfficientNetLite0
 from isocost.score import named
 from isocost.score.captions import captions_sha256
 from isocost.score.folders import make_reference, score_folder
 from isocost.score.gallery import pictures_of
 from isocost.score.named import PROTOCOLS, CaptionList
-from isocost.score.statistics import read_statistics, take
+from isocost.score.statistics import read_statistics
 from isocost.study import ProtocolSpec
 from small import save, scenes
 
@@ -167,20 +167,7 @@ def test_pickled_and_truncated_arrays_are_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(refused.value)
 
 
-# --- order and batches ------------------------------------------------------------------------------------------------
-
-
-def test_order_and_batches_of_pictures_change_no_bit_of_a_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    extractors: dict[str, Extractor] = {"efficientnet-lite0": EfficientNetLite0(side=32)}
-    folder = save(tmp_path / "some", scenes(30, 40), [str(number) for number in range(30)])
-    pictures = list(pictures_of(str(folder), side=None, exact=False))
-    ids = [str(number) for number in range(30)]
-    whole = take(pictures, extractors, ids)
-    for batch in (1, 7, 64):
-        monkeypatch.setattr("isocost.score.statistics.BATCH", batch)
-        again = take(reversed(pictures), extractors, ids)
-        assert np.array_equal(again.features["efficientnet-lite0"], whole.features["efficientnet-lite0"])
-        assert (again.ids, again.content) == (whole.ids, whole.content)
+# --- references and weights --------------------------------------------------------------------------------------------
 
 
 def test_statistics_of_another_extractor_are_refused(coco: tuple[str, Path, Path, Path], tmp_path: Path) -> None:

@@ -187,9 +187,9 @@ def _generated(place: str, named: NamedProtocol, extractors: dict[str, Extractor
     if place.endswith(ARRAY_SUFFIXES) and ids is not None:
         ids = [str(number) for number in range(len(ids))]
     exact = named.resolution is not None
-    return take(pictures_of(place, side=named.resolution, exact=exact), extractors, ids)
+    return take(pictures_of(place, side=named.resolution, exact=exact, ids=ids), extractors, ids)
 
 
 def _reference(place: str, named: NamedProtocol, extractors: dict[str, Extractor], ids: list[str] | None) -> Taken:
     kept = read_statistics(Path(place), extractors)
-    return kept if kept is not None else take(reference_pictures(place, named), extractors, ids)
+    return kept if kept is not None else take(reference_pictures(place, named, ids), extractors, ids)

@@ -6,7 +6,7 @@ Shapes: N pictures, H x W pixels, R resolution.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,8 +64,8 @@ def samples_of(place: str, resolution: int) -> Iterator[Sample]:
         yield item
 
 
-def pictures_of(place: str, *, side: int | None, exact: bool) -> Iterator[Picture]:
-    """The pictures of a place in one fixed order.
+def pictures_of(place: str, *, side: int | None, exact: bool, ids: Sequence[str] | None = None) -> Iterator[Picture]:
+    """The pictures of a place in one fixed order; of a folder those of `ids` alone, in their order, where given.
 
     Where `exact`, each must be RGB of `side` x `side`, as a generator makes them; otherwise each is its centre square,
     in RGB on white, at its own size (`side` None) or resized to `side` (Lanczos).
@@ -82,7 +82,12 @@ def pictures_of(place: str, *, side: int | None, exact: bool) -> Iterator[Pictur
     elif place.endswith(ARRAY_SUFFIXES):
         yield from _of_array(Path(place), side if exact else None)
     else:
-        for file in picture_files(Path(place)):
+        files = picture_files(Path(place))
+        if ids is not None:
+            place_of = {key: number for number, key in enumerate(ids)}
+            wanted = (file for file in files if key_of(file.name) in place_of)
+            files = sorted(wanted, key=lambda file: place_of[key_of(file.name)])
+        for file in files:
             yield Picture(key_of(file.name), str(file), _read(file, side, exact))
 
 

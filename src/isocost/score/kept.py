@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from isocost.errors import WorkError
 
 SHARD_SIZE = 4096
-ALIGNMENT_FILE = "alignment.safetensors"
+BY_PICTURE_FILE = "by_picture.safetensors"
 ONE_EXTRACTOR_FILE = "measured.safetensors"
 """Where points kept features and alignment when there was one extractor."""
 
@@ -28,10 +28,12 @@ class Measured:
     Attributes:
         features: float32 [N, D] by extractor name, in the order of picture ids.
         alignment: the share of labels found in each picture, float64 [N]; None where there are none to find.
+        ids: picture ids of the rows, int64 [N], rising; None where row i is picture i.
     """
 
     features: dict[str, np.ndarray]
     alignment: np.ndarray | None = None
+    ids: np.ndarray | None = None
 
 
 def rounded(features: np.ndarray, kept: str) -> np.ndarray:
@@ -76,18 +78,17 @@ def read_features(folder: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]
 
 
 def write_measured(folder: Path, measured: Measured, kept: str = "fp32") -> None:
-    """Features in shards, and alignment beside them where there is one."""
+    """Features in shards, and beside them the pictures' ids and alignment where they have them."""
     write_features(folder, measured.features, kept)
-    if measured.alignment is not None:
-        save_file({"alignment": torch.from_numpy(measured.alignment)}, folder / ALIGNMENT_FILE)
+    by_picture = {"ids": measured.ids, "alignment": measured.alignment}
+    tensors = {name: torch.from_numpy(values) for name, values in by_picture.items() if values is not None}
+    save_file(tensors, folder / BY_PICTURE_FILE)
 
 
 def read_measured(folder: Path, names: tuple[str, ...]) -> Measured:
     """What `write_measured` wrote, or a point from when there was one extractor and one file."""
     older = folder / ONE_EXTRACTOR_FILE
-    if older.is_file():
-        tensors = load_file(older)
-        alignment = tensors["alignment"].numpy() if "alignment" in tensors else None
-        return Measured({names[0]: tensors["features"].numpy()}, alignment)
-    file = folder / ALIGNMENT_FILE
-    return Measured(read_features(folder, names), load_file(file)["alignment"].numpy() if file.is_file() else None)
+    file = older if older.is_file() else folder / BY_PICTURE_FILE
+    tensors = {name: tensor.numpy() for name, tensor in load_file(file).items()}
+    features = {names[0]: tensors["features"]} if older.is_file() else read_features(folder, names)
+    return Measured(features, tensors.get("alignment"), tensors.get("ids"))

@@ -18,13 +18,13 @@ from isocost.metrics.features import Extractor
 from isocost.metrics.likeness import cosine, mean_cosine_to_set, psnr, ssim
 from isocost.metrics.lpips import load_lpips
 from isocost.metrics.towers import ClipTower
+from isocost.score.blocks import Blocks, Function
 from isocost.score.gallery import Picture, picture_files, pictures_of
 from isocost.score.intervals import Interval, mean_interval
 from isocost.score.protocol import Protocol
 from isocost.score.statistics import check_number, take
 from isocost.study import ProtocolSpec
 
-BATCH = 16
 CLIP, DINO = "clip-vit-b-32", "dino-vit-s-16"
 
 
@@ -40,45 +40,40 @@ def pair_scores(
     Raises:
         RequestError: a picture has no original, or another size than it.
     """
-    waiting = set(pictures)
-    ids = sorted(waiting, key=lambda key: (len(key), key))
-    lpips = load_lpips(lpips_weights) if "lpips" in names else None
-    values: dict[str, dict[str, float]] = {name: {} for name in names}
-    batch: list[tuple[Picture, Picture]] = []
-
-    def flush() -> None:
-        made, real = (torch.stack([pair[side].pixels for pair in batch]) for side in (0, 1))
-        keys = [pair[0].key for pair in batch]
-        if "psnr" in values:
-            values["psnr"].update(zip(keys, psnr(made.numpy(), real.numpy()).tolist(), strict=True))
-        if "ssim" in values:
-            values["ssim"].update(zip(keys, ssim(made, real).tolist(), strict=True))
-        if lpips is not None:
-            with torch.inference_mode():
-                apart = lpips(*(one.float() / 127.5 - 1 for one in (made, real)))
-            values["lpips"].update(zip(keys, apart.double().tolist(), strict=True))
-        batch.clear()
-
+    place_of = {key: place for place, key in enumerate(sorted(pictures, key=lambda key: (len(key), key)))}
+    blocks = Blocks({name: _pair_function(name, lpips_weights) for name in names})
     for original in originals:
-        if original.key not in waiting:
+        if original.key not in place_of:
             continue
-        waiting.remove(original.key)
         made = pictures[original.key]()
         if made.pixels.shape != original.pixels.shape:
             raise RequestError(
                 f"{made.name}: {list(made.pixels.shape[1:])} pixels, its original {list(original.pixels.shape[1:])}"
             )
-        batch.append((made, original))
-        if len(batch) == BATCH:
-            flush()
-    if batch:
-        flush()
-    if waiting:
-        raise RequestError(f"{len(waiting)} pictures have no original in the reference; the first is {min(waiting)}")
+        blocks.add(place_of[original.key], torch.cat([made.pixels, original.pixels]))
+    found, values = blocks.results()
+    missing = set(place_of.values()).difference(found)
+    absent = [key for key, place in place_of.items() if place in missing]
+    if absent:
+        raise RequestError(f"{len(absent)} pictures have no original in the reference; the first is {absent[0]}")
+    equal = int(values["psnr"].isinf().sum()) if "psnr" in values else 0
+    if equal:
+        raise RequestError(f"{equal} pictures equal their originals, and their PSNR has no end: give upscaled pictures")
     return {
-        name: mean_interval([by_id[key] for key in ids], num_bootstrap=fixed.num_bootstrap, seed=fixed.seed)
-        for name, by_id in values.items()
+        name: mean_interval(by_pair.double().numpy(), num_bootstrap=fixed.num_bootstrap, seed=fixed.seed)
+        for name, by_pair in values.items()
     }
+
+
+def _pair_function(name: str, lpips_weights: str | None) -> Function:
+    """A picture uint8 [N, 3, R, R] and its original in one, [N, 6, R, R], to a score by pair, [N]."""
+    if name == "psnr":
+        return lambda pairs: torch.from_numpy(psnr(pairs[:, :3].numpy(), pairs[:, 3:].numpy()))
+    if name == "ssim":
+        return lambda pairs: torch.from_numpy(ssim(pairs[:, :3], pairs[:, 3:]))
+    assert name == "lpips", name
+    lpips = load_lpips(lpips_weights)
+    return torch.inference_mode()(lambda pairs: lpips(*(one.float() / 127.5 - 1 for one in pairs.split(3, dim=1))))
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,15 @@ Shapes: N pictures, M reference pictures, R resolution, D features.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from isocost.errors import WorkError
 from isocost.metrics.distances import GAUSSIAN, POLYNOMIAL
 from isocost.metrics.likeness import cosine
 from isocost.metrics.names import PREFERENCE, metrics_of
 from isocost.metrics.neighbours import reach
+from isocost.score.blocks import Blocks, Function
 from isocost.score.intervals import (
     Interval,
     frechet_infinity_interval,
@@ -30,51 +28,38 @@ from isocost.score.reference import Reference
 
 FRECHET_LEAST_SHARE = 2
 """A Frechet distance from fewer pictures than this times the feature width is flagged."""
+_PROBE = "probe"
 PRECISION_NEIGHBOUR, DENSITY_NEIGHBOUR = 3, 5
 """As published: arXiv 1904.06991 (section 3.1), arXiv 2002.09797 (section 5)."""
 
 
-@dataclass
 class Measuring:
-    """Takes pictures in any order and any batches; `measured` gives them back in the order of picture ids."""
+    """Takes pictures in any portions and order; `measured` gives what is kept of them in the order of picture ids."""
 
-    reference: Reference
-    _ids: list[int] = field(default_factory=list)
-    _features: dict[str, list[Tensor]] = field(default_factory=dict)
-    _alignment: list[np.ndarray] = field(default_factory=list)
+    def __init__(self, reference: Reference) -> None:
+        self._labels = reference.labels if reference.probe is not None else None
+        functions: dict[str, Function] = dict(reference.extractors)
+        if reference.probe is not None and self._labels is not None:
+            functions[_PROBE] = reference.probe.predict
+        self._blocks = Blocks(functions)
 
     def add(self, picture_ids: list[int], pictures: Tensor) -> None:
-        """uint8 [N, 3, R, R] with their ids, which index the reference's captions and labels."""
-        self._ids.extend(picture_ids)
-        for name, extractor in self.reference.extractors.items():
-            self._features.setdefault(name, []).append(extractor(pictures).cpu())
-        if self.reference.probe is not None and self.reference.labels is not None:
-            self._alignment.append(self.reference.probe.alignment(pictures, self.reference.labels[picture_ids]))
-
-    def measured(self) -> Measured:
-        """Everything added so far, sorted by picture id, so that sums do not depend on the order of arrival.
+        """uint8 [N, 3, R, R] with their ids, which index the reference's captions and labels.
 
         Raises:
             WorkError: a picture id came twice.
         """
-        order = np.argsort(self._ids, kind="stable")
-        ids = np.asarray(self._ids)[order]
-        if len(np.unique(ids)) < len(ids):
-            raise WorkError(f"picture {ids[:-1][ids[:-1] == ids[1:]][0]} was measured twice")
-        alignment = np.concatenate(self._alignment)[order] if self._alignment else None
-        return Measured({name: torch.cat(parts).numpy()[order] for name, parts in self._features.items()}, alignment)
+        for picture_id, picture in zip(picture_ids, pictures, strict=True):
+            self._blocks.add(picture_id, picture)
 
-
-def gather(parts: Iterable[Measuring]) -> Measured:
-    """What several workers measured, as one: the same numbers whoever measured which picture."""
-    first, *others = parts
-    whole = Measuring(first.reference)
-    for part in (first, *others):
-        whole._ids.extend(part._ids)
-        whole._alignment.extend(part._alignment)
-        for name, features in part._features.items():
-            whole._features.setdefault(name, []).extend(features)
-    return whole.measured()
+    def measured(self) -> Measured:
+        """Everything added so far; whose pictures came when, and with which others, changes no bit of it."""
+        ids, made = self._blocks.results()
+        read = made.pop(_PROBE, None)
+        alignment = None
+        if read is not None and self._labels is not None:
+            alignment = (read == self._labels[ids]).double().mean(1).numpy()
+        return Measured({name: rows.numpy() for name, rows in made.items()}, alignment, np.asarray(ids))
 
 
 def score(measured: Measured, reference: Reference, distances: tuple[str, ...]) -> dict[str, Interval]:
@@ -88,7 +73,7 @@ def score(measured: Measured, reference: Reference, distances: tuple[str, ...]) 
         for distance in distances:
             metrics = metrics_of(distance, name)
             if metrics:
-                found = _intervals(distance, name, features, reference)
+                found = _intervals(distance, name, features, measured.ids, reference)
                 scores.update(zip(metrics, found, strict=True))
     if measured.alignment is not None:
         scores["alignment"] = _mean(measured.alignment, reference)
@@ -112,7 +97,9 @@ def frechet_is_flagged(num_pictures: int, feature_width: int) -> bool:
     return num_pictures < FRECHET_LEAST_SHARE * feature_width
 
 
-def _intervals(distance: str, name: str, features: np.ndarray, reference: Reference) -> tuple[Interval, ...]:
+def _intervals(
+    distance: str, name: str, features: np.ndarray, ids: np.ndarray | None, reference: Reference
+) -> tuple[Interval, ...]:
     """The intervals of one distance on one extractor's features, in the order of its metric names."""
     real, seed = reference.features[name], reference.protocol.seed
     if distance in ("kernel", "cmmd"):
@@ -132,7 +119,8 @@ def _intervals(distance: str, name: str, features: np.ndarray, reference: Refere
         logits = reference.inception.logits(features)
         return (inception_score_interval(logits, num_bootstrap=reference.protocol.num_bootstrap, seed=seed),)
     assert distance == "caption", distance
-    told = cosine(features, reference.caption_features(name))
+    captions = reference.caption_features(name)
+    told = cosine(features, captions if ids is None else captions[ids])
     return (_mean(told * (reference.clip(name).scale if name in PREFERENCE else 1.0), reference),)
 
 

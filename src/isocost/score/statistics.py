@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from isocost.errors import RequestError
 from isocost.metrics.features import Extractor
+from isocost.score.blocks import Blocks
 from isocost.score.gallery import Picture, picture_files, pictures_of
 from isocost.score.kept import read_features, write_features
 from isocost.score.named import Crops, NamedProtocol
@@ -29,7 +29,6 @@ from isocost.store import MANIFEST, publish, read_manifest
 KIND = "statistics"
 ROWS_FILE, PICTURES_FOLDER = "pictures.jsonl", "pictures"
 ONE_EXTRACTOR_FILE = "features.safetensors"
-BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -55,22 +54,14 @@ class Taken:
 def take(pictures: Iterable[Picture], extractors: dict[str, Extractor], ids: Sequence[str] | None = None) -> Taken:
     """Features of pictures as they come, in the order of `ids`, or as they come where None.
 
-    Pictures whose id is not among `ids` are passed over. An extractor's features do not depend on company, so neither batch
-    nor order of arrival changes a bit.
+    Pictures whose id is not among `ids` are passed over. With `ids`, the order of arrival changes no bit.
 
     Raises:
         RequestError: an id is missing, or came twice.
     """
     place_of = None if ids is None else {key: place for place, key in enumerate(ids)}
     rows: dict[int, tuple[str, tuple[str, ...], str]] = {}
-    found: dict[str, dict[int, Tensor]] = {name: {} for name in extractors}
-    waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
-
-    def flush(shape: tuple[int, ...]) -> None:
-        places, stacked = zip(*waiting.pop(shape), strict=True)
-        for name, extractor in extractors.items():
-            found[name].update(zip(places, extractor(torch.stack(stacked)).cpu(), strict=True))
-
+    blocks = Blocks(extractors)
     for picture in pictures:
         place = len(rows) if place_of is None else place_of.get(picture.key)
         if place is None:
@@ -78,37 +69,29 @@ def take(pictures: Iterable[Picture], extractors: dict[str, Extractor], ids: Seq
         if place in rows:
             raise RequestError(f"{picture.name}: id {picture.key} came twice; the other is {rows[place][0]}")
         pixels = picture.pixels.contiguous()
-        shape = tuple(pixels.shape)
-        rows[place] = (
-            picture.name,
-            picture.captions,
-            hashlib.sha256(str(shape).encode() + pixels.numpy().tobytes()).hexdigest(),
-        )
-        waiting.setdefault(shape, []).append((place, pixels))
-        if len(waiting[shape]) == BATCH:
-            flush(shape)
-    for shape in list(waiting):
-        flush(shape)
+        blocks.add(place, pixels)
+        sha256 = hashlib.sha256(str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()).hexdigest()
+        rows[place] = picture.name, picture.captions, sha256
     if ids is not None and len(rows) < len(ids):
         missing = [key for place, key in enumerate(ids) if place not in rows]
         raise RequestError(f"{len(missing)} of {len(ids)} pictures are missing; the first is id {missing[0]}")
-    order = range(len(rows))
+    order, features = blocks.results()
     return Taken(
         tuple(ids) if ids is not None else tuple(rows[place][0] for place in order),
         tuple(rows[place][1] for place in order),
-        {name: torch.stack([by_place[place] for place in order]).numpy() for name, by_place in found.items() if by_place},
-        hashlib.sha256("".join(sorted(row[2] for row in rows.values())).encode()).hexdigest()[:16],
+        {name: made.numpy() for name, made in features.items()},
+        hashlib.sha256("".join(sorted(sha256 for *_, sha256 in rows.values())).encode()).hexdigest()[:16],
     )
 
 
-def reference_pictures(place: str, named: NamedProtocol) -> Iterator[Picture]:
-    """The reference pictures of a protocol: whole ones as centre squares at its resolution, or its crops."""
+def reference_pictures(place: str, named: NamedProtocol, ids: Sequence[str] | None = None) -> Iterator[Picture]:
+    """The reference pictures of a protocol: whole ones as centre squares at its resolution (those of `ids`), or its crops."""
     folder = Path(place)
     if (folder / PICTURES_FOLDER).is_dir() and (folder / MANIFEST).is_file():
         place = str(folder / PICTURES_FOLDER)
     elif named.crops is not None:
         return _cropped(folder, named.crops)
-    return pictures_of(place, side=named.resolution, exact=False)
+    return pictures_of(place, side=named.resolution, exact=False, ids=ids)
 
 
 def build_statistics(
@@ -125,7 +108,7 @@ def build_statistics(
     partial.mkdir(parents=True, exist_ok=True)
 
     def kept() -> Iterator[Picture]:
-        for picture in reference_pictures(place, named):
+        for picture in reference_pictures(place, named, ids):
             if named.compares == "pairs":
                 (partial / PICTURES_FOLDER).mkdir(exist_ok=True)
                 pixels = picture.pixels.permute(1, 2, 0).numpy()
