@@ -20,7 +20,8 @@ from torchvision.models import AlexNet, AlexNet_Weights
 
 from isocost.data.cache import load_pictures
 from isocost.errors import RequestError
-from isocost.metrics.features import EfficientNetLite0, Lpips, load_lpips
+from isocost.metrics.features import EfficientNetLite0
+from isocost.metrics.lpips import Lpips, load_lpips
 from isocost.study import ScenesSource
 
 MILITARY_UNIFORM = 652

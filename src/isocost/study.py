@@ -26,6 +26,28 @@ SamplerName = Literal["ddim", "ddpm", "euler", "euler-ancestral", "heun", "dpmso
 SpacingName = Literal["leading", "trailing", "linspace", "karras"]
 Precision = Literal["fp32", "bf16"]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+FeatureName = Literal[
+    "efficientnet-lite0",
+    "inception",
+    "clip-vit-b-32",
+    "clip-vit-l-14",
+    "clip-vit-l-14-336",
+    "dinov2-vit-b-14",
+    "dinov2-vit-l-14",
+    "dino-vit-s-16",
+    "pickscore",
+    "hpsv2",
+]
+DistanceName = Literal[
+    "kernel",
+    "frechet",
+    "frechet_infinity",
+    "precision_recall",
+    "density_coverage",
+    "inception_score",
+    "cmmd",
+    "caption",
+]
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -243,12 +265,30 @@ class ProtocolSpec(Spec):
 
     num_pictures: int = Field(1000, ge=LEAST_PICTURES)
     num_reference: int | None = Field(None, ge=LEAST_PICTURES, description="reference pictures used; all where absent")
-    features: Literal["efficientnet-lite0"] = "efficientnet-lite0"
-    feature_side: int = Field(64, ge=32, description="pictures are resized to this side for the features, pixels")
+    features: tuple[FeatureName, ...] = Field(
+        ("efficientnet-lite0",), min_length=1, description="one extractor or several, in one pass over the pictures"
+    )
+    weights: dict[FeatureName, str] = Field(
+        default_factory=dict, description="where an extractor's weights lie: PATH, URL or hub:NAME@REVISION, #sha256=HEX behind"
+    )
+    feature_side: int = Field(64, ge=32, description="side that EfficientNet-lite0 sees, pixels; the others have their own")
+    kept: Literal["fp32", "fp16"] = Field("fp32", description="precision in which a point keeps its features, and is scored")
     alignment: Literal["scenes", "class", "none"] = "none"
-    distances: tuple[Literal["kernel", "frechet"], ...] = ("kernel",)
+    distances: tuple[DistanceName, ...] = ("kernel",)
     num_bootstrap: int = Field(200, ge=20)
     seed: int = 0
+
+    @field_validator("features", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("features")
+    @classmethod
+    def _each_once(cls, names: tuple[FeatureName, ...]) -> tuple[FeatureName, ...]:
+        if len(set(names)) != len(names):
+            raise ValueError("each extractor once")
+        return names
 
 
 class SweepSpec(Spec):
@@ -304,7 +344,7 @@ class StudySpec(Spec):
             "train": {
                 k: v for k, v in plain["train"].items() if k not in {"num_images", "marks", "state_every_images", "tracker"}
             },
-            "protocol": {k: v for k, v in plain["protocol"].items() if k != "distances"},
+            "protocol": {k: v for k, v in plain["protocol"].items() if k not in {"distances", "weights"}},
         }
 
 
