@@ -20,6 +20,7 @@ from isocost.diffusion.generate import CaptionStates
 from isocost.errors import RequestError, WorkError
 from isocost.pipeline import Pipeline
 from isocost.report.gather import report
+from isocost.score.kept import read_measured
 from isocost.store import Store
 from isocost.sweep import workers
 
@@ -132,7 +133,10 @@ def test_a_picture_that_is_not_finite_is_named_and_never_scored(tmp_path: Path, 
     manifest = store.manifest("point", folder.name)
     assert 3 in spoilt
     assert manifest["not_finite"] == spoilt
-    assert len(workers.read_measured(folder).features) == 32 - len(spoilt)
+    measured = read_measured(folder, ("efficientnet-lite0",))
+    assert measured.ids is not None
+    assert measured.ids.tolist() == [i for i in range(32) if i not in spoilt]
+    assert len(measured.features["efficientnet-lite0"]) == 32 - len(spoilt)
 
 
 def test_a_deadline_keeps_what_is_done(tmp_path: Path) -> None:
