@@ -36,13 +36,13 @@ STUDY = {
     "name": "drift",
     "data": {
         "resolution": 32,
-        "train": {"kind": "scenes", "num_pictures": 4000, "seed": 0},
+        "train": {"kind": "scenes", "num_pictures": 2000, "seed": 0},
         "reference": {"kind": "scenes", "num_pictures": 1000, "seed": 1},
     },
     "codec": {"kind": "pretrained", "path": "scenes"},
     "text": {"path": "minilm", "max_tokens": 32},
-    "family": {"widths": [16]},
-    "train": {"num_images": 12800, "batch_size": 64, "lr": 2e-3, "warmup_images": 1000, "ema_half_life_images": 1000},
+    "family": {"widths": [8]},
+    "train": {"num_images": 6400, "batch_size": 64, "lr": 2e-3, "warmup_images": 1000, "ema_half_life_images": 1000},
     "sweep": {"num_steps": [8], "guidance": [2]},
     "protocol": {"num_pictures": 256, "num_reference": 1000},
 }
