@@ -19,7 +19,7 @@ import yaml
 
 from isocost.errors import RequestError, WorkError
 from isocost.spec import parse_spec
-from isocost.study import PretrainedCodecSpec, SamplerSpec, StudySpec, load_study
+from isocost.study import SAMPLER_NAMES, Precision, PretrainedCodecSpec, SamplerSpec, StudySpec, load_study
 
 app = typer.Typer(
     help="Which diffusion model, sampler, steps and guidance give the best pictures for an inference budget.",
@@ -154,9 +154,11 @@ def sample(
     prompt: Annotated[list[str], typer.Option("--prompt", help="a caption; may be given several times")],
     steps: Annotated[int, typer.Option(help="solver steps")] = 16,
     guidance: Annotated[float, typer.Option(help="w in uncond + w (cond - uncond); 1 is one pass")] = 2.0,
-    sampler: Annotated[str, typer.Option(help="ddim, ddpm or dpmsolver++2m")] = "ddim",
-    spacing: Annotated[str, typer.Option(help="trailing, leading or linspace")] = "trailing",
+    sampler: Annotated[str, typer.Option(help=", ".join(SAMPLER_NAMES))] = "ddim",
+    spacing: Annotated[str, typer.Option(help="trailing, leading, linspace or karras")] = "trailing",
     eta: Annotated[float, typer.Option(help="DDIM's share of ancestral noise")] = 0.0,
+    negative: Annotated[str | None, typer.Option(help="a caption to lead away from, in place of the empty one")] = None,
+    precision: Annotated[Precision, typer.Option(help="what the network computes in")] = "fp32",
     num: Annotated[int, typer.Option("--num", help="pictures of each prompt")] = 4,
     seed: Annotated[int, typer.Option(help="what the noise is a function of, with the picture's number")] = 0,
     out: Annotated[Path, typer.Option("--out", help="folder for the PNGs and sheet.png")] = Path("samples"),
@@ -167,7 +169,17 @@ def sample(
     from isocost.sampling import sample as draw
 
     spec = parse_spec(SamplerSpec, {"name": sampler, "spacing": spacing, "eta": eta}, "--sampler")
-    drawn = draw(checkpoint, prompt, sampler=spec, num_steps=steps, guidance=guidance, num_pictures=num, seed=seed)
+    drawn = draw(
+        checkpoint,
+        prompt,
+        sampler=spec,
+        num_steps=steps,
+        guidance=guidance,
+        num_pictures=num,
+        seed=seed,
+        negative=negative,
+        precision=precision,
+    )
     out.mkdir(parents=True, exist_ok=True)
     files = []
     for p, pictures in enumerate(drawn.pictures):

@@ -24,6 +24,7 @@ LEAST_PICTURES = 32
 
 SamplerName = Literal["ddim", "ddpm", "euler", "euler-ancestral", "heun", "dpmsolver++2m", "sde-dpmsolver++2m", "unipc", "lcm"]
 SpacingName = Literal["leading", "trailing", "linspace", "karras"]
+Precision = Literal["fp32", "bf16"]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 FeatureName = Literal[
     "efficientnet-lite0",
@@ -197,7 +198,7 @@ class TrainSpec(Spec):
     caption_dropout: float = Field(0.1, ge=0, lt=1)
     prediction: PredictionType = "epsilon"
     ema_half_life_images: int = Field(10_000, ge=1)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     state_every_images: int = Field(10_000, ge=1, description="distance between durable training states")
     seed: int = 0
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
@@ -249,7 +250,7 @@ class PointSpec(Spec):
     guidance: float = Field(ge=0)
     num_pictures: int = Field(ge=1)
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     compiled: bool = False
     bucket_size: int = Field(DEFAULT_BUCKET_SIZE, ge=1)
 
@@ -297,7 +298,7 @@ class SweepSpec(Spec):
     num_steps: tuple[Annotated[int, Field(ge=1, le=NUM_TRAIN_TIMESTEPS)], ...]
     guidance: tuple[Annotated[float, Field(ge=0)], ...]
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     compiled: bool = Field(False, description="compile the network: minutes once a machine, then faster calls")
     bucket_size: int = Field(
         DEFAULT_BUCKET_SIZE, ge=1, description="passes of a network call; on a CPU each core makes its own"
