@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from isocost.cli import app
+from isocost.cli import app, main
 from isocost.errors import RequestError
 from isocost.metrics.distances import kernel_distance
 from isocost.metrics.features import EfficientNetLite0
+from isocost.metrics.weights import file_sha256
 from isocost.score import named
 from isocost.score.captions import captions_sha256
 from isocost.score.folders import make_reference, score_folder
@@ -216,6 +218,54 @@ def test_verify_fails_with_status_1_where_an_anchor_is_missed(monkeypatch: pytes
     assert isinstance(broken.exception, WorkError)
     assert "1 of 15 anchors failed; the first is LPIPS of the example pair ex_ref, ex_p1" in str(broken.exception)
     assert not json.loads(broken.stdout.splitlines()[-1])["passed"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ("too few", "5 pictures; a distance takes at least 32"),
+        ("size", "65 x 65 pixels; this protocol takes 64 x 64"),
+        ("grey", "is grey"),
+        ("rgba", "is RGBA"),
+        ("nan", "40 pictures hold NaN"),
+        ("pickled pictures", "holds pickled objects"),
+        ("truncated weights", "cut short"),
+        ("another hash", "SHA-256 .*, expected 6726825d0af5f729"),
+        ("pickled weights", "holds pickled objects, which are refused"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_2(
+    bad: str,
+    said: str,
+    coco: tuple[str, Path, Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name, captions, pictures, reference = coco
+    made, options, first = str(pictures), ["--protocol", name, "--captions", str(captions)], pictures / f"{IDS[0]:012d}.png"
+    if bad == "too few":
+        made, options = str(save(tmp_path / "few", scenes(5, 64), list("abcde"))), ["--protocol", "kernel-efficientnet-64"]
+    elif bad in ("size", "grey", "rgba"):
+        image = Image.open(first)
+        (image.resize((65, 65)) if bad == "size" else image.convert({"grey": "L", "rgba": "RGBA"}[bad])).save(first)
+    elif bad in ("nan", "pickled pictures"):
+        made = str(tmp_path / "made.npy")
+        np.save(made, np.full((40, 64, 64, 3), np.nan) if bad == "nan" else np.array([{}], dtype=object), allow_pickle=True)
+    else:
+        file, held = tmp_path / "weights.pth", torch.zeros(1000)
+        torch.save({"a": held} if bad != "pickled weights" else {"a": Image.new("L", (2, 2))}, file)
+        if bad == "truncated weights":
+            file.write_bytes(file.read_bytes()[:-900])
+        stated = "" if bad == "another hash" else f"#sha256={file_sha256(file)}"
+        options = ["--protocol", "div2k-sr", "--weights", f"inception={file}{stated}"]
+    monkeypatch.setattr("sys.argv", ["isocost", "score", made, "--reference", str(reference), *options])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert re.search(said, lines[0])
 
 
 def test_the_module_of_names_has_no_protocol_twice() -> None:

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from isocost.analysis.frontier import best_guidance
 from isocost.errors import RequestError
@@ -22,6 +23,8 @@ from isocost.score.folders import make_reference, score_folder
 from isocost.score.gallery import key_of, pictures_of
 from isocost.score.named import PROTOCOLS, CaptionList, Crops, NamedProtocol
 from isocost.score.protocol import Protocol, difference, make_protocol
+from isocost.score.reference import Reference
+from isocost.score.score import Measuring, score
 from isocost.study import ProtocolSpec
 from planted import planted_table
 from small import Talking, Thumbnail, save, scenes
@@ -194,6 +197,32 @@ def test_dreambooth_compares_with_the_subject_and_the_prompt(
     (pictures / "dog" / "07_0.png").rename(pictures / "dog" / "00_7.png")
     with pytest.raises(RequestError, match="9 pictures; this protocol takes 8"):
         score_folder(pictures, reference, name, captions=str(listed))
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+
+class Pointing(Talking):
+    """Each caption has a direction of its own, by its length."""
+
+    def captions(self, captions: list[str]) -> Tensor:
+        return torch.eye(48)[[len(caption) for caption in captions]]
+
+
+def test_a_picture_is_compared_with_its_own_caption_where_others_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isocost.score.reference.ClipTower", Pointing)
+    drawn, captions, name = scenes(40, 32), ["x" * number for number in range(40)], "clip-vit-b-32"
+    protocol = make_protocol(
+        ProtocolSpec(num_pictures=40), resolution=32, extractor="", reference="", num_reference=40, captions=captions
+    )
+    reference = Reference(protocol, {name: Pointing()}, {name: Thumbnail()(drawn).numpy()}, captions)
+    measuring = Measuring(reference)
+    there = [number for number in range(40) if number not in (0, 7, 33)]
+    measuring.add(there, drawn[there])
+    unit = torch.nn.functional.normalize(Thumbnail()(drawn).double())
+    expected = float(unit[there, there].mean())
+    found = score(measuring.measured(), reference, ("caption",))["clip_score_b32"]
+    assert found.value == pytest.approx(expected, rel=1e-6)
 
 
 # --- what differs -----------------------------------------------------------------------------------------------------

@@ -425,7 +425,7 @@ def test_where_and_how_pictures_lie_does_not_matter(
     (tmp_path / "part 1" / "notes.json").write_text("{}")
     found = score_folder(tmp_path, folders / "real", KERNEL)
     assert found.num_pictures == 64
-    assert kernel_value(found) == pytest.approx(kernel_value(plain_score), rel=1e-9)
+    assert kernel_value(found) == pytest.approx(kernel_value(plain_score), rel=1e-4)
 
 
 def test_pictures_of_any_shape_and_mode_are_their_centre_squares(tmp_path: Path, folders: Path, drawn: Tensor) -> None:

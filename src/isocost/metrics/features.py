@@ -47,7 +47,7 @@ class EfficientNetLite0:
     WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
     # Blocks that end a resolution: 1/2, 1/4, 1/8 and 1/16 of the side.
     PERCEPTUAL_BLOCKS = (0, 2, 4, 10)
-    # Every call runs in buckets of this many rows, the last one filled up, so a feature's bits do not depend on its company.
+    # Rows of every call of the network; see `in_buckets`.
     BUCKET = 32
 
     width = 1280
@@ -65,10 +65,7 @@ class EfficientNetLite0:
         self._network = self._load(side).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def __call__(self, pictures: Tensor) -> Tensor:
-        """Features of pictures: uint8 [N, 3, H, W] to float32 [N, 1280] on the extractor's device.
-
-        A picture's features are the same, bit for bit, whatever else is in `pictures`.
-        """
+        """Features of pictures: uint8 [N, 3, H, W] to float32 [N, 1280] on the extractor's device, in buckets."""
         return in_buckets(pictures, self._pooled, bucket=self.BUCKET, width=self.width, device=self.device)
 
     def _pooled(self, rows: Tensor) -> Tensor:

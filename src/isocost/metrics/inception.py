@@ -55,7 +55,7 @@ class Inception:
         )
 
     def __call__(self, pictures: Tensor) -> Tensor:
-        """uint8 [N, 3, H, W] to float32 [N, 2048]; a picture's bits do not depend on its company."""
+        """uint8 [N, 3, H, W] to float32 [N, 2048], in buckets (`in_buckets`)."""
         return in_buckets(
             pictures, lambda rows: self._network(rows)[0], bucket=self.BUCKET, width=self.width, device=self.device
         )

@@ -37,7 +37,8 @@ def in_buckets(
     """Features of uint8 [N, 3, H, W]: float32 [N, width] on `device`.
 
     `forward` sees uint8 [bucket, 3, H, W] every time, the last bucket filled up with black pictures, and gives
-    [bucket, width]: so a picture's features are the same, bit for bit, whatever else is in `pictures`.
+    [bucket, width]: so a picture's features are the same, bit for bit, wherever it is in the same row of a bucket, whatever
+    else is in `pictures`. `score/blocks.py` keeps each picture in one row.
     """
     check_pictures(pictures)
     features = torch.empty(len(pictures), width, device=device)

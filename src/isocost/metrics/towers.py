@@ -148,7 +148,7 @@ class PictureTower:
         )
 
     def __call__(self, pictures: Tensor) -> Tensor:
-        """uint8 [N, 3, H, W] to float32 [N, D]; a picture's bits do not depend on its company."""
+        """uint8 [N, 3, H, W] to float32 [N, D], in buckets (`in_buckets`)."""
         return in_buckets(pictures, self._features, bucket=self.BUCKET, width=self.width, device=self.device)
 
     def _features(self, rows: Tensor) -> Tensor:

@@ -36,28 +36,20 @@ class Measured:
     ids: np.ndarray | None = None
 
 
-def rounded(features: np.ndarray, kept: str) -> np.ndarray:
-    """Features as they come back from a shard: float32, through float16 where `kept` says so.
+def write_features(folder: Path, features: Mapping[str, np.ndarray], kept: str = "fp32") -> None:
+    """`NAME-00000.safetensors` and so on: features [N, D] of each extractor in shards of 4096 pictures.
 
-    float16 keeps 11 bits: each feature moves by at most 2⁻¹¹ of itself (0.05 %), and what exceeds 65504 is refused.
+    `kept` "fp16" halves them: a feature moves by at most 2⁻¹¹ of itself, or by 2⁻²⁵ where it is below 2⁻¹⁴.
 
     Raises:
-        WorkError: a feature is no number, or too large for float16.
+        WorkError: a feature is no finite number, or too large for float16.
     """
-    if not np.isfinite(features).all():
-        raise WorkError(f"{int((~np.isfinite(features)).any(1).sum())} pictures have features that are not finite numbers")
-    if kept == "fp32":
-        return features.astype(np.float32, copy=False)
-    if np.abs(features).max(initial=0.0) > np.finfo(np.float16).max:
-        raise WorkError("features are too large for float16: set protocol.kept to fp32")
-    return features.astype(np.float16).astype(np.float32)
-
-
-def write_features(folder: Path, features: Mapping[str, np.ndarray], kept: str = "fp32") -> None:
-    """`NAME-00000.safetensors` and so on: features [N, D] of each extractor in shards of 4096 pictures."""
-    kind = torch.float32 if kept == "fp32" else torch.float16
     for name, matrix in features.items():
-        whole = torch.from_numpy(np.ascontiguousarray(matrix)).to(kind)
+        if not np.isfinite(matrix).all():
+            raise WorkError(f"{name}: {int((~np.isfinite(matrix)).any(1).sum())} pictures have features that are not finite")
+        if kept == "fp16" and np.abs(matrix).max(initial=0.0) > np.finfo(np.float16).max:
+            raise WorkError(f"{name}: features are too large for float16: set protocol.kept to fp32")
+        whole = torch.from_numpy(np.ascontiguousarray(matrix)).to(torch.float32 if kept == "fp32" else torch.float16)
         for number, shard in enumerate(whole.split(SHARD_SIZE)):
             save_file({"features": shard.contiguous()}, folder / f"{name}-{number:05d}.safetensors")
 

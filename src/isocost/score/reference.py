@@ -22,6 +22,7 @@ from isocost.metrics.extractors import make_extractor
 from isocost.metrics.features import Extractor
 from isocost.metrics.inception import Inception
 from isocost.metrics.names import check_distances
+from isocost.metrics.neighbours import radii
 from isocost.metrics.probe import Probe, fit_probe
 from isocost.metrics.towers import ClipTower
 from isocost.score.intervals import KernelReference
@@ -66,6 +67,10 @@ class Reference:
     def moments(self, name: str) -> Moments:
         """Mean, covariance and its root for the Frechet distance, made once."""
         return self._made(("moments", name), lambda: Moments.of(self.features[name]))
+
+    def radii(self, name: str, neighbour: int) -> Tensor:
+        """How far each real picture reaches among the others, float64 [M], made once."""
+        return self._made(("radii", name, str(neighbour)), lambda: radii(self.features[name], neighbour))
 
     def caption_features(self, name: str) -> np.ndarray:
         """Embeddings of the captions to draw, float32 [N, D], made once."""

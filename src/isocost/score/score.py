@@ -13,7 +13,7 @@ from torch import Tensor
 from isocost.metrics.distances import GAUSSIAN, POLYNOMIAL
 from isocost.metrics.likeness import cosine
 from isocost.metrics.names import PREFERENCE, metrics_of
-from isocost.metrics.neighbours import reach
+from isocost.metrics.neighbours import Reach, reach
 from isocost.score.blocks import Blocks, Function
 from isocost.score.intervals import (
     Interval,
@@ -110,10 +110,10 @@ def _intervals(
     if distance == "frechet_infinity":
         return (frechet_infinity_interval(features, real, reference_moments=reference.moments(name), seed=seed),)
     if distance == "precision_recall":
-        found = reach(features, real, neighbour=PRECISION_NEIGHBOUR)
+        found = _reach(features, name, PRECISION_NEIGHBOUR, reference)
         return _mean(found.precision, reference), _mean(found.recall, reference)
     if distance == "density_coverage":
-        found = reach(features, real, neighbour=DENSITY_NEIGHBOUR)
+        found = _reach(features, name, DENSITY_NEIGHBOUR, reference)
         return _mean(found.density, reference), _mean(found.coverage, reference)
     if distance == "inception_score":
         logits = reference.inception.logits(features)
@@ -122,6 +122,10 @@ def _intervals(
     captions = reference.caption_features(name)
     told = cosine(features, captions if ids is None else captions[ids])
     return (_mean(told * (reference.clip(name).scale if name in PREFERENCE else 1.0), reference),)
+
+
+def _reach(features: np.ndarray, name: str, neighbour: int, reference: Reference) -> Reach:
+    return reach(features, reference.features[name], neighbour=neighbour, radii_of_real=reference.radii(name, neighbour))
 
 
 def _mean(values: np.ndarray, reference: Reference) -> Interval:
