@@ -5,7 +5,10 @@ Oracles: safetensors, transformers' own encoder and tokeniser, scipy's tests of 
 
 from __future__ import annotations
 
-from collections import Counter
+import errno
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,12 @@ from scipy import stats
 from torch import Tensor
 
 from isocost.data import cache
-from isocost.data.cache import LatentCache, PictureSet, batch_generator, load_pictures, picture_order, write_cache, write_states
+from isocost.data.cache import LatentCache, Part, PictureSet, count, forecast_bytes, load_pictures, write_cache, write_index
 from isocost.data.codec import LinearCodec, TextCodec, minilm_path
+from isocost.data.order import picture_order
+from isocost.data.shards import Place
 from isocost.data.sources import Bad
+from isocost.errors import WorkError
 from isocost.study import ScenesSource, TextSpec
 
 R, PATCH, CHANNELS, TOKENS = 32, 8, 4, 12
@@ -63,14 +69,14 @@ def grey_pictures(*captions: tuple[str, ...]) -> PictureSet:
 
 
 def opened(folder: Path, pictures: PictureSet, codec: Any, text: TextCodec) -> LatentCache:
-    folder.mkdir(exist_ok=True)
-    write_cache(folder, pictures, codec, text)
-    return LatentCache(folder)
+    place = Place(folder)
+    write_index(place, write_cache(place, pictures.read, codec, text, max_bad_share=0.5))
+    return LatentCache(place)
 
 
 def shown(drawn: LatentCache, numbers: Tensor, text: TextCodec) -> list[str]:
     """Captions as the tokeniser reads them back."""
-    return text.tokenizer.batch_decode(drawn.token_ids[numbers], skip_special_tokens=True)
+    return text.tokenizer.batch_decode(drawn.token_ids(numbers), skip_special_tokens=True)
 
 
 # --- what is stored ---------------------------------------------------------------------------------------------------
@@ -82,15 +88,15 @@ def test_latents_come_back_as_the_codec_gave_them_and_decode_to_the_pictures(
     stored = opened(tmp_path, pictures, codec, text)
     mean, std = codec.encode(pictures.pictures)
     assert len(stored) == NUM_PICTURES
-    assert torch.allclose(stored.mean.float(), mean, atol=4e-3)
-    assert torch.equal(stored.std.float(), std)
-    latents, _, _ = stored.batch(0, 0, NUM_PICTURES, 0.0)
     order = picture_order(0, 0, NUM_PICTURES, NUM_PICTURES)
-    decoded, expected = codec.decode(latents).int(), codec.decode(mean[order]).int()
+    means, stds = stored.moments(order)
+    assert torch.allclose(means, mean[order], atol=4e-3)
+    assert torch.equal(stds, std[order])
+    decoded, expected = codec.decode(means).int(), codec.decode(mean[order]).int()
     assert (decoded - expected).abs().max() <= 2
 
 
-@pytest.mark.parametrize(("shard_size", "shards"), [(25, [25]), (10, [10, 10, 5]), (5, [5] * 5), (12, [12, 12, 1])])
+@pytest.mark.parametrize(("shard_size", "shards"), [(30, [25]), (10, [10, 10, 5]), (5, [5] * 5), (12, [12, 12, 1])])
 def test_shards_have_one_fixed_size_and_draw_the_same_whatever_it_is(
     shard_size: int,
     shards: list[int],
@@ -100,18 +106,18 @@ def test_shards_have_one_fixed_size_and_draw_the_same_whatever_it_is(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "whole").mkdir()
+    pictures = replace(pictures, bad=[])
     whole = opened(tmp_path / "whole", pictures, codec, text)
     monkeypatch.setattr(cache, "SHARD_SIZE", shard_size)
     monkeypatch.setattr(cache, "ENCODE_BATCH", 4)
     stored = opened(tmp_path / "shards", pictures, codec, text)
-    files = [load_file(file) for file in sorted((tmp_path / "shards").glob("shard-*.safetensors"))]
+    files = [load_file(file) for file in sorted((tmp_path / "shards").glob("latents-*.safetensors"))]
     assert [len(file["mean"]) for file in files] == [len(file["std"]) for file in files] == shards
     assert {file["mean"].dtype for file in files} == {torch.float16}
     for images_seen in (0, 16, 160):
-        (latents, captions, _), (other, other_captions, _) = (one.batch(3, images_seen, 16, 0.2) for one in (stored, whole))
-        assert torch.allclose(latents, other, atol=4e-3)
-        assert torch.equal(captions, other_captions)
+        chosen = picture_order(3, images_seen, 16, NUM_PICTURES)
+        assert torch.allclose(stored.moments(chosen)[0], whole.moments(chosen)[0], atol=4e-3)
+        assert torch.equal(stored.captions(chosen), whole.captions(chosen))
 
 
 def test_the_manifest_says_what_was_written_and_progress_counts_the_pictures(
@@ -120,54 +126,56 @@ def test_the_manifest_says_what_was_written_and_progress_counts_the_pictures(
     monkeypatch.setattr(cache, "SHARD_SIZE", 10)
     monkeypatch.setattr(cache, "ENCODE_BATCH", 4)
     steps: list[int] = []
-    manifest = write_cache(tmp_path, pictures, codec, text, steps.append)
-    assert sum(steps) == NUM_PICTURES
+    place = Place(tmp_path)
+    manifest = write_cache(place, pictures.read, codec, text, max_bad_share=0.1, progress=steps.append)
+    assert sum(steps) == NUM_PICTURES + manifest["num_captions"] + 1
     assert len(steps) > 3
+    assert manifest.pop("tables").keys() == {"latents", "captions", "text"}
     assert manifest == {
         "num_pictures": NUM_PICTURES,
         "num_captions": len({caption for captions in pictures.captions for caption in captions}),
         "latent_shape": [CHANNELS, R // PATCH, R // PATCH],
         "num_tokens": TOKENS,
         "context_width": 384,
+        "with_states": True,
+        "shard_size": 10,
         "num_bad": 1,
-        "bad": [{"name": "lost.png", "reason": "picture cannot be read: truncated"}],
+        "bad": [{"position": NUM_PICTURES, "name": "lost.png", "reason": "picture cannot be read: truncated"}],
     }
-    states: list[int] = []
-    write_states(tmp_path, text, states.append)
-    assert sum(states) == manifest["num_captions"] + 1
+    counted = count(pictures.read)
+    assert counted == (NUM_PICTURES + 1, manifest["num_captions"])
+    expected = forecast_bytes(NUM_PICTURES, (CHANNELS, R // PATCH, R // PATCH), counted[1], (TOKENS, 384), True)
+    written = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert written == pytest.approx(expected, rel=0.05)
 
 
 def test_each_distinct_caption_is_stored_once_and_each_picture_keeps_its_own_in_order(text: TextCodec, tmp_path: Path) -> None:
     captions = [("zebra", "a dog"), ("a dog",), ("a cat", "zebra", "a dog")]
     stored = opened(tmp_path, grey_pictures(*captions), Spread(), text)
-    assert stored.num_captions_of.tolist() == [2, 1, 3]
-    assert stored.caption_index.shape == (3, 3)
-    assert [
-        tuple(shown(stored, row[:number], text))
-        for row, number in zip(stored.caption_index, stored.num_captions_of, strict=True)
-    ] == captions
-    assert (stored.caption_index[1, 1:] == -1).all()
+    numbers = stored.captions(torch.arange(3))
+    assert (numbers >= 0).sum(1).tolist() == [2, 1, 3]
+    assert [tuple(shown(stored, row[row >= 0], text)) for row in numbers] == captions
+    assert (numbers[1, 1:] == -1).all()
     tokeniser = transformers.AutoTokenizer.from_pretrained(minilm_path())
     expected = tokeniser(["a cat", "a dog", "zebra", ""], padding="max_length", truncation=True, max_length=TOKENS)
-    assert stored.token_ids.tolist() == expected["input_ids"]
+    assert stored.token_ids(torch.arange(4)).tolist() == expected["input_ids"]
 
 
 def test_states_are_those_of_transformers_with_the_empty_caption_last(
     text: TextCodec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captions = [("a red circle above two green stars",), ("a dog", "one"), ("a very long " * 10,), ("a dog",)]
-    assert opened(tmp_path, grey_pictures(*captions), Spread(), text).states is None
     monkeypatch.setattr(cache, "ENCODE_BATCH", 2)
-    write_states(tmp_path, text)
-    stored = LatentCache(tmp_path)
+    stored = opened(tmp_path, grey_pictures(*captions), Spread(), text)
     distinct = sorted({caption for several in captions for caption in several})
     tokeniser = transformers.AutoTokenizer.from_pretrained(minilm_path())
     network = transformers.AutoModel.from_pretrained(minilm_path())
     tokens = tokeniser([*distinct, ""], padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
     with torch.inference_mode():
         expected = network(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
-    assert stored.states.shape == (len(distinct) + 1, TOKENS, 384)
-    assert torch.allclose(stored.states.float(), expected, atol=5e-3)
+    states = stored.states(torch.arange(len(distinct) + 1))
+    assert states.shape == (len(distinct) + 1, TOKENS, 384)
+    assert torch.allclose(states, expected, atol=5e-3)
     assert (expected[0] - expected[-1]).abs().max() > 0.1
 
 
@@ -195,11 +203,12 @@ def test_the_order_is_the_same_however_it_is_split(pieces: tuple[int, ...]) -> N
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_the_order_does_not_depend_on_what_was_asked_before() -> None:
-    late_first = picture_order(2, 3000, 10, 30), picture_order(2, 0, 10, 30)
-    cache._permutation.cache_clear()
-    early_first = picture_order(2, 0, 10, 30), picture_order(2, 3000, 10, 30)
-    assert all(torch.equal(*pair) for pair in zip(late_first, reversed(early_first), strict=True))
+def test_the_order_of_a_huge_set_is_found_at_once_and_keeps_within_it() -> None:
+    num_pictures = 600_000_000
+    order = picture_order(1, 3 * num_pictures - 50_000, 100_000, num_pictures)
+    assert len(order.unique()) > 99_980
+    assert 0 <= int(order.min()) < num_pictures / 100
+    assert num_pictures * 0.99 < int(order.max()) < num_pictures
 
 
 def test_every_place_in_a_pass_is_as_likely_for_a_picture() -> None:
@@ -213,99 +222,102 @@ def test_every_place_in_a_pass_is_as_likely_for_a_picture() -> None:
     assert low < statistic < high
 
 
-# --- the batch --------------------------------------------------------------------------------------------------------
+# --- what may go wrong ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def stored(text: TextCodec, tmp_path: Path) -> LatentCache:
-    """Ten pictures; the n-th has 1 + n % 3 captions."""
-    several = [tuple(f"caption {n} {k}" for k in range(1 + n % 3)) for n in range(10)]
-    return opened(tmp_path, grey_pictures(*several), Spread(), text)
+def test_bad_pictures_leave_no_hole_in_the_numbers(text: TextCodec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "SHARD_SIZE", 4)
+    grey = grey_pictures(*[(f"grey {n}",) for n in range(8)])
+
+    def read(wanted: Any) -> Any:
+        for position, item in enumerate(grey.read(wanted)):
+            yield Bad(f"{position}.png", "broken") if position in {0, 3, 4} else item
+
+    place = Place(tmp_path)
+    write_index(place, write_cache(place, read, Spread(), text, max_bad_share=0.5))
+    stored = LatentCache(place)
+    assert len(stored) == 5
+    means, _ = stored.moments(torch.arange(5))
+    assert means[:, 0, 0, 0].tolist() == [1, 2, 5, 6, 7]
+    assert [shown(stored, row, text)[0] for row in stored.captions(torch.arange(5))] == [f"grey {n}" for n in (1, 2, 5, 6, 7)]
+    with pytest.raises(WorkError, match=r"3 of 8 pictures cannot be read, more than data\.max_bad_share=0\.1; first: 0\.png"):
+        write_cache(place, read, Spread(), text, max_bad_share=0.1)
 
 
-def test_a_batch_depends_on_its_seed_and_place_only(stored: LatentCache) -> None:
-    first = stored.batch(1, 48, 16, 0.3)
-    torch.manual_seed(123)
-    np.random.seed(123)  # noqa: NPY002
-    for other in [(1, 0), (2, 48), (1, 64)]:
-        latents, captions, _ = stored.batch(*other, 16, 0.3)
-        assert not torch.equal(latents, first[0])
-        assert not torch.equal(captions, first[1])
-    again = stored.batch(1, 48, 16, 0.3)
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
-    assert torch.equal(*(torch.rand(5, generator=one[2]) for one in (first, again)))
+def test_several_processes_write_one_cache_and_what_is_there_is_not_encoded_again(
+    pictures: PictureSet, codec: LinearCodec, text: TextCodec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "SHARD_SIZE", 8)
+    alone = opened(tmp_path / "alone", pictures, codec, text)
+    place = Place(tmp_path / "together")
+    barriers = [threading.Barrier(3) for _ in range(1)]
+
+    def one(rank: int) -> dict[str, Any]:
+        part = Part(rank, 3, lambda: barriers[0].wait() and None)
+        return write_cache(place, pictures.read, codec, text, max_bad_share=0.5, part=part)
+
+    with ThreadPoolExecutor(3) as pool:
+        write_index(place, next(iter(pool.map(one, range(3)))))
+    together = LatentCache(place)
+    everyone = torch.arange(len(alone))
+    assert torch.allclose(together.moments(everyone)[0], alone.moments(everyone)[0], atol=4e-3)
+    assert torch.equal(together.captions(everyone), alone.captions(everyone))
+    (tmp_path / "together" / "latents-00001.safetensors").unlink()
+    encoded: list[int] = []
+    write_cache(place, pictures.read, codec, text, max_bad_share=0.5, progress=encoded.append)
+    assert encoded == [8]
 
 
-def test_drawing_a_batch_leaves_global_randomness_alone(stored: LatentCache) -> None:
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    stored.batch(0, 0, 16, 0.5)
-    assert torch.equal(torch.get_rng_state(), before)
+def test_a_shard_that_was_cut_off_or_damaged_is_one_clear_line(text: TextCodec, tmp_path: Path) -> None:
+    stored = opened(tmp_path, grey_pictures(("a",), ("b",), ("c",)), Spread(), text)
+    file = tmp_path / "latents-00000.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])
+    with pytest.raises(WorkError, match=r"latents-00000\.safetensors: the shard holds \d+ bytes, its index says \d+"):
+        LatentCache(tmp_path)
+    file.unlink()
+    with pytest.raises(WorkError, match="the shard is not there"):
+        LatentCache(tmp_path)
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    stored = LatentCache(tmp_path)
+    stored.moments(torch.tensor([0, 1]))
+    with pytest.raises(WorkError, match="does not match its checksum"):
+        stored.moments(torch.tensor([2]))
 
 
-def test_the_generator_goes_on_where_the_batch_stopped(stored: LatentCache) -> None:
-    """What the training draws next has nothing in common with the noise that drew the latents."""
-    latents, _, generator = stored.batch(0, 0, 512, 0.0)
-    noise = (latents - picture_order(0, 0, 512, 10)[:, None, None, None]) / Spread.stds[:, None, None]
-    further = torch.randn(latents.shape, generator=generator)
-    assert abs(np.corrcoef(noise.flatten(), further.flatten())[0, 1]) < 5 / noise.numel() ** 0.5
+def test_a_cache_lives_in_an_object_store_as_well(
+    pictures: PictureSet, codec: LinearCodec, text: TextCodec, tmp_path: Path
+) -> None:
+    local = opened(tmp_path, pictures, codec, text)
+    place = Place("memory://bucket/caches/one")
+    assert not place.is_local
+    write_index(place, write_cache(place, pictures.read, codec, text, max_bad_share=0.5))
+    remote = LatentCache("memory://bucket/caches/one")
+    chosen = picture_order(0, 7, 32, NUM_PICTURES)
+    assert all(torch.equal(a, b) for a, b in zip(remote.moments(chosen), local.moments(chosen), strict=True))
+    assert torch.equal(remote.captions(chosen), local.captions(chosen))
+    assert torch.equal(remote.states(torch.tensor([1, 0])), local.states(torch.tensor([1, 0])))
 
 
-def test_generators_of_other_seeds_and_places_are_others() -> None:
-    draws = {torch.rand(1, generator=batch_generator(seed, seen)).item() for seed in range(20) for seen in range(20)}
-    assert len(draws) == 400
+def test_a_full_disk_is_one_clear_line_and_the_same_call_goes_on(
+    pictures: PictureSet, codec: LinearCodec, text: TextCodec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "SHARD_SIZE", 8)
+    place, writes = Place(tmp_path), []
+    write = Place.write
 
+    def full(self: Place, name: str, data: bytes) -> None:
+        writes.append(name)
+        if len(writes) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, name, data)
 
-def test_a_batch_holds_the_pictures_of_the_order_with_captions_of_their_own(stored: LatentCache, text: TextCodec) -> None:
-    stored.std.zero_()
-    for images_seen in (0, 16, 32):
-        latents, captions, _ = stored.batch(4, images_seen, 16, 0.0)
-        order = picture_order(4, images_seen, 16, 10)
-        assert latents.dtype == torch.float32
-        assert latents[:, 0, 0, 0].tolist() == order.tolist()
-        assert [int(caption.split()[1]) for caption in shown(stored, captions, text)] == order.tolist()
-
-
-def test_latents_are_drawn_from_their_moments(stored: LatentCache) -> None:
-    """Kolmogorov-Smirnov against the normal; and no two pictures or batches share their noise."""
-    drawn, order = [], []
-    for images_seen in range(0, 3200, 32):
-        drawn.append(stored.batch(0, images_seen, 32, 0.1)[0])
-        order.append(picture_order(0, images_seen, 32, 10))
-    noise = (torch.cat(drawn) - torch.cat(order)[:, None, None, None]) / Spread.stds[:, None, None]
-    for channel in range(2):
-        assert stats.kstest(noise[:, channel].flatten().numpy(), "norm").pvalue > 1e-4
-    assert len(noise.flatten().unique()) > 0.99 * noise.numel()
-    rows = noise.flatten(1).double().numpy()
-    assert np.abs(np.corrcoef(rows.T) - np.eye(rows.shape[1])).max() < 5 / len(rows) ** 0.5
-    assert abs(np.corrcoef(rows[:-1].flatten(), rows[1:].flatten())[0, 1]) < 5 / rows.size**0.5
-
-
-def test_each_caption_of_a_picture_is_as_likely(stored: LatentCache) -> None:
-    counts: Counter[int] = Counter()
-    for images_seen in range(0, 9600, 64):
-        counts.update(stored.batch(7, images_seen, 64, 0.0)[1].tolist())
-    for row, number in zip(stored.caption_index, stored.num_captions_of.tolist(), strict=True):
-        observed = [counts[int(caption)] for caption in row[:number]]
-        assert sum(observed) == 960
-        assert number == 1 or stats.chisquare(observed).pvalue > 1e-4
-    assert sum(counts.values()) == 9600
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
-def test_captions_are_dropped_at_their_rate_for_the_empty_one(rate: float, stored: LatentCache, text: TextCodec) -> None:
-    empty = len(stored.token_ids) - 1
-    assert shown(stored, torch.tensor([empty]), text) == [""]
-    drawn = torch.cat([stored.batch(0, images_seen, 64, rate)[1] for images_seen in range(0, 6400, 64)])
-    assert stats.binomtest(int((drawn == empty).sum()), len(drawn), rate).pvalue > 1e-4
-    assert "" not in shown(stored, drawn[drawn != empty], text)
-
-
-def test_dropping_captions_changes_neither_latents_nor_the_captions_that_stay(stored: LatentCache) -> None:
-    latents, captions, _ = stored.batch(0, 0, 64, 0.0)
-    same_latents, thinned, _ = stored.batch(0, 0, 64, 0.5)
-    assert torch.equal(latents, same_latents)
-    stay = thinned != len(stored.token_ids) - 1
-    assert 10 < stay.sum() < 54
-    assert torch.equal(captions[stay], thinned[stay])
+    monkeypatch.setattr(Place, "write", full)
+    with pytest.raises(WorkError, match=r"cannot be written .*No space left"):
+        write_cache(place, pictures.read, codec, text, max_bad_share=0.5)
+    with pytest.raises(FileNotFoundError):
+        LatentCache(place)
+    encoded: list[int] = []
+    write_index(place, write_cache(place, pictures.read, codec, text, max_bad_share=0.5, progress=encoded.append))
+    assert encoded[:3] == [8, 8, 1]
+    assert len(LatentCache(place)) == NUM_PICTURES

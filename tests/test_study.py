@@ -11,7 +11,8 @@ import yaml
 from conftest import plain_study, tiny_study
 from isocost.errors import RequestError
 from isocost.spec import digest, parse_spec
-from isocost.study import ProtocolSpec, SamplerSpec, StudySpec, TrainSpec, dump_study, load_study
+from isocost.study import ProtocolSpec, SamplerSpec, StudySpec, TrainSpec
+from isocost.study_file import dump_study, load_study
 
 
 def test_yaml_out_and_in_is_the_same_study(tmp_path: Path) -> None:
@@ -37,7 +38,10 @@ def test_how_long_and_how_often_is_no_part_of_the_recipe() -> None:
 
 def test_marks_are_met_at_whole_batches() -> None:
     assert TrainSpec(num_images=100, batch_size=32).whole_batches(50) == 64
-    assert TrainSpec(num_images=100, marks=(50, 20)).all_marks == (20, 50, 100)
+    assert TrainSpec(num_images=100, marks=(50, 20)).all_marks(1.0) == (20, 50, 100)
+    by_compute = TrainSpec(num_images=100, marks=(50,), marks_gflop=(60.0, 240.0, 900.0))
+    assert by_compute.all_marks(1.0) == (20, 50, 80, 100)
+    assert by_compute.all_marks(2.0) == (10, 40, 50, 100)
 
 
 def test_growing_a_study_is_no_conflict() -> None:

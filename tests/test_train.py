@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,18 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 
-from isocost.data.cache import LatentCache, load_pictures, write_cache, write_states
+from isocost.data.cache import LatentCache, load_pictures, write_cache, write_index
 from isocost.data.codec import LinearCodec, TextCodec
+from isocost.data.shards import Place
 from isocost.diffusion.noise import Schedule
 from isocost.errors import RequestError, WorkError
 from isocost.models.checkpoint import load_checkpoint, save_networks
 from isocost.models.unet import build_unet
 from isocost.study import ModelSpec, ScenesSource, TextSpec, TrainSpec
-from isocost.train.loop import OutOfTime, learning_rate, train
-from isocost.train.state import Ema, load_state, newest_state
+from isocost.train.ema import Ema
+from isocost.train.loop import OutOfTime, train
+from isocost.train.schedules import learning_rate
+from isocost.train.state import newest_state
 from isocost.train.tasks import TextToImage
 
 MODEL = ModelSpec(width=8, latent_channels=4, latent_side=8, context_width=384)
@@ -28,24 +32,24 @@ SPEC = TrainSpec(num_images=192, marks=(64, 100), batch_size=16, lr=2e-3, warmup
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
-    folder = tmp_path_factory.mktemp("cache")
+    place = Place(tmp_path_factory.mktemp("cache"))
     pictures = load_pictures(ScenesSource(kind="scenes", num_pictures=96), 32, 0)
     text = TextCodec(TextSpec(max_tokens=8))
-    write_cache(folder, pictures, LinearCodec.fit(pictures.pictures, 4, 4), text)
-    write_states(folder, text)
-    return LatentCache(folder)
+    write_index(place, write_cache(place, pictures.read, LinearCodec.fit(pictures.pictures, 4, 4), text))
+    return LatentCache(place)
 
 
 def run(spec: TrainSpec, cache: LatentCache, folder: Path, deadline: float | None = None) -> dict[int, dict[str, torch.Tensor]]:
     """Train from the folder's state; the weights published at each mark."""
     published: dict[int, dict[str, torch.Tensor]] = {}
 
-    def publish(network: nn.Module, mark: int) -> None:
-        published[mark] = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    def publish(network: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], mark: int) -> None:
+        published[mark] = {name: tensor.clone() for name, tensor in weights}
 
     torch.manual_seed(spec.seed)
     network = build_unet(MODEL)
-    train(spec, TextToImage(spec, cache, Schedule.scaled_linear()), network, folder, publish, title="test", deadline=deadline)
+    task = TextToImage(spec, cache, Schedule.scaled_linear())
+    train(spec, task, network, folder, publish, title="test", marks=spec.all_marks(1.0), deadline=deadline)
     return published
 
 
@@ -109,29 +113,27 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(cache: La
 def test_a_state_that_does_not_read_back_is_named(cache: LatentCache, tmp_path: Path) -> None:
     run(SPEC.model_copy(update={"num_images": 48, "marks": ()}), cache, tmp_path)
     (state,) = tmp_path.glob("state-*")
-    (state / "ema.safetensors").write_bytes(b"broken")
+    (state / "part-00000.safetensors").write_bytes(b"broken")
     with pytest.raises(WorkError, match="does not read back"):
         run(SPEC, cache, tmp_path)
 
 
 def test_a_half_written_state_is_not_seen(cache: LatentCache, tmp_path: Path) -> None:
     run(SPEC.model_copy(update={"num_images": 48, "marks": ()}), cache, tmp_path)
-    (tmp_path / ".state-96.123").mkdir()
-    network = build_unet(MODEL)
-    optimizer = torch.optim.AdamW(network.parameters())
-    assert load_state(tmp_path, network, Ema(network, 10), optimizer) == 48
+    (tmp_path / ".state-000000000096").mkdir()
+    run(SPEC, cache, tmp_path)
     assert not list(tmp_path.glob(".state-*"))
+    assert newest_state(tmp_path) == 192
 
 
 def test_the_average_forgets_by_half_in_its_half_life() -> None:
-    network = nn.Linear(1, 1, bias=False)
-    ema = Ema(network, half_life_images=64)
-    start = float(network.weight.detach())
-    with torch.no_grad():
-        network.weight += 1
+    weight = torch.zeros(1)
+    ema = Ema([weight], (64, 128))
+    weight += 1
     for step in range(4):
-        ema.update(network, images_seen=100_000 + 16 * step, batch_size=16)
-    assert float(ema.parameters[0]) == pytest.approx(start + 0.5, abs=1e-6)
+        ema.update(images_seen=100_000 + 16 * step, batch_size=16)
+    assert float(ema.averages[0][0]) == pytest.approx(0.5, abs=1e-6)
+    assert float(ema.averages[1][0]) == pytest.approx(1 - 0.5**0.5, abs=1e-6)
 
 
 def test_the_learning_rate_warms_up_in_images() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 import warnings
@@ -19,7 +20,8 @@ import yaml
 
 from isocost.errors import RequestError, WorkError
 from isocost.spec import parse_spec
-from isocost.study import SAMPLER_NAMES, Precision, PretrainedCodecSpec, SamplerSpec, StudySpec, load_study
+from isocost.study import SAMPLER_NAMES, Precision, PretrainedCodecSpec, SamplerSpec, StudySpec
+from isocost.study_file import load_study
 
 app = typer.Typer(
     help="Which diffusion model, sampler, steps and guidance give the best pictures for an inference budget.",
@@ -76,13 +78,22 @@ def codec(study: Study, out: Out = None, overrides: Set = None) -> None:
 
 
 @app.command()
-def train(study: Study, out: Out = None, overrides: Set = None, stop_after: StopAfter = None) -> None:
-    """Train the family of a study."""
+def train(
+    study: Study,
+    out: Out = None,
+    overrides: Set = None,
+    stop_after: StopAfter = None,
+    forecast: Annotated[bool, typer.Option("--forecast", help="say hours, memory and disk of each size, and stop")] = False,
+) -> None:
+    """Train the family of a study; under torchrun or `accelerate launch` by several processes."""
     from isocost.pipeline import Pipeline
     from isocost.train.loop import OutOfTime
 
     spec = _load(study, overrides)
     pipeline = Pipeline(spec, _out(spec, out))
+    if forecast:
+        _answer({"study": spec.name, "sizes": [dataclasses.asdict(one) for one in pipeline.forecast()]})
+        return
     finished = True
     try:
         for one in pipeline.runs:
@@ -338,6 +349,8 @@ def _deadline(stop_after: float | None) -> float | None:
 def _run(study: StudySpec, out: Path | None, stop_after: float | None) -> None:
     from isocost.pipeline import Pipeline
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RequestError("several processes train together: `isocost train` under torchrun, then `isocost run` without it")
     pipeline = Pipeline(study, _out(study, out))
     finished = pipeline.run(_deadline(stop_after))
     if finished:
@@ -416,4 +429,6 @@ def _print_family(rows: list[dict[str, Any]], reference: str) -> None:
 
 
 def _answer(value: Any) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(json.dumps(value, ensure_ascii=False, default=str), flush=True)

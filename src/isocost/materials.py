@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from isocost.data import cache as caching
-from isocost.data.cache import LatentCache, PictureSet, load_pictures, write_cache, write_states
+from isocost.data.cache import LatentCache, Part, PictureSet, count, forecast_bytes, load_pictures, write_cache, write_index
 from isocost.data.codec import Codec, LinearCodec, TextCodec, load_codec
-from isocost.data.sources import num_classes, source_fingerprint
+from isocost.data.shards import Place
+from isocost.data.sources import num_classes, read_source, source_fingerprint
 from isocost.diffusion.generate import CaptionStates
 from isocost.errors import RequestError
 from isocost.metrics.features import Extractor
 from isocost.metrics.lpips import load_lpips
 from isocost.metrics.probe import Probe
 from isocost.progress import Report, progress_bar, say
+from isocost.provenance import provenance
 from isocost.score import reference as referencing
 from isocost.score.codec import codec_quality, round_trip
 from isocost.score.kept import Measured
@@ -30,7 +32,7 @@ from isocost.score.protocol import Protocol, make_protocol
 from isocost.score.reference import Reference, captions_to_draw, classes_of, read_features, train_probe, write_features
 from isocost.score.score import score
 from isocost.spec import digest
-from isocost.store import Store
+from isocost.store import Store, free_disk
 from isocost.study import LEAST_PICTURES, LinearCodecSpec, PretrainedCodecSpec, SourceSpec, StudySpec
 from isocost.train.codec import fit_codec
 
@@ -43,8 +45,9 @@ NUM_KEPT = 12
 class Materials:
     """Made on first use, kept in memory while the object lives."""
 
-    def __init__(self, study: StudySpec, store: Store) -> None:
-        self.study, self.store = study, store
+    def __init__(self, study: StudySpec, store: Store, part: Part = Part()) -> None:  # noqa: B008
+        """`part` is this process among several that train together; the first one makes what is not shared out."""
+        self.study, self.store, self.part = study, store, part
         self._pictures: dict[str, PictureSet] = {}
         self._fingerprints: dict[str, str] = {}
 
@@ -70,7 +73,9 @@ class Materials:
 
     def skipped(self) -> dict[str, list[tuple[str, str]]]:
         """Name and reason of what could not be read, of the parts that were read so far."""
-        return {part: [(bad.name, bad.reason) for bad in loaded.bad] for part, loaded in self._pictures.items()}
+        cached = self.__dict__.get("cache")
+        found = {} if cached is None else {"train": [(bad["name"], bad["reason"]) for bad in cached.index["bad"]]}
+        return found | {part: [(bad.name, bad.reason) for bad in loaded.bad] for part, loaded in self._pictures.items()}
 
     # --- codec and captions ---
 
@@ -146,19 +151,48 @@ class Materials:
         stage = {"stage": "cache", "version": caching.VERSION, "codec": self.codec_digest}
         return digest(stage, self.source_key("train"), self.study.text)
 
+    @property
+    def cache_place(self) -> Place:
+        """Where the latent cache is, or would be."""
+        at = self.study.train.cache_at
+        return Place(self.store.folder("cache", self.cache_digest) if at is None else f"{at.rstrip('/')}/{self.cache_digest}")
+
     @cached_property
     def cache(self) -> LatentCache:
-        """Latent moments and caption states of the training pictures."""
-        name = self.cache_digest
-        if not self.store.has("cache", name):
-            pictures = self.pictures("train")
-            with self.store.create("cache", name, manifest := _manifest()) as folder:
-                with progress_bar("latents", len(pictures), "pictures") as progress:
-                    manifest.update(write_cache(folder, pictures, self.codec, self.text, _adding_up(progress)))
-                if self.study.text.cache_states:
-                    with progress_bar("caption states", manifest["num_captions"] + 1, "captions") as progress:
-                        write_states(folder, self.text, _adding_up(progress))
-        return LatentCache(self.store.folder("cache", name))
+        """Latent moments, captions and caption states of the training pictures; processes of one training write it together."""
+        place, data, text = self.cache_place, self.study.data, self.study.text
+        if place.size(caching.INDEX) is None:
+            if self.part.rank == 0:
+                self.codec  # noqa: B018  fitted by one process, read by the others
+            self.part.wait()
+            codec, encoder = self.codec, self.text
+            read = partial(read_source, data.train, data.resolution)
+            num_pictures, num_captions = count(read)
+            size = forecast_bytes(
+                num_pictures, self.latent_shape, num_captions, (text.max_tokens, encoder.context_width), text.cache_states
+            )
+            say(f"latent cache: {num_pictures} pictures, {num_captions} captions, {size / 1e9:.2f} GB")
+            if place.is_local and size > (free := free_disk(self.store.out)):
+                raise RequestError(
+                    f"the latent cache takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: text.cache_states: false, "
+                    "or train.cache_at: another disk or an object store"
+                )
+            total = num_pictures + (num_captions + 1 if text.cache_states else 0)
+            with progress_bar("latents and captions", total, "done") as progress:
+                index = write_cache(
+                    place,
+                    read,
+                    codec,
+                    encoder,
+                    with_states=text.cache_states,
+                    max_bad_share=data.max_bad_share,
+                    part=self.part,
+                    progress=_adding_up(progress),
+                )
+            if self.part.rank == 0:
+                write_index(place, {"kind": "cache", "digest": self.cache_digest, **index, "provenance": provenance()})
+            self.part.wait()
+        return LatentCache(place)
 
     # --- reference ---
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from isocost.diffusion.noise import Schedule
 from isocost.diffusion.samplers import build_table
@@ -22,16 +23,19 @@ from isocost.models.unet import build_unet, check_width
 from isocost.progress import progress_bar, say
 from isocost.score.protocol import Protocol
 from isocost.spec import digest, parse_spec
-from isocost.store import Store, write_atomically
-from isocost.study import ModelSpec, StudySpec, dump_study
+from isocost.store import Store, free_disk, write_atomically
+from isocost.study import ModelSpec, StudySpec
+from isocost.study_file import dump_study
 from isocost.sweep.ledger import Ledger
 from isocost.sweep.points import Point, grid_points, mark_point
 from isocost.sweep.workers import Worker
+from isocost.train.forecast import Forecast, Forecaster
 from isocost.train.loop import OutOfTime, train
+from isocost.train.parallel import this_part
 from isocost.train.state import newest_state
-from isocost.train.tasks import TextToImage
+from isocost.train.tasks import TextToImage, training_schedule
 
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
 STUDY_FILE = "study.yaml"
 LEDGER_FILE = "ledger.sqlite"
 
@@ -71,11 +75,14 @@ class Pipeline:
         self.study, self.out = study, Path(out)
         self.store = Store(self.out)
         refuse_conflict(study, self.store)
-        self.materials = Materials(study, self.store)
+        self.part = this_part()
+        self.materials = Materials(study, self.store, self.part)
 
     def prepare(self) -> None:
-        """Check that the sources are there and write the resolved study; every stage does it first."""
-        self.ledger  # noqa: B018
+        """Check that the sources are there and write the resolved study; every stage does it first, in one process."""
+        if self.part.rank == 0:
+            self.ledger  # noqa: B018
+        self.part.wait()
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -88,6 +95,8 @@ class Pipeline:
         return Ledger(self.out / LEDGER_FILE)
 
     def _record_skipped(self) -> None:
+        if self.part.rank:
+            return
         for part, events in self.materials.skipped().items():
             self.ledger.set_events(f"data.{part}", events)
 
@@ -97,17 +106,28 @@ class Pipeline:
     def runs(self) -> list[Run]:
         """The trainings that the study asks for, smallest first."""
         channels, side, _ = self.materials.latent_shape
-        spec, context_width = self.study.train, self.materials.text.context_width
-        marks = [spec.whole_batches(mark) for mark in spec.all_marks]
+        spec, family, context_width = self.study.train, self.study.family, self.materials.text.context_width
         runs = []
-        for width in sorted(self.study.family.widths):
-            model = ModelSpec(width=width, latent_channels=channels, latent_side=side, context_width=context_width)
+        for width in sorted(family.widths):
+            model = ModelSpec(
+                width=width,
+                latent_channels=channels,
+                latent_side=side,
+                context_width=context_width,
+                layers_per_block=family.layers_per_block,
+                num_levels=family.num_levels,
+            )
             stage = {"stage": "train", "version": TRAIN_VERSION, "cache": self.materials.cache_digest, "recipe": spec.recipe()}
             name = digest(stage, model)
-            runs.append(
-                Run(model, name, {mark: digest({"stage": "checkpoint", "run": name, "images": mark}) for mark in marks})
-            )
+            gflop = model_cost(model, self.study.text.max_tokens).gflop_per_forward
+            marks = sorted({spec.whole_batches(mark) for mark in spec.all_marks(gflop)})
+            runs.append(Run(model, name, {mark: self._checkpoint_digest(name, mark) for mark in marks}))
         return runs
+
+    def _checkpoint_digest(self, run: str, images_seen: int) -> str:
+        average = self.study.train.publish_ema
+        published = {} if average is None else {"ema": average}
+        return digest({"stage": "checkpoint", "run": run, "images": images_seen, **published})
 
     def cost(self, run: Run) -> ModelCost:
         """Size and cost of a run's network at the study's latent shape and number of tokens."""
@@ -126,28 +146,44 @@ class Pipeline:
             return
         folder = self.store.folder("run", run.digest)
         passed = newest_state(folder)
-        if min(missing) <= passed:
+        if min(missing) < passed:
             raise RequestError(
                 f"train.marks: {min(missing)} images were passed without keeping a checkpoint (width {run.model.width} stands "
                 f"at {passed}); take that mark out, or remove {folder} to train this size anew"
             )
         spec, materials, cost = self.study.train, self.materials, self.cost(run)
 
-        def publish(network: nn.Module, mark: int) -> None:
+        def publish(network: nn.Module, weights: Iterable[tuple[str, Tensor]], mark: int) -> None:
             seen = spec.whole_batches(mark)
             name = run.checkpoints[seen]
             if not self.store.has("checkpoint", name):
                 info = self._checkpoint_info(run, cost, seen).model_dump(mode="json")
                 with self.store.create("checkpoint", name, {"info": info}) as partial:
-                    save_networks(partial, network, spec.prediction)
+                    save_networks(partial, network, spec.prediction, spec.zero_terminal_snr, weights)
 
         cache = materials.cache
         self._record_skipped()
-        task = TextToImage(spec, cache, Schedule.scaled_linear(), None if cache.states is not None else materials.text)
+        task = TextToImage(spec, cache, training_schedule(spec), None if cache.has_states else materials.text)
         torch.manual_seed(spec.seed)
-        network = build_unet(run.model)
+        network = build_unet(run.model, "cpu" if spec.sharding == "none" or self.part.rank == 0 else "meta")
         title = f"train {cost.size} (width {run.model.width})"
-        train(spec, task, network, folder, publish, title=title, deadline=deadline)
+        train(spec, task, network, folder, publish, title=title, marks=tuple(run.checkpoints), deadline=deadline)
+
+    def forecast(self) -> list[Forecast]:
+        """Hours, memory and disk of every size on this machine, from a few steps of each; nothing is kept.
+
+        Raises:
+            RequestError: several processes ask; one can tell.
+        """
+        if self.part.num_parts > 1:
+            raise RequestError("--forecast measures one process: run it without torchrun or accelerate launch")
+        forecaster = Forecaster(self.study.train, self.study.text.max_tokens, free_disk(self.out))
+        found = []
+        for run in self.runs:
+            images = max(0, max(run.checkpoints) - newest_state(self.store.folder("run", run.digest)))
+            found.append(forecaster(run.model, images, tuple(run.checkpoints)))
+            say(str(found[-1]))
+        return found
 
     def _checkpoint_info(self, run: Run, cost: ModelCost, images_seen: int) -> CheckpointInfo:
         return CheckpointInfo(
@@ -158,6 +194,7 @@ class Pipeline:
             gflop_per_forward=cost.gflop_per_forward,
             normalised_cost=cost.normalised_cost,
             prediction=self.study.train.prediction,
+            zero_terminal_snr=self.study.train.zero_terminal_snr,
             codec=self.materials.codec_from_checkpoint,
             codec_subfolder=getattr(self.study.codec, "subfolder", None),
             text=self.study.text,

@@ -78,6 +78,13 @@ def publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     _flush(final.parent)
 
 
+def free_disk(path: Path) -> int:
+    """Bytes free on the disk on which `path` lies, or would lie."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The `isocost.json` of an artefact or checkpoint folder."""
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

@@ -1,16 +1,12 @@
-"""The vocabulary of the whole: the specs of every stage, and a study's YAML in and out."""
+"""The vocabulary of the whole: the specs of every stage (`study_file.py` reads and writes them)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
-from isocost.errors import RequestError
-from isocost.spec import Spec, parse_spec
+from isocost.spec import Spec
 
 SAMPLER_NAMES = (
     *("ddim", "ddpm", "euler", "euler-ancestral", "heun"),
@@ -157,10 +153,15 @@ class TextSpec(Spec):
 
 
 class FamilySpec(Spec):
-    """Networks that differ in one dial, the width c: U-Nets of block widths [c, 2c, 4c, 4c] (arXiv 2404.01367)."""
+    """Networks that differ in one dial, the width c: U-Nets of block widths [c, 2c, 4c, 4c] (arXiv 2404.01367).
+
+    A family of fewer levels or layers is another family, for trials where the paper's depth does not fit the machine.
+    """
 
     kind: Literal["unet"] = "unet"
     widths: tuple[int, ...]
+    layers_per_block: int = Field(2, ge=1)
+    num_levels: int = Field(4, ge=2, le=4, description="block widths are the first of [c, 2c, 4c, 4c]")
 
     @field_validator("widths")
     @classmethod
@@ -171,7 +172,7 @@ class FamilySpec(Spec):
 
 
 class ModelSpec(Spec):
-    """One network: width, latent shape [channels, side, side], width of the caption states."""
+    """One network: width, depth, latent shape [channels, side, side], width of the caption states."""
 
     kind: Literal["unet"] = "unet"
     width: int
@@ -179,48 +180,119 @@ class ModelSpec(Spec):
     latent_side: int = 64
     context_width: int = 1024
     extra_input_channels: int = 0
+    layers_per_block: int = 2
+    num_levels: int = 4
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
+NOT_OF_THE_RECIPE = frozenset(
+    {
+        "num_images",
+        "marks",
+        "marks_gflop",
+        "state_every_images",
+        "keep_last_states",
+        "keep_state_every_images",
+        "publish_ema",
+        "tracker",
+        "microbatch",
+        "sharding",
+        "gradient_checkpointing",
+        "compile",
+        "cache_at",
+    }
+)
+"""Fields that change how a training is run, kept and watched, and its bits within rounding at most, but not what it is."""
+
 
 class TrainSpec(Spec):
-    """Text-to-image training. `num_images` and `marks` may grow later: the run goes on from its last state."""
+    """Text-to-image training. `num_images` and `marks` may grow later: the run goes on from its last state.
+
+    Where the learning rate decays (`cosine`, `wsd`), `num_images` decides the weights and is part of the recipe.
+    """
 
     num_images: int = Field(ge=1, description="images seen in all")
     marks: tuple[int, ...] = Field((), description="images seen at which further checkpoints are kept")
-    batch_size: int = Field(64, ge=1)
+    marks_gflop: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (), description="the same by training compute, 3 x GFLOP per forward x images; those beyond num_images are left out"
+    )
+    batch_size: int = Field(64, ge=1, description="images a step, over all processes")
     lr: float = Field(1e-4, gt=0)
+    lr_schedule: Literal["constant", "cosine", "wsd"] = Field(
+        "constant", description="after the warm-up; wsd: constant, then linear to 0 over the last lr_decay_share"
+    )
+    lr_decay_share: float = Field(0.2, gt=0, le=1, description="share of num_images over which wsd decays")
     warmup_images: int = Field(0, ge=0)
     weight_decay: float = Field(0.01, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
     caption_dropout: float = Field(0.1, ge=0, lt=1)
     prediction: PredictionType = "epsilon"
-    ema_half_life_images: int = Field(10_000, ge=1)
+    zero_terminal_snr: bool = Field(False, description="the last timestep is noise alone, arXiv 2305.08891; not for epsilon")
+    min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting of the loss, arXiv 2303.09556; 5 is usual")
+    ema_half_life_images: int | tuple[int, ...] = Field(10_000, description="one or several, all kept; the first is published")
+    publish_ema: int | None = Field(None, description="which of ema_half_life_images checkpoints hold; the first where absent")
     precision: Precision = "fp32"
+    sharding: Literal["none", "fsdp"] = Field(
+        "none", description="fsdp: weights, gradients, moments and EMA are shared out over the processes (FSDP2)"
+    )
+    microbatch: int | Literal["auto"] = Field("auto", description="images a process takes through the network at once")
+    gradient_checkpointing: bool = False
+    compile: bool = False
     state_every_images: int = Field(10_000, ge=1, description="distance between durable training states")
+    keep_last_states: int = Field(1, ge=1, description="how many of the newest states stay")
+    keep_state_every_images: int | None = Field(None, ge=1, description="states at multiples of this stay for good")
+    cache_at: str | None = Field(None, description="folder or URL (s3://, gs://, ...) of latent caches; in OUT where absent")
     seed: int = 0
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
 
+    @field_validator("ema_half_life_images")
+    @classmethod
+    def _half_lives(cls, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        several = value if isinstance(value, tuple) else (value,)
+        if not several or min(several) < 1 or len(set(several)) != len(several):
+            raise ValueError("half-lives must be given, each once, 1 image or more")
+        return value
+
     @model_validator(mode="after")
-    def _marks_inside(self) -> TrainSpec:
+    def _fits_together(self) -> TrainSpec:
         if any(not 0 < mark <= self.num_images for mark in self.marks):
             raise ValueError(f"marks must lie between 1 and num_images={self.num_images}")
+        if self.publish_ema is not None and self.publish_ema not in self.half_lives:
+            raise ValueError(f"publish_ema={self.publish_ema} is none of ema_half_life_images={list(self.half_lives)}")
+        if self.zero_terminal_snr and self.prediction not in ("v_prediction", "sample"):
+            raise ValueError(f"zero_terminal_snr needs prediction: v_prediction (or sample), not {self.prediction}")
+        if self.microbatch != "auto" and self.microbatch < 1:
+            raise ValueError("microbatch is 'auto' or 1 and more")
         return self
 
     def recipe(self) -> dict[str, Any]:
         """What decides the weights after n images; how long to train and how often to save is not part of it."""
-        return {k: v for k, v in self.canonical().items() if k not in {"num_images", "marks", "state_every_images", "tracker"}}
+        return {k: v for k, v in self.canonical().items() if k not in self._apart()}
+
+    def fixed(self) -> dict[str, Any]:
+        """The recipe with every field spelt out: what may not change in an output folder."""
+        return {k: v for k, v in self.model_dump(mode="json").items() if k not in self._apart()}
+
+    def _apart(self) -> frozenset[str]:
+        return NOT_OF_THE_RECIPE - ({"num_images"} if self.lr_schedule != "constant" else set())
 
     def whole_batches(self, images: int) -> int:
         """`images` rounded up to whole batches: where a training can stand."""
         return -(-images // self.batch_size) * self.batch_size
 
     @property
-    def all_marks(self) -> tuple[int, ...]:
-        """Images seen at which a checkpoint is published, rising; the last is `num_images`."""
-        return tuple(sorted({*self.marks, self.num_images}))
+    def half_lives(self) -> tuple[int, ...]:
+        """Half-lives of the averages, images; the one that is published first."""
+        several = self.ema_half_life_images if isinstance(self.ema_half_life_images, tuple) else (self.ema_half_life_images,)
+        first = several[0] if self.publish_ema is None else self.publish_ema
+        return (first, *(other for other in several if other != first))
+
+    def all_marks(self, gflop_per_forward: float) -> tuple[int, ...]:
+        """Images seen at which a network of this cost is published, rising; the last is `num_images`."""
+        by_compute = (max(1, round(gflop / (3 * gflop_per_forward))) for gflop in self.marks_gflop)
+        return tuple(sorted({*self.marks, *(mark for mark in by_compute if mark < self.num_images), self.num_images}))
 
 
 # --- sampling and scoring ---------------------------------------------------------------------------------------------
@@ -341,46 +413,6 @@ class StudySpec(Spec):
             "data": plain["data"],
             "codec": plain["codec"],
             "text": plain["text"],
-            "train": {
-                k: v for k, v in plain["train"].items() if k not in {"num_images", "marks", "state_every_images", "tracker"}
-            },
+            "train": self.train.fixed(),
             "protocol": {k: v for k, v in plain["protocol"].items() if k not in {"distances", "weights"}},
         }
-
-
-# --- YAML -------------------------------------------------------------------------------------------------------------
-
-
-def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> StudySpec:
-    """Read a study from YAML; `overrides` maps dotted keys to values ("train.num_images": 5000).
-
-    Raises:
-        RequestError: the file is missing, is not YAML, or a key or value is wrong; one line names file, key and remedy.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise RequestError(f"{file}: no such study file; `isocost demo` runs the one that is built in")
-    try:
-        plain = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RequestError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(plain, dict):
-        raise RequestError(f"{file}: a study is a mapping of keys (name, data, codec, family, train, sweep, ...)")
-    for key, value in (overrides or {}).items():
-        _set_dotted(plain, key, value, file)
-    return parse_spec(StudySpec, plain, str(file))
-
-
-def dump_study(study: StudySpec) -> str:
-    """YAML text with every field resolved, stable under load and dump."""
-    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-
-
-def _set_dotted(plain: dict[str, Any], key: str, value: Any, file: Path) -> None:
-    *parents, last = key.split(".")
-    node: Any = plain
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise RequestError(f"{file}: --set {key}: '{parent}' is not a mapping")
-    node[last] = value

@@ -1,39 +1,59 @@
-"""The latent cache: moments and caption states of a whole data set in fixed-shape shards, read by position.
+"""The latent cache: moments, captions and caption states of a whole data set, in tables of fixed-shape rows.
 
-Which pictures the n-th image of a training is, is a pure function of (seed, n): the same for every size of a family,
-after every resume.
+latents-*    mean, std  float16 [S, C, L, L]   a row for every picture of the source in its order; rows of bad ones are void
+captions-*   numbers    int32 [S, K]           which captions a picture has, -1 where there are no more
+text-*       token_ids  int32 [S, T]           every distinct caption in sorted order, the empty one last
+             states     float16 [S, T, D]      on request
+isocost.json           written last: a cache without it is not there
 
-Shapes: N pictures, S pictures a shard, C latent channels, L latent side, U distinct captions, K most captions a picture
-has, T tokens, D width of the caption states, B batch.
+Several processes write one cache together, and what a killed one left is not encoded again.
+
+Shapes: N pictures, S rows a shard, C latent channels, L latent side, U distinct captions, K most captions a picture has,
+T tokens, D width of the caption states, B batch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from isocost.data.codec import Codec, TextCodec
-from isocost.data.sources import Bad, Sample, read_source
+from isocost.data.shards import Place, Table, write_shard
+from isocost.data.sources import Bad, Sample, Unread, read_source
 from isocost.errors import WorkError
 from isocost.study import SourceSpec
 
-VERSION = 1
+VERSION = 2
 SHARD_SIZE = 4096
 ENCODE_BATCH = 256
 NULL_CAPTION = ""
+INDEX = "isocost.json"
 
 Progress = Callable[[int], None]
+Read = Callable[[Callable[[int], bool]], Iterator[Sample | Bad | Unread]]
+"""Items of a source in order; those at whose position the question is answered False need not be decoded."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process of several that write a cache together; `wait` returns when all have come to it."""
+
+    rank: int = 0
+    num_parts: int = 1
+    wait: Callable[[], None] = lambda: None
+
+    def has(self, shard: int) -> bool:
+        """Whether this process writes the shard."""
+        return shard % self.num_parts == self.rank
 
 
 @dataclass
@@ -48,6 +68,15 @@ class PictureSet:
 
     def __len__(self) -> int:
         return len(self.pictures)
+
+    def read(self, wanted: Callable[[int], bool]) -> Iterator[Sample | Bad | Unread]:
+        """The set as a source: its pictures, then what was skipped."""
+        for position, (name, captions) in enumerate(zip(self.names, self.captions, strict=True)):
+            if wanted(position):
+                yield Sample(name, self.pictures[position].permute(1, 2, 0).numpy(), captions)
+            else:
+                yield Unread(name, captions)
+        yield from self.bad
 
     def fingerprint(self) -> str:
         """Content hash of pictures and captions."""
@@ -67,12 +96,9 @@ def load_pictures(source: SourceSpec, resolution: int, max_bad_share: float, lim
     for item in islice(read_source(source, resolution), limit):
         if isinstance(item, Bad):
             bad.append(item)
-        else:
+        elif isinstance(item, Sample):
             samples.append(item)
-    total = len(samples) + len(bad)
-    if not samples or len(bad) > max_bad_share * total:
-        first = f"; first: {bad[0].name}: {bad[0].reason}" if bad else ""
-        raise WorkError(f"{len(bad)} of {total} pictures cannot be read, more than data.max_bad_share={max_bad_share:g}{first}")
+    _refuse_bad(len(samples), bad, max_bad_share)
     stacked = torch.from_numpy(np.stack([sample.picture for sample in samples])).permute(0, 3, 1, 2).contiguous()
     labels = None
     if all(sample.labels is not None for sample in samples):
@@ -80,102 +106,232 @@ def load_pictures(source: SourceSpec, resolution: int, max_bad_share: float, lim
     return PictureSet(stacked, [s.captions for s in samples], [s.name for s in samples], labels, bad)
 
 
+def _refuse_bad(num_good: int, bad: list[Bad], max_bad_share: float) -> None:
+    total = num_good + len(bad)
+    if not num_good or len(bad) > max_bad_share * total:
+        first = f"; first: {bad[0].name}: {bad[0].reason}" if bad else ""
+        raise WorkError(f"{len(bad)} of {total} pictures cannot be read, more than data.max_bad_share={max_bad_share:g}{first}")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def forecast_bytes(
+    num_pictures: int, latent_shape: tuple[int, int, int], num_captions: int, text: tuple[int, int], with_states: bool
+) -> int:
+    """Bytes that a cache will take, within its headers; `text` is (T, D)."""
+    latents = num_pictures * (4 * int(np.prod(latent_shape)) + 8)
+    tokens = (num_captions + 1) * (4 * text[0] + 8 + (2 * text[0] * text[1] if with_states else 0))
+    return latents + tokens + 12 * num_pictures
+
+
+def count(read: Read) -> tuple[int, int]:
+    """Number of items of a source, readable or not, and of their distinct captions; no picture is decoded."""
+    num_items = 0
+    captions: set[str] = set()
+    for item in read(lambda position: False):
+        num_items += 1
+        captions.update(() if isinstance(item, Bad) else item.captions)
+    return num_items, len(captions)
+
+
 def write_cache(
-    folder: Path, pictures: PictureSet, codec: Codec, text: TextCodec, progress: Progress | None = None
+    place: Place,
+    read: Read,
+    codec: Codec,
+    text: TextCodec,
+    *,
+    with_states: bool = True,
+    max_bad_share: float = 0.0,
+    part: Part = Part(),
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Encode every picture and every distinct caption once; returns what the manifest should say."""
-    for number, start in enumerate(range(0, len(pictures), SHARD_SIZE)):
-        means, stds = [], []
-        for batch in pictures.pictures[start : start + SHARD_SIZE].split(ENCODE_BATCH):
-            mean, std = codec.encode(batch)
-            means.append(mean.cpu().half())
-            stds.append(std.cpu().half())
-            if progress is not None:
-                progress(len(batch))
-        shard = {"mean": torch.cat(means), "std": torch.cat(stds)}
-        save_file(shard, folder / f"shard-{number:05d}.safetensors")
-    distinct = sorted({caption for captions in pictures.captions for caption in captions})
-    number_of = {caption: number for number, caption in enumerate(distinct)}
-    most = max(len(captions) for captions in pictures.captions)
-    index = torch.full((len(pictures), most), -1, dtype=torch.int32)
-    for row, captions in enumerate(pictures.captions):
-        index[row, : len(captions)] = torch.tensor([number_of[caption] for caption in captions], dtype=torch.int32)
-    token_ids = text.tokenize([*distinct, NULL_CAPTION])
-    save_file({"token_ids": torch.from_numpy(token_ids), "caption_index": index}, folder / "captions.safetensors")
+    """Encode every picture and every distinct caption once; returns what the index should say, which is not written here.
+
+    `progress` is told how many more pictures this process encoded, then how many more captions.
+
+    Raises:
+        WorkError: more than `max_bad_share` of the source cannot be read, or nothing can; or the place is full.
+    """
+    try:
+        captions = _write_latents(place, read, codec, part, progress)
+        part.wait()
+        shards = [json.loads(place.read(f"latents-{n:05d}.json")) for n in range(-(-len(captions) // SHARD_SIZE))]
+        bad = {int(item["position"]): Bad(item["name"], item["reason"]) for shard in shards for item in shard["bad"]}
+        good = [captions[position] for position in range(len(captions)) if position not in bad]
+        _refuse_bad(len(good), list(bad.values()), max_bad_share)
+        distinct = sorted({caption for several in good for caption in several})
+        texts = _write_texts(place, [*distinct, NULL_CAPTION], text, with_states, part, progress)
+        part.wait()
+        numbers = _write_numbers(place, good, distinct) if part.rank == 0 else []
+    except OSError as error:
+        raise WorkError(f"{place.url}: the latent cache cannot be written ({error}); what is written is kept") from error
     return {
-        "num_pictures": len(pictures),
+        "num_pictures": len(good),
         "num_captions": len(distinct),
-        "latent_shape": list(means[-1].shape[1:]),
+        "latent_shape": next(shard["latent_shape"] for shard in shards if shard["latent_shape"]),
         "num_tokens": text.max_tokens,
         "context_width": text.context_width,
-        "num_bad": len(pictures.bad),
-        "bad": [{"name": item.name, "reason": item.reason} for item in pictures.bad[:100]],
+        "with_states": with_states,
+        "num_bad": len(bad),
+        "bad": [{"position": at, "name": item.name, "reason": item.reason} for at, item in sorted(bad.items())],
+        "shard_size": SHARD_SIZE,
+        "tables": {
+            "latents": [{"name": f"latents-{n:05d}.safetensors", "bytes": s["bytes"]} for n, s in enumerate(shards)],
+            "captions": numbers,
+            "text": texts,
+        },
     }
 
 
-def write_states(folder: Path, text: TextCodec, progress: Progress | None = None) -> None:
-    """States of every distinct caption and, last, of the empty one: float16 [U + 1, T, D], beside the token ids."""
-    token_ids = load_file(folder / "captions.safetensors")["token_ids"].numpy()
-    batches = np.array_split(token_ids, -(-len(token_ids) // ENCODE_BATCH))
-    states = []
-    for batch in batches:
-        states.append(text.states(batch).half().cpu())
+def _write_latents(place: Place, read: Read, codec: Codec, part: Part, progress: Progress | None) -> list[tuple[str, ...]]:
+    """The shards of this process; returns the captions of every item of the source, none for those it found bad."""
+    there = place.sizes()
+    captions: list[tuple[str, ...]] = []
+
+    def is_done(shard: int) -> bool:
+        about = f"latents-{shard:05d}.json"
+        if about not in there:
+            return False
+        return there.get(f"latents-{shard:05d}.safetensors", 0) == json.loads(place.read(about))["bytes"]
+
+    mine = {}
+
+    def wanted(position: int) -> bool:
+        shard = position // SHARD_SIZE
+        if shard not in mine:
+            mine[shard] = part.has(shard) and not is_done(shard)
+        return mine[shard]
+
+    shard: list[Sample | Bad] = []
+    for item in read(wanted):
+        position = len(captions)
+        captions.append(() if isinstance(item, Bad) else item.captions)
+        if wanted(position) and not isinstance(item, Unread):
+            shard.append(item)
+        if len(captions) % SHARD_SIZE == 0 and shard:
+            _write_latent_shard(place, position // SHARD_SIZE, shard, codec, progress)
+            shard = []
+    if shard:
+        _write_latent_shard(place, (len(captions) - 1) // SHARD_SIZE, shard, codec, progress)
+    return captions
+
+
+def _write_latent_shard(place: Place, number: int, shard: list[Sample | Bad], codec: Codec, progress: Progress | None) -> None:
+    good = [(row, item) for row, item in enumerate(shard) if isinstance(item, Sample)]
+    bad = [
+        {"position": number * SHARD_SIZE + row, "name": item.name, "reason": item.reason}
+        for row, item in enumerate(shard)
+        if isinstance(item, Bad)
+    ]
+    columns: dict[str, Tensor] = {}
+    latent_shape: list[int] = []
+    for start in range(0, len(good), ENCODE_BATCH):
+        rows = [row for row, _ in good[start : start + ENCODE_BATCH]]
+        stacked = torch.from_numpy(np.stack([item.picture for _, item in good[start : start + ENCODE_BATCH]]))
+        for name, values in zip(("mean", "std"), codec.encode(stacked.permute(0, 3, 1, 2).contiguous()), strict=True):
+            latent_shape = list(values.shape[1:])
+            if name not in columns:
+                columns[name] = torch.zeros(len(shard), *latent_shape, dtype=torch.float16)
+            columns[name][rows] = values.cpu().half()
         if progress is not None:
-            progress(len(batch))
-    save_file({"states": torch.cat(states)}, folder / "states.safetensors")
+            progress(len(rows))
+    size = write_shard(place, f"latents-{number:05d}.safetensors", columns) if columns else 0
+    about = {"bytes": size, "latent_shape": latent_shape, "bad": bad}
+    place.write(f"latents-{number:05d}.json", json.dumps(about).encode())
+
+
+def _write_texts(
+    place: Place, captions: list[str], text: TextCodec, with_states: bool, part: Part, progress: Progress | None
+) -> list[dict[str, Any]]:
+    files = []
+    there = place.sizes()
+    for number, start in enumerate(range(0, len(captions), SHARD_SIZE)):
+        some = captions[start : start + SHARD_SIZE]
+        name = f"text-{number:05d}.safetensors"
+        if part.has(number) and name not in there:
+            token_ids = text.tokenize(some)
+            columns = {"token_ids": torch.from_numpy(token_ids)}
+            if with_states:
+                states = []
+                for batch in np.array_split(token_ids, -(-len(token_ids) // ENCODE_BATCH)):
+                    states.append(text.states(batch).half().cpu())
+                    if progress is not None:
+                        progress(len(batch))
+                columns["states"] = torch.cat(states)
+            write_shard(place, name, columns)
+        files.append(name)
+    part.wait()
+    return [{"name": name, "bytes": place.size(name)} for name in files]
+
+
+def _write_numbers(place: Place, captions: list[tuple[str, ...]], distinct: list[str]) -> list[dict[str, Any]]:
+    number_of = {caption: number for number, caption in enumerate(distinct)}
+    most = max(len(several) for several in captions)
+    files = []
+    for number, start in enumerate(range(0, len(captions), SHARD_SIZE)):
+        some = captions[start : start + SHARD_SIZE]
+        rows = torch.full((len(some), most), -1, dtype=torch.int32)
+        for row, several in enumerate(some):
+            rows[row, : len(several)] = torch.tensor([number_of[caption] for caption in several], dtype=torch.int32)
+        name = f"captions-{number:05d}.safetensors"
+        files.append({"name": name, "bytes": write_shard(place, name, {"numbers": rows})})
+    return files
+
+
+def write_index(place: Place, index: dict[str, Any]) -> None:
+    """Make a cache exist."""
+    place.write(INDEX, (json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 class LatentCache:
-    """A cache folder opened for training."""
+    """A cache opened for training.
 
-    def __init__(self, folder: Path) -> None:
-        shards = [load_file(file) for file in sorted(folder.glob("shard-*.safetensors"))]
-        self.mean = torch.cat([shard["mean"] for shard in shards])
-        self.std = torch.cat([shard["std"] for shard in shards])
-        captions = load_file(folder / "captions.safetensors")
-        self.token_ids, self.caption_index = captions["token_ids"], captions["caption_index"].long()
-        self.num_captions_of = (self.caption_index >= 0).sum(1)
-        states = folder / "states.safetensors"
-        self.states = load_file(states)["states"] if states.is_file() else None
+    Raises:
+        WorkError: a shard is missing or cut off.
+    """
+
+    def __init__(self, place: Place | str | Path) -> None:
+        self.place = place if isinstance(place, Place) else Place(place)
+        index = self.index = json.loads(self.place.read(INDEX))
+        tables, size = index["tables"], index["shard_size"]
+        self._latents, self._captions, self._text = (
+            Table(self.place, tables[name], size) for name in ("latents", "captions", "text")
+        )
+        self.num_captions: int = index["num_captions"]
+        bad = np.array(sorted(item["position"] for item in index["bad"]), dtype=np.int64)
+        self._bad_before = bad - np.arange(len(bad))
 
     def __len__(self) -> int:
-        return len(self.mean)
+        return int(self.index["num_pictures"])
 
-    def batch(
-        self, seed: int, images_seen: int, batch_size: int, caption_dropout: float
-    ) -> tuple[Tensor, Tensor, torch.Generator]:
-        """The batch that follows `images_seen` images.
+    @property
+    def null_caption(self) -> int:
+        """Number of the empty caption."""
+        return self.num_captions
 
-        Returns latents float32 [B, C, L, L] drawn from their moments, caption numbers int64 [B] (the last number is the
-        empty caption), and the generator to go on drawing from.
-        """
-        chosen = picture_order(seed, images_seen, batch_size, len(self))
-        generator = batch_generator(seed, images_seen)
-        mean, std = self.mean[chosen].float(), self.std[chosen].float()
-        latents = mean + std * torch.randn(mean.shape, generator=generator)
-        pick = (torch.rand(batch_size, generator=generator) * self.num_captions_of[chosen]).long()
-        captions = self.caption_index[chosen, pick]
-        dropped = torch.rand(batch_size, generator=generator) < caption_dropout
-        return latents, torch.where(dropped, len(self.token_ids) - 1, captions), generator
+    @property
+    def has_states(self) -> bool:
+        """Whether caption states are there, beside token ids."""
+        return bool(self.index["with_states"])
 
+    def moments(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of pictures int64 [B]: float32 [B, C, L, L] each."""
+        numbers = pictures.numpy()
+        rows = self._latents.rows(torch.from_numpy(numbers + np.searchsorted(self._bad_before, numbers, side="right")))
+        return rows["mean"].float(), rows["std"].float()
 
-def batch_generator(seed: int, images_seen: int) -> torch.Generator:
-    """All randomness of the batch that follows `images_seen` images."""
-    key = hashlib.sha256(f"batch {seed} {images_seen}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+    def captions(self, pictures: Tensor) -> Tensor:
+        """Caption numbers of pictures int64 [B]: int64 [B, K], -1 where a picture has no more."""
+        return self._captions.rows(pictures)["numbers"].long()
 
+    def token_ids(self, captions: Tensor) -> Tensor:
+        """Token ids int32 [B, T] of caption numbers int64 [B]."""
+        return self._text.rows(captions)["token_ids"]
 
-def picture_order(seed: int, first: int, count: int, num_pictures: int) -> Tensor:
-    """Which pictures are the images `first`, ..., `first + count - 1` of a training: int64 [count].
-
-    Each pass over the data is a permutation of its own.
-    """
-    positions = np.arange(first, first + count)
-    passes, places = positions // num_pictures, positions % num_pictures
-    chosen = [_permutation(seed, int(number), num_pictures)[places[passes == number]] for number in np.unique(passes)]
-    return torch.from_numpy(np.concatenate(chosen))
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, number: int, num_pictures: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=[seed, number])).permutation(num_pictures)
+    def states(self, captions: Tensor) -> Tensor:
+        """Caption states float32 [B, T, D] of caption numbers int64 [B]; needs `has_states`."""
+        return self._text.rows(captions)["states"].float()

@@ -18,7 +18,7 @@ import re
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,20 +51,35 @@ class Bad:
     reason: str
 
 
-def read_source(source: SourceSpec, resolution: int) -> Iterator[Sample | Bad]:
+@dataclass(frozen=True)
+class Unread:
+    """A picture that was not asked for, with its captions."""
+
+    name: str
+    captions: tuple[str, ...]
+
+
+def read_source(
+    source: SourceSpec, resolution: int, wanted: Callable[[int], bool] = lambda position: True
+) -> Iterator[Sample | Bad | Unread]:
     """Read a source in its fixed order; pictures are cropped to the centre square and resized to `resolution`.
+
+    Pictures at positions that are not `wanted` are not decoded.
 
     Raises:
         RequestError: the source itself is missing or its caption file is broken.
     """
     if isinstance(source, ScenesSource):
-        yield from _read_scenes(source, resolution)
+        yield from _read_scenes(source, resolution, wanted)
         return
     readers = {"folder": _raw_folder, "webdataset": _raw_webdataset, "hub": _raw_hub}
     for position, raw in enumerate(readers[source.kind](source)):  # type: ignore[operator]
         if source.limit is not None and position >= source.limit:
             return
-        yield raw if isinstance(raw, Bad) else _decode(raw, resolution)
+        if isinstance(raw, Bad):
+            yield raw
+        else:
+            yield _decode(raw, resolution) if wanted(position) else Unread(raw.name, raw.captions)
 
 
 def source_fingerprint(source: SourceSpec) -> str:
@@ -103,13 +118,14 @@ class _Raw:
     label: int | None = None
 
 
-def _read_scenes(source: ScenesSource, resolution: int) -> Iterator[Sample]:
-    for index in range(source.first, source.first + source.num_pictures):
-        scene = scenes.scene(source.seed, index)
-        caption = scenes.captions(scene)[0]
-        yield Sample(
-            f"scene-{source.seed}-{index}", scenes.render(scene, resolution), (caption,), scenes.attribute_labels(scene)
-        )
+def _read_scenes(source: ScenesSource, resolution: int, wanted: Callable[[int], bool]) -> Iterator[Sample | Unread]:
+    for position, index in enumerate(range(source.first, source.first + source.num_pictures)):
+        scene, name = scenes.scene(source.seed, index), f"scene-{source.seed}-{index}"
+        captions = scenes.captions(scene)[:1]
+        if wanted(position):
+            yield Sample(name, scenes.render(scene, resolution), captions, scenes.attribute_labels(scene))
+        else:
+            yield Unread(name, captions)
 
 
 def _files_of(source: FolderSource | WebdatasetSource | HubSource) -> list[Path]:

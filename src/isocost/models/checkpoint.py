@@ -8,18 +8,22 @@ isocost.json   size, width, images seen, where codec and text encoder are, and w
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
 from safetensors import SafetensorError
+from torch import Tensor
 
 from isocost.errors import RequestError
+from isocost.models.weights import Plan, write_streamed
 from isocost.spec import Spec
 from isocost.store import MANIFEST, read_manifest
 from isocost.study import ModelSpec, PredictionType, TextSpec
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
 
@@ -78,10 +82,22 @@ def scheduler_for(prediction: PredictionType, zero_terminal_snr: bool = False) -
 
 
 def save_networks(
-    folder: Path, network: UNet2DConditionModel, prediction: PredictionType, zero_terminal_snr: bool = False
+    folder: Path,
+    network: UNet2DConditionModel,
+    prediction: PredictionType,
+    zero_terminal_snr: bool = False,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
-    """Write `unet/` and `scheduler/`; the manifest comes from the store when it publishes the folder."""
-    network.save_pretrained(folder / "unet", safe_serialization=True)
+    """Write `unet/` and `scheduler/`; the manifest comes from the store when it publishes the folder.
+
+    `weights` are names and whole tensors in the order of the network's parameters, its own where None; they are written one
+    at a time, so they need not fit into memory together.
+    """
+    assert not list(network.buffers()), "a network with buffers needs them written too"
+    plan: Plan = [(name, parameter.dtype, tuple(parameter.shape)) for name, parameter in network.named_parameters()]
+    network.save_config(folder / "unet")
+    tensors = (tensor for _, tensor in (weights if weights is not None else network.named_parameters()))
+    write_streamed(folder / "unet" / WEIGHTS, plan, tensors, {"format": "pt"})
     scheduler_for(prediction, zero_terminal_snr).save_pretrained(folder / "scheduler")
 
 

@@ -40,7 +40,8 @@ def model_cost(spec: ModelSpec, num_tokens: int = PAPER_NUM_TOKENS) -> ModelCost
     """
     num_parameters, gflop = _count(spec, num_tokens)
     _, reference = _count(spec.model_copy(update={"width": REFERENCE_WIDTH, "extra_input_channels": 0}), num_tokens)
-    name = size_name(spec.width, num_parameters, spec.context_width)
+    as_deep = (spec.layers_per_block, spec.num_levels) == (2, 4)
+    name = size_name(spec.width, num_parameters, spec.context_width if as_deep else 0)
     return ModelCost(name, spec.width, num_parameters, gflop, gflop / reference)
 
 

@@ -52,14 +52,16 @@ def build_unet(spec: ModelSpec, device: str | torch.device = "cpu") -> UNet2DCon
     check_width(spec.width)
     if spec.latent_side % _SIDE_MULTIPLE:
         raise RequestError(f"latent side {spec.latent_side}: the U-Net halves it three times, so it must be a multiple of 8")
-    c = spec.width
+    c, levels = spec.width, spec.num_levels
     with torch.device(device):
         return UNet2DConditionModel(
             sample_size=spec.latent_side,
             in_channels=spec.latent_channels + spec.extra_input_channels,
             out_channels=spec.latent_channels,
-            block_out_channels=(c, 2 * c, 4 * c, 4 * c),
-            layers_per_block=2,
+            block_out_channels=(c, 2 * c, 4 * c, 4 * c)[:levels],
+            down_block_types=(*("CrossAttnDownBlock2D",) * (levels - 1), "DownBlock2D"),
+            up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * (levels - 1)),
+            layers_per_block=spec.layers_per_block,
             cross_attention_dim=spec.context_width,
             attention_head_dim=num_heads(c),
             norm_num_groups=num_groups(c),

@@ -61,6 +61,7 @@ def samples_of(place: str, resolution: int) -> Iterator[Sample]:
     for item in read_source(_source(place), resolution):
         if isinstance(item, Bad):
             raise RequestError(f"{place}: {item.name}: {item.reason}")
+        assert isinstance(item, Sample), "every picture is wanted"
         yield item
 
 

@@ -1,25 +1,32 @@
-"""One training loop for every task. The same command resumes; a mark reached publishes a checkpoint."""
+"""One training loop for every task and any number of processes. The same command resumes; a mark reached is published."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from isocost.errors import RequestError, WorkError
-from isocost.progress import progress_bar
+from isocost.progress import progress_bar, say
 from isocost.study import TrainSpec
-from isocost.train.state import Ema, load_state, save_state
-from isocost.train.tasks import Task
+from isocost.train.ema import Ema
+from isocost.train.microbatch import largest_microbatch
+from isocost.train.parallel import Parallel, on_cpu, rows_of
+from isocost.train.schedules import learning_rate
+from isocost.train.state import TrainingState, averaged, remove_partial
+from isocost.train.tasks import Batch, Task
 
-Publish = Callable[[nn.Module, int], None]
+Publish = Callable[[nn.Module, Iterable[tuple[str, Tensor]], int], None]
 LOG_EVERY_STEPS = 20
 
 
@@ -35,94 +42,169 @@ def train(
     publish: Publish,
     *,
     title: str,
+    marks: tuple[int, ...] | None = None,
     deadline: float | None = None,
 ) -> None:
-    """Train `network` in place until `spec.num_images`, from the newest state in the folder `run` if there is one.
+    """Train `network` until the last of `marks`, from the newest state in the folder `run` if there is one.
 
-    `publish(network, mark)` is called with the EMA weights at each mark. The n-th batch, its noise and its order are
-    functions of (seed, images seen), so a training that was stopped and one that was not give the same bits.
+    The n-th image, its noise and its place are functions of (seed, n), so a training that was stopped and one that was not
+    give the same bits on the same number of processes, and see the same images on any.
 
     Args:
+        publish: called on the main process with the network (for its config), the names and tensors of the EMA weights, and
+            the mark, at each mark.
+        marks: images seen, rising; `num_images` alone where None.
         deadline: `time.monotonic()` after which the state is saved and OutOfTime raised.
 
     Raises:
-        RequestError: `spec.tracker` is not installed.
-        WorkError: the loss is not finite; the last durable state stays.
+        RequestError: `spec.tracker` is not installed, or the batch does not divide by the number of processes.
+        WorkError: the loss is not finite, a state is damaged or cannot be written; the last durable state stays.
     """
+    accelerator = make_accelerator(spec, run, title)
+    trainer = Trainer(spec, task, network, run, accelerator)
+    images_seen = last_saved = trainer.state.load()
+    ahead = tuple(mark for mark in marks or (spec.num_images,) if spec.whole_batches(mark) >= images_seen)
+    ahead = trainer.publish_marks(publish, ahead, images_seen)
+    losses: list[Tensor] = []
+    with (
+        _log(run, images_seen, accelerator) as log,
+        progress_bar(title, spec.num_images, "images", images_seen) as progress,
+        _batches(trainer, images_seen) as batches,
+    ):
+        while ahead:
+            losses.append(trainer.step(next(batches), images_seen))
+            images_seen += spec.batch_size
+            at_mark, at_log = images_seen >= ahead[0], len(losses) == LOG_EVERY_STEPS
+            out_of_time = _is_late(deadline, accelerator, at_log or at_mark)
+            at_save = at_mark or out_of_time or images_seen - last_saved >= spec.state_every_images
+            if at_log or at_save:
+                mean = _mean_loss(losses, accelerator, images_seen)
+                losses.clear()
+                rate = learning_rate(spec, images_seen - spec.batch_size)
+                log({"images_seen": images_seen, "loss": mean, "lr": rate})
+                accelerator.log({"loss": mean, "lr": rate}, step=images_seen)
+                progress(min(images_seen, spec.num_images), f"loss {mean:.4f}")
+            if at_save:
+                ahead = trainer.publish_marks(publish, ahead, images_seen)
+                trainer.state.save(images_seen, spec, accelerator)
+                last_saved = images_seen
+            if out_of_time and ahead:
+                raise OutOfTime(f"{title}: stopped by --stop-after at {images_seen} images; the same command goes on")
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
+class Trainer:
+    """What a training holds between two steps."""
+
+    def __init__(self, spec: TrainSpec, task: Task, network: nn.Module, run: Path, accelerator: Accelerator) -> None:
+        self.spec, self.task, self.accelerator = spec, task, accelerator
+        self.rows = rows_of(spec, accelerator)
+        self.parallel = Parallel(network, spec, accelerator)
+        self.dtype = next(network.parameters()).dtype
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(), lr=spec.lr, betas=spec.adam_betas, weight_decay=spec.weight_decay, fused=True
+        )
+        self.ema = Ema([piece.data for piece in self.parallel.pieces()], spec.half_lives)
+        self.state = TrainingState(self.parallel, self.optimizer, self.ema, run)
+        if accelerator.is_main_process:
+            run.mkdir(parents=True, exist_ok=True)
+            remove_partial(run)
+        accelerator.wait_for_everyone()
+        self.microbatch = largest_microbatch(self.parallel, spec, task, self.rows, self.dtype)
+
+    def batch(self, images_seen: int) -> Batch:
+        """This process's rows of the batch that follows `images_seen` images."""
+        return self.task.batch(images_seen, self.rows, self.accelerator.device, self.dtype)
+
+    def step(self, batch: Batch, images_seen: int) -> Tensor:
+        """One step of the optimizer and of the averages; returns the loss of this process's rows, on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.spec, images_seen)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = backward(self.parallel, self.task, batch, self.microbatch, self.spec.precision)
+        self.parallel.clip(self.spec.max_grad_norm)
+        self.optimizer.step()
+        self.ema.update(images_seen + self.spec.batch_size, self.spec.batch_size)
+        return loss
+
+    def publish_marks(self, publish: Publish, marks: tuple[int, ...], images_seen: int) -> tuple[int, ...]:
+        """Publish those that are reached; returns the others."""
+        for mark in (mark for mark in marks if mark <= images_seen):
+            weights = averaged(self.parallel, self.ema)
+            if self.accelerator.is_main_process:
+                try:
+                    publish(self.parallel.network, weights, mark)
+                except OSError as error:
+                    raise WorkError(f"the checkpoint at {mark} images cannot be written ({error}); states stay") from error
+            for _ in weights:
+                pass
+            self.accelerator.wait_for_everyone()
+        return tuple(mark for mark in marks if mark > images_seen)
+
+
+def backward(parallel: Parallel, task: Task, batch: Batch, microbatch: int, precision: str) -> Tensor:
+    """Gradients of the mean loss over this process's rows, `microbatch` of them at a time; returns that loss."""
+    device = parallel.accelerator.device
+    total = torch.zeros((), device=device)
+    parts = list(batch.split(microbatch))
+    for number, part in enumerate(parts, start=1):
+        with parallel.syncing(number == len(parts)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                loss = task.loss(parallel.forward, part) * (len(part) / len(batch))
+            loss.backward()
+        total = total + loss.detach()
+    return total
+
+
+def make_accelerator(spec: TrainSpec, run: Path, title: str) -> Accelerator:
+    """Knows the device and the other processes (torchrun, `accelerate launch`), and opens the tracker."""
     if spec.tracker != "none" and find_spec(spec.tracker) is None:
         raise RequestError(f"train.tracker: {spec.tracker} is not installed: pip install {spec.tracker}, or tracker: none")
     accelerator = Accelerator(
+        cpu=on_cpu(),
         log_with=None if spec.tracker == "none" else spec.tracker,
         project_dir=str(run / "tracker"),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
     if spec.tracker != "none":
-        accelerator.init_trackers(title, config=spec.model_dump(mode="json", exclude={"marks", "adam_betas"}))
-    network = network.train().to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=spec.lr, betas=spec.adam_betas, weight_decay=spec.weight_decay, fused=True
-    )
-    ema = Ema(network, spec.ema_half_life_images)
-    run.mkdir(parents=True, exist_ok=True)
-    images_seen = load_state(run, network, ema, optimizer)
-    _cut_log(run / "loss.jsonl", images_seen)
-    prepared, optimizer = accelerator.prepare(network, optimizer)
-    marks = [mark for mark in spec.all_marks if mark > images_seen]
-    last_saved, losses = images_seen, []
-    with progress_bar(title, spec.num_images, "images", images_seen) as progress, (run / "loss.jsonl").open("a") as log:
-        while marks:
-            batch = task.batch(images_seen).part(accelerator.process_index, accelerator.num_processes).to(accelerator.device)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(spec, images_seen)
-            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=spec.precision == "bf16"):
-                loss = task.loss(prepared, batch)
-            optimizer.zero_grad(set_to_none=True)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(network.parameters(), spec.max_grad_norm)
-            optimizer.step()
-            images_seen += spec.batch_size
-            ema.update(network, images_seen, spec.batch_size)
-            losses.append(loss.detach())
-            at_mark = images_seen >= marks[0]
-            out_of_time = deadline is not None and time.monotonic() > deadline
-            if len(losses) == LOG_EVERY_STEPS or at_mark or out_of_time:
-                mean = _mean_loss(losses, accelerator, images_seen)
-                losses.clear()
-                if accelerator.is_main_process:
-                    log.write(
-                        json.dumps({"images_seen": images_seen, "loss": mean, "lr": learning_rate(spec, images_seen)}) + "\n"
-                    )
-                accelerator.log({"loss": mean}, step=images_seen)
-                progress(min(images_seen, spec.num_images), f"loss {mean:.4f}")
-            if at_mark or out_of_time or images_seen - last_saved >= spec.state_every_images:
-                if losses:
-                    _mean_loss(losses, accelerator, images_seen)
-                log.flush()
-                if accelerator.is_main_process:
-                    _publish_marks(publish, network, ema, [mark for mark in marks if mark <= images_seen])
-                    save_state(run, images_seen, network, ema, optimizer)
-                accelerator.wait_for_everyone()
-                marks = [mark for mark in marks if mark > images_seen]
-                last_saved = images_seen
-            if out_of_time and marks:
-                raise OutOfTime(f"{title}: stopped by --stop-after at {images_seen} images; the same command goes on")
-    accelerator.end_training()
+        plain = spec.model_dump(mode="json").items()
+        accelerator.init_trackers(title, config={k: str(v) if isinstance(v, list) else v for k, v in plain})
+    if (
+        spec.precision == "bf16"
+        and accelerator.device.type == "cpu"
+        and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    ):
+        say("train.precision: bf16: this processor has no bf16 matrix instructions, fp32 will be many times faster")
+    return accelerator
 
 
-def learning_rate(spec: TrainSpec, images_seen: int) -> float:
-    """Linear warm-up, then constant: the paper's "lr 1e-4 for every size"; warm-up is our choice where it is set."""
-    warm = min(1.0, (images_seen + spec.batch_size) / spec.warmup_images) if spec.warmup_images else 1.0
-    return spec.lr * warm
-
-
-def _publish_marks(publish: Publish, network: nn.Module, ema: Ema, reached: list[int]) -> None:
-    if not reached:
+@contextmanager
+def _batches(trainer: Trainer, images_seen: int) -> Iterator[Iterator[Batch]]:
+    """The batches from `images_seen` on; beside a device the next one is made while it works on the last."""
+    size = trainer.spec.batch_size
+    if trainer.accelerator.device.type == "cpu":
+        yield (trainer.batch(seen) for seen in range(images_seen, 1 << 62, size))
         return
-    current = [parameter.detach().clone() for parameter in network.parameters()]
-    ema.copy_to(network)
-    for mark in reached:
-        publish(network, mark)
-    with torch.no_grad():
-        torch._foreach_copy_(list(network.parameters()), current)
+    with ThreadPoolExecutor(1) as pool:
+
+        def ahead() -> Iterator[Batch]:
+            coming = pool.submit(trainer.batch, images_seen)
+            for seen in range(images_seen + size, 1 << 62, size):
+                batch, coming = coming.result(), pool.submit(trainer.batch, seen)
+                yield batch
+
+        yield ahead()
+
+
+def _is_late(deadline: float | None, accelerator: Accelerator, at_log: bool) -> bool:
+    """Whether the deadline has come for any process; several look only where they meet anyway."""
+    if deadline is None or (accelerator.num_processes > 1 and not at_log):
+        return False
+    late = time.monotonic() > deadline
+    if accelerator.num_processes == 1:
+        return late
+    return bool(accelerator.reduce(torch.tensor(float(late), device=accelerator.device), "sum") > 0)
 
 
 def _mean_loss(losses: list[Tensor], accelerator: Accelerator, images_seen: int) -> float:
@@ -134,11 +216,18 @@ def _mean_loss(losses: list[Tensor], accelerator: Accelerator, images_seen: int)
     return mean
 
 
-def _cut_log(file: Path, images_seen: int) -> None:
-    """Drop lines that a killed training wrote after its last durable state."""
+@contextmanager
+def _log(run: Path, images_seen: int, accelerator: Accelerator) -> Iterator[Callable[[dict[str, float]], None]]:
+    """Lines of `loss.jsonl`, without those that a killed training wrote after its last durable state."""
+    if not accelerator.is_main_process:
+        yield lambda line: None
+        return
+    file = run / "loss.jsonl"
     if file.is_file():
         kept = [line for line in file.read_text().splitlines() if _images_of(line) <= images_seen]
         file.write_text("".join(f"{line}\n" for line in kept))
+    with file.open("a", buffering=1) as stream:
+        yield lambda line: print(json.dumps(line), file=stream)
 
 
 def _images_of(line: str) -> float:

@@ -1,110 +1,185 @@
-"""Training states and EMA: what a training needs to go on exactly where it stood.
+"""Training states: what a training needs to go on exactly where it stood, on any number of processes.
 
-A state is a folder `state-<images>/` of safetensors, published whole; the one before goes only after the new one is durable.
+A state is a folder `state-<images>/`, published whole: the parts are written beside it and flushed, the manifest comes
+last, then one rename; an older state goes only after the new one is durable.
+
+part-<rank>.safetensors   this process's rows of weights, AdamW moments and every EMA, a tensor at a time
+part-<rank>.json          which rows of which tensors they are, bytes and CRC-32 of the part
+isocost.json              the manifest: images seen, number of parts
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from isocost.errors import WorkError
-from isocost.store import publish
+from isocost.models.weights import Plan, file_crc32, write_streamed
+from isocost.store import publish, read_manifest, write_json
+from isocost.study import TrainSpec
+from isocost.train.ema import Ema
+from isocost.train.parallel import Parallel, Piece
 
-_RAMP = 0.1
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Ema:
-    """Exponential moving average of a network's parameters, with the half-life in images.
+class TrainingState:
+    """Everything of a training that changes with its steps, and its way to disk and back."""
 
-    While few images were seen the half-life is a tenth of them (the ramp-up of EDM2, arXiv 2312.02696, with 0.1).
-    """
+    def __init__(self, parallel: Parallel, optimizer: torch.optim.Optimizer, ema: Ema, run: Path) -> None:
+        self.parallel, self.optimizer, self.ema, self.run = parallel, optimizer, ema, run
 
-    def __init__(self, network: nn.Module, half_life_images: int) -> None:
-        self.parameters = [parameter.detach().clone() for parameter in network.parameters()]
-        self.half_life_images = half_life_images
+    def save(self, images_seen: int, spec: TrainSpec, accelerator: Accelerator) -> None:
+        """Make a state durable, then remove those that the keep-rules let go. Every process takes part.
 
-    def update(self, network: nn.Module, images_seen: int, batch_size: int) -> None:
-        """Move towards the network's weights after a step of `batch_size` images."""
-        half_life = max(min(self.half_life_images, images_seen * _RAMP), 1e-8)
-        torch._foreach_lerp_(self.parameters, [p.detach() for p in network.parameters()], 1 - 0.5 ** (batch_size / half_life))
+        Raises:
+            WorkError: the disk is full or cannot be written; the states before stay.
+        """
+        final = _folder(self.run, images_seen)
+        partial = self.run / f".{final.name}"
+        rank, writers = accelerator.process_index, accelerator.num_processes if self.parallel.is_sharded else 1
+        try:
+            if accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            accelerator.wait_for_everyone()
+            if rank < writers:
+                named = self._named()
+                plan: Plan = [(key, tensor.dtype, tuple(tensor.shape)) for key, _, tensor in named]
+                about = write_streamed(partial / f"part-{rank:05d}.safetensors", plan, (tensor for *_, tensor in named))
+                rows = {key: [piece.start, piece.stop] for key, piece, _ in named}
+                write_json(partial / f"part-{rank:05d}.json", {**about, "rows": rows})
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                publish(partial, final, {"kind": "state", "images_seen": images_seen, "num_parts": writers})
+                _prune(self.run, spec, images_seen)
+            accelerator.wait_for_everyone()
+        except OSError as error:
+            raise WorkError(
+                f"{final}: the training state cannot be written ({error}); the last whole one stays, and the same command goes "
+                "on from it once there is room"
+            ) from error
+
+    def load(self) -> int:
+        """Restore the newest whole state; returns the images seen, 0 where there is no state.
+
+        Raises:
+            WorkError: the state is damaged.
+        """
+        states = _states(self.run)
+        if not states:
+            return 0
+        newest = states[-1]
+        try:
+            manifest = read_manifest(newest)
+            self._restore(_Parts(newest, manifest["num_parts"]))
+        except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
+            back = f"go on from {states[-2].name}" if len(states) > 1 else "train from the start"
+            raise WorkError(f"{newest}: the training state does not read back ({error}); remove it to {back}") from error
+        return int(manifest["images_seen"])
+
+    def _named(self) -> list[tuple[str, Piece, Tensor]]:
+        """Name in the file, piece that it belongs to, and rows of every tensor of the state, a scalar as one row."""
+        named = []
+        parameters = list(self.parallel.network.parameters())
+        for number, piece in enumerate(self.parallel.pieces()):
+            state = self.optimizer.state[parameters[number]]
+            named.append((f"network.{piece.name}", piece, piece.data))
+            for key in _MOMENTS:
+                moment = state[key]
+                named.append((f"{key}.{piece.name}", piece, moment.to_local() if hasattr(moment, "to_local") else moment))
+            for half_life, average in zip(self.ema.half_lives, self.ema.averages, strict=True):
+                named.append((f"ema.{half_life}.{piece.name}", piece, average[number]))
+        first = self.optimizer.state[parameters[0]]
+        named.append(("step", Piece("step", (1,), 0, 1, first["step"]), first["step"].reshape(1)))
+        return named
 
     @torch.no_grad()
-    def copy_to(self, network: nn.Module) -> None:
-        """Put the averaged weights into a network of the same architecture."""
-        torch._foreach_copy_(list(network.parameters()), self.parameters)
+    def _restore(self, parts: _Parts) -> None:
+        parameters = list(self.parallel.network.parameters())
+        step = parts.rows("step", Piece("step", (1,), 0, 1, torch.empty(1)))[0]
+        for number, piece in enumerate(self.parallel.pieces()):
+            piece.data.copy_(parts.rows(f"network.{piece.name}", piece))
+            parameter = parameters[number]
+            # Moments are laid out in memory as their parameter is: a fused optimizer walks both in memory order.
+            moments = {key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in _MOMENTS}
+            for key, moment in moments.items():
+                local = moment.to_local() if hasattr(moment, "to_local") else moment
+                local.copy_(parts.rows(f"{key}.{piece.name}", piece))
+            self.optimizer.state[parameter] = {"step": step.to(parameter.device, copy=True), **moments}
+            for half_life, average in zip(self.ema.half_lives, self.ema.averages, strict=True):
+                average[number].copy_(parts.rows(f"ema.{half_life}.{piece.name}", piece))
 
 
-def save_state(run: Path, images_seen: int, network: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer) -> None:
-    """Make a state durable, then remove the older ones."""
-    partial = run / f".state-{images_seen}.{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, partial / "network.safetensors")
-    save_file({str(i): tensor.contiguous() for i, tensor in enumerate(ema.parameters)}, partial / "ema.safetensors")
-    save_file(_flatten(optimizer), partial / "optimizer.safetensors")
-    final = _state_folder(run, images_seen)
-    publish(partial, final, {"kind": "state", "images_seen": images_seen})
-    for other in run.glob("state-*"):
-        if other != final:
-            shutil.rmtree(other)
+class _Parts:
+    """The parts of a state, checked, and any rows of its tensors."""
 
+    def __init__(self, folder: Path, num_parts: int) -> None:
+        self.files, self.rows_in = [], []
+        for number in range(num_parts):
+            file = folder / f"part-{number:05d}.safetensors"
+            about = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+            if file.stat().st_size != about["bytes"] or file_crc32(file) != about["crc32"]:
+                raise ValueError(f"{file.name} is not what was written")
+            self.files.append(safe_open(file, "pt"))
+            self.rows_in.append(about["rows"])
 
-def load_state(run: Path, network: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer) -> int:
-    """Restore the newest whole state into the given objects; returns the images seen, 0 where there is no state.
-
-    Raises:
-        WorkError: a published state does not read back.
-    """
-    for leftover in run.glob(".state-*"):
-        shutil.rmtree(leftover)
-    states = sorted(run.glob("state-*"))
-    if not states:
-        return 0
-    newest = states[-1]
-    try:
-        network.load_state_dict(load_file(newest / "network.safetensors"))
-        averaged = load_file(newest / "ema.safetensors")
-        torch._foreach_copy_(ema.parameters, [averaged[str(i)] for i in range(len(averaged))])
-        _unflatten(optimizer, load_file(newest / "optimizer.safetensors"))
-        images_seen = json.loads((newest / "isocost.json").read_text())["images_seen"]
-    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
-        raise WorkError(
-            f"{newest}: the training state does not read back ({error}); remove it to train from the start"
-        ) from error
-    return int(images_seen)
+    def rows(self, key: str, piece: Piece) -> Tensor:
+        """The rows of `piece` of the tensor called `key`, from whichever parts hold them."""
+        found: list[Any] = []
+        for file, rows in zip(self.files, self.rows_in, strict=True):
+            start, stop = rows[key]
+            first, last = max(start, piece.start), min(stop, piece.stop)
+            if first < last:
+                found.append(file.get_slice(key)[first - start : last - start] if piece.shape else file.get_tensor(key))
+        if not found:
+            return torch.empty_like(piece.data)
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def newest_state(run: Path) -> int:
     """Images seen at the newest whole state in the folder `run`; 0 where there is none."""
-    states = sorted(run.glob("state-*"))
-    return int(states[-1].name.removeprefix("state-")) if states else 0
+    states = _states(run)
+    return _images(states[-1]) if states else 0
 
 
-def _state_folder(run: Path, images_seen: int) -> Path:
+def remove_partial(run: Path) -> None:
+    """Remove what a killed training left unfinished."""
+    for leftover in run.glob(".state-*"):
+        shutil.rmtree(leftover)
+
+
+def _prune(run: Path, spec: TrainSpec, newest: int) -> None:
+    states = _states(run)
+    every = spec.keep_state_every_images
+    for folder in states[: -spec.keep_last_states]:
+        images = _images(folder)
+        crossed = every is not None and images // every > (images - spec.batch_size) // every
+        if not crossed and images != newest:
+            shutil.rmtree(folder)
+
+
+def _states(run: Path) -> list[Path]:
+    return sorted(run.glob("state-*"))
+
+
+def _images(state: Path) -> int:
+    return int(state.name.removeprefix("state-"))
+
+
+def _folder(run: Path, images_seen: int) -> Path:
     return run / f"state-{images_seen:012d}"
 
 
-def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    states = optimizer.state_dict()["state"]
-    return {f"{number}.{key}": tensor.contiguous() for number, state in states.items() for key, tensor in state.items()}
-
-
-def _unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    # A fused optimizer walks parameter and state in memory order, so a state must be laid out as its parameter is.
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    plain = optimizer.state_dict()
-    plain["state"] = {}
-    for name, tensor in tensors.items():
-        number, key = name.split(".")
-        parameter = parameters[int(number)]
-        alike = torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor
-        plain["state"].setdefault(int(number), {})[key] = alike.detach()
-    optimizer.load_state_dict(plain)
+def averaged(parallel: Parallel, ema: Ema) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole tensor of the published average, one by one on the CPU; every process must go through all."""
+    names = [name for name, _ in parallel.network.named_parameters()]
+    return zip(names, parallel.gather(ema.averages[0]), strict=True)

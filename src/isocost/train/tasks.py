@@ -1,49 +1,60 @@
-"""What is trained: a task gives the batch after so many images, and the loss of a network on it.
+"""What is trained: a task gives any rows of the batch after so many images, and the loss of a network on them.
 
-Shapes: B batch, C latent channels, L latent side, T tokens, D width of the caption states.
+Image n of a training owns its randomness: its picture, latent, noise, timestep, caption and dropout are functions of
+(seed, n) alone, so neither the number of processes nor the microbatch changes what is seen.
+
+Shapes: B rows, C latent channels, L latent side, T tokens, D width of the caption states.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from isocost.data.cache import LatentCache
 from isocost.data.codec import TextCodec
-from isocost.diffusion.noise import Schedule
+from isocost.data.order import picture_order
+from isocost.diffusion.noise import Schedule, normal_noise, philox4x32
 from isocost.study import TrainSpec
+
+LATENT_DRAW, DIFFUSION_NOISE, CHOICES = 0, 1, 2
+"""What an image draws: its latent from the moments, the noise that is mixed in, and four words for its choices."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Noisy latents [B, C, L, L], timesteps int64 [B], caption states [B, T, D], and the network's target [B, C, L, L]."""
+    """Noisy latents [B, C, L, L], timesteps [B], caption states [B, T, D], targets [B, C, L, L], loss weights [B]."""
 
     noisy: Tensor
     timesteps: Tensor
     states: Tensor
     target: Tensor
+    weights: Tensor
 
-    def part(self, rank: int, num_parts: int) -> Batch:
-        """Every `num_parts`-th row: one process's share of the batch."""
-        share = slice(rank, None, num_parts)
-        return Batch(self.noisy[share], self.timesteps[share], self.states[share], self.target[share])
+    def __len__(self) -> int:
+        return len(self.noisy)
 
-    def to(self, device: torch.device) -> Batch:
-        """The batch on another device."""
-        return Batch(self.noisy.to(device), self.timesteps.to(device), self.states.to(device), self.target.to(device))
+    def split(self, size: int) -> Iterator[Batch]:
+        """The rows in order, `size` at a time."""
+        columns = (self.noisy, self.timesteps, self.states, self.target, self.weights)
+        for parts in zip(*(column.split(size) for column in columns), strict=True):
+            yield Batch(*parts)
 
 
 class Task(Protocol):
     """One kind of training."""
 
-    def batch(self, images_seen: int) -> Batch:
-        """The batch that follows `images_seen` images: a pure function."""
+    def batch(self, images_seen: int, rows: range, device: torch.device, dtype: torch.dtype) -> Batch:
+        """Some rows of the batch that follows `images_seen` images: a pure function, whatever the other rows are."""
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Scalar loss, a mean over the batch."""
+        """Scalar loss, a mean over the rows."""
 
 
 class TextToImage:
@@ -51,23 +62,79 @@ class TextToImage:
 
     def __init__(self, spec: TrainSpec, cache: LatentCache, schedule: Schedule, text: TextCodec | None = None) -> None:
         """`text` encodes captions in each step; it is needed only where the cache holds no states."""
+        assert cache.has_states or text is not None, "a cache without states needs a text encoder"
         self.spec, self.cache, self.schedule, self.text = spec, cache, schedule, text
+        self.key = training_key(spec.seed)
+        self.timesteps = torch.tensor(schedule.timesteps)
+        self.loss_weights = torch.from_numpy(loss_weights(schedule, spec))
 
-    def batch(self, images_seen: int) -> Batch:
-        spec = self.spec
-        latents, captions, generator = self.cache.batch(spec.seed, images_seen, spec.batch_size, spec.caption_dropout)
-        noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(self.schedule.num_timesteps, (len(latents),), generator=generator)
-        noisy = self.schedule.add_noise(latents, noise, timesteps)
-        target = self.schedule.training_target(spec.prediction, latents, noise, timesteps)
-        return Batch(noisy, timesteps, self._states(captions), target)
+    def batch(self, images_seen: int, rows: range, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
+        images = torch.arange(images_seen + rows.start, images_seen + rows.stop)
+        pictures = picture_order(self.spec.seed, images_seen + rows.start, len(rows), len(self.cache))
+        index, pick, drop = choices(self.key, images)
+        index = (index * self.schedule.num_timesteps) >> 32
+        mean, std = (moment.to(device, non_blocking=True) for moment in self.cache.moments(pictures))
+        latents, noise = mean + std * self._noise(images, LATENT_DRAW, mean), self._noise(images, DIFFUSION_NOISE, mean)
+        states = self._states(self._captions(pictures, pick, drop)).to(device, dtype, non_blocking=True)
+        latents, noise, moved = latents.to(dtype), noise.to(dtype), index.to(device, non_blocking=True)
+        return Batch(
+            noisy=self.schedule.add_noise(latents, noise, moved),
+            timesteps=self.timesteps[index].to(device, dtype, non_blocking=True),
+            states=states,
+            target=self.schedule.training_target(self.spec.prediction, latents, noise, moved),
+            weights=self.loss_weights[index].to(device, dtype, non_blocking=True),
+        )
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        predicted = network(batch.noisy, batch.timesteps, batch.states).sample
-        return (predicted.float() - batch.target).square().mean()
+        predicted = network(batch.noisy, batch.timesteps, batch.states).sample.to(batch.target.dtype)
+        squares = (predicted - batch.target).square()
+        return (squares.flatten(1).mean(1) * batch.weights).mean()
+
+    def _noise(self, images: Tensor, purpose: int, like: Tensor) -> Tensor:
+        channels, height, width = like.shape[1:]
+        return normal_noise(self.key, images, purpose, (channels, height, width), like.device)
+
+    def _captions(self, pictures: Tensor, pick: Tensor, drop: Tensor) -> Tensor:
+        several = self.cache.captions(pictures)
+        chosen = (pick * (several >= 0).sum(1)) >> 32
+        captions = several.gather(1, chosen[:, None])[:, 0]
+        return torch.where(drop < self.spec.caption_dropout * 2**32, self.cache.null_caption, captions)
 
     def _states(self, captions: Tensor) -> Tensor:
-        if self.cache.states is not None:
-            return self.cache.states[captions].float()
-        assert self.text is not None, "a cache without states needs a text encoder"
-        return self.text.states(self.cache.token_ids[captions].numpy())
+        if self.cache.has_states:
+            return self.cache.states(captions)
+        assert self.text is not None
+        return self.text.states(self.cache.token_ids(captions).numpy())
+
+
+def training_schedule(spec: TrainSpec) -> Schedule:
+    """The noise schedule that a training's prediction goes with: a straight flow, or Stable Diffusion's."""
+    if spec.prediction == "flow_prediction":
+        return Schedule.flow()
+    return Schedule.scaled_linear(zero_terminal_snr=spec.zero_terminal_snr)
+
+
+def training_key(seed: int) -> int:
+    """The Philox key of a training, apart from those that pictures are sampled with."""
+    return int.from_bytes(hashlib.sha256(f"training {seed}".encode()).digest()[:8], "little") >> 1
+
+
+def choices(key: int, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three independent words in [0, 2^32) of each image int64 [B]: for its timestep, its caption, its dropout."""
+    counter = torch.stack([images & 0xFFFFFFFF, images >> 32, torch.full_like(images, CHOICES), torch.zeros_like(images)])
+    words = philox4x32(counter, torch.tensor([[key & 0xFFFFFFFF], [key >> 32]]))
+    return words[0], words[1], words[2]
+
+
+def loss_weights(schedule: Schedule, spec: TrainSpec) -> np.ndarray:
+    """Weight of the squared error at each timestep, float64 [timesteps]: 1, or min-SNR's (arXiv 2303.09556, sec. 3.4).
+
+    With SNR = alpha^2 / sigma^2 and g = `min_snr_gamma` the weight of the clean latent's error is min(SNR, g); the error of
+    epsilon is SNR times that of the clean latent, the error of v SNR + 1 times, that of a flow (sigma^-2) times.
+    """
+    snr = (schedule.alpha / schedule.sigma) ** 2
+    if spec.min_snr_gamma is None:
+        return np.ones_like(snr)
+    scales = {"epsilon": snr, "v_prediction": snr + 1, "sample": np.ones_like(snr), "flow_prediction": 1 / schedule.sigma**2}
+    scale = scales[spec.prediction]
+    return np.minimum(snr, spec.min_snr_gamma) / scale

@@ -1,0 +1,285 @@
+"""Images a second: diffusers' train_text_to_image.py way against the loop, the same U-Net, data, batch and optimizer's rule.
+
+    python benchmarks/training.py [--quick] [--json] [--pictures 'aerial/train-*.tar'] [--compile]
+
+The set-up of studies/aerial.yaml: pictures of 64 x 64, latents of 16 x 8 x 8, 40 tokens, batch 64, v-prediction, EMA, fp32. The
+script's way reads, decodes, flips and tokenizes pictures and captions with `datasets` and a DataLoader, and runs an autoencoder
+(channels 16-32-64-64, the fashion study's with one level more) and MiniLM in every step, as examples/text_to_image does with
+its own. It is then given one measure after the other, until it differs from ours by the loop alone. All ways run in turns
+within one process. Random weights: this measures time, never quality. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import io
+import itertools
+import json
+import random
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from diffusers import DDPMScheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+from isocost.data.cache import LatentCache, load_pictures, write_cache, write_index
+from isocost.data.codec import AutoencoderCodec, TextCodec
+from isocost.data.shards import Place
+from isocost.data.sources import Sample
+from isocost.models.cost import model_cost
+from isocost.models.unet import build_unet
+from isocost.provenance import provenance
+from isocost.study import ModelSpec, ScenesSource, TextSpec, TrainedCodecSpec, TrainSpec
+from isocost.train.codec import build_autoencoder
+from isocost.train.loop import Trainer, make_accelerator
+from isocost.train.tasks import TextToImage, training_schedule
+
+WIDTHS, RESOLUTION, NUM_PICTURES = (16, 64), 64, 128
+CODEC = TrainedCodecSpec(kind="kl", block_widths=(16, 32, 64, 64), num_channels=16, num_images=1)
+TEXT = TextSpec(max_tokens=40)
+SPEC = TrainSpec(
+    num_images=1 << 40,
+    batch_size=64,
+    lr=5e-4,
+    adam_betas=(0.9, 0.99),
+    warmup_images=10_000,
+    prediction="v_prediction",
+    ema_half_life_images=50_000,
+    state_every_images=1 << 40,
+)
+WAYS = ("script", "latents cached", "states cached", "fused AdamW", "channels last", "ours")
+"""The script's way, and what is added to it from left to right; `ours` adds the loop itself."""
+
+Step = Callable[[], None]
+
+
+def read_pictures(pattern: str | None) -> Dataset:
+    """`NUM_PICTURES` encoded pictures with captions: of tar shards, or the embedded scenes as PNG."""
+    columns: dict[str, list[Any]] = {"image": [], "text": []}
+    for file in sorted(glob.glob(pattern or "")):
+        with tarfile.open(file) as shard:
+            for member in shard:
+                data = shard.extractfile(member)
+                if data is None or len(columns["text"]) == NUM_PICTURES:
+                    continue
+                if member.name.endswith(".json"):
+                    columns["text"].append(json.load(data)["captions"])
+                else:
+                    columns["image"].append({"bytes": data.read(), "path": None})
+    if pattern and not columns["text"]:
+        sys.exit(f"--pictures {pattern}: no pictures there")
+    if not pattern:
+        scenes = load_pictures(ScenesSource(kind="scenes", num_pictures=NUM_PICTURES), RESOLUTION, 0)
+        for picture, captions in zip(scenes.pictures, scenes.captions, strict=True):
+            buffer = io.BytesIO()
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+            columns["image"].append({"bytes": buffer.getvalue(), "path": None})
+            columns["text"].append(list(captions))
+    columns["image"] = columns["image"][: len(columns["text"])]
+    return Dataset.from_dict(columns).cast_column("image", ImageFeature())
+
+
+def make_cache(place: Place, pictures: Dataset, codec: AutoencoderCodec, text: TextCodec) -> LatentCache:
+    """Our cache of the same pictures."""
+
+    def read(wanted: Callable[[int], bool]) -> Iterator[Sample]:
+        for number, item in enumerate(pictures):
+            picture = item["image"].convert("RGB").resize((RESOLUTION, RESOLUTION), Image.Resampling.BILINEAR)
+            yield Sample(str(number), np.asarray(picture), tuple(item["text"]))
+
+    write_index(place, write_cache(place, read, codec, text))
+    return LatentCache(place)
+
+
+class Script:
+    """A step of examples/text_to_image/train_text_to_image.py with --use_ema, as far as `way` leaves it."""
+
+    def __init__(
+        self, way: str, model: ModelSpec, pictures: Dataset, codec: AutoencoderCodec, text: TextCodec, cache: LatentCache
+    ) -> None:
+        has = {measure: WAYS.index(measure) <= WAYS.index(way) for measure in WAYS}
+        self.codec, self.text, self.cache, self.has = codec, text, cache, has
+        self.accelerator = Accelerator(cpu=True)
+        network = build_unet(model).train()
+        if has["channels last"]:
+            network.to(memory_format=torch.channels_last)
+        self.ema = EMAModel(network.parameters(), model_cls=type(network), model_config=network.config)
+        options: dict[str, Any] = {"fused": True} if has["fused AdamW"] else {}
+        optimizer = torch.optim.AdamW(network.parameters(), lr=SPEC.lr, betas=SPEC.adam_betas, weight_decay=0.01, **options)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) * 64 / SPEC.warmup_images))
+        self.scheduler = DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=SPEC.prediction
+        )
+        side = transforms.InterpolationMode.BILINEAR
+        self.transform = transforms.Compose(
+            [
+                transforms.Resize(RESOLUTION, interpolation=side),
+                transforms.CenterCrop(RESOLUTION),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize([0.5], [0.5]),
+            ]
+        )
+        rows = Dataset.from_dict({"n": list(range(len(pictures)))}) if has["states cached"] else pictures
+        rows = rows.with_transform(self._numbers if has["states cached"] else self._preprocess)
+        loader = torch.utils.data.DataLoader(rows, SPEC.batch_size, shuffle=True, collate_fn=self._collate)
+        self.network, self.optimizer, self.loader, self.rate = self.accelerator.prepare(network, optimizer, loader, rate)
+        self.batches = self._forever()
+        self.train_loss = 0.0
+
+    def _preprocess(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        captions = [random.choice(several) for several in examples["text"]]
+        made: dict[str, list[Any]] = {"input_ids": list(torch.from_numpy(self.text.tokenize(captions)))}
+        if not self.has["latents cached"]:
+            made["pixel_values"] = [self.transform(image.convert("RGB")) for image in examples["image"]]
+        else:
+            made["n"] = [random.randrange(len(self.cache)) for _ in captions]
+        return made
+
+    def _numbers(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return examples
+
+    def _collate(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        columns = {key: [example[key] for example in examples] for key in examples[0]}
+        return {k: torch.stack(v) if isinstance(v[0], Tensor) else torch.tensor(v) for k, v in columns.items()}
+
+    def _forever(self) -> Iterator[dict[str, Tensor]]:
+        while True:
+            yield from self.loader
+
+    def _latents(self, batch: dict[str, Tensor]) -> Tensor:
+        if self.has["latents cached"]:
+            mean, std = self.cache.moments(batch["n"])
+            return mean + std * torch.randn_like(mean)
+        with torch.no_grad():
+            return self.codec.network.encode(batch["pixel_values"]).latent_dist.sample() * self.codec.scale
+
+    def _states(self, batch: dict[str, Tensor]) -> Tensor:
+        if self.has["states cached"]:
+            return self.cache.states(self.cache.captions(batch["n"])[:, 0])
+        with torch.no_grad():
+            return self.text.network(batch["input_ids"].long(), return_dict=False)[0]
+
+    def __call__(self) -> None:
+        batch = next(self.batches)
+        latents = self._latents(batch)
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(latents),)).long()
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        states = self._states(batch)
+        target = self.scheduler.get_velocity(latents, noise, timesteps)
+        predicted = self.network(noisy, timesteps, states, return_dict=False)[0]
+        loss = torch.nn.functional.mse_loss(predicted.float(), target.float(), reduction="mean")
+        self.train_loss += self.accelerator.gather(loss.repeat(SPEC.batch_size)).mean().item()
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.rate.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.network.parameters())
+
+
+def our_way(model: ModelSpec, cache: LatentCache, run: Path, compiled: bool) -> Step:
+    """A step of the loop."""
+    spec = SPEC.model_copy(update={"compile": compiled})
+    task = TextToImage(spec, cache, training_schedule(spec))
+    trainer = Trainer(spec, task, build_unet(model), run, make_accelerator(spec, run, "benchmark"))
+    seen = 0
+
+    def step() -> None:
+        nonlocal seen
+        trainer.step(trainer.batch(seen), seen)
+        seen += spec.batch_size
+
+    return step
+
+
+def measure(width: int, turns: int, pictures: Dataset, compiled: bool, told: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Images a second of every way, and what each measure gains over the way before it."""
+    torch.manual_seed(0)
+    model = ModelSpec(width=width, latent_channels=16, latent_side=8, context_width=384)
+    codec, text = AutoencoderCodec(build_autoencoder(CODEC, RESOLUTION)), TextCodec(TEXT)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = make_cache(Place(f"{folder}/cache"), pictures, codec, text)
+        steps: dict[str, Step] = {way: Script(way, model, pictures, codec, text, cache) for way in WAYS[:-1]}
+        steps["ours"] = our_way(model, cache, Path(folder) / "run", False)
+        if compiled:
+            steps["ours, compiled"] = our_way(model, cache, Path(folder) / "compiled", True)
+        seconds: dict[str, list[float]] = {way: [] for way in steps}
+        for turn in range(turns + 1):
+            for way, step in steps.items():
+                started = time.perf_counter()
+                step()
+                if turn:
+                    seconds[way].append(time.perf_counter() - started)
+            if turn:
+                told(f"width {width}: " + ", ".join(f"{way} {times[-1]:.2f} s" for way, times in seconds.items()))
+    name = f"width {width}"
+    rows = [row(f"{name}: {way}", [SPEC.batch_size / s for s in times], "images/s") for way, times in seconds.items()]
+    order = list(seconds)
+    for before, way in itertools.pairwise(order):
+        rows.append(row(f"{name}: gain of {way} over {before}", ratios(seconds[before], seconds[way]), "ratio"))
+    rows.append(row(f"{name}: ours over script", ratios(seconds["script"], seconds["ours"]), "ratio"))
+    rows.append(
+        row(f"{name}: ours over script, caches on both sides", ratios(seconds["states cached"], seconds["ours"]), "ratio")
+    )
+    gflop = 3 * model_cost(model, TEXT.max_tokens).gflop_per_forward * SPEC.batch_size
+    rows.append(row(f"{name}: ours, network alone", [gflop / s for s in seconds["ours"]], "GFLOP/s"))
+    return rows
+
+
+def ratios(theirs: list[float], ours: list[float]) -> list[float]:
+    """Turn by turn."""
+    return [one / other for one, other in zip(theirs, ours, strict=True)]
+
+
+def row(what: str, values: list[float], unit: str) -> dict[str, Any]:
+    """The median with the tenth and ninetieth percentile."""
+    low, high = np.quantile(values, [0.1, 0.9])
+    return {"what": what, "value": float(np.median(values)), "unit": unit, "low": float(low), "high": float(high)}
+
+
+def main() -> None:
+    """Measure and print."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--quick", action="store_true", help="one width, three turns, under a minute")
+    options.add_argument("--turns", type=int, default=7, help="turns of all ways, one step of each; the first is not counted")
+    options.add_argument("--json", action="store_true", help="the JSON line alone")
+    options.add_argument("--compile", action="store_true", help="the compiled loop as well: minutes of compiling")
+    options.add_argument("--pictures", help="tar shards of pictures with captions; the embedded scenes where absent")
+    asked = options.parse_args()
+
+    def told(line: str) -> None:
+        if not asked.json:
+            print(line, file=sys.stderr, flush=True)
+
+    pictures = read_pictures(asked.pictures)
+    rows = []
+    for width in WIDTHS[:1] if asked.quick else WIDTHS:
+        rows += measure(width, 3 if asked.quick else asked.turns, pictures, asked.compile, told)
+    found = {one["what"]: one["value"] for one in rows}
+    wanted = [(f"width {width}: ours over script", 3.0) for width in WIDTHS]
+    targets = [
+        {"what": what, "value": found[what], "target": f">= {least:g}", "met": found[what] >= least}
+        for what, least in wanted
+        if what in found
+    ]
+    print(json.dumps({"benchmark": "training", "machine": provenance(), "rows": rows, "targets": targets}))
+
+
+if __name__ == "__main__":
+    main()

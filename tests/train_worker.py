@@ -1,0 +1,118 @@
+"""What each process of the tests in test_parallel.py runs: a list of jobs, in one group of processes.
+
+torchrun --nproc-per-node 2 tests/train_worker.py jobs.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from isocost.data.cache import LatentCache
+from isocost.diffusion.noise import Schedule
+from isocost.models.unet import build_unet
+from isocost.study import ModelSpec, TrainSpec
+from isocost.train.forecast import RandomTask
+from isocost.train.loop import Trainer, backward, make_accelerator, train
+from isocost.train.memory import training_memory
+from isocost.train.parallel import this_part
+from isocost.train.tasks import Batch, TextToImage
+
+MODEL = ModelSpec(width=8, latent_channels=4, latent_side=8, context_width=384)
+
+
+class Noted(TextToImage):
+    """Writes down which images each process was shown."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.seen: list[int] = []
+
+    def batch(self, images_seen: int, rows: range, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
+        self.seen += [images_seen + row for row in rows]
+        return super().batch(images_seen, rows, device, dtype)
+
+
+def network_of(spec: TrainSpec, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(spec.seed)
+    return build_unet(MODEL).to(dtype)
+
+
+def resident(peak: bool = False) -> int:
+    """Bytes of memory of this process, now or at most since `clear_refs`."""
+    key = "VmHWM:" if peak else "VmRSS:"
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return 1024 * int(line.split()[1])
+
+
+def measure_memory(spec: TrainSpec, model: ModelSpec, folder: Path, rank: int) -> None:
+    """Two steps of a network of random numbers; writes what was forecast and what the steps took at most.
+
+    A small network comes first: it loads what PyTorch loads once in a process.
+    """
+    accelerator = make_accelerator(spec, folder, "test")
+    small = ModelSpec(width=8, latent_side=8)
+    first = Trainer(spec, RandomTask(small, 77), build_unet(small), folder, accelerator)
+    first.step(first.batch(0), 0)
+    del first
+    before = resident()
+    torch.manual_seed(0)
+    network = build_unet(model, "cpu" if rank == 0 else "meta")
+    trainer = Trainer(spec, RandomTask(model, 77), network, folder, accelerator)
+    losses = [float(trainer.step(trainer.batch(0), 0))]
+    Path("/proc/self/clear_refs").write_text("5")
+    losses.append(float(trainer.step(trainer.batch(0), spec.batch_size)))
+    measured = resident(peak=True) - before
+    forecast = training_memory(model, spec, trainer.microbatch, 77, accelerator.num_processes)
+    about = {"measured": measured, "forecast": forecast.total, "state": forecast.state, "losses": losses}
+    shards = sum(piece.data.numel() for piece in trainer.parallel.pieces())
+    about |= {"held": shards, "parameters": sum(p.numel() for p in network.parameters())}
+    (folder / f"memory-{rank}.json").write_text(json.dumps(about))
+
+
+def run_job(job: dict[str, Any]) -> None:
+    """Train as the job says; its folder then holds the published weights, and each process's images."""
+    spec, folder = TrainSpec.model_validate(job["spec"]), Path(job["folder"])
+    dtype = torch.float64 if job.get("double") else torch.float32
+    rank = this_part().rank
+
+    def publish(network: nn.Module, weights: Iterable[tuple[str, Tensor]], mark: int) -> None:
+        save_file({name: tensor.clone().contiguous() for name, tensor in weights}, folder / f"weights-{mark}.safetensors")
+
+    if "memory" in job:
+        model = ModelSpec.model_validate(job["memory"])
+        measure_memory(spec, model, folder, rank)
+        return
+    task = Noted(spec, LatentCache(job["cache"]), Schedule.scaled_linear())
+    if job.get("gradients"):
+        trainer = Trainer(spec, task, network_of(spec, dtype), folder, make_accelerator(spec, folder, "test"))
+        loss = backward(trainer.parallel, task, trainer.batch(0), trainer.microbatch, spec.precision)
+        grads = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in trainer.parallel.network.parameters()]
+        names = [name for name, _ in trainer.parallel.network.named_parameters()]
+        whole = dict(zip(names, [grad.clone().contiguous() for grad in trainer.parallel.gather(grads)], strict=True))
+        whole["loss"] = trainer.accelerator.reduce(loss, "mean").reshape(1)
+        if rank == 0:
+            save_file(whole, folder / "gradients.safetensors")
+        return
+    marks = tuple(job.get("marks", (spec.num_images,)))
+    train(spec, task, network_of(spec, dtype), folder, publish, title="test", marks=marks)
+    (folder / f"seen-{rank}-{spec.num_images}.json").write_text(json.dumps(task.seen))
+
+
+def main() -> None:
+    """Run every job of the file."""
+    torch.set_num_threads(1)
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        run_job(job)
+        this_part().wait()
+
+
+if __name__ == "__main__":
+    main()
