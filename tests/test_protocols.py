@@ -158,6 +158,9 @@ def test_pairs_are_scored_by_id(super_resolution: tuple[str, Path, Path], tmp_pa
     (pictures / "0.png").unlink()
     with pytest.raises(RequestError, match="have no original in the reference; the first is 99"):
         score_folder(pictures, out, name)
+    save(out / "pictures", real[:1], ["again/00001"])
+    with pytest.raises(RequestError, match="id 1 came twice in the reference"):
+        score_folder(pictures, out, name)
     (originals / "0803.png").unlink()
     with pytest.raises(RequestError, match="3 pictures; this protocol takes 4"):
         make_reference(originals, tmp_path / "other", name)

@@ -38,22 +38,25 @@ def pair_scores(
     """Mean PSNR (dB, over RGB), SSIM and LPIPS (AlexNet) of pictures and the originals of the same id, with intervals.
 
     Raises:
-        RequestError: a picture has no original, or another size than it.
+        RequestError: a picture has no original, two, or one of another size, or equals it, so that PSNR has no end.
     """
     place_of = {key: place for place, key in enumerate(sorted(pictures, key=lambda key: (len(key), key)))}
     blocks = Blocks({name: _pair_function(name, lpips_weights) for name in names})
+    seen: set[str] = set()
     for original in originals:
         if original.key not in place_of:
             continue
+        if original.key in seen:
+            raise RequestError(f"{original.name}: id {original.key} came twice in the reference")
+        seen.add(original.key)
         made = pictures[original.key]()
         if made.pixels.shape != original.pixels.shape:
             raise RequestError(
                 f"{made.name}: {list(made.pixels.shape[1:])} pixels, its original {list(original.pixels.shape[1:])}"
             )
         blocks.add(place_of[original.key], torch.cat([made.pixels, original.pixels]))
-    found, values = blocks.results()
-    missing = set(place_of.values()).difference(found)
-    absent = [key for key, place in place_of.items() if place in missing]
+    _, values = blocks.results()
+    absent = [key for key in place_of if key not in seen]
     if absent:
         raise RequestError(f"{len(absent)} pictures have no original in the reference; the first is {absent[0]}")
     equal = int(values["psnr"].isinf().sum()) if "psnr" in values else 0
