@@ -118,3 +118,17 @@ STUDIES = sorted((Path(__file__).resolve().parents[1] / "studies").glob("*.yaml"
 def test_every_study_of_the_project_is_valid_and_says_what_it_costs(file: Path) -> None:
     assert load_study(file).name == file.stem
     assert "# Cost:" in file.read_text()
+
+
+def test_the_paper_study_is_the_papers_recipe_and_has_a_tiny_form() -> None:
+    file = next(file for file in STUDIES if file.name == "paper.yaml")
+    paper, tiny = load_study(file), load_study(file, {"scale": "tiny"})
+    assert paper.family.widths == (64, 96, 128, 160, 192, 224, 256, 288, 320, 512, 768)
+    assert (paper.train.num_images, paper.train.batch_size, paper.train.lr) == (500_000 * 2048, 2048, 1e-4)
+    assert paper.sweep.num_steps == (4, 6, 8, 10, 20, 50)
+    assert {1.5, 2, 3, 4, 5, 6, 7, 8} <= set(paper.sweep.guidance)
+    assert (paper.sweep.marks_num_steps, paper.sweep.marks_guidance, paper.sweep.samplers[0].name) == (50, 7.5, "ddim")
+    assert [len(paper.train.all_marks(gflop)) for gflop in (53.0, 4195.1)] == [6, 13]
+    assert tiny.family.widths == (8, 16, 24)
+    assert tiny.train.num_images == 256
+    assert tiny.train.prediction == paper.train.prediction

@@ -77,8 +77,11 @@ def measure_memory(spec: TrainSpec, model: ModelSpec, folder: Path, rank: int) -
     (folder / f"memory-{rank}.json").write_text(json.dumps(about))
 
 
-def run_job(job: dict[str, Any]) -> None:
-    """Train as the job says; its folder then holds the published weights, and each process's images."""
+def run_job(job: dict[str, Any]) -> list[float] | None:
+    """Train as the job says; its folder then holds the published weights, and each process's images.
+
+    Where the job asks for `losses`, nothing is kept and the losses of so many steps come back.
+    """
     spec, folder = TrainSpec.model_validate(job["spec"]), Path(job["folder"])
     dtype = torch.float64 if job.get("double") else torch.float32
     rank = this_part().rank
@@ -89,8 +92,12 @@ def run_job(job: dict[str, Any]) -> None:
     if "memory" in job:
         model = ModelSpec.model_validate(job["memory"])
         measure_memory(spec, model, folder, rank)
-        return
+        return None
     task = Noted(spec, LatentCache(job["cache"]), Schedule.scaled_linear())
+    if "losses" in job:
+        trainer = Trainer(spec, task, network_of(spec, dtype), folder, make_accelerator(spec, folder, "test"))
+        seen = range(0, job["losses"] * spec.batch_size, spec.batch_size)
+        return [float(trainer.step(trainer.batch(images), images)) for images in seen]
     if job.get("gradients"):
         trainer = Trainer(spec, task, network_of(spec, dtype), folder, make_accelerator(spec, folder, "test"))
         loss = backward(trainer.parallel, task, trainer.batch(0), trainer.microbatch, spec.precision)
@@ -100,10 +107,11 @@ def run_job(job: dict[str, Any]) -> None:
         whole["loss"] = trainer.accelerator.reduce(loss, "mean").reshape(1)
         if rank == 0:
             save_file(whole, folder / "gradients.safetensors")
-        return
+        return None
     marks = tuple(job.get("marks", (spec.num_images,)))
     train(spec, task, network_of(spec, dtype), folder, publish, title="test", marks=marks)
     (folder / f"seen-{rank}-{spec.num_images}.json").write_text(json.dumps(task.seen))
+    return None
 
 
 def main() -> None:

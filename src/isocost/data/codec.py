@@ -184,6 +184,7 @@ class TextCodec:
             raise RequestError(f"{path}: no text encoder loads from there: {' '.join(str(error).split())[:200]}") from error
         self.network = network.to(device).eval().requires_grad_(False)
         self.max_tokens = spec.max_tokens
+        config = getattr(config, "text_config", config)
         self.uses_mask = config.model_type != "clip_text_model"
         self.context_width = int(getattr(config, "hidden_size", 0) or config.d_model)
 

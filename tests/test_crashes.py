@@ -1,0 +1,116 @@
+"""kill -9 at any moment, a full disk, a damaged shard: a training goes on from what is whole, or stops with one line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from isocost.data.cache import LatentCache, load_pictures, write_cache, write_index
+from isocost.data.codec import LinearCodec, TextCodec
+from isocost.data.shards import Place
+from isocost.errors import WorkError
+from isocost.study import ScenesSource, TextSpec
+from isocost.train import state
+from isocost.train.state import newest_state
+from train_worker import run_job
+
+WORKER = Path(__file__).with_name("kill_worker.py")
+SPEC = {"num_images": 160, "batch_size": 16, "microbatch": 16, "lr": 1e-3, "state_every_images": 16, "ema_half_life_images": 64}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
+    """Latents are means of patches: no eigenvector's sign, which is the processor's to choose."""
+    place = Place(tmp_path_factory.mktemp("cache"))
+    pictures = load_pictures(ScenesSource(kind="scenes", num_pictures=48), 32, 0)
+    text = TextCodec(TextSpec(max_tokens=8))
+    basis = torch.zeros(4, 48)
+    for channel in range(3):
+        basis[channel, 16 * channel : 16 * channel + 16] = 0.25
+    basis[3, :16] = torch.tensor([0.25, -0.25]).repeat_interleave(8)
+    codec = LinearCodec(torch.zeros(48), basis, torch.full((4,), 2.0), 4)
+    write_index(place, write_cache(place, pictures.read, codec, text))
+    return LatentCache(place)
+
+
+@pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_training_killed_at_random_moments_ends_with_the_same_bits(
+    num_kills: int, cache: LatentCache, tmp_path: Path
+) -> None:
+    job = {"spec": SPEC, "cache": cache.place.url}
+    (tmp_path / "whole").mkdir()
+    started = time.monotonic()
+    run_job({**job, "folder": str(tmp_path / "whole")})
+    seconds = time.monotonic() - started
+    (tmp_path / "job.json").write_text(json.dumps({**job, "folder": str(tmp_path / "killed")}))
+    command = [sys.executable, str(WORKER), str(tmp_path / "job.json"), str(num_kills), str(seconds), "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    whole = tmp_path / "whole"
+    rounds = sorted((tmp_path / "killed").glob("round-*"))
+    assert len(rounds) == int(done.stdout.splitlines()[-1])
+    for folder in rounds:
+        for name in ("weights-160.safetensors", "state-000000000160/part-00000.safetensors"):
+            expected, found = load_file(whole / name), load_file(folder / name)
+            assert expected.keys() == found.keys()
+            assert all(torch.equal(expected[key], found[key]) for key in expected), (folder.name, name)
+        assert (folder / "loss.jsonl").read_text().splitlines()[-1] == (whole / "loss.jsonl").read_text().splitlines()[-1]
+        assert not list(folder.glob(".state-*"))
+
+
+def test_a_full_disk_stops_with_one_line_and_keeps_the_last_state(
+    cache: LatentCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = {"spec": {**SPEC, "num_images": 32}, "cache": cache.place.url, "folder": str(tmp_path)}
+    run_job(job)
+    kept = load_file(tmp_path / "state-000000000032" / "part-00000.safetensors")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "write_streamed", full)
+        with pytest.raises(WorkError, match=r"No space left on device.*the last whole one stays") as caught:
+            run_job({**job, "spec": SPEC})
+    assert "\n" not in str(caught.value)
+    assert newest_state(tmp_path) == 32
+    again = load_file(tmp_path / "state-000000000032" / "part-00000.safetensors")
+    assert all(torch.equal(kept[key], again[key]) for key in kept)
+    run_job({**job, "spec": SPEC})
+    assert newest_state(tmp_path) == 160
+
+
+def test_a_truncated_shard_is_named_before_the_first_step(cache: LatentCache, tmp_path: Path) -> None:
+    shard = Path(cache.place.url) / "latents-00000.safetensors"
+    whole = shard.read_bytes()
+    try:
+        shard.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(WorkError, match=r"latents-00000\.safetensors: the shard holds .* bytes, its index says") as caught:
+            run_job({"spec": SPEC, "cache": cache.place.url, "folder": str(tmp_path)})
+        assert "\n" not in str(caught.value)
+        assert newest_state(tmp_path) == 0
+    finally:
+        shard.write_bytes(whole)
+
+
+RECORDED = (
+    *(1.0609658, 1.0499010, 1.0100110, 0.9841189, 0.9469309),
+    *(0.9121602, 0.9519037, 0.9140819, 0.9289687, 0.8898917),
+)
+"""Losses of ten steps, recorded on 2026-11-25 in fp32; in float64 they differ by 1.1e-7 of their size at most."""
+
+
+def test_ten_losses_are_those_that_were_recorded(cache: LatentCache, tmp_path: Path) -> None:
+    """A change that is not to the computation leaves them as they are; the tolerance leaves room for other processors."""
+    losses = run_job({"spec": {**SPEC, "seed": 5}, "cache": cache.place.url, "folder": str(tmp_path), "losses": 10})
+    assert losses == pytest.approx(RECORDED, rel=1e-4)
