@@ -1,6 +1,6 @@
 """Pictures a second: diffusers' pipeline in a loop against the engine, prompts to pictures, the same network and steps.
 
-    python benchmarks/sampling.py [--quick] [--json] [--compile]
+    python benchmarks/sampling.py [--quick] [--json] [--compile] [--mixed]
 
 Three ways, in turns within one process: (a) StableDiffusionPipeline prompt by prompt, (b) the same 16 prompts at a time, both
 eager as diffusers' documentation shows them, (c) the engine at steady state, captions encoded once before as in a sweep.
@@ -215,6 +215,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--quick", action="store_true", help="one width, two turns, under a minute")
     options.add_argument("--json", action="store_true", help="the JSON line alone")
+    options.add_argument("--mixed", action="store_true", help="the last part alone: a mixed grid against a uniform stream")
     options.add_argument("--compile", action="store_true", help="the compiled engine as well: minutes of compiling")
     asked = options.parse_args()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
@@ -223,8 +224,8 @@ def main() -> None:
         if not asked.json:
             print(line, file=sys.stderr, flush=True)
 
-    rows = []
-    for width in WIDTHS[:1] if asked.quick else WIDTHS:
+    rows: list[dict[str, Any]] = []
+    for width in () if asked.mixed else WIDTHS[:1] if asked.quick else WIDTHS:
         rows += measure(width, 2 if asked.quick else 5, asked.quick, asked.compile, told)
     rows.append(mixed_against_uniform(WIDTHS[0], 3 if asked.quick else 8, 2.0 if asked.quick else 5.0, told))
     values = {one["what"]: one["value"] for one in rows}

@@ -90,7 +90,7 @@ def refused(outcome: Outcome, *said: str) -> None:
         ("data.reference.num_pictures=20", "a distance takes at least 32"),
         ("protocol.num_pictures=500", "protocol.num_pictures=500 exceeds the 64 captions"),
         ("protocol.colour=red", "protocol.colour: unknown key; allowed here: num_pictures"),
-        ("report.metric=fid", "no metric is called 'fid'"),
+        ("report.metric=beauty", "no metric is called 'beauty'"),
         ("sweep", "give KEY=VALUE"),
     ],
 )

@@ -17,8 +17,8 @@ from isocost.metrics.distances import (
     frechet_influence,
     kernel_distance,
     polynomial_kernel,
-    psnr,
 )
+from isocost.metrics.likeness import psnr
 
 
 def mixing(width: int) -> np.ndarray:

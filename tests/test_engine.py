@@ -451,3 +451,30 @@ def test_wrong_requests_are_refused(make_engine, unet, states):
     pure = build_table(SamplerSpec(), 2, Schedule.scaled_linear(zero_terminal_snr=True))
     with pytest.raises(RequestError, match="v_prediction"):
         list(make_engine(4, prediction="epsilon").run([Row(0, 0, pure, 1.0)]))
+
+
+@pytest.mark.slow
+def test_compiled_once_for_every_sampler_step_count_and_guidance(states):
+    from torch._dynamo.utils import counters
+
+    rows = mixed_rows()
+    made = {}
+    for compiled in (False, True):
+        counters.clear()
+        prepared = SamplingNetwork(small_unet(), compiled=compiled)
+        engine = Engine(
+            prepared.denoise(),
+            "v_prediction",
+            lambda i, p=prepared: p.project(states[i]),
+            prepared.project(states[-1:])[0],
+            SHAPE,
+            8,
+        )
+        list(engine.run([Row(0, 0, table(SAMPLERS[0], 2), 2.0)]))
+        graphs = counters["stats"]["unique_graphs"]
+        made[compiled] = by_picture(engine.run(rows))
+        assert counters["stats"]["unique_graphs"] == graphs
+        assert (graphs > 0) is compiled
+    for picture_id, done in made[True].items():
+        full = made[False][picture_id].latent
+        assert float((done.latent - full).norm() / full.norm()) < 1e-4

@@ -71,6 +71,16 @@ def test_samples_depend_on_seed_and_number_only(checkpoint: Path) -> None:
     assert among.sheet().size == (64, 64)
 
 
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(checkpoint: Path) -> None:
+    empty = sample(checkpoint, ["a ring"], num_steps=3, num_pictures=2, guidance=3.0)
+    same = sample(checkpoint, ["a ring"], num_steps=3, num_pictures=2, guidance=3.0, negative="a ring")
+    conditional = sample(checkpoint, ["a ring"], num_steps=3, num_pictures=2, guidance=1.0)
+    assert np.abs(same.pictures.astype(int) - conditional.pictures.astype(int)).max() <= 1
+    assert np.abs(same.pictures.astype(int) - empty.pictures.astype(int)).max() > 1
+    with pytest.raises(RequestError, match="does nothing without guidance"):
+        sample(checkpoint, ["a ring"], guidance=1.0, negative="a star")
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [({"num_steps": 0}, "at least one step"), ({"guidance": -1.0}, "not negative"), ({"num_pictures": 0}, "at least 1")],

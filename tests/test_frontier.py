@@ -198,8 +198,8 @@ def test_two_points_of_one_configuration_are_refused() -> None:
 
 def test_unknown_names_and_missing_numbers_are_one_clear_line() -> None:
     table = planted_table()
-    with pytest.raises(RequestError, match="no metric is called 'fid'"):
-        best_guidance(table, "fid")
+    with pytest.raises(RequestError, match="no metric is called 'beauty'"):
+        best_guidance(table, "beauty")
     with pytest.raises(RequestError, match="no cost is called 'steps'"):
         pareto(table, "steps", KERNEL)
     with pytest.raises(RequestError, match="no point carries a measured ms_per_picture"):

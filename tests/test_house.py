@@ -22,6 +22,7 @@ FLOORS = (
     {"diffusion"},
     {"data"},
     {"models", "metrics"},
+    {"study_file"},
     {"study"},
     {"spec"},
     {"store", "progress"},

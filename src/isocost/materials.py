@@ -10,6 +10,9 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from isocost.data import cache as caching
 from isocost.data.cache import LatentCache, Part, PictureSet, count, forecast_bytes, load_pictures, write_cache, write_index
 from isocost.data.codec import Codec, LinearCodec, TextCodec, load_codec
@@ -17,15 +20,17 @@ from isocost.data.shards import Place
 from isocost.data.sources import num_classes, read_source, source_fingerprint
 from isocost.diffusion.generate import CaptionStates
 from isocost.errors import RequestError
-from isocost.metrics.features import Extractor, load_lpips
+from isocost.metrics.features import Extractor
+from isocost.metrics.lpips import load_lpips
 from isocost.metrics.probe import Probe
 from isocost.progress import Report, progress_bar, say
 from isocost.provenance import provenance
 from isocost.score import reference as referencing
 from isocost.score.codec import codec_quality, round_trip
+from isocost.score.kept import Measured
 from isocost.score.protocol import Protocol, make_protocol
 from isocost.score.reference import Reference, captions_to_draw, classes_of, read_features, train_probe, write_features
-from isocost.score.score import Measured, score
+from isocost.score.score import score
 from isocost.spec import digest
 from isocost.store import Store, free_disk
 from isocost.study import LEAST_PICTURES, LinearCodecSpec, PretrainedCodecSpec, SourceSpec, StudySpec
@@ -192,8 +197,13 @@ class Materials:
     # --- reference ---
 
     @cached_property
+    def extractors(self) -> dict[str, Extractor]:
+        return referencing.make_extractors(self.study.protocol)
+
+    @property
     def extractor(self) -> Extractor:
-        return referencing.make_extractor(self.study.protocol.feature_side)
+        """The first of the protocol's extractors, by which a codec is judged."""
+        return next(iter(self.extractors.values()))
 
     @cached_property
     def protocol(self) -> Protocol:
@@ -212,7 +222,7 @@ class Materials:
         return make_protocol(
             spec,
             resolution=self.study.data.resolution,
-            extractor=self.extractor.id,
+            extractor=[extractor.id for extractor in self.extractors.values()],
             reference=held_out.fingerprint(),
             num_reference=num_reference,
             captions=captions,
@@ -225,16 +235,21 @@ class Materials:
         protocol, held_out = self.protocol, self.pictures("reference")
         captions, labels = captions_to_draw(held_out, protocol.num_pictures)
         compared = held_out.pictures[: protocol.num_reference]
-        stage = {"stage": "features", "version": referencing.VERSION, "extractor": self.extractor.id, "num": len(compared)}
+        features = {name: self._features(extractor, compared) for name, extractor in self.extractors.items()}
+        kept = self.study.protocol.kept
+        if self.study.protocol.alignment == "none":
+            return Reference(protocol, self.extractors, features, captions, kept=kept)
+        return Reference(protocol, self.extractors, features, captions, labels, self._probe(), kept=kept)
+
+    def _features(self, extractor: Extractor, compared: Tensor) -> np.ndarray:
+        """Features of the reference pictures, float32 [M, D], made once for each extractor."""
+        stage = {"stage": "features", "version": referencing.VERSION, "extractor": extractor.id, "num": len(compared)}
         name = digest(stage, self.source_key("reference"))
         if not self.store.has("features", name):
-            say(f"features of {len(compared)} reference pictures")
-            with self.store.create("features", name, {"extractor": self.extractor.id, "num_pictures": len(compared)}) as folder:
-                write_features(folder, self.extractor, compared)
-        features = read_features(self.store.folder("features", name))
-        if self.study.protocol.alignment == "none":
-            return Reference(protocol, self.extractor, features, captions, None, None)
-        return Reference(protocol, self.extractor, features, captions, labels, self._probe())
+            say(f"features of {len(compared)} reference pictures: {extractor.id.partition(':')[0]}")
+            with self.store.create("features", name, {"extractor": extractor.id, "num_pictures": len(compared)}) as folder:
+                write_features(folder, extractor, compared)
+        return read_features(self.store.folder("features", name))
 
     @property
     def _probe_digest(self) -> str:
@@ -256,8 +271,8 @@ class Materials:
     def floors(self) -> dict[str, dict[str, float]]:
         """Scores of real pictures after the codec (`decoded`) and before it (`real`): what no model is expected to pass.
 
-        Distances take the first training pictures against the reference; alignment takes the reference pictures with their
-        own labels, so `real` is the probe's accuracy.
+        Distances take the first training pictures against the reference; alignment and caption scores take the reference
+        pictures with their own labels and captions, so alignment's `real` is the probe's accuracy.
         """
         spec, reference = self.study.protocol, self.reference
         stage = {"stage": "floor", "version": FLOOR_VERSION, "codec": self.codec_digest, "protocol": reference.protocol.id}
@@ -268,14 +283,19 @@ class Materials:
                     training, held_out = (self.pictures(part).pictures[: spec.num_pictures] for part in ("train", "reference"))
                     if title == "decoded":
                         training, held_out = round_trip(self.codec, training), round_trip(self.codec, held_out)
-                    features = self.extractor(training).cpu().numpy()
                     aligned = None
                     if reference.probe is not None and reference.labels is not None:
                         aligned = reference.probe.alignment(held_out, reference.labels)
-                    scores = score(Measured(features, aligned), reference, spec.distances)
+                    of_sets = tuple(distance for distance in spec.distances if distance != "caption")
+                    scores = score(Measured(self._taken(training), aligned), reference, of_sets)
+                    if "caption" in spec.distances:
+                        scores.update(score(Measured(self._taken(held_out)), reference, ("caption",)))
                     manifest[title] = {metric: interval.value for metric, interval in scores.items()}
         manifest = self.store.manifest("floor", name)
         return {title: manifest[title] for title in ("decoded", "real")}
+
+    def _taken(self, pictures: Tensor) -> dict[str, np.ndarray]:
+        return {name: extractor(pictures).cpu().numpy() for name, extractor in self.extractors.items()}
 
     @cached_property
     def caption_states(self) -> CaptionStates:

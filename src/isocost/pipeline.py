@@ -24,7 +24,8 @@ from isocost.progress import progress_bar, say
 from isocost.score.protocol import Protocol
 from isocost.spec import digest, parse_spec
 from isocost.store import Store, free_disk, write_atomically
-from isocost.study import ModelSpec, StudySpec, dump_study
+from isocost.study import ModelSpec, StudySpec
+from isocost.study_file import dump_study
 from isocost.sweep.ledger import Ledger
 from isocost.sweep.points import Point, grid_points, mark_point
 from isocost.sweep.workers import Worker

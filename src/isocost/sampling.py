@@ -16,12 +16,11 @@ from PIL import Image
 
 from isocost.data.codec import TextCodec, load_codec
 from isocost.diffusion.generate import CaptionStates, generate, make_engine, schedule_of
-from isocost.diffusion.network import Precision
 from isocost.diffusion.rows import Row, num_passes
 from isocost.diffusion.samplers import build_table
 from isocost.errors import RequestError
 from isocost.models.checkpoint import load_checkpoint
-from isocost.study import DEFAULT_BUCKET_SIZE, SamplerSpec
+from isocost.study import DEFAULT_BUCKET_SIZE, Precision, SamplerSpec
 
 
 @dataclass(frozen=True)

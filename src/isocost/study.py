@@ -1,16 +1,12 @@
-"""The vocabulary of the whole: the specs of every stage, and a study's YAML in and out."""
+"""The vocabulary of the whole: the specs of every stage (`study_file.py` reads and writes them)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
-from isocost.errors import RequestError
-from isocost.spec import Spec, parse_spec
+from isocost.spec import Spec
 
 SAMPLER_NAMES = (
     *("ddim", "ddpm", "euler", "euler-ancestral", "heun"),
@@ -24,7 +20,30 @@ LEAST_PICTURES = 32
 
 SamplerName = Literal["ddim", "ddpm", "euler", "euler-ancestral", "heun", "dpmsolver++2m", "sde-dpmsolver++2m", "unipc", "lcm"]
 SpacingName = Literal["leading", "trailing", "linspace", "karras"]
+Precision = Literal["fp32", "bf16"]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+FeatureName = Literal[
+    "efficientnet-lite0",
+    "inception",
+    "clip-vit-b-32",
+    "clip-vit-l-14",
+    "clip-vit-l-14-336",
+    "dinov2-vit-b-14",
+    "dinov2-vit-l-14",
+    "dino-vit-s-16",
+    "pickscore",
+    "hpsv2",
+]
+DistanceName = Literal[
+    "kernel",
+    "frechet",
+    "frechet_infinity",
+    "precision_recall",
+    "density_coverage",
+    "inception_score",
+    "cmmd",
+    "caption",
+]
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -214,7 +233,7 @@ class TrainSpec(Spec):
     min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting of the loss, arXiv 2303.09556; 5 is usual")
     ema_half_life_images: int | tuple[int, ...] = Field(10_000, description="one or several, all kept; the first is published")
     publish_ema: int | None = Field(None, description="which of ema_half_life_images checkpoints hold; the first where absent")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     sharding: Literal["none", "fsdp"] = Field(
         "none", description="fsdp: weights, gradients, moments and EMA are shared out over the processes (FSDP2)"
     )
@@ -303,7 +322,7 @@ class PointSpec(Spec):
     guidance: float = Field(ge=0)
     num_pictures: int = Field(ge=1)
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     compiled: bool = False
     bucket_size: int = Field(DEFAULT_BUCKET_SIZE, ge=1)
 
@@ -318,12 +337,30 @@ class ProtocolSpec(Spec):
 
     num_pictures: int = Field(1000, ge=LEAST_PICTURES)
     num_reference: int | None = Field(None, ge=LEAST_PICTURES, description="reference pictures used; all where absent")
-    features: Literal["efficientnet-lite0"] = "efficientnet-lite0"
-    feature_side: int = Field(64, ge=32, description="pictures are resized to this side for the features, pixels")
+    features: tuple[FeatureName, ...] = Field(
+        ("efficientnet-lite0",), min_length=1, description="one extractor or several, in one pass over the pictures"
+    )
+    weights: dict[FeatureName, str] = Field(
+        default_factory=dict, description="where an extractor's weights lie: PATH, URL or hub:NAME@REVISION, #sha256=HEX behind"
+    )
+    feature_side: int = Field(64, ge=32, description="side that EfficientNet-lite0 sees, pixels; the others have their own")
+    kept: Literal["fp32", "fp16"] = Field("fp32", description="precision in which a point keeps its features, and is scored")
     alignment: Literal["scenes", "class", "none"] = "none"
-    distances: tuple[Literal["kernel", "frechet"], ...] = ("kernel",)
+    distances: tuple[DistanceName, ...] = ("kernel",)
     num_bootstrap: int = Field(200, ge=20)
     seed: int = 0
+
+    @field_validator("features", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("features")
+    @classmethod
+    def _each_once(cls, names: tuple[FeatureName, ...]) -> tuple[FeatureName, ...]:
+        if len(set(names)) != len(names):
+            raise ValueError("each extractor once")
+        return names
 
 
 class SweepSpec(Spec):
@@ -333,7 +370,7 @@ class SweepSpec(Spec):
     num_steps: tuple[Annotated[int, Field(ge=1, le=NUM_TRAIN_TIMESTEPS)], ...]
     guidance: tuple[Annotated[float, Field(ge=0)], ...]
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     compiled: bool = Field(False, description="compile the network: minutes once a machine, then faster calls")
     bucket_size: int = Field(
         DEFAULT_BUCKET_SIZE, ge=1, description="passes of a network call; on a CPU each core makes its own"
@@ -377,57 +414,5 @@ class StudySpec(Spec):
             "codec": plain["codec"],
             "text": plain["text"],
             "train": self.train.fixed(),
-            "protocol": {k: v for k, v in plain["protocol"].items() if k != "distances"},
+            "protocol": {k: v for k, v in plain["protocol"].items() if k not in {"distances", "weights"}},
         }
-
-
-# --- YAML -------------------------------------------------------------------------------------------------------------
-
-
-def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> StudySpec:
-    """Read a study from YAML; `overrides` maps dotted keys to values ("train.num_images": 5000).
-
-    A file may hold smaller forms of itself, `scales: {tiny: {train.num_images: 400, ...}}`; the key `scale` chooses one.
-
-    Raises:
-        RequestError: the file is missing, is not YAML, or a key or value is wrong; one line names file, key and remedy.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise RequestError(f"{file}: no such study file; `isocost demo` runs the one that is built in")
-    try:
-        plain = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RequestError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(plain, dict):
-        raise RequestError(f"{file}: a study is a mapping of keys (name, data, codec, family, train, sweep, ...)")
-    given = dict(overrides or {})
-    scales, scale = plain.pop("scales", {}), given.pop("scale", plain.pop("scale", None))
-    for key, value in {**_scaled(scales, scale, file), **given}.items():
-        _set_dotted(plain, key, value, file)
-    return parse_spec(StudySpec, plain, str(file))
-
-
-def dump_study(study: StudySpec) -> str:
-    """YAML text with every field resolved, stable under load and dump."""
-    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-
-
-def _scaled(scales: Any, scale: Any, file: Path) -> dict[str, Any]:
-    """The dotted keys that `scale` sets, out of the file's block `scales: {NAME: {KEY: VALUE, ...}}`."""
-    if scale is None:
-        return {}
-    if not isinstance(scales, dict) or not isinstance(scales.get(scale), dict):
-        known = ", ".join(map(str, scales)) if isinstance(scales, dict) and scales else "the file has no `scales:` block"
-        raise RequestError(f"{file}: scale = {scale!r}: known here: {known}")
-    return dict(scales[scale])
-
-
-def _set_dotted(plain: dict[str, Any], key: str, value: Any, file: Path) -> None:
-    *parents, last = key.split(".")
-    node: Any = plain
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise RequestError(f"{file}: --set {key}: '{parent}' is not a mapping")
-    node[last] = value

@@ -9,6 +9,7 @@ Only final points compete; the earlier training marks belong to the curve over t
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import pandas as pd
 
 from isocost.errors import RequestError
 from isocost.metrics.names import metric_of
+from isocost.score.protocol import difference
 
 COMPARABLE_BY = ("protocol", "num_pictures", "seed")
 CONFIGURATION = ("size", "sampler", "num_steps", "guidance")
@@ -130,8 +132,21 @@ def scored(table: pd.DataFrame, metric: str) -> pd.DataFrame:
         counts = rows[column].value_counts().sort_index()
         if len(counts) > 1:
             found = ", ".join(f"{value} ({count} points)" for value, count in counts.items())
-            raise RequestError(f"points that differ in {column} cannot be compared: {found}; keep the rows of one {column}")
+            told = _told_apart(rows) if column == "protocol" else ""
+            raise RequestError(
+                f"points that differ in {column} cannot be compared: {found}{told}; keep the rows of one {column}"
+            )
     return rows
+
+
+def _told_apart(rows: pd.DataFrame) -> str:
+    """What differs between the first two protocols of the rows, in words, where the table holds their parts."""
+    if "protocol_parts" not in rows.columns:
+        return ""
+    parts = rows.dropna(subset=["protocol_parts"]).drop_duplicates("protocol").sort_values("protocol")["protocol_parts"]
+    if len(parts) < 2:
+        return ""
+    return f"; they differ in {difference(*(json.loads(one) for one in parts.iloc[:2]))}"
 
 
 def finals(table: pd.DataFrame, metric: str, cost: str | None = None) -> pd.DataFrame:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from isocost.data.cache import NULL_CAPTION
 from isocost.data.codec import Codec, TextCodec
 from isocost.diffusion.engine import Engine
-from isocost.diffusion.network import Precision, SamplingNetwork
+from isocost.diffusion.network import SamplingNetwork
 from isocost.diffusion.noise import Schedule
 from isocost.diffusion.rows import FinishedRow, Row
 from isocost.models.checkpoint import CheckpointInfo
+from isocost.study import Precision
 
 ENCODE_BATCH = 256
 DECODE_BATCH = 32

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from isocost.diffusion.engine import Denoise
 from isocost.progress import say
+from isocost.study import Precision
 
-Precision = Literal["fp32", "bf16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -1,17 +1,23 @@
-"""Distances between sets of features and between pictures: pure functions, float64.
+"""Distances between sets of features: pure functions in float64, on NumPy arrays or on tensors of any device.
 
 Legend: N, M pictures of the two sets, D features of a picture, r the rank of a covariance.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 Array = NDArray[np.float64]
+Features = ArrayLike | Tensor
+"""[N, D]; a tensor is worked on where it lies, anything else by NumPy. What comes back is a float or NumPy."""
 
 _BLOCK_ROWS = 1024
 
@@ -23,42 +29,86 @@ _BLOCK_ROWS = 1024
 class Moments:
     """Mean [D] and covariance [D, D] (divided by N - 1) of features: all that the Frechet distance sees of a set."""
 
-    mean: Array
-    covariance: Array
+    mean: Any
+    covariance: Any
 
     @classmethod
-    def of(cls, features: ArrayLike) -> Moments:
+    def of(cls, features: Features) -> Moments:
         """Moments of features [N, D], N at least 2."""
         matrix = _matrix(features)
         mean = matrix.mean(0)
         centred = matrix - mean
-        return cls(mean, centred.T @ centred / (len(matrix) - 1))
+        moments = cls(mean, centred.T @ centred / (len(matrix) - 1))
+        if len(matrix) <= matrix.shape[1]:
+            # Fewer pictures than features: the pictures themselves are the root, and no decomposition is needed.
+            moments.__dict__["root"] = centred / (len(matrix) - 1) ** 0.5
+        return moments
 
     @cached_property
-    def root(self) -> Array:
-        """R [r, D] with R'R = covariance; directions without variance are left out. Computed once, then kept."""
-        variances, directions = _positive_eigh(self.covariance)
-        return (directions * np.sqrt(variances)).T
+    def root(self) -> Any:
+        """R [r, D] with R'R = covariance, by Cholesky, or by eigenvectors where it is singular. Computed once, then kept."""
+        space = _space(self.covariance)
+        try:
+            return space.linalg.cholesky(self.covariance).T
+        except (np.linalg.LinAlgError, torch.linalg.LinAlgError):
+            variances, directions = _positive_eigh(self.covariance)
+            return (directions * space.sqrt(variances)).T
 
 
-def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
+def frechet_distance(a: Features, b: Features) -> float:
     """Squared Frechet distance of Gaussians fitted to features [N, D] and [M, D] (arXiv 1706.08500, eq. 6).
 
     Biased: at N pictures the value lies above the value at infinity by about c/N (arXiv 1911.07023), so compare at equal
-    N only. Sets smaller than D are allowed.
+    N only, or see `frechet_infinity`. Sets smaller than D are allowed.
     """
     return frechet_from_moments(Moments.of(a), Moments.of(b))
 
 
 def frechet_from_moments(a: Moments, b: Moments) -> float:
     """|mean_a - mean_b|² + tr A + tr B - 2 tr (R A R')^½ with R'R = B, by symmetric eigenvalues. b's root is kept."""
-    spectrum, _ = _positive_eigh(b.root @ a.covariance @ b.root.T)
+    product = b.root @ a.covariance @ b.root.T
+    spectrum = _above_rounding(_space(product).linalg.eigvalsh((product + product.T) / 2))
     offset = a.mean - b.mean
-    traces = np.trace(a.covariance) + np.trace(b.covariance)
-    return float(offset @ offset + traces - 2 * np.sqrt(spectrum).sum())
+    traces = a.covariance.trace() + b.covariance.trace()
+    return float(offset @ offset + traces - 2 * (spectrum**0.5).sum())
 
 
-def frechet_influence(a: ArrayLike, b: ArrayLike, moments_b: Moments | None = None) -> tuple[float, Array, Array]:
+@dataclass(frozen=True)
+class Extrapolation:
+    """A distance at infinitely many generated pictures: the intercept of a line in 1/N, with its standard error of fit."""
+
+    value: float
+    fit_error: float
+    slope: float
+    sizes: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+def frechet_infinity(
+    features: Features, reference: Moments, *, num_sizes: int = 15, least: int | None = None, seed: int = 0
+) -> Extrapolation:
+    """Frechet distance of features [N, D] extrapolated to N at infinity (arXiv 1911.07023, section 4).
+
+    The distance of `num_sizes` random subsets, sizes spread evenly from `least` to N, is fitted by a line in 1/N. `least` is
+    N/10, but twice the features where N allows it: below, the law is no line. The reference's own bias, about c/M, stays.
+    """
+    matrix = _matrix(features)
+    num, width = matrix.shape
+    smallest = least or max(num // 10, min(2 * width, num // 2))
+    generator = np.random.Generator(np.random.Philox(seed))
+    sizes = np.unique(np.linspace(smallest, num, num_sizes).round().astype(int))
+    chosen = [np.sort(generator.choice(num, size, replace=False)) for size in sizes]
+    values = np.array([frechet_from_moments(Moments.of(matrix[rows]), reference) for rows in chosen])
+    design = np.stack([np.ones(len(sizes)), 1 / sizes], axis=1)
+    solved = np.linalg.lstsq(design, values, rcond=None)[0]
+    residual = values - design @ solved
+    spread = np.linalg.inv(design.T @ design)[0, 0] * (residual @ residual) / max(len(sizes) - 2, 1)
+    return Extrapolation(
+        float(solved[0]), float(spread**0.5), float(solved[1]), tuple(map(int, sizes)), tuple(map(float, values))
+    )
+
+
+def frechet_influence(a: Features, b: Features, moments_b: Moments | None = None) -> tuple[float, Array, Array]:
     """The Frechet distance with what each picture adds to it to first order: (distance, influence_a [N], influence_b [M]).
 
     Each influence is the derivative of the distance when the picture's weight in its set rises (Hampel 1974), so
@@ -67,35 +117,55 @@ def frechet_influence(a: ArrayLike, b: ArrayLike, moments_b: Moments | None = No
     (T A T = B); b's side is the same with the inverse map. `moments_b` saves b's decomposition where it is at hand.
     """
     features_a, features_b = _matrix(a), _matrix(b)
+    space = _space(features_a)
     of_a, of_b = Moments.of(features_a), moments_b or Moments.of(features_b)
     squares, axes = _positive_eigh(of_b.root @ of_a.covariance @ of_b.root.T)
-    singular = np.sqrt(squares)
+    singular = space.sqrt(squares)
     offset = of_a.mean - of_b.mean
-    value = offset @ offset + np.trace(of_a.covariance) + np.trace(of_b.covariance) - 2 * singular.sum()
+    value = offset @ offset + of_a.covariance.trace() + of_b.covariance.trace() - 2 * singular.sum()
 
-    to_b = (axes / np.sqrt(singular)).T @ of_b.root  # to_b' to_b = T
+    to_b = (axes / space.sqrt(singular)).T @ of_b.root  # to_b' to_b = T
     to_a = (to_b @ of_a.covariance) / singular[:, None]  # to_a' to_a = the inverse map
 
-    def influence(centred: Array, transport: Array, slope: Array) -> Array:
-        raw = centred @ slope + np.square(centred).sum(1) - np.square(centred @ transport.T).sum(1)
-        return raw - raw.mean()
+    def influence(centred: Any, transport: Any, slope: Any) -> Array:
+        raw = centred @ slope + space.square(centred).sum(1) - space.square(centred @ transport.T).sum(1)
+        return _to_numpy(raw - raw.mean())
 
     influence_a = influence(features_a - of_a.mean, to_b, 2 * offset)
     influence_b = influence(features_b - of_b.mean, to_a, -2 * offset)
     return float(value), influence_a, influence_b
 
 
-def _positive_eigh(matrix: Array) -> tuple[Array, Array]:
+def _positive_eigh(matrix: Any) -> tuple[Any, Any]:
     """Eigenvalues [r] above rounding error and their vectors [D, r] of a symmetric positive semi-definite [D, D]."""
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    kept = values > values.max(initial=0.0) * len(values) * np.finfo(np.float64).eps
-    return values[kept], vectors[:, kept]
+    values, vectors = _space(matrix).linalg.eigh((matrix + matrix.T) / 2)
+    kept = len(_above_rounding(values))
+    return values[len(values) - kept :], vectors[:, len(values) - kept :]
+
+
+def _above_rounding(rising: Any) -> Any:
+    """The eigenvalues, in rising order, that are more than rounding error."""
+    largest = float(rising[-1]) if len(rising) else 0.0
+    return rising[rising > max(largest, 0.0) * len(rising) * np.finfo(np.float64).eps]
 
 
 # --- kernel -----------------------------------------------------------------------------------------------------------
 
 
-def polynomial_kernel(a: ArrayLike, b: ArrayLike) -> Array:
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel between pictures' features, and the factor that its distance is reported with.
+
+    `between` maps features [N, D] and [M, D] to [N, M]; `own` maps [N, D] to k(x, x), [N].
+    """
+
+    name: str
+    between: Callable[[Any, Any], Any]
+    own: Callable[[Any], Any]
+    factor: float = 1.0
+
+
+def polynomial_kernel(a: Features, b: Features) -> Any:
     """(x.y / D + 1)³ for features [N, D] and [M, D]: [N, M] (arXiv 1801.01401, section 4)."""
     left, right = _matrix(a), _matrix(b)
     kernel = left @ right.T
@@ -104,41 +174,60 @@ def polynomial_kernel(a: ArrayLike, b: ArrayLike) -> Array:
     return kernel * kernel * kernel
 
 
-def kernel_distance(a: ArrayLike, b: ArrayLike) -> float:
-    """Unbiased squared maximum mean discrepancy of features [N, D] and [M, D] under `polynomial_kernel`.
+def gaussian_kernel(a: Features, b: Features, *, deviation: float = 10.0) -> Any:
+    """exp(-|x - y|² / (2 deviation²)) of unit vectors along features [N, D] and [M, D]: [N, M] (arXiv 2401.09603)."""
+    left, right = _unit(_matrix(a)), _unit(_matrix(b))
+    return _space(left).exp((left @ right.T - 1) / deviation**2)
+
+
+def _own_polynomial(features: Any) -> Any:
+    return ((features * features).sum(1) / features.shape[1] + 1) ** 3
+
+
+POLYNOMIAL = Kernel("polynomial", polynomial_kernel, _own_polynomial)
+GAUSSIAN = Kernel("gaussian", gaussian_kernel, lambda features: features[:, 0] * 0 + 1, factor=1000.0)
+"""The kernel of CMMD: deviation 10, distance times 1000."""
+
+
+def kernel_distance(a: Features, b: Features, kernel: Kernel = POLYNOMIAL) -> float:
+    """Unbiased squared maximum mean discrepancy of features [N, D] and [M, D], times the kernel's factor.
 
     The U-statistic over the full sets (arXiv 1801.01401, eq. 4; no subsets are drawn), so the mean does not depend on N
     or M, and values below zero are right where the sets are alike.
     """
     left, right = _matrix(a), _matrix(b)
-    return _mean_within(left) + _mean_within(right) - 2 * _mean_across(left, right)
+    within = _mean_within(left, kernel) + _mean_within(right, kernel)
+    return kernel.factor * (within - 2 * _mean_across(left, right, kernel))
 
 
-def _mean_within(a: Array) -> float:
-    diagonal = (np.square(a).sum(1) / a.shape[1] + 1) ** 3
-    return float((_mean_across(a, a) * len(a) ** 2 - diagonal.sum()) / (len(a) * (len(a) - 1)))
+def _mean_within(a: Any, kernel: Kernel) -> float:
+    total = _mean_across(a, a, kernel) * len(a) ** 2 - float(kernel.own(a).sum())
+    return total / (len(a) * (len(a) - 1))
 
 
-def _mean_across(a: Array, b: Array) -> float:
-    total = sum(polynomial_kernel(a[start : start + _BLOCK_ROWS], b).sum() for start in range(0, len(a), _BLOCK_ROWS))
-    return float(total / (len(a) * len(b)))
+def _mean_across(a: Any, b: Any, kernel: Kernel) -> float:
+    total = sum(float(kernel.between(a[start : start + _BLOCK_ROWS], b).sum()) for start in range(0, len(a), _BLOCK_ROWS))
+    return total / (len(a) * len(b))
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def psnr(a: ArrayLike, b: ArrayLike, *, peak: float = 255.0) -> Array:
-    """Peak signal-to-noise ratio of pictures in pairs, [N, ...] twice, in dB: [N]; infinite for equal pictures."""
-    left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if left.shape != right.shape:
-        raise ValueError(f"pictures in pairs must have one shape, not {left.shape} and {right.shape}")
-    error = np.square(left - right).reshape(len(left), -1).mean(1)
-    with np.errstate(divide="ignore"):
-        return 10 * np.log10(peak**2 / error)
-
-
-def _matrix(features: ArrayLike) -> Array:
-    matrix = np.asarray(features, dtype=np.float64)
+def _matrix(features: Features) -> Any:
+    """Features [N, D] in float64: a tensor stays a tensor on its device."""
+    matrix = features.double() if isinstance(features, Tensor) else np.asarray(features, dtype=np.float64)
     if matrix.ndim != 2:
-        raise ValueError(f"features must be [N, D], not {matrix.shape}")
+        raise ValueError(f"features must be [N, D], not {tuple(matrix.shape)}")
     return matrix
+
+
+def _space(array: Any) -> Any:
+    return torch if isinstance(array, Tensor) else np
+
+
+def _unit(matrix: Any) -> Any:
+    return matrix / ((matrix * matrix).sum(1) ** 0.5)[:, None]
+
+
+def _to_numpy(array: Any) -> Array:
+    return array.cpu().numpy() if isinstance(array, Tensor) else array

@@ -1,14 +1,43 @@
 """The names of the metrics: what a column of the ledger holds, how a figure labels it, and which way is better.
 
-The kernel and Frechet distances here are never called KID or FID: those names belong to Inception features.
+FID and KID are names of Inception features alone; on other features the same distances are called after their features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal
 
 from isocost.errors import RequestError
+
+_WORDS = {
+    "efficientnet-lite0": ("efficientnet", "EfficientNet-lite0"),
+    "inception": ("inception", "Inception"),
+    "clip-vit-b-32": ("clip_b32", "CLIP ViT-B/32"),
+    "clip-vit-l-14": ("clip_l14", "CLIP ViT-L/14"),
+    "clip-vit-l-14-336": ("clip_l14_336", "CLIP ViT-L/14 at 336"),
+    "dinov2-vit-b-14": ("dinov2_b14", "DINOv2 ViT-B/14"),
+    "dinov2-vit-l-14": ("dinov2_l14", "DINOv2 ViT-L/14"),
+    "dino-vit-s-16": ("dino_s16", "DINO ViT-S/16"),
+    "pickscore": ("pickscore", "PickScore"),
+    "hpsv2": ("hpsv2", "HPSv2"),
+}
+PREFERENCE = ("pickscore", "hpsv2")
+Better = Literal["lower", "higher"]
+_SAYING: dict[str, tuple[tuple[str, ...], Better, str]] = {
+    "kernel": (("kernel distance",), "lower", "unbiased MMD², lower is better"),
+    "frechet": (("Fréchet distance",), "lower", "biased up by about 1/N, lower is better"),
+    "frechet_infinity": (("Fréchet distance at infinite N",), "lower", "extrapolated, lower is better"),
+    "precision_recall": (("precision", "recall"), "higher", "share of pictures, higher is better"),
+    "density_coverage": (("density", "coverage"), "higher", "share of pictures, higher is better"),
+    "inception_score": (("Inception score",), "higher", "higher is better"),
+    "cmmd": (("CMMD",), "lower", "unbiased MMD² x 1000, lower is better"),
+    "caption": (("CLIP score",), "higher", "cosine, higher is better"),
+}
+"""What the metrics of a distance are called, which way is better, and what their axis says."""
+_OF_INCEPTION = {"kernel distance": "KID", "Fréchet distance": "FID", "Fréchet distance at infinite N": "FID at infinite N"}
 
 
 @dataclass(frozen=True)
@@ -17,25 +46,49 @@ class Metric:
 
     name: str
     label: str
-    better: Literal["lower", "higher"]
+    better: Better
     axis: str
 
 
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric(
-            "kernel_efficientnet",
-            "kernel distance, EfficientNet-lite0 features",
-            "lower",
-            "kernel distance, EfficientNet-lite0 (unbiased MMD², lower is better)",
-        ),
-        Metric(
-            "frechet_efficientnet",
-            "Fréchet distance, EfficientNet-lite0 features",
-            "lower",
-            "Fréchet distance, EfficientNet-lite0 (biased up by about 1/N, lower is better)",
-        ),
+def metrics_of(distance: str, features: str) -> tuple[str, ...]:
+    """Names of the metrics that a distance (`protocol.distances`) gives on features (`protocol.features`); maybe none."""
+    short, _ = _WORDS[features]
+    is_inception, is_clip = features == "inception", features.startswith("clip")
+    return {
+        "kernel": ("kid" if is_inception else f"kernel_{short}",),
+        "frechet": ("fid" if is_inception else f"frechet_{short}",),
+        "frechet_infinity": ("fid_infinity" if is_inception else f"frechet_infinity_{short}",),
+        "precision_recall": (f"precision_{short}", f"recall_{short}"),
+        "density_coverage": (f"density_{short}", f"coverage_{short}"),
+        "inception_score": ("inception_score",) if is_inception else (),
+        "cmmd": (("cmmd" if features == "clip-vit-l-14-336" else f"cmmd_{short}"),) if is_clip else (),
+        "caption": (short,) if features in PREFERENCE else ((f"clip_score_{short.removeprefix('clip_')}",) if is_clip else ()),
+    }[distance]
+
+
+def check_distances(distances: Sequence[str], features: Sequence[str]) -> None:
+    """Raise RequestError where a distance has no features that it can be taken on."""
+    for distance in distances:
+        if not any(metrics_of(distance, name) for name in features):
+            fitting = [name for name in _WORDS if metrics_of(distance, name)]
+            raise RequestError(f"protocol.distances: {distance} needs one of protocol.features: {', '.join(fitting)}")
+
+
+def _metrics(distance: str, features: str) -> list[Metric]:
+    _, on = _WORDS[features]
+    words, better, note = _SAYING[distance]
+    if features == "inception":
+        words = tuple(_OF_INCEPTION.get(word, word) for word in words)
+    if distance == "caption" and features in PREFERENCE:
+        words = (on,)
+    return [
+        Metric(name, word if word == on else f"{word}, {on} features", better, f"{word}, {on} ({note})")
+        for name, word in zip(metrics_of(distance, features), words, strict=False)
+    ]
+
+
+def _fixed() -> list[Metric]:
+    return [
         Metric(
             "alignment",
             "caption alignment, share of attributes a classifier reads back",
@@ -43,13 +96,29 @@ METRICS: dict[str, Metric] = {
             "caption alignment (share, higher is better)",
         ),
         Metric("psnr", "peak signal-to-noise ratio", "higher", "PSNR (dB, higher is better)"),
+        Metric("ssim", "structural similarity", "higher", "SSIM (higher is better)"),
         Metric("lpips", "LPIPS, AlexNet", "lower", "LPIPS, AlexNet (lower is better)"),
+        Metric("lpips_vgg", "LPIPS, VGG16", "lower", "LPIPS, VGG16 (lower is better)"),
+        Metric("clip_i", "CLIP-I, likeness to the subject's photographs", "higher", "CLIP-I (cosine, higher is better)"),
+        Metric("clip_t", "CLIP-T, likeness to the prompt", "higher", "CLIP-T (cosine, higher is better)"),
+        Metric("dino", "DINO, likeness to the subject's photographs", "higher", "DINO (cosine, higher is better)"),
+    ]
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        *_metrics("kernel", "efficientnet-lite0"),
+        *_metrics("frechet", "efficientnet-lite0"),
+        *_fixed(),
+        *(metric for features in _WORDS for distance in _SAYING for metric in _metrics(distance, features)),
     )
 }
 
 
 def metric_of(name: str) -> Metric:
-    """The metric called `name`; RequestError with the known names where there is none."""
+    """The metric called `name`; RequestError with the nearest names where there is none."""
     if name not in METRICS:
-        raise RequestError(f"no metric is called {name!r}; known: {', '.join(METRICS)}")
+        nearest = get_close_matches(name, METRICS, n=4, cutoff=0) or list(METRICS)[:4]
+        raise RequestError(f"no metric is called {name!r}; the nearest of {len(METRICS)}: {', '.join(nearest)}")
     return METRICS[name]

@@ -20,7 +20,8 @@ from isocost.provenance import provenance
 from isocost.report.marks import COMPUTE_AXES
 from isocost.report.page import STUDY_YAML, markdown_summary, write_report
 from isocost.store import write_atomically
-from isocost.study import StudySpec, dump_study
+from isocost.study import StudySpec
+from isocost.study_file import dump_study
 from isocost.sweep.workers import read_pictures
 
 BUDGET_COST = "paper_cost"

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from isocost.data.codec import Codec, to_unit
-from isocost.metrics.distances import kernel_distance, psnr
-from isocost.metrics.features import Extractor, Lpips
+from isocost.metrics.distances import kernel_distance
+from isocost.metrics.features import Extractor
+from isocost.metrics.likeness import psnr
+from isocost.metrics.lpips import Lpips
 
 BATCH = 128
 

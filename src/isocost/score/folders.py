@@ -1,41 +1,36 @@
-"""Scores of a folder of pictures against another: any pictures, from any model.
+"""Scores of anybody's pictures against a reference under a named protocol.
 
-Shapes: N pictures, M reference pictures, R resolution, D features.
+Shapes: N pictures, M reference pictures, D features.
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
-
-from isocost.data.sources import PICTURE_SUFFIXES, square_rgb
 from isocost.errors import RequestError
-from isocost.metrics.features import EfficientNetLite0
-from isocost.score.intervals import Interval, KernelReference, frechet_interval, kernel_interval
-from isocost.score.reference import read_features
-from isocost.score.score import frechet_is_flagged
-from isocost.spec import digest
-from isocost.store import MANIFEST, read_manifest
-from isocost.study import LEAST_PICTURES, ProtocolSpec
+from isocost.metrics.features import Extractor
+from isocost.score.captions import read_captions
+from isocost.score.gallery import ARRAY_SUFFIXES, pictures_by_key, pictures_of
+from isocost.score.intervals import Interval
+from isocost.score.kept import Measured
+from isocost.score.named import PROTOCOLS, NamedProtocol, named_protocol
+from isocost.score.pairs import pair_scores, subject_scores
+from isocost.score.protocol import make_protocol
+from isocost.score.reference import Reference, make_extractors
+from isocost.score.score import frechet_is_flagged, score
+from isocost.score.statistics import Taken, build_statistics, check_number, read_statistics, reference_pictures, take
+from isocost.study import LEAST_PICTURES, FeatureName, ProtocolSpec
 
-FEATURES_FILE = "features.safetensors"
-PROTOCOLS = {
-    "kernel-efficientnet-64": ProtocolSpec(feature_side=64, distances=("kernel",)),
-    "kernel-efficientnet-224": ProtocolSpec(feature_side=224, distances=("kernel",)),
-    "frechet-efficientnet-64": ProtocolSpec(feature_side=64, distances=("kernel", "frechet")),
-    "frechet-efficientnet-224": ProtocolSpec(feature_side=224, distances=("kernel", "frechet")),
-}
+__all__ = ["PROTOCOLS", "FolderScore", "make_reference", "score_folder"]
+LPIPS = "lpips"
 
 
 @dataclass(frozen=True)
 class FolderScore:
-    """Scores of one folder, with what made them."""
+    """Scores of one set of pictures, with what made them; `protocol` is name@version:id, `parts` what the id stands for."""
 
     protocol: str
     extractor: str
@@ -43,84 +38,158 @@ class FolderScore:
     num_reference: int
     scores: dict[str, Interval]
     notes: tuple[str, ...]
+    parts: dict[str, Any]
 
 
-def score_folder(pictures: str | Path, reference: str | Path, protocol: str) -> FolderScore:
-    """Compare the pictures below a folder with those below another, or with a `features.safetensors` folder of isocost.
+def score_folder(
+    pictures: str | Path,
+    reference: str | Path,
+    protocol: str,
+    *,
+    captions: str | None = None,
+    weights: Mapping[str, str] | None = None,
+) -> FolderScore:
+    """Score pictures against a reference.
 
-    Pictures are cropped to their centre square; the extractor resizes them.
+    Args:
+        pictures: a folder, or a .npy or .npz of uint8 [N, H, W, 3] in the order of the captions.
+        reference: a folder of pictures, tar shards, `hub:NAME:SPLIT`, `scenes:NUMBER`, statistics of `isocost reference`,
+            or the features that a study keeps.
+        protocol: a name of `PROTOCOLS`.
+        captions: where the protocol's captions lie; it says what they are.
+        weights: places of weights by extractor, and of AlexNet under `lpips`, where the published ones are not to be fetched.
 
     Raises:
-        RequestError: a folder is missing or holds too few pictures, the protocol is unknown, or features do not fit it.
+        RequestError: something is missing, of the wrong number, size or kind, or made by other weights.
     """
-    if protocol not in PROTOCOLS:
-        raise RequestError(f"protocol '{protocol}': choose one of {', '.join(PROTOCOLS)}")
-    spec = PROTOCOLS[protocol]
-    extractor = EfficientNetLite0(side=spec.feature_side)
-    files, reference_files = _picture_files(Path(pictures)), _reference_files(Path(reference), extractor)
-    features = _features(files, extractor)
-    compared = read_features(reference_files) if isinstance(reference_files, Path) else _features(reference_files, extractor)
-    reference_digest = hashlib.sha256(compared.tobytes()).hexdigest()[:16]
-    scores: dict[str, Interval] = {}
+    named = named_protocol(protocol)
+    lpips, spec = _with_weights(named.spec, weights)
+    extractors = make_extractors(spec)
+    listed = _captions(named, captions)
+    if named.compares == "subjects":
+        assert listed is not None
+        return subjects_score(named, spec, Path(pictures), Path(reference), listed, extractors)
+    generated = _generated(str(pictures), named, extractors, listed)
+    real = _reference(str(reference), named, extractors, None if listed is None or not named.reference_ids else list(listed))
+    least = LEAST_PICTURES if named.num_pictures is None else 0
+    check_number(str(pictures), len(generated), named.num_pictures, least)
+    check_number(str(reference), len(real), named.num_reference, least)
+    words = list(listed.values()) if listed is not None else []
+    fixed = make_protocol(
+        spec.model_copy(update={"num_pictures": len(generated)}),
+        resolution=named.resolution or 0,
+        extractor=[extractor.id for extractor in extractors.values()],
+        reference=real.content,
+        num_reference=len(real),
+        captions=words,
+    )
+    against = Reference(fixed, extractors, real.features, words)
+    scores = score(Measured(generated.features), against, spec.distances)
+    if named.pair_scores:
+        pairs = pictures_by_key(str(pictures), side=named.resolution, exact=True)
+        scores.update(pair_scores(pairs, reference_pictures(str(reference), named), named.pair_scores, lpips, fixed))
+    return _answer(named, fixed.id, fixed.parts, extractors, len(generated), len(real), scores)
+
+
+def make_reference(
+    pictures: str | Path,
+    out: str | Path,
+    protocol: str,
+    *,
+    captions: str | None = None,
+    weights: Mapping[str, str] | None = None,
+) -> Taken:
+    """Reference statistics of a named protocol, taken once of real pictures and written to a new folder `out`.
+
+    Raises:
+        RequestError: the pictures are not what the protocol asks for, or `out` is there already.
+    """
+    named = named_protocol(protocol)
+    if named.compares == "subjects":
+        raise RequestError(f"protocol '{protocol}' compares with photographs by subject and takes their folder as it is")
+    _, spec = _with_weights(named.spec, weights)
+    listed = _captions(named, captions) if named.reference_ids else None
+    ids = None if listed is None else list(listed)
+    return build_statistics(str(pictures), Path(out), named, make_extractors(spec), ids)
+
+
+def subjects_score(
+    named: NamedProtocol,
+    spec: ProtocolSpec,
+    pictures: Path,
+    reference: Path,
+    prompts: dict[str, str],
+    extractors: dict[str, Extractor],
+) -> FolderScore:
+    """DreamBooth's scores of SUBJECT/PP_K.png against SUBJECT/*.jpg and the prompts (arXiv 2208.12242, section 4.2)."""
+    found = subject_scores(pictures, reference, prompts, extractors, spec, named.num_pictures)
+    fixed = make_protocol(
+        spec.model_copy(update={"num_pictures": found.num_pictures}),
+        resolution=named.resolution or 0,
+        extractor=[extractor.id for extractor in extractors.values()],
+        reference=found.content,
+        num_reference=found.num_reference,
+        captions=list(prompts.values()),
+    )
+    return _answer(named, fixed.id, fixed.parts, extractors, found.num_pictures, found.num_reference, found.scores)
+
+
+def _answer(
+    named: NamedProtocol,
+    protocol: str,
+    parts: dict[str, Any],
+    extractors: dict[str, Extractor],
+    num: int,
+    num_reference: int,
+    scores: dict[str, Interval],
+) -> FolderScore:
     notes = []
-    against = KernelReference.of(compared, num_bootstrap=spec.num_bootstrap, seed=spec.seed)
-    scores["kernel_efficientnet"] = kernel_interval(features, against)
-    if "frechet" in spec.distances:
-        scores["frechet_efficientnet"] = frechet_interval(features, compared)
-        if frechet_is_flagged(min(len(features), len(compared)), extractor.width):
+    for extractor in extractors.values():
+        least = min(num, num_reference)
+        if "frechet" in named.spec.distances and frechet_is_flagged(least, extractor.width):
             notes.append(
-                f"Frechet from {min(len(features), len(compared))} pictures, fewer than twice its {extractor.width} features: "
+                f"Frechet from {least} pictures, fewer than twice its {extractor.width} features: "
                 "biased upwards, compare at equal numbers only"
             )
-    name = digest({"protocol": protocol, "extractor": extractor.id, "n": len(features), "reference": reference_digest})[:12]
-    return FolderScore(f"{protocol}:{name}", extractor.id, len(features), len(compared), scores, tuple(notes))
+    title = named.title if named.num_pictures is not None else named.name
+    ids = " + ".join(extractor.id for extractor in extractors.values())
+    whole = {"name": named.title, **parts}
+    return FolderScore(f"{title}:{protocol}", ids, num, num_reference, scores, tuple(notes), whole)
 
 
-def _reference_files(path: Path, extractor: EfficientNetLite0) -> Path | list[Path]:
-    """The folder of an artefact of features, or else the pictures below a folder."""
-    folder = path.parent if path.name == FEATURES_FILE else path
-    if not (folder / FEATURES_FILE).is_file():
-        return _picture_files(path)
-    manifest = folder / MANIFEST
-    made_by = read_manifest(folder).get("extractor") if manifest.is_file() else None
-    if made_by != extractor.id:
-        raise RequestError(f"{path}: features of another extractor ({made_by}); this protocol needs {extractor.id}")
-    return folder
+def _with_weights(spec: ProtocolSpec, weights: Mapping[str, str] | None) -> tuple[str | None, ProtocolSpec]:
+    """The place of LPIPS's convolutions, and the spec with the places of its extractors."""
+    places = dict(weights or {})
+    lpips = places.pop(LPIPS, None)
+    unknown = set(places) - set(spec.features)
+    if unknown:
+        raise RequestError(
+            f"weights: {unknown.pop()} is not used here; this protocol uses {', '.join((*spec.features, LPIPS))}"
+        )
+    typed: dict[FeatureName, str] = {name: places[name] for name in spec.features if name in places}
+    return lpips, spec.model_copy(update={"weights": typed})
 
 
-def _picture_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise RequestError(f"{folder}: no such folder of pictures")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
-    if len(files) < LEAST_PICTURES:
-        raise RequestError(f"{folder}: {len(files)} pictures; a distance takes at least {LEAST_PICTURES}")
-    return files
+def _captions(named: NamedProtocol, place: str | None) -> dict[str, str] | None:
+    if named.captions is None:
+        if place is not None:
+            raise RequestError(f"--captions {place}: protocol '{named.name}' has no captions; leave it out")
+        return None
+    if place is None and named.captions.source.startswith("scenes:"):
+        place = named.captions.source.split(": ")[0]
+    if place is None:
+        raise RequestError(f"protocol '{named.name}' needs --captions: {named.captions.source}")
+    return read_captions(place, named.captions)
 
 
-def _features(files: list[Path], extractor: EfficientNetLite0) -> np.ndarray:
-    """float32 [N, D]. Pictures of one size go through the extractor together; its features do not depend on company."""
-    features = np.empty((len(files), extractor.width), dtype=np.float32)
-    waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
-
-    def flush(shape: tuple[int, ...]) -> None:
-        places, pictures = zip(*waiting.pop(shape), strict=True)
-        features[list(places)] = extractor(torch.stack(pictures)).cpu().numpy()
-
-    for place, file in enumerate(files):
-        picture = _square(file)
-        waiting.setdefault(picture.shape, []).append((place, picture))
-        if len(waiting[picture.shape]) == extractor.BUCKET:
-            flush(picture.shape)
-    for shape in list(waiting):
-        flush(shape)
-    return features
+def _generated(place: str, named: NamedProtocol, extractors: dict[str, Extractor], listed: dict[str, str] | None) -> Taken:
+    ids = None if listed is None else list(listed)
+    if place.endswith(ARRAY_SUFFIXES) and ids is not None:
+        ids = [str(number) for number in range(len(ids))]
+    exact = named.resolution is not None
+    return take(pictures_of(place, side=named.resolution, exact=exact, ids=ids), extractors, ids)
 
 
-def _square(file: Path) -> Tensor:
-    """Centre square at its own size, uint8 [3, R, R]."""
-    try:
-        with Image.open(file) as opened:
-            picture = square_rgb(opened, min(opened.size))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{file}: cannot be read as a picture: {' '.join(str(error).split())[:120]}") from error
-    return torch.from_numpy(picture.copy()).permute(2, 0, 1)
+def _reference(place: str, named: NamedProtocol, extractors: dict[str, Extractor], ids: list[str] | None) -> Taken:
+    kept = read_statistics(Path(place), extractors)
+    return kept if kept is not None else take(reference_pictures(place, named, ids), extractors, ids)

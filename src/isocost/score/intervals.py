@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import norm
 
-from isocost.metrics.distances import Array, Moments, frechet_influence, polynomial_kernel
+from isocost.metrics.distances import POLYNOMIAL, Array, Kernel, Moments, frechet_infinity, frechet_influence
+from isocost.metrics.likeness import inception_score
 
 _BLOCK_ROWS = 1024
 _GENERATED, _REFERENCE = 0, 1
@@ -56,13 +57,16 @@ class KernelReference:
     counts: Array  # [1 + R, M]
     within: Array  # [1 + R], mean kernel over pairs of different pictures
     seed: int
+    kernel: Kernel = POLYNOMIAL
 
     @classmethod
-    def of(cls, features: ArrayLike, *, num_bootstrap: int = 200, seed: int = 0) -> KernelReference:
+    def of(
+        cls, features: ArrayLike, *, num_bootstrap: int = 200, seed: int = 0, kernel: Kernel = POLYNOMIAL
+    ) -> KernelReference:
         """Resample reference features [M, D] `num_bootstrap` times; memory stays at about 1024 x M numbers."""
         matrix = np.asarray(features, dtype=np.float64)
         counts = _resample(len(matrix), num_bootstrap, seed, _REFERENCE)
-        return cls(matrix, counts, _within(matrix, counts), seed)
+        return cls(matrix, counts, _within(matrix, counts, kernel), seed, kernel)
 
 
 def kernel_interval(features: ArrayLike, reference: KernelReference, *, confidence: float = 0.95) -> Interval:
@@ -74,7 +78,8 @@ def kernel_interval(features: ArrayLike, reference: KernelReference, *, confiden
     matrix = np.asarray(features, dtype=np.float64)
     counts = _resample(len(matrix), len(reference.within) - 1, reference.seed, _GENERATED)
     across = _across(matrix, counts, reference)
-    return _percentiles(_within(matrix, counts) + reference.within - 2 * across, confidence)
+    within = _within(matrix, counts, reference.kernel) + reference.within
+    return _percentiles(reference.kernel.factor * (within - 2 * across), confidence)
 
 
 def paired_kernel_difference(
@@ -88,31 +93,30 @@ def paired_kernel_difference(
     if one.shape != two.shape:
         raise ValueError(f"a paired difference needs the same pictures on both sides, not {one.shape} and {two.shape}")
     counts = _resample(len(one), len(reference.within) - 1, reference.seed, _GENERATED)
-    within = _within(one, counts) - _within(two, counts)
+    within = _within(one, counts, reference.kernel) - _within(two, counts, reference.kernel)
     across = _across(one, counts, reference) - _across(two, counts, reference)
-    return _percentiles(within - 2 * across, confidence)
+    return _percentiles(reference.kernel.factor * (within - 2 * across), confidence)
 
 
-def _within(features: Array, counts: Array) -> Array:
+def _within(features: Array, counts: Array, kernel: Kernel) -> Array:
     """Mean kernel over pairs of different originals, by resample: [1 + R]."""
     squares = np.square(counts)
-    diagonal = (np.square(features).sum(1) / features.shape[1] + 1) ** 3
-    different = _weighted_pairs(features, counts, features, counts) - squares @ diagonal
+    different = _weighted_pairs(features, counts, features, counts, kernel) - squares @ kernel.own(features)
     return different / (len(features) ** 2 - squares.sum(1))
 
 
 def _across(features: Array, counts: Array, reference: KernelReference) -> Array:
     """Mean kernel between features and reference, by resample: [1 + R]."""
-    total = _weighted_pairs(features, counts, reference.features, reference.counts)
+    total = _weighted_pairs(features, counts, reference.features, reference.counts, reference.kernel)
     return total / (len(features) * len(reference.features))
 
 
-def _weighted_pairs(a: Array, counts_a: Array, b: Array, counts_b: Array) -> Array:
+def _weighted_pairs(a: Array, counts_a: Array, b: Array, counts_b: Array, kernel: Kernel) -> Array:
     """Sum over i, j of counts_a[i] k(a_i, b_j) counts_b[j], by resample: [1 + R]."""
     total = np.zeros(len(counts_a))
     for start in range(0, len(a), _BLOCK_ROWS):
         rows = slice(start, start + _BLOCK_ROWS)
-        total += np.einsum("rm,rm->r", counts_a[:, rows] @ polynomial_kernel(a[rows], b), counts_b)
+        total += np.einsum("rm,rm->r", counts_a[:, rows] @ kernel.between(a[rows], b), counts_b)
     return total
 
 
@@ -129,9 +133,75 @@ def frechet_interval(
     `reference_moments` saves the reference's decomposition where it is at hand.
     """
     value, of_features, of_reference = frechet_influence(features, reference, reference_moments)
-    error = np.sqrt(of_features.var(ddof=1) / len(of_features) + of_reference.var(ddof=1) / len(of_reference))
+    return _normal(value, _standard_error(of_features, of_reference), confidence)
+
+
+def frechet_infinity_interval(
+    features: ArrayLike,
+    reference: ArrayLike,
+    *,
+    reference_moments: Moments | None = None,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Interval:
+    """`frechet_infinity` of features [N, D] to reference [M, D], with a normal interval.
+
+    Its squared error is the first-order error of the distance at N and M plus that of the fitted line. The reference's own
+    bias, about c/M, stays in value and ends: compare at one reference only.
+    """
+    moments = reference_moments or Moments.of(reference)
+    fitted = frechet_infinity(features, moments, seed=seed)
+    _, of_features, of_reference = frechet_influence(features, reference, moments)
+    error = np.hypot(_standard_error(of_features, of_reference), fitted.fit_error)
+    return _normal(fitted.value, float(error), confidence)
+
+
+def paired_frechet_difference(
+    first: ArrayLike,
+    second: ArrayLike,
+    reference: ArrayLike,
+    *,
+    reference_moments: Moments | None = None,
+    confidence: float = 0.95,
+) -> Interval:
+    """Frechet distance of `first` less that of `second`, both [N, D], picture i of both from the same noise and caption.
+
+    A normal interval from the differences of the pictures' influences, so what the points share cancels; the two biases
+    cancel as far as they are alike.
+    """
+    one, two = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if one.shape != two.shape:
+        raise ValueError(f"a paired difference needs the same pictures on both sides, not {one.shape} and {two.shape}")
+    moments = reference_moments or Moments.of(reference)
+    value_one, of_one, reference_one = frechet_influence(one, reference, moments)
+    value_two, of_two, reference_two = frechet_influence(two, reference, moments)
+    error = _standard_error(of_one - of_two, reference_one - reference_two)
+    return _normal(value_one - value_two, error, confidence)
+
+
+def _standard_error(*influences: Array) -> float:
+    return float(np.sqrt(sum(one.var(ddof=1) / len(one) for one in influences)))
+
+
+def _normal(value: float, error: float, confidence: float) -> Interval:
     reach = float(norm.ppf((1 + confidence) / 2) * error)
     return Interval(value, value - reach, value + reach, confidence)
+
+
+# --- Inception score --------------------------------------------------------------------------------------------------
+
+
+def inception_score_interval(
+    logits: ArrayLike, *, num_bootstrap: int = 200, seed: int = 0, confidence: float = 0.95
+) -> Interval:
+    """`inception_score` of logits [N, L], all in one part, with a bootstrap interval moved back onto the value.
+
+    A resample repeats pictures, so it shows fewer classes and its score lies lower; the interval is the resamples' spread
+    around their own mean, put around the value.
+    """
+    matrix = np.asarray(logits)
+    scores = inception_score(matrix, _resample(len(matrix), num_bootstrap, seed, _GENERATED))
+    return _percentiles(np.concatenate([scores[:1], scores[1:] - scores[1:].mean() + scores[0]]), confidence)
 
 
 # --- resampling -------------------------------------------------------------------------------------------------------

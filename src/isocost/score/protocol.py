@@ -1,18 +1,31 @@
 """What makes two numbers comparable, in one id.
 
-A protocol is the pictures' captions and number, the reference and its number, the resolution, and the feature extractor
-with its weights. Its id travels with every score; scores of different ids are never compared or drawn together.
+A protocol is the pictures' captions and number, the reference and its number, the resolution, and the feature extractors
+with their weights. Its id travels with every score; scores of different ids are never compared or drawn together.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from isocost.spec import digest
 from isocost.study import ProtocolSpec
+
+BETWEEN_EXTRACTORS = " + "
+_WORDS = {
+    "num_pictures": "N",
+    "num_reference": "number of reference pictures",
+    "resolution": "resolution",
+    "reference": "reference",
+    "captions": "prompts",
+    "alignment": "alignment",
+    "num_bootstrap": "bootstrap resamples",
+    "seed": "seed",
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,11 @@ class Protocol:
         """12 hex digits that name the protocol."""
         return digest(asdict(self))[:12]
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The fields as plain data, as the ledger keeps them beside the id."""
+        return asdict(self)
+
     def sentence(self) -> str:
         """The protocol in words, for a report."""
         return (
@@ -47,22 +65,59 @@ def make_protocol(
     spec: ProtocolSpec,
     *,
     resolution: int,
-    extractor: str,
+    extractor: str | Sequence[str],
     reference: str,
     num_reference: int,
     captions: Sequence[str],
     probe: str | None = None,
 ) -> Protocol:
-    """Fix a protocol on a study's own reference (its content hash), its captions, and the digest of its probe."""
+    """Fix a protocol on a study's own reference (its content hash), its captions, and the digest of its probe.
+
+    `extractor` is the id of each extractor; features kept in less than float32 add how to it.
+    """
     listed = hashlib.sha256(json.dumps(list(captions), ensure_ascii=False).encode()).hexdigest()[:12]
+    ids = [extractor] if isinstance(extractor, str) else list(extractor)
+    kept = "" if spec.kept == "fp32" else f"/kept={spec.kept}"
     return Protocol(
         spec.num_pictures,
         num_reference,
         resolution,
-        extractor,
+        BETWEEN_EXTRACTORS.join(f"{one}{kept}" for one in ids),
         reference,
         listed,
         spec.alignment if probe is None else f"{spec.alignment}/probe={probe}",
         spec.num_bootstrap,
         spec.seed,
     )
+
+
+def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """In words, what differs between the parts of two protocols: "N (1000, 5000); resize (...)"; empty where nothing does."""
+    told = [
+        f"{words} ({one.get(name)}, {other.get(name)})" for name, words in _WORDS.items() if one.get(name) != other.get(name)
+    ]
+    left, right = (_by_extractor(str(parts.get("extractor", ""))) for parts in (one, other))
+    if left.keys() != right.keys():
+        told.append(f"features ({', '.join(left)}; {', '.join(right)})")
+    for name in left.keys() & right.keys():
+        keys = sorted(left[name].keys() | right[name].keys())
+        told += [
+            f"{key} of {name} ({left[name].get(key, 'none')}, {right[name].get(key, 'none')})"
+            for key in keys
+            if left[name].get(key) != right[name].get(key)
+        ]
+    return "; ".join(told)
+
+
+def _by_extractor(ids: str) -> dict[str, dict[str, str]]:
+    """Extractor ids to their parts by name: {"inception-v3-fid": {"weights": ..., "resize": ..., "precision": "fp32"}}."""
+    parsed: dict[str, dict[str, str]] = {}
+    for one in ids.split(BETWEEN_EXTRACTORS):
+        first, *rest = one.split("/")
+        name, _, weights = first.partition(":")
+        parts = {"weights": weights}
+        for part in rest:
+            key, equals, value = part.partition("=")
+            parts[key if equals else "precision"] = value if equals else part
+        parsed[name] = parts
+    return parsed

@@ -5,9 +5,10 @@ Shapes: M reference pictures, N generated pictures, D features, A attribute head
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +17,17 @@ from torch import Tensor
 
 from isocost.data.cache import PictureSet
 from isocost.errors import RequestError
-from isocost.metrics.distances import Moments
-from isocost.metrics.features import EfficientNetLite0, Extractor
+from isocost.metrics.distances import POLYNOMIAL, Kernel, Moments
+from isocost.metrics.extractors import make_extractor
+from isocost.metrics.features import Extractor
+from isocost.metrics.inception import Inception
+from isocost.metrics.names import check_distances
+from isocost.metrics.neighbours import radii
 from isocost.metrics.probe import Probe, fit_probe
+from isocost.metrics.towers import ClipTower
 from isocost.score.intervals import KernelReference
 from isocost.score.protocol import Protocol
+from isocost.study import ProtocolSpec
 
 PROBE_EPOCHS = 6
 VERSION = 1
@@ -32,33 +39,73 @@ class Reference:
     """A protocol with what it compares against.
 
     Attributes:
-        features: float32 [M, D] of the real pictures.
+        extractors: by name, in the order of the protocol.
+        features: float32 [M, D] of the real pictures, by extractor.
         captions: the N captions to draw, one a picture id.
         labels: int64 [N, A] of those captions, where alignment is measured.
         probe: reads labels from pictures; None where alignment is not measured.
+        kept: precision in which a point keeps its features.
     """
 
     protocol: Protocol
-    extractor: Extractor
-    features: np.ndarray
+    extractors: dict[str, Extractor]
+    features: dict[str, np.ndarray]
     captions: list[str]
-    labels: Tensor | None
-    probe: Probe | None
+    labels: Tensor | None = None
+    probe: Probe | None = None
+    kept: str = "fp32"
+    _once: dict[tuple[str, ...], Any] = field(default_factory=dict, init=False, repr=False)
 
-    @cached_property
-    def kernel(self) -> KernelReference:
-        """The reference side of every kernel interval, resampled once."""
-        return KernelReference.of(self.features, num_bootstrap=self.protocol.num_bootstrap, seed=self.protocol.seed)
+    def kernel(self, name: str, kernel: Kernel = POLYNOMIAL) -> KernelReference:
+        """The reference side of every kernel interval on an extractor's features, resampled once."""
+        of = self.protocol
+        return self._made(
+            ("kernel", kernel.name, name),
+            lambda: KernelReference.of(self.features[name], num_bootstrap=of.num_bootstrap, seed=of.seed, kernel=kernel),
+        )
 
-    @cached_property
-    def moments(self) -> Moments:
-        """Mean and covariance for the Frechet distance."""
-        return Moments.of(self.features)
+    def moments(self, name: str) -> Moments:
+        """Mean, covariance and its root for the Frechet distance, made once."""
+        return self._made(("moments", name), lambda: Moments.of(self.features[name]))
+
+    def radii(self, name: str, neighbour: int) -> Tensor:
+        """How far each real picture reaches among the others, float64 [M], made once."""
+        return self._made(("radii", name, str(neighbour)), lambda: radii(self.features[name], neighbour))
+
+    def caption_features(self, name: str) -> np.ndarray:
+        """Embeddings of the captions to draw, float32 [N, D], made once."""
+        return self._made(("captions", name), lambda: self.clip(name).captions(self.captions).numpy())
+
+    def clip(self, name: str) -> ClipTower:
+        """The extractor called `name`, which reads captions."""
+        extractor = self.extractors[name]
+        assert isinstance(extractor, ClipTower), name
+        return extractor
+
+    @property
+    def inception(self) -> Inception:
+        """The extractor that makes logits."""
+        extractor = self.extractors["inception"]
+        assert isinstance(extractor, Inception)
+        return extractor
+
+    def _made(self, key: tuple[str, ...], make: Callable[[], Any]) -> Any:
+        if key not in self._once:
+            self._once[key] = make()
+        return self._once[key]
 
 
-def make_extractor(feature_side: int) -> Extractor:
-    """The extractor of a protocol."""
-    return EfficientNetLite0(side=feature_side)
+def make_extractors(spec: ProtocolSpec, device: torch.device | str = "cpu") -> dict[str, Extractor]:
+    """The extractors of a protocol by name, after a check that its distances have features to be taken on.
+
+    Raises:
+        RequestError: a distance has none, or weights cannot be had.
+    """
+    check_distances(spec.distances, spec.features)
+    return {
+        name: make_extractor(name, feature_side=spec.feature_side, weights=spec.weights, device=device)
+        for name in spec.features
+    }
 
 
 def captions_to_draw(reference: PictureSet, num_pictures: int) -> tuple[list[str], Tensor | None]:

@@ -1,73 +1,132 @@
 """From pictures to scores: features as pictures come, then every distance with its interval.
 
-Shapes: N pictures, R resolution, D features.
+Shapes: N pictures, M reference pictures, R resolution, D features.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from isocost.score.intervals import Interval, frechet_interval, kernel_interval, mean_interval
+from isocost.metrics.distances import GAUSSIAN, POLYNOMIAL
+from isocost.metrics.likeness import cosine
+from isocost.metrics.names import PREFERENCE, metrics_of
+from isocost.metrics.neighbours import Reach, reach
+from isocost.score.blocks import Blocks, Function
+from isocost.score.intervals import (
+    Interval,
+    frechet_infinity_interval,
+    frechet_interval,
+    inception_score_interval,
+    kernel_interval,
+    mean_interval,
+)
+from isocost.score.kept import Measured
 from isocost.score.reference import Reference
 
 FRECHET_LEAST_SHARE = 2
 """A Frechet distance from fewer pictures than this times the feature width is flagged."""
+_PROBE = "probe"
+PRECISION_NEIGHBOUR, DENSITY_NEIGHBOUR = 3, 5
+"""As published: arXiv 1904.06991 (section 3.1), arXiv 2002.09797 (section 5)."""
 
 
-@dataclass
-class Measured:
-    """What is kept of a point's pictures: features float32 [N, D] and the share of labels found in each, float64 [N]."""
-
-    features: np.ndarray
-    alignment: np.ndarray | None
-
-
-@dataclass
 class Measuring:
-    """Takes pictures in any order and any batches; `measured` gives them back in the order of picture ids."""
+    """Takes pictures in any portions and order; `measured` gives what is kept of them in the order of picture ids."""
 
-    reference: Reference
-    _ids: list[int] = field(default_factory=list)
-    _features: list[Tensor] = field(default_factory=list)
-    _alignment: list[np.ndarray] = field(default_factory=list)
+    def __init__(self, reference: Reference) -> None:
+        self._labels = reference.labels if reference.probe is not None else None
+        functions: dict[str, Function] = dict(reference.extractors)
+        if reference.probe is not None and self._labels is not None:
+            functions[_PROBE] = reference.probe.predict
+        self._blocks = Blocks(functions)
 
     def add(self, picture_ids: list[int], pictures: Tensor) -> None:
-        """uint8 [N, 3, R, R] with their ids, which index the reference's captions and labels."""
-        self._ids.extend(picture_ids)
-        self._features.append(self.reference.extractor(pictures).cpu())
-        if self.reference.probe is not None and self.reference.labels is not None:
-            self._alignment.append(self.reference.probe.alignment(pictures, self.reference.labels[picture_ids]))
+        """uint8 [N, 3, R, R] with their ids, which index the reference's captions and labels.
+
+        Raises:
+            WorkError: a picture id came twice.
+        """
+        for picture_id, picture in zip(picture_ids, pictures, strict=True):
+            self._blocks.add(picture_id, picture)
 
     def measured(self) -> Measured:
-        """Everything added so far, sorted by picture id, so that sums do not depend on the order of arrival."""
-        order = np.argsort(self._ids, kind="stable")
-        alignment = np.concatenate(self._alignment)[order] if self._alignment else None
-        return Measured(torch.cat(self._features).numpy()[order], alignment)
+        """Everything added so far; whose pictures came when, and with which others, changes no bit of it."""
+        ids, made = self._blocks.results()
+        read = made.pop(_PROBE, None)
+        alignment = None
+        if read is not None and self._labels is not None:
+            alignment = (read == self._labels[ids]).double().mean(1).numpy()
+        return Measured({name: rows.numpy() for name, rows in made.items()}, alignment, np.asarray(ids))
 
 
 def score(measured: Measured, reference: Reference, distances: tuple[str, ...]) -> dict[str, Interval]:
-    """Every asked-for score by its metric name, each with a 95 % interval.
+    """Every asked-for score by its metric name, each with a 95 % interval; a distance is taken on all features it fits.
 
-    The kernel distance is unbiased at any N. The Frechet distance is biased up by about c/N (arXiv 1911.07023): compare at
-    equal N only, and see `frechet_is_flagged`.
+    The kernel distances are unbiased at any N. The Frechet distance is biased up by about c/N (arXiv 1911.07023): compare at
+    equal N only, see `frechet_is_flagged`, or ask for `frechet_infinity`.
     """
-    protocol = reference.protocol
     scores: dict[str, Interval] = {}
-    if "kernel" in distances:
-        scores["kernel_efficientnet"] = kernel_interval(measured.features, reference.kernel)
-    if "frechet" in distances:
-        scores["frechet_efficientnet"] = frechet_interval(
-            measured.features, reference.features, reference_moments=reference.moments
-        )
+    for name, features in measured.features.items():
+        for distance in distances:
+            metrics = metrics_of(distance, name)
+            if metrics:
+                found = _intervals(distance, name, features, measured.ids, reference)
+                scores.update(zip(metrics, found, strict=True))
     if measured.alignment is not None:
-        scores["alignment"] = mean_interval(measured.alignment, num_bootstrap=protocol.num_bootstrap, seed=protocol.seed)
+        scores["alignment"] = _mean(measured.alignment, reference)
     return scores
+
+
+def wanted(reference: Reference, distances: Iterable[str]) -> set[str]:
+    """Names of all the scores that `score` gives a point."""
+    names = {metric for distance in distances for name in reference.extractors for metric in metrics_of(distance, name)}
+    return names | ({"alignment"} if reference.probe is not None else set())
+
+
+def is_flagged(num_pictures: int, reference: Reference, distances: Iterable[str]) -> bool:
+    """True where a point carries a Frechet distance from too few pictures."""
+    widths = [extractor.width for extractor in reference.extractors.values()]
+    return "frechet" in distances and any(frechet_is_flagged(num_pictures, width) for width in widths)
 
 
 def frechet_is_flagged(num_pictures: int, feature_width: int) -> bool:
     """True where a Frechet distance rests on too few pictures to be more than a comparison at equal N."""
     return num_pictures < FRECHET_LEAST_SHARE * feature_width
+
+
+def _intervals(
+    distance: str, name: str, features: np.ndarray, ids: np.ndarray | None, reference: Reference
+) -> tuple[Interval, ...]:
+    """The intervals of one distance on one extractor's features, in the order of its metric names."""
+    real, seed = reference.features[name], reference.protocol.seed
+    if distance in ("kernel", "cmmd"):
+        kernel = POLYNOMIAL if distance == "kernel" else GAUSSIAN
+        return (kernel_interval(features, reference.kernel(name, kernel)),)
+    if distance == "frechet":
+        return (frechet_interval(features, real, reference_moments=reference.moments(name)),)
+    if distance == "frechet_infinity":
+        return (frechet_infinity_interval(features, real, reference_moments=reference.moments(name), seed=seed),)
+    if distance == "precision_recall":
+        found = _reach(features, name, PRECISION_NEIGHBOUR, reference)
+        return _mean(found.precision, reference), _mean(found.recall, reference)
+    if distance == "density_coverage":
+        found = _reach(features, name, DENSITY_NEIGHBOUR, reference)
+        return _mean(found.density, reference), _mean(found.coverage, reference)
+    if distance == "inception_score":
+        logits = reference.inception.logits(features)
+        return (inception_score_interval(logits, num_bootstrap=reference.protocol.num_bootstrap, seed=seed),)
+    assert distance == "caption", distance
+    captions = reference.caption_features(name)
+    told = cosine(features, captions if ids is None else captions[ids])
+    return (_mean(told * (reference.clip(name).scale if name in PREFERENCE else 1.0), reference),)
+
+
+def _reach(features: np.ndarray, name: str, neighbour: int, reference: Reference) -> Reach:
+    return reach(features, reference.features[name], neighbour=neighbour, radii_of_real=reference.radii(name, neighbour))
+
+
+def _mean(values: np.ndarray, reference: Reference) -> Interval:
+    return mean_interval(values, num_bootstrap=reference.protocol.num_bootstrap, seed=reference.protocol.seed)

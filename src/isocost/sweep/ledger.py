@@ -90,6 +90,14 @@ class ScoreRow(_Base):
     high: Mapped[float] = mapped_column(Float)
 
 
+class ProtocolRow(_Base):
+    """What a protocol's id stands for: its parts as JSON, so that two of them can be told apart in words."""
+
+    __tablename__ = "protocols"
+    protocol: Mapped[str] = mapped_column(String(32), primary_key=True)
+    parts: Mapped[str] = mapped_column(Text)
+
+
 class EventRow(_Base):
     """Something a reader of the study must know: a failure, pictures that were skipped."""
 
@@ -153,6 +161,11 @@ class Ledger:
                 parts = {"value": interval.value, "low": interval.low, "high": interval.high}
                 session.add(ScoreRow(point=row["point"], metric=metric, **parts))
 
+    def add_protocol(self, protocol: str, parts: Mapping[str, Any]) -> None:
+        """Record what a protocol's id stands for."""
+        with Session(self.engine) as session, session.begin():
+            session.merge(ProtocolRow(protocol=protocol, parts=json.dumps(dict(parts), ensure_ascii=False)))
+
     def add_scores(self, point: str, scores: Mapping[str, Interval]) -> None:
         """Record further scores of a point that is there."""
         with Session(self.engine) as session, session.begin():
@@ -184,7 +197,9 @@ class Ledger:
         with self.engine.connect() as connection:
             points = pd.read_sql(select(PointRow.__table__), connection)
             scores = pd.read_sql(select(ScoreRow.__table__), connection)
+            protocols = pd.read_sql(select(ProtocolRow.__table__), connection).set_index("protocol")
         table = points.set_index("point")
+        table["protocol_parts"] = table["protocol"].map(protocols["parts"])
         for metric, group in scores.groupby("metric"):
             by_point = group.set_index("point")
             for suffix, column in (("", "value"), ("_low", "low"), ("_high", "high")):

@@ -30,8 +30,9 @@ from isocost.diffusion.samplers import build_table
 from isocost.errors import WorkError
 from isocost.models.checkpoint import Checkpoint, describe
 from isocost.provenance import provenance
+from isocost.score.kept import read_measured, write_measured
 from isocost.score.reference import Reference
-from isocost.score.score import Measured, Measuring, frechet_is_flagged, score
+from isocost.score.score import Measuring, is_flagged, score, wanted
 from isocost.store import Store
 from isocost.sweep.ledger import Ledger
 from isocost.sweep.points import Point
@@ -56,10 +57,10 @@ class Worker:
 
     def run(self, checkpoint: Checkpoint, codec: Codec, points: Sequence[Point], done: Done, deadline: float | None) -> bool:
         """Make and score what is not in the ledger yet; False where `deadline` (of time.monotonic) came first."""
-        recorded = self.ledger.points()
+        recorded, asked = self.ledger.points(), wanted(self.reference, self.distances)
         missing = []
         for point in points:
-            if point.digest in recorded and self._wanted() <= self.ledger.metrics_of(point.digest):
+            if point.digest in recorded and asked <= self.ledger.metrics_of(point.digest):
                 done(point)
             elif self.store.has("point", point.digest):
                 self._record(checkpoint, point)
@@ -73,10 +74,6 @@ class Worker:
             self._make([point for point in missing if point.spec.numerics == one], checkpoint, codec, done, deadline)
             for one in numerics
         )
-
-    def _wanted(self) -> set[str]:
-        names = {f"{distance}_efficientnet" for distance in self.distances}
-        return names | ({"alignment"} if self.reference.probe is not None else set())
 
     def _make(self, points: Sequence[Point], checkpoint: Checkpoint, codec: Codec, done: Done, deadline: float | None) -> bool:
         """Draw the pictures of points of the same numerics in one stream; each point is kept as it is whole."""
@@ -141,19 +138,15 @@ class Worker:
             "ms_per_picture": ms_per_picture,
             "seconds": time.monotonic() - work.started,
         }
-        measured = work.measuring.measured()
         with self.store.create("point", work.point.digest, manifest) as folder:
-            tensors = {"features": torch.from_numpy(measured.features)}
-            if measured.alignment is not None:
-                tensors["alignment"] = torch.from_numpy(measured.alignment)
-            save_file(tensors, folder / "measured.safetensors")
+            write_measured(folder, work.measuring.measured(), self.reference.kept)
             save_file({"pictures": torch.stack([work.pictures[i] for i in manifest["kept"]])}, folder / "pictures.safetensors")
 
     def _record(self, checkpoint: Checkpoint, point: Point) -> None:
         """Score the artefact and write the ledger's row."""
         manifest = self.store.manifest("point", point.digest)
-        scores = score(read_measured(self.store.folder("point", point.digest)), self.reference, self.distances)
-        flagged = "frechet" in self.distances and frechet_is_flagged(point.spec.num_pictures, self.reference.extractor.width)
+        measured = read_measured(self.store.folder("point", point.digest), tuple(self.reference.extractors))
+        scores = score(measured, self.reference, self.distances)
         row = {
             **point.coordinate(),
             **point.costs(checkpoint.info),
@@ -163,16 +156,10 @@ class Worker:
             "least_bucket_size": manifest["least_bucket_size"],
             "ms_per_picture": manifest["ms_per_picture"],
             "seconds": manifest["seconds"],
-            "flagged": flagged,
+            "flagged": is_flagged(point.spec.num_pictures, self.reference, self.distances),
         }
+        self.ledger.add_protocol(self.reference.protocol.id, self.reference.protocol.parts)
         self.ledger.add_point(row, scores, provenance())
-
-
-def read_measured(folder: Path) -> Measured:
-    """What a point's artefact keeps of its pictures: features [N, D] and alignment [N]."""
-    tensors = load_file(folder / "measured.safetensors")
-    alignment = tensors["alignment"].numpy() if "alignment" in tensors else None
-    return Measured(tensors["features"].numpy(), alignment)
 
 
 def read_pictures(folder: Path) -> np.ndarray:

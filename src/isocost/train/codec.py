@@ -17,7 +17,8 @@ from torch import Tensor
 
 from isocost.data.codec import AutoencoderCodec, Codec, LinearCodec, to_unit
 from isocost.errors import RequestError, WorkError
-from isocost.metrics.features import EfficientNetLite0, load_lpips
+from isocost.metrics.features import EfficientNetLite0
+from isocost.metrics.lpips import load_lpips
 from isocost.study import LinearCodecSpec, TrainedCodecSpec
 
 Progress = Callable[[int, float], None]

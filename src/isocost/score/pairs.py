@@ -1,0 +1,138 @@
+"""Pictures that have a counterpart: super-resolution against the original, DreamBooth against subject and prompt.
+
+Shapes: N pictures, K photographs of a subject, R resolution, D features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from isocost.errors import RequestError
+from isocost.metrics.features import Extractor
+from isocost.metrics.likeness import cosine, mean_cosine_to_set, psnr, ssim
+from isocost.metrics.lpips import load_lpips
+from isocost.metrics.towers import ClipTower
+from isocost.score.blocks import Blocks, Function
+from isocost.score.gallery import Picture, picture_files, pictures_of
+from isocost.score.intervals import Interval, mean_interval
+from isocost.score.protocol import Protocol
+from isocost.score.statistics import check_number, take
+from isocost.study import ProtocolSpec
+
+CLIP, DINO = "clip-vit-b-32", "dino-vit-s-16"
+
+
+def pair_scores(
+    pictures: Mapping[str, Callable[[], Picture]],
+    originals: Iterable[Picture],
+    names: tuple[str, ...],
+    lpips_weights: str | None,
+    fixed: Protocol,
+) -> dict[str, Interval]:
+    """Mean PSNR (dB, over RGB), SSIM and LPIPS (AlexNet) of pictures and the originals of the same id, with intervals.
+
+    Raises:
+        RequestError: a picture has no original, two, or one of another size, or equals it, so that PSNR has no end.
+    """
+    place_of = {key: place for place, key in enumerate(sorted(pictures, key=lambda key: (len(key), key)))}
+    blocks = Blocks({name: _pair_function(name, lpips_weights) for name in names})
+    seen: set[str] = set()
+    for original in originals:
+        if original.key not in place_of:
+            continue
+        if original.key in seen:
+            raise RequestError(f"{original.name}: id {original.key} came twice in the reference")
+        seen.add(original.key)
+        made = pictures[original.key]()
+        if made.pixels.shape != original.pixels.shape:
+            raise RequestError(
+                f"{made.name}: {list(made.pixels.shape[1:])} pixels, its original {list(original.pixels.shape[1:])}"
+            )
+        blocks.add(place_of[original.key], torch.cat([made.pixels, original.pixels]))
+    _, values = blocks.results()
+    absent = [key for key in place_of if key not in seen]
+    if absent:
+        raise RequestError(f"{len(absent)} pictures have no original in the reference; the first is {absent[0]}")
+    equal = int(values["psnr"].isinf().sum()) if "psnr" in values else 0
+    if equal:
+        raise RequestError(f"{equal} pictures equal their originals, and their PSNR has no end: give upscaled pictures")
+    return {
+        name: mean_interval(by_pair.double().numpy(), num_bootstrap=fixed.num_bootstrap, seed=fixed.seed)
+        for name, by_pair in values.items()
+    }
+
+
+def _pair_function(name: str, lpips_weights: str | None) -> Function:
+    """A picture uint8 [N, 3, R, R] and its original in one, [N, 6, R, R], to a score by pair, [N]."""
+    if name == "psnr":
+        return lambda pairs: torch.from_numpy(psnr(pairs[:, :3].numpy(), pairs[:, 3:].numpy()))
+    if name == "ssim":
+        return lambda pairs: torch.from_numpy(ssim(pairs[:, :3], pairs[:, 3:]))
+    assert name == "lpips", name
+    lpips = load_lpips(lpips_weights)
+    return torch.inference_mode()(lambda pairs: lpips(*(one.float() / 127.5 - 1 for one in pairs.split(3, dim=1))))
+
+
+@dataclass(frozen=True)
+class SubjectScores:
+    """CLIP-I, CLIP-T and DINO over all pictures; `content` names the photographs."""
+
+    scores: dict[str, Interval]
+    num_pictures: int
+    num_reference: int
+    content: str
+
+
+def subject_scores(
+    pictures: Path,
+    reference: Path,
+    prompts: dict[str, str],
+    extractors: dict[str, Extractor],
+    spec: ProtocolSpec,
+    num_pictures: int | None,
+) -> SubjectScores:
+    """Each picture SUBJECT/PP_K against all photographs of SUBJECT and against prompt SUBJECT/PP (arXiv 2208.12242).
+
+    The interval resamples pictures, all subjects together.
+
+    Raises:
+        RequestError: a picture's name says no known subject and prompt, or a subject has no photographs.
+    """
+    files = picture_files(pictures)
+    keys = [f"{file.parent.name}/{file.stem}" for file in files]
+    for file, key in zip(files, keys, strict=True):
+        if key.rpartition("_")[0] not in prompts:
+            raise RequestError(f"{file}: names no subject and prompt; pictures are SUBJECT/PP_K.png, prompt PP from 00 to 24")
+    check_number(str(pictures), len(files), num_pictures)
+    subjects = sorted({key.partition("/")[0] for key in keys})
+    values: dict[str, list[float]] = {"clip_i": [], "clip_t": [], "dino": []}
+    contents, num_reference = [], 0
+    for subject in subjects:
+        real = take(pictures_of(str(reference / subject), side=None, exact=False), extractors)
+        if not len(real):
+            raise RequestError(f"{reference / subject}: no photographs of the subject")
+        made = take(pictures_of(str(pictures / subject), side=None, exact=False), extractors)
+        values["clip_i"] += mean_cosine_to_set(made.features[CLIP], real.features[CLIP]).tolist()
+        values["dino"] += mean_cosine_to_set(made.features[DINO], real.features[DINO]).tolist()
+        clip = extractors[CLIP]
+        assert isinstance(clip, ClipTower)
+        told = [prompts[f"{subject}/{Path(name).stem.rpartition('_')[0]}"] for name in made.ids]
+        values["clip_t"] += cosine(made.features[CLIP], _embedded(clip, told)).tolist()
+        contents.append(f"{subject}:{real.content}")
+        num_reference += len(real)
+    scores = {name: mean_interval(some, num_bootstrap=spec.num_bootstrap, seed=spec.seed) for name, some in values.items()}
+    content = hashlib.sha256("\n".join(contents).encode()).hexdigest()[:16]
+    return SubjectScores(scores, len(files), num_reference, content)
+
+
+def _embedded(clip: ClipTower, captions: list[str]) -> np.ndarray:
+    """float32 [N, D], each distinct caption embedded once."""
+    distinct = sorted(set(captions))
+    rows = clip.captions(distinct).numpy()
+    return rows[[distinct.index(caption) for caption in captions]]

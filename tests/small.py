@@ -1,0 +1,41 @@
+"""What tests of protocols share: features without a network, embedded pictures, and pictures on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from isocost.data.cache import load_pictures
+from isocost.study import ScenesSource
+
+
+class Thumbnail:
+    """Features without a network: the mean colour of each of 16 tiles."""
+
+    id = "thumbnail/4x4"
+    width = 48
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(pictures.float() / 255, 4).flatten(1)
+
+
+class Talking(Thumbnail):
+    """A thumbnail that also embeds captions."""
+
+    def captions(self, captions: list[str]) -> Tensor:
+        return torch.stack([torch.full((48,), 1.0 + len(caption)) for caption in captions])
+
+
+def scenes(num: int, side: int, seed: int = 0) -> Tensor:
+    return load_pictures(ScenesSource(kind="scenes", num_pictures=num, seed=seed), side, 0).pictures
+
+
+def save(folder: Path, pictures: Tensor, names: list[str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in zip(names, pictures.permute(0, 2, 3, 1).numpy(), strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(folder / f"{name}.png")
+    return folder

@@ -1,0 +1,126 @@
+"""Real photographs with growing damage: every distance rises with it, from the floor of test against training split."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from isocost.metrics.features import EfficientNetLite0
+from isocost.metrics.likeness import psnr, ssim
+from isocost.metrics.lpips import load_lpips
+from isocost.score.gallery import Picture, samples_of
+from isocost.score.intervals import Interval
+from isocost.score.kept import Measured
+from isocost.score.protocol import make_protocol
+from isocost.score.reference import Reference
+from isocost.score.score import score
+from isocost.score.statistics import take
+from isocost.study import ProtocolSpec
+
+NUM, NUM_REFERENCE, NUM_PAIRS, NUM_FEATURES, SIDE = 128, 384, 16, 64, 128
+NAME = "efficientnet-lite0"
+DISTANCES = ("kernel", "frechet", "frechet_infinity")
+
+
+def blurred(picture: Image.Image, radius: float) -> Image.Image:
+    return picture.filter(ImageFilter.GaussianBlur(radius))
+
+
+def noisy(picture: Image.Image, deviation: float) -> Image.Image:
+    pixels = np.asarray(picture, dtype=np.float64)
+    noise = np.random.default_rng(int(pixels.sum())).standard_normal(pixels.shape)
+    return Image.fromarray((pixels + deviation * noise).round().clip(0, 255).astype(np.uint8))
+
+
+def squeezed(picture: Image.Image, quality: float) -> Image.Image:
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=int(quality))
+    return Image.open(stream).convert("RGB")
+
+
+Damage = tuple[Callable[[Image.Image, float], Image.Image], tuple[float, ...]]
+DAMAGES: dict[str, Damage] = {
+    "blur": (blurred, (0.7, 1.4, 2.8)),
+    "noise": (noisy, (10, 25, 60)),
+    "jpeg": (squeezed, (40, 20, 10)),
+}
+
+
+def stacked(pictures: list[Image.Image]) -> Tensor:
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+
+
+def photographs(place: Path, num: int) -> list[Image.Image]:
+    """`num` of all the photographs there, evenly: they lie by kind."""
+    samples = list(samples_of(str(place), SIDE))
+    return [Image.fromarray(samples[number * len(samples) // num].picture) for number in range(num)]
+
+
+def taken(pictures: Tensor) -> dict[str, np.ndarray]:
+    """The first features of each picture: a Frechet distance asks for twice as many pictures as features."""
+    named = (Picture(str(place), str(place), picture) for place, picture in enumerate(pictures))
+    return {NAME: take(named, {NAME: EfficientNetLite0(side=64)}).features[NAME][:, :NUM_FEATURES]}
+
+
+@pytest.fixture(scope="module")
+def real() -> list[Image.Image]:
+    from conftest import SHARED
+
+    if not SHARED.is_dir():
+        pytest.skip("no folder of real data beside this checkout")
+    return photographs(SHARED / "aerial" / "test-000.tar", NUM)
+
+
+@pytest.fixture(scope="module")
+def reference(real: list[Image.Image]) -> Reference:
+    from conftest import SHARED
+
+    features = taken(stacked(photographs(SHARED / "aerial" / "train-*.tar", NUM_REFERENCE)))
+    protocol = make_protocol(
+        ProtocolSpec(num_pictures=NUM, num_bootstrap=50),
+        resolution=SIDE,
+        extractor="",
+        reference="train",
+        num_reference=NUM_REFERENCE,
+        captions=[],
+    )
+    return Reference(protocol, {NAME: EfficientNetLite0(side=64)}, features, [])
+
+
+@pytest.fixture(scope="module")
+def floor(real: list[Image.Image], reference: Reference) -> dict[str, Interval]:
+    return score(Measured(taken(stacked(real))), reference, DISTANCES)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_distances_rise_with_the_damage_from_the_floor_of_test_against_train(
+    kind: str, real: list[Image.Image], reference: Reference, floor: dict[str, Interval]
+) -> None:
+    damage, levels = DAMAGES[kind]
+    steps = [floor]
+    for level in levels:
+        steps.append(score(Measured(taken(stacked([damage(one, level) for one in real]))), reference, DISTANCES))
+    for name in floor:
+        values = [step[name].value for step in steps]
+        assert values == sorted(set(values)), (name, values)
+
+
+def test_pairs_fall_apart_with_the_damage(real: list[Image.Image], shared: Path) -> None:
+    lpips = load_lpips(shared / "lpips" / "alexnet.safetensors")
+    some = stacked(real[:NUM_PAIRS])
+    for damage, levels in DAMAGES.values():
+        found = []
+        for level in levels:
+            worse = stacked([damage(one, level) for one in real[:NUM_PAIRS]])
+            with torch.inference_mode():
+                apart = lpips(*(one.float() / 127.5 - 1 for one in (worse, some))).mean()
+            found.append((float(apart), -float(psnr(worse, some).mean()), -float(ssim(worse, some).mean())))
+        for values in zip(*found, strict=True):
+            assert list(values) == sorted(set(values)), values
