@@ -78,6 +78,15 @@ def test_a_size_that_does_not_fit_is_told_what_would(monkeypatch: pytest.MonkeyP
     assert "of disk are free: fewer marks" in Forecaster(spec, 4, disk_free=1000)(model, 64, (64,)).remedy
 
 
+def test_a_size_that_cannot_fit_is_warned_of_when_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = model_cost(SMALL, 4)
+    assert forecast.too_large(SPEC, cost, 1, 1 << 40) == ""
+    assert "of disk for its states" in forecast.too_large(SPEC, cost, 1, 1000)
+    monkeypatch.setattr(forecast, "memory_free", lambda: 16 * cost.num_parameters)
+    assert "for weights, moments and averages alone" in forecast.too_large(SPEC, cost, 1, 1 << 40)
+    assert forecast.too_large(SPEC.model_copy(update={"sharding": "fsdp"}), cost, 2, 1 << 40) == ""
+
+
 def test_gradient_checkpointing_and_bf16_are_forecast_to_take_less() -> None:
     model = SMALL.model_copy(update={"latent_side": 32})
     plain, lean = (

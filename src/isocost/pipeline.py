@@ -29,7 +29,7 @@ from isocost.study_file import dump_study
 from isocost.sweep.ledger import Ledger
 from isocost.sweep.points import Point, grid_points, mark_point
 from isocost.sweep.workers import Worker
-from isocost.train.forecast import Forecast, Forecaster
+from isocost.train.forecast import Forecast, Forecaster, too_large
 from isocost.train.loop import OutOfTime, train
 from isocost.train.parallel import this_part
 from isocost.train.state import newest_state
@@ -161,6 +161,8 @@ class Pipeline:
                 with self.store.create("checkpoint", name, {"info": info}) as partial:
                     save_networks(partial, network, spec.prediction, spec.zero_terminal_snr, weights)
 
+        if warning := too_large(spec, cost, self.part.num_parts, free_disk(self.out)):
+            say(warning)
         cache = materials.cache
         self._record_skipped()
         task = TextToImage(spec, cache, training_schedule(spec), None if cache.has_states else materials.text)

@@ -157,6 +157,19 @@ def measure(model: ModelSpec, spec: TrainSpec, num_tokens: int, rows: int) -> tu
     return of_pass / rows, max(0.0, sorted(steps)[len(steps) // 2] - of_pass)
 
 
+def too_large(spec: TrainSpec, cost: ModelCost, num_processes: int, disk_free: int) -> str:
+    """A line for a size that cannot fit whatever its activations take, or whose states cannot; empty where nothing is wrong."""
+    held, free = state_bytes(spec, cost.num_parameters, num_processes), memory_free()
+    disk = disk_bytes(spec, cost.num_parameters, 1)
+    if held > free:
+        needs = f"{_gb(held)} of memory for weights, moments and averages alone, and {_gb(free)} are free"
+    elif disk > disk_free:
+        needs = f"{_gb(disk)} of disk for its states, and {_gb(disk_free)} are free"
+    else:
+        return ""
+    return f"{cost.size} (width {cost.width}) takes {needs}: `isocost train STUDY --forecast` says what would fit"
+
+
 def disk_bytes(spec: TrainSpec, num_parameters: int, num_marks: int) -> int:
     """Bytes of states and checkpoints when they are most: a state stays until the next is durable."""
     states = spec.keep_last_states + 1
