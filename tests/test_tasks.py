@@ -162,6 +162,7 @@ def test_captions_are_encoded_in_the_step_where_no_states_are_cached(cache: Late
         write_index(place, write_cache(place, pictures.read, Spread(), text, with_states=with_states))
         task = TextToImage(TrainSpec(num_images=1), LatentCache(place), Schedule.scaled_linear(), text)
         made[with_states] = task.batch(0, range(8), CPU).states
+        assert not made[with_states].is_inference(), "autograd has to take them"
     assert torch.allclose(made[True], made[False], atol=5e-3)
 
 

@@ -104,7 +104,7 @@ class TextToImage:
         if self.cache.has_states:
             return self.cache.states(captions)
         assert self.text is not None
-        return self.text.states(self.cache.token_ids(captions).numpy())
+        return self.text.states(self.cache.token_ids(captions).numpy()).clone()  # made in inference mode, used by autograd
 
 
 def training_schedule(spec: TrainSpec) -> Schedule:
