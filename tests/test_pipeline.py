@@ -22,6 +22,7 @@ from isocost.pipeline import Pipeline
 from isocost.report.gather import report
 from isocost.score.kept import read_measured
 from isocost.store import Store
+from isocost.study import load_study
 from isocost.sweep import workers
 
 TIMES = ["ms_per_picture", "seconds", "created", "provenance"]
@@ -180,3 +181,14 @@ def test_a_killed_run_ends_with_the_same_table(finished: Path, tmp_path: Path) -
     assert last.returncode == 0
     pd.testing.assert_frame_equal(table_of(out), table_of(finished))
     assert not any(Store(out).root.glob(".partial/*"))
+
+
+@pytest.mark.slow
+def test_the_papers_study_runs_tiny_to_its_laws(tmp_path: Path) -> None:
+    study = load_study(Path(__file__).resolve().parents[1] / "studies" / "paper.yaml", {"scale": "tiny"})
+    pipeline = Pipeline(study, tmp_path / "out")
+    assert pipeline.run()
+    table = report(pipeline).table
+    assert set(table["width"]) == {8, 16, 24}
+    assert len(table[~table["is_final"]]) >= 9
+    assert "quality against training compute" in (tmp_path / "out" / "report" / "index.html").read_text()

@@ -53,6 +53,14 @@ def test_saturation_is_named_only_where_there_is_one() -> None:
     assert "saturates at" in str(law)
 
 
+def test_a_curve_that_does_not_fall_has_no_law() -> None:
+    for values in (np.full(9, 2.0), np.linspace(1.0, 2.0, 9), np.array([9.0, *[2.0] * 8])):
+        law = fit_law("flat", COMPUTE, values, 0.01 * values)
+        assert not law.is_found
+        assert law.saturation is None
+        assert str(law) == "flat: no power law within its 9 marks"
+
+
 def test_both_axes_tell_the_same_law_and_differ_by_the_batch() -> None:
     table = planted_table(noise=0.0)
     curves = compute_curves(table, KERNEL, batch_size=64)

@@ -42,7 +42,7 @@ Floats = NDArray[np.float64]
 class Law:
     """A fitted law of one curve. `saturation` is the compute from which the floor outweighs what compute still buys.
 
-    `saturation` is None where the floor's interval reaches 0, or where the curve ends before it. `misfit` is the
+    `saturation` is None where the floor's interval reaches 0, or where it lies off the curve's ends. `misfit` is the
     root-mean-square deviation of the points from the law, as a share of their values.
     """
 
@@ -58,7 +58,14 @@ class Law:
         """The law's value after this much compute."""
         return self.floor.value + self.scale.value * compute**-self.exponent.value
 
+    @property
+    def is_found(self) -> bool:
+        """False where no exponent between those that are tried is best: the curve does not fall as a power of compute."""
+        return _is_inside(self.exponent.value)
+
     def __str__(self) -> str:
+        if not self.is_found:
+            return f"{self.name}: no power law within its {self.num_marks} marks"
         falls = f"{self.name}: exponent {_in_words(self.exponent)}"
         if self.saturation is None:
             return f"{falls}, no saturation within its {self.num_marks} marks"
@@ -160,7 +167,7 @@ def fit_law(
     with np.errstate(divide="ignore", over="ignore"):
         saturations = middle * (scales / floors) ** (1 / exponents)
     floor = _interval(floors)
-    is_certain = floor.low > 0 and saturations[0] <= compute[-1]
+    is_certain = _is_inside(exponents[0]) and floor.low > 0 and compute[0] <= saturations[0] <= compute[-1]
     fitted = floors[0] + scales[0] * (compute / middle) ** -exponents[0]
     return Law(
         name=name,
@@ -203,6 +210,10 @@ def _fit(x: Floats, curves: Floats, weights: Floats) -> tuple[Floats, Floats, Fl
         best = misfit.argmin(1)
         low, high = tried[rows, np.maximum(best - 1, 0)], tried[rows, np.minimum(best + 1, _NUM_TRIED - 1)]
     return scale[rows, best], np.exp(tried[rows, best]), floor[rows, best]
+
+
+def _is_inside(exponent: float) -> bool:
+    return _EXPONENTS[0] * 1.01 < exponent < _EXPONENTS[1] / 1.01
 
 
 def _interval(draws: Floats) -> Interval:
