@@ -26,7 +26,7 @@ from isocost.train.schedules import learning_rate
 from isocost.train.state import newest_state
 from isocost.train.tasks import TextToImage
 
-MODEL = ModelSpec(width=8, latent_channels=4, latent_side=8, context_width=384)
+MODEL = ModelSpec(width=8, latent_channels=4, latent_side=8, context_width=384, layers_per_block=1, num_levels=2)
 SPEC = TrainSpec(num_images=192, marks=(64, 100), batch_size=16, lr=2e-3, warmup_images=64, state_every_images=48)
 
 

@@ -25,7 +25,7 @@ from isocost.train.memory import training_memory
 from isocost.train.parallel import this_part
 from isocost.train.tasks import Batch, TextToImage
 
-MODEL = ModelSpec(width=8, latent_channels=4, latent_side=8, context_width=384)
+MODEL = ModelSpec(width=8, latent_channels=4, latent_side=8, context_width=384, layers_per_block=1, num_levels=2)
 
 
 class Noted(TextToImage):
