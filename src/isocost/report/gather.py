@@ -13,9 +13,11 @@ import numpy as np
 import pandas as pd
 
 from isocost.analysis.frontier import BudgetChoice, best_at_budgets, default_budgets
+from isocost.analysis.scaling import LEAST_MARKS, paper_compute, scaling
 from isocost.errors import RequestError
 from isocost.pipeline import Pipeline
 from isocost.provenance import provenance
+from isocost.report.marks import COMPUTE_AXES
 from isocost.report.page import STUDY_YAML, markdown_summary, write_report
 from isocost.store import write_atomically
 from isocost.study import StudySpec
@@ -83,7 +85,21 @@ def study_table(pipeline: Pipeline) -> pd.DataFrame:
     if table.empty:
         raise RequestError(f"{pipeline.out}: no point of this study is scored yet; `isocost run` makes them")
     finals = {run.final for run in pipeline.runs}
-    return table.assign(is_final=table["checkpoint"].isin(finals)).reset_index(drop=True)
+    batch_size = pipeline.study.train.batch_size
+    return table.assign(
+        is_final=table["checkpoint"].isin(finals), paper_compute=paper_compute(table["training_gflop"], batch_size)
+    ).reset_index(drop=True)
+
+
+def _laws(pipeline: Pipeline, table: pd.DataFrame) -> dict[str, Any]:
+    """What quality against compute says, by axis and curve."""
+    batch_size, metric = pipeline.study.train.batch_size, pipeline.study.report.metric
+    told: dict[str, Any] = {}
+    for axis, (words, _) in COMPUTE_AXES.items():
+        fitted = scaling(table, metric, batch_size, axis)
+        laws = [*fitted.sizes, *([] if fitted.family is None else [fitted.family])]
+        told[words] = {law.name: str(law) for law in laws} or f"no curve has {LEAST_MARKS} marks"
+    return told
 
 
 def _samples(pipeline: Pipeline, table: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -100,6 +116,7 @@ def _provenance(pipeline: Pipeline, table: pd.DataFrame, floors: dict[str, dict[
         "codec": {"digest": materials.codec_digest, "latent shape": " x ".join(map(str, materials.latent_shape))},
         "real pictures after the codec": _rounded(floors["decoded"]),
         "real pictures as they are": _rounded(floors["real"]),
+        "quality against training compute": _laws(pipeline, table),
         "pictures skipped": len(skipped),
         "flagged": f"{flagged} points: Fréchet distance from fewer pictures than twice its features, compare at equal N only"
         if flagged

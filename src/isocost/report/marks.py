@@ -121,8 +121,15 @@ class ContactSheet:
     captions: tuple[str, ...]
 
 
-def compute_curves(table: pd.DataFrame, metric: str, floor: float | None = None) -> Curves:
-    """Quality of every size along its training, all points sampled alike.
+COMPUTE_AXES = {
+    "training_gflop": ("true FLOPs", "training GFLOP (3 × forward × images seen)"),
+    "paper_compute": ("the paper's axis", "GFLOP of a forward pass × iterations, as in arXiv 2404.01367"),
+}
+"""Ways to count training compute: column of the table, short words, title of the axis."""
+
+
+def compute_curves(table: pd.DataFrame, metric: str, floor: float | None = None, axis: str = "training_gflop") -> Curves:
+    """Quality of every size along its training, all points sampled alike; `axis` is one of `COMPUTE_AXES`.
 
     Drawn are the points at earlier training marks, and the final points that share their sampler, steps and guidance;
     where several such settings were scored, the one with the most marks.
@@ -142,9 +149,9 @@ def compute_curves(table: pd.DataFrame, metric: str, floor: float | None = None)
     return Curves(
         question="How good does each size get for its training compute?",
         setting=f"{sampler}, {steps} steps, guidance {guidance:g}",
-        x_label="training GFLOP (3 × forward × images seen)",
+        x_label=COMPUTE_AXES[axis][1],
         y_label=metric_of(metric).axis,
-        series=_series_by_size(table, rows, "training_gflop", metric, "training compute {} GFLOP"),
+        series=_series_by_size(table, rows, axis, metric, "training compute {}"),
         frontier=None,
         floor=floor,
         log_y=_wants_log(rows, metric, floor),

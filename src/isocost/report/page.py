@@ -215,8 +215,14 @@ def _cost_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float]) -
 
 def _compute_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float]) -> Chart:
     metrics = _lead_first(table, metric)
-    curves = {str(c): marks.compute_curves(table, name, floors.get(name)) for c, name in enumerate(metrics)}
-    return _chart("compute", (Control("Quality", tuple(metric_words(name) for name in metrics)),), curves)
+    axes = [axis for axis in marks.COMPUTE_AXES if axis in table.columns]
+    curves = {
+        f"{c}|{a}": marks.compute_curves(table, name, floors.get(name), axis)
+        for c, name in enumerate(metrics)
+        for a, axis in enumerate(axes)
+    }
+    quality = Control("Quality", tuple(metric_words(name) for name in metrics))
+    return _chart("compute", (quality, Control("Compute", tuple(marks.COMPUTE_AXES[axis][0] for axis in axes))), curves)
 
 
 def _guidance_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float]) -> Chart:
