@@ -22,7 +22,7 @@ from isocost.pipeline import Pipeline
 from isocost.report.gather import report
 from isocost.score.kept import read_measured
 from isocost.store import Store
-from isocost.study import load_study
+from isocost.study_file import load_study
 from isocost.sweep import workers
 
 TIMES = ["ms_per_picture", "seconds", "created", "provenance"]
