@@ -80,7 +80,7 @@ class Engine:
         self.latent_shape = latent_shape
         self.bucket_size = bucket_size
         # One row with guidance needs two places; two calls of one place each are a bucket of one.
-        self.lanes = Lanes(max(num_lanes, 2) if bucket_size == 1 else num_lanes, bucket_size)
+        self.lanes = Lanes(max(num_lanes, 2) if bucket_size == 1 else num_lanes, bucket_size, self.device)
         self.share_bytes = share_bytes
 
     def run(self, rows: Iterable[Row]) -> Iterator[FinishedRow]:

@@ -1,15 +1,18 @@
 """Network calls of one fixed shape, several at once on a CPU.
 
-Small networks do not gain from more threads in each operation; they gain from one call a core. Calls have one thread each,
-so a picture's bits do not depend on the number of cores. Where memory runs out a call is split in halves from then on.
+Small networks do not gain from more threads in each operation; they gain from one call a core. On a CPU every call has one
+thread, a lone one too: more of them add in another order, and the bits would depend on the number of lanes. Where memory
+runs out a call is split in halves from then on.
 
 Shape letters: P places of all lanes, B places of a call.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import torch
@@ -23,10 +26,10 @@ from isocost.progress import say
 class Lanes:
     """`num_lanes` calls of `bucket_size` places. `call_size` is the bucket size until memory runs out."""
 
-    def __init__(self, num_lanes: int, bucket_size: int) -> None:
+    def __init__(self, num_lanes: int, bucket_size: int, device: torch.device) -> None:
         self.num_places = num_lanes * bucket_size
         self.call_size = bucket_size
-        self._pool = _single_threaded(num_lanes) if num_lanes > 1 else None
+        self._pool = _single_threaded(num_lanes) if device.type == "cpu" else None
 
     def run(
         self,
@@ -82,8 +85,18 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _single_threaded(num_threads: int) -> ThreadPoolExecutor:
+    """A pool whose threads have started: torch's setting is of the whole process until each has taken its own."""
     threads_here = torch.get_num_threads()
-    pool = ThreadPoolExecutor(num_threads, "lane", initializer=torch.set_num_threads, initargs=(1,))
+    started = Barrier(num_threads)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        if torch.backends.mkl.is_available():
+            # torch hands MKL a number for all threads; this one is the thread's own.
+            ctypes.CDLL(torch._C.__file__).MKL_Set_Num_Threads_Local(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(num_threads, "lane", initializer=start)
     list(pool.map(lambda _: None, range(num_threads)))
     torch.set_num_threads(threads_here)
     return pool
