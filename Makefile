@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/isocost demo --out runs/demo
 
 test: $(READY)
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-all: $(READY)
 	$(BIN)/pytest

@@ -30,7 +30,8 @@ from isocost.provenance import provenance
 from isocost.score.intervals import KernelReference, paired_frechet_difference, paired_kernel_difference
 from isocost.score.score import Measuring
 from isocost.spec import parse_spec
-from isocost.study import SamplerSpec, StudySpec
+from isocost.stages import SamplerSpec
+from isocost.study import StudySpec
 
 STUDY = {
     "name": "drift",

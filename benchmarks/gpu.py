@@ -35,7 +35,7 @@ from isocost.models.cost import model_cost
 from isocost.models.paper import PAPER_CONTEXT_WIDTH, PAPER_NUM_TOKENS, TABLE_1
 from isocost.models.unet import build_unet
 from isocost.provenance import provenance
-from isocost.study import ModelSpec, Precision, SamplerSpec
+from isocost.stages import ModelSpec, Precision, SamplerSpec
 
 NUM_STEPS, GUIDANCE, LOOP_BATCH, BUCKET_SIZE, TURNS = 10, 7.5, 16, 64, 3
 SMALL, LARGE = {"over_loop": 3.0}, {"over_loop": 1.5, "over_tuned_loop": 1.0}

@@ -25,7 +25,7 @@ from isocost.models.cost import model_cost
 from isocost.models.paper import PAPER_CONTEXT_WIDTH, PAPER_NUM_TOKENS, TABLE_1
 from isocost.models.unet import build_unet
 from isocost.provenance import provenance
-from isocost.study import ModelSpec, TrainSpec
+from isocost.stages import ModelSpec, TrainSpec
 from isocost.train.forecast import RandomTask
 from isocost.train.loop import Trainer, make_accelerator
 

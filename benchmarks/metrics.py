@@ -25,7 +25,7 @@ from isocost.metrics.distances import Moments, frechet_from_moments
 from isocost.metrics.features import EfficientNetLite0
 from isocost.models.unet import build_unet
 from isocost.provenance import provenance
-from isocost.study import ModelSpec
+from isocost.stages import ModelSpec
 
 WIDTH, NUM = 2048, 6000
 DEMO_WIDTHS, DEMO_STEPS, DEMO_BATCH = (8, 16, 24), 16, 64

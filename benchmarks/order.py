@@ -25,7 +25,7 @@ from scipy.integrate import solve_ivp
 from isocost.diffusion.noise import Schedule
 from isocost.diffusion.samplers import SamplerTable, build_table
 from isocost.provenance import provenance
-from isocost.study import SamplerSpec
+from isocost.stages import SamplerSpec
 
 Floats = NDArray[np.float64]
 FINE = Schedule.scaled_linear(0.00085 / 100, 0.012 / 100, 100_000)

@@ -38,8 +38,8 @@ from isocost.models.checkpoint import Checkpoint, CheckpointInfo, load_checkpoin
 from isocost.models.cost import model_cost
 from isocost.models.unet import build_unet
 from isocost.provenance import provenance
+from isocost.stages import ModelSpec, SamplerSpec, ScenesSource, TextSpec
 from isocost.store import Store
-from isocost.study import ModelSpec, SamplerSpec, ScenesSource, TextSpec
 
 WIDTHS = (16, 64)
 NUM_STEPS, GUIDANCE = 20, 4.0

@@ -43,7 +43,7 @@ from isocost.data.sources import Sample
 from isocost.models.cost import model_cost
 from isocost.models.unet import build_unet
 from isocost.provenance import provenance
-from isocost.study import ModelSpec, ScenesSource, TextSpec, TrainedCodecSpec, TrainSpec
+from isocost.stages import ModelSpec, ScenesSource, TextSpec, TrainedCodecSpec, TrainSpec
 from isocost.train.codec import build_autoencoder
 from isocost.train.loop import Trainer, make_accelerator
 from isocost.train.tasks import TextToImage, training_schedule

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from isocost.data.cache import load_pictures
-from isocost.study import ScenesSource
+from isocost.stages import ScenesSource
 
 
 class Thumbnail:

@@ -16,7 +16,7 @@ from isocost.score.protocol import make_protocol
 from isocost.score.reference import Reference
 from isocost.score.score import Measuring
 from isocost.score.statistics import take
-from isocost.study import ProtocolSpec
+from isocost.stages import ProtocolSpec
 from small import scenes
 
 NUM = 3 * BLOCK + 9

@@ -27,7 +27,7 @@ from isocost.data.order import picture_order
 from isocost.data.shards import Place
 from isocost.data.sources import Bad
 from isocost.errors import WorkError
-from isocost.study import ScenesSource, TextSpec
+from isocost.stages import ScenesSource, TextSpec
 
 R, PATCH, CHANNELS, TOKENS = 32, 8, 4, 12
 NUM_PICTURES = 25

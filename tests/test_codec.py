@@ -15,7 +15,7 @@ from isocost.data.cache import load_pictures
 from isocost.data.codec import AutoencoderCodec, LinearCodec, TextCodec, load_codec, to_uint8, to_unit
 from isocost.errors import RequestError
 from isocost.metrics.likeness import psnr
-from isocost.study import ScenesSource, TextSpec, TrainedCodecSpec
+from isocost.stages import ScenesSource, TextSpec, TrainedCodecSpec
 from isocost.train.codec import build_autoencoder, normalise_latents, train_codec
 
 

@@ -19,7 +19,7 @@ from isocost.data.cache import LatentCache, load_pictures, write_cache, write_in
 from isocost.data.codec import LinearCodec, TextCodec
 from isocost.data.shards import Place
 from isocost.errors import WorkError
-from isocost.study import ScenesSource, TextSpec
+from isocost.stages import ScenesSource, TextSpec
 from isocost.train import state
 from isocost.train.state import newest_state
 from train_worker import run_job

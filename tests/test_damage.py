@@ -22,7 +22,7 @@ from isocost.score.protocol import make_protocol
 from isocost.score.reference import Reference
 from isocost.score.score import score
 from isocost.score.statistics import take
-from isocost.study import ProtocolSpec
+from isocost.stages import ProtocolSpec
 
 NUM, NUM_REFERENCE, NUM_PAIRS, NUM_FEATURES, SIDE = 128, 384, 16, 64, 128
 NAME = "efficientnet-lite0"

@@ -39,7 +39,7 @@ from isocost.metrics.names import METRICS, check_distances, metrics_of
 from isocost.metrics.pictures import check_pictures, resize_shorter_side
 from isocost.metrics.towers import TOWERS, ClipTower, PictureTower
 from isocost.metrics.weights import file_sha256, find_weights, read_tensors
-from isocost.study import DistanceName, FeatureName, ScenesSource
+from isocost.stages import DistanceName, FeatureName, ScenesSource
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from isocost.data.cache import load_pictures
 from isocost.errors import RequestError
 from isocost.metrics.features import EfficientNetLite0
 from isocost.metrics.lpips import Lpips, load_lpips
-from isocost.study import ScenesSource
+from isocost.stages import ScenesSource
 
 MILITARY_UNIFORM = 652
 DREAMBOOTH_CLASSES = {

@@ -11,7 +11,7 @@ from conftest import tiny_study
 from isocost.models.cost import model_cost
 from isocost.models.unet import build_unet
 from isocost.pipeline import Pipeline
-from isocost.study import ModelSpec, TrainSpec
+from isocost.stages import ModelSpec, TrainSpec
 from isocost.train import forecast
 from isocost.train.forecast import Forecaster, RandomTask, disk_bytes
 from isocost.train.loop import Trainer, make_accelerator

@@ -10,7 +10,7 @@ from isocost.diffusion.generate import DECODE_BATCH, generate
 from isocost.diffusion.noise import Schedule
 from isocost.diffusion.rows import FinishedRow, Row
 from isocost.diffusion.samplers import build_table
-from isocost.study import SamplerSpec
+from isocost.stages import SamplerSpec
 
 TABLE = build_table(SamplerSpec(), 1, Schedule.scaled_linear())
 

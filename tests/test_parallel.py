@@ -19,7 +19,7 @@ from isocost.data.cache import LatentCache, load_pictures, write_cache, write_in
 from isocost.data.codec import LinearCodec, TextCodec
 from isocost.data.shards import Place
 from isocost.errors import RequestError
-from isocost.study import ScenesSource, TextSpec
+from isocost.stages import ScenesSource, TextSpec
 from train_worker import run_job
 
 WORKER = Path(__file__).with_name("train_worker.py")
@@ -161,7 +161,7 @@ def test_another_number_of_processes_goes_on_with_exactly_the_next_images(runs: 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     from types import SimpleNamespace
 
-    from isocost.study import TrainSpec
+    from isocost.stages import TrainSpec
     from isocost.train.parallel import rows_of
 
     three = SimpleNamespace(num_processes=3, process_index=1)

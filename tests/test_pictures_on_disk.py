@@ -25,7 +25,7 @@ from isocost.score.folders import make_reference, score_folder
 from isocost.score.gallery import pictures_of
 from isocost.score.named import PROTOCOLS, CaptionList
 from isocost.score.statistics import read_statistics
-from isocost.study import ProtocolSpec
+from isocost.stages import ProtocolSpec
 from small import save, scenes
 
 # --- coco30k-fid-clip in small ----------------------------------------------------------------------------------------

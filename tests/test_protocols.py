@@ -25,7 +25,7 @@ from isocost.score.named import PROTOCOLS, CaptionList, Crops, NamedProtocol
 from isocost.score.protocol import Protocol, difference, make_protocol
 from isocost.score.reference import Reference
 from isocost.score.score import Measuring, score
-from isocost.study import ProtocolSpec
+from isocost.stages import ProtocolSpec
 from planted import planted_table
 from small import Talking, Thumbnail, save, scenes
 

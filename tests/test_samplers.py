@@ -37,7 +37,7 @@ from isocost.diffusion.noise import Schedule, x0_coefficients
 from isocost.diffusion.samplers import SAMPLERS, build_table, num_evaluations
 from isocost.errors import RequestError
 from isocost.spec import parse_spec
-from isocost.study import SAMPLER_NAMES, SPACING_NAMES, SamplerSpec
+from isocost.stages import SAMPLER_NAMES, SPACING_NAMES, SamplerSpec
 
 SCHEDULE = Schedule.scaled_linear()
 STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 20, 50, 100)

@@ -37,8 +37,8 @@ from isocost.score.reference import (
     write_features,
 )
 from isocost.score.score import Measuring, frechet_is_flagged, score
+from isocost.stages import LEAST_PICTURES, ProtocolSpec, ScenesSource
 from isocost.store import Store
-from isocost.study import LEAST_PICTURES, ProtocolSpec, ScenesSource
 
 KERNEL = "kernel-efficientnet-64"
 LITE = "efficientnet-lite0"

@@ -29,7 +29,7 @@ from isocost.data import scenes
 from isocost.data.cache import load_pictures
 from isocost.data.sources import Bad, Sample, num_classes, read_source, source_fingerprint
 from isocost.errors import RequestError, WorkError
-from isocost.study import FolderSource, HubSource, ScenesSource, SourceSpec, WebdatasetSource
+from isocost.stages import FolderSource, HubSource, ScenesSource, SourceSpec, WebdatasetSource
 
 R = 8
 WHITE, GREY, RED = (255, 255, 255), (128, 128, 128), (255, 0, 0)

@@ -11,7 +11,8 @@ import yaml
 from conftest import plain_study, tiny_study
 from isocost.errors import RequestError
 from isocost.spec import digest, parse_spec
-from isocost.study import ProtocolSpec, SamplerSpec, StudySpec, TrainSpec
+from isocost.stages import ProtocolSpec, SamplerSpec, TrainSpec
+from isocost.study import StudySpec
 from isocost.study_file import dump_study, load_study
 
 

@@ -24,7 +24,7 @@ from isocost.diffusion.noise import Schedule
 from isocost.errors import RequestError
 from isocost.models.checkpoint import scheduler_for
 from isocost.spec import parse_spec
-from isocost.study import TextSpec, TrainSpec
+from isocost.stages import TextSpec, TrainSpec
 from isocost.train.schedules import learning_rate
 from isocost.train.tasks import Batch, TextToImage, choices, loss_weights, training_key, training_schedule
 

@@ -24,7 +24,7 @@ from isocost.metrics.inception import Inception
 from isocost.metrics.likeness import inception_score
 from isocost.metrics.weights import file_sha256
 from isocost.score.verify import anchors
-from isocost.study import ScenesSource
+from isocost.stages import ScenesSource
 
 
 def features(num: int, width: int, seed: int, shift: float = 0.0) -> Tensor:

@@ -19,7 +19,7 @@ from isocost.diffusion.noise import Schedule
 from isocost.errors import RequestError, WorkError
 from isocost.models.checkpoint import load_checkpoint, save_networks
 from isocost.models.unet import build_unet
-from isocost.study import ModelSpec, ScenesSource, TextSpec, TrainSpec
+from isocost.stages import ModelSpec, ScenesSource, TextSpec, TrainSpec
 from isocost.train.ema import Ema
 from isocost.train.loop import OutOfTime, train
 from isocost.train.schedules import learning_rate

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from isocost.data.cache import LatentCache
 from isocost.diffusion.noise import Schedule
 from isocost.models.unet import build_unet
-from isocost.study import ModelSpec, TrainSpec
+from isocost.stages import ModelSpec, TrainSpec
 from isocost.train.forecast import RandomTask
 from isocost.train.loop import Trainer, backward, make_accelerator, train
 from isocost.train.memory import training_memory

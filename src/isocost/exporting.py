@@ -20,12 +20,15 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
     the text encoder is told to use its attention mask where ours does, and the tokenizer pads to the trained length.
 
     Raises:
-        RequestError: the folder is there and not empty, or the codec has no diffusers form (the built-in linear one).
+        RequestError: the folder is there and not empty, or the codec has no diffusers form (the built-in linear one), or the
+            checkpoint is one of super-resolution.
     """
     target = Path(folder)
     if target.exists() and any(target.iterdir()):
         raise RequestError(f"{target}: not empty; export writes a new folder")
     opened = load_checkpoint(checkpoint)
+    if opened.info.task == "superres":
+        raise RequestError(f"{checkpoint}: made for super-resolution, which diffusers has no pipeline for in this form")
     codec = load_codec(opened.codec_path, opened.info.codec_subfolder)
     if not isinstance(codec, AutoencoderCodec):
         raise RequestError(f"{checkpoint}: its linear codec has no diffusers form; train with a codec of kind kl or pretrained")

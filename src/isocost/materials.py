@@ -6,7 +6,7 @@ Each is made once, named by the digest of what it depends on, and found again by
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -32,8 +32,9 @@ from isocost.score.protocol import Protocol, make_protocol
 from isocost.score.reference import Reference, captions_to_draw, classes_of, read_features, train_probe, write_features
 from isocost.score.score import score
 from isocost.spec import digest
+from isocost.stages import LEAST_PICTURES, LinearCodecSpec, PretrainedCodecSpec, ProtocolSpec, SourceSpec
 from isocost.store import Store, free_disk
-from isocost.study import LEAST_PICTURES, LinearCodecSpec, PretrainedCodecSpec, SourceSpec, StudySpec
+from isocost.study import StudySpec
 from isocost.train.codec import fit_codec
 
 CODEC_VERSION = 1
@@ -212,7 +213,13 @@ class Materials:
         Raises:
             RequestError: there are too few reference pictures, or no labels where alignment is asked for.
         """
-        spec, held_out = self.study.protocol, self.pictures("reference")
+        return self.protocol_of(self.study.protocol, self.extractors)
+
+    def protocol_of(
+        self, spec: ProtocolSpec, extractors: Mapping[str, Extractor], given: str = "", compared_by: Sequence[str] = ()
+    ) -> Protocol:
+        """A protocol on the study's held-out pictures; `given` and `compared_by` are super-resolution's (`make_protocol`)."""
+        held_out = self.pictures("reference")
         num_reference = min(len(held_out), spec.num_reference or len(held_out))
         if num_reference < LEAST_PICTURES:
             raise RequestError(f"data.reference: {num_reference} pictures; a distance takes at least {LEAST_PICTURES}")
@@ -222,11 +229,12 @@ class Materials:
         return make_protocol(
             spec,
             resolution=self.study.data.resolution,
-            extractor=[extractor.id for extractor in self.extractors.values()],
+            extractor=[*(extractor.id for extractor in extractors.values()), *compared_by],
             reference=held_out.fingerprint(),
             num_reference=num_reference,
             captions=captions,
             probe=None if spec.alignment == "none" else self._probe_digest,
+            given=given,
         )
 
     @cached_property
@@ -235,13 +243,13 @@ class Materials:
         protocol, held_out = self.protocol, self.pictures("reference")
         captions, labels = captions_to_draw(held_out, protocol.num_pictures)
         compared = held_out.pictures[: protocol.num_reference]
-        features = {name: self._features(extractor, compared) for name, extractor in self.extractors.items()}
+        features = {name: self.features(extractor, compared) for name, extractor in self.extractors.items()}
         kept = self.study.protocol.kept
         if self.study.protocol.alignment == "none":
             return Reference(protocol, self.extractors, features, captions, kept=kept)
         return Reference(protocol, self.extractors, features, captions, labels, self._probe(), kept=kept)
 
-    def _features(self, extractor: Extractor, compared: Tensor) -> np.ndarray:
+    def features(self, extractor: Extractor, compared: Tensor) -> np.ndarray:
         """Features of the reference pictures, float32 [M, D], made once for each extractor."""
         stage = {"stage": "features", "version": referencing.VERSION, "extractor": extractor.id, "num": len(compared)}
         name = digest(stage, self.source_key("reference"))
@@ -305,10 +313,14 @@ class Materials:
     @cached_property
     def kept(self) -> list[int]:
         """Picture ids whose pictures every point keeps: the first of each caption, then others, `NUM_KEPT` in all."""
-        captions = self.reference.captions
-        firsts = sorted({caption: i for i, caption in reversed(list(enumerate(captions)))}.values())
-        others = [i for i in range(len(captions)) if i not in set(firsts)]
-        return sorted([*firsts, *others][:NUM_KEPT])
+        return pictures_to_keep(self.reference.captions)
+
+
+def pictures_to_keep(captions: Sequence[str]) -> list[int]:
+    """Ids of the pictures of `captions` that every point keeps: the first of each caption, then others, `NUM_KEPT` in all."""
+    firsts = sorted({caption: i for i, caption in reversed(list(enumerate(captions)))}.values())
+    others = [i for i in range(len(captions)) if i not in set(firsts)]
+    return sorted([*firsts, *others][:NUM_KEPT])
 
 
 def _manifest(**facts: Any) -> dict[str, Any]:

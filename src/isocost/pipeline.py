@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor, nn
 
 from isocost.diffusion.noise import Schedule
 from isocost.diffusion.samplers import build_table
 from isocost.errors import RequestError
+from isocost.experiments.experiment import Experiment, Run
+from isocost.experiments.superres import SuperresExperiment
+from isocost.experiments.text2image import TextToImageExperiment
 from isocost.materials import Materials
 from isocost.metrics.names import metric_of
 from isocost.models.checkpoint import CheckpointInfo, load_checkpoint, save_networks
 from isocost.models.cost import ModelCost, model_cost
-from isocost.models.unet import build_unet, check_width
+from isocost.models.unet import check_width
 from isocost.progress import progress_bar, say
-from isocost.score.protocol import Protocol
-from isocost.spec import digest, parse_spec
+from isocost.spec import parse_spec
+from isocost.stages import TaskName
 from isocost.store import Store, free_disk, write_atomically
-from isocost.study import ModelSpec, StudySpec
+from isocost.study import StudySpec
 from isocost.study_file import dump_study
 from isocost.sweep.ledger import Ledger
 from isocost.sweep.points import Point, grid_points, mark_point
@@ -33,25 +34,9 @@ from isocost.train.forecast import Forecast, Forecaster, too_large
 from isocost.train.loop import OutOfTime, train
 from isocost.train.parallel import this_part
 from isocost.train.state import newest_state
-from isocost.train.tasks import TextToImage, training_schedule
 
-TRAIN_VERSION = 2
 STUDY_FILE = "study.yaml"
 LEDGER_FILE = "ledger.sqlite"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training of the study: its network, the digest of its run, and the digest of its checkpoint by images seen."""
-
-    model: ModelSpec
-    digest: str
-    checkpoints: dict[int, str]
-
-    @property
-    def final(self) -> str:
-        """Digest of the last checkpoint."""
-        return self.checkpoints[max(self.checkpoints)]
 
 
 class Pipeline:
@@ -68,10 +53,13 @@ class Pipeline:
         """
         for width in study.family.widths:
             check_width(width)
-        for sampler in study.sweep.samplers:
-            for num_steps in (*study.sweep.num_steps, study.sweep.marks_num_steps):
-                build_table(sampler, num_steps, Schedule.scaled_linear())
-        metric_of(study.report.metric)
+        asked = [(study.sweep, study.report.metric)]
+        asked += [] if study.superres is None else [(study.superres.sweep, study.superres.metric)]
+        for sweep, metric in asked:
+            for sampler in sweep.samplers:
+                for num_steps in (*sweep.num_steps, sweep.marks_num_steps):
+                    build_table(sampler, num_steps, Schedule.scaled_linear())
+            metric_of(metric)
         self.study, self.out = study, Path(out)
         self.store = Store(self.out)
         refuse_conflict(study, self.store)
@@ -103,41 +91,28 @@ class Pipeline:
     # --- training ---
 
     @cached_property
-    def runs(self) -> list[Run]:
-        """The trainings that the study asks for, smallest first."""
-        channels, side, _ = self.materials.latent_shape
-        spec, family, context_width = self.study.train, self.study.family, self.materials.text.context_width
-        runs = []
-        for width in sorted(family.widths):
-            model = ModelSpec(
-                width=width,
-                latent_channels=channels,
-                latent_side=side,
-                context_width=context_width,
-                layers_per_block=family.layers_per_block,
-                num_levels=family.num_levels,
-            )
-            stage = {"stage": "train", "version": TRAIN_VERSION, "cache": self.materials.cache_digest, "recipe": spec.recipe()}
-            name = digest(stage, model)
-            gflop = model_cost(model, self.study.text.max_tokens).gflop_per_forward
-            marks = sorted({spec.whole_batches(mark) for mark in spec.all_marks(gflop)})
-            runs.append(Run(model, name, {mark: self._checkpoint_digest(name, mark) for mark in marks}))
-        return runs
+    def experiments(self) -> dict[TaskName, Experiment]:
+        """What the study asks for: text-to-image, then what is tuned from it."""
+        family = TextToImageExperiment(self.study, self.materials)
+        experiments: dict[TaskName, Experiment] = {"text2image": family}
+        if self.study.superres is not None:
+            experiments["superres"] = SuperresExperiment(self.study.superres, self.materials, family)
+        return experiments
 
-    def _checkpoint_digest(self, run: str, images_seen: int) -> str:
-        average = self.study.train.publish_ema
-        published = {} if average is None else {"ema": average}
-        return digest({"stage": "checkpoint", "run": run, "images": images_seen, **published})
+    @property
+    def runs(self) -> list[Run]:
+        """All trainings of the study, experiment by experiment, smallest first."""
+        return [run for experiment in self.experiments.values() for run in experiment.runs]
 
     def cost(self, run: Run) -> ModelCost:
         """Size and cost of a run's network at the study's latent shape and number of tokens."""
         return model_cost(run.model, self.study.text.max_tokens)
 
     def train(self, run: Run, deadline: float | None = None) -> None:
-        """Train one size until its last mark, from where it stands; every mark becomes a checkpoint.
+        """Train until the run's last mark, from where it stands; every mark becomes a checkpoint.
 
         Raises:
-            RequestError: a mark was added that the training has passed.
+            RequestError: a mark was added that the training has passed, or there is no checkpoint to start from.
             OutOfTime: the deadline came; the state is kept.
         """
         self.prepare()
@@ -148,10 +123,10 @@ class Pipeline:
         passed = newest_state(folder)
         if min(missing) < passed:
             raise RequestError(
-                f"train.marks: {min(missing)} images were passed without keeping a checkpoint (width {run.model.width} stands "
+                f"train.marks: {min(missing)} images were passed without keeping a checkpoint ({run.title} stands "
                 f"at {passed}); take that mark out, or remove {folder} to train this size anew"
             )
-        spec, materials, cost = self.study.train, self.materials, self.cost(run)
+        spec, experiment, cost = run.spec, self.experiments[run.task], self.cost(run)
 
         def publish(network: nn.Module, weights: Iterable[tuple[str, Tensor]], mark: int) -> None:
             seen = spec.whole_batches(mark)
@@ -163,12 +138,9 @@ class Pipeline:
 
         if warning := too_large(spec, cost, self.part.num_parts, free_disk(self.out)):
             say(warning)
-        cache = materials.cache
+        network, task = experiment.network(run), experiment.task(run)
         self._record_skipped()
-        task = TextToImage(spec, cache, training_schedule(spec), None if cache.has_states else materials.text)
-        torch.manual_seed(spec.seed)
-        network = build_unet(run.model, "cpu" if spec.sharding == "none" or self.part.rank == 0 else "meta")
-        title = f"train {cost.size} (width {run.model.width})"
+        title = f"train {cost.size} ({run.title})"
         train(spec, task, network, folder, publish, title=title, marks=tuple(run.checkpoints), deadline=deadline)
 
     def forecast(self) -> list[Forecast]:
@@ -179,9 +151,10 @@ class Pipeline:
         """
         if self.part.num_parts > 1:
             raise RequestError("--forecast measures one process: run it without torchrun or accelerate launch")
-        forecaster = Forecaster(self.study.train, self.study.text.max_tokens, free_disk(self.out))
         found = []
         for run in self.runs:
+            if run is self.experiments[run.task].runs[0]:
+                forecaster = Forecaster(run.spec, self.study.text.max_tokens, free_disk(self.out))
             images = max(0, max(run.checkpoints) - newest_state(self.store.folder("run", run.digest)))
             found.append(forecaster(run.model, images, tuple(run.checkpoints)))
             say(str(found[-1]))
@@ -195,56 +168,63 @@ class Pipeline:
             images_seen=images_seen,
             gflop_per_forward=cost.gflop_per_forward,
             normalised_cost=cost.normalised_cost,
-            prediction=self.study.train.prediction,
-            zero_terminal_snr=self.study.train.zero_terminal_snr,
+            prediction=run.spec.prediction,
+            zero_terminal_snr=run.spec.zero_terminal_snr,
             codec=self.materials.codec_from_checkpoint,
             codec_subfolder=getattr(self.study.codec, "subfolder", None),
             text=self.study.text,
             resolution=self.study.data.resolution,
             run=run.digest,
+            **self.experiments[run.task].facts(run),
         )
 
     # --- sweep ---
 
-    def points(self, run: Run, protocol: Protocol) -> dict[str, list[Point]]:
-        """The points of one size by checkpoint: the grid at the last one, one point at every mark where there are several."""
-        sweep, spec = self.study.sweep, self.study.protocol
+    def points(self, run: Run) -> dict[str, list[Point]]:
+        """The points of one run by checkpoint: the grid at the last one, one point at every mark where there are several."""
+        experiment = self.experiments[run.task]
+        setting = (experiment.sweep, experiment.protocol_spec, experiment.protocol)
         points: dict[str, list[Point]] = {}
         for name in run.checkpoints.values():
-            grid = grid_points(name, sweep, spec, protocol) if name == run.final else []
-            marked = [mark_point(name, sweep, spec, protocol)] if len(run.checkpoints) > 1 else []
+            grid = grid_points(name, *setting) if name == run.final else []
+            marked = [mark_point(name, *setting)] if len(run.checkpoints) > 1 else []
             points[name] = list({point.digest: point for point in [*grid, *marked]}.values())
         return points
 
     def sweep(self, run: Run, deadline: float | None = None) -> bool:
-        """Make and score every point of one size that the ledger lacks; False where the deadline came first.
+        """Make and score every point of one run that the ledger lacks; False where the deadline came first.
 
         Raises:
-            RequestError: the size lacks a checkpoint.
+            RequestError: the run lacks a checkpoint.
         """
         self.prepare()
         for mark, name in run.checkpoints.items():
             if not self.store.has("checkpoint", name):
                 raise RequestError(
-                    f"width {run.model.width}: no checkpoint at {mark} images yet; run `isocost train` first, or `isocost run`"
+                    f"{run.title}: no checkpoint at {mark} images yet; run `isocost train` first, or `isocost run`"
                 )
-        materials = self.materials
-        by_checkpoint = self.points(run, materials.protocol)
+        experiment = self.experiments[run.task]
+        by_checkpoint = self.points(run)
         self._record_skipped()
         worker = Worker(
             self.store,
             self.ledger,
-            materials.reference,
-            materials.caption_states,
-            materials.kept,
-            self.study.protocol.distances,
+            experiment.reference,
+            experiment.captions,
+            experiment.kept,
+            experiment.protocol_spec.distances,
+            experiment.beside,
         )
         numbers = {point.digest: n for n, point in enumerate((p for ps in by_checkpoint.values() for p in ps), start=1)}
-        with progress_bar(f"sweep {self.cost(run).size} (width {run.model.width})", len(numbers), "points") as progress:
+        with progress_bar(f"sweep {self.cost(run).size} ({run.title})", len(numbers), "points") as progress:
             for name, points in by_checkpoint.items():
                 checkpoint = load_checkpoint(self.store.folder("checkpoint", name))
                 finished = worker.run(
-                    checkpoint, materials.codec, points, lambda point: progress(numbers[point.digest], point.title), deadline
+                    checkpoint,
+                    self.materials.codec,
+                    points,
+                    lambda point: progress(numbers[point.digest], point.title),
+                    deadline,
                 )
                 if not finished:
                     return False
@@ -253,11 +233,12 @@ class Pipeline:
     # --- the whole ---
 
     def run(self, deadline: float | None = None) -> bool:
-        """Train and sweep every size; False where the deadline came first. What is done stays, and the same call goes on."""
+        """Train and sweep every run; False where the deadline came first. What is done stays, and the same call goes on."""
         self.prepare()
-        runs = self.runs
-        self.materials.reference  # noqa: B018  a protocol that cannot be met shows before the first training
-        for run in runs:
+        for experiment in self.experiments.values():
+            experiment.protocol  # noqa: B018  one that cannot be met shows before the first training
+        self.materials.reference  # noqa: B018
+        for run in self.runs:
             try:
                 self.train(run, deadline)
             except OutOfTime as stopped:
@@ -269,21 +250,21 @@ class Pipeline:
 
     def plan(self) -> dict[str, Any]:
         """What `run` would do, by size: images and GFLOP to train, points to make. Reads the pictures; writes nothing."""
-        protocol = self.materials.protocol
         recorded = self.ledger.points() if (self.out / LEDGER_FILE).is_file() else set()
         sizes = []
         for run in self.runs:
             cost = self.cost(run)
             passed = newest_state(self.store.folder("run", run.digest))
-            points = [point for some in self.points(run, protocol).values() for point in some]
+            points = [point for some in self.points(run).values() for point in some]
             missing = [point for point in points if point.digest not in recorded]
             images = max(0, max(run.checkpoints) - passed)
             if all(self.store.has("checkpoint", name) for name in run.checkpoints.values()):
                 images = 0
-            pictures = self.study.protocol.num_pictures
+            pictures = self.experiments[run.task].protocol_spec.num_pictures
             sizes.append(
                 {
-                    "size": cost.size,
+                    "task": run.task,
+                    "size": f"{cost.size} {run.variant}".rstrip(),
                     "width": cost.width,
                     "images_to_train": images,
                     "training_gflop": 3 * cost.gflop_per_forward * images,
@@ -292,7 +273,7 @@ class Pipeline:
                     "sampling_gflop": sum(cost.gflop_per_forward * point.nfe * pictures for point in missing),
                 }
             )
-        return {"study": self.study.name, "out": str(self.out), "protocol": protocol.id, "sizes": sizes}
+        return {"study": self.study.name, "out": str(self.out), "protocol": self.materials.protocol.id, "sizes": sizes}
 
 
 def refuse_conflict(study: StudySpec, store: Store) -> None:
@@ -304,7 +285,9 @@ def refuse_conflict(study: StudySpec, store: Store) -> None:
     if not file.is_file() or store.is_empty():
         return
     before = parse_spec(StudySpec, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
-    difference = _first_difference(before.fixed_part(), study.fixed_part())
+    was, now = before.fixed_part(), study.fixed_part()
+    both = was.keys() & now.keys()  # what is tuned from the family may come later
+    difference = _first_difference({key: was[key] for key in was if key in both}, {key: now[key] for key in now if key in both})
     if difference is not None:
         key, old, new = difference
         raise RequestError(

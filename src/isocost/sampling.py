@@ -20,7 +20,7 @@ from isocost.diffusion.rows import Row, num_passes
 from isocost.diffusion.samplers import build_table
 from isocost.errors import RequestError
 from isocost.models.checkpoint import load_checkpoint
-from isocost.study import DEFAULT_BUCKET_SIZE, Precision, SamplerSpec
+from isocost.stages import DEFAULT_BUCKET_SIZE, Precision, SamplerSpec
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def sample(
     if negative is not None and guidance in (0, 1):
         raise RequestError("a negative prompt does nothing without guidance; give a guidance above 1, or leave it out")
     opened = load_checkpoint(checkpoint)
+    if opened.info.task == "superres":
+        raise RequestError(f"{checkpoint}: made for super-resolution; `isocost upscale CHECKPOINT PICTURE OUT` takes it")
     table = build_table(sampler or SamplerSpec(), num_steps, schedule_of(opened.info))
     of_negative = None if negative is None else len(prompts)
     rows = [

@@ -30,7 +30,7 @@ from isocost.data.codec import Codec, TextCodec
 from isocost.data.shards import Place, Table, write_shard
 from isocost.data.sources import Bad, Sample, Unread, read_source
 from isocost.errors import WorkError
-from isocost.study import SourceSpec
+from isocost.stages import SourceSpec
 
 VERSION = 2
 SHARD_SIZE = 4096

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from isocost.errors import RequestError
 from isocost.models.checkpoint import refuse_pickles
-from isocost.study import TextSpec
+from isocost.stages import TextSpec
 
 SHIPPED = "scenes"
 

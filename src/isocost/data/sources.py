@@ -28,7 +28,7 @@ from PIL import Image, UnidentifiedImageError
 
 from isocost.data import scenes
 from isocost.errors import RequestError
-from isocost.study import FolderSource, HubSource, ScenesSource, SourceSpec, WebdatasetSource
+from isocost.stages import FolderSource, HubSource, ScenesSource, SourceSpec, WebdatasetSource
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 

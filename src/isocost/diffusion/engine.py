@@ -21,14 +21,14 @@ from torch import Tensor
 from isocost.diffusion.lanes import Lanes
 from isocost.diffusion.noise import x0_coefficients
 from isocost.diffusion.places import Lines, Places
-from isocost.diffusion.rows import CaptionStates, Conditions, FinishedRow, Row, num_passes
+from isocost.diffusion.rows import ByPicture, CaptionStates, Conditions, FinishedRow, Row, num_passes
 from isocost.diffusion.sharing import FirstEvaluations
 from isocost.diffusion.waiting import Waiting
 from isocost.errors import RequestError
-from isocost.study import PredictionType
+from isocost.stages import PredictionType
 
 Denoise = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(x [P, C, H, W] float32, timesteps [P] float32, states [P, L, D], guidance [P] float32) -> raw output [P, C, H, W].
+"""(x [P, C + C', H, W] float32, timesteps [P] float32, states [P, L, D], guidance [P] float32) -> raw output [P, C, H, W].
 
 `guidance` is for networks that embed it; others leave it."""
 
@@ -50,6 +50,9 @@ class Engine:
         device: where latents live and the network runs.
         num_lanes: network calls that run at once; the pictures do not depend on it.
         embeds_guidance: the network takes w itself (guidance-distilled students): one pass at any w.
+        beside: for networks of further input channels: picture ids int64 [R] on the CPU -> latents [R, C', H, W] that stand
+            beside the noisy one (super-resolution's low-resolution picture).
+        starts: picture ids -> start noise [R, C, H, W], in place of that of (seed, picture id).
         share_bytes: memory for outputs of first evaluations, which later rows of the same picture take over; 0 shares none.
 
     Raises:
@@ -68,6 +71,8 @@ class Engine:
         *,
         num_lanes: int = 1,
         embeds_guidance: bool = False,
+        beside: ByPicture | None = None,
+        starts: ByPicture | None = None,
         share_bytes: int = 0,
     ) -> None:
         if bucket_size < 1:
@@ -82,6 +87,7 @@ class Engine:
         # One row with guidance needs two places; two calls of one place each are a bucket of one.
         self.lanes = Lanes(max(num_lanes, 2) if bucket_size == 1 else num_lanes, bucket_size, self.device)
         self.share_bytes = share_bytes
+        self.beside, self.starts = beside, starts
 
     def run(self, rows: Iterable[Row]) -> Iterator[FinishedRow]:
         """Make the pictures of `rows` and yield them as they finish. Reads a few batches ahead of the rows in flight.
@@ -93,9 +99,11 @@ class Engine:
         lines = Lines(self.prediction, self.device)
         shared = FirstEvaluations(self.share_bytes)
         num_places, call_size = self.lanes.num_places, self.lanes.call_size
-        places = Places(num_places, self.latent_shape, lines, self.conditions, shared, self.bucket_size, call_size)
+        places = Places(num_places, self.latent_shape, lines, self.conditions, shared, self.bucket_size, call_size, self.beside)
         most_waiting = _READ_AHEAD * num_places
-        waiting = Waiting(iter(rows), self.conditions, self.latent_shape, self.bucket_size, most_waiting, self.device)
+        waiting = Waiting(
+            iter(rows), self.conditions, self.latent_shape, self.bucket_size, most_waiting, self.device, self.starts
+        )
         while True:
             yield from places.refill(waiting)
             if not places.num_busy:
@@ -111,7 +119,7 @@ class Engine:
         """One network call a lane and one update for every row; returns the rows that have ended."""
         source = places.to_device(places.primary)
         timesteps = places.lines.timesteps[places.to_device(places.lines_now[places.primary])]
-        arguments = (places.x[source], timesteps, places.states, places.guidance[source])
+        arguments = (places.network_input(source), timesteps, places.states, places.guidance[source])
         output = self.lanes.run(self.denoise, arguments, places.primary_busy).float()
         places.call_size = self.lanes.call_size
         places.keep_first_evaluations(output)

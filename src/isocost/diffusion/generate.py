@@ -19,9 +19,9 @@ from isocost.data.codec import Codec, TextCodec
 from isocost.diffusion.engine import Engine
 from isocost.diffusion.network import SamplingNetwork
 from isocost.diffusion.noise import Schedule
-from isocost.diffusion.rows import FinishedRow, Row
+from isocost.diffusion.rows import ByPicture, FinishedRow, Row
 from isocost.models.checkpoint import CheckpointInfo
-from isocost.study import Precision
+from isocost.stages import Precision
 
 ENCODE_BATCH = 256
 DECODE_BATCH = 32
@@ -90,6 +90,8 @@ def make_engine(
     precision: Precision = "fp32",
     compiled: bool = False,
     share_bytes: int = 0,
+    beside: ByPicture | None = None,
+    starts: ByPicture | None = None,
 ) -> Engine:
     """An engine around a checkpoint's network, which it changes in place. On a CPU a lane for each of torch's threads."""
     prepared = SamplingNetwork(network, precision, compiled)
@@ -105,6 +107,8 @@ def make_engine(
         prepared.device,
         num_lanes=torch.get_num_threads() if prepared.device.type == "cpu" else 1,
         embeds_guidance=prepared.embeds_guidance,
+        beside=beside,
+        starts=starts,
         share_bytes=share_bytes,
     )
 

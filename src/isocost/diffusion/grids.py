@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from isocost.diffusion.noise import Floats, Schedule, shifted
 from isocost.errors import RequestError
-from isocost.study import SamplerSpec
+from isocost.stages import SamplerSpec
 
 KARRAS_RHO = 7.0
 

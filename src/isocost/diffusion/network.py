@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from isocost.diffusion.engine import Denoise
 from isocost.progress import say
-from isocost.study import Precision
+from isocost.stages import Precision
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

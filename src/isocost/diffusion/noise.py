@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from isocost.errors import RequestError
-from isocost.study import NUM_TRAIN_TIMESTEPS, PredictionType
+from isocost.stages import NUM_TRAIN_TIMESTEPS, PredictionType
 
 START_NOISE = 0
 """The evaluation whose noise a picture starts from; table line i (from 0) adds the noise of evaluation i + 1."""

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from isocost.diffusion.noise import START_NOISE, normal_noise, x0_coefficients
-from isocost.diffusion.rows import Conditions, FinishedRow, Row
+from isocost.diffusion.rows import ByPicture, Conditions, FinishedRow, Row
 from isocost.diffusion.samplers import SamplerTable
 from isocost.diffusion.sharing import FirstEvaluations, Key
 from isocost.diffusion.waiting import Waiting, WaitingRow
-from isocost.study import PredictionType
+from isocost.stages import PredictionType
 
 Indices = NDArray[np.int64]
 
@@ -61,7 +61,8 @@ class Places:
 
     A row's first place is its primary one: there stand its latent and what the host knows of it, record by record in `host`
     [P]. With guidance a second place makes the unconditional pass from the same latent; `primary` [P] names each place's
-    primary one. `states` [P, L, D] are what each place's pass is conditioned on.
+    primary one. `states` [P, L, D] are what each place's pass is conditioned on, `beside` [P, C', H, W] what stands beside the
+    latent of a primary place.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Places:
         shared: FirstEvaluations,
         bucket_size: int,
         call_size: int,
+        beside: ByPicture | None = None,
     ) -> None:
         self.latent_shape, self.lines, self.conditions, self.shared = latent_shape, lines, conditions, shared
         self.device, self.call_size = lines.timesteps.device, call_size
@@ -83,6 +85,9 @@ class Places:
         self.x = torch.zeros(num_places, *latent_shape, device=self.device)
         self.x0, self.x0_before = torch.zeros_like(self.x), torch.zeros_like(self.x)
         self.guidance = torch.ones(num_places, device=self.device)
+        self._beside_of = beside
+        shape = (0, *latent_shape[1:]) if beside is None else beside(torch.zeros(1, dtype=torch.int64)).shape[1:]
+        self.beside = torch.zeros(num_places, *shape, device=self.device)
         self.states = conditions.any_states.to(self.device).repeat(num_places, 1, 1)
 
     @property
@@ -158,8 +163,15 @@ class Places:
         # A first line's c and d are 0, but 0 times a former row's infinity is not.
         self.x0[on_device] = self.x0_before[on_device] = 0.0
         self.guidance[on_device] = torch.tensor([self.conditions.weight(one.row) for one in fresh], device=self.device)
+        if self._beside_of is not None:
+            self.beside[on_device] = self._beside_of(torch.tensor([one.row.picture_id for one in fresh])).to(self.beside)
         self._condition(wanted)
         return primary
+
+    def network_input(self, source: Tensor) -> Tensor:
+        """Latents of the primary places `source` [P], and behind them what stands beside each: [P, C + C', H, W]."""
+        x = self.x[source]
+        return x if self._beside_of is None else torch.cat([x, self.beside[source]], dim=1)
 
     def _condition(self, wanted: list[tuple[int, int | None]]) -> None:
         for places, states in self.conditions.states(wanted):

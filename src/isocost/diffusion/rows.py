@@ -19,6 +19,9 @@ from isocost.errors import RequestError
 CaptionStates = Callable[[Tensor], Tensor]
 """Caption indices int64 [R] on the CPU -> states [R, L, D] on any device."""
 
+ByPicture = Callable[[Tensor], Tensor]
+"""Picture ids int64 [R] on the CPU -> latents [R, ...] on any device."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Row:

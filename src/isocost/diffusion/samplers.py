@@ -26,7 +26,7 @@ import numpy as np
 from isocost.diffusion.grids import Floats, Grid, make_grid
 from isocost.diffusion.noise import Schedule
 from isocost.errors import RequestError
-from isocost.study import SamplerSpec
+from isocost.stages import SamplerSpec
 
 LCM_ORIGINAL_STEPS, LCM_TIMESTEP_SCALING, LCM_SIGMA_DATA = 50, 10.0, 0.5
 """diffusers' LCMScheduler; the boundary conditions of arXiv 2303.01469, appendix C, at a scaled time."""

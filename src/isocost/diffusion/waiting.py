@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from isocost.diffusion.noise import START_NOISE, normal_noise
-from isocost.diffusion.rows import Conditions, Pass, Row
+from isocost.diffusion.rows import ByPicture, Conditions, Pass, Row
 
 
 def position(row: Row, one: Pass, bucket_size: int) -> int:
@@ -47,10 +47,11 @@ class Waiting:
         bucket_size: int,
         most: int,
         device: torch.device,
+        starts: ByPicture | None = None,
     ) -> None:
         self.conditions, self.latent_shape, self.bucket_size, self.device = conditions, latent_shape, bucket_size, device
         self.queues: list[deque[WaitingRow]] = [deque() for _ in range(bucket_size)]
-        self.most = most
+        self.most, self.starts = most, starts
         self._rows = rows
         self._num_read = self._num_waiting = 0
 
@@ -85,7 +86,10 @@ class Waiting:
             return False
         seeds = torch.tensor([row.seed for row in chunk])
         picture_ids = torch.tensor([row.picture_id for row in chunk])
-        noise = normal_noise(seeds, picture_ids, START_NOISE, self.latent_shape, self.device)
+        if self.starts is None:
+            noise = normal_noise(seeds, picture_ids, START_NOISE, self.latent_shape, self.device)
+        else:
+            noise = self.starts(picture_ids).to(self.device)
         for row, start in zip(chunk, noise, strict=True):
             passes = self.conditions.passes(row)
             positions = tuple(position(row, one, self.bucket_size) for one in passes)

@@ -8,8 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as functional
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from isocost.errors import RequestError
@@ -67,6 +69,13 @@ class EfficientNetLite0:
     def __call__(self, pictures: Tensor) -> Tensor:
         """Features of pictures: uint8 [N, 3, H, W] to float32 [N, 1280] on the extractor's device, in buckets."""
         return in_buckets(pictures, self._pooled, bucket=self.BUCKET, width=self.width, device=self.device)
+
+    @torch.inference_mode()
+    def logits(self, features: NDArray[np.floating]) -> NDArray[np.float64]:
+        """ImageNet class logits [N, 1000] from features [N, 1280]: what a classifier score takes."""
+        head = self._network._fc
+        weight, bias = head.weight.double().cpu().numpy(), head.bias.double().cpu().numpy()
+        return features.astype(np.float64) @ weight.T + bias
 
     def _pooled(self, rows: Tensor) -> Tensor:
         return self._network.extract_features(self._prepare(rows.float())).mean((2, 3))

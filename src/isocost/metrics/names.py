@@ -25,6 +25,8 @@ _WORDS = {
     "hpsv2": ("hpsv2", "HPSv2"),
 }
 PREFERENCE = ("pickscore", "hpsv2")
+CLASSIFIER_SCORE = "classifier_score_efficientnet"
+"""The formula of the Inception score on another classifier's classes."""
 Better = Literal["lower", "higher"]
 _SAYING: dict[str, tuple[tuple[str, ...], Better, str]] = {
     "kernel": (("kernel distance",), "lower", "unbiased MMD², lower is better"),
@@ -60,7 +62,7 @@ def metrics_of(distance: str, features: str) -> tuple[str, ...]:
         "frechet_infinity": ("fid_infinity" if is_inception else f"frechet_infinity_{short}",),
         "precision_recall": (f"precision_{short}", f"recall_{short}"),
         "density_coverage": (f"density_{short}", f"coverage_{short}"),
-        "inception_score": ("inception_score",) if is_inception else (),
+        "inception_score": {"inception": ("inception_score",), "efficientnet-lite0": (CLASSIFIER_SCORE,)}.get(features, ()),
         "cmmd": (("cmmd" if features == "clip-vit-l-14-336" else f"cmmd_{short}"),) if is_clip else (),
         "caption": (short,) if features in PREFERENCE else ((f"clip_score_{short.removeprefix('clip_')}",) if is_clip else ()),
     }[distance]
@@ -79,6 +81,8 @@ def _metrics(distance: str, features: str) -> list[Metric]:
     words, better, note = _SAYING[distance]
     if features == "inception":
         words = tuple(_OF_INCEPTION.get(word, word) for word in words)
+    if distance == "inception_score" and features != "inception":
+        words = ("classifier score",)
     if distance == "caption" and features in PREFERENCE:
         words = (on,)
     return [

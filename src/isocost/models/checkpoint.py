@@ -20,15 +20,19 @@ from torch import Tensor
 from isocost.errors import RequestError
 from isocost.models.weights import Plan, write_streamed
 from isocost.spec import Spec
+from isocost.stages import ModelSpec, PredictionType, TaskName, TextSpec
 from isocost.store import MANIFEST, read_manifest
-from isocost.study import ModelSpec, PredictionType, TextSpec
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
 
 class CheckpointInfo(Spec):
-    """What `isocost.json` of a checkpoint says. `codec` is a path beside the checkpoint, a folder, a Hub id or `scenes`."""
+    """What `isocost.json` of a checkpoint says.
+
+    `codec` is a path beside the checkpoint, a folder, a Hub id or `scenes`. `parent` is the digest of the checkpoint that a
+    tuned one started from; `scale` that of super-resolution.
+    """
 
     model: ModelSpec
     size: str
@@ -43,6 +47,15 @@ class CheckpointInfo(Spec):
     text: TextSpec
     resolution: int
     run: str = ""
+    task: TaskName = "text2image"
+    parent: str = ""
+    variant: str = ""
+    scale: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The size, and what sets the checkpoint apart from others of the size: "0.8M from scratch"."""
+        return f"{self.size} {self.variant}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -140,7 +153,8 @@ def refuse_pickles(folder: Path) -> None:
 def describe(info: CheckpointInfo) -> dict[str, Any]:
     """The columns that every point of a checkpoint shares."""
     return {
-        "size": info.size,
+        "task": info.task,
+        "size": info.label,
         "width": info.model.width,
         "num_parameters": info.num_parameters,
         "images_seen": info.images_seen,

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from isocost.models.paper import BY_WIDTH, PAPER_NUM_TOKENS, PAPER_SHAPE, REFERENCE_WIDTH
 from isocost.models.unet import build_unet, size_name
-from isocost.study import ModelSpec
+from isocost.stages import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from isocost.errors import RequestError
 from isocost.models.paper import BY_SIZE, BY_WIDTH, PAPER_CONTEXT_WIDTH
-from isocost.study import ModelSpec
+from isocost.stages import ModelSpec
 
 _MAX_GROUPS, _CHANNELS_PER_GROUP = 32, 2
 _MAX_HEADS, _CHANNELS_PER_HEAD = 8, 8
@@ -66,6 +67,20 @@ def build_unet(spec: ModelSpec, device: str | torch.device = "cpu") -> UNet2DCon
             attention_head_dim=num_heads(c),
             norm_num_groups=num_groups(c),
         )
+
+
+def widen_input(network: UNet2DConditionModel, num_channels: int) -> UNet2DConditionModel:
+    """The network with `num_channels` further input channels that it does not look at yet: their weights are zero."""
+    old = network.conv_in
+    new = nn.Conv2d(old.in_channels + num_channels, old.out_channels, old.kernel_size, padding=old.padding)
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[:, : old.in_channels] = old.weight
+        if new.bias is not None and old.bias is not None:
+            new.bias.copy_(old.bias)
+    network.conv_in = new.to(old.weight)
+    network.register_to_config(in_channels=new.in_channels)
+    return network
 
 
 def size_name(width: int, num_parameters: int, context_width: int) -> str:

@@ -125,6 +125,25 @@ def contact_sheet(
     return figure
 
 
+def strips(pictures: Mapping[str, np.ndarray], captions: Sequence[str]) -> Figure:
+    """What was given, what was made of it, what it should be: a row a picture, uint8 [K, H, W, 3] by title."""
+    shown = {title: some.repeat(max(1, 72 // some.shape[1]), 1) for title, some in pictures.items()}
+    shown = {title: some.repeat(max(1, 72 // some.shape[2]), 2) for title, some in shown.items()}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(0.95 * len(shown) + 1.2, 0.95 * len(captions) + 0.4), layout="constrained")
+        grid = figure.subplots(len(captions), len(shown), squeeze=False)
+        for number, row in enumerate(grid):
+            for axes, (title, some) in zip(row, shown.items(), strict=True):
+                axes.imshow(some[number], interpolation="nearest")
+                axes.set_xticks([])
+                axes.set_yticks([])
+                if number == 0:
+                    axes.set_title("\n".join(textwrap.wrap(title, 12)), fontsize=8, fontweight="normal")
+                for spine in axes.spines.values():
+                    spine.set_visible(False)
+    return figure
+
+
 def draw_curves(curves: Curves) -> Figure:
     """Lines with bands, the frontier as a thin staircase, the floor dashed."""
     with matplotlib.rc_context(STYLE):

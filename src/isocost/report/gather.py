@@ -5,35 +5,49 @@ Writes `table.parquet`, `table.csv` and `report/`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from isocost.analysis.frontier import BudgetChoice, best_at_budgets, default_budgets
+from isocost.analysis.frontier import BudgetChoice, best_at_budgets, best_in_each, default_budgets, finals
 from isocost.analysis.scaling import LEAST_MARKS, paper_compute, scaling
 from isocost.errors import RequestError
+from isocost.experiments.experiment import Experiment
 from isocost.pipeline import Pipeline
 from isocost.provenance import provenance
 from isocost.report.marks import COMPUTE_AXES
 from isocost.report.page import STUDY_YAML, markdown_summary, write_report
+from isocost.stages import TaskName
 from isocost.store import write_atomically
 from isocost.study import StudySpec
 from isocost.study_file import dump_study
+from isocost.sweep.ledger import table_file
 from isocost.sweep.workers import read_pictures
 
 BUDGET_COST = "paper_cost"
+TITLES: dict[TaskName, str] = {"text2image": "text-to-image", "superres": "super-resolution"}
+BASELINES = {
+    "decoded": "real pictures after the codec",
+    "real": "real pictures as they are",
+    "bicubic": "low-resolution pictures enlarged (bicubic)",
+}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a report says, beside its page: the table of points and the choice at each budget of paper cost."""
+    """What a report says, beside its page: the table of points and the choice at each budget of paper cost.
+
+    `others` are the reports of what was tuned from the family, by task.
+    """
 
     page: Path
     table: pd.DataFrame
     choices: list[BudgetChoice]
+    others: Mapping[TaskName, Report] = field(default_factory=dict)
 
 
 def run(study: StudySpec, out: str | Path) -> Report:
@@ -49,54 +63,82 @@ def run(study: StudySpec, out: str | Path) -> Report:
 
 
 def report(pipeline: Pipeline) -> Report:
-    """Write the report of what the ledger holds of this study.
+    """Write the reports of what the ledger holds of this study: `report/`, and `report/TASK/` for what was tuned.
 
     Raises:
         RequestError: no point of the study is scored yet.
     """
-    study, out = pipeline.study, pipeline.out
-    reference = pipeline.materials.reference
-    table = study_table(pipeline)
-    table.to_parquet(out / "table.parquet", index=False)
-    table.to_csv(out / "table.csv", index=False)
-    floors = pipeline.materials.floors()
-    budgets = list(study.report.budgets) or default_budgets(table, BUDGET_COST)
-    page = write_report(
-        out / "report",
-        study.name,
-        table,
-        study.report.metric,
-        _provenance(pipeline, table, floors),
-        floors["decoded"],
-        _samples(pipeline, table),
-        [reference.captions[i] for i in pipeline.materials.kept],
-        budgets,
-    )
-    write_atomically(out / "report" / "summary.md", markdown_summary(table, study.report.metric, study.name, budgets))
-    return Report(page, table, best_at_budgets(table, BUDGET_COST, study.report.metric, budgets))
+    tables = {name: study_table(pipeline, experiment) for name, experiment in pipeline.experiments.items()}
+    if tables["text2image"].empty:
+        raise RequestError(f"{pipeline.out}: no point of this study is scored yet; `isocost run` makes them")
+    tuned = [name for name, table in tables.items() if name != "text2image" and not table.empty]
+    others: dict[TaskName, Report] = {
+        name: _report(pipeline, name, tables[name], {"text-to-image": "../index.html"}) for name in tuned
+    }
+    whole = _report(pipeline, "text2image", tables["text2image"], {TITLES[name]: f"{name}/index.html" for name in tuned})
+    return replace(whole, others=others)
 
 
-def study_table(pipeline: Pipeline) -> pd.DataFrame:
-    """The ledger's points that belong to the study as it stands now; `is_final` marks those of the last checkpoint."""
-    protocol = pipeline.materials.protocol
-    wanted = {point.digest for run in pipeline.runs for some in pipeline.points(run, protocol).values() for point in some}
+def study_table(pipeline: Pipeline, experiment: Experiment) -> pd.DataFrame:
+    """The ledger's points that belong to the experiment as it stands now; `is_final` marks those of last checkpoints."""
+    wanted = {point.digest for run in experiment.runs for some in pipeline.points(run).values() for point in some}
     table = pipeline.ledger.table()
     table = table[table["point"].isin(wanted)]
-    if table.empty:
-        raise RequestError(f"{pipeline.out}: no point of this study is scored yet; `isocost run` makes them")
-    finals = {run.final for run in pipeline.runs}
-    batch_size = pipeline.study.train.batch_size
+    finals = {run.final for run in experiment.runs}
+    batch_size = experiment.runs[0].spec.batch_size
     return table.assign(
         is_final=table["checkpoint"].isin(finals), paper_compute=paper_compute(table["training_gflop"], batch_size)
     ).reset_index(drop=True)
 
 
-def _laws(pipeline: Pipeline, table: pd.DataFrame) -> dict[str, Any]:
+def _report(pipeline: Pipeline, task: TaskName, table: pd.DataFrame, others: dict[str, str]) -> Report:
+    """One experiment's page and table."""
+    study, experiment = pipeline.study, pipeline.experiments[task]
+    folder = pipeline.out / "report" / ("" if task == "text2image" else task)
+    for suffix, write in (("parquet", table.to_parquet), ("csv", table.to_csv)):
+        write(table_file(pipeline.out, task, suffix), index=False)
+    baselines, metric = experiment.baselines, experiment.metric
+    budgets = (list(study.report.budgets) if task == "text2image" else []) or default_budgets(table, BUDGET_COST)
+    samples = _samples(pipeline, table)
+    name = study.name if task == "text2image" else f"{study.name}, {TITLES[task]}"
+    page = write_report(
+        folder,
+        name,
+        table,
+        metric,
+        _provenance(pipeline, experiment, table),
+        baselines["decoded"],
+        samples,
+        [experiment.reference.captions[i] or f"picture {i}" for i in experiment.kept],
+        budgets,
+        _strips(experiment, table, samples),
+        others,
+    )
+    write_atomically(folder / "summary.md", markdown_summary(table, metric, name, budgets))
+    return Report(page, table, best_at_budgets(table, BUDGET_COST, metric, budgets))
+
+
+def _strips(experiment: Experiment, table: pd.DataFrame, samples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What is given first, then every size at its best, then the truth."""
+    told = {title: pictures.permute(0, 2, 3, 1).numpy() for title, pictures in experiment.strips().items()}
+    if not told:
+        return {}
+    best = best_in_each(finals(table, experiment.metric), experiment.metric, ["size"])
+    made = {row["size"]: samples[row["point"]] for row in best.to_dict("records") if row["point"] in samples}
+    *given, (last, truth) = told.items()
+    return {**dict(given), **made, last: truth}
+
+
+def _laws(experiment: Experiment, table: pd.DataFrame) -> dict[str, Any]:
     """What quality against compute says, by axis and curve."""
-    batch_size, metric = pipeline.study.train.batch_size, pipeline.study.report.metric
+    batch_size, metric = experiment.runs[0].spec.batch_size, experiment.metric
     told: dict[str, Any] = {}
     for axis, (words, _) in COMPUTE_AXES.items():
-        fitted = scaling(table, metric, batch_size, axis)
+        try:
+            fitted = scaling(table, metric, batch_size, axis)
+        except RequestError as error:
+            told[words] = str(error)
+            continue
         laws = [*fitted.sizes, *([] if fitted.family is None else [fitted.family])]
         told[words] = {law.name: str(law) for law in laws} or f"no curve has {LEAST_MARKS} marks"
     return told
@@ -107,16 +149,16 @@ def _samples(pipeline: Pipeline, table: pd.DataFrame) -> dict[str, np.ndarray]:
     return {point: read_pictures(store.folder("point", point)) for point in table["point"] if store.has("point", point)}
 
 
-def _provenance(pipeline: Pipeline, table: pd.DataFrame, floors: dict[str, dict[str, float]]) -> dict[str, Any]:
+def _provenance(pipeline: Pipeline, experiment: Experiment, table: pd.DataFrame) -> dict[str, Any]:
     materials = pipeline.materials
     skipped = [event for event in pipeline.ledger.events() if event["stage"].startswith("data.")]
     flagged = int(table["flagged"].sum())
     facts: dict[str, Any] = {
-        "protocol": materials.protocol.sentence(),
+        "protocol": experiment.protocol.sentence(),
         "codec": {"digest": materials.codec_digest, "latent shape": " x ".join(map(str, materials.latent_shape))},
-        "real pictures after the codec": _rounded(floors["decoded"]),
-        "real pictures as they are": _rounded(floors["real"]),
-        "quality against training compute": _laws(pipeline, table),
+        **{BASELINES[title]: _rounded(scores) for title, scores in experiment.baselines.items()},
+        **experiment.findings(table),
+        "quality against training compute": _laws(experiment, table),
         "pictures skipped": len(skipped),
         "flagged": f"{flagged} points: Fréchet distance from fewer pictures than twice its features, compare at equal N only"
         if flagged
@@ -127,5 +169,5 @@ def _provenance(pipeline: Pipeline, table: pd.DataFrame, floors: dict[str, dict[
     return facts
 
 
-def _rounded(scores: dict[str, float]) -> dict[str, str]:
+def _rounded(scores: Mapping[str, float]) -> dict[str, str]:
     return {metric: f"{value:.4g}" for metric, value in scores.items()}

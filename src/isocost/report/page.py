@@ -86,6 +86,8 @@ def write_report(
     samples: Mapping[str, np.ndarray],
     captions: Sequence[str],
     budgets: Sequence[float] = (),
+    strips: Mapping[str, np.ndarray] | None = None,
+    others: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `index.html` and the figures as PNG into `folder`; returns the path of the page.
 
@@ -99,6 +101,8 @@ def write_report(
         samples: point -> pictures uint8 [K, H, W, 3] of the same K prompts and seeds.
         captions: the K prompts.
         budgets: budgets of paper cost for the answer; spread over the data where empty.
+        strips: title -> pictures uint8 [K, H, W, 3] to be laid side by side (super-resolution: given, enlarged, made, true).
+        others: title -> address of the study's other pages.
 
     Raises:
         RequestError: the points cannot be compared (they differ in protocol, number of pictures or seed).
@@ -119,6 +123,8 @@ def write_report(
     } | {
         f"quality_against_{cost}": lambda cost=cost: figures.quality_against_cost(table, metric, cost, floor) for cost in COSTS
     }
+    if strips:
+        drawn["strips"] = lambda: figures.strips(strips, captions)
     sheet = _or_missing(marks.contact_cells, table, metric, samples, captions)
     page = (
         _environment()
@@ -137,6 +143,8 @@ def write_report(
             sheet=sheet,
             bought=_bought(choices, samples, captions) if not isinstance(sheet, Missing) else sheet,
             captions=list(captions),
+            strips=strips or {},
+            others=others or {},
             picture=_data_uri,
             drawing_json=_drawing_json,
             points_json=_script_json(_point_rows(table, metric)),

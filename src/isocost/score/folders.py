@@ -22,7 +22,7 @@ from isocost.score.protocol import make_protocol
 from isocost.score.reference import Reference, make_extractors
 from isocost.score.score import frechet_is_flagged, score
 from isocost.score.statistics import Taken, build_statistics, check_number, read_statistics, reference_pictures, take
-from isocost.study import LEAST_PICTURES, FeatureName, ProtocolSpec
+from isocost.stages import LEAST_PICTURES, FeatureName, ProtocolSpec
 
 __all__ = ["PROTOCOLS", "FolderScore", "make_reference", "score_folder"]
 LPIPS = "lpips"

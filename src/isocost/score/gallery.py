@@ -19,7 +19,7 @@ from torch import Tensor
 
 from isocost.data.sources import PICTURE_SUFFIXES, Bad, Sample, read_source, square_rgb
 from isocost.errors import RequestError
-from isocost.study import HubSource, ScenesSource, SourceSpec, WebdatasetSource
+from isocost.stages import HubSource, ScenesSource, SourceSpec, WebdatasetSource
 
 HUB, SCENES = "hub:", "scenes:"
 SCENES_SEED = 1

@@ -6,7 +6,7 @@ Shapes: N pictures, D features, S pictures a shard.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +28,14 @@ class Measured:
     Attributes:
         features: float32 [N, D] by extractor name, in the order of picture ids.
         alignment: the share of labels found in each picture, float64 [N]; None where there are none to find.
+        pairs: each picture against its original, float64 [N] by score name; empty where there are no originals.
         ids: picture ids of the rows, int64 [N], rising; None where row i is picture i.
     """
 
     features: dict[str, np.ndarray]
     alignment: np.ndarray | None = None
     ids: np.ndarray | None = None
+    pairs: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def write_features(folder: Path, features: Mapping[str, np.ndarray], kept: str = "fp32") -> None:
@@ -70,9 +72,9 @@ def read_features(folder: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]
 
 
 def write_measured(folder: Path, measured: Measured, kept: str = "fp32") -> None:
-    """Features in shards, and beside them the pictures' ids and alignment where they have them."""
+    """Features in shards, and beside them the pictures' ids, alignment and pair scores where they have them."""
     write_features(folder, measured.features, kept)
-    by_picture = {"ids": measured.ids, "alignment": measured.alignment}
+    by_picture = {"ids": measured.ids, "alignment": measured.alignment, **measured.pairs}
     tensors = {name: torch.from_numpy(values) for name, values in by_picture.items() if values is not None}
     save_file(tensors, folder / BY_PICTURE_FILE)
 
@@ -83,4 +85,5 @@ def read_measured(folder: Path, names: tuple[str, ...]) -> Measured:
     file = older if older.is_file() else folder / BY_PICTURE_FILE
     tensors = {name: tensor.numpy() for name, tensor in load_file(file).items()}
     features = {names[0]: tensors["features"]} if older.is_file() else read_features(folder, names)
-    return Measured(features, tensors.get("alignment"), tensors.get("ids"))
+    pairs = {name: values for name, values in tensors.items() if name not in ("features", "alignment", "ids")}
+    return Measured(features, tensors.get("alignment"), tensors.get("ids"), pairs)

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from isocost.errors import RequestError
-from isocost.study import ProtocolSpec
+from isocost.stages import ProtocolSpec
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as functional
+from torch import Tensor
 
 from isocost.errors import RequestError
 from isocost.metrics.features import Extractor
@@ -23,8 +25,10 @@ from isocost.score.gallery import Picture, picture_files, pictures_of
 from isocost.score.intervals import Interval, mean_interval
 from isocost.score.protocol import Protocol
 from isocost.score.statistics import check_number, take
-from isocost.study import ProtocolSpec
+from isocost.stages import ProtocolSpec
 
+LPIPS_LEAST_SIDE = 64
+"""Smaller pictures are enlarged to it for LPIPS, as its networks see nothing in them."""
 CLIP, DINO = "clip-vit-b-32", "dino-vit-s-16"
 
 
@@ -41,7 +45,7 @@ def pair_scores(
         RequestError: a picture has no original, two, or one of another size, or equals it, so that PSNR has no end.
     """
     place_of = {key: place for place, key in enumerate(sorted(pictures, key=lambda key: (len(key), key)))}
-    blocks = Blocks({name: _pair_function(name, lpips_weights) for name in names})
+    blocks = Blocks({name: pair_score(name, lpips_weights).function for name in names})
     seen: set[str] = set()
     for original in originals:
         if original.key not in place_of:
@@ -68,15 +72,44 @@ def pair_scores(
     }
 
 
-def _pair_function(name: str, lpips_weights: str | None) -> Function:
-    """A picture uint8 [N, 3, R, R] and its original in one, [N, 6, R, R], to a score by pair, [N]."""
+@dataclass(frozen=True)
+class PairScore:
+    """A score of a picture and its original; `id` says what it depends on.
+
+    `function` takes both in one, uint8 [N, 6, R, R], and gives [N].
+    """
+
+    id: str
+    function: Function
+
+
+def pair_score(name: str, lpips_weights: str | None) -> PairScore:
+    """PSNR (dB, over RGB), SSIM, or LPIPS by AlexNet.
+
+    Raises:
+        RequestError: LPIPS' weights cannot be had.
+    """
     if name == "psnr":
-        return lambda pairs: torch.from_numpy(psnr(pairs[:, :3].numpy(), pairs[:, 3:].numpy()))
+        return PairScore("psnr/rgb", lambda pairs: torch.from_numpy(psnr(pairs[:, :3].numpy(), pairs[:, 3:].numpy())))
     if name == "ssim":
-        return lambda pairs: torch.from_numpy(ssim(pairs[:, :3], pairs[:, 3:]))
+        return PairScore("ssim/rgb", lambda pairs: torch.from_numpy(ssim(pairs[:, :3], pairs[:, 3:])))
     assert name == "lpips", name
     lpips = load_lpips(lpips_weights)
-    return torch.inference_mode()(lambda pairs: lpips(*(one.float() / 127.5 - 1 for one in pairs.split(3, dim=1))))
+
+    @torch.inference_mode()
+    def compare(pairs: Tensor) -> Tensor:
+        return lpips(*(_enlarged(one) / 127.5 - 1 for one in pairs.split(3, dim=1)))
+
+    return PairScore(f"{lpips.id}/least-side={LPIPS_LEAST_SIDE}", compare)
+
+
+def _enlarged(pictures: Tensor) -> Tensor:
+    """Bicubic, to `LPIPS_LEAST_SIDE` where they are smaller; uint8 [N, 3, H, W] -> float32."""
+    height, width = pictures.shape[-2:]
+    times = LPIPS_LEAST_SIDE / min(height, width)
+    if times <= 1:
+        return pictures.float()
+    return functional.interpolate(pictures.float(), (round(height * times), round(width * times)), mode="bicubic").clamp(0, 255)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from isocost.spec import digest
-from isocost.study import ProtocolSpec
+from isocost.stages import ProtocolSpec
 
 BETWEEN_EXTRACTORS = " + "
 _WORDS = {
@@ -23,6 +23,7 @@ _WORDS = {
     "reference": "reference",
     "captions": "prompts",
     "alignment": "alignment",
+    "given": "given pictures",
     "num_bootstrap": "bootstrap resamples",
     "seed": "seed",
 }
@@ -41,16 +42,17 @@ class Protocol:
     alignment: str
     num_bootstrap: int
     seed: int
+    given: str = ""
 
     @property
     def id(self) -> str:
         """12 hex digits that name the protocol."""
-        return digest(asdict(self))[:12]
+        return digest(self.parts)[:12]
 
     @property
     def parts(self) -> dict[str, Any]:
-        """The fields as plain data, as the ledger keeps them beside the id."""
-        return asdict(self)
+        """The fields as plain data, as the ledger keeps them beside the id; `given` where pictures are made from pictures."""
+        return {name: value for name, value in asdict(self).items() if name != "given" or value}
 
     def sentence(self) -> str:
         """The protocol in words, for a report."""
@@ -70,10 +72,12 @@ def make_protocol(
     num_reference: int,
     captions: Sequence[str],
     probe: str | None = None,
+    given: str = "",
 ) -> Protocol:
     """Fix a protocol on a study's own reference (its content hash), its captions, and the digest of its probe.
 
-    `extractor` is the id of each extractor; features kept in less than float32 add how to it.
+    `extractor` is the id of each extractor, and of what compares pictures with their originals; features kept in less than
+    float32 add how to it. `given` names the pictures that generated ones are made from.
     """
     listed = hashlib.sha256(json.dumps(list(captions), ensure_ascii=False).encode()).hexdigest()[:12]
     ids = [extractor] if isinstance(extractor, str) else list(extractor)
@@ -88,6 +92,7 @@ def make_protocol(
         spec.alignment if probe is None else f"{spec.alignment}/probe={probe}",
         spec.num_bootstrap,
         spec.seed,
+        given,
     )
 
 

@@ -19,15 +19,16 @@ from isocost.data.cache import PictureSet
 from isocost.errors import RequestError
 from isocost.metrics.distances import POLYNOMIAL, Kernel, Moments
 from isocost.metrics.extractors import make_extractor
-from isocost.metrics.features import Extractor
+from isocost.metrics.features import EfficientNetLite0, Extractor
 from isocost.metrics.inception import Inception
 from isocost.metrics.names import check_distances
 from isocost.metrics.neighbours import radii
 from isocost.metrics.probe import Probe, fit_probe
 from isocost.metrics.towers import ClipTower
+from isocost.score.blocks import Function
 from isocost.score.intervals import KernelReference
 from isocost.score.protocol import Protocol
-from isocost.study import ProtocolSpec
+from isocost.stages import ProtocolSpec
 
 PROBE_EPOCHS = 6
 VERSION = 1
@@ -44,6 +45,8 @@ class Reference:
         captions: the N captions to draw, one a picture id.
         labels: int64 [N, A] of those captions, where alignment is measured.
         probe: reads labels from pictures; None where alignment is not measured.
+        originals: uint8 [N, 3, R, R], what picture i is compared with; None where there is no such thing.
+        pairs: what is compared, by score name: functions of a picture and its original in one, uint8 [N, 6, R, R] -> [N].
         kept: precision in which a point keeps its features.
     """
 
@@ -54,6 +57,8 @@ class Reference:
     labels: Tensor | None = None
     probe: Probe | None = None
     kept: str = "fp32"
+    originals: Tensor | None = None
+    pairs: dict[str, Function] = field(default_factory=dict)
     _once: dict[tuple[str, ...], Any] = field(default_factory=dict, init=False, repr=False)
 
     def kernel(self, name: str, kernel: Kernel = POLYNOMIAL) -> KernelReference:
@@ -82,12 +87,11 @@ class Reference:
         assert isinstance(extractor, ClipTower), name
         return extractor
 
-    @property
-    def inception(self) -> Inception:
-        """The extractor that makes logits."""
-        extractor = self.extractors["inception"]
-        assert isinstance(extractor, Inception)
-        return extractor
+    def logits(self, name: str, features: np.ndarray) -> np.ndarray:
+        """Class logits [N, L] from the features [N, D] of the extractor called `name`, which is a classifier."""
+        extractor = self.extractors[name]
+        assert isinstance(extractor, Inception | EfficientNetLite0), name
+        return extractor.logits(features)
 
     def _made(self, key: tuple[str, ...], make: Callable[[], Any]) -> Any:
         if key not in self._once:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from isocost.errors import WorkError
 from isocost.metrics.distances import GAUSSIAN, POLYNOMIAL
 from isocost.metrics.likeness import cosine
 from isocost.metrics.names import PREFERENCE, metrics_of
@@ -42,6 +44,7 @@ class Measuring:
         if reference.probe is not None and self._labels is not None:
             functions[_PROBE] = reference.probe.predict
         self._blocks = Blocks(functions)
+        self._originals, self._pairs = reference.originals, Blocks(reference.pairs)
 
     def add(self, picture_ids: list[int], pictures: Tensor) -> None:
         """uint8 [N, 3, R, R] with their ids, which index the reference's captions and labels.
@@ -51,6 +54,8 @@ class Measuring:
         """
         for picture_id, picture in zip(picture_ids, pictures, strict=True):
             self._blocks.add(picture_id, picture)
+            if self._originals is not None:
+                self._pairs.add(picture_id, torch.cat([picture, self._originals[picture_id]]))
 
     def measured(self) -> Measured:
         """Everything added so far; whose pictures came when, and with which others, changes no bit of it."""
@@ -59,7 +64,9 @@ class Measuring:
         alignment = None
         if read is not None and self._labels is not None:
             alignment = (read == self._labels[ids]).double().mean(1).numpy()
-        return Measured({name: rows.numpy() for name, rows in made.items()}, alignment, np.asarray(ids))
+        _, compared = self._pairs.results()
+        pairs = {name: values.double().numpy() for name, values in compared.items()}
+        return Measured({name: rows.numpy() for name, rows in made.items()}, alignment, np.asarray(ids), pairs)
 
 
 def score(measured: Measured, reference: Reference, distances: tuple[str, ...]) -> dict[str, Interval]:
@@ -77,13 +84,17 @@ def score(measured: Measured, reference: Reference, distances: tuple[str, ...]) 
                 scores.update(zip(metrics, found, strict=True))
     if measured.alignment is not None:
         scores["alignment"] = _mean(measured.alignment, reference)
+    for name, values in measured.pairs.items():
+        if equal := int(np.isinf(values).sum()):
+            raise WorkError(f"{equal} pictures equal their originals, and their {name} has no end: take {name} out of pairs")
+        scores[name] = _mean(values, reference)
     return scores
 
 
 def wanted(reference: Reference, distances: Iterable[str]) -> set[str]:
     """Names of all the scores that `score` gives a point."""
     names = {metric for distance in distances for name in reference.extractors for metric in metrics_of(distance, name)}
-    return names | ({"alignment"} if reference.probe is not None else set())
+    return names | set(reference.pairs) | ({"alignment"} if reference.probe is not None else set())
 
 
 def is_flagged(num_pictures: int, reference: Reference, distances: Iterable[str]) -> bool:
@@ -116,7 +127,7 @@ def _intervals(
         found = _reach(features, name, DENSITY_NEIGHBOUR, reference)
         return _mean(found.density, reference), _mean(found.coverage, reference)
     if distance == "inception_score":
-        logits = reference.inception.logits(features)
+        logits = reference.logits(name, features)
         return (inception_score_interval(logits, num_bootstrap=reference.protocol.num_bootstrap, seed=seed),)
     assert distance == "caption", distance
     captions = reference.caption_features(name)

@@ -32,8 +32,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from isocost.errors import RequestError
 from isocost.score.intervals import Interval
 
-SCHEMA_VERSION = 2
-"""2: points carry all of their numerics."""
+SCHEMA_VERSION = 3
+"""2: points carry all of their numerics. 3: and their task; none is text-to-image."""
 
 
 class _Base(DeclarativeBase):
@@ -54,6 +54,7 @@ class PointRow(_Base):
     point: Mapped[str] = mapped_column(String(32), primary_key=True)
     checkpoint: Mapped[str] = mapped_column(String(32), index=True)
     protocol: Mapped[str] = mapped_column(String(32), index=True)
+    task: Mapped[str | None] = mapped_column(String(32))
     size: Mapped[str] = mapped_column(String(32))
     width: Mapped[int] = mapped_column(Integer)
     num_parameters: Mapped[int] = mapped_column(Integer)
@@ -210,15 +211,20 @@ class Ledger:
         return table.reset_index().sort_values(order, ignore_index=True)
 
 
-def read_table(out: str | Path) -> pd.DataFrame:
-    """`table.parquet` of an output folder: the points of its study as its last report left them.
+def table_file(out: str | Path, task: str = "text2image", suffix: str = "parquet") -> Path:
+    """Where a report leaves the points of a task: `table.parquet`, `table-superres.parquet`."""
+    return Path(out) / f"table{'' if task == 'text2image' else f'-{task}'}.{suffix}"
+
+
+def read_table(out: str | Path, task: str = "text2image") -> pd.DataFrame:
+    """The points of a task as the last report of an output folder left them.
 
     Raises:
         RequestError: there is none.
     """
-    file = Path(out) / "table.parquet"
+    file = table_file(out, task)
     if not file.is_file():
-        raise RequestError(f"{out}: no table.parquet; an output folder has one after `isocost run` or `isocost report`")
+        raise RequestError(f"{out}: no {file.name}; an output folder has one after `isocost run` or `isocost report`")
     return pd.read_parquet(file)
 
 

@@ -10,7 +10,7 @@ from isocost.diffusion.samplers import num_evaluations
 from isocost.models.checkpoint import CheckpointInfo
 from isocost.score.protocol import Protocol
 from isocost.spec import digest
-from isocost.study import PointSpec, ProtocolSpec, SweepSpec
+from isocost.stages import PointSpec, ProtocolSpec, SweepSpec
 
 VERSION = 2
 """Raised when a fix changes what a point's pictures or scores are."""

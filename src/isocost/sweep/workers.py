@@ -25,7 +25,7 @@ from torch import Tensor
 from isocost.data.codec import Codec
 from isocost.diffusion.generate import CaptionStates, Drawn, generate, make_engine, schedule_of
 from isocost.diffusion.noise import Schedule
-from isocost.diffusion.rows import FinishedRow, Row, num_passes
+from isocost.diffusion.rows import ByPicture, FinishedRow, Row, num_passes
 from isocost.diffusion.samplers import build_table
 from isocost.errors import WorkError
 from isocost.models.checkpoint import Checkpoint, describe
@@ -54,6 +54,7 @@ class Worker:
     captions: CaptionStates
     kept: Sequence[int]
     distances: tuple[str, ...]
+    beside: ByPicture | None = None
 
     def run(self, checkpoint: Checkpoint, codec: Codec, points: Sequence[Point], done: Done, deadline: float | None) -> bool:
         """Make and score what is not in the ledger yet; False where `deadline` (of time.monotonic) came first."""
@@ -86,6 +87,7 @@ class Worker:
             precision=spec.precision,
             compiled=spec.compiled,
             share_bytes=SHARE_BYTES if len(points) > 1 else 0,
+            beside=self.beside,
         )
         schedule = schedule_of(checkpoint.info)
         warm_up = itertools.islice(_rows(points[0], schedule), WARM_UP_PICTURES)

@@ -19,7 +19,7 @@ from isocost.data.codec import AutoencoderCodec, Codec, LinearCodec, to_unit
 from isocost.errors import RequestError, WorkError
 from isocost.metrics.features import EfficientNetLite0
 from isocost.metrics.lpips import load_lpips
-from isocost.study import LinearCodecSpec, TrainedCodecSpec
+from isocost.stages import LinearCodecSpec, TrainedCodecSpec
 
 Progress = Callable[[int, float], None]
 LEAST_PERCEPTUAL_SIDE = 32

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from isocost.models.cost import ModelCost, model_cost
 from isocost.models.unet import build_unet
-from isocost.study import ModelSpec, TrainSpec
+from isocost.stages import ModelSpec, TrainSpec
 from isocost.train.loop import Trainer, backward, make_accelerator
 from isocost.train.memory import FLOAT, state_bytes, training_memory
 from isocost.train.microbatch import free_bytes
@@ -74,7 +74,8 @@ class RandomTask:
         )
         states = torch.randn(len(rows), self.num_tokens, model.context_width, device=device, dtype=dtype)
         zeros = torch.zeros(len(rows), device=device, dtype=dtype)
-        return Batch(latents, zeros, states, latents.clone(), zeros + 1)
+        beside = latents.new_zeros(len(rows), model.extra_input_channels, *latents.shape[2:])
+        return Batch(torch.cat([latents, beside], dim=1), zeros, states, latents.clone(), zeros + 1)
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """As in text-to-image training."""

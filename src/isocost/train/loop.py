@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from isocost.errors import RequestError, WorkError
 from isocost.progress import progress_bar, say
-from isocost.study import TrainSpec
+from isocost.stages import TrainSpec
 from isocost.train.ema import Ema
 from isocost.train.microbatch import largest_microbatch
 from isocost.train.parallel import Parallel, on_cpu, rows_of

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from isocost.models.unet import build_unet
-from isocost.study import ModelSpec, TrainSpec
+from isocost.stages import ModelSpec, TrainSpec
 from isocost.train.parallel import BLOCKS
 
 FLOAT = 4

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from isocost.errors import RequestError
-from isocost.study import TrainSpec
+from isocost.stages import TrainSpec
 from isocost.train.parallel import Parallel
 from isocost.train.tasks import Task
 

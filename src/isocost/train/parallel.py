@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from isocost.data.cache import Part
 from isocost.errors import RequestError
-from isocost.study import TrainSpec
+from isocost.stages import TrainSpec
 
 BLOCKS = ("ResnetBlock2D", "Transformer2DModel")
 """Modules of diffusers' U-Nets whose weights are gathered and let go together under FSDP2."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from isocost.study import TrainSpec
+from isocost.stages import TrainSpec
 
 
 def learning_rate(spec: TrainSpec, images_seen: int) -> float:

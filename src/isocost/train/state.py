@@ -23,8 +23,8 @@ from torch import Tensor
 
 from isocost.errors import WorkError
 from isocost.models.weights import Plan, file_crc32, write_streamed
+from isocost.stages import TrainSpec
 from isocost.store import publish, read_manifest, write_json
-from isocost.study import TrainSpec
 from isocost.train.ema import Ema
 from isocost.train.parallel import Parallel, Piece
 

@@ -9,9 +9,9 @@ Shapes: B rows, C latent channels, L latent side, T tokens, D width of the capti
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from isocost.data.cache import LatentCache
 from isocost.data.codec import TextCodec
 from isocost.data.order import picture_order
 from isocost.diffusion.noise import Schedule, normal_noise, philox4x32
-from isocost.study import TrainSpec
+from isocost.stages import TrainSpec
 
 LATENT_DRAW, DIFFUSION_NOISE, CHOICES = 0, 1, 2
 """What an image draws: its latent from the moments, the noise that is mixed in, and four words for its choices."""
@@ -29,7 +29,10 @@ LATENT_DRAW, DIFFUSION_NOISE, CHOICES = 0, 1, 2
 
 @dataclass(frozen=True)
 class Batch:
-    """Noisy latents [B, C, L, L], timesteps [B], caption states [B, T, D], targets [B, C, L, L], loss weights [B]."""
+    """Network inputs [B, C, L, L], timesteps [B], caption states [B, T, D], targets [B, C, L, L], loss weights [B].
+
+    Super-resolution's inputs are [B, 2C, L, L].
+    """
 
     noisy: Tensor
     timesteps: Tensor
@@ -45,6 +48,10 @@ class Batch:
         columns = (self.noisy, self.timesteps, self.states, self.target, self.weights)
         for parts in zip(*(column.split(size) for column in columns), strict=True):
             yield Batch(*parts)
+
+
+LowResolution = Callable[[Tensor, Tensor], Tensor]
+"""Pictures int64 [B] and the passes over the data int64 [B] in which they are seen -> latents float32 [B, C, L, L]."""
 
 
 class Task(Protocol):
@@ -105,6 +112,39 @@ class TextToImage:
             return self.cache.states(captions)
         assert self.text is not None
         return self.text.states(self.cache.token_ids(captions).numpy()).clone()  # made in inference mode, used by autograd
+
+
+class Superres(TextToImage):
+    """Text-to-image whose network also sees the latent of the enlarged low-resolution picture, behind the noisy latent.
+
+    arXiv 2404.01367, section 4.3, after arXiv 2112.10752, section 4.4.
+    """
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        cache: LatentCache,
+        schedule: Schedule,
+        low_resolution: LowResolution,
+        text: TextCodec | None = None,
+        *,
+        captions: Literal["empty", "given"] = "empty",
+    ) -> None:
+        super().__init__(spec, cache, schedule, text)
+        self.low_resolution, self.captions_given = low_resolution, captions == "given"
+
+    def batch(self, images_seen: int, rows: range, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
+        batch = super().batch(images_seen, rows, device, dtype)
+        first, count = images_seen + rows.start, len(rows)
+        pictures = picture_order(self.spec.seed, first, count, len(self.cache))
+        passes = torch.arange(first, first + count) // len(self.cache)
+        beside = self.low_resolution(pictures, passes).to(batch.noisy, non_blocking=True)
+        return replace(batch, noisy=torch.cat([batch.noisy, beside], dim=1))
+
+    def _captions(self, pictures: Tensor, pick: Tensor, drop: Tensor) -> Tensor:
+        if self.captions_given:
+            return super()._captions(pictures, pick, drop)
+        return torch.full_like(pictures, self.cache.null_caption)
 
 
 def training_schedule(spec: TrainSpec) -> Schedule:

@@ -1,0 +1,28 @@
+"""The command line. Progress goes to stderr; the last line on stdout is one JSON document.
+
+Exit status: 0 done (or stopped by --stop-after), 1 the work failed, 2 the request was wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+from isocost.cli import family, pictures, scores, studies
+from isocost.cli.app import app
+from isocost.errors import RequestError, WorkError
+
+__all__ = ["app", "family", "main", "pictures", "scores", "studies"]
+
+
+def main() -> None:
+    """Entry point: turns mistakes into one line and an exit status."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app(standalone_mode=True)
+    except RequestError as error:
+        print(f"isocost: {error}", file=sys.stderr)
+        sys.exit(2)
+    except WorkError as error:
+        print(f"isocost: {error}", file=sys.stderr)
+        sys.exit(1)

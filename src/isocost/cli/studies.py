@@ -1,0 +1,218 @@
+"""Commands on a study: `demo`, `run`, its single stages, and what its output folder says."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from isocost.cli.app import answer_json, app
+from isocost.errors import RequestError
+from isocost.stages import PretrainedCodecSpec
+from isocost.study import StudySpec
+from isocost.study_file import load_study
+
+Study = Annotated[Path, typer.Argument(help="the study, a YAML file")]
+Out = Annotated[Path | None, typer.Option("--out", help="output folder; runs/NAME where absent")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="replace a value of the study: train.lr=2e-4")
+]
+StopAfter = Annotated[float | None, typer.Option("--stop-after", metavar="HOURS", help="keep what is done and stop")]
+
+
+@app.command()
+def demo(out: Out = None, overrides: Set = None, stop_after: StopAfter = None) -> None:
+    """The embedded study, pictures to report, minutes on two cores."""
+    with resources.as_file(resources.files("isocost.assets") / "demo.yaml") as file:
+        _run(_load(file, overrides), out, stop_after)
+
+
+@app.command()
+def run(
+    study: Study,
+    out: Out = None,
+    overrides: Set = None,
+    stop_after: StopAfter = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be trained and sampled, and stop")] = False,
+) -> None:
+    """Train, sweep, score and report a study. The same command goes on where an earlier one stopped."""
+    spec = _load(study, overrides)
+    if dry_run:
+        from isocost.pipeline import Pipeline
+
+        answer_json(Pipeline(spec, _out(spec, out)).plan())
+        return
+    _run(spec, out, stop_after)
+
+
+@app.command()
+def codec(study: Study, out: Out = None, overrides: Set = None) -> None:
+    """Train (or fit) a study's codec, and measure it on held-out pictures beside the linear one of the same latent shape."""
+    from isocost.pipeline import Pipeline
+
+    spec = _load(study, overrides)
+    pipeline = Pipeline(spec, _out(spec, out))
+    pipeline.prepare()
+    told = pipeline.materials.codec_report()
+    trained = not isinstance(spec.codec, PretrainedCodecSpec)
+    folder = pipeline.store.folder("codec", told["digest"]) if trained else Path(spec.codec.path)  # type: ignore[union-attr]
+    answer_json({"study": spec.name, "folder": str(folder), **told})
+
+
+@app.command()
+def train(
+    study: Study,
+    out: Out = None,
+    overrides: Set = None,
+    stop_after: StopAfter = None,
+    forecast: Annotated[bool, typer.Option("--forecast", help="say hours, memory and disk of each size, and stop")] = False,
+) -> None:
+    """Train the family of a study; under torchrun or `accelerate launch` by several processes."""
+    from isocost.pipeline import Pipeline
+    from isocost.train.loop import OutOfTime
+
+    spec = _load(study, overrides)
+    pipeline = Pipeline(spec, _out(spec, out))
+    if forecast:
+        answer_json({"study": spec.name, "sizes": [dataclasses.asdict(one) for one in pipeline.forecast()]})
+        return
+    finished = True
+    try:
+        for one in pipeline.runs:
+            pipeline.train(one, _deadline(stop_after))
+    except OutOfTime as stopped:
+        print(stopped, file=sys.stderr)
+        finished = False
+    checkpoints = {
+        f"{one.title}@{mark}": str(pipeline.store.folder("checkpoint", name))
+        for one in pipeline.runs
+        for mark, name in one.checkpoints.items()
+        if pipeline.store.has("checkpoint", name)
+    }
+    answer_json({"study": spec.name, "finished": finished, "checkpoints": checkpoints})
+
+
+@app.command()
+def sweep(study: Study, out: Out = None, overrides: Set = None, stop_after: StopAfter = None) -> None:
+    """Sample and score every point of a study whose checkpoints are there."""
+    from isocost.pipeline import Pipeline
+
+    spec = _load(study, overrides)
+    pipeline = Pipeline(spec, _out(spec, out))
+    deadline = _deadline(stop_after)
+    finished = all(pipeline.sweep(one, deadline) for one in pipeline.runs)
+    answer_json({"study": spec.name, "finished": finished, "ledger": str(pipeline.out / "ledger.sqlite")})
+
+
+@app.command()
+def report(study: Study, out: Out = None, overrides: Set = None) -> None:
+    """Write the report of what the ledger holds."""
+    from isocost.pipeline import Pipeline
+
+    spec = _load(study, overrides)
+    _report(Pipeline(spec, _out(spec, out)), finished=True)
+
+
+@app.command()
+def recommend(
+    out: Annotated[Path, typer.Argument(help="the output folder of a study")],
+    budget_ms: Annotated[float | None, typer.Option("--budget-ms", help="milliseconds per picture")] = None,
+    budget_gflop: Annotated[float | None, typer.Option("--budget-gflop", help="GFLOP per picture")] = None,
+    budget_nfe: Annotated[float | None, typer.Option("--budget-nfe", help="network evaluations per picture")] = None,
+    budget_paper_cost: Annotated[float | None, typer.Option("--budget-paper-cost", help="normalised cost x steps")] = None,
+    metric: Annotated[str, typer.Option(help="the score to go by")] = "kernel_efficientnet",
+    task: Annotated[str, typer.Option(help="text2image or superres")] = "text2image",
+) -> None:
+    """The best size, sampler, steps and guidance within a budget."""
+    from isocost.analysis.recommend import recommend as choose
+    from isocost.sweep.ledger import read_table
+
+    budgets = {
+        "ms_per_picture": budget_ms,
+        "gflop": budget_gflop,
+        "nfe": budget_nfe,
+        "paper_cost": budget_paper_cost,
+    }
+    given = {cost: budget for cost, budget in budgets.items() if budget is not None}
+    if len(given) != 1:
+        raise RequestError("give one budget: --budget-ms, --budget-gflop, --budget-nfe or --budget-paper-cost")
+    ((cost, budget),) = given.items()
+    chosen = choose(read_table(out, task), cost, budget, metric, str(out))
+    for line in (chosen.reason, *(f"note: {note}" for note in chosen.notes), chosen.command):
+        print(line, file=sys.stderr)
+    answer_json(dataclasses.asdict(chosen))
+
+
+def _load(study: Path, overrides: list[str] | None) -> StudySpec:
+    values: dict[str, Any] = {}
+    for item in overrides or []:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise RequestError(f"--set {item}: give KEY=VALUE, such as train.num_images=5000")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RequestError(f"--set {item}: the value is not YAML") from error
+    return load_study(study, values)
+
+
+def _out(study: StudySpec, out: Path | None) -> Path:
+    return out if out is not None else Path("runs") / study.name
+
+
+def _deadline(stop_after: float | None) -> float | None:
+    if stop_after is None:
+        return None
+    if stop_after <= 0:
+        raise RequestError(f"--stop-after {stop_after:g}: give hours, more than 0")
+    return time.monotonic() + 3600 * stop_after
+
+
+def _run(study: StudySpec, out: Path | None, stop_after: float | None) -> None:
+    from isocost.pipeline import Pipeline
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RequestError("several processes train together: `isocost train` under torchrun, then `isocost run` without it")
+    pipeline = Pipeline(study, _out(study, out))
+    finished = pipeline.run(_deadline(stop_after))
+    if finished:
+        _report(pipeline, finished)
+    else:
+        answer_json({"study": study.name, "out": str(pipeline.out), "finished": False})
+
+
+def _report(pipeline: Any, finished: bool) -> None:
+    from isocost.analysis.recommend import answer
+    from isocost.report.gather import report as write
+
+    written = write(pipeline)
+    for choice in written.choices:
+        print(answer(choice), file=sys.stderr)
+    best = [
+        {
+            "budget": choice.budget,
+            "cost": choice.cost,
+            "metric": choice.metric,
+            "best": None if choice.best is None else dataclasses.asdict(choice.best),
+            "undecided": choice.undecided,
+        }
+        for choice in written.choices
+    ]
+    answer_json(
+        {
+            "study": pipeline.study.name,
+            "out": str(pipeline.out),
+            "finished": finished,
+            "report": str(written.page),
+            "num_points": len(written.table),
+            "best_at_budgets": best,
+            "tuned": {task: {"report": str(one.page), "num_points": len(one.table)} for task, one in written.others.items()},
+        }
+    )

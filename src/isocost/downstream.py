@@ -1,0 +1,88 @@
+"""The specs of what is tuned from a trained family."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from isocost.spec import Spec
+from isocost.stages import DistanceName, PairName, ProtocolSpec, SweepSpec, TrainSpec
+
+Range = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
+
+
+class DegradationStage(Spec):
+    """One of the two rounds of Real-ESRGAN's degradation; the first one's published values (arXiv 2107.10833, section 4.1)."""
+
+    blur_share: float = Field(1.0, ge=0, le=1)
+    sinc_share: float = Field(0.1, ge=0, le=1, description="share of the blurs that are sinc filters")
+    blur_sigma: Range = Field((0.2, 3.0), description="pixels")
+    generalized_beta: Range = (0.5, 4.0)
+    plateau_beta: Range = (1.0, 2.0)
+    resize_shares: tuple[float, float, float] = Field((0.2, 0.7, 0.1), description="enlarged, shrunk, kept")
+    resize_range: Range = Field((0.15, 1.5), description="of the side it would have")
+    gaussian_share: float = Field(0.5, ge=0, le=1, description="share of Gaussian noise, the rest is Poisson's")
+    noise_sigma: Range = Field((1.0, 30.0), description="grey levels")
+    poisson_scale: Range = (0.05, 3.0)
+    grey_noise_share: float = Field(0.4, ge=0, le=1)
+    jpeg_quality: Range = (30.0, 95.0)
+
+    @model_validator(mode="after")
+    def _ranges(self) -> DegradationStage:
+        for name, value in self:
+            if isinstance(value, tuple) and len(value) == 2 and value[0] > value[1]:
+                raise ValueError(f"{name}: {list(value)} runs backwards")
+        if abs(sum(self.resize_shares) - 1) > 1e-6:
+            raise ValueError(f"resize_shares {list(self.resize_shares)} do not add up to 1")
+        return self
+
+
+SECOND_STAGE = DegradationStage(
+    blur_share=0.8,
+    blur_sigma=(0.2, 1.5),
+    resize_shares=(0.3, 0.4, 0.3),
+    resize_range=(0.3, 1.2),
+    noise_sigma=(1.0, 25.0),
+    poisson_scale=(0.05, 2.5),
+)
+
+
+class DegradationSpec(Spec):
+    """How a picture loses its resolution: Real-ESRGAN's two rounds and a final sinc filter, or `bicubic` alone."""
+
+    kind: Literal["real-esrgan", "bicubic"] = "real-esrgan"
+    first: DegradationStage = DegradationStage()
+    second: DegradationStage = SECOND_STAGE
+    final_sinc_share: float = Field(0.8, ge=0, le=1)
+
+
+class SuperresSweepSpec(SweepSpec):
+    """Without guidance where nothing else is said."""
+
+    guidance: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
+    marks_guidance: float = Field(1.0, ge=0)
+
+
+class SuperresProtocolSpec(ProtocolSpec):
+    """Pictures against their originals, and both sets."""
+
+    distances: tuple[DistanceName, ...] = ("kernel", "frechet")
+    pairs: tuple[PairName, ...] = ("psnr", "ssim", "lpips")
+
+
+class SuperresSpec(Spec):
+    """Super-resolution, fine-tuned from the last checkpoint of every size (arXiv 2404.01367, section 4.3).
+
+    `train` takes what it does not say from the study's own `train`, numbers of images and marks apart.
+    """
+
+    scale: int = Field(4, ge=2)
+    degradation: DegradationSpec = DegradationSpec()
+    captions: Literal["empty", "given"] = "empty"
+    parents: tuple[str, ...] = Field((), description="checkpoint folders to start from, in place of the study's own family")
+    starts: tuple[Literal["pretrained", "scratch"], ...] = Field(("pretrained",), min_length=1)
+    train: TrainSpec
+    sweep: SuperresSweepSpec
+    protocol: SuperresProtocolSpec = SuperresProtocolSpec()
+    metric: str = Field("lpips", description="what its report leads with")

@@ -1,0 +1,49 @@
+"""How much one set of pictures scores above another, picture i of both made from the same noise, caption or original.
+
+Shapes: N pictures, D features.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from isocost.metrics.distances import GAUSSIAN, POLYNOMIAL
+from isocost.metrics.names import metrics_of
+from isocost.score.intervals import Interval, mean_interval, paired_frechet_difference, paired_kernel_difference
+from isocost.score.kept import Measured
+from isocost.score.reference import Reference
+
+PAIRED_DISTANCES = ("kernel", "cmmd", "frechet")
+
+
+def paired_differences(
+    first: Measured, second: Measured, reference: Reference, distances: tuple[str, ...]
+) -> dict[str, Interval]:
+    """Score of `first` less that of `second` by metric, with 95 % intervals in which what they share cancels.
+
+    Of the distances those that have a paired interval (`PAIRED_DISTANCES`), and every score that pictures have one by one.
+
+    Raises:
+        ValueError: the two do not hold the same picture ids.
+    """
+    one, two = first.ids, second.ids
+    if one is not None and two is not None and not np.array_equal(one, two):
+        raise ValueError("paired differences take the same pictures on both sides")
+    told: dict[str, Interval] = {}
+    for name, features in first.features.items():
+        for distance in (each for each in distances if each in PAIRED_DISTANCES):
+            for metric in metrics_of(distance, name):
+                told[metric] = _difference(distance, name, features, second.features[name], reference)
+    by_picture = {name: (values, second.pairs[name]) for name, values in first.pairs.items()}
+    if first.alignment is not None and second.alignment is not None:
+        by_picture["alignment"] = (first.alignment, second.alignment)
+    of = reference.protocol
+    for metric, (ours, theirs) in by_picture.items():
+        told[metric] = mean_interval(ours - theirs, num_bootstrap=of.num_bootstrap, seed=of.seed)
+    return told
+
+
+def _difference(distance: str, name: str, first: np.ndarray, second: np.ndarray, reference: Reference) -> Interval:
+    if distance == "frechet":
+        return paired_frechet_difference(first, second, reference.features[name], reference_moments=reference.moments(name))
+    return paired_kernel_difference(first, second, reference.kernel(name, POLYNOMIAL if distance == "kernel" else GAUSSIAN))

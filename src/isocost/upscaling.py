@@ -1,0 +1,139 @@
+"""A picture made larger by a super-resolution checkpoint, in overlapping tiles where it is larger than the network's own.
+
+Shapes: N tiles, R the network's resolution, S scale, h x w the given picture, H x W = S h x S w, C L latent of a tile.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from isocost.data.cache import NULL_CAPTION
+from isocost.data.codec import TextCodec, load_codec
+from isocost.data.degrade import resize
+from isocost.diffusion.generate import CaptionStates, generate, make_engine, schedule_of
+from isocost.diffusion.noise import START_NOISE, normal_noise
+from isocost.diffusion.rows import Row, num_passes
+from isocost.diffusion.samplers import build_table
+from isocost.diffusion.tiles import Tiling
+from isocost.errors import RequestError
+from isocost.models.checkpoint import Checkpoint, load_checkpoint
+from isocost.stages import DEFAULT_BUCKET_SIZE, Precision, SamplerSpec
+
+MOST_PIXELS = 2**28
+
+
+@dataclass(frozen=True)
+class Upscaled:
+    """The larger picture uint8 [H, W, 3], how many tiles it took, what they cost and how long."""
+
+    picture: np.ndarray
+    num_tiles: int
+    nfe: int
+    gflop: float
+    seconds: float
+
+
+def upscale(
+    checkpoint: str | Path,
+    picture: str | Path | np.ndarray,
+    *,
+    caption: str = NULL_CAPTION,
+    sampler: SamplerSpec | None = None,
+    num_steps: int = 16,
+    guidance: float = 1.0,
+    overlap: float = 0.25,
+    seed: int = 0,
+    precision: Precision = "fp32",
+) -> Upscaled:
+    """Enlarge a picture (a file, or uint8 [h, w, 3]) by the checkpoint's scale.
+
+    Tiles overlap by at least `overlap` of their side and start from one field of noise, so that a solver without noise of its
+    own draws the same things where they meet. A picture smaller than a tile is continued by its mirror image, and cut again.
+
+    Raises:
+        RequestError: no picture, one that is too large, or a checkpoint that is not for super-resolution.
+    """
+    opened = load_checkpoint(checkpoint)
+    info = opened.info
+    if info.task != "superres" or info.scale is None:
+        raise RequestError(f"{checkpoint}: made for {info.task}; `isocost upscale` takes a checkpoint of a study's `superres`")
+    if not 0 <= overlap < 1:
+        raise RequestError(f"overlap = {overlap}: a share of a tile's side, from 0 to below 1")
+    given = _read(picture) if isinstance(picture, str | Path) else torch.from_numpy(picture.copy()).permute(2, 0, 1)
+    scale, side, codec = info.scale, info.resolution, load_codec(opened.codec_path, info.codec_subfolder)
+    height, width = (scale * length for length in given.shape[1:])
+    if height * width > MOST_PIXELS:
+        raise RequestError(f"{height} x {width} pixels come out, more than {MOST_PIXELS:,}: cut the picture into parts first")
+    unit = math.lcm(scale, codec.factor)
+    low = _continued(given, *(-(-max(length, side) // unit) * unit // scale for length in (height, width)))
+    enlarged = resize(low[None], (scale * low.shape[1], scale * low.shape[2]))[0]
+    tiling = Tiling.of(enlarged.shape[1], enlarged.shape[2], side, min(int(overlap * side), side - unit), unit)
+    started = time.perf_counter()
+    table = build_table(sampler or SamplerSpec(), num_steps, schedule_of(info))
+    rows = [Row(number, 0, table, guidance, seed=seed) for number in range(len(tiling.corners))]
+    beside = torch.cat([codec.encode(tile)[0].float() for tile in tiling.cut(enlarged).split(1)])
+    starts = tiling.cut(
+        _noise(opened, enlarged.shape[1] // codec.factor, enlarged.shape[2] // codec.factor, seed), codec.factor
+    )
+    engine = make_engine(
+        opened.network,
+        info,
+        CaptionStates.of([caption], TextCodec(info.text)),
+        bucket_size=min(DEFAULT_BUCKET_SIZE, len(rows) * num_passes(guidance)),
+        precision=precision,
+        beside=lambda ids: beside[ids],
+        starts=lambda ids: starts[ids],
+    )
+    made: dict[int, Tensor] = {}
+    for drawn in generate(engine, codec, rows):
+        if drawn.broken:
+            raise RequestError(
+                f"tile {drawn.broken[0].row.picture_id} is not finite numbers: lower the guidance, or train longer"
+            )
+        made |= {row.row.picture_id: tile for row, tile in zip(drawn.rows, drawn.pictures, strict=True)}
+    whole = tiling.join([made[number] for number in range(len(rows))])[:, :height, :width]
+    nfe = engine.passes(rows[0]) * table.num_evaluations
+    seconds = time.perf_counter() - started
+    return Upscaled(whole.permute(1, 2, 0).numpy(), len(rows), nfe, nfe * len(rows) * info.gflop_per_forward, seconds)
+
+
+def _read(file: str | Path) -> Tensor:
+    """uint8 [3, h, w], turned as its EXIF says."""
+    from PIL import ImageOps
+
+    if not Path(file).is_file():
+        raise RequestError(f"{file}: no such picture")
+    try:
+        with Image.open(file) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise RequestError(f"{file}: no picture can be read from it ({error})") from error
+    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+
+
+def _noise(opened: Checkpoint, height: int, width: int, seed: int) -> Tensor:
+    """One field of start noise for all tiles, float32 [C, height, width]."""
+    shape = (opened.info.model.latent_channels, height, width)
+    return normal_noise(torch.tensor([seed]), torch.tensor([0]), START_NOISE, shape, torch.device("cpu"))[0]
+
+
+def _continued(picture: Tensor, height: int, width: int) -> Tensor:
+    """[3, h, w] continued below and to the right by its mirror images to [3, height, width]."""
+    rows, columns = (
+        _folded(torch.arange(length), there) for length, there in zip((height, width), picture.shape[1:], strict=True)
+    )
+    return picture[:, rows][:, :, columns]
+
+
+def _folded(places: Tensor, length: int) -> Tensor:
+    """0 ... length - 1 and back again, without end."""
+    turned = places.remainder(2 * length)
+    return torch.where(turned < length, turned, 2 * length - 1 - turned)

@@ -1,0 +1,423 @@
+"""Super-resolution: what the network is given, the whole way from a study, tiles, and mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from conftest import plain_study, tiny_study
+from isocost.cli import main
+from isocost.data.degrade import degrade, encode_enlarged, resize
+from isocost.diffusion.engine import Engine
+from isocost.diffusion.noise import Schedule
+from isocost.diffusion.rows import Row
+from isocost.diffusion.samplers import build_table
+from isocost.diffusion.tiles import Tiling
+from isocost.errors import RequestError, WorkError
+from isocost.experiments.experiment import Experiment, Run
+from isocost.metrics.likeness import psnr, ssim
+from isocost.models.checkpoint import load_checkpoint
+from isocost.models.unet import build_unet, widen_input
+from isocost.pipeline import Pipeline
+from isocost.report.gather import report
+from isocost.score.differences import paired_differences
+from isocost.score.kept import Measured, read_measured
+from isocost.score.reference import Reference
+from isocost.spec import parse_spec
+from isocost.stages import ModelSpec, SamplerSpec
+from isocost.study import StudySpec
+from isocost.sweep import workers
+from isocost.train import loop
+from isocost.train.tasks import Superres
+from isocost.upscaling import upscale
+
+LPIPS_FREE = ["psnr", "ssim"]
+TIMES = ["ms_per_picture", "seconds", "created", "provenance"]
+
+
+def superres_study(**changes: Any) -> StudySpec:
+    """The tiny study of one size with super-resolution behind it."""
+    plain = plain_study(
+        family={"widths": [8]},
+        train={"num_images": 64, "batch_size": 16, "lr": 1e-3, "prediction": "v_prediction", "state_every_images": 32},
+        sweep={"num_steps": [1], "guidance": [1], "bucket_size": 16},
+        superres={
+            "starts": ["pretrained", "scratch"],
+            "train": {"num_images": 64, "marks": [32], "state_every_images": 32},
+            "sweep": {"num_steps": [1, 2], "bucket_size": 16, "marks_num_steps": 2},
+            "protocol": {"num_pictures": 32, "num_reference": 64, "num_bootstrap": 20, "pairs": LPIPS_FREE},
+            "metric": "psnr",
+            **changes,
+        },
+    )
+    return parse_spec(StudySpec, plain, "tiny")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    pipeline = Pipeline(superres_study(), tmp_path_factory.mktemp("superres") / "out")
+    assert pipeline.run()
+    report(pipeline)
+    return pipeline
+
+
+def runs_of(pipeline: Pipeline) -> tuple[Experiment, list[Run]]:
+    experiment = pipeline.experiments["superres"]
+    return experiment, experiment.runs
+
+
+# --- the network and what it is given ---
+
+
+@pytest.mark.parametrize("width", [8, 64])
+def test_further_channels_change_nothing_at_first(width: int) -> None:
+    model = ModelSpec(width=width, latent_channels=4, latent_side=8, context_width=16)
+    torch.manual_seed(0)
+    parent = build_unet(model).eval()
+    torch.manual_seed(0)
+    child = widen_input(build_unet(model).eval(), 4)
+    assert child.config.in_channels == 8
+    x, beside, states = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.randn(3, 5, 16)
+    with torch.no_grad():
+        expected = parent(x, torch.tensor([1, 500, 999]), states).sample
+        found = child(torch.cat([x, beside], dim=1), torch.tensor([1, 500, 999]), states).sample
+    assert torch.equal(found, expected)
+    assert set(child.state_dict()) == set(build_unet(model.model_copy(update={"extra_input_channels": 4})).state_dict())
+
+
+def test_the_first_forward_of_the_task_is_the_parents(finished: Pipeline) -> None:
+    experiment, (run, _) = runs_of(finished)
+    parent = load_checkpoint(finished.store.folder("checkpoint", finished.runs[0].final)).network
+    task, network = experiment.task(run), experiment.network(run).eval()
+    batch = task.batch(0, range(8), torch.device("cpu"))
+    with torch.no_grad():
+        made = network(batch.noisy, batch.timesteps, batch.states).sample
+        expected = parent(batch.noisy[:, :4], batch.timesteps, batch.states).sample
+    assert torch.equal(made, expected)
+
+
+def test_each_image_comes_with_its_own_degraded_picture(finished: Pipeline) -> None:
+    experiment, (run, _) = runs_of(finished)
+    materials = finished.materials
+    task = experiment.task(run)
+    assert isinstance(task, Superres)
+    num_pictures = len(materials.cache)
+    ids, passes = torch.tensor([5, 7]), torch.tensor([0, 3])
+    pictures = materials.pictures("train").pictures[ids]
+    spec = finished.study.superres
+    assert spec is not None
+    low = degrade(pictures, ids.tolist(), spec.degradation, 4, seed=0, draws=passes.tolist())
+    assert torch.equal(task.low_resolution(ids, passes), encode_enlarged(materials.codec, low, 32))
+    # The second pass over the data degrades anew; any rows of a batch are the rows of the whole one.
+    first, later = (task.batch(seen, range(16), torch.device("cpu")).noisy for seen in (0, num_pictures))
+    assert not torch.equal(first[:, 4:], later[:, 4:])
+    assert torch.equal(task.batch(0, range(4, 9), torch.device("cpu")).noisy, first[4:9])
+    assert torch.equal(
+        task.batch(0, range(16), torch.device("cpu")).states[0],
+        materials.cache.states(torch.tensor([materials.cache.null_caption]))[0],
+    )
+
+
+def test_captions_are_given_where_asked_for(tmp_path: Path) -> None:
+    pipeline = Pipeline(superres_study(captions="given", starts=["scratch"]), tmp_path / "out")
+    experiment, (run,) = runs_of(pipeline)
+    pipeline.prepare()
+    states = experiment.task(run).batch(0, range(16), torch.device("cpu")).states
+    assert len(torch.unique(states.flatten(1), dim=0)) > 8
+    assert len(set(experiment.reference.captions)) > 8
+
+
+# --- the engine ---
+
+
+def test_the_network_sees_what_stands_beside_each_picture() -> None:
+    beside = torch.arange(40.0)[:, None, None, None].expand(-1, 2, 4, 4)
+    starts = -torch.arange(40.0)[:, None, None, None].expand(-1, 3, 4, 4)
+    seen: list[Tensor] = []
+
+    def denoise(x: Tensor, timesteps: Tensor, states: Tensor, guidance: Tensor) -> Tensor:
+        seen.append(x)
+        return torch.zeros_like(x[:, :3])
+
+    states = torch.zeros(1, 2, 5)
+    engine = Engine(
+        denoise,
+        "epsilon",
+        lambda i: states[[0] * len(i)],
+        states[0],
+        (3, 4, 4),
+        4,
+        beside=lambda i: beside[i],
+        starts=lambda i: starts[i],
+    )
+    table = build_table(SamplerSpec(), 2, Schedule.scaled_linear())
+    rows = [Row(i, 0, table, (1.0, 3.0)[i % 2]) for i in range(40)]
+    assert len(list(engine.run(rows))) == 40
+    rows_seen = torch.cat(seen).flatten(2)
+    busy = rows_seen[:, 0].any(1) | rows_seen[:, 3].any(1)
+    firsts = rows_seen[busy][rows_seen[busy][:, 0, 0] == -rows_seen[busy][:, 3, 0]]
+    assert set(firsts[:, 3, 0].tolist()) == set(range(1, 40))
+    assert (rows_seen[busy][:, 3:] == rows_seen[busy][:, 3:4, :1]).all()
+
+
+# --- the whole way ---
+
+
+def test_the_ledger_holds_both_tasks_and_their_tables_are_apart(finished: Pipeline) -> None:
+    table = pd.read_parquet(finished.out / "table-superres.parquet")
+    assert set(table["task"]) == {"superres"}
+    assert set(table["size"]) == {"0.8M", "0.8M from scratch"}
+    assert len(table[table["is_final"]]) == 4
+    assert len(table) == 6
+    assert (table["guidance"] == 1).all()
+    assert (table["nfe"] == table["num_steps"]).all()
+    assert set(pd.read_parquet(finished.out / "table.parquet")["task"]) == {"text2image"}
+    assert {"psnr", "psnr_low", "ssim", "kernel_efficientnet", "frechet_efficientnet"} <= set(table.columns)
+    assert (table["images_seen"].isin([32, 64])).all()
+
+
+def test_pair_scores_are_those_of_the_kept_pictures(finished: Pipeline) -> None:
+    """A point's kept pictures and originals, scored again by the metrics themselves."""
+    experiment, (run, _) = runs_of(finished)
+    point = finished.points(run)[run.final][0]
+    folder = finished.store.folder("point", point.digest)
+    measured = read_measured(folder, ("efficientnet-lite0",))
+    made = workers.read_pictures(folder)
+    originals = finished.materials.pictures("reference").pictures[experiment.kept]
+    mine = torch.from_numpy(made).permute(0, 3, 1, 2)
+    assert np.allclose(measured.pairs["psnr"][experiment.kept], psnr(mine.numpy(), originals.numpy()))
+    assert np.allclose(measured.pairs["ssim"][experiment.kept], ssim(mine, originals))
+
+
+def test_bicubic_and_the_codec_are_measured_by_the_same_protocol(finished: Pipeline) -> None:
+    experiment, _ = runs_of(finished)
+    baselines = experiment.baselines
+    spec = finished.study.superres
+    assert spec is not None
+    originals = finished.materials.pictures("reference").pictures[:32]
+    low = degrade(originals, range(32), spec.degradation, 4, seed=0)
+    assert baselines["bicubic"]["psnr"] == pytest.approx(float(psnr(resize(low, 32).numpy(), originals.numpy()).mean()))
+    assert baselines["decoded"]["psnr"] > baselines["bicubic"]["psnr"]
+
+
+def test_the_reports_name_each_other_and_show_strips(finished: Pipeline) -> None:
+    page = (finished.out / "report" / "superres" / "index.html").read_text()
+    for words in ("low resolution", "bicubic", "truth", "0.8M from scratch", "less bicubic", "../index.html", "PSNR"):
+        assert words in page
+    assert "superres/index.html" in (finished.out / "report" / "index.html").read_text()
+    assert (finished.out / "report" / "superres" / "strips.png").is_file()
+
+
+def test_a_run_that_was_killed_in_between_ends_with_the_same_table(
+    finished: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the tuning, then in its sweep; each time the same command goes on."""
+    out = tmp_path / "out"
+    study = superres_study()
+    steps = 0
+    whole = loop.Trainer.step
+
+    def killed(trainer: Any, *arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 7:  # four of the family's, then the third of the tuning, after its first state
+            raise KeyboardInterrupt
+        return whole(trainer, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Trainer, "step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Pipeline(study, out).run()
+    made = workers.Worker._record
+    records = 0
+
+    def cut(worker: Any, *arguments: Any) -> None:
+        nonlocal records
+        records += 1
+        if records == 3:
+            raise KeyboardInterrupt
+        made(worker, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workers.Worker, "_record", cut)
+        with pytest.raises(KeyboardInterrupt):
+            Pipeline(study, out).run()
+    pipeline = Pipeline(study, out)
+    assert pipeline.run()
+    report(pipeline)
+    left, right = (pd.read_parquet(each.out / "table-superres.parquet").drop(columns=TIMES) for each in (finished, pipeline))
+    pd.testing.assert_frame_equal(left, right)
+
+
+def test_a_study_may_get_its_superres_later(finished: Pipeline, tmp_path: Path) -> None:
+    shutil.copytree(finished.out, tmp_path / "out")
+    (tmp_path / "out" / "study.yaml").write_text("\n".join((finished.out / "study.yaml").read_text().split("superres:")[:1]))
+    assert Pipeline(superres_study(), tmp_path / "out").plan()["sizes"][1]["points_to_make"] == 0
+    with pytest.raises(RequestError, match=r"superres.scale = 4, now it says 2"):
+        Pipeline(superres_study(scale=2), finished.out)
+
+
+def test_paired_differences_take_the_same_pictures() -> None:
+    with pytest.raises(ValueError, match="the same pictures"):
+        paired_differences(Measured({}, ids=np.array([0])), Measured({}, ids=np.array([1])), None, ())  # type: ignore[arg-type]
+
+
+# --- tiles ---
+
+
+@pytest.mark.parametrize(("height", "width", "overlap"), [(32, 32, 8), (96, 64, 8), (100, 36, 16), (64, 32, 0)])
+def test_tiles_cover_and_overlap_and_join_to_what_they_were_cut_from(height: int, width: int, overlap: int) -> None:
+    tiling = Tiling.of(height, width, 32, overlap, 4)
+    whole = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    assert torch.equal(tiling.join(tiling.cut(whole)), whole)
+    for axis, length in ((0, height), (1, width)):
+        starts = sorted({corner[axis] for corner in tiling.corners})
+        assert starts[0] == 0
+        assert starts[-1] == length - 32
+        assert all(start % 4 == 0 for start in starts)
+        assert all(later - earlier <= 32 - overlap for earlier, later in pairwise(starts))
+    latents = torch.randn(4, height // 4, width // 4)
+    assert torch.equal(tiling.cut(latents, 4)[-1], latents[:, -8:, -8:])
+
+
+def test_where_tiles_differ_one_fades_into_the_other() -> None:
+    tiling = Tiling.of(32, 56, 32, 8, 4)
+    joined = tiling.join([torch.zeros(1, 32, 32, dtype=torch.uint8), torch.full((1, 32, 32), 200, dtype=torch.uint8)])[0, 16]
+    assert (joined[:24] == 0).all()
+    assert (joined[32:] == 200).all()
+    assert (joined[24:32].diff() > 0).all()
+
+
+def checkpoint_of(pipeline: Pipeline, number: int = 0) -> Path:
+    return pipeline.store.folder("checkpoint", runs_of(pipeline)[1][number].final)
+
+
+@pytest.mark.parametrize(("height", "width", "num_tiles"), [(8, 8, 1), (5, 7, 1), (9, 23, 8), (20, 14, 6)])
+def test_any_size_is_upscaled(finished: Pipeline, height: int, width: int, num_tiles: int) -> None:
+    given = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    done = upscale(checkpoint_of(finished), given, num_steps=2)
+    assert done.picture.shape == (4 * height, 4 * width, 3)
+    assert done.num_tiles == num_tiles
+    assert done.nfe == 2
+
+
+def test_one_tile_is_the_sweeps_picture(finished: Pipeline) -> None:
+    """Picture 0 of a point starts from the same noise as the field of a picture of one tile."""
+    experiment, (run, _) = runs_of(finished)
+    point = next(each for each in finished.points(run)[run.final] if each.spec.num_steps == 2)
+    swept = workers.read_pictures(finished.store.folder("point", point.digest))[experiment.kept.index(0)]
+    done = upscale(checkpoint_of(finished), experiment.low[0].permute(1, 2, 0).numpy(), num_steps=2)  # type: ignore[attr-defined]
+    assert np.abs(done.picture.astype(int) - swept).max() <= 1
+
+
+def test_upscale_writes_the_file(
+    finished: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("L", (11, 9), 90).save(tmp_path / "small.png")
+    command = [
+        "isocost",
+        "upscale",
+        str(checkpoint_of(finished)),
+        str(tmp_path / "small.png"),
+        str(tmp_path / "large.png"),
+        "--steps",
+        "1",
+    ]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["height"] == 36
+    assert Image.open(tmp_path / "large.png").size == (44, 36)
+
+
+# --- mistakes ---
+
+
+def test_mistakes_are_one_line(finished: Pipeline, tmp_path: Path) -> None:
+    tuned, plain = checkpoint_of(finished), finished.store.folder("checkpoint", finished.runs[0].final)
+    picture = np.zeros((8, 8, 3), dtype=np.uint8)
+    with pytest.raises(RequestError, match="made for text2image"):
+        upscale(plain, picture)
+    with pytest.raises(RequestError, match="no such picture"):
+        upscale(tuned, tmp_path / "absent.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
+    with pytest.raises(RequestError, match="no picture can be read"):
+        upscale(tuned, tmp_path / "broken.png")
+    with pytest.raises(RequestError, match="out, more than"):
+        upscale(tuned, np.zeros((8, 2**24, 3), dtype=np.uint8))
+    with pytest.raises(RequestError, match="overlap = 1"):
+        upscale(tuned, picture, overlap=1)
+    from isocost.exporting import export
+    from isocost.sampling import sample
+
+    with pytest.raises(RequestError, match="isocost upscale"):
+        sample(tuned, ["a red circle"])
+    with pytest.raises(RequestError, match="diffusers has no pipeline"):
+        export(tuned, tmp_path / "exported")
+
+
+def test_parents_must_fit(finished: Pipeline, tmp_path: Path) -> None:
+    tuned, plain = checkpoint_of(finished), finished.store.folder("checkpoint", finished.runs[0].final)
+
+    def runs(parent: Path, study: StudySpec | None = None) -> list[Run]:
+        spec = study or superres_study(parents=[str(parent)], starts=["pretrained"])
+        return Pipeline(spec, tmp_path / "other").experiments["superres"].runs
+
+    (run,) = runs(plain)
+    assert run.parent == plain
+    with pytest.raises(RequestError, match="has 4 further input channels already"):
+        runs(tuned)
+    with pytest.raises(RequestError, match="no such checkpoint folder"):
+        runs(tmp_path / "absent")
+    other = tiny_study(
+        codec={"kind": "linear", "patch": 4, "num_channels": 3, "num_fit_pictures": 64},
+        train={"num_images": 64, "batch_size": 16, "prediction": "v_prediction"},
+        superres={"parents": [str(plain)], "train": {"num_images": 64}, "sweep": {"num_steps": [1]}},
+    )
+    with pytest.raises(RequestError, match="latents of another codec"):
+        runs(plain, other)
+
+
+@pytest.mark.parametrize(
+    ("superres", "said"),
+    [
+        ({"scale": 5}, "superres.scale: 5 does not divide data.resolution 32"),
+        (
+            {"train": {"num_images": 8, "prediction": "epsilon"}},
+            "superres.train.prediction: a network is tuned as it was trained",
+        ),
+        ({"starts": []}, "superres.starts"),
+        ({"metric": "nothing"}, "no metric is called"),
+    ],
+)
+def test_a_study_says_what_is_wrong(superres: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=said):
+        Pipeline(superres_study(**superres), tmp_path / "out")
+
+
+def test_tuning_without_a_parent_names_the_remedy(tmp_path: Path) -> None:
+    pipeline = Pipeline(superres_study(), tmp_path / "out")
+    with pytest.raises(RequestError, match="no checkpoint to start from yet"):
+        pipeline.train(runs_of(pipeline)[1][0])
+
+
+def test_pictures_that_equal_their_originals_stop_the_score(finished: Pipeline) -> None:
+    experiment, _ = runs_of(finished)
+    from isocost.score.score import Measuring, score
+
+    reference: Reference = experiment.reference
+    measuring = Measuring(reference)
+    measuring.add(list(range(32)), finished.materials.pictures("reference").pictures[:32])
+    with pytest.raises(WorkError, match="32 pictures equal their originals"):
+        score(measuring.measured(), reference, ())
