@@ -133,8 +133,9 @@ def test_only_inception_makes_fid_and_kid() -> None:
 
 def test_a_distance_without_fitting_features_names_them() -> None:
     check_distances(("kernel", "caption"), ("efficientnet-lite0", "pickscore"))
-    with pytest.raises(RequestError, match=r"inception_score needs one of protocol\.features: inception"):
-        check_distances(("kernel", "inception_score"), ("efficientnet-lite0",))
+    check_distances(("inception_score",), ("efficientnet-lite0",))
+    with pytest.raises(RequestError, match=r"inception_score needs one of protocol\.features: efficientnet-lite0, inception$"):
+        check_distances(("kernel", "inception_score"), ("dinov2-vit-b-14",))
 
 
 def test_an_unknown_extractor_is_refused_with_the_known_ones() -> None:

@@ -82,6 +82,10 @@ def test_an_optimum_at_the_edge_is_flagged(guidance: tuple[float, ...]) -> None:
     assert best_guidance(planted_table(guidance=guidance), KERNEL)["guidance_at_edge"].all()
 
 
+def test_sampling_without_guidance_is_no_search_with_an_edge() -> None:
+    assert not best_guidance(planted_table(guidance=(1.0,)), KERNEL)["guidance_at_edge"].any()
+
+
 def test_guidance_zero_is_no_edge() -> None:
     table = planted_table(guidance=(2.0, 3.0))
     table["guidance"] = table["guidance"].replace({2.0: 0.0})

@@ -217,7 +217,9 @@ def test_a_frechet_distance_from_too_few_pictures_is_flagged(num_pictures: int, 
 
 
 def test_a_protocols_id_is_the_hash_of_its_fields() -> None:
-    plain = json.dumps([dataclasses.asdict(PLAIN)], sort_keys=True, separators=(",", ":"))
+    fields = {name: value for name, value in dataclasses.asdict(PLAIN).items() if name != "given"}
+    assert PLAIN.given == ""  # a field that came later, and enters where it says something
+    plain = json.dumps([fields], sort_keys=True, separators=(",", ":"))
     assert PLAIN.id == hashlib.sha256(plain.encode()).hexdigest()[:12]
 
 

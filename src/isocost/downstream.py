@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from isocost.spec import Spec
-from isocost.stages import DistanceName, PairName, ProtocolSpec, SweepSpec, TrainSpec
+from isocost.stages import LEAST_PICTURES, NUM_TRAIN_TIMESTEPS, DistanceName, PairName, ProtocolSpec, SweepSpec, TrainSpec
 
 Range = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
 
@@ -86,3 +86,62 @@ class SuperresSpec(Spec):
     sweep: SuperresSweepSpec
     protocol: SuperresProtocolSpec = SuperresProtocolSpec()
     metric: str = Field("lpips", description="what its report leads with")
+
+
+class PhotographedSubjects(Spec):
+    """Folders of photographs beside google/dreambooth's `prompts_and_classes.txt`; all subjects where `names` is empty."""
+
+    kind: Literal["folder"]
+    path: str
+    names: tuple[str, ...] = ()
+    num_prompts: int | None = Field(None, ge=1, description="the first prompts of each subject; all 25 where absent")
+
+
+class PlantedSubjects(Spec):
+    """Drawn objects that the scenes never show and no caption can name: what was learned can be measured."""
+
+    kind: Literal["scenes"]
+    num_subjects: int = Field(1, ge=1)
+    num_pictures: int = Field(4, ge=1, description="to learn from")
+    num_prompts: int | None = Field(None, ge=1)
+
+
+class PriorSpec(Spec):
+    """Prior preservation: the untuned model's own pictures of the class are learned beside the subject's."""
+
+    num_pictures: int = Field(100, ge=0, description="0 tunes without it")
+    weight: float = Field(1.0, ge=0, description="of their loss")
+    num_steps: int = Field(20, ge=1, le=NUM_TRAIN_TIMESTEPS)
+    guidance: float = Field(3.0, ge=0)
+
+
+class DreamboothSweepSpec(SweepSpec):
+    """The paper's setting where nothing else is said (arXiv 2404.01367, section 4.4)."""
+
+    num_steps: tuple[Annotated[int, Field(ge=1, le=NUM_TRAIN_TIMESTEPS)], ...] = (50,)
+    guidance: tuple[Annotated[float, Field(ge=0)], ...] = (7.5,)
+    marks_num_steps: int = Field(50, ge=1, le=NUM_TRAIN_TIMESTEPS)
+    marks_guidance: float = Field(7.5, ge=0)
+
+
+class DreamboothProtocolSpec(ProtocolSpec):
+    """Likeness to the subject's pictures; with CLIP among the features also to the prompt."""
+
+    distances: tuple[DistanceName, ...] = ("subject",)
+
+
+class DreamboothSpec(Spec):
+    """A subject learned from a few pictures, from the last checkpoint of every size (arXiv 2208.12242).
+
+    `train` takes what it does not say from the study's own `train`, as super-resolution's does, without caption dropout.
+    """
+
+    subjects: Annotated[PhotographedSubjects | PlantedSubjects, Field(discriminator="kind")]
+    token: str = Field("sks", min_length=1, description="the rare word that comes to mean the subject")
+    prior: PriorSpec = PriorSpec()
+    num_pictures: int = Field(4, ge=1, description="pictures of each prompt")
+    num_prior_pictures: int = Field(128, ge=LEAST_PICTURES, description="by which it is told whether the rest was kept")
+    train: TrainSpec
+    sweep: DreamboothSweepSpec = DreamboothSweepSpec()
+    protocol: DreamboothProtocolSpec = DreamboothProtocolSpec()
+    metric: str = Field("subject_efficientnet", description="what its report leads with")

@@ -233,7 +233,7 @@ class Materials:
             reference=held_out.fingerprint(),
             num_reference=num_reference,
             captions=captions,
-            probe=None if spec.alignment == "none" else self._probe_digest,
+            probe=None if spec.alignment == "none" else self.probe_digest,
             given=given,
         )
 
@@ -247,7 +247,7 @@ class Materials:
         kept = self.study.protocol.kept
         if self.study.protocol.alignment == "none":
             return Reference(protocol, self.extractors, features, captions, kept=kept)
-        return Reference(protocol, self.extractors, features, captions, labels, self._probe(), kept=kept)
+        return Reference(protocol, self.extractors, features, captions, labels, self.probe(), kept=kept)
 
     def features(self, extractor: Extractor, compared: Tensor) -> np.ndarray:
         """Features of the reference pictures, float32 [M, D], made once for each extractor."""
@@ -260,12 +260,13 @@ class Materials:
         return read_features(self.store.folder("features", name))
 
     @property
-    def _probe_digest(self) -> str:
+    def probe_digest(self) -> str:
         stage = {"stage": "probe", "version": referencing.VERSION, "seed": self.study.protocol.seed}
         return digest(stage, self.source_key("train"), self.source_key("reference"))
 
-    def _probe(self) -> Probe:
-        name = self._probe_digest
+    def probe(self) -> Probe:
+        """What reads attributes from pictures, fitted where it is not there yet."""
+        name = self.probe_digest
         if not self.store.has("probe", name):
             training, held_out = self.pictures("train"), self.pictures("reference")
             referencing.need_labels(training, held_out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from isocost.diffusion.noise import Schedule
 from isocost.diffusion.samplers import build_table
 from isocost.errors import RequestError
+from isocost.experiments.dreambooth import DreamboothExperiment
 from isocost.experiments.experiment import Experiment, Run
 from isocost.experiments.superres import SuperresExperiment
 from isocost.experiments.text2image import TextToImageExperiment
@@ -28,7 +29,7 @@ from isocost.store import Store, free_disk, write_atomically
 from isocost.study import StudySpec
 from isocost.study_file import dump_study
 from isocost.sweep.ledger import Ledger
-from isocost.sweep.points import Point, grid_points, mark_point
+from isocost.sweep.points import Point
 from isocost.sweep.workers import Worker
 from isocost.train.forecast import Forecast, Forecaster, too_large
 from isocost.train.loop import OutOfTime, train
@@ -54,7 +55,7 @@ class Pipeline:
         for width in study.family.widths:
             check_width(width)
         asked = [(study.sweep, study.report.metric)]
-        asked += [] if study.superres is None else [(study.superres.sweep, study.superres.metric)]
+        asked += [(tuned.sweep, tuned.metric) for tuned in (study.superres, study.dreambooth) if tuned is not None]
         for sweep, metric in asked:
             for sampler in sweep.samplers:
                 for num_steps in (*sweep.num_steps, sweep.marks_num_steps):
@@ -97,6 +98,8 @@ class Pipeline:
         experiments: dict[TaskName, Experiment] = {"text2image": family}
         if self.study.superres is not None:
             experiments["superres"] = SuperresExperiment(self.study.superres, self.materials, family)
+        if self.study.dreambooth is not None:
+            experiments["dreambooth"] = DreamboothExperiment(self.study.dreambooth, self.materials, family)
         return experiments
 
     @property
@@ -180,16 +183,9 @@ class Pipeline:
 
     # --- sweep ---
 
-    def points(self, run: Run) -> dict[str, list[Point]]:
-        """The points of one run by checkpoint: the grid at the last one, one point at every mark where there are several."""
-        experiment = self.experiments[run.task]
-        setting = (experiment.sweep, experiment.protocol_spec, experiment.protocol)
-        points: dict[str, list[Point]] = {}
-        for name in run.checkpoints.values():
-            grid = grid_points(name, *setting) if name == run.final else []
-            marked = [mark_point(name, *setting)] if len(run.checkpoints) > 1 else []
-            points[name] = list({point.digest: point for point in [*grid, *marked]}.values())
-        return points
+    def points(self, run: Run) -> list[Point]:
+        """All points of one run."""
+        return self.experiments[run.task].points(run)
 
     def sweep(self, run: Run, deadline: float | None = None) -> bool:
         """Make and score every point of one run that the ledger lacks; False where the deadline came first.
@@ -203,42 +199,42 @@ class Pipeline:
                 raise RequestError(
                     f"{run.title}: no checkpoint at {mark} images yet; run `isocost train` first, or `isocost run`"
                 )
-        experiment = self.experiments[run.task]
-        by_checkpoint = self.points(run)
+        jobs = self.experiments[run.task].jobs(run)
         self._record_skipped()
-        worker = Worker(
-            self.store,
-            self.ledger,
-            experiment.reference,
-            experiment.captions,
-            experiment.kept,
-            experiment.protocol_spec.distances,
-            experiment.beside,
-        )
-        numbers = {point.digest: n for n, point in enumerate((p for ps in by_checkpoint.values() for p in ps), start=1)}
+        numbers = {point.digest: n for n, point in enumerate((p for job in jobs for p in job.points), start=1)}
         with progress_bar(f"sweep {self.cost(run).size} ({run.title})", len(numbers), "points") as progress:
-            for name, points in by_checkpoint.items():
-                checkpoint = load_checkpoint(self.store.folder("checkpoint", name))
-                finished = worker.run(
-                    checkpoint,
-                    self.materials.codec,
-                    points,
-                    lambda point: progress(numbers[point.digest], point.title),
-                    deadline,
+
+            def done(point: Point) -> None:
+                progress(numbers[point.digest], point.title)
+
+            for job in jobs:
+                bench = job.bench()
+                worker = Worker(
+                    self.store,
+                    self.ledger,
+                    bench.reference,
+                    bench.captions,
+                    bench.kept,
+                    bench.distances,
+                    bench.beside,
                 )
-                if not finished:
+                checkpoint = load_checkpoint(self.store.folder("checkpoint", job.checkpoint))
+                if not worker.run(checkpoint, self.materials.codec, job.points, done, deadline):
                     return False
         return True
 
     # --- the whole ---
 
-    def run(self, deadline: float | None = None) -> bool:
-        """Train and sweep every run; False where the deadline came first. What is done stays, and the same call goes on."""
+    def run(self, deadline: float | None = None, tasks: Collection[TaskName] | None = None) -> bool:
+        """Train and sweep every run, of `tasks` alone where given; False where the deadline came first.
+
+        What is done stays, and the same call goes on.
+        """
         self.prepare()
-        for experiment in self.experiments.values():
-            experiment.protocol  # noqa: B018  one that cannot be met shows before the first training
-        self.materials.reference  # noqa: B018
-        for run in self.runs:
+        wanted = [name for name in self.experiments if tasks is None or name in tasks]
+        for name in wanted:
+            self.experiments[name].check()
+        for run in (run for name in wanted for run in self.experiments[name].runs):
             try:
                 self.train(run, deadline)
             except OutOfTime as stopped:
@@ -255,12 +251,11 @@ class Pipeline:
         for run in self.runs:
             cost = self.cost(run)
             passed = newest_state(self.store.folder("run", run.digest))
-            points = [point for some in self.points(run).values() for point in some]
+            points = self.points(run)
             missing = [point for point in points if point.digest not in recorded]
             images = max(0, max(run.checkpoints) - passed)
             if all(self.store.has("checkpoint", name) for name in run.checkpoints.values()):
                 images = 0
-            pictures = self.experiments[run.task].protocol_spec.num_pictures
             sizes.append(
                 {
                     "task": run.task,
@@ -270,7 +265,7 @@ class Pipeline:
                     "training_gflop": 3 * cost.gflop_per_forward * images,
                     "points": len(points),
                     "points_to_make": len(missing),
-                    "sampling_gflop": sum(cost.gflop_per_forward * point.nfe * pictures for point in missing),
+                    "sampling_gflop": sum(cost.gflop_per_forward * point.nfe * point.spec.num_pictures for point in missing),
                 }
             )
         return {"study": self.study.name, "out": str(self.out), "protocol": self.materials.protocol.id, "sizes": sizes}

@@ -34,7 +34,7 @@ FeatureName = Literal[
     "pickscore",
     "hpsv2",
 ]
-TaskName = Literal["text2image", "superres"]
+TaskName = Literal["text2image", "superres", "dreambooth"]
 PairName = Literal["psnr", "ssim", "lpips"]
 DistanceName = Literal[
     "kernel",
@@ -45,6 +45,7 @@ DistanceName = Literal[
     "inception_score",
     "cmmd",
     "caption",
+    "subject",
 ]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from isocost.downstream import SuperresSpec
+from isocost.downstream import DreamboothSpec, SuperresSpec
 from isocost.spec import Spec
 from isocost.stages import CodecSpec, DataSpec, FamilySpec, ProtocolSpec, SweepSpec, TextSpec, TrainSpec
 
@@ -18,7 +18,7 @@ class ReportSpec(Spec):
     budgets: tuple[float, ...] = Field((), description="paper cost budgets for the answer; chosen from the data where empty")
 
 
-DOWNSTREAM = ("superres",)
+DOWNSTREAM = ("superres", "dreambooth")
 """Parts of a study that fine-tune what `train` made."""
 
 OWN_TO_A_TRAINING = frozenset({"num_images", "marks", "marks_gflop", "warmup_images"})
@@ -37,6 +37,7 @@ class StudySpec(Spec):
     protocol: ProtocolSpec = ProtocolSpec()
     report: ReportSpec = ReportSpec()
     superres: SuperresSpec | None = None
+    dreambooth: DreamboothSpec | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -45,8 +46,9 @@ class StudySpec(Spec):
         if not isinstance(plain, dict) or not isinstance(plain.get("train"), dict):
             return plain
         shared = {key: value for key, value in plain["train"].items() if key not in OWN_TO_A_TRAINING}
+        without = {"dreambooth": {"caption_dropout": 0.0}}
         tuned = {
-            name: {**plain[name], "train": {**shared, **plain[name]["train"]}}
+            name: {**plain[name], "train": {**shared, **without.get(name, {}), **plain[name]["train"]}}
             for name in DOWNSTREAM
             if isinstance(plain.get(name), dict) and isinstance(plain[name].get("train"), dict)
         }
@@ -80,7 +82,7 @@ class StudySpec(Spec):
 
     def _fixed_downstream(self, name: str) -> dict[str, Any]:
         plain = self.model_dump(mode="json")[name]
-        free = {"sweep", "starts", "parents", "metric", "train", "protocol"}
+        free = {"sweep", "starts", "parents", "metric", "train", "protocol", "subjects", "num_prior_pictures"}
         kept = {key: value for key, value in plain.items() if key not in free}
         return {**kept, "train": getattr(self, name).train.fixed(), "protocol": _fixed(plain["protocol"])}
 

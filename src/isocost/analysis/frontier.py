@@ -152,9 +152,9 @@ def _told_apart(rows: pd.DataFrame) -> str:
 def finals(table: pd.DataFrame, metric: str, cost: str | None = None) -> pd.DataFrame:
     """The competing points: final checkpoints with `metric` and, where given, a measured `cost`; `guidance_at_edge` added.
 
-    The guidance of a point is at the edge when it is the lowest or the highest of several tried for its size, sampler and
-    number of steps: if such a point is the best, the optimum may lie outside the grid. Guidance 0, below which there is none,
-    is no edge.
+    The guidance of a point is at the edge when it is the lowest or the highest tried for its size, sampler and number of steps:
+    if such a point is the best, the optimum may lie outside the grid. Guidance 0, below which there is none, is no edge, nor
+    is 1 where nothing else was tried: sampling without guidance.
 
     Raises:
         RequestError: nothing competes, the numbers cannot be compared, or two points stand for one configuration.
@@ -172,7 +172,8 @@ def finals(table: pd.DataFrame, metric: str, cost: str | None = None) -> pd.Data
     tried = rows.groupby(list(CELL))["guidance"]
     at_low = (rows["guidance"] == tried.transform("min")) & (rows["guidance"] != 0)
     at_high = rows["guidance"] == tried.transform("max")
-    rows = rows.assign(guidance_at_edge=(at_low | at_high) & (tried.transform("nunique") > 1))
+    without = (rows["guidance"] == 1) & (tried.transform("nunique") == 1)
+    rows = rows.assign(guidance_at_edge=(at_low | at_high) & ~without)
     if cost is not None:
         rows = rows[rows[cost_of(cost).name].notna()]
         if rows.empty:

@@ -100,6 +100,24 @@ def train(
 
 
 @app.command()
+def dreambooth(study: Study, out: Out = None, overrides: Set = None, stop_after: StopAfter = None) -> None:
+    """The subject protocol of a study: what it needs of the family, a tuning for every size and subject, scores, report."""
+    from isocost.pipeline import Pipeline
+
+    spec = _load(study, overrides)
+    if spec.dreambooth is None:
+        raise RequestError(
+            f"{study}: no part `dreambooth`; it says subjects, training and sweep (studies/subjects.yaml has one)"
+        )
+    pipeline = Pipeline(spec, _out(spec, out))
+    finished = pipeline.run(_deadline(stop_after), tasks=("text2image", "dreambooth"))
+    if finished:
+        _report(pipeline, finished)
+    else:
+        _answer_unfinished(pipeline)
+
+
+@app.command()
 def sweep(study: Study, out: Out = None, overrides: Set = None, stop_after: StopAfter = None) -> None:
     """Sample and score every point of a study whose checkpoints are there."""
     from isocost.pipeline import Pipeline
@@ -185,7 +203,11 @@ def _run(study: StudySpec, out: Path | None, stop_after: float | None) -> None:
     if finished:
         _report(pipeline, finished)
     else:
-        answer_json({"study": study.name, "out": str(pipeline.out), "finished": False})
+        _answer_unfinished(pipeline)
+
+
+def _answer_unfinished(pipeline: Any) -> None:
+    answer_json({"study": pipeline.study.name, "out": str(pipeline.out), "finished": False})
 
 
 def _report(pipeline: Any, finished: bool) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -287,7 +287,34 @@ def write_index(place: Place, index: dict[str, Any]) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-class LatentCache:
+class Cache(Protocol):
+    """What a training draws from."""
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+
+    @property
+    def null_caption(self) -> int:
+        """Number of the empty caption."""
+
+    @property
+    def has_states(self) -> bool:
+        """Whether caption states are there, beside token ids."""
+
+    def moments(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of pictures int64 [B]: float32 [B, C, L, L] each."""
+
+    def captions(self, pictures: Tensor) -> Tensor:
+        """Caption numbers of pictures int64 [B]: int64 [B, K], -1 where a picture has no more."""
+
+    def token_ids(self, captions: Tensor) -> Tensor:
+        """Token ids int32 [B, T] of caption numbers int64 [B]."""
+
+    def states(self, captions: Tensor) -> Tensor:
+        """Caption states float32 [B, T, D] of caption numbers int64 [B]; needs `has_states`."""
+
+
+class LatentCache(Cache):
     """A cache opened for training.
 
     Raises:
@@ -335,3 +362,39 @@ class LatentCache:
     def states(self, captions: Tensor) -> Tensor:
         """Caption states float32 [B, T, D] of caption numbers int64 [B]; needs `has_states`."""
         return self._text.rows(captions)["states"].float()
+
+
+class MemoryCache(Cache):
+    """A few pictures, one caption each, encoded on the spot."""
+
+    def __init__(self, pictures: Tensor, captions: list[str], codec: Codec, text: TextCodec) -> None:
+        """`pictures` uint8 [N, 3, R, R]."""
+        distinct = sorted(set(captions))
+        self._tokens = torch.from_numpy(text.tokenize([*distinct, NULL_CAPTION]))
+        self._states = text.states(self._tokens.numpy()).clone()
+        self._numbers = torch.tensor([[distinct.index(caption)] for caption in captions])
+        encoded = [codec.encode(batch) for batch in pictures.split(ENCODE_BATCH)]
+        self._mean, self._std = (torch.cat([moments[i] for moments in encoded]).float().cpu() for i in range(2))
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @property
+    def null_caption(self) -> int:
+        return len(self._tokens) - 1
+
+    @property
+    def has_states(self) -> bool:
+        return True
+
+    def moments(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        return self._mean[pictures], self._std[pictures]
+
+    def captions(self, pictures: Tensor) -> Tensor:
+        return self._numbers[pictures]
+
+    def token_ids(self, captions: Tensor) -> Tensor:
+        return self._tokens[captions]
+
+    def states(self, captions: Tensor) -> Tensor:
+        return self._states[captions]

@@ -5,20 +5,22 @@ The pipeline trains and sweeps all of them alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
 from isocost.diffusion.generate import CaptionStates
 from isocost.diffusion.rows import ByPicture
-from isocost.score.protocol import Protocol as ScoringProtocol
 from isocost.score.reference import Reference
 from isocost.spec import digest
 from isocost.stages import ModelSpec, ProtocolSpec, SweepSpec, TaskName, TrainSpec
+from isocost.sweep.points import Point
 from isocost.train.tasks import Task
 
 TRAIN_VERSION = 2
@@ -52,63 +54,99 @@ class Run:
         return f"{name}width {self.model.width} {self.variant}".rstrip()
 
 
-class Experiment(Protocol):
+@dataclass(frozen=True)
+class Bench:
+    """What points are made and scored with.
+
+    `captions` are the states of the captions that are drawn, `kept` the ids of the pictures that every point keeps, `beside`
+    what the network sees beside the noisy latent, by picture id.
+    """
+
+    reference: Reference
+    captions: CaptionStates
+    kept: list[int]
+    distances: tuple[str, ...]
+    beside: ByPicture | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Points of one checkpoint that share a bench, which is set up when it is needed."""
+
+    checkpoint: str
+    points: tuple[Point, ...]
+    bench: Callable[[], Bench]
+
+
+class Experiment(ABC):
     """One experiment of a study."""
 
-    @property
-    def sweep(self) -> SweepSpec:
-        """Which points of its checkpoints are made."""
+    sweep: SweepSpec
+    protocol_spec: ProtocolSpec
+    metric: str
+    """What its report leads with."""
+
+    # --- trainings ---
 
     @property
-    def protocol_spec(self) -> ProtocolSpec:
-        """How they are scored."""
-
-    @property
-    def metric(self) -> str:
-        """What its report leads with."""
-
-    @property
+    @abstractmethod
     def runs(self) -> list[Run]:
         """The trainings that the study asks for, smallest first."""
 
-    @property
-    def protocol(self) -> ScoringProtocol:
-        """What its scores rest on; nothing is computed for it yet."""
-
+    @abstractmethod
     def task(self, run: Run) -> Task:
         """What the run trains on."""
 
+    @abstractmethod
     def network(self, run: Run) -> nn.Module:
         """The network as the training begins."""
 
     def facts(self, run: Run) -> dict[str, Any]:
         """What a checkpoint's `isocost.json` says beyond the rest."""
+        return {}
+
+    # --- points ---
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise RequestError where its scores cannot be had, before anything is trained."""
+
+    @abstractmethod
+    def jobs(self, run: Run) -> list[Job]:
+        """The points of one run, by checkpoint and bench."""
+
+    def points(self, run: Run) -> list[Point]:
+        """All points of one run."""
+        return [point for job in self.jobs(run) for point in job.points]
+
+    # --- report ---
 
     @property
-    def reference(self) -> Reference:
-        """The protocol with the real pictures' features."""
+    @abstractmethod
+    def protocol_words(self) -> str:
+        """What its scores rest on, in a sentence."""
 
     @property
-    def captions(self) -> CaptionStates:
-        """States of the captions that are drawn."""
-
-    @property
-    def kept(self) -> list[int]:
-        """Ids of the pictures that every point keeps."""
-
-    @property
-    def beside(self) -> ByPicture | None:
-        """What the network sees beside the noisy latent, by picture id."""
-
-    @property
+    @abstractmethod
     def baselines(self) -> Mapping[str, Mapping[str, float]]:
-        """Scores of pictures that no model made, by what made them and metric."""
+        """Scores of pictures that no model made, by what made them and metric; the first is what no model can pass."""
+
+    @property
+    @abstractmethod
+    def pictured(self) -> list[str]:
+        """What the pictures of the report are called, in their order."""
+
+    def summarise(self, table: pd.DataFrame, samples: dict[str, np.ndarray]) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+        """The rows and the pictures by point that the report shows, from those of all points."""
+        return table, samples
 
     def findings(self, table: pd.DataFrame) -> dict[str, Any]:
         """What the points say beyond the frontier, by title: plain text, or mappings of it."""
+        return {}
 
     def strips(self) -> Mapping[str, Tensor]:
-        """Pictures to lay beside the kept ones, uint8 [K, 3, R, R] by title; empty where there are none."""
+        """Pictures to lay beside the kept ones, uint8 [K, 3, R, R] by title, the last behind what models made."""
+        return {}
 
 
 def make_run(

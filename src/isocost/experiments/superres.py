@@ -21,7 +21,7 @@ from isocost.diffusion.generate import CaptionStates
 from isocost.diffusion.rows import ByPicture
 from isocost.downstream import SuperresSpec
 from isocost.errors import RequestError
-from isocost.experiments.experiment import Run, make_run
+from isocost.experiments.experiment import Bench, Experiment, Job, Run, make_run
 from isocost.experiments.text2image import TextToImageExperiment
 from isocost.materials import Materials, pictures_to_keep
 from isocost.metrics.features import Extractor
@@ -38,13 +38,14 @@ from isocost.score.reference import Reference, make_extractors
 from isocost.score.score import Measuring, score
 from isocost.spec import digest
 from isocost.stages import ModelSpec
+from isocost.sweep.points import run_points
 from isocost.train.tasks import Superres, Task, training_schedule
 
 VERSION = 1
 SCRATCH = "from scratch"
 
 
-class SuperresExperiment:
+class SuperresExperiment(Experiment):
     """`superres` of a study."""
 
     def __init__(self, spec: SuperresSpec, materials: Materials, family: TextToImageExperiment) -> None:
@@ -174,10 +175,30 @@ class SuperresExperiment:
         given = self.materials.pictures("reference").captions[: self.spec.protocol.num_pictures]
         return ["" if self.spec.captions == "empty" else captions[0] for captions in given]
 
+    def check(self) -> None:
+        """The protocol can be met."""
+        self.protocol  # noqa: B018
+
+    def jobs(self, run: Run) -> list[Job]:
+        """The grid at the last checkpoint, a point at every mark."""
+        points = run_points(tuple(run.checkpoints.values()), self.sweep, self.protocol_spec, self.protocol)
+        return [Job(name, some, lambda: self.bench) for name, some in points.items()]
+
     @cached_property
-    def captions(self) -> CaptionStates:
-        """The held-out pictures' captions, or the empty one for each."""
-        return CaptionStates.of(self._captions, self.materials.text)
+    def bench(self) -> Bench:
+        """The held-out pictures' captions, or the empty one for each, beside their low-resolution forms."""
+        captions = CaptionStates.of(self._captions, self.materials.text)
+        return Bench(self.reference, captions, self.kept, self.spec.protocol.distances, self.beside)
+
+    @property
+    def protocol_words(self) -> str:
+        """Its own protocol."""
+        return self.protocol.sentence()
+
+    @property
+    def pictured(self) -> list[str]:
+        """Captions, or numbers where none are given."""
+        return [self._captions[i] or f"picture {i}" for i in self.kept]
 
     @property
     def kept(self) -> list[int]:

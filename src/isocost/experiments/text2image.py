@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
 
-import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from isocost.diffusion.generate import CaptionStates
-from isocost.experiments.experiment import Run, make_run
+from isocost.experiments.experiment import Bench, Experiment, Job, Run, make_run
 from isocost.materials import Materials
 from isocost.models.cost import model_cost
 from isocost.models.unet import build_unet
-from isocost.score.protocol import Protocol
-from isocost.score.reference import Reference
 from isocost.stages import ModelSpec
 from isocost.study import StudySpec
+from isocost.sweep.points import run_points
 from isocost.train.tasks import Task, TextToImage, training_schedule
 
 
-class TextToImageExperiment:
+class TextToImageExperiment(Experiment):
     """`train`, `sweep` and `protocol` of a study."""
-
-    beside = None
 
     def __init__(self, study: StudySpec, materials: Materials) -> None:
         self.study, self.materials = study, materials
@@ -50,11 +44,6 @@ class TextToImageExperiment:
             runs.append(make_run("text2image", model, self.study.train, {"cache": self.materials.cache_digest}, gflop))
         return runs
 
-    @property
-    def protocol(self) -> Protocol:
-        """The study's own."""
-        return self.materials.protocol
-
     def task(self, run: Run) -> Task:
         """Latents with captions from the cache."""
         cache = self.materials.cache
@@ -65,34 +54,30 @@ class TextToImageExperiment:
         torch.manual_seed(run.spec.seed)
         return build_unet(run.model, "cpu" if run.spec.sharding == "none" or self.materials.part.rank == 0 else "meta")
 
-    def facts(self, run: Run) -> dict[str, Any]:
-        """Nothing beyond the rest."""
-        return {}
+    def check(self) -> None:
+        """The held-out pictures' features are made."""
+        self.materials.reference  # noqa: B018
+
+    def jobs(self, run: Run) -> list[Job]:
+        """The grid at the last checkpoint, a point at every mark."""
+        points = run_points(tuple(run.checkpoints.values()), self.sweep, self.protocol_spec, self.materials.protocol)
+        return [Job(name, some, self._bench) for name, some in points.items()]
+
+    def _bench(self) -> Bench:
+        materials = self.materials
+        return Bench(materials.reference, materials.caption_states, materials.kept, self.protocol_spec.distances)
 
     @property
-    def reference(self) -> Reference:
-        """The held-out pictures."""
-        return self.materials.reference
-
-    @property
-    def captions(self) -> CaptionStates:
-        """The captions of held-out pictures."""
-        return self.materials.caption_states
-
-    @property
-    def kept(self) -> list[int]:
-        """The first picture of each caption, then others."""
-        return self.materials.kept
+    def protocol_words(self) -> str:
+        """The study's protocol."""
+        return self.materials.protocol.sentence()
 
     @property
     def baselines(self) -> Mapping[str, Mapping[str, float]]:
         """Real pictures, as they are and after the codec."""
         return self.materials.floors()
 
-    def findings(self, table: pd.DataFrame) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def strips(self) -> Mapping[str, Tensor]:
-        """There are none."""
-        return {}
+    @property
+    def pictured(self) -> list[str]:
+        """Captions."""
+        return [self.materials.reference.captions[i] for i in self.materials.kept]

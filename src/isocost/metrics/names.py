@@ -25,6 +25,8 @@ _WORDS = {
     "hpsv2": ("hpsv2", "HPSv2"),
 }
 PREFERENCE = ("pickscore", "hpsv2")
+SUBJECT = {"dino-vit-s-16": "dino", "clip-vit-b-32": "clip_i", "efficientnet-lite0": "subject_efficientnet"}
+"""DreamBooth's likeness to the subject's pictures (arXiv 2208.12242, section 4.2), and a stand-in that needs no download."""
 CLASSIFIER_SCORE = "classifier_score_efficientnet"
 """The formula of the Inception score on another classifier's classes."""
 Better = Literal["lower", "higher"]
@@ -37,6 +39,7 @@ _SAYING: dict[str, tuple[tuple[str, ...], Better, str]] = {
     "inception_score": (("Inception score",), "higher", "higher is better"),
     "cmmd": (("CMMD",), "lower", "unbiased MMD² x 1000, lower is better"),
     "caption": (("CLIP score",), "higher", "cosine, higher is better"),
+    "subject": (("likeness to the subject",), "higher", "cosine, higher is better"),
 }
 """What the metrics of a distance are called, which way is better, and what their axis says."""
 _OF_INCEPTION = {"kernel distance": "KID", "Fréchet distance": "FID", "Fréchet distance at infinite N": "FID at infinite N"}
@@ -64,6 +67,7 @@ def metrics_of(distance: str, features: str) -> tuple[str, ...]:
         "density_coverage": (f"density_{short}", f"coverage_{short}"),
         "inception_score": {"inception": ("inception_score",), "efficientnet-lite0": (CLASSIFIER_SCORE,)}.get(features, ()),
         "cmmd": (("cmmd" if features == "clip-vit-l-14-336" else f"cmmd_{short}"),) if is_clip else (),
+        "subject": (SUBJECT[features],) if features in SUBJECT else (),
         "caption": (short,) if features in PREFERENCE else ((f"clip_score_{short.removeprefix('clip_')}",) if is_clip else ()),
     }[distance]
 

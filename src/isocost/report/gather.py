@@ -29,10 +29,11 @@ from isocost.sweep.ledger import table_file
 from isocost.sweep.workers import read_pictures
 
 BUDGET_COST = "paper_cost"
-TITLES: dict[TaskName, str] = {"text2image": "text-to-image", "superres": "super-resolution"}
+TITLES: dict[TaskName, str] = {"text2image": "text-to-image", "superres": "super-resolution", "dreambooth": "DreamBooth"}
 BASELINES = {
     "decoded": "real pictures after the codec",
     "real": "real pictures as they are",
+    "photographs": "the subjects' pictures among themselves",
     "bicubic": "low-resolution pictures enlarged (bicubic)",
 }
 
@@ -81,7 +82,7 @@ def report(pipeline: Pipeline) -> Report:
 
 def study_table(pipeline: Pipeline, experiment: Experiment) -> pd.DataFrame:
     """The ledger's points that belong to the experiment as it stands now; `is_final` marks those of last checkpoints."""
-    wanted = {point.digest for run in experiment.runs for some in pipeline.points(run).values() for point in some}
+    wanted = {point.digest for run in experiment.runs for point in experiment.points(run)}
     table = pipeline.ledger.table()
     table = table[table["point"].isin(wanted)]
     finals = {run.final for run in experiment.runs}
@@ -95,11 +96,11 @@ def _report(pipeline: Pipeline, task: TaskName, table: pd.DataFrame, others: dic
     """One experiment's page and table."""
     study, experiment = pipeline.study, pipeline.experiments[task]
     folder = pipeline.out / "report" / ("" if task == "text2image" else task)
+    table, samples = experiment.summarise(table, _samples(pipeline, table))
     for suffix, write in (("parquet", table.to_parquet), ("csv", table.to_csv)):
         write(table_file(pipeline.out, task, suffix), index=False)
     baselines, metric = experiment.baselines, experiment.metric
     budgets = (list(study.report.budgets) if task == "text2image" else []) or default_budgets(table, BUDGET_COST)
-    samples = _samples(pipeline, table)
     name = study.name if task == "text2image" else f"{study.name}, {TITLES[task]}"
     page = write_report(
         folder,
@@ -107,9 +108,9 @@ def _report(pipeline: Pipeline, task: TaskName, table: pd.DataFrame, others: dic
         table,
         metric,
         _provenance(pipeline, experiment, table),
-        baselines["decoded"],
+        next(iter(baselines.values())),
         samples,
-        [experiment.reference.captions[i] or f"picture {i}" for i in experiment.kept],
+        experiment.pictured,
         budgets,
         _strips(experiment, table, samples),
         others,
@@ -154,7 +155,7 @@ def _provenance(pipeline: Pipeline, experiment: Experiment, table: pd.DataFrame)
     skipped = [event for event in pipeline.ledger.events() if event["stage"].startswith("data.")]
     flagged = int(table["flagged"].sum())
     facts: dict[str, Any] = {
-        "protocol": experiment.protocol.sentence(),
+        "protocol": experiment.protocol_words,
         "codec": {"digest": materials.codec_digest, "latent shape": " x ".join(map(str, materials.latent_shape))},
         **{BASELINES[title]: _rounded(scores) for title, scores in experiment.baselines.items()},
         **experiment.findings(table),

@@ -138,6 +138,7 @@ def compute_curves(table: pd.DataFrame, metric: str, floor: float | None = None,
         RequestError: no checkpoint before the last was scored.
     """
     rows = scored(table, metric)
+    rows = rows[rows[axis].notna()]  # what was not trained has no place on it
     setting = ["sampler", "num_steps", "guidance"]
     earlier = rows[~rows["is_final"].astype(bool)]
     if earlier.empty:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import re
 from pathlib import Path
 
+from isocost.data.subjects import read_prompts
 from isocost.errors import RequestError
 from isocost.metrics.weights import text_sha256
 from isocost.score.gallery import is_source, key_of, samples_of
@@ -57,17 +57,9 @@ def _from_csv(file: Path) -> dict[str, str]:
 
 def _from_dreambooth(file: Path) -> dict[str, str]:
     """`prompts_and_classes.txt`: object prompts for things, live prompts for cats and dogs; the unique token left out."""
-    if not file.is_file():
-        raise RequestError(f"--captions {file}: no such file")
-    text = file.read_text(encoding="utf-8")
-    classes = dict(re.findall(r"^(\w+),([\w ]+)$", text.partition("Prompts")[0], flags=re.MULTILINE))
-    classes.pop("subject_name", None)
-    lists = [re.findall(r"'([^']+)'\.format", block) for block in text.split("prompt_list = [")[1:]]
-    if len(lists) != 2 or not classes:
-        raise RequestError(f"--captions {file}: not the prompts_and_classes.txt of google/dreambooth")
-    objects, live = lists
-    captions = {}
-    for subject, name in classes.items():
-        for number, template in enumerate(live if name in ("cat", "dog") else objects):
-            captions[f"{subject}/{number:02d}"] = " ".join(template.format("", name).split())
-    return captions
+    classes, prompts = read_prompts(file)
+    return {
+        f"{subject}/{number:02d}": " ".join(template.format("", name).split())
+        for subject, name in classes.items()
+        for number, template in enumerate(prompts[subject])
+    }

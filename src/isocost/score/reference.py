@@ -43,7 +43,7 @@ class Reference:
         extractors: by name, in the order of the protocol.
         features: float32 [M, D] of the real pictures, by extractor.
         captions: the N captions to draw, one a picture id.
-        labels: int64 [N, A] of those captions, where alignment is measured.
+        labels: int64 [N, A] of those captions, where alignment is measured; -1 where a caption does not say.
         probe: reads labels from pictures; None where alignment is not measured.
         originals: uint8 [N, 3, R, R], what picture i is compared with; None where there is no such thing.
         pairs: what is compared, by score name: functions of a picture and its original in one, uint8 [N, 6, R, R] -> [N].

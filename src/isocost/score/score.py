@@ -13,7 +13,7 @@ from torch import Tensor
 
 from isocost.errors import WorkError
 from isocost.metrics.distances import GAUSSIAN, POLYNOMIAL
-from isocost.metrics.likeness import cosine
+from isocost.metrics.likeness import cosine, mean_cosine_to_set
 from isocost.metrics.names import PREFERENCE, metrics_of
 from isocost.metrics.neighbours import Reach, reach
 from isocost.score.blocks import Blocks, Function
@@ -63,7 +63,9 @@ class Measuring:
         read = made.pop(_PROBE, None)
         alignment = None
         if read is not None and self._labels is not None:
-            alignment = (read == self._labels[ids]).double().mean(1).numpy()
+            asked = self._labels[ids]
+            found = (read == asked) & (asked >= 0)
+            alignment = (found.sum(1).double() / (asked >= 0).sum(1)).numpy()
         _, compared = self._pairs.results()
         pairs = {name: values.double().numpy() for name, values in compared.items()}
         return Measured({name: rows.numpy() for name, rows in made.items()}, alignment, np.asarray(ids), pairs)
@@ -129,6 +131,8 @@ def _intervals(
     if distance == "inception_score":
         logits = reference.logits(name, features)
         return (inception_score_interval(logits, num_bootstrap=reference.protocol.num_bootstrap, seed=seed),)
+    if distance == "subject":
+        return (_mean(mean_cosine_to_set(features, real), reference),)
     assert distance == "caption", distance
     captions = reference.caption_features(name)
     told = cosine(features, captions if ids is None else captions[ids])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,18 @@ def grid_points(checkpoint: str, sweep: SweepSpec, protocol_spec: ProtocolSpec, 
         for guidance in sorted(set(sweep.guidance))
     ]
     return [make_point(spec, protocol) for spec in specs]
+
+
+def run_points(
+    checkpoints: Sequence[str], sweep: SweepSpec, protocol_spec: ProtocolSpec, protocol: Protocol
+) -> dict[str, tuple[Point, ...]]:
+    """The points of one run by checkpoint: the grid at the last one, one point at every mark where there are several."""
+    points: dict[str, tuple[Point, ...]] = {}
+    for name in checkpoints:
+        grid = grid_points(name, sweep, protocol_spec, protocol) if name == checkpoints[-1] else []
+        marked = [mark_point(name, sweep, protocol_spec, protocol)] if len(checkpoints) > 1 else []
+        points[name] = tuple({point.digest: point for point in [*grid, *marked]}.values())
+    return points
 
 
 def mark_point(checkpoint: str, sweep: SweepSpec, protocol_spec: ProtocolSpec, protocol: Protocol) -> Point:

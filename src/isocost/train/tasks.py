@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from isocost.data.cache import LatentCache
+from isocost.data.cache import Cache
 from isocost.data.codec import TextCodec
 from isocost.data.order import picture_order
 from isocost.diffusion.noise import Schedule, normal_noise, philox4x32
@@ -67,7 +67,7 @@ class Task(Protocol):
 class TextToImage:
     """Predict noise, velocity or clean latent from a noisy latent and its caption (arXiv 2006.11239, 2202.00512)."""
 
-    def __init__(self, spec: TrainSpec, cache: LatentCache, schedule: Schedule, text: TextCodec | None = None) -> None:
+    def __init__(self, spec: TrainSpec, cache: Cache, schedule: Schedule, text: TextCodec | None = None) -> None:
         """`text` encodes captions in each step; it is needed only where the cache holds no states."""
         assert cache.has_states or text is not None, "a cache without states needs a text encoder"
         self.spec, self.cache, self.schedule, self.text = spec, cache, schedule, text
@@ -77,7 +77,7 @@ class TextToImage:
 
     def batch(self, images_seen: int, rows: range, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
         images = torch.arange(images_seen + rows.start, images_seen + rows.stop)
-        pictures = picture_order(self.spec.seed, images_seen + rows.start, len(rows), len(self.cache))
+        pictures = self._pictures(images_seen + rows.start, len(rows))
         index, pick, drop = choices(self.key, images)
         index = (index * self.schedule.num_timesteps) >> 32
         mean, std = (moment.to(device, non_blocking=True) for moment in self.cache.moments(pictures))
@@ -89,13 +89,21 @@ class TextToImage:
             timesteps=self.timesteps[index].to(device, dtype, non_blocking=True),
             states=states,
             target=self.schedule.training_target(self.spec.prediction, latents, noise, moved),
-            weights=self.loss_weights[index].to(device, dtype, non_blocking=True),
+            weights=(self.loss_weights[index] * self._weights(pictures)).to(device, dtype, non_blocking=True),
         )
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         predicted = network(batch.noisy, batch.timesteps, batch.states).sample.to(batch.target.dtype)
         squares = (predicted - batch.target).square()
         return (squares.flatten(1).mean(1) * batch.weights).mean()
+
+    def _pictures(self, first: int, count: int) -> Tensor:
+        """Which pictures images `first`, ... are, int64 [count]."""
+        return picture_order(self.spec.seed, first, count, len(self.cache))
+
+    def _weights(self, pictures: Tensor) -> Tensor | float:
+        """What the pictures' errors weigh beside the timestep's weight, float [B] or for all."""
+        return 1.0
 
     def _noise(self, images: Tensor, purpose: int, like: Tensor) -> Tensor:
         channels, height, width = like.shape[1:]
@@ -123,7 +131,7 @@ class Superres(TextToImage):
     def __init__(
         self,
         spec: TrainSpec,
-        cache: LatentCache,
+        cache: Cache,
         schedule: Schedule,
         low_resolution: LowResolution,
         text: TextCodec | None = None,
@@ -136,7 +144,7 @@ class Superres(TextToImage):
     def batch(self, images_seen: int, rows: range, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
         batch = super().batch(images_seen, rows, device, dtype)
         first, count = images_seen + rows.start, len(rows)
-        pictures = picture_order(self.spec.seed, first, count, len(self.cache))
+        pictures = self._pictures(first, count)
         passes = torch.arange(first, first + count) // len(self.cache)
         beside = self.low_resolution(pictures, passes).to(batch.noisy, non_blocking=True)
         return replace(batch, noisy=torch.cat([batch.noisy, beside], dim=1))
@@ -145,6 +153,33 @@ class Superres(TextToImage):
         if self.captions_given:
             return super()._captions(pictures, pick, drop)
         return torch.full_like(pictures, self.cache.null_caption)
+
+
+class Dreambooth(TextToImage):
+    """A subject's pictures, and by turns the untuned model's own of its class (arXiv 2208.12242, eq. 2).
+
+    The first `num_subject` pictures of the cache are the subject's, the others the class's. Both kinds weigh as they would
+    in a batch of each: twice their share of the mixed one.
+    """
+
+    def __init__(self, spec: TrainSpec, cache: Cache, schedule: Schedule, num_subject: int, prior_weight: float) -> None:
+        super().__init__(spec, cache, schedule)
+        self.num_subject, self.num_prior, self.prior_weight = num_subject, len(cache) - num_subject, prior_weight
+
+    def _pictures(self, first: int, count: int) -> Tensor:
+        if not self.num_prior:
+            return picture_order(self.spec.seed, first, count, self.num_subject)
+        images = torch.arange(first, first + count)
+        turns = images // 2
+        start, stop = int(turns[0]), int(turns[-1]) + 1
+        of_subject = picture_order(self.spec.seed, start, stop - start, self.num_subject)[turns - start]
+        of_class = picture_order(self.spec.seed, start, stop - start, self.num_prior)[turns - start]
+        return torch.where(images % 2 == 0, of_subject, self.num_subject + of_class)
+
+    def _weights(self, pictures: Tensor) -> Tensor | float:
+        if not self.num_prior:
+            return 1.0
+        return torch.where(pictures < self.num_subject, 2.0, 2.0 * self.prior_weight)
 
 
 def training_schedule(spec: TrainSpec) -> Schedule:
