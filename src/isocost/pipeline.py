@@ -105,7 +105,20 @@ class Pipeline:
     @property
     def runs(self) -> list[Run]:
         """All trainings of the study, experiment by experiment, smallest first."""
-        return [run for experiment in self.experiments.values() for run in experiment.runs]
+        return self.runs_of(None)
+
+    def runs_of(self, tasks: Collection[TaskName] | None) -> list[Run]:
+        """Those of some tasks, or all.
+
+        Raises:
+            RequestError: the study has no part for a task.
+        """
+        for task in tasks or ():
+            if task not in self.experiments:
+                raise RequestError(f"{self.study.name}: no part `{task}`; the study says what to tune and how")
+        return [
+            run for name, experiment in self.experiments.items() if tasks is None or name in tasks for run in experiment.runs
+        ]
 
     def cost(self, run: Run) -> ModelCost:
         """Size and cost of a run's network at the study's latent shape and number of tokens."""
@@ -231,10 +244,10 @@ class Pipeline:
         What is done stays, and the same call goes on.
         """
         self.prepare()
-        wanted = [name for name in self.experiments if tasks is None or name in tasks]
-        for name in wanted:
-            self.experiments[name].check()
-        for run in (run for name in wanted for run in self.experiments[name].runs):
+        runs = self.runs_of(tasks)
+        for task in dict.fromkeys(run.task for run in runs):
+            self.experiments[task].check()
+        for run in runs:
             try:
                 self.train(run, deadline)
             except OutOfTime as stopped:

@@ -8,14 +8,14 @@ import sys
 import time
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 import yaml
 
 from isocost.cli.app import answer_json, app
 from isocost.errors import RequestError
-from isocost.stages import PretrainedCodecSpec
+from isocost.stages import PretrainedCodecSpec, TaskName
 from isocost.study import StudySpec
 from isocost.study_file import load_study
 
@@ -24,6 +24,7 @@ Out = Annotated[Path | None, typer.Option("--out", help="output folder; runs/NAM
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="replace a value of the study: train.lr=2e-4")
 ]
+Tasks = Annotated[list[str] | None, typer.Option("--task", help="text2image, superres or dreambooth alone; may be repeated")]
 StopAfter = Annotated[float | None, typer.Option("--stop-after", metavar="HOURS", help="keep what is done and stop")]
 
 
@@ -40,6 +41,7 @@ def run(
     out: Out = None,
     overrides: Set = None,
     stop_after: StopAfter = None,
+    tasks: Tasks = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be trained and sampled, and stop")] = False,
 ) -> None:
     """Train, sweep, score and report a study. The same command goes on where an earlier one stopped."""
@@ -49,7 +51,7 @@ def run(
 
         answer_json(Pipeline(spec, _out(spec, out)).plan())
         return
-    _run(spec, out, stop_after)
+    _run(spec, out, stop_after, tasks)
 
 
 @app.command()
@@ -72,6 +74,7 @@ def train(
     out: Out = None,
     overrides: Set = None,
     stop_after: StopAfter = None,
+    tasks: Tasks = None,
     forecast: Annotated[bool, typer.Option("--forecast", help="say hours, memory and disk of each size, and stop")] = False,
 ) -> None:
     """Train the family of a study; under torchrun or `accelerate launch` by several processes."""
@@ -84,15 +87,16 @@ def train(
         answer_json({"study": spec.name, "sizes": [dataclasses.asdict(one) for one in pipeline.forecast()]})
         return
     finished = True
+    runs = pipeline.runs_of(_known(tasks))
     try:
-        for one in pipeline.runs:
+        for one in runs:
             pipeline.train(one, _deadline(stop_after))
     except OutOfTime as stopped:
         print(stopped, file=sys.stderr)
         finished = False
     checkpoints = {
         f"{one.title}@{mark}": str(pipeline.store.folder("checkpoint", name))
-        for one in pipeline.runs
+        for one in runs
         for mark, name in one.checkpoints.items()
         if pipeline.store.has("checkpoint", name)
     }
@@ -102,30 +106,23 @@ def train(
 @app.command()
 def dreambooth(study: Study, out: Out = None, overrides: Set = None, stop_after: StopAfter = None) -> None:
     """The subject protocol of a study: what it needs of the family, a tuning for every size and subject, scores, report."""
-    from isocost.pipeline import Pipeline
-
     spec = _load(study, overrides)
     if spec.dreambooth is None:
         raise RequestError(
             f"{study}: no part `dreambooth`; it says subjects, training and sweep (studies/subjects.yaml has one)"
         )
-    pipeline = Pipeline(spec, _out(spec, out))
-    finished = pipeline.run(_deadline(stop_after), tasks=("text2image", "dreambooth"))
-    if finished:
-        _report(pipeline, finished)
-    else:
-        _answer_unfinished(pipeline)
+    _run(spec, out, stop_after, ["text2image", "dreambooth"])
 
 
 @app.command()
-def sweep(study: Study, out: Out = None, overrides: Set = None, stop_after: StopAfter = None) -> None:
+def sweep(study: Study, out: Out = None, overrides: Set = None, stop_after: StopAfter = None, tasks: Tasks = None) -> None:
     """Sample and score every point of a study whose checkpoints are there."""
     from isocost.pipeline import Pipeline
 
     spec = _load(study, overrides)
     pipeline = Pipeline(spec, _out(spec, out))
     deadline = _deadline(stop_after)
-    finished = all(pipeline.sweep(one, deadline) for one in pipeline.runs)
+    finished = all(pipeline.sweep(one, deadline) for one in pipeline.runs_of(_known(tasks)))
     answer_json({"study": spec.name, "finished": finished, "ledger": str(pipeline.out / "ledger.sqlite")})
 
 
@@ -193,13 +190,21 @@ def _deadline(stop_after: float | None) -> float | None:
     return time.monotonic() + 3600 * stop_after
 
 
-def _run(study: StudySpec, out: Path | None, stop_after: float | None) -> None:
+def _known(tasks: list[str] | None) -> tuple[TaskName, ...] | None:
+    names: tuple[TaskName, ...] = get_args(TaskName)
+    for task in tasks or ():
+        if task not in names:
+            raise RequestError(f"--task {task}: give one of {', '.join(names)}")
+    return tuple(name for name in names if name in tasks) if tasks else None
+
+
+def _run(study: StudySpec, out: Path | None, stop_after: float | None, tasks: list[str] | None = None) -> None:
     from isocost.pipeline import Pipeline
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RequestError("several processes train together: `isocost train` under torchrun, then `isocost run` without it")
     pipeline = Pipeline(study, _out(study, out))
-    finished = pipeline.run(_deadline(stop_after))
+    finished = pipeline.run(_deadline(stop_after), _known(tasks))
     if finished:
         _report(pipeline, finished)
     else:

@@ -70,14 +70,21 @@ def report(pipeline: Pipeline) -> Report:
         RequestError: no point of the study is scored yet.
     """
     tables = {name: study_table(pipeline, experiment) for name, experiment in pipeline.experiments.items()}
-    if tables["text2image"].empty:
+    scored = [name for name, table in tables.items() if not table.empty]
+    if not scored:
         raise RequestError(f"{pipeline.out}: no point of this study is scored yet; `isocost run` makes them")
-    tuned = [name for name, table in tables.items() if name != "text2image" and not table.empty]
-    others: dict[TaskName, Report] = {
-        name: _report(pipeline, name, tables[name], {"text-to-image": "../index.html"}) for name in tuned
-    }
-    whole = _report(pipeline, "text2image", tables["text2image"], {TITLES[name]: f"{name}/index.html" for name in tuned})
-    return replace(whole, others=others)
+    first, *others = (_report(pipeline, name, tables[name], _addresses(name, scored)) for name in scored)
+    return replace(first, others=dict(zip(scored[1:], others, strict=True)))
+
+
+def _addresses(task: TaskName, scored: list[TaskName]) -> dict[str, str]:
+    """Title and address of the other tasks' pages, as seen from this one's."""
+    up = "" if task == "text2image" else "../"
+    return {TITLES[name]: f"{up}{_folder(name)}index.html" for name in scored if name != task}
+
+
+def _folder(task: TaskName) -> str:
+    return "" if task == "text2image" else f"{task}/"
 
 
 def study_table(pipeline: Pipeline, experiment: Experiment) -> pd.DataFrame:
@@ -95,7 +102,7 @@ def study_table(pipeline: Pipeline, experiment: Experiment) -> pd.DataFrame:
 def _report(pipeline: Pipeline, task: TaskName, table: pd.DataFrame, others: dict[str, str]) -> Report:
     """One experiment's page and table."""
     study, experiment = pipeline.study, pipeline.experiments[task]
-    folder = pipeline.out / "report" / ("" if task == "text2image" else task)
+    folder = pipeline.out / "report" / _folder(task)
     table, samples = experiment.summarise(table, _samples(pipeline, table))
     for suffix, write in (("parquet", table.to_parquet), ("csv", table.to_csv)):
         write(table_file(pipeline.out, task, suffix), index=False)
