@@ -1,0 +1,342 @@
+"""DreamBooth: what is learned from, how it weighs, the whole way from a study, and mistakes in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from conftest import plain_study
+from isocost.data import subjects as making
+from isocost.data.cache import MemoryCache
+from isocost.data.codec import LinearCodec, TextCodec
+from isocost.data.scenes import BACKGROUNDS, scene
+from isocost.data.subjects import ASKED_ON, LOOKS, TAUGHT_ON, drawn, planted_subjects, read_prompts, read_subjects
+from isocost.diffusion.noise import Schedule
+from isocost.errors import RequestError
+from isocost.experiments.dreambooth import UNTUNED, DreamboothExperiment
+from isocost.metrics.likeness import mean_cosine_to_set
+from isocost.models.checkpoint import load_checkpoint
+from isocost.pipeline import Pipeline
+from isocost.report.gather import report
+from isocost.score.kept import read_measured
+from isocost.spec import parse_spec
+from isocost.stages import TextSpec, TrainSpec
+from isocost.study import StudySpec
+from isocost.sweep import workers
+from isocost.train import loop
+from isocost.train.tasks import Dreambooth, TextToImage
+from small import scenes
+
+TIMES = ["ms_per_picture", "seconds", "created", "provenance"]
+CPU = torch.device("cpu")
+
+
+def dreambooth_study(alignment: str = "scenes", **changes: Any) -> StudySpec:
+    """The tiny study of two sizes, and two planted subjects."""
+    plain = plain_study(
+        train={"num_images": 64, "batch_size": 16, "lr": 1e-3, "prediction": "v_prediction", "state_every_images": 32},
+        sweep={"num_steps": [1], "guidance": [1], "bucket_size": 16},
+        protocol={"num_pictures": 32, "num_reference": 64, "num_bootstrap": 20, "alignment": alignment},
+        dreambooth={
+            "subjects": {"kind": "scenes", "num_subjects": 2, "num_prompts": 3},
+            "num_pictures": 2,
+            "num_prior_pictures": 32,
+            "prior": {"num_pictures": 6, "num_steps": 1, "guidance": 1},
+            "train": {"num_images": 32, "state_every_images": 16},
+            "sweep": {"num_steps": [2], "guidance": [2], "bucket_size": 16},
+            "protocol": {"num_bootstrap": 20},
+            **changes,
+        },
+    )
+    return parse_spec(StudySpec, plain, "tiny")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    pipeline = Pipeline(dreambooth_study(), tmp_path_factory.mktemp("dreambooth") / "out")
+    assert pipeline.run(tasks=("text2image", "dreambooth"))
+    report(pipeline)
+    return pipeline
+
+
+def experiment_of(pipeline: Pipeline) -> DreamboothExperiment:
+    experiment = pipeline.experiments["dreambooth"]
+    assert isinstance(experiment, DreamboothExperiment)
+    return experiment
+
+
+# --- subjects ---
+
+
+def test_planted_subjects_are_of_no_scene() -> None:
+    """No colour of theirs is near to one that scenes draw on the same ground, and they are taught and asked apart."""
+    subjects = planted_subjects(5, 4, 32)
+    assert len({subject.content for subject in subjects}) == 5
+    assert not set(TAUGHT_ON) & set(ASKED_ON)
+    for which, subject in enumerate(subjects):
+        assert subject.pictures.shape == (4, 3, 32, 32)
+        assert subject.backgrounds == tuple(list(BACKGROUNDS).index(ground) for ground in ASKED_ON)
+        assert all("{0} {1}" in prompt for prompt in subject.prompts)
+        fine = drawn(which, "white", 256, 0).flatten(1).T
+        for colour in LOOKS[which].colours:
+            assert (fine == torch.tensor(colour)).all(1).float().mean() > 0.02
+    assert torch.equal(drawn(1, "sky", 32, 7), drawn(1, "sky", 32, 7))
+    assert not torch.equal(drawn(1, "sky", 32, 7), drawn(1, "sky", 32, 8))
+    assert all(scene(0, i).groups for i in range(20))  # the scenes themselves are as they were
+    with pytest.raises(RequestError, match="at most 5 planted subjects of 4 pictures"):
+        planted_subjects(6, 4, 32)
+
+
+def photographs(folder: Path) -> Path:
+    """Two subjects in the layout of google/dreambooth."""
+    (folder / "prompts_and_classes.txt").write_text(
+        "Classes\n\nsubject_name,class\ncan,can\ncat2,cat\n\nPrompts\n\nObject Prompts\n\nprompt_list = [\n"
+        "'a {0} {1} in the snow'.format(unique_token, class_token),\n'a red {0} {1}'.format(unique_token, class_token)\n]\n\n"
+        "Live Subject Prompts\n\nprompt_list = [\n'a {0} {1} wearing a hat'.format(unique_token, class_token)\n]\n"
+    )
+    for name in ("can", "cat2"):
+        (folder / name).mkdir()
+        for number, picture in enumerate(scenes(3, 48, seed=len(name)).permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(picture[: 40 + number]).save(folder / name / f"{number:02d}.jpg")
+    return folder
+
+
+def test_photographs_and_their_prompts_are_read(tmp_path: Path) -> None:
+    folder = photographs(tmp_path)
+    can, cat = read_subjects(folder, (), 32)
+    assert (can.name, can.class_word, can.pictures.shape) == ("can", "can", (3, 3, 32, 32))
+    assert can.prompts == ("a {0} {1} in the snow", "a red {0} {1}")
+    assert cat.prompts == ("a {0} {1} wearing a hat",)
+    assert [subject.name for subject in read_subjects(folder, ("cat2",), 32)] == ["cat2"]
+
+
+def test_the_published_subjects_have_25_prompts(shared: Path) -> None:
+    classes, prompts = read_prompts(shared / "dreambooth" / "prompts_and_classes.txt")
+    assert len(classes) == 30
+    assert {len(each) for each in prompts.values()} == {25}
+    (dog,) = read_subjects(shared / "dreambooth", ("dog6",), 64)
+    assert dog.class_word == "dog"
+    assert 3 <= len(dog.pictures) <= 6
+    assert any("hat" in prompt for prompt in dog.prompts)
+
+
+def test_mistakes_in_subjects_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no such file"):
+        read_subjects(tmp_path, (), 32)
+    folder = photographs(tmp_path)
+    with pytest.raises(RequestError, match="no subject is called dog; there are can, cat2"):
+        read_subjects(folder, ("dog",), 32)
+    (folder / "can" / "00.jpg").write_bytes(b"nothing")
+    with pytest.raises(RequestError, match="no picture can be read"):
+        read_subjects(folder, ("can",), 32)
+    for file in (folder / "can").iterdir():
+        file.unlink()
+    with pytest.raises(RequestError, match="no pictures of the subject"):
+        read_subjects(folder, ("can",), 32)
+    (folder / "prompts_and_classes.txt").write_text("nothing")
+    with pytest.raises(RequestError, match=r"not the prompts_and_classes\.txt"):
+        read_subjects(folder, (), 32)
+
+
+def test_one_photograph_is_too_few(tmp_path: Path) -> None:
+    folder = photographs(tmp_path)
+    for name in ("01.jpg", "02.jpg"):
+        (folder / "can" / name).unlink()
+    spec = dreambooth_study(subjects={"kind": "folder", "path": str(folder)})
+    with pytest.raises(RequestError, match="can has one picture; give three to five"):
+        Pipeline(spec, tmp_path / "out").run(tasks=("dreambooth",))
+
+
+# --- the task ---
+
+
+@pytest.fixture(scope="module")
+def cache() -> MemoryCache:
+    pictures = scenes(9, 32)
+    codec, text = LinearCodec.fit(scenes(64, 32), 4, 4), TextCodec(TextSpec(max_tokens=8))
+    return MemoryCache(pictures, ["a sks star"] * 3 + ["a star"] * 6, codec, text)
+
+
+def task_of(cache: MemoryCache, num_subject: int = 3, weight: float = 0.5) -> Dreambooth:
+    spec = TrainSpec(num_images=1, caption_dropout=0.0, prediction="v_prediction")
+    return Dreambooth(spec, cache, Schedule.scaled_linear(), num_subject, weight)
+
+
+def test_every_other_image_is_of_the_class(cache: MemoryCache) -> None:
+    task = task_of(cache)
+    pictures = task._pictures(0, 36)
+    assert (pictures[::2] < 3).all()
+    assert (pictures[1::2] >= 3).all()
+    assert sorted(pictures[:6:2].tolist()) == [0, 1, 2]
+    assert sorted(pictures[1:12:2].tolist()) == [3, 4, 5, 6, 7, 8]
+    assert torch.equal(task._pictures(7, 9), pictures[7:16])
+
+
+def test_both_kinds_weigh_as_in_a_batch_of_each(cache: MemoryCache) -> None:
+    """DreamBooth's loss is the subject's mean plus lambda times the class's; ours a mean over both by turns."""
+    task = task_of(cache)
+    batch = task.batch(0, range(12), CPU)
+
+    class Zero(torch.nn.Module):
+        def forward(self, x: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> Any:
+            return type("Output", (), {"sample": torch.zeros_like(x)})
+
+    squares = batch.target.square().flatten(1).mean(1)
+    expected = squares[::2].mean() + 0.5 * squares[1::2].mean()
+    assert float(task.loss(Zero(), batch)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_without_a_prior_it_is_text_to_image_on_the_subject(cache: MemoryCache) -> None:
+    spec = TrainSpec(num_images=1, caption_dropout=0.0, prediction="v_prediction")
+    alone = Dreambooth(spec, cache, Schedule.scaled_linear(), len(cache), 1.0).batch(5, range(7), CPU)
+    plain = TextToImage(spec, cache, Schedule.scaled_linear()).batch(5, range(7), CPU)
+    assert torch.equal(alone.noisy, plain.noisy)
+    assert torch.equal(alone.weights, plain.weights)
+
+
+def test_a_cache_in_memory_gives_each_picture_its_caption(cache: MemoryCache) -> None:
+    text = TextCodec(TextSpec(max_tokens=8))
+    numbers = cache.captions(torch.tensor([0, 8]))[:, 0]
+    expected = text.encode(["a sks star", "a star"])
+    assert torch.allclose(cache.states(numbers), expected, atol=1e-5)
+    assert torch.allclose(cache.states(torch.tensor([cache.null_caption])), text.encode([""]), atol=1e-5)
+    assert torch.equal(cache.token_ids(numbers), torch.from_numpy(text.tokenize(["a sks star", "a star"])))
+
+
+# --- the whole way ---
+
+
+def test_the_family_is_tuned_for_every_subject(finished: Pipeline) -> None:
+    runs = experiment_of(finished).runs
+    assert [(run.model.width, run.variant) for run in runs] == [(w, f"planted-{s}") for w in (8, 16) for s in (0, 1)]
+    for run in runs:
+        info = load_checkpoint(finished.store.folder("checkpoint", run.final)).info
+        assert (info.task, info.parent, info.variant) == ("dreambooth", run.parent.name, run.variant)  # type: ignore[union-attr]
+    study = finished.study
+    assert study.dreambooth is not None
+    assert study.dreambooth.train.caption_dropout == 0
+    assert study.dreambooth.train.lr == study.train.lr
+
+
+def test_the_prior_is_the_untuned_models_own(finished: Pipeline) -> None:
+    experiment = experiment_of(finished)
+    run = experiment.runs[0]
+    task = experiment.task(run)
+    assert isinstance(task, Dreambooth)
+    assert (task.num_subject, task.num_prior) == (4, 6)
+    again = experiment._draw(run.parent, "a circle", 6)  # type: ignore[arg-type]
+    assert torch.equal(experiment._class_pictures(run, "circle"), again)
+
+
+def test_the_table_has_a_row_a_size_tuned_and_not(finished: Pipeline) -> None:
+    table = pd.read_parquet(finished.out / "table-dreambooth.parquet")
+    assert set(table["size"]) == {"0.8M", f"0.8M {UNTUNED}", "2.6M", f"2.6M {UNTUNED}"}
+    assert len(table) == 4
+    assert (table["num_pictures"] == 2 * 3 * 2).all()
+    assert table["is_final"].all()
+    assert table["subject_efficientnet"].between(-1, 1).all()
+    assert table["alignment"].between(0, 1).all()
+
+
+def test_a_rows_score_is_the_mean_over_all_subjects_pictures(finished: Pipeline) -> None:
+    experiment = experiment_of(finished)
+    table = pd.read_parquet(finished.out / "table-dreambooth.parquet").set_index("size")
+    values = []
+    for run in experiment.runs[:2]:
+        (point,) = experiment.jobs(run)[0].points
+        measured = read_measured(finished.store.folder("point", point.digest), ("efficientnet-lite0",))
+        subject = experiment._subject_of(run)
+        real = experiment._extractors["efficientnet-lite0"](subject.others).numpy()
+        values += mean_cosine_to_set(measured.features["efficientnet-lite0"], real).tolist()
+    assert table.loc["0.8M", "subject_efficientnet"] == pytest.approx(np.mean(values))
+    assert table.loc["0.8M", "subject_efficientnet_low"] < np.mean(values) < table.loc["0.8M", "subject_efficientnet_high"]
+
+
+def test_only_the_background_is_asked_of_a_planted_subject(finished: Pipeline) -> None:
+    experiment = experiment_of(finished)
+    reference = experiment._reference(experiment.subjects[0])
+    assert reference.labels is not None
+    assert (reference.labels[:, 1:] == -1).all()
+    assert reference.labels[:, 0].tolist() == [list(BACKGROUNDS).index(ground) for ground in ASKED_ON[:3] for _ in range(2)]
+    (point,) = experiment.jobs(experiment.runs[0])[0].points
+    measured = read_measured(finished.store.folder("point", point.digest), ("efficientnet-lite0",))
+    assert measured.alignment is not None
+    assert set(measured.alignment.tolist()) <= {0.0, 1.0}
+
+
+def test_the_page_shows_subjects_and_what_was_kept(finished: Pipeline) -> None:
+    page = (finished.out / "report" / "dreambooth" / "index.html").read_text()
+    for words in (
+        "planted-0: a sks circle on a grey background",
+        "learned from",
+        "tuned less untuned",
+        "the rest",
+        "larger less",
+    ):
+        assert words in page.replace("&#39;", "'")
+
+
+def test_a_tuning_that_was_killed_ends_with_the_same_table(
+    finished: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, steps, whole = tmp_path / "out", 0, loop.Trainer.step
+
+    def killed(trainer: Any, *arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 10:  # eight of the family's, then the second of the first tuning
+            raise KeyboardInterrupt
+        return whole(trainer, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Trainer, "step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Pipeline(dreambooth_study(), out).run()
+    records, made = 0, workers.Worker._record
+
+    def cut(worker: Any, *arguments: Any) -> None:
+        nonlocal records
+        records += 1
+        if records == 4:
+            raise KeyboardInterrupt
+        made(worker, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workers.Worker, "_record", cut)
+        with pytest.raises(KeyboardInterrupt):
+            Pipeline(dreambooth_study(), out).run()
+    pipeline = Pipeline(dreambooth_study(), out)
+    assert pipeline.run()
+    report(pipeline)
+    left, right = (pd.read_parquet(each.out / "table-dreambooth.parquet").drop(columns=TIMES) for each in (finished, pipeline))
+    pd.testing.assert_frame_equal(left, right)
+
+
+def test_another_subject_reuses_what_stands(finished: Pipeline) -> None:
+    more = dreambooth_study(subjects={"kind": "scenes", "num_subjects": 3, "num_prompts": 3})
+    sizes = Pipeline(more, finished.out).plan()["sizes"]
+    missing = [size["points_to_make"] for size in sizes if size["task"] == "dreambooth"]
+    assert missing == [0, 0, 3, 0, 0, 3]
+
+
+def test_photographs_go_the_whole_way_without_a_probe(tmp_path: Path) -> None:
+    """Another study's data: no labels, so no alignment; the published layout of subjects."""
+    folder = photographs(tmp_path)
+    spec = dreambooth_study(alignment="none", subjects={"kind": "folder", "path": str(folder)}, prior={"num_pictures": 0})
+    spec = spec.model_copy(update={"family": spec.family.model_copy(update={"widths": (8,)})})
+    pipeline = Pipeline(spec, tmp_path / "out")
+    assert pipeline.run()
+    report(pipeline)
+    table = pd.read_parquet(pipeline.out / "table-dreambooth.parquet").set_index("size")
+    assert table.loc["0.8M", "num_pictures"] == 2 * (2 + 1)
+
+
+def test_colours_of_a_planted_subject_are_its_own() -> None:
+    assert len({colour for look in LOOKS for colour in look.colours}) == 2 * len(LOOKS)
+    assert making.NUM_OTHERS >= 32
