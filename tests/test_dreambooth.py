@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,14 @@ from isocost.errors import RequestError
 from isocost.experiments.dreambooth import UNTUNED, DreamboothExperiment
 from isocost.metrics.likeness import mean_cosine_to_set
 from isocost.models.checkpoint import load_checkpoint
+from isocost.models.joint import JointNetwork
+from isocost.models.unet import build_unet
 from isocost.pipeline import Pipeline
 from isocost.report.gather import report
+from isocost.sampling import sample
 from isocost.score.kept import read_measured
 from isocost.spec import parse_spec
-from isocost.stages import TextSpec, TrainSpec
+from isocost.stages import ModelSpec, TextSpec, TrainSpec
 from isocost.study import StudySpec
 from isocost.sweep import workers
 from isocost.train import loop
@@ -335,6 +339,52 @@ def test_photographs_go_the_whole_way_without_a_probe(tmp_path: Path) -> None:
     report(pipeline)
     table = pd.read_parquet(pipeline.out / "table-dreambooth.parquet").set_index("size")
     assert table.loc["0.8M", "num_pictures"] == 2 * (2 + 1)
+
+
+def test_the_text_encoder_may_learn_too(finished: Pipeline, tmp_path: Path) -> None:
+    """It changes, its checkpoint carries it, and both the sweep and `sample` read captions with it."""
+    shutil.copytree(finished.out, tmp_path / "out")
+    changes = {
+        "tune_text": True,
+        "subjects": {"kind": "scenes", "num_subjects": 1, "num_prompts": 2},
+        "prior": {"num_pictures": 0},
+    }
+    for file in ("study.yaml", "table-dreambooth.parquet"):
+        (tmp_path / "out" / file).unlink()
+    pipeline = Pipeline(dreambooth_study(**changes), tmp_path / "out")
+    experiment = experiment_of(pipeline)
+    run = experiment.runs[0]
+    pipeline.train(run)
+    checkpoint = load_checkpoint(pipeline.store.folder("checkpoint", run.final))
+    untuned, tuned = TextCodec(pipeline.study.text), TextCodec(checkpoint.text)
+    words = ["a sks circle on a grey background"]
+    assert not torch.equal(tuned.encode(words), untuned.encode(words))
+    assert np.array_equal(tuned.tokenize(words), untuned.tokenize(words))
+    jobs = experiment.jobs(run)
+    assert torch.equal(jobs[0].bench().captions(torch.tensor([0])), tuned.encode([jobs[0].bench().reference.captions[0]]))
+    assert torch.equal(jobs[2].bench().captions(torch.tensor([0])), untuned.encode([jobs[2].bench().reference.captions[0]]))
+    assert pipeline.sweep(run)
+    assert sample(checkpoint.folder, words, num_steps=1, num_pictures=1).pictures.shape == (1, 1, 32, 32, 3)
+
+
+def test_a_joint_network_is_both_of_its_parts() -> None:
+    torch.manual_seed(0)
+    text = TextCodec(TextSpec(max_tokens=8))
+    unet = build_unet(ModelSpec(width=8, latent_side=8, context_width=text.context_width))
+    joint = JointNetwork(unet, text.network, text.tokenizer.pad_token_id).train()
+    assert not text.network.training
+    ids, x, timesteps = torch.from_numpy(text.tokenize(["a star"])), torch.randn(1, 4, 8, 8), torch.tensor([500.0])
+    made = joint(x, timesteps, ids.float()).sample
+    with torch.no_grad():
+        assert torch.allclose(made, unet(x, timesteps, text.encode(["a star"])).sample, atol=1e-5)
+    made.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in joint.parameters())
+
+
+def test_a_sharded_text_encoder_is_refused(tmp_path: Path) -> None:
+    spec = dreambooth_study(tune_text=True, train={"num_images": 32, "sharding": "fsdp"})
+    with pytest.raises(RequestError, match=r"take train\.sharding: none"):
+        experiment_of(Pipeline(spec, tmp_path / "out")).runs  # noqa: B018
 
 
 def test_colours_of_a_planted_subject_are_its_own() -> None:

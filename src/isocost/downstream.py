@@ -139,6 +139,7 @@ class DreamboothSpec(Spec):
     subjects: Annotated[PhotographedSubjects | PlantedSubjects, Field(discriminator="kind")]
     token: str = Field("sks", min_length=1, description="the rare word that comes to mean the subject")
     prior: PriorSpec = PriorSpec()
+    tune_text: bool = Field(False, description="the text encoder learns as well, and becomes part of the checkpoint")
     num_pictures: int = Field(4, ge=1, description="pictures of each prompt")
     num_prior_pictures: int = Field(128, ge=LEAST_PICTURES, description="by which it is told whether the rest was kept")
     train: TrainSpec

@@ -32,7 +32,7 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
     codec = load_codec(opened.codec_path, opened.info.codec_subfolder)
     if not isinstance(codec, AutoencoderCodec):
         raise RequestError(f"{checkpoint}: its linear codec has no diffusers form; train with a codec of kind kl or pretrained")
-    text = TextCodec(opened.info.text)
+    text = TextCodec(opened.text)
     text.tokenizer.model_max_length = text.max_tokens
     text.network.config.use_attention_mask = text.uses_mask
     pipeline = StableDiffusionPipeline(

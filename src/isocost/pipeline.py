@@ -19,7 +19,7 @@ from isocost.experiments.superres import SuperresExperiment
 from isocost.experiments.text2image import TextToImageExperiment
 from isocost.materials import Materials
 from isocost.metrics.names import metric_of
-from isocost.models.checkpoint import CheckpointInfo, load_checkpoint, save_networks
+from isocost.models.checkpoint import CheckpointInfo, load_checkpoint
 from isocost.models.cost import ModelCost, model_cost
 from isocost.models.unet import check_width
 from isocost.progress import progress_bar, say
@@ -150,7 +150,7 @@ class Pipeline:
             if not self.store.has("checkpoint", name):
                 info = self._checkpoint_info(run, cost, seen).model_dump(mode="json")
                 with self.store.create("checkpoint", name, {"info": info}) as partial:
-                    save_networks(partial, network, spec.prediction, spec.zero_terminal_snr, weights)
+                    experiment.save(partial, network, run, weights)
 
         if warning := too_large(spec, cost, self.part.num_parts, free_disk(self.out)):
             say(warning)
@@ -177,22 +177,22 @@ class Pipeline:
         return found
 
     def _checkpoint_info(self, run: Run, cost: ModelCost, images_seen: int) -> CheckpointInfo:
-        return CheckpointInfo(
-            model=run.model,
-            size=cost.size,
-            num_parameters=cost.num_parameters,
-            images_seen=images_seen,
-            gflop_per_forward=cost.gflop_per_forward,
-            normalised_cost=cost.normalised_cost,
-            prediction=run.spec.prediction,
-            zero_terminal_snr=run.spec.zero_terminal_snr,
-            codec=self.materials.codec_from_checkpoint,
-            codec_subfolder=getattr(self.study.codec, "subfolder", None),
-            text=self.study.text,
-            resolution=self.study.data.resolution,
-            run=run.digest,
-            **self.experiments[run.task].facts(run),
-        )
+        facts: dict[str, Any] = {
+            "model": run.model,
+            "size": cost.size,
+            "num_parameters": cost.num_parameters,
+            "images_seen": images_seen,
+            "gflop_per_forward": cost.gflop_per_forward,
+            "normalised_cost": cost.normalised_cost,
+            "prediction": run.spec.prediction,
+            "zero_terminal_snr": run.spec.zero_terminal_snr,
+            "codec": self.materials.codec_from_checkpoint,
+            "codec_subfolder": getattr(self.study.codec, "subfolder", None),
+            "text": self.study.text,
+            "resolution": self.study.data.resolution,
+            "run": run.digest,
+        }
+        return CheckpointInfo(**facts | self.experiments[run.task].facts(run))
 
     # --- sweep ---
 

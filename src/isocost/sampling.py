@@ -75,7 +75,7 @@ def sample(
     ]
     codec = load_codec(opened.codec_path, opened.info.codec_subfolder)
     captions = list(prompts) if negative is None else [*prompts, negative]
-    states = CaptionStates.of(captions, TextCodec(opened.info.text))
+    states = CaptionStates.of(captions, TextCodec(opened.text))
     num_places = len(rows) * num_passes(guidance)
     engine = make_engine(
         opened.network, opened.info, states, bucket_size=min(DEFAULT_BUCKET_SIZE, num_places), precision=precision

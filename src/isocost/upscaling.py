@@ -86,7 +86,7 @@ def upscale(
     engine = make_engine(
         opened.network,
         info,
-        CaptionStates.of([caption], TextCodec(info.text)),
+        CaptionStates.of([caption], TextCodec(opened.text)),
         bucket_size=min(DEFAULT_BUCKET_SIZE, len(rows) * num_passes(guidance)),
         precision=precision,
         beside=lambda ids: beside[ids],

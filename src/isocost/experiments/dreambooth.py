@@ -9,7 +9,7 @@ Shapes: N pictures of a point, K pictures of a subject, R resolution.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from isocost.analysis.frontier import format_score
 from isocost.data.cache import MemoryCache
+from isocost.data.codec import TextCodec
 from isocost.data.subjects import Subject, planted_subjects, read_subjects
 from isocost.diffusion.generate import CaptionStates, generate, make_engine, schedule_of
 from isocost.diffusion.rows import Row
@@ -30,21 +30,18 @@ from isocost.diffusion.samplers import build_table
 from isocost.downstream import DreamboothSpec, PhotographedSubjects
 from isocost.errors import RequestError, WorkError
 from isocost.experiments.experiment import Bench, Experiment, Job, Run, make_run
+from isocost.experiments.subject_scores import SubjectScores
 from isocost.experiments.text2image import TextToImageExperiment
 from isocost.materials import Materials
-from isocost.metrics.likeness import mean_cosine_to_set
-from isocost.metrics.names import SUBJECT
 from isocost.models.checkpoint import load_checkpoint
 from isocost.models.cost import model_cost
+from isocost.models.joint import TEXT_FOLDER, JointNetwork
 from isocost.models.unet import build_unet
 from isocost.progress import say
-from isocost.score.differences import paired_differences
-from isocost.score.intervals import Interval, mean_interval
-from isocost.score.kept import Measured, read_measured
 from isocost.score.protocol import make_protocol
 from isocost.score.reference import Reference, captions_to_draw, make_extractors
 from isocost.spec import digest
-from isocost.stages import ProtocolSpec, SamplerSpec
+from isocost.stages import ProtocolSpec, SamplerSpec, TextSpec
 from isocost.sweep.points import Point, grid_points, run_points
 from isocost.train.tasks import Dreambooth, Task, training_schedule
 
@@ -98,6 +95,10 @@ class DreamboothExperiment(Experiment):
         """Every subject from every size."""
         stage: dict[str, Any] = {"task": "dreambooth", "dreambooth": VERSION, "token": self.spec.token}
         stage |= {"prior": self.spec.prior.canonical(), "codec": self.materials.codec_digest}
+        if self.spec.tune_text:
+            if self.spec.train.sharding != "none":
+                raise RequestError("dreambooth.tune_text: the text encoder is not sharded; take train.sharding: none")
+            stage["tune_text"] = True
         runs = []
         for family_run in self.family.runs:
             gflop = model_cost(family_run.model, self.materials.study.text.max_tokens).gflop_per_forward
@@ -115,7 +116,9 @@ class DreamboothExperiment(Experiment):
             pictures.append(self._class_pictures(run, subject.class_word))
             captions += [f"a {subject.class_word}"] * spec.prior.num_pictures
         cache = MemoryCache(torch.cat(pictures), captions, self.materials.codec, self.materials.text)
-        return Dreambooth(run.spec, cache, training_schedule(run.spec), len(subject.pictures), spec.prior.weight)
+        return Dreambooth(
+            run.spec, cache, training_schedule(run.spec), len(subject.pictures), spec.prior.weight, tunes_text=spec.tune_text
+        )
 
     def _class_pictures(self, run: Run, class_word: str) -> Tensor:
         """What the untuned model draws of a class, uint8 [P, 3, R, R], stored."""
@@ -157,11 +160,26 @@ class DreamboothExperiment(Experiment):
         """
         if run.spec.sharding != "none" and self.materials.part.rank > 0:
             return build_unet(run.model, "meta")
-        return load_checkpoint(self._parent(run)).network.requires_grad_(True).train()
+        unet = load_checkpoint(self._parent(run)).network.requires_grad_(True).train()
+        if not self.spec.tune_text:
+            return unet
+        text = TextCodec(self.materials.study.text)
+        return JointNetwork(unet, text.network, text.tokenizer.pad_token_id if text.uses_mask else None).train()
+
+    def save(self, folder: Path, network: nn.Module, run: Run, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """The text encoder as well where it learned."""
+        if not isinstance(network, JointNetwork):
+            super().save(folder, network, run, weights)
+            return
+        tokenizer = self.materials.text.tokenizer
+        network.save(folder, tokenizer, run.spec.prediction, run.spec.zero_terminal_snr, weights)
 
     def facts(self, run: Run) -> dict[str, Any]:
         """Where it came from, and the subject."""
-        return {"task": "dreambooth", "parent": self._parent(run).name, "variant": run.variant}
+        facts: dict[str, Any] = {"task": "dreambooth", "parent": self._parent(run).name, "variant": run.variant}
+        if self.spec.tune_text:
+            facts["text"] = TextSpec(path=TEXT_FOLDER, max_tokens=self.materials.study.text.max_tokens)
+        return facts
 
     # --- points ---
 
@@ -175,15 +193,17 @@ class DreamboothExperiment(Experiment):
         subject, parent = self._subject_of(run), self._parent_digest(run)
         asked, kept = self._reference(subject), self._study_reference
         of_subject, of_study = partial(self._bench, asked), partial(self._bench, kept)
+        tuned_of_study = partial(of_study, run.final)
         asked_spec = self._spec_of(self.spec.protocol, asked)
         kept_spec = self._spec_of(self.materials.study.protocol, kept)
         names = tuple(run.checkpoints.values())
         jobs = [
-            Job(name, points, of_subject) for name, points in run_points(names, self.sweep, asked_spec, asked.protocol).items()
+            Job(name, points, partial(of_subject, name))
+            for name, points in run_points(names, self.sweep, asked_spec, asked.protocol).items()
         ]
         return [
             *jobs,
-            Job(run.final, tuple(grid_points(run.final, self.sweep, kept_spec, kept.protocol)), of_study),
+            Job(run.final, tuple(grid_points(run.final, self.sweep, kept_spec, kept.protocol)), tuned_of_study),
             Job(parent, tuple(grid_points(parent, self.sweep, asked_spec, asked.protocol)), of_subject),
             Job(parent, tuple(grid_points(parent, self.sweep, kept_spec, kept.protocol)), of_study),
         ]
@@ -197,13 +217,19 @@ class DreamboothExperiment(Experiment):
     def _spec_of(spec: ProtocolSpec, reference: Reference) -> ProtocolSpec:
         return spec.model_copy(update={"num_pictures": reference.protocol.num_pictures})
 
-    def _bench(self, reference: Reference) -> Bench:
+    def _bench(self, reference: Reference, tuned: str | None = None) -> Bench:
+        """`tuned` is the checkpoint whose own text encoder reads the captions, where it has one."""
         distances = self.spec.protocol.distances
         if reference is self._study_reference:
             distances = self.materials.study.protocol.distances
-        each, pictured = self.spec.num_pictures, len(reference.captions)
-        kept = list(range(0, pictured, each))[:MOST_PICTURED]
-        return Bench(reference, CaptionStates.of(reference.captions, self.materials.text), kept, distances)
+        text = self.materials.text
+        if tuned is not None and self.spec.tune_text:
+            text = TextCodec(load_checkpoint(self.materials.store.folder("checkpoint", tuned)).text)
+        return Bench(reference, CaptionStates.of(reference.captions, text), self._kept_ids(reference), distances)
+
+    def _kept_ids(self, reference: Reference) -> list[int]:
+        """The first picture of each of the first prompts."""
+        return list(range(0, len(reference.captions), self.spec.num_pictures))[:MOST_PICTURED]
 
     def _reference(self, subject: Subject) -> Reference:
         """The subject's pictures, its prompts, and for planted subjects the backgrounds that these name."""
@@ -254,16 +280,15 @@ class DreamboothExperiment(Experiment):
         return f"{len(self.subjects)} subjects, each with its own pictures and prompts; {self.subjects[0].name}: {first}"
 
     @cached_property
+    def _scores(self) -> SubjectScores:
+        protocol, references = self.spec.protocol, tuple(self._reference(subject) for subject in self.subjects)
+        store = self.materials.store
+        return SubjectScores(store, references, protocol.distances, protocol.num_bootstrap, protocol.seed)
+
+    @property
     def baselines(self) -> Mapping[str, Mapping[str, float]]:
-        """Likeness of the subjects' pictures to each other: what a perfect model would have."""
-        likeness: dict[str, list[float]] = {}
-        for subject in self.subjects:
-            for name, features in self._reference(subject).features.items():
-                if name in SUBJECT:
-                    count = len(features)
-                    to_all = mean_cosine_to_set(features, features)
-                    likeness.setdefault(SUBJECT[name], []).append(float((to_all * count - 1).mean() / (count - 1)))
-        return {"photographs": {metric: float(np.mean(values)) for metric, values in likeness.items()}}
+        """Likeness of the subjects' pictures to each other."""
+        return {"photographs": self._scores.among_themselves()}
 
     @property
     def pictured(self) -> list[str]:
@@ -271,7 +296,7 @@ class DreamboothExperiment(Experiment):
         return [f"{subject.name}: {self._reference(subject).captions[i]}" for subject, i in self._shown()]
 
     def _shown(self) -> list[tuple[Subject, int]]:
-        of_each = [(subject, self._bench(self._reference(subject)).kept) for subject in self.subjects]
+        of_each = [(subject, self._kept_ids(self._reference(subject))) for subject in self.subjects]
         most = max(1, 12 // len(of_each))
         return [(subject, i) for subject, kept in of_each for i in kept[:most]][:12]
 
@@ -298,7 +323,7 @@ class DreamboothExperiment(Experiment):
             points = [str(point) for point in ordered["point"]]
             is_untuned = str(ordered["size"].iloc[0]).endswith(UNTUNED)
             together = {
-                **self._means(points),
+                **self._scores.means(points),
                 "point": digest({"points": points}),
                 "protocol": digest({"protocols": sorted(protocols)})[:12],
                 "is_final": is_untuned or bool(ordered["is_final"].all()),
@@ -318,34 +343,8 @@ class DreamboothExperiment(Experiment):
 
     def _shown_pictures(self, points: list[str], samples: dict[str, np.ndarray]) -> np.ndarray:
         of_subject = {subject.name: samples[point] for subject, point in zip(self.subjects, points, strict=True)}
-        kept = {subject.name: self._bench(self._reference(subject)).kept for subject in self.subjects}
+        kept = {subject.name: self._kept_ids(self._reference(subject)) for subject in self.subjects}
         return np.stack([of_subject[subject.name][kept[subject.name].index(i)] for subject, i in self._shown()])
-
-    def _measured(self, point: str, subject: Subject) -> Measured:
-        names = tuple(self._reference(subject).extractors)
-        return read_measured(self.materials.store.folder("point", point), names)
-
-    def _by_picture(self, points: list[str]) -> dict[str, np.ndarray]:
-        """Scores that pictures have one by one, of all subjects in their order, float64 [N] by metric."""
-        told: dict[str, list[np.ndarray]] = {}
-        for point, subject in zip(points, self.subjects, strict=True):
-            measured, reference = self._measured(point, subject), self._reference(subject)
-            for name, features in measured.features.items():
-                if name in SUBJECT:
-                    told.setdefault(SUBJECT[name], []).append(mean_cosine_to_set(features, reference.features[name]))
-            if measured.alignment is not None:
-                told.setdefault("alignment", []).append(measured.alignment)
-        return {metric: np.concatenate(values) for metric, values in told.items()}
-
-    def _means(self, points: list[str]) -> dict[str, float]:
-        means: dict[str, float] = {}
-        for metric, values in self._by_picture(points).items():
-            interval = self._mean(values)
-            means |= {metric: interval.value, f"{metric}_low": interval.low, f"{metric}_high": interval.high}
-        return means
-
-    def _mean(self, values: np.ndarray) -> Interval:
-        return mean_interval(values, num_bootstrap=self.spec.protocol.num_bootstrap, seed=self.spec.protocol.seed)
 
     def findings(self, table: pd.DataFrame) -> dict[str, Any]:
         """At each setting: tuned less untuned on the subject and on the study's own captions, and each size less the next."""
@@ -354,14 +353,15 @@ class DreamboothExperiment(Experiment):
             label = f"{spec.spec.num_steps} steps, guidance {spec.spec.guidance:g}"
             sizes = self._points_by_size(spec)
             told[f"tuned less untuned, {label}"] = {
-                size: self._less(tuned, untuned) for size, (tuned, untuned, _, _) in sizes.items()
+                size: self._scores.less(tuned, untuned) for size, (tuned, untuned, _, _) in sizes.items()
             }
             told[f"the rest, on the study's own captions, subject by subject, {label}"] = {
-                size: self._kept(tuned, untuned) for size, (_, _, tuned, untuned) in sizes.items()
+                size: self._scores.changes(tuned, untuned, self._study_reference, self.materials.study.protocol.distances)
+                for size, (_, _, tuned, untuned) in sizes.items()
             }
             names = list(sizes)
             told[f"larger less smaller, {label}"] = {
-                f"{large} less {small}": self._less(sizes[large][0], sizes[small][0]) for small, large in pairwise(names)
+                f"{large} less {small}": self._scores.less(sizes[large][0], sizes[small][0]) for small, large in pairwise(names)
             }
         return {title: values for title, values in told.items() if values}
 
@@ -397,24 +397,3 @@ class DreamboothExperiment(Experiment):
         return next(
             point.digest for point in job.points if all(getattr(point.spec, name) == getattr(at.spec, name) for name in same)
         )
-
-    def _less(self, ours: list[str], theirs: list[str]) -> dict[str, str]:
-        one, other = self._by_picture(ours), self._by_picture(theirs)
-        return {metric: _worded(self._mean(values - other[metric])) for metric, values in one.items()}
-
-    def _kept(self, tuned: list[str], untuned: str) -> dict[str, str]:
-        """The change in each score on the study's own captions, one subject after the other."""
-        reference = self._study_reference
-        names = tuple(reference.extractors)
-        before = read_measured(self.materials.store.folder("point", untuned), names)
-        changes: dict[str, list[Interval]] = {}
-        for point in tuned:
-            after = read_measured(self.materials.store.folder("point", point), names)
-            found = paired_differences(after, before, reference, self.materials.study.protocol.distances)
-            for metric, interval in found.items():
-                changes.setdefault(metric, []).append(interval)
-        return {metric: "; ".join(_worded(one) for one in several) for metric, several in changes.items()}
-
-
-def _worded(interval: Interval) -> str:
-    return format_score(interval.value, interval.low, interval.high)

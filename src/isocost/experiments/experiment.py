@@ -6,17 +6,19 @@ The pipeline trains and sweeps all of them alike.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from isocost.diffusion.generate import CaptionStates
 from isocost.diffusion.rows import ByPicture
+from isocost.models.checkpoint import save_networks
 from isocost.score.reference import Reference
 from isocost.spec import digest
 from isocost.stages import ModelSpec, ProtocolSpec, SweepSpec, TaskName, TrainSpec
@@ -101,8 +103,13 @@ class Experiment(ABC):
     def network(self, run: Run) -> nn.Module:
         """The network as the training begins."""
 
+    def save(self, folder: Path, network: nn.Module, run: Run, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Write the networks of a checkpoint with these weights."""
+        assert isinstance(network, UNet2DConditionModel), "another network has another way"
+        save_networks(folder, network, run.spec.prediction, run.spec.zero_terminal_snr, weights)
+
     def facts(self, run: Run) -> dict[str, Any]:
-        """What a checkpoint's `isocost.json` says beyond the rest."""
+        """What a checkpoint's `isocost.json` says beyond the rest, or in its place."""
         return {}
 
     # --- points ---

@@ -73,6 +73,12 @@ class Checkpoint:
         beside = self.folder / self.info.codec
         return str(beside) if beside.is_dir() else self.info.codec
 
+    @property
+    def text(self) -> TextSpec:
+        """Its text encoder: one of its own where that was tuned, else the study's."""
+        beside = self.folder / self.info.text.path
+        return self.info.text.model_copy(update={"path": str(beside)}) if beside.is_dir() else self.info.text
+
 
 def scheduler_for(prediction: PredictionType, zero_terminal_snr: bool = False) -> SchedulerMixin:
     """Stable Diffusion's noise schedule (scaled linear, 0.00085 to 0.012) as a diffusers scheduler, trailing spacing.

@@ -162,8 +162,19 @@ class Dreambooth(TextToImage):
     in a batch of each: twice their share of the mixed one.
     """
 
-    def __init__(self, spec: TrainSpec, cache: Cache, schedule: Schedule, num_subject: int, prior_weight: float) -> None:
+    def __init__(
+        self,
+        spec: TrainSpec,
+        cache: Cache,
+        schedule: Schedule,
+        num_subject: int,
+        prior_weight: float,
+        *,
+        tunes_text: bool = False,
+    ) -> None:
+        """`tunes_text`: the network (`JointNetwork`) takes token ids in place of states."""
         super().__init__(spec, cache, schedule)
+        self.tunes_text = tunes_text
         self.num_subject, self.num_prior, self.prior_weight = num_subject, len(cache) - num_subject, prior_weight
 
     def _pictures(self, first: int, count: int) -> Tensor:
@@ -180,6 +191,9 @@ class Dreambooth(TextToImage):
         if not self.num_prior:
             return 1.0
         return torch.where(pictures < self.num_subject, 2.0, 2.0 * self.prior_weight)
+
+    def _states(self, captions: Tensor) -> Tensor:
+        return self.cache.token_ids(captions) if self.tunes_text else super()._states(captions)
 
 
 def training_schedule(spec: TrainSpec) -> Schedule:
