@@ -21,6 +21,7 @@ from isocost.data.subjects import ASKED_ON, LOOKS, TAUGHT_ON, drawn, planted_sub
 from isocost.diffusion.noise import Schedule
 from isocost.errors import RequestError
 from isocost.experiments.dreambooth import UNTUNED, DreamboothExperiment
+from isocost.experiments.subject_scores import SubjectScores
 from isocost.metrics.likeness import mean_cosine_to_set
 from isocost.models.checkpoint import load_checkpoint
 from isocost.models.joint import JointNetwork
@@ -28,14 +29,17 @@ from isocost.models.unet import build_unet
 from isocost.pipeline import Pipeline
 from isocost.report.gather import report
 from isocost.sampling import sample
-from isocost.score.kept import read_measured
+from isocost.score.kept import Measured, read_measured, write_measured
+from isocost.score.protocol import make_protocol
+from isocost.score.reference import Reference
 from isocost.spec import parse_spec
-from isocost.stages import ModelSpec, TextSpec, TrainSpec
+from isocost.stages import ModelSpec, ProtocolSpec, TextSpec, TrainSpec
+from isocost.store import Store
 from isocost.study import StudySpec
 from isocost.sweep import workers
 from isocost.train import loop
 from isocost.train.tasks import Dreambooth, TextToImage
-from small import scenes
+from small import Talking, Thumbnail, scenes
 
 TIMES = ["ms_per_picture", "seconds", "created", "provenance"]
 CPU = torch.device("cpu")
@@ -390,3 +394,28 @@ def test_a_sharded_text_encoder_is_refused(tmp_path: Path) -> None:
 def test_colours_of_a_planted_subject_are_its_own() -> None:
     assert len({colour for look in LOOKS for colour in look.colours}) == 2 * len(LOOKS)
     assert making.NUM_OTHERS >= 32
+
+
+def test_clip_and_dino_are_scored_as_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CLIP-I and DINO: mean cosine to all of the subject's pictures; CLIP-T: cosine to the prompt; over two subjects."""
+    for module in ("experiments.subject_scores", "score.reference"):
+        monkeypatch.setattr(f"isocost.{module}.ClipTower", Talking)
+    generator, store, names = np.random.default_rng(0), Store(tmp_path), ("clip-vit-b-32", "dino-vit-s-16")
+    references, points, expected = [], [], {"clip_i": [], "clip_score_b32": [], "dino": []}
+    for number, captions in enumerate((["a", "bb"], ["ccc", "a"])):
+        real, made = ({name: generator.random((count, 48), dtype=np.float32) for name in names} for count in (3, 2))
+        protocol = make_protocol(ProtocolSpec(), resolution=8, extractor="x", reference="y", num_reference=3, captions=captions)
+        references.append(Reference(protocol, {"clip-vit-b-32": Talking(), "dino-vit-s-16": Thumbnail()}, real, captions))
+        with store.create("point", f"point-{number}", {}) as folder:
+            write_measured(folder, Measured(made, ids=np.arange(2)))
+        points.append(f"point-{number}")
+        unit = {name: [one / np.linalg.norm(one, axis=1, keepdims=True) for one in (made[name], real[name])] for name in names}
+        expected["clip_i"] += (unit[names[0]][0] @ unit[names[0]][1].T).mean(1).tolist()
+        expected["dino"] += (unit[names[1]][0] @ unit[names[1]][1].T).mean(1).tolist()
+        expected["clip_score_b32"] += (unit[names[0]][0].sum(1) / np.sqrt(48)).tolist()
+    scores = SubjectScores(store, tuple(references), ("subject", "caption"), 20, 0)
+    found = scores.by_picture(points)
+    assert found.keys() == expected.keys()
+    for metric, values in found.items():
+        assert np.allclose(values, expected[metric], atol=1e-6), metric
+    assert scores.less(points, points) == dict.fromkeys(expected, "0.0 [0.0, 0.0]")

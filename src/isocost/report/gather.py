@@ -121,6 +121,7 @@ def _report(pipeline: Pipeline, task: TaskName, table: pd.DataFrame, others: dic
         budgets,
         _strips(experiment, table, samples),
         others,
+        experiment.findings(table),
     )
     write_atomically(folder / "summary.md", markdown_summary(table, metric, name, budgets))
     return Report(page, table, best_at_budgets(table, BUDGET_COST, metric, budgets))
@@ -165,7 +166,6 @@ def _provenance(pipeline: Pipeline, experiment: Experiment, table: pd.DataFrame)
         "protocol": experiment.protocol_words,
         "codec": {"digest": materials.codec_digest, "latent shape": " x ".join(map(str, materials.latent_shape))},
         **{BASELINES[title]: _rounded(scores) for title, scores in experiment.baselines.items()},
-        **experiment.findings(table),
         "quality against training compute": _laws(experiment, table),
         "pictures skipped": len(skipped),
         "flagged": f"{flagged} points: Fréchet distance from fewer pictures than twice its features, compare at equal N only"

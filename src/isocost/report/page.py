@@ -88,6 +88,7 @@ def write_report(
     budgets: Sequence[float] = (),
     strips: Mapping[str, np.ndarray] | None = None,
     others: Mapping[str, str] | None = None,
+    findings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `index.html` and the figures as PNG into `folder`; returns the path of the page.
 
@@ -103,6 +104,7 @@ def write_report(
         budgets: budgets of paper cost for the answer; spread over the data where empty.
         strips: title -> pictures uint8 [K, H, W, 3] to be laid side by side (super-resolution: given, enlarged, made, true).
         others: title -> address of the study's other pages.
+        findings: what was compared in pairs: texts, or mappings of them, by title.
 
     Raises:
         RequestError: the points cannot be compared (they differ in protocol, number of pictures or seed).
@@ -145,6 +147,7 @@ def write_report(
             captions=list(captions),
             strips=strips or {},
             others=others or {},
+            findings=findings or {},
             picture=_data_uri,
             drawing_json=_drawing_json,
             points_json=_script_json(_point_rows(table, metric)),
@@ -235,6 +238,8 @@ def _compute_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float]
 
 def _guidance_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float]) -> Chart:
     metrics = _lead_first(table, metric)
+    if (tried := finals(table, metric)["guidance"].unique()).size == 1:
+        raise RequestError(f"every point was made with guidance {tried[0]:g}, so there is nothing to choose")
     samplers = sorted(finals(table, metric)["sampler"].unique())
     drawings = {
         f"{b}|{c}": [charts.plotly_heat(panel) for panel in marks.guidance_panels(table, name) if panel.sampler == sampler]
