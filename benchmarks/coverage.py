@@ -10,14 +10,13 @@ extrapolated distance is about that of infinitely many generated pictures agains
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 
 import numpy as np
+from results import print_results
 
 from isocost.metrics.distances import Moments, frechet_distance, frechet_from_moments, frechet_infinity
-from isocost.provenance import provenance
 from isocost.score.intervals import (
     Interval,
     KernelReference,
@@ -128,7 +127,7 @@ def main() -> None:
     for what, value in (("bias of the Frechet distance at N", plain), ("bias left at infinite N", fitted)):
         rows.append({"what": what, "value": value, "unit": f"of {truth:.3f}", "low": value, "high": value})
     told = {"simulations": num_simulations, "pictures": NUM, "reference": NUM_REFERENCE, "features": WIDTH}
-    print(json.dumps({"benchmark": "coverage", "machine": {**provenance(), **told}, "rows": rows, "targets": targets}))
+    print_results("coverage", rows, targets, **told)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import print_results
 from torch import Tensor
 
 from isocost.data.codec import Codec
@@ -26,7 +27,6 @@ from isocost.diffusion.rows import Row
 from isocost.diffusion.samplers import build_table
 from isocost.models.checkpoint import Checkpoint, load_checkpoint
 from isocost.pipeline import Pipeline
-from isocost.provenance import provenance
 from isocost.score.intervals import KernelReference, paired_frechet_difference, paired_kernel_difference
 from isocost.score.score import Measuring
 from isocost.spec import parse_spec
@@ -120,7 +120,7 @@ def main() -> None:
             )
         if not asked.json:
             print(json.dumps(rows[-1]), flush=True)
-    print(json.dumps({"benchmark": "drift", "machine": provenance(), "rows": rows, "targets": targets}))
+    print_results("drift", rows, targets)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from gpu_training import training_rows, training_targets
+from results import print_results
 from torch import Tensor, nn
 
 from isocost.diffusion.engine import Engine
@@ -34,7 +36,6 @@ from isocost.diffusion.samplers import build_table
 from isocost.models.cost import model_cost
 from isocost.models.paper import PAPER_CONTEXT_WIDTH, PAPER_NUM_TOKENS, TABLE_1
 from isocost.models.unet import build_unet
-from isocost.provenance import provenance
 from isocost.stages import ModelSpec, Precision, SamplerSpec
 
 NUM_STEPS, GUIDANCE, LOOP_BATCH, BUCKET_SIZE, TURNS = 10, 7.5, 16, 64, 3
@@ -188,6 +189,7 @@ def main() -> None:
     options.add_argument("--side", type=int, default=64)
     options.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     options.add_argument("--eager", action="store_true", help="compile nothing")
+    options.add_argument("--training", action="store_true", help="steps of training as well (gpu_training.py)")
     asked = options.parse_args()
     if asked.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no GPU here; --device cpu --widths 16 --side 8 --precision fp32 --eager tests the script")
@@ -208,7 +210,11 @@ def main() -> None:
                 targets.append(
                     {"what": f"width {width}: {ratio}", "value": value, "target": f">= {bound}", "met": value >= bound}
                 )
-    print(json.dumps({"benchmark": "gpu", "machine": provenance(), "rows": rows, "targets": targets}))
+    if asked.training:
+        trained = training_rows(asked.device, asked.widths, (asked.side,), compiled=not asked.eager)
+        rows += trained
+        targets += training_targets(trained)
+    print_results("gpu", rows, targets)
 
 
 if __name__ == "__main__":

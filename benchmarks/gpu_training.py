@@ -10,21 +10,19 @@ forward x images. `--device cpu --widths 8 --sides 8 --eager` tests the script. 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from results import Row, at_least, print_results, row
 
 from isocost.errors import RequestError
 from isocost.models.cost import model_cost
 from isocost.models.paper import PAPER_CONTEXT_WIDTH, PAPER_NUM_TOKENS, TABLE_1
 from isocost.models.unet import build_unet
-from isocost.provenance import provenance
 from isocost.stages import ModelSpec, TrainSpec
 from isocost.train.forecast import RandomTask
 from isocost.train.loop import Trainer, make_accelerator
@@ -59,13 +57,13 @@ def _rows_of(device: str, width: int, side: int, batch: int, compiled: bool) -> 
         rates = _images_per_second(model, spec)
     except (torch.OutOfMemoryError, RequestError) as error:
         return [{"what": name, "value": None, "unit": f"does not fit: {str(error).splitlines()[0][:120]}"}]
-    rows = [_row(name, rates, "images/s")]
+    rows = [row(name, rates, "images/s")]
     peak = next(
         (tflops for chip, tflops in PEAK_TFLOPS.items() if device != "cpu" and chip in torch.cuda.get_device_name()), None
     )
     if peak is not None:
         shares = [3 * cost.gflop_per_forward * rate / (1000 * peak) for rate in rates]
-        rows.append({**_row(f"{name}, share of dense bf16 peak", shares, "share"), "width": width})
+        rows.append({**row(f"{name}, share of dense bf16 peak", shares, "share"), "width": width})
     return rows
 
 
@@ -86,9 +84,10 @@ def _images_per_second(model: ModelSpec, spec: TrainSpec) -> list[float]:
     return rates
 
 
-def _row(what: str, values: list[float], unit: str) -> dict[str, Any]:
-    low, high = np.quantile(values, [0.1, 0.9])
-    return {"what": what, "value": float(np.median(values)), "unit": unit, "low": float(low), "high": float(high)}
+def training_targets(rows: Sequence[Row]) -> list[Row]:
+    """The share of peak that is asked of the larger sizes."""
+    large = [one for one in rows if one["unit"] == "share" and one["width"] >= LEAST_SHARE_FROM]
+    return at_least(large, {one["what"]: LEAST_SHARE for one in large})
 
 
 def main() -> None:
@@ -102,12 +101,7 @@ def main() -> None:
     options.add_argument("--device", default="cuda")
     asked = options.parse_args()
     rows = training_rows(asked.device, asked.widths, asked.sides, asked.batch, not asked.eager)
-    targets = [
-        {"what": one["what"], "value": one["value"], "target": f">= {LEAST_SHARE}", "met": one["value"] >= LEAST_SHARE}
-        for one in rows
-        if one["unit"] == "share" and one["width"] >= LEAST_SHARE_FROM
-    ]
-    print(json.dumps({"benchmark": "gpu_training", "machine": provenance(), "rows": rows, "targets": targets}))
+    print_results("gpu_training", rows, training_targets(rows))
 
 
 if __name__ == "__main__":

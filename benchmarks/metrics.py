@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -18,19 +17,18 @@ from collections.abc import Callable
 import numpy as np
 import scipy.linalg
 import torch
+from results import Row, print_results, row
 from torch import Tensor
 from torch.nn import Module
 
 from isocost.metrics.distances import Moments, frechet_from_moments
 from isocost.metrics.features import EfficientNetLite0
 from isocost.models.unet import build_unet
-from isocost.provenance import provenance
 from isocost.stages import ModelSpec
 
 WIDTH, NUM = 2048, 6000
 DEMO_WIDTHS, DEMO_STEPS, DEMO_BATCH = (8, 16, 24), 16, 64
 PAPER_WIDTH, PAPER_STEPS = 320, 4
-Row = dict[str, object]
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -45,12 +43,6 @@ def timed(call: Callable[[Moments, Moments], float], a: Moments, b: Moments) -> 
     started = time.perf_counter()
     value = call(a, b)
     return time.perf_counter() - started, value
-
-
-def row(what: str, values: list[float], unit: str) -> Row:
-    """Median and range of a few measurements."""
-    low, high = np.quantile(values, [0.1, 0.9])
-    return {"what": what, "value": float(np.median(values)), "unit": unit, "low": float(low), "high": float(high)}
 
 
 def by_sqrtm(a: Moments, b: Moments) -> float:
@@ -180,7 +172,7 @@ def main() -> None:
     share = f"features over sampling, 866M, {PAPER_STEPS} steps of one pass"
     if share in value:
         targets.append(target(share, value, "< 0.03", lambda v: v < 0.03))
-    print(json.dumps({"benchmark": "metrics", "machine": provenance(), "rows": rows, "targets": targets}))
+    print_results("metrics", rows, targets)
 
 
 def target(what: str, value: dict[str, float], words: str, met: Callable[[float], bool]) -> Row:

@@ -13,18 +13,17 @@ mode of 100,000 samples at 1,000 steps, as deviations in standard errors. The la
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from results import print_results
 from scipy.integrate import solve_ivp
 
 from isocost.diffusion.noise import Schedule
 from isocost.diffusion.samplers import SamplerTable, build_table
-from isocost.provenance import provenance
 from isocost.stages import SamplerSpec
 
 Floats = NDArray[np.float64]
@@ -140,7 +139,7 @@ def main() -> None:
     if not asked.json:
         for one in targets:
             print(f"{one['what']:44} {np.round(one['value'], 3)!s:28} {one['target']:12} {'met' if one['met'] else 'MISSED'}")
-    print(json.dumps({"benchmark": "order", "machine": provenance(), "rows": rows, "targets": targets}))
+    print_results("order", rows, targets)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import logging
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from results import at_least, print_results, row
 
 from isocost.data.cache import load_pictures
 from isocost.data.codec import TextCodec, load_codec
@@ -37,7 +37,6 @@ from isocost.exporting import export
 from isocost.models.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint, save_networks
 from isocost.models.cost import model_cost
 from isocost.models.unet import build_unet
-from isocost.provenance import provenance
 from isocost.stages import ModelSpec, SamplerSpec, ScenesSource, TextSpec
 from isocost.store import Store
 
@@ -120,8 +119,8 @@ def evaluations_per_second(checkpoint: Checkpoint, captions: CaptionStates, mixe
 
     finished = engine.run(rows())
     evaluations, started = 0, time.perf_counter()
-    for row in finished:
-        evaluations += row.nfe
+    for done in finished:
+        evaluations += done.nfe
         now = time.perf_counter()
         if now - started > seconds:
             yield evaluations / (now - started)
@@ -133,12 +132,6 @@ def rate(run: Callable[[int], int], num_calls: int) -> float:
     started = time.perf_counter()
     done = run(num_calls)
     return done / (time.perf_counter() - started)
-
-
-def row(what: str, values: list[float], unit: str) -> dict[str, Any]:
-    """A line of the result: the median and the middle 80 %."""
-    low, high = np.quantile(values, [0.1, 0.9])
-    return {"what": what, "value": float(np.median(values)), "unit": unit, "low": float(low), "high": float(high)}
 
 
 def measure(width: int, turns: int, quick: bool, compiled: bool, told: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -228,17 +221,10 @@ def main() -> None:
     for width in () if asked.mixed else WIDTHS[:1] if asked.quick else WIDTHS:
         rows += measure(width, 2 if asked.quick else 5, asked.quick, asked.compile, told)
     rows.append(mixed_against_uniform(WIDTHS[0], 3 if asked.quick else 8, 2.0 if asked.quick else 5.0, told))
-    values = {one["what"]: one["value"] for one in rows}
-    bounds = [(f"width {width}: (c) over (a)", 12) for width in WIDTHS] + [
-        (f"width {width}: (c) over (b)", 2.5) for width in WIDTHS
-    ]
-    bounds.append((rows[-1]["what"], 0.95))
-    targets = [
-        {"what": what, "value": values[what], "target": f">= {least}", "met": values[what] >= least}
-        for what, least in bounds
-        if what in values
-    ]
-    print(json.dumps({"benchmark": "sampling", "machine": provenance(), "rows": rows, "targets": targets}))
+    bounds = {f"width {width}: (c) over (a)": 12 for width in WIDTHS} | {
+        f"width {width}: (c) over (b)": 2.5 for width in WIDTHS
+    }
+    print_results("sampling", rows, at_least(rows, bounds | {rows[-1]["what"]: 0.95}))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from datasets import Image as ImageFeature
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from results import at_least, print_results, row
 from torch import Tensor
 from torchvision import transforms
 
@@ -42,7 +43,6 @@ from isocost.data.shards import Place
 from isocost.data.sources import Sample
 from isocost.models.cost import model_cost
 from isocost.models.unet import build_unet
-from isocost.provenance import provenance
 from isocost.stages import ModelSpec, ScenesSource, TextSpec, TrainedCodecSpec, TrainSpec
 from isocost.train.codec import build_autoencoder
 from isocost.train.loop import Trainer, make_accelerator
@@ -247,12 +247,6 @@ def ratios(theirs: list[float], ours: list[float]) -> list[float]:
     return [one / other for one, other in zip(theirs, ours, strict=True)]
 
 
-def row(what: str, values: list[float], unit: str) -> dict[str, Any]:
-    """The median with the tenth and ninetieth percentile."""
-    low, high = np.quantile(values, [0.1, 0.9])
-    return {"what": what, "value": float(np.median(values)), "unit": unit, "low": float(low), "high": float(high)}
-
-
 def main() -> None:
     """Measure and print."""
     options = argparse.ArgumentParser(description=__doc__)
@@ -271,14 +265,7 @@ def main() -> None:
     rows = []
     for width in WIDTHS[:1] if asked.quick else WIDTHS:
         rows += measure(width, 3 if asked.quick else asked.turns, pictures, asked.compile, told)
-    found = {one["what"]: one["value"] for one in rows}
-    wanted = [(f"width {width}: ours over script", 3.0) for width in WIDTHS]
-    targets = [
-        {"what": what, "value": found[what], "target": f">= {least:g}", "met": found[what] >= least}
-        for what, least in wanted
-        if what in found
-    ]
-    print(json.dumps({"benchmark": "training", "machine": provenance(), "rows": rows, "targets": targets}))
+    print_results("training", rows, at_least(rows, {f"width {width}: ours over script": 3.0 for width in WIDTHS}))
 
 
 if __name__ == "__main__":
