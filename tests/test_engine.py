@@ -9,48 +9,27 @@ from collections import Counter
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, LCMScheduler, UNet2DConditionModel
-from diffusers.schedulers import scheduling_ddpm, scheduling_lcm
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers.schedulers import scheduling_ddpm
 
+from engines import (
+    NUM_CAPTIONS,
+    SAMPLERS,
+    SD_SCHEDULER,
+    SHAPE,
+    assert_same,
+    by_picture,
+    caption_states,
+    mixed_rows,
+    small_unet,
+    table,
+)
 from isocost.diffusion.engine import Engine
-from isocost.diffusion.network import SamplingNetwork, guidance_embedding
 from isocost.diffusion.noise import Schedule, normal_noise
 from isocost.diffusion.rows import Row
 from isocost.diffusion.samplers import build_table
 from isocost.errors import RequestError, WorkError
-from isocost.stages import SAMPLER_NAMES, SamplerSpec
-
-SCHEDULE = Schedule.scaled_linear()
-SHAPE = (4, 8, 8)
-NUM_CAPTIONS, NUM_TOKENS, STATE_WIDTH = 5, 6, 8
-SAMPLERS = (
-    SamplerSpec(name="ddim"),
-    SamplerSpec(name="ddim", spacing="leading", eta=1.0),
-    SamplerSpec(name="ddpm", spacing="linspace"),
-    SamplerSpec(name="dpmsolver++2m"),
-    *(SamplerSpec(name=name) for name in SAMPLER_NAMES if name not in ("ddim", "ddpm", "dpmsolver++2m")),
-)
-
-
-def small_unet(**changes):
-    torch.manual_seed(0)
-    return (
-        UNet2DConditionModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=STATE_WIDTH,
-            attention_head_dim=4,
-            norm_num_groups=4,
-            **changes,
-        )
-        .eval()
-        .requires_grad_(False)
-    )
+from isocost.stages import SamplerSpec
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +39,7 @@ def unet():
 
 @pytest.fixture(scope="module")
 def states():
-    """Captions' states, then the null state."""
-    return 2 * torch.randn(NUM_CAPTIONS + 1, NUM_TOKENS, STATE_WIDTH, generator=torch.Generator().manual_seed(1))
+    return caption_states()
 
 
 @pytest.fixture
@@ -77,33 +55,6 @@ def make_engine(unet, states):
 
 def identity(x, timesteps, context, guidance):
     return x
-
-
-def table(spec, num_steps):
-    return build_table(spec, num_steps, SCHEDULE)
-
-
-def mixed_rows(count=36):
-    return [
-        Row(
-            picture_id=100 + i,
-            caption=i % NUM_CAPTIONS,
-            table=table(SAMPLERS[i % len(SAMPLERS)], (1, 2, 3, 5, 7)[i % 5]),
-            guidance=(0.0, 1.0, 3.0, 7.5)[i // 2 % 4],
-            tag=("point", i),
-            seed=i // 8,
-            negative=3 if i % 7 == 6 else None,
-        )
-        for i in range(count)
-    ]
-
-
-def by_picture(finished):
-    return {done.row.picture_id: done for done in finished}
-
-
-def assert_same(latent, other):
-    assert float((latent - other).norm() / other.norm()) < 1e-5
 
 
 def test_the_same_bits_whatever_shares_the_bucket(make_engine, two_threads):
@@ -262,9 +213,6 @@ def test_guidance_decides_the_states_seen(make_engine, states):
         assert seen == expected
 
 
-SD_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-
-
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("name", ["ddim", "dpmsolver++2m"])
 def test_equals_diffusers_with_guidance(make_engine, unet, states, name, prediction):
@@ -301,67 +249,6 @@ def test_step_noise_is_that_of_the_next_evaluation(make_engine, unet, states, mo
     row = Row(77, 0, table(SamplerSpec(name="ddpm"), 5), guidance=1.0, seed=9)
     ours = by_picture(make_engine(3).run([*others, row]))[77].latent
     assert float((ours - x[0]).norm() / x.norm()) < 1e-4
-
-
-def test_a_student_that_embeds_guidance_takes_one_pass(states, monkeypatch):
-    """A guidance-distilled U-Net (diffusers' `time_cond_proj_dim`) against diffusers' LCM scheduler and embedding."""
-    student = small_unet(time_cond_proj_dim=12)
-    prepared = SamplingNetwork(student)
-    assert prepared.embeds_guidance
-    engine = Engine(
-        prepared.denoise(),
-        "epsilon",
-        lambda i: prepared.project(states[i]),
-        prepared.project(states[-1:])[0],
-        SHAPE,
-        4,
-        embeds_guidance=True,
-        share_bytes=2**20,
-    )
-    sampler = table(SamplerSpec(name="lcm"), 3)
-    rows = [Row(7, 0, sampler, w, seed=5, tag=w) for w in (1.0, 2.0, 8.0)]
-    finished = {done.row.tag: done for done in engine.run(rows)}
-    reference = small_unet(time_cond_proj_dim=12)
-    for w, done in finished.items():
-        assert done.nfe == done.nfe_computed == 3
-        scheduler = LCMScheduler(**SD_SCHEDULER, clip_sample=False, prediction_type="epsilon")
-        scheduler.set_timesteps(3)
-        x = normal_noise(5, torch.tensor([7]), 0, SHAPE, "cpu")
-        for i, timestep in enumerate(scheduler.timesteps):
-            noise = normal_noise(5, torch.tensor([7]), i + 1, SHAPE, "cpu")
-            monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda *_, value=noise, **__: value)
-            embedded = diffusers_guidance_embedding(torch.tensor([w - 1]), 12)
-            output = reference(x, timestep, states[:1], timestep_cond=embedded).sample
-            x = scheduler.step(output, timestep, x).prev_sample
-        assert float((done.latent - x[0]).norm() / x.norm()) < 1e-4
-    assert not torch.allclose(finished[2.0].latent, finished[8.0].latent, atol=1e-3)
-
-
-def diffusers_guidance_embedding(w, width):
-    from diffusers import LatentConsistencyModelPipeline
-
-    return LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, embedding_dim=width)
-
-
-@pytest.mark.parametrize("width", [12, 7, 256])
-def test_guidance_embedding_is_diffusers(width):
-    w = torch.tensor([1.0, 2.5, 8.0])
-    ours = guidance_embedding(w, width)
-    torch.testing.assert_close(ours, diffusers_guidance_embedding(w - 1, width), rtol=0, atol=2e-4)
-
-
-def test_projected_captions_change_nothing(unet, states):
-    generator = torch.Generator().manual_seed(2)
-    x, timesteps = torch.randn(6, *SHAPE, generator=generator), 999 * torch.rand(6, generator=generator)
-    with torch.inference_mode():
-        plain = unet(x, timesteps, states).sample
-        prepared = SamplingNetwork(small_unet())
-        projected = prepared.project(states)
-        ours = prepared.denoise()(x, timesteps, projected, torch.ones(6))
-    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
-    assert prepared.context_width == projected.shape[-1] == 2 * sum(one.inner_dim for one in prepared.attentions)
-    for i in range(6):
-        assert torch.equal(prepared.project(states[i : i + 1])[0], projected[i])
 
 
 def test_broken_row_is_marked_and_spoils_no_other(make_engine, unet, states):
@@ -424,26 +311,6 @@ def test_stream_is_read_lazily(make_engine):
     assert list(make_engine(4).run([])) == []
 
 
-def test_bfloat16_is_near_and_latents_stay_float32(states):
-    rows = mixed_rows(8)
-    made = {}
-    for precision in ("fp32", "bf16"):
-        prepared = SamplingNetwork(small_unet(), precision)
-        engine = Engine(
-            prepared.denoise(),
-            "v_prediction",
-            lambda i, p=prepared: p.project(states[i]),
-            prepared.project(states[-1:])[0],
-            SHAPE,
-            8,
-        )
-        made[precision] = by_picture(engine.run(rows))
-    for picture_id, done in made["bf16"].items():
-        full = made["fp32"][picture_id].latent
-        assert done.latent.dtype == torch.float32
-        assert 0 < float((done.latent - full).norm() / full.norm()) < 0.1
-
-
 def test_wrong_requests_are_refused(make_engine, unet, states):
     with pytest.raises(RequestError, match="bucket_size"):
         make_engine(0)
@@ -461,30 +328,3 @@ def test_wrong_requests_are_refused(make_engine, unet, states):
     pure = build_table(SamplerSpec(), 2, Schedule.scaled_linear(zero_terminal_snr=True))
     with pytest.raises(RequestError, match="v_prediction"):
         list(make_engine(4, prediction="epsilon").run([Row(0, 0, pure, 1.0)]))
-
-
-@pytest.mark.slow
-def test_compiled_once_for_every_sampler_step_count_and_guidance(states):
-    from torch._dynamo.utils import counters
-
-    rows = mixed_rows()
-    made = {}
-    for compiled in (False, True):
-        counters.clear()
-        prepared = SamplingNetwork(small_unet(), compiled=compiled)
-        engine = Engine(
-            prepared.denoise(),
-            "v_prediction",
-            lambda i, p=prepared: p.project(states[i]),
-            prepared.project(states[-1:])[0],
-            SHAPE,
-            8,
-        )
-        list(engine.run([Row(0, 0, table(SAMPLERS[0], 2), 2.0)]))
-        graphs = counters["stats"]["unique_graphs"]
-        made[compiled] = by_picture(engine.run(rows))
-        assert counters["stats"]["unique_graphs"] == graphs
-        assert (graphs > 0) is compiled
-    for picture_id, done in made[True].items():
-        full = made[False][picture_id].latent
-        assert float((done.latent - full).norm() / full.norm()) < 1e-4
