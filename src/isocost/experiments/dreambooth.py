@@ -79,10 +79,10 @@ class DreamboothExperiment(Experiment):
                 raise RequestError(f"dreambooth.subjects: {subject.name} has one picture; give three to five")
         return found
 
-    def _prompts(self, subject: Subject) -> list[str]:
+    def _prompts(self, subject: Subject, token: str) -> list[str]:
         """The prompts to draw, each `num_pictures` times."""
         templates = subject.prompts[: self.spec.subjects.num_prompts]
-        each = [" ".join(template.format(self.spec.token, subject.class_word).split()) for template in templates]
+        each = [" ".join(template.format(token, subject.class_word).split()) for template in templates]
         return [prompt for prompt in each for _ in range(self.spec.num_pictures)]
 
     def _subject_of(self, run: Run) -> Subject:
@@ -234,7 +234,7 @@ class DreamboothExperiment(Experiment):
     def _reference(self, subject: Subject) -> Reference:
         """The subject's pictures, its prompts, and for planted subjects the backgrounds that these name."""
         if subject.name not in self._references:
-            captions, spec = self._prompts(subject), self.spec.protocol
+            captions, spec = self._prompts(subject, self.spec.token), self.spec.protocol
             labels = probe = None
             if subject.backgrounds is not None and self.materials.study.protocol.alignment == "scenes":
                 grounds = torch.tensor(subject.backgrounds).repeat_interleave(self.spec.num_pictures)[: len(captions)]
@@ -251,7 +251,8 @@ class DreamboothExperiment(Experiment):
                 probe=None if probe is None else self.materials.probe_digest,
             )
             features = {name: extractor(subject.others).cpu().numpy() for name, extractor in self._extractors.items()}
-            made = Reference(protocol, self._extractors, features, captions, labels, probe, kept=spec.kept)
+            said = self._prompts(subject, "")
+            made = Reference(protocol, self._extractors, features, captions, labels, probe, kept=spec.kept, said=said)
             self._references[subject.name] = made
         return self._references[subject.name]
 

@@ -43,6 +43,7 @@ class Reference:
         extractors: by name, in the order of the protocol.
         features: float32 [M, D] of the real pictures, by extractor.
         captions: the N captions to draw, one a picture id.
+        said: what caption scores compare pictures with, where it is not what is drawn (DreamBooth leaves its token out).
         labels: int64 [N, A] of those captions, where alignment is measured; -1 where a caption does not say.
         probe: reads labels from pictures; None where alignment is not measured.
         originals: uint8 [N, 3, R, R], what picture i is compared with; None where there is no such thing.
@@ -57,6 +58,7 @@ class Reference:
     labels: Tensor | None = None
     probe: Probe | None = None
     kept: str = "fp32"
+    said: list[str] | None = None
     originals: Tensor | None = None
     pairs: dict[str, Function] = field(default_factory=dict)
     _once: dict[tuple[str, ...], Any] = field(default_factory=dict, init=False, repr=False)
@@ -79,7 +81,7 @@ class Reference:
 
     def caption_features(self, name: str) -> np.ndarray:
         """Embeddings of the captions to draw, float32 [N, D], made once."""
-        return self._made(("captions", name), lambda: self.clip(name).captions(self.captions).numpy())
+        return self._made(("captions", name), lambda: self.clip(name).captions(self.said or self.captions).numpy())
 
     def clip(self, name: str) -> ClipTower:
         """The extractor called `name`, which reads captions."""
