@@ -270,6 +270,11 @@ def test_only_the_background_is_asked_of_a_planted_subject(finished: Pipeline) -
     experiment = experiment_of(finished)
     reference = experiment._reference(experiment.subjects[0])
     assert reference.labels is not None
+    assert reference.said is not None
+    assert (reference.captions[0], reference.said[0]) == (
+        "a sks circle on a grey background",
+        "a circle on a grey background",
+    )
     assert (reference.labels[:, 1:] == -1).all()
     assert reference.labels[:, 0].tolist() == [list(BACKGROUNDS).index(ground) for ground in ASKED_ON[:3] for _ in range(2)]
     (point,) = experiment.jobs(experiment.runs[0])[0].points

@@ -86,7 +86,7 @@ def recommend(
         decided=not choice.undecided,
         reason=_reason(choice, best),
         notes=_notes(choice, best),
-        command=sample_command(best, out),
+        command=sample_command(best, out, str(table["task"].iloc[0]) if "task" in table else "text2image"),
     )
 
 
@@ -104,16 +104,17 @@ def answer(choice: BudgetChoice) -> Answer:
     return Answer(lead, str(choice.best), score, verdict, _notes(choice, choice.best), decided=not choice.undecided)
 
 
-def sample_command(configuration: Configuration, out: str = "OUT") -> str:
-    """The line that draws pictures with `configuration`; its prompt is left as the word TEXT."""
+def sample_command(configuration: Configuration, out: str = "OUT", task: str = "text2image") -> str:
+    """The line that draws pictures with `configuration`; prompt and files are left as words in capitals."""
     name, spacing, *extras = configuration.sampler.split("/")
-    line = ["isocost", "sample", f"{out.rstrip('/')}/artefacts/checkpoint/{configuration.checkpoint}"]
+    verb, given = ("upscale", ["PICTURE", "LARGER.png"]) if task == "superres" else ("sample", ["--prompt", "TEXT"])
+    line = ["isocost", verb, f"{out.rstrip('/')}/artefacts/checkpoint/{configuration.checkpoint}"]
     line += ["--steps", str(configuration.num_steps), "--guidance", f"{configuration.guidance:g}"]
     line += ["--sampler", name, "--spacing", spacing]
     for extra in extras:
         key, _, value = extra.partition("=")
         line += [f"--{key}", value]
-    return shlex.join([*line, "--prompt", "TEXT"])
+    return shlex.join([*line, *given])
 
 
 def _reason(choice: BudgetChoice, best: Configuration) -> str:

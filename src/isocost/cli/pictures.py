@@ -66,6 +66,7 @@ def upscale(
     guidance: Annotated[float, typer.Option(help="1 is one pass")] = 1.0,
     sampler: Annotated[str, typer.Option(help=", ".join(SAMPLER_NAMES))] = "ddim",
     spacing: Annotated[str, typer.Option(help="trailing, leading, linspace or karras")] = "trailing",
+    eta: Annotated[float, typer.Option(help="DDIM's share of ancestral noise")] = 0.0,
     overlap: Annotated[float, typer.Option(help="share of a tile that its neighbours share at least")] = 0.25,
     precision: Annotated[Precision, typer.Option(help="what the network computes in")] = "fp32",
     seed: Annotated[int, typer.Option(help="what the noise is a function of")] = 0,
@@ -77,7 +78,7 @@ def upscale(
 
     if out.suffix.lower() != ".png":
         raise RequestError(f"{out}: give a file that ends in .png")
-    spec = parse_spec(SamplerSpec, {"name": sampler, "spacing": spacing}, "--sampler")
+    spec = parse_spec(SamplerSpec, {"name": sampler, "spacing": spacing, "eta": eta}, "--sampler")
     done = enlarge(
         checkpoint,
         picture,
