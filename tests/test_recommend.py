@@ -18,14 +18,6 @@ KERNEL = "kernel_efficientnet"
 
 @pytest.mark.parametrize("cost", list(COSTS))
 @pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
-def test_a_super_resolution_is_done_by_upscale() -> None:
-    found = recommend(planted_table().assign(task="superres"), "nfe", 8)
-    words = shlex.split(found.command)
-    assert words[:2] == ["isocost", "upscale"]
-    assert words[-2:] == ["PICTURE", "LARGER.png"]
-    assert shlex.split(recommend(planted_table().assign(task="text2image"), "nfe", 8).command)[1] == "sample"
-
-
 def test_the_recommended_point_is_the_best_affordable_row(cost: str, share: float) -> None:
     table = planted_table(noise=0.01)
     finished = table[table["is_final"]]
@@ -127,3 +119,11 @@ def test_a_single_size_has_no_runner_up() -> None:
     assert found.runner_up is None
     assert found.decided
     assert "no other size fits" in found.reason
+
+
+def test_a_super_resolution_is_done_by_upscale() -> None:
+    found = recommend(planted_table().assign(task="superres"), "nfe", 8)
+    words = shlex.split(found.command)
+    assert words[:2] == ["isocost", "upscale"]
+    assert words[-2:] == ["PICTURE", "LARGER.png"]
+    assert shlex.split(recommend(planted_table().assign(task="text2image"), "nfe", 8).command)[1] == "sample"
