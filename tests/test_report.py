@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -369,3 +370,16 @@ def test_a_browser_draws_the_page_without_complaint(written: Path, tmp_path: Pat
     assert sum("js-plotly-plot" in name for name in classes) == 1 + 1 + 5
     assert sum(name == "scatterlayer mlayer" for name in classes) == 2
     assert sum(tag == "tr" for tag, _ in drawn.elements) > 50
+
+
+def test_lines_across_are_the_floor_and_what_no_model_made() -> None:
+    curves = marks.cost_curves(planted_table(), KERNEL, "nfe", floor=0.013)
+    assert curves.dashed == [("decoded real pictures", 0.013, "dash")]
+    with_more = dataclasses.replace(curves, floor_label="photographs", levels=(("bicubic", 9.0),))
+    assert [label for label, *_ in with_more.dashed] == ["photographs", "bicubic"]
+    assert marks.y_range(with_more)[1] == 9.0
+    named = {trace.name: list(trace.y) for trace in charts.plotly_curves(with_more).data}
+    assert named["bicubic"] == [9.0, 9.0]
+    legend = figures.draw_curves(with_more).axes[0].get_legend()
+    texts = {text.get_text() for text in (legend or figures.draw_curves(with_more).legends[0]).get_texts()}
+    assert {"photographs", "bicubic"} <= texts

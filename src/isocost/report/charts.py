@@ -11,7 +11,6 @@ from matplotlib.colors import to_hex
 
 from isocost.analysis.frontier import format_number
 from isocost.report.marks import (
-    FLOOR_LABEL,
     HAIRLINE,
     INK,
     MUTED,
@@ -55,15 +54,15 @@ def plotly_curves(curves: Curves) -> go.Figure:
         marker = {"symbol": "circle-open", "size": 15, "color": INK, "line": {"width": 1.2}}
         figure.add_scatter(**_plotly_line(curves.frontier), marker=marker, line=line)
     xs, ys = [series.x for series in all_series(curves)], y_range(curves)
-    if curves.floor is not None:
-        ends = [float(min(x.min() for x in xs)), float(max(x.max() for x in xs))]
+    ends = [float(min(x.min() for x in xs)), float(max(x.max() for x in xs))]
+    for label, value, dash in curves.dashed:
         figure.add_scatter(
             x=ends,
-            y=[curves.floor] * 2,
+            y=[value] * 2,
             mode="lines",
-            line={"color": MUTED, "width": 1.5, "dash": "dash"},
-            name=FLOOR_LABEL,
-            hovertemplate=f"{FLOOR_LABEL}: {format_number(curves.floor)}<extra></extra>",
+            line={"color": MUTED, "width": 1.5, "dash": dash},
+            name=label,
+            hovertemplate=f"{label}: {format_number(value)}<extra></extra>",
         )
     x_axis = _plotly_axis(curves.x_label) | _plotly_log(*x_ticks(curves))
     y_axis = _plotly_axis(curves.y_label.split(",")[0].split(" (")[0]) | (_plotly_log(*log_ticks(*ys)) if curves.log_y else {})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import matplotlib
@@ -21,7 +22,6 @@ from matplotlib.patches import Rectangle
 from isocost.analysis.frontier import finals, format_number, sizes_in_order
 from isocost.report.marks import (
     EMPTY,
-    FLOOR_LABEL,
     HAIRLINE,
     INK,
     MUTED,
@@ -59,16 +59,21 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def quality_against_training_compute(table: pd.DataFrame, metric: str, floor: float | None = None) -> Figure:
-    """Does compute alone decide, or size? See `compute_curves`."""
-    return draw_curves(compute_curves(table, metric, floor))
+def quality_against_training_compute(table: pd.DataFrame, metric: str, floor: float | None = None, **levels: Any) -> Figure:
+    """Does compute alone decide, or size? See `compute_curves`; `levels` replace fields of its `Curves`."""
+    return draw_curves(replace(compute_curves(table, metric, floor), **levels))
 
 
 def quality_against_cost(
-    table: pd.DataFrame, metric: str, cost: str = "paper_cost", floor: float | None = None, sampler: str | None = None
+    table: pd.DataFrame,
+    metric: str,
+    cost: str = "paper_cost",
+    floor: float | None = None,
+    sampler: str | None = None,
+    **levels: Any,
 ) -> Figure:
-    """Which size is best at equal cost? See `cost_curves`."""
-    return draw_curves(cost_curves(table, metric, cost, floor, sampler))
+    """Which size is best at equal cost? See `cost_curves`; `levels` replace fields of its `Curves`."""
+    return draw_curves(replace(cost_curves(table, metric, cost, floor, sampler), **levels))
 
 
 def guidance_heatmap(table: pd.DataFrame, metric: str) -> Figure:
@@ -161,8 +166,8 @@ def draw_curves(curves: Curves) -> Figure:
             axes.step(line.x, line.y, where="post", color=line.color, linewidth=0.9, alpha=0.7)
             rings = axes.scatter(line.x, line.y, s=70, zorder=3, label=line.label, edgecolors=line.color, linewidths=0.9)
             rings.set_facecolor("none")
-        if curves.floor is not None:
-            axes.axhline(curves.floor, color=MUTED, linestyle="--", linewidth=1, label=FLOOR_LABEL)
+        for label, value, dash in curves.dashed:
+            axes.axhline(value, color=MUTED, linestyle={"dash": "--", "dot": ":"}[dash], linewidth=1, label=label)
         ticks, labels = x_ticks(curves)
         axes.set_xticks(ticks, labels)
         axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())

@@ -19,7 +19,7 @@ from isocost.errors import RequestError
 from isocost.experiments.experiment import Experiment
 from isocost.pipeline import Pipeline
 from isocost.provenance import provenance
-from isocost.report.marks import COMPUTE_AXES
+from isocost.report.marks import COMPUTE_AXES, FLOOR_LABEL
 from isocost.report.page import STUDY_YAML, markdown_summary, write_report
 from isocost.stages import TaskName
 from isocost.store import write_atomically
@@ -30,6 +30,7 @@ from isocost.sweep.workers import read_pictures
 
 BUDGET_COST = "paper_cost"
 TITLES: dict[TaskName, str] = {"text2image": "text-to-image", "superres": "super-resolution", "dreambooth": "DreamBooth"}
+FLOORS = {"photographs": "the subjects' own pictures"}
 BASELINES = {
     "decoded": "real pictures after the codec",
     "real": "real pictures as they are",
@@ -122,6 +123,8 @@ def _report(pipeline: Pipeline, task: TaskName, table: pd.DataFrame, others: dic
         _strips(experiment, table, samples),
         others,
         experiment.findings(table),
+        FLOORS.get(next(iter(baselines)), FLOOR_LABEL),
+        {"bicubic": baselines["bicubic"]} if "bicubic" in baselines else None,
     )
     write_atomically(folder / "summary.md", markdown_summary(table, metric, name, budgets))
     return Report(page, table, best_at_budgets(table, BUDGET_COST, metric, budgets))

@@ -69,7 +69,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Curves:
-    """Quality against something that costs: one series a size, perhaps the frontier, perhaps the floor."""
+    """Quality against something that costs: one series a size, perhaps the frontier, perhaps the floor.
+
+    `levels` are further values that no model made, by what made them.
+    """
 
     question: str
     setting: str
@@ -79,6 +82,14 @@ class Curves:
     frontier: Series | None
     floor: float | None
     log_y: bool
+    floor_label: str = FLOOR_LABEL
+    levels: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def dashed(self) -> list[tuple[str, float, str]]:
+        """Label, value and dash of the lines across."""
+        first = [] if self.floor is None else [(self.floor_label, self.floor, "dash")]
+        return first + [(label, value, "dot") for label, value in self.levels]
 
 
 @dataclass(frozen=True)
@@ -351,9 +362,9 @@ def all_series(curves: Curves) -> tuple[Series, ...]:
 
 
 def y_range(curves: Curves) -> tuple[float, float]:
-    """Least and greatest value that a drawing must show: lines, bands and floor."""
+    """Least and greatest value that a drawing must show: lines, bands, floor and levels."""
     every = [value for series in all_series(curves) for value in (series.y, series.low, series.high)]
-    values = np.concatenate([*every, [] if curves.floor is None else [curves.floor]])
+    values = np.concatenate([*every, [value for _, value, _ in curves.dashed]])
     return float(np.nanmin(values)), float(np.nanmax(values))
 
 

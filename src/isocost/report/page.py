@@ -13,7 +13,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,8 @@ def write_report(
     strips: Mapping[str, np.ndarray] | None = None,
     others: Mapping[str, str] | None = None,
     findings: Mapping[str, Any] | None = None,
+    floor_label: str = marks.FLOOR_LABEL,
+    levels: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Path:
     """Write `index.html` and the figures as PNG into `folder`; returns the path of the page.
 
@@ -98,12 +100,13 @@ def write_report(
         table: points, as in `isocost.analysis.frontier`.
         metric: what the answer is decided by.
         provenance: facts by name; a mapping as a value becomes a nested list, the text under `study_yaml` is shown as code.
-        floors: metric -> value of decoded real pictures against the reference.
+        floors: metric -> value of what `floor_label` names: the best that can be hoped for.
         samples: point -> pictures uint8 [K, H, W, 3] of the same K prompts and seeds.
         captions: the K prompts.
         budgets: budgets of paper cost for the answer; spread over the data where empty.
         strips: title -> pictures uint8 [K, H, W, 3] to be laid side by side (super-resolution: given, enlarged, made, true).
         others: title -> address of the study's other pages.
+        levels: further values that no model made: title -> metric -> value.
         findings: what was compared in pairs: texts, or mappings of them, by title.
 
     Raises:
@@ -114,16 +117,24 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     floor = floors.get(metric)
+
+    def across(name: str) -> dict[str, Any]:
+        told = tuple((title, scores[name]) for title, scores in (levels or {}).items() if name in scores)
+        return {"floor_label": floor_label, "levels": told}
+
     budgets = list(budgets) or _or_missing(lambda: default_budgets(table, "paper_cost"))
     choices = budgets if isinstance(budgets, Missing) else _or_missing(best_at_budgets, table, "paper_cost", metric, budgets)
     pictured = [] if isinstance(budgets, Missing) else budgets
     drawn: dict[str, Callable[[], Figure]] = {
-        "quality_against_training_compute": lambda: figures.quality_against_training_compute(table, metric, floor),
+        "quality_against_training_compute": lambda: figures.quality_against_training_compute(
+            table, metric, floor, **across(metric)
+        ),
         "guidance_heatmap": lambda: figures.guidance_heatmap(table, metric),
         "contact_sheet_steps": lambda: figures.contact_sheet(table, metric, samples, captions),
         "contact_sheet_budgets": lambda: figures.contact_sheet(table, metric, samples, captions, "paper_cost", pictured),
     } | {
-        f"quality_against_{cost}": lambda cost=cost: figures.quality_against_cost(table, metric, cost, floor) for cost in COSTS
+        f"quality_against_{cost}": lambda cost=cost: figures.quality_against_cost(table, metric, cost, floor, **across(metric))
+        for cost in COSTS
     }
     if strips:
         drawn["strips"] = lambda: figures.strips(strips, captions)
@@ -139,9 +150,10 @@ def write_report(
             choices=choices,
             answers=choices if isinstance(choices, Missing) else [answer(choice) for choice in choices],
             moral=None if isinstance(choices, Missing) else moral(choices),
-            charts={chart: _or_missing(make, table, metric, floors) for chart, make in CHARTS.items()},
+            charts={chart: _or_missing(make, table, metric, floors, across) for chart, make in CHARTS.items()},
             unmeasured=[cost.label for cost in COSTS.values() if table[cost.name].isna().all()],
             floor=None if floor is None else format_number(floor),
+            floor_label=floor_label,
             sheet=sheet,
             bought=_bought(choices, samples, captions) if not isinstance(sheet, Missing) else sheet,
             captions=list(captions),
@@ -205,13 +217,17 @@ def moral(choices: Sequence[BudgetChoice]) -> str:
 # --- charts -----------------------------------------------------------------------------------------------------------
 
 
-def _cost_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float]) -> Chart:
+Across = Callable[[str], dict[str, Any]]
+"""Metric -> what its curves have besides: label of the floor, further levels."""
+
+
+def _cost_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float], across: Across) -> Chart:
     metrics = _lead_first(table, metric)
     samplers = sorted(finals(table, metric)["sampler"].unique())
     costs = [cost for cost in COSTS if table.loc[table["is_final"].astype(bool), cost].notna().any()]
     views: list[str | None] = [None, *samplers] if len(samplers) > 1 else [None]
     curves = {
-        f"{a}|{b}|{c}": marks.cost_curves(table, name, cost, floors.get(name), sampler)
+        f"{a}|{b}|{c}": replace(marks.cost_curves(table, name, cost, floors.get(name), sampler), **across(name))
         for a, cost in enumerate(costs)
         for b, sampler in enumerate(views)
         for c, name in enumerate(metrics)
@@ -224,11 +240,11 @@ def _cost_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float]) -
     return _chart("cost", controls, curves)
 
 
-def _compute_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float]) -> Chart:
+def _compute_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float], across: Across) -> Chart:
     metrics = _lead_first(table, metric)
     axes = [axis for axis in marks.COMPUTE_AXES if axis in table.columns]
     curves = {
-        f"{c}|{a}": marks.compute_curves(table, name, floors.get(name), axis)
+        f"{c}|{a}": replace(marks.compute_curves(table, name, floors.get(name), axis), **across(name))
         for c, name in enumerate(metrics)
         for a, axis in enumerate(axes)
     }
@@ -236,7 +252,7 @@ def _compute_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float]
     return _chart("compute", (quality, Control("Compute", tuple(marks.COMPUTE_AXES[axis][0] for axis in axes))), curves)
 
 
-def _guidance_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float]) -> Chart:
+def _guidance_chart(table: pd.DataFrame, metric: str, _floors: Mapping[str, float], _across: Across) -> Chart:
     metrics = _lead_first(table, metric)
     if (tried := finals(table, metric)["guidance"].unique()).size == 1:
         raise RequestError(f"every point was made with guidance {tried[0]:g}, so there is nothing to choose")
