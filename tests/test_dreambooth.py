@@ -331,6 +331,22 @@ def test_a_tuning_that_was_killed_ends_with_the_same_table(
     pd.testing.assert_frame_equal(left, right)
 
 
+def test_a_forecast_names_each_tuning_and_measures_each_network_once(
+    finished: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+
+    def measure(model: ModelSpec, *_: Any) -> tuple[float, float]:
+        measured.append(model.width)
+        return 0.01, 0.0
+
+    monkeypatch.setattr("isocost.train.forecast.measure", measure)
+    sizes = [one.size for one in finished.forecast()]
+    assert sizes[:3] == ["0.8M", "2.6M", "0.8M dreambooth planted-0"]
+    assert len(sizes) == 6
+    assert measured == [8, 16, 8, 16]
+
+
 def test_another_subject_reuses_what_stands(finished: Pipeline) -> None:
     more = dreambooth_study(subjects={"kind": "scenes", "num_subjects": 3, "num_prompts": 3})
     sizes = Pipeline(more, finished.out).plan()["sizes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,9 @@ class Pipeline:
             if run is self.experiments[run.task].runs[0]:
                 forecaster = Forecaster(run.spec, self.study.text.max_tokens, free_disk(self.out))
             images = max(0, max(run.checkpoints) - newest_state(self.store.folder("run", run.digest)))
-            found.append(forecaster(run.model, images, tuple(run.checkpoints)))
+            of_size = forecaster(run.model, images, tuple(run.checkpoints))
+            tuned = "" if run.task == "text2image" else f" {run.task} {run.variant}".rstrip()
+            found.append(replace(of_size, size=of_size.size + tuned))
             say(str(found[-1]))
         return found
 

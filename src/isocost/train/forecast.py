@@ -88,6 +88,7 @@ class Forecaster:
     def __init__(self, spec: TrainSpec, num_tokens: int, disk_free: int) -> None:
         self.spec, self.num_tokens, self.disk_free = spec, num_tokens, disk_free
         self.gflop_per_second: float | None = None
+        self._measured: dict[ModelSpec, float] = {}
 
     def __call__(self, model: ModelSpec, images: int, marks: tuple[int, ...]) -> Forecast:
         """One size that has `images` to go and keeps a checkpoint at each of `marks`."""
@@ -108,12 +109,14 @@ class Forecaster:
 
     def _rate(self, model: ModelSpec, cost: ModelCost, rows: int, fits: bool) -> tuple[float | None, bool]:
         """Images a second, and whether they were measured."""
+        if model in self._measured:
+            return self._measured[model], True
         gflop = 3 * cost.gflop_per_forward
         known = self.gflop_per_second
         if fits and (known is None or (NUM_STEPS + 1) * rows * gflop / known < LONGEST_SECONDS):
             of_image, of_update = measure(model, self.spec, self.num_tokens, rows)
             rate = 1 / (of_image + of_update / self.spec.batch_size)
-            self.gflop_per_second = rate * gflop
+            self.gflop_per_second, self._measured[model] = rate * gflop, rate
             return rate, True
         return (None if known is None else known / gflop), False
 
