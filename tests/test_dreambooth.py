@@ -36,10 +36,9 @@ from isocost.spec import parse_spec
 from isocost.stages import ModelSpec, ProtocolSpec, TextSpec, TrainSpec
 from isocost.store import Store
 from isocost.study import StudySpec
-from isocost.sweep import workers
-from isocost.train import loop
 from isocost.train.tasks import Dreambooth, TextToImage
 from small import Talking, Thumbnail, scenes
+from stopping import stop_twice
 
 TIMES = ["ms_per_picture", "seconds", "created", "provenance"]
 CPU = torch.device("cpu")
@@ -298,32 +297,8 @@ def test_the_page_shows_subjects_and_what_was_kept(finished: Pipeline) -> None:
 def test_a_tuning_that_was_killed_ends_with_the_same_table(
     finished: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, steps, whole = tmp_path / "out", 0, loop.Trainer.step
-
-    def killed(trainer: Any, *arguments: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 10:  # eight of the family's, then the second of the first tuning
-            raise KeyboardInterrupt
-        return whole(trainer, *arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop.Trainer, "step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            Pipeline(dreambooth_study(), out).run()
-    records, made = 0, workers.Worker._record
-
-    def cut(worker: Any, *arguments: Any) -> None:
-        nonlocal records
-        records += 1
-        if records == 4:
-            raise KeyboardInterrupt
-        made(worker, *arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(workers.Worker, "_record", cut)
-        with pytest.raises(KeyboardInterrupt):
-            Pipeline(dreambooth_study(), out).run()
+    out = tmp_path / "out"
+    stop_twice(dreambooth_study(), out, monkeypatch, at_step=10, at_record=4)  # eight steps are the family's
     pipeline = Pipeline(dreambooth_study(), out)
     assert pipeline.run()
     report(pipeline)

@@ -37,9 +37,9 @@ from isocost.spec import parse_spec
 from isocost.stages import ModelSpec, SamplerSpec
 from isocost.study import StudySpec
 from isocost.sweep import workers
-from isocost.train import loop
 from isocost.train.tasks import Superres
 from isocost.upscaling import upscale
+from stopping import stop_twice
 
 LPIPS_FREE = ["psnr", "ssim"]
 TIMES = ["ms_per_picture", "seconds", "created", "provenance"]
@@ -224,34 +224,7 @@ def test_a_run_that_was_killed_in_between_ends_with_the_same_table(
     """Killed in the tuning, then in its sweep; each time the same command goes on."""
     out = tmp_path / "out"
     study = superres_study()
-    steps = 0
-    whole = loop.Trainer.step
-
-    def killed(trainer: Any, *arguments: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 7:  # four of the family's, then the third of the tuning, after its first state
-            raise KeyboardInterrupt
-        return whole(trainer, *arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop.Trainer, "step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            Pipeline(study, out).run()
-    made = workers.Worker._record
-    records = 0
-
-    def cut(worker: Any, *arguments: Any) -> None:
-        nonlocal records
-        records += 1
-        if records == 3:
-            raise KeyboardInterrupt
-        made(worker, *arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(workers.Worker, "_record", cut)
-        with pytest.raises(KeyboardInterrupt):
-            Pipeline(study, out).run()
+    stop_twice(study, out, monkeypatch, at_step=7, at_record=3)  # four steps are the family's, the sixth leaves a state
     pipeline = Pipeline(study, out)
     assert pipeline.run()
     report(pipeline)

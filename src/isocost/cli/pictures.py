@@ -12,18 +12,24 @@ from isocost.errors import RequestError
 from isocost.spec import parse_spec
 from isocost.stages import SAMPLER_NAMES, Precision, SamplerSpec
 
+Steps = Annotated[int, typer.Option(help="solver steps")]
+Sampler = Annotated[str, typer.Option(help=", ".join(SAMPLER_NAMES))]
+Spacing = Annotated[str, typer.Option(help="trailing, leading, linspace or karras")]
+Eta = Annotated[float, typer.Option(help="DDIM's share of ancestral noise")]
+ComputesIn = Annotated[Precision, typer.Option(help="what the network computes in")]
+
 
 @app.command()
 def sample(
     checkpoint: Annotated[Path, typer.Argument(help="a checkpoint folder: OUT/artefacts/checkpoint/DIGEST")],
     prompt: Annotated[list[str], typer.Option("--prompt", help="a caption; may be given several times")],
-    steps: Annotated[int, typer.Option(help="solver steps")] = 16,
+    steps: Steps = 16,
     guidance: Annotated[float, typer.Option(help="w in uncond + w (cond - uncond); 1 is one pass")] = 2.0,
-    sampler: Annotated[str, typer.Option(help=", ".join(SAMPLER_NAMES))] = "ddim",
-    spacing: Annotated[str, typer.Option(help="trailing, leading, linspace or karras")] = "trailing",
-    eta: Annotated[float, typer.Option(help="DDIM's share of ancestral noise")] = 0.0,
+    sampler: Sampler = "ddim",
+    spacing: Spacing = "trailing",
+    eta: Eta = 0.0,
     negative: Annotated[str | None, typer.Option(help="a caption to lead away from, in place of the empty one")] = None,
-    precision: Annotated[Precision, typer.Option(help="what the network computes in")] = "fp32",
+    precision: ComputesIn = "fp32",
     num: Annotated[int, typer.Option("--num", help="pictures of each prompt")] = 4,
     seed: Annotated[int, typer.Option(help="what the noise is a function of, with the picture's number")] = 0,
     out: Annotated[Path, typer.Option("--out", help="folder for the PNGs and sheet.png")] = Path("samples"),
@@ -61,14 +67,14 @@ def upscale(
     checkpoint: Annotated[Path, typer.Argument(help="a super-resolution checkpoint: OUT/artefacts/checkpoint/DIGEST")],
     picture: Annotated[Path, typer.Argument(help="a picture of any size")],
     out: Annotated[Path, typer.Argument(help="the file to write, .png")],
-    steps: Annotated[int, typer.Option(help="solver steps")] = 16,
+    steps: Steps = 16,
     caption: Annotated[str, typer.Option(help="for checkpoints that were tuned with captions")] = "",
     guidance: Annotated[float, typer.Option(help="1 is one pass")] = 1.0,
-    sampler: Annotated[str, typer.Option(help=", ".join(SAMPLER_NAMES))] = "ddim",
-    spacing: Annotated[str, typer.Option(help="trailing, leading, linspace or karras")] = "trailing",
-    eta: Annotated[float, typer.Option(help="DDIM's share of ancestral noise")] = 0.0,
+    sampler: Sampler = "ddim",
+    spacing: Spacing = "trailing",
+    eta: Eta = 0.0,
     overlap: Annotated[float, typer.Option(help="share of a tile that its neighbours share at least")] = 0.25,
-    precision: Annotated[Precision, typer.Option(help="what the network computes in")] = "fp32",
+    precision: ComputesIn = "fp32",
     seed: Annotated[int, typer.Option(help="what the noise is a function of")] = 0,
 ) -> None:
     """A picture made larger by a super-resolution checkpoint, in overlapping tiles."""

@@ -90,6 +90,11 @@ class ScoreRow(_Base):
     low: Mapped[float] = mapped_column(Float)
     high: Mapped[float] = mapped_column(Float)
 
+    @classmethod
+    def of(cls, point: str, metric: str, interval: Interval) -> ScoreRow:
+        """A score as it is kept."""
+        return cls(point=point, metric=metric, value=interval.value, low=interval.low, high=interval.high)
+
 
 class ProtocolRow(_Base):
     """What a protocol's id stands for: its parts as JSON, so that two of them can be told apart in words."""
@@ -159,8 +164,7 @@ class Ledger:
             session.add(PointRow(**row, created=_now(), provenance=json.dumps(dict(provenance))))
             session.flush()
             for metric, interval in scores.items():
-                parts = {"value": interval.value, "low": interval.low, "high": interval.high}
-                session.add(ScoreRow(point=row["point"], metric=metric, **parts))
+                session.add(ScoreRow.of(row["point"], metric, interval))
 
     def add_protocol(self, protocol: str, parts: Mapping[str, Any]) -> None:
         """Record what a protocol's id stands for."""
@@ -171,8 +175,7 @@ class Ledger:
         """Record further scores of a point that is there."""
         with Session(self.engine) as session, session.begin():
             for metric, interval in scores.items():
-                parts = {"value": interval.value, "low": interval.low, "high": interval.high}
-                session.merge(ScoreRow(point=point, metric=metric, **parts))
+                session.merge(ScoreRow.of(point, metric, interval))
 
     def metrics_of(self, point: str) -> set[str]:
         """Names of the scores that a point has."""
