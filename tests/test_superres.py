@@ -189,7 +189,7 @@ def test_the_ledger_holds_both_tasks_and_their_tables_are_apart(finished: Pipeli
 def test_pair_scores_are_those_of_the_kept_pictures(finished: Pipeline) -> None:
     """A point's kept pictures and originals, scored again by the metrics themselves."""
     experiment, (run, _) = runs_of(finished)
-    point = finished.points(run)[run.final][0]
+    point = experiment.jobs(run)[-1].points[0]
     folder = finished.store.folder("point", point.digest)
     measured = read_measured(folder, ("efficientnet-lite0",))
     made = workers.read_pictures(folder)
@@ -287,7 +287,7 @@ def test_any_size_is_upscaled(finished: Pipeline, height: int, width: int, num_t
 def test_one_tile_is_the_sweeps_picture(finished: Pipeline) -> None:
     """Picture 0 of a point starts from the same noise as the field of a picture of one tile."""
     experiment, (run, _) = runs_of(finished)
-    point = next(each for each in finished.points(run)[run.final] if each.spec.num_steps == 2)
+    point = next(each for each in experiment.jobs(run)[-1].points if each.spec.num_steps == 2)
     swept = workers.read_pictures(finished.store.folder("point", point.digest))[experiment.kept.index(0)]
     done = upscale(checkpoint_of(finished), experiment.low[0].permute(1, 2, 0).numpy(), num_steps=2)  # type: ignore[attr-defined]
     assert np.abs(done.picture.astype(int) - swept).max() <= 1
