@@ -12,6 +12,13 @@ from isocost.cli import family, pictures, scores, studies
 from isocost.cli.app import app
 from isocost.errors import RequestError, WorkError
 
+ORDER = (
+    *("demo", "family", "run", "codec", "train", "sweep", "report", "dreambooth", "recommend"),
+    *("sample", "upscale", "export", "score", "reference", "verify"),
+)
+"""As `isocost --help` lists the commands: studies, then checkpoints, then scores."""
+app.registered_commands.sort(key=lambda command: ORDER.index(command.callback.__name__))  # type: ignore[union-attr]
+
 __all__ = ["app", "family", "main", "pictures", "scores", "studies"]
 
 
