@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from isocost.data.cache import NULL_CAPTION
 from isocost.data.codec import TextCodec, load_codec
 from isocost.data.degrade import resize
+from isocost.data.sources import read_photograph
 from isocost.diffusion.generate import CaptionStates, generate, make_engine, schedule_of
 from isocost.diffusion.noise import START_NOISE, normal_noise
 from isocost.diffusion.rows import Row, num_passes
@@ -106,17 +106,8 @@ def upscale(
 
 
 def _read(file: str | Path) -> Tensor:
-    """uint8 [3, h, w], turned as its EXIF says."""
-    from PIL import ImageOps
-
-    if not Path(file).is_file():
-        raise RequestError(f"{file}: no such picture")
-    try:
-        with Image.open(file) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{file}: no picture can be read from it ({error})") from error
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+    """uint8 [3, h, w]."""
+    return torch.from_numpy(np.array(read_photograph(Path(file)))).permute(2, 0, 1)
 
 
 def _noise(opened: Checkpoint, height: int, width: int, seed: int) -> Tensor:

@@ -344,3 +344,18 @@ def square_rgb(opened: Image.Image, resolution: int) -> np.ndarray:
     if side != resolution:
         rgb = rgb.resize((resolution, resolution), Image.Resampling.LANCZOS)
     return np.asarray(rgb)
+
+
+def read_photograph(file: Path) -> Image.Image:
+    """A picture that a person names, RGB, turned as its EXIF says.
+
+    Raises:
+        RequestError: there is none, or it cannot be read.
+    """
+    if not file.is_file():
+        raise RequestError(f"{file}: no such picture")
+    try:
+        with Image.open(file) as image:
+            return _upright(image).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RequestError(f"{file}: no picture can be read from it ({error}); take it out, or give another") from error

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from isocost.data.scenes import BACKGROUNDS, MARGIN, RGB, SIDE, Scene, render, with_article
 from isocost.data.shapes import Floats, cover
+from isocost.data.sources import read_photograph, square_rgb
 from isocost.errors import RequestError
 
 PROMPTS_FILE = "prompts_and_classes.txt"
@@ -101,13 +101,7 @@ def _files(folder: Path) -> list[str]:
 
 def _square(file: Path, side: int) -> Tensor:
     """The middle square at `side` pixels, uint8 [3, R, R]."""
-    try:
-        with Image.open(file) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise RequestError(f"{file}: no picture can be read from it ({error}); take it out, or give another") from error
-    fitted = ImageOps.fit(upright, (side, side), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+    return torch.from_numpy(square_rgb(read_photograph(file), side).copy()).permute(2, 0, 1)
 
 
 # --- planted subjects -------------------------------------------------------------------------------------------------

@@ -121,16 +121,17 @@ class DreamboothExperiment(Experiment):
         )
 
     def _class_pictures(self, run: Run, class_word: str) -> Tensor:
-        """What the untuned model draws of a class, uint8 [P, 3, R, R], stored."""
+        """What the untuned model draws of a class, uint8 [P, 3, R, R], stored; one process of several makes them."""
         prior, store = self.spec.prior, self.materials.store
         parent = self._parent(run)
         stage = {"stage": "class-pictures", "version": VERSION, "checkpoint": parent.name, "class": class_word}
         name = digest(stage, {"num": prior.num_pictures, "num_steps": prior.num_steps, "guidance": prior.guidance})
-        if not store.has("class-pictures", name):
+        if self.materials.part.rank == 0 and not store.has("class-pictures", name):
             say(f"{prior.num_pictures} pictures of a {class_word} by the untuned model (width {run.model.width})")
             made = self._draw(parent, f"a {class_word}", prior.num_pictures)
             with store.create("class-pictures", name, {"caption": f"a {class_word}"}) as folder:
                 save_file({"pictures": made}, folder / "pictures.safetensors")
+        self.materials.part.wait()
         return load_file(store.folder("class-pictures", name) / "pictures.safetensors")["pictures"]
 
     def _draw(self, checkpoint: Path, caption: str, number: int) -> Tensor:

@@ -49,10 +49,6 @@ class SuperresExperiment(Experiment):
     """`superres` of a study."""
 
     def __init__(self, spec: SuperresSpec, materials: Materials, family: TextToImageExperiment) -> None:
-        """
-        Raises:
-            RequestError: the scale does not fit the codec.
-        """
         self.spec, self.materials, self.family = spec, materials, family
         self.sweep, self.protocol_spec, self.metric = spec.sweep, spec.protocol, spec.metric
         self.resolution = materials.study.data.resolution
@@ -61,7 +57,11 @@ class SuperresExperiment(Experiment):
 
     @cached_property
     def runs(self) -> list[Run]:
-        """Every size from its pretrained checkpoint, then from scratch, as `starts` says."""
+        """Every size from its pretrained checkpoint, then from scratch, as `starts` says.
+
+        Raises:
+            RequestError: the scale does not fit the codec, or a given parent does not fit the study.
+        """
         _, side, _ = self.materials.latent_shape
         check_scale(self.resolution, self.spec.scale, self.resolution // side)
         stage: dict[str, Any] = {"task": "superres", "superres": VERSION, "cache": self.materials.cache_digest}
@@ -234,8 +234,8 @@ class SuperresExperiment(Experiment):
 
     # --- what no model made ---
 
-    def baseline(self, title: str) -> tuple[Measured, dict[str, Any]]:
-        """What was measured of the pictures called `title`, and the scores with intervals: `bicubic` or `decoded`."""
+    def _baseline(self, title: str) -> Measured:
+        """What is measured of the pictures called `title`, `bicubic` or `decoded`; made once."""
         store, reference = self.materials.store, self.reference
         make = {
             "bicubic": partial(resize, self.low, self.resolution),
@@ -249,23 +249,24 @@ class SuperresExperiment(Experiment):
             measuring.add(list(range(len(pictures))), pictures)
             with store.create("baseline", name, {"title": title}) as folder:
                 write_measured(folder, measuring.measured(), reference.kept)
-        measured = read_measured(store.folder("baseline", name), tuple(reference.extractors))
-        return measured, score(measured, reference, self.spec.protocol.distances)
+        return read_measured(store.folder("baseline", name), tuple(reference.extractors))
 
-    @property
+    @cached_property
     def baselines(self) -> Mapping[str, Mapping[str, float]]:
         """`decoded`: what no model can pass; `bicubic`: what it must."""
-        return {
-            title: {metric: interval.value for metric, interval in self.baseline(title)[1].items()}
+        scored = {
+            title: score(self._baseline(title), self.reference, self.spec.protocol.distances)
             for title in ("decoded", "bicubic")
         }
+        return {title: {metric: interval.value for metric, interval in scores.items()} for title, scores in scored.items()}
 
     def findings(self, table: pd.DataFrame) -> dict[str, Any]:
         """Every size at its best against bicubic, and pretrained against from scratch, in paired differences."""
         best = best_in_each(finals(table, self.metric), self.metric, ["size"]).to_dict("records")
         measured = {row["size"]: self._measured(row["point"]) for row in best}
         told: dict[str, Any] = {}
-        against = {size: self._difference(one, self.baseline("bicubic")[0]) for size, one in measured.items()}
+        bicubic = self._baseline("bicubic")
+        against = {size: self._difference(one, bicubic) for size, one in measured.items()}
         told["less bicubic, at the best settings"] = against
         pairs = [(size, f"{size} {SCRATCH}") for size in measured if f"{size} {SCRATCH}" in measured]
         if pairs:
