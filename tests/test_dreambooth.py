@@ -234,7 +234,7 @@ def test_the_family_is_tuned_for_every_subject(finished: Pipeline) -> None:
 def test_the_prior_is_the_untuned_models_own(finished: Pipeline) -> None:
     experiment = experiment_of(finished)
     run = experiment.runs[0]
-    task = experiment.task(run)
+    task = experiment.task(run, experiment.network(run))
     assert isinstance(task, Dreambooth)
     assert (task.num_subject, task.num_prior) == (4, 6)
     again = experiment._draw(run.parent, "a circle", 6)  # type: ignore[arg-type]

@@ -98,7 +98,8 @@ def test_further_channels_change_nothing_at_first(width: int) -> None:
 def test_the_first_forward_of_the_task_is_the_parents(finished: Pipeline) -> None:
     experiment, (run, _) = runs_of(finished)
     parent = load_checkpoint(finished.store.folder("checkpoint", finished.runs[0].final)).network
-    task, network = experiment.task(run), experiment.network(run).eval()
+    network = experiment.network(run).eval()
+    task = experiment.task(run, network)
     batch = task.batch(0, range(8), torch.device("cpu"))
     with torch.no_grad():
         made = network(batch.noisy, batch.timesteps, batch.states).sample
@@ -109,7 +110,7 @@ def test_the_first_forward_of_the_task_is_the_parents(finished: Pipeline) -> Non
 def test_each_image_comes_with_its_own_degraded_picture(finished: Pipeline) -> None:
     experiment, (run, _) = runs_of(finished)
     materials = finished.materials
-    task = experiment.task(run)
+    task = experiment.task(run, experiment.network(run))
     assert isinstance(task, Superres)
     num_pictures = len(materials.cache)
     ids, passes = torch.tensor([5, 7]), torch.tensor([0, 3])
@@ -132,7 +133,7 @@ def test_captions_are_given_where_asked_for(tmp_path: Path) -> None:
     pipeline = Pipeline(superres_study(captions="given", starts=["scratch"]), tmp_path / "out")
     experiment, (run,) = runs_of(pipeline)
     pipeline.prepare()
-    states = experiment.task(run).batch(0, range(16), torch.device("cpu")).states
+    states = experiment.task(run, experiment.network(run)).batch(0, range(16), torch.device("cpu")).states
     assert len(torch.unique(states.flatten(1), dim=0)) > 8
     assert len(set(experiment.reference.captions)) > 8
 

@@ -5,6 +5,7 @@ Oracles: scipy's tests of distributions, diffusers' own min-SNR weights.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def task_of(cache: LatentCache, **changes: object) -> TextToImage:
 
 
 def joined(batches: list[Batch]) -> Batch:
-    names = ("noisy", "timesteps", "states", "target", "weights")
+    names = [column.name for column in fields(Batch)]
     return Batch(*(torch.cat([getattr(batch, name) for batch in batches]) for name in names))
 
 
@@ -115,7 +116,7 @@ def test_timesteps_captions_and_dropout_are_uniform_and_independent() -> None:
 def test_every_caption_of_a_picture_is_as_likely_and_dropped_at_its_rate(cache: LatentCache) -> None:
     images = torch.arange(9000)
     pictures = picture_order(0, 0, len(images), NUM_PICTURES)
-    _, pick, drop = choices(training_key(0), images)
+    _, pick, drop, _ = choices(training_key(0), images)
     task = task_of(cache)
     chosen = task._captions(pictures, pick, drop)
     for picture in range(NUM_PICTURES):

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from isocost.spec import Spec
-from isocost.stages import LEAST_PICTURES, NUM_TRAIN_TIMESTEPS, DistanceName, PairName, ProtocolSpec, SweepSpec, TrainSpec
+from isocost.stages import (
+    LEAST_PICTURES,
+    NUM_TRAIN_TIMESTEPS,
+    DistanceName,
+    PairName,
+    ProtocolSpec,
+    SamplerSpec,
+    SweepSpec,
+    TrainSpec,
+)
 
+DistillVariant = Literal["consistency", "codi", "codi-efficient", "progressive"]
 Range = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
 
 
@@ -57,6 +68,74 @@ class DegradationSpec(Spec):
     final_sinc_share: float = Field(0.8, ge=0, le=1)
 
 
+class DistillSweepSpec(SweepSpec):
+    """Few steps by consistency sampling. A progressive student takes DDIM's steps instead, those of its stages."""
+
+    samplers: tuple[SamplerSpec, ...] = (SamplerSpec(name="lcm"),)
+    num_steps: tuple[Annotated[int, Field(ge=1, le=NUM_TRAIN_TIMESTEPS)], ...] = (1, 2, 4, 8)
+    marks_num_steps: int = Field(4, ge=1, le=NUM_TRAIN_TIMESTEPS)
+
+
+class SuperresDistillSweepSpec(DistillSweepSpec):
+    """Without guidance where nothing else is said."""
+
+    guidance: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
+    marks_guidance: float = Field(1.0, ge=0)
+
+
+class DistillSpec(Spec):
+    """Few-step students of the last checkpoint of every size (arXiv 2404.01367, section 4.7).
+
+    `train` takes what it does not say from that of the teacher, numbers of images and marks apart. `train.num_images` are those
+    of a student; of a progressive one they are shared out over its stages.
+    """
+
+    variants: tuple[DistillVariant, ...] = Field(("consistency",), min_length=1)
+    teachers: tuple[str, ...] = Field((), description="checkpoint folders to distil, in place of the study's own")
+    guidance_range: tuple[float, float] | None = Field(
+        (1.0, 8.0), description="w is drawn from it and becomes an input of the student, of one pass; null: no guidance"
+    )
+    guidance_width: int = Field(256, ge=8, description="width of its embedding; Stable Diffusion's students have 256")
+    solver_steps: int = Field(50, ge=2, description="grid of consistency distillation; the sampler lcm counts on 50")
+    huber_delta: float = Field(1e-3, gt=0, description="of consistency distillation's pseudo-Huber distance")
+    latent_weight: float = Field(1.0, ge=0, description="CoDi: of the clean latent's error beside the noise's consistency")
+    one_timestep_per_batch: bool = Field(False, description="CoDi's own way; every image draws its own where false")
+    target_half_life_images: int = Field(500, ge=1, description="of the average that consistency is asked with")
+    stages: tuple[Annotated[int, Field(ge=1)], ...] = Field((16, 8, 4), description="steps after each stage of progressive")
+    train: TrainSpec
+    sweep: DistillSweepSpec = Field(description="guidance within guidance_range")
+    metric: str | None = Field(None, description="what its report leads with; that of the teacher's where absent")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DistillSpec:
+        if NUM_TRAIN_TIMESTEPS % self.solver_steps:
+            raise ValueError(f"solver_steps={self.solver_steps} does not divide {NUM_TRAIN_TIMESTEPS} timesteps")
+        if self.guidance_range is not None:
+            low, high = self.guidance_range
+            if not 0 < low <= high:
+                raise ValueError(f"guidance_range={[low, high]} runs backwards, or begins at 0")
+        else:
+            low, high = 1.0, 1.0
+        asked = (*self.sweep.guidance, *((self.sweep.marks_guidance,) if self.train.marks or self.train.marks_gflop else ()))
+        outside = [w for w in asked if not low <= w <= high]
+        if outside:
+            raise ValueError(f"sweep.guidance: {outside[0]:g} lies outside what students learn, {low:g} to {high:g}")
+        if any(2 * later != earlier for earlier, later in pairwise(self.stages)) or not self.stages:
+            raise ValueError(f"stages={list(self.stages)}: each has half the steps of the one before")
+        if self.train.prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(f"train.prediction: {self.train.prediction} is not distilled; epsilon and v_prediction are")
+        if self.train.sharding != "none":
+            raise ValueError("train.sharding: a student and its teacher are not sharded; take none")
+        return self
+
+
+class SuperresDistillSpec(DistillSpec):
+    """Without guidance where nothing else is said."""
+
+    guidance_range: tuple[float, float] | None = None
+    sweep: SuperresDistillSweepSpec = SuperresDistillSweepSpec()
+
+
 class SuperresSweepSpec(SweepSpec):
     """Without guidance where nothing else is said."""
 
@@ -86,6 +165,7 @@ class SuperresSpec(Spec):
     sweep: SuperresSweepSpec
     protocol: SuperresProtocolSpec = SuperresProtocolSpec()
     metric: str = Field("lpips", description="what its report leads with")
+    distill: SuperresDistillSpec | None = Field(None, description="few-step students of what was tuned")
 
 
 class PhotographedSubjects(Spec):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from isocost.diffusion.noise import Schedule
 from isocost.diffusion.samplers import build_table
 from isocost.errors import RequestError
+from isocost.experiments.distill import DistillExperiment
 from isocost.experiments.dreambooth import DreamboothExperiment
 from isocost.experiments.experiment import Experiment, Run
 from isocost.experiments.superres import SuperresExperiment
@@ -56,7 +57,7 @@ class Pipeline:
         for width in study.family.widths:
             check_width(width)
         asked = [(study.sweep, study.report.metric)]
-        asked += [(tuned.sweep, tuned.metric) for tuned in (study.superres, study.dreambooth) if tuned is not None]
+        asked += [(tuned.sweep, tuned.metric or study.report.metric) for tuned in study.tuned().values()]
         for sweep, metric in asked:
             for sampler in sweep.samplers:
                 for num_steps in (*sweep.num_steps, sweep.marks_num_steps):
@@ -97,8 +98,13 @@ class Pipeline:
         """What the study asks for: text-to-image, then what is tuned from it."""
         family = TextToImageExperiment(self.study, self.materials)
         experiments: dict[TaskName, Experiment] = {"text2image": family}
+        if self.study.distill is not None:
+            experiments["distill"] = DistillExperiment("distill", self.study.distill, self.materials, family)
         if self.study.superres is not None:
-            experiments["superres"] = SuperresExperiment(self.study.superres, self.materials, family)
+            tuned = SuperresExperiment(self.study.superres, self.materials, family)
+            experiments["superres"] = tuned
+            if (few_steps := self.study.superres.distill) is not None:
+                experiments["superres-distill"] = DistillExperiment("superres-distill", few_steps, self.materials, tuned)
         if self.study.dreambooth is not None:
             experiments["dreambooth"] = DreamboothExperiment(self.study.dreambooth, self.materials, family)
         return experiments
@@ -155,7 +161,8 @@ class Pipeline:
 
         if warning := too_large(spec, cost, self.part.num_parts, free_disk(self.out)):
             say(warning)
-        network, task = experiment.network(run), experiment.task(run)
+        network = experiment.network(run)
+        task = experiment.task(run, network)
         self._record_skipped()
         title = f"train {cost.size} ({run.title})"
         train(spec, task, network, folder, publish, title=title, marks=tuple(run.checkpoints), deadline=deadline)
@@ -194,6 +201,7 @@ class Pipeline:
             "text": self.study.text,
             "resolution": self.study.data.resolution,
             "run": run.digest,
+            "training_gflop": self.experiments[run.task].training_gflop(run, images_seen),
         }
         return CheckpointInfo(**facts | self.experiments[run.task].facts(run))
 
@@ -281,7 +289,9 @@ class Pipeline:
                     "training_gflop": 3 * cost.gflop_per_forward * images,
                     "points": len(points),
                     "points_to_make": len(missing),
-                    "sampling_gflop": sum(cost.gflop_per_forward * point.nfe * point.spec.num_pictures for point in missing),
+                    "sampling_gflop": sum(
+                        cost.gflop_per_forward * point.nfe(run.model) * point.spec.num_pictures for point in missing
+                    ),
                 }
             )
         return {"study": self.study.name, "out": str(self.out), "protocol": self.materials.protocol.id, "sizes": sizes}

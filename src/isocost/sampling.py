@@ -45,7 +45,7 @@ def sample(
     prompts: Sequence[str],
     *,
     sampler: SamplerSpec | None = None,
-    num_steps: int = 16,
+    num_steps: int | None = None,
     guidance: float = 2.0,
     num_pictures: int = 4,
     seed: int = 0,
@@ -54,10 +54,11 @@ def sample(
 ) -> Samples:
     """Draw `num_pictures` of each prompt. Picture k of prompt p starts from the noise of picture id p K + k.
 
-    `negative` stands in for the empty caption in guidance's second pass.
+    `negative` stands in for the empty caption in guidance's second pass. Where nothing else is said, a few-step student has
+    its own sampler and takes 4 steps; others take 16 of DDIM.
 
     Raises:
-        RequestError: the checkpoint does not load, or the sampler does not take these settings.
+        RequestError: the checkpoint does not load, it or the sampler does not take these settings.
     """
     if not prompts or any(not prompt.strip() for prompt in prompts):
         raise RequestError("give at least one prompt with words in it (--prompt TEXT)")
@@ -66,9 +67,12 @@ def sample(
     if negative is not None and guidance in (0, 1):
         raise RequestError("a negative prompt does nothing without guidance; give a guidance above 1, or leave it out")
     opened = load_checkpoint(checkpoint)
-    if opened.info.task == "superres":
+    if opened.info.scale is not None:
         raise RequestError(f"{checkpoint}: made for super-resolution; `isocost upscale CHECKPOINT PICTURE OUT` takes it")
-    table = build_table(sampler or SamplerSpec(), num_steps, schedule_of(opened.info))
+    opened.info.check_guidance(guidance)
+    if negative is not None and opened.info.model.embeds_guidance:
+        raise RequestError(f"{checkpoint}: a student takes guidance as an input, in one pass; a negative prompt has no place")
+    table = build_table(sampler or opened.info.sampler, num_steps or opened.info.num_steps, schedule_of(opened.info))
     of_negative = None if negative is None else len(prompts)
     rows = [
         Row(i, i // num_pictures, table, guidance, seed=seed, negative=of_negative) for i in range(len(prompts) * num_pictures)
@@ -76,7 +80,7 @@ def sample(
     codec = load_codec(opened.codec_path, opened.info.codec_subfolder)
     captions = list(prompts) if negative is None else [*prompts, negative]
     states = CaptionStates.of(captions, TextCodec(opened.text))
-    num_places = len(rows) * num_passes(guidance)
+    num_places = len(rows) * num_passes(guidance, opened.info.model.embeds_guidance)
     engine = make_engine(
         opened.network, opened.info, states, bucket_size=min(DEFAULT_BUCKET_SIZE, num_places), precision=precision
     )

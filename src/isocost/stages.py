@@ -34,7 +34,7 @@ FeatureName = Literal[
     "pickscore",
     "hpsv2",
 ]
-TaskName = Literal["text2image", "superres", "dreambooth"]
+TaskName = Literal["text2image", "superres", "dreambooth", "distill", "superres-distill"]
 PairName = Literal["psnr", "ssim", "lpips"]
 DistanceName = Literal[
     "kernel",
@@ -185,6 +185,13 @@ class ModelSpec(Spec):
     extra_input_channels: int = 0
     layers_per_block: int = 2
     num_levels: int = 4
+    guidance_width: int | None = Field(None, description="of the guidance embedding, for students that take w as an input")
+    adapter: Literal["none", "noisy", "beside"] = Field("none", description="a second encoder, and what it sees")
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """True for a student that takes w as an input: one pass is enough."""
+        return self.guidance_width is not None
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

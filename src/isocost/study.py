@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from isocost.downstream import DreamboothSpec, SuperresSpec
+from isocost.downstream import DistillSpec, DreamboothSpec, SuperresSpec
 from isocost.spec import Spec
 from isocost.stages import CodecSpec, DataSpec, FamilySpec, ProtocolSpec, SweepSpec, TextSpec, TrainSpec
 
@@ -18,8 +18,8 @@ class ReportSpec(Spec):
     budgets: tuple[float, ...] = Field((), description="paper cost budgets for the answer; chosen from the data where empty")
 
 
-DOWNSTREAM = ("superres", "dreambooth")
-"""Parts of a study that fine-tune what `train` made."""
+DOWNSTREAM = ("superres", "dreambooth", "distill")
+"""Parts of a study that start from what `train` made; `superres` may have a `distill` of its own."""
 
 OWN_TO_A_TRAINING = frozenset({"num_images", "marks", "marks_gflop", "warmup_images"})
 
@@ -38,6 +38,7 @@ class StudySpec(Spec):
     report: ReportSpec = ReportSpec()
     superres: SuperresSpec | None = None
     dreambooth: DreamboothSpec | None = None
+    distill: DistillSpec | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -45,28 +46,28 @@ class StudySpec(Spec):
         """What the training of a downstream task does not say is as in `train`."""
         if not isinstance(plain, dict) or not isinstance(plain.get("train"), dict):
             return plain
-        shared = {key: value for key, value in plain["train"].items() if key not in OWN_TO_A_TRAINING}
-        without = {"dreambooth": {"caption_dropout": 0.0}}
-        tuned = {
-            name: {**plain[name], "train": {**shared, **without.get(name, {}), **plain[name]["train"]}}
-            for name in DOWNSTREAM
-            if isinstance(plain.get(name), dict) and isinstance(plain[name].get("train"), dict)
-        }
+        tuned = {name: _like(plain[name], plain["train"], name) for name in DOWNSTREAM if name in plain}
         return {**plain, **tuned}
 
     @model_validator(mode="after")
     def _tuned_as_it_predicts(self) -> StudySpec:
-        for name in DOWNSTREAM:
-            tuned = getattr(self, name)
+        for name, tuned in self.tuned().items():
             for field in ("prediction", "zero_terminal_snr"):
                 own = getattr(self.train, field)
-                if tuned is not None and getattr(tuned.train, field) != own:
+                if getattr(tuned.train, field) != own:
                     raise ValueError(
                         f"{name}.train.{field}: a network is tuned as it was trained, {field}: {own}; leave it out"
                     )
         if self.superres is not None and self.data.resolution % self.superres.scale:
             raise ValueError(f"superres.scale: {self.superres.scale} does not divide data.resolution {self.data.resolution}")
         return self
+
+    def tuned(self) -> dict[str, SuperresSpec | DreamboothSpec | DistillSpec]:
+        """The parts that start from what `train` made, by where they stand in the file."""
+        parts = {name: getattr(self, name) for name in DOWNSTREAM}
+        if self.superres is not None:
+            parts["superres.distill"] = self.superres.distill
+        return {name: part for name, part in parts.items() if part is not None}
 
     def fixed_part(self) -> dict[str, Any]:
         """What may not change in an output folder. Sizes, steps, guidance, samplers, marks and images seen may grow."""
@@ -77,14 +78,33 @@ class StudySpec(Spec):
             "text": plain["text"],
             "train": self.train.fixed(),
             "protocol": _fixed(plain["protocol"]),
-            **{name: self._fixed_downstream(name) for name in DOWNSTREAM if plain[name] is not None},
+            **{name: _fixed_tuned(part) for name, part in self.tuned().items()},
         }
 
-    def _fixed_downstream(self, name: str) -> dict[str, Any]:
-        plain = self.model_dump(mode="json")[name]
-        free = {"sweep", "starts", "parents", "metric", "train", "protocol", "subjects", "num_prior_pictures"}
-        kept = {key: value for key, value in plain.items() if key not in free}
-        return {**kept, "train": getattr(self, name).train.fixed(), "protocol": _fixed(plain["protocol"])}
+
+FREE_WHERE_TUNED = frozenset(
+    {"sweep", "starts", "parents", "teachers", "variants", "metric", "subjects", "num_prior_pictures", "distill"}
+)
+"""What may change of a part that starts from what `train` made."""
+
+
+def _fixed_tuned(part: SuperresSpec | DreamboothSpec | DistillSpec) -> dict[str, Any]:
+    plain = part.model_dump(mode="json")
+    kept = {key: value for key, value in plain.items() if key not in FREE_WHERE_TUNED}
+    protocol = {"protocol": _fixed(plain["protocol"])} if "protocol" in plain else {}
+    return {**kept, "train": part.train.fixed(), **protocol}
+
+
+def _like(part: Any, train: dict[str, Any], name: str) -> Any:
+    """A part of the file whose training takes from `train` what it does not say."""
+    if not isinstance(part, dict) or not isinstance(part.get("train"), dict):
+        return part
+    shared = {key: value for key, value in train.items() if key not in OWN_TO_A_TRAINING}
+    without = {"caption_dropout": 0.0} if name == "dreambooth" else {}
+    whole = {**part, "train": {**shared, **without, **part["train"]}}
+    if name == "superres" and "distill" in part:
+        whole["distill"] = _like(part["distill"], whole["train"], "distill")
+    return whole
 
 
 def _fixed(protocol: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def upscale(
     *,
     caption: str = NULL_CAPTION,
     sampler: SamplerSpec | None = None,
-    num_steps: int = 16,
+    num_steps: int | None = None,
     guidance: float = 1.0,
     overlap: float = 0.25,
     seed: int = 0,
@@ -63,7 +63,7 @@ def upscale(
     """
     opened = load_checkpoint(checkpoint)
     info = opened.info
-    if info.task != "superres" or info.scale is None:
+    if info.scale is None:
         raise RequestError(f"{checkpoint}: made for {info.task}; `isocost upscale` takes a checkpoint of a study's `superres`")
     if not 0 <= overlap < 1:
         raise RequestError(f"overlap = {overlap}: a share of a tile's side, from 0 to below 1")
@@ -77,7 +77,8 @@ def upscale(
     enlarged = resize(low[None], (scale * low.shape[1], scale * low.shape[2]))[0]
     tiling = Tiling.of(enlarged.shape[1], enlarged.shape[2], side, min(int(overlap * side), side - unit), unit)
     started = time.perf_counter()
-    table = build_table(sampler or SamplerSpec(), num_steps, schedule_of(info))
+    info.check_guidance(guidance)
+    table = build_table(sampler or info.sampler, num_steps or info.num_steps, schedule_of(info))
     rows = [Row(number, 0, table, guidance, seed=seed) for number in range(len(tiling.corners))]
     beside = torch.cat([codec.encode(tile)[0].float() for tile in tiling.cut(enlarged).split(1)])
     starts = tiling.cut(
@@ -87,7 +88,7 @@ def upscale(
         opened.network,
         info,
         CaptionStates.of([caption], TextCodec(opened.text)),
-        bucket_size=min(DEFAULT_BUCKET_SIZE, len(rows) * num_passes(guidance)),
+        bucket_size=min(DEFAULT_BUCKET_SIZE, len(rows) * num_passes(guidance, info.model.embeds_guidance)),
         precision=precision,
         beside=lambda ids: beside[ids],
         starts=lambda ids: starts[ids],

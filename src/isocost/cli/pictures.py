@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +13,8 @@ from isocost.errors import RequestError
 from isocost.spec import parse_spec
 from isocost.stages import SAMPLER_NAMES, Precision, SamplerSpec
 
-Steps = Annotated[int, typer.Option(help="solver steps")]
-Sampler = Annotated[str, typer.Option(help=", ".join(SAMPLER_NAMES))]
+Steps = Annotated[int | None, typer.Option(help="solver steps; 16 where absent, 4 for a few-step student")]
+Sampler = Annotated[str | None, typer.Option(help=f"{', '.join(SAMPLER_NAMES)}; the checkpoint's own where absent")]
 Spacing = Annotated[str, typer.Option(help="trailing, leading, linspace or karras")]
 Eta = Annotated[float, typer.Option(help="DDIM's share of ancestral noise")]
 ComputesIn = Annotated[Precision, typer.Option(help="what the network computes in")]
@@ -23,9 +24,9 @@ ComputesIn = Annotated[Precision, typer.Option(help="what the network computes i
 def sample(
     checkpoint: Annotated[Path, typer.Argument(help="a checkpoint folder: OUT/artefacts/checkpoint/DIGEST")],
     prompt: Annotated[list[str], typer.Option("--prompt", help="a caption; may be given several times")],
-    steps: Steps = 16,
+    steps: Steps = None,
     guidance: Annotated[float, typer.Option(help="w in uncond + w (cond - uncond); 1 is one pass")] = 2.0,
-    sampler: Sampler = "ddim",
+    sampler: Sampler = None,
     spacing: Spacing = "trailing",
     eta: Eta = 0.0,
     negative: Annotated[str | None, typer.Option(help="a caption to lead away from, in place of the empty one")] = None,
@@ -39,7 +40,7 @@ def sample(
 
     from isocost.sampling import sample as draw
 
-    spec = parse_spec(SamplerSpec, {"name": sampler, "spacing": spacing, "eta": eta}, "--sampler")
+    spec = _sampler(sampler, spacing, eta)
     drawn = draw(
         checkpoint,
         prompt,
@@ -67,10 +68,10 @@ def upscale(
     checkpoint: Annotated[Path, typer.Argument(help="a super-resolution checkpoint: OUT/artefacts/checkpoint/DIGEST")],
     picture: Annotated[Path, typer.Argument(help="a picture of any size")],
     out: Annotated[Path, typer.Argument(help="the file to write, .png")],
-    steps: Steps = 16,
+    steps: Steps = None,
     caption: Annotated[str, typer.Option(help="for checkpoints that were tuned with captions")] = "",
     guidance: Annotated[float, typer.Option(help="1 is one pass")] = 1.0,
-    sampler: Sampler = "ddim",
+    sampler: Sampler = None,
     spacing: Spacing = "trailing",
     eta: Eta = 0.0,
     overlap: Annotated[float, typer.Option(help="share of a tile that its neighbours share at least")] = 0.25,
@@ -84,7 +85,7 @@ def upscale(
 
     if out.suffix.lower() != ".png":
         raise RequestError(f"{out}: give a file that ends in .png")
-    spec = parse_spec(SamplerSpec, {"name": sampler, "spacing": spacing, "eta": eta}, "--sampler")
+    spec = _sampler(sampler, spacing, eta)
     done = enlarge(
         checkpoint,
         picture,
@@ -103,13 +104,21 @@ def upscale(
     answer_json({"file": str(out), "height": height, "width": width, "num_tiles": done.num_tiles, **cost})
 
 
+def _sampler(name: str | None, spacing: str, eta: float) -> SamplerSpec | None:
+    """What is asked for; None where nothing is, which takes the checkpoint's own."""
+    if name is None and (spacing, eta) == ("trailing", 0.0):
+        return None
+    return parse_spec(SamplerSpec, {"name": name or "ddim", "spacing": spacing, "eta": eta}, "--sampler")
+
+
 @app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="a checkpoint folder")],
     folder: Annotated[Path, typer.Argument(help="a new folder")],
 ) -> None:
-    """A folder that diffusers' StableDiffusionPipeline loads."""
+    """A folder that diffusers' pipelines load."""
     from isocost.exporting import export as write
 
     written = write(checkpoint, folder)
-    answer_json({"folder": str(written), "load": f"StableDiffusionPipeline.from_pretrained({str(written)!r})"})
+    pipeline = json.loads((written / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    answer_json({"folder": str(written), "load": f"{pipeline}.from_pretrained({str(written)!r})"})

@@ -20,6 +20,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from isocost.diffusion.engine import Denoise
+from isocost.models.adapted import guidance_width
 from isocost.progress import say
 from isocost.stages import Precision
 
@@ -48,7 +49,7 @@ class SamplingNetwork:
         for attention in self.attentions:
             attention.set_processor(_ProjectedAttention(self.context_width))
             self.context_width += 2 * attention.inner_dim
-        self.guidance_width = getattr(network.config, "time_cond_proj_dim", None)
+        self.guidance_width = guidance_width(network)
         self._call = _compile(self.network, self.device) if compiled else self.network
 
     @property

@@ -108,7 +108,7 @@ class DreamboothExperiment(Experiment):
                 runs.append(make_run("dreambooth", family_run.model, self.spec.train, own, gflop, parent, subject.name))
         return runs
 
-    def task(self, run: Run) -> Task:
+    def task(self, run: Run, network: nn.Module) -> Task:
         """The subject's pictures under "a TOKEN CLASS", and the class's own under "a CLASS"."""
         subject, spec = self._subject_of(run), self.spec
         pictures, captions = [subject.pictures], [f"a {spec.token} {subject.class_word}"] * len(subject.pictures)

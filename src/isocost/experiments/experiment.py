@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from isocost.diffusion.generate import CaptionStates
 from isocost.diffusion.rows import ByPicture
+from isocost.models.adapted import AdaptedUNet
 from isocost.models.checkpoint import save_networks
 from isocost.score.reference import Reference
 from isocost.spec import digest
@@ -87,6 +88,8 @@ class Experiment(ABC):
     protocol_spec: ProtocolSpec
     metric: str
     """What its report leads with."""
+    compared_with: Experiment | None = None
+    """Another experiment of the same protocol, whose last checkpoints its report shows as well."""
 
     # --- trainings ---
 
@@ -96,8 +99,8 @@ class Experiment(ABC):
         """The trainings that the study asks for, smallest first."""
 
     @abstractmethod
-    def task(self, run: Run) -> Task:
-        """What the run trains on."""
+    def task(self, run: Run, network: nn.Module) -> Task:
+        """What the run trains `network` on."""
 
     @abstractmethod
     def network(self, run: Run) -> nn.Module:
@@ -105,12 +108,16 @@ class Experiment(ABC):
 
     def save(self, folder: Path, network: nn.Module, run: Run, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Write the networks of a checkpoint with these weights."""
-        assert isinstance(network, UNet2DConditionModel), "another network has another way"
+        assert isinstance(network, UNet2DConditionModel | AdaptedUNet), "another network has another way"
         save_networks(folder, network, run.spec.prediction, run.spec.zero_terminal_snr, weights)
 
     def facts(self, run: Run) -> dict[str, Any]:
         """What a checkpoint's `isocost.json` says beyond the rest, or in its place."""
         return {}
+
+    def training_gflop(self, run: Run, images_seen: int) -> float | None:
+        """What a training took; None where that is 3 x forward x images."""
+        return None
 
     # --- points ---
 

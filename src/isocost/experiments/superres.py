@@ -30,7 +30,8 @@ from isocost.models.cost import model_cost
 from isocost.models.unet import build_unet, widen_input
 from isocost.progress import say
 from isocost.score.codec import round_trip
-from isocost.score.differences import paired_differences
+from isocost.score.differences import Pairing
+from isocost.score.intervals import Interval
 from isocost.score.kept import Measured, read_measured, write_measured
 from isocost.score.pairs import PairScore, pair_score
 from isocost.score.protocol import Protocol
@@ -64,8 +65,6 @@ class SuperresExperiment(Experiment):
         """
         _, side, _ = self.materials.latent_shape
         check_scale(self.resolution, self.spec.scale, self.resolution // side)
-        stage: dict[str, Any] = {"task": "superres", "superres": VERSION, "cache": self.materials.cache_digest}
-        stage |= {"degradation": self.spec.degradation.canonical(), "scale": self.spec.scale, "captions": self.spec.captions}
         runs = []
         for start in self.spec.starts:
             for parent, model in self._parents():
@@ -73,10 +72,20 @@ class SuperresExperiment(Experiment):
                 wide = model.model_copy(update={"extra_input_channels": model.latent_channels})
                 gflop = model_cost(wide, self.materials.study.text.max_tokens).gflop_per_forward
                 came_from = None if is_scratch else parent
-                own = stage | {"parent": None if came_from is None else came_from.name}
+                own = self.stage | {"parent": None if came_from is None else came_from.name}
                 variant = SCRATCH if is_scratch else ""
                 runs.append(make_run("superres", wide, self.spec.train, own, gflop, came_from, variant))
         return runs
+
+    @property
+    def stage(self) -> dict[str, Any]:
+        """What of the study decides its weights, besides parent, recipe and network."""
+        stage: dict[str, Any] = {"task": "superres", "superres": VERSION, "cache": self.materials.cache_digest}
+        return stage | {
+            "degradation": self.spec.degradation.canonical(),
+            "scale": self.spec.scale,
+            "captions": self.spec.captions,
+        }
 
     def _parents(self) -> list[tuple[Path, ModelSpec]]:
         """Checkpoint folders to start from, and their networks."""
@@ -100,7 +109,7 @@ class SuperresExperiment(Experiment):
             raise RequestError(f"superres.parents: {folder} predicts {info.prediction}, the study {self.spec.train.prediction}")
         return info.model
 
-    def task(self, run: Run) -> Task:
+    def task(self, run: Run, network: nn.Module) -> Task:
         """The cache's latents, each with the latent of its degraded picture."""
         materials, spec = self.materials, self.spec
         pictures = materials.pictures("train").pictures
@@ -182,10 +191,9 @@ class SuperresExperiment(Experiment):
     def jobs(self, run: Run) -> list[Job]:
         """The grid at the last checkpoint, a point at every mark."""
         points = run_points(tuple(run.checkpoints.values()), self.sweep, self.protocol_spec, self.protocol)
-        return [Job(name, some, lambda: self.bench) for name, some in points.items()]
+        return [Job(name, some, self.make_bench) for name, some in points.items()]
 
-    @cached_property
-    def bench(self) -> Bench:
+    def make_bench(self) -> Bench:
         """The held-out pictures' captions, or the empty one for each, beside their low-resolution forms."""
         captions = CaptionStates.of(self._captions, self.materials.text)
         return Bench(self.reference, captions, self.kept, self.spec.protocol.distances, self.beside)
@@ -263,24 +271,18 @@ class SuperresExperiment(Experiment):
     def findings(self, table: pd.DataFrame) -> dict[str, Any]:
         """Every size at its best against bicubic, and pretrained against from scratch, in paired differences."""
         best = best_in_each(finals(table, self.metric), self.metric, ["size"]).to_dict("records")
-        measured = {row["size"]: self._measured(row["point"]) for row in best}
+        pairing = Pairing(self.materials.store, self.reference, self.spec.protocol.distances)
+        measured = {row["size"]: pairing.measured(row["point"]) for row in best}
         told: dict[str, Any] = {}
         bicubic = self._baseline("bicubic")
-        against = {size: self._difference(one, bicubic) for size, one in measured.items()}
+        against = {size: _in_words(pairing.of(one, bicubic)) for size, one in measured.items()}
         told["less bicubic, at the best settings"] = against
         pairs = [(size, f"{size} {SCRATCH}") for size in measured if f"{size} {SCRATCH}" in measured]
         if pairs:
             told["pretrained less from scratch"] = {
-                size: self._difference(measured[size], measured[other]) for size, other in pairs
+                size: _in_words(pairing.of(measured[size], measured[other])) for size, other in pairs
             }
         return told
-
-    def _measured(self, point: str) -> Measured:
-        return read_measured(self.materials.store.folder("point", point), tuple(self.reference.extractors))
-
-    def _difference(self, one: Measured, other: Measured) -> dict[str, str]:
-        found = paired_differences(one, other, self.reference, self.spec.protocol.distances)
-        return {metric: format_score(interval.value, interval.low, interval.high) for metric, interval in found.items()}
 
     def strips(self) -> Mapping[str, Tensor]:
         """Low resolution, bicubic and truth of the kept pictures."""
@@ -290,3 +292,7 @@ class SuperresExperiment(Experiment):
             "bicubic": resize(low, self.resolution),
             "truth": self._originals[self.kept],
         }
+
+
+def _in_words(found: Mapping[str, Interval]) -> dict[str, str]:
+    return {metric: format_score(interval.value, interval.low, interval.high) for metric, interval in found.items()}

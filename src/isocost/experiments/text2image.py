@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from isocost.experiments.experiment import Bench, Experiment, Job, Run, make_run
 from isocost.materials import Materials
 from isocost.models.cost import model_cost
 from isocost.models.unet import build_unet
+from isocost.score.protocol import Protocol
 from isocost.stages import ModelSpec
 from isocost.study import StudySpec
 from isocost.sweep.points import run_points
@@ -41,10 +43,15 @@ class TextToImageExperiment(Experiment):
                 num_levels=family.num_levels,
             )
             gflop = model_cost(model, self.study.text.max_tokens).gflop_per_forward
-            runs.append(make_run("text2image", model, self.study.train, {"cache": self.materials.cache_digest}, gflop))
+            runs.append(make_run("text2image", model, self.study.train, self.stage, gflop))
         return runs
 
-    def task(self, run: Run) -> Task:
+    @property
+    def stage(self) -> dict[str, Any]:
+        """What of the study decides its weights, besides recipe and network."""
+        return {"cache": self.materials.cache_digest}
+
+    def task(self, run: Run, network: nn.Module) -> Task:
         """Latents with captions from the cache."""
         cache = self.materials.cache
         return TextToImage(run.spec, cache, training_schedule(run.spec), None if cache.has_states else self.materials.text)
@@ -60,10 +67,16 @@ class TextToImageExperiment(Experiment):
 
     def jobs(self, run: Run) -> list[Job]:
         """The grid at the last checkpoint, a point at every mark."""
-        points = run_points(tuple(run.checkpoints.values()), self.sweep, self.protocol_spec, self.materials.protocol)
-        return [Job(name, some, self._bench) for name, some in points.items()]
+        points = run_points(tuple(run.checkpoints.values()), self.sweep, self.protocol_spec, self.protocol)
+        return [Job(name, some, self.make_bench) for name, some in points.items()]
 
-    def _bench(self) -> Bench:
+    @property
+    def protocol(self) -> Protocol:
+        """The study's."""
+        return self.materials.protocol
+
+    def make_bench(self) -> Bench:
+        """The captions of the reference."""
         materials = self.materials
         return Bench(materials.reference, materials.caption_states, materials.kept, self.protocol_spec.distances)
 

@@ -13,16 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from safetensors import SafetensorError
 from torch import Tensor
 
 from isocost.errors import RequestError
+from isocost.models.networks import Network, read_network
 from isocost.models.weights import Plan, write_streamed
 from isocost.spec import Spec
-from isocost.stages import ModelSpec, PredictionType, TaskName, TextSpec
+from isocost.stages import ModelSpec, PredictionType, SamplerSpec, TaskName, TextSpec
 from isocost.store import MANIFEST, read_manifest
 
+CONSISTENT = frozenset({"consistency", "codi", "codi-efficient"})
+"""Ways of distilling whose students are sampled by consistency."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
@@ -31,7 +34,8 @@ class CheckpointInfo(Spec):
     """What `isocost.json` of a checkpoint says.
 
     `codec` is a path beside the checkpoint, a folder, a Hub id or `scenes`. `parent` is the digest of the checkpoint that a
-    tuned one started from; `scale` that of super-resolution.
+    tuned one started from; `scale` that of super-resolution. A student says how it was `distilled` and, where it takes w as an
+    input, the range that it learned. `training_gflop` is what the training took where that is not 3 x forward x images.
     """
 
     model: ModelSpec
@@ -51,6 +55,28 @@ class CheckpointInfo(Spec):
     parent: str = ""
     variant: str = ""
     scale: int | None = None
+    distilled: str = ""
+    guidance_range: tuple[float, float] | None = None
+    training_gflop: float | None = None
+
+    @property
+    def sampler(self) -> SamplerSpec:
+        """What it is sampled with where nothing else is asked for."""
+        return SamplerSpec(name="lcm") if self.distilled in CONSISTENT else SamplerSpec()
+
+    @property
+    def num_steps(self) -> int:
+        """Steps where nothing else is asked for."""
+        return 4 if self.distilled else 16
+
+    def check_guidance(self, guidance: float) -> None:
+        """
+        Raises:
+            RequestError: a student that takes w was not taught this one.
+        """
+        if self.guidance_range is not None and not self.guidance_range[0] <= guidance <= self.guidance_range[1]:
+            low, high = self.guidance_range
+            raise RequestError(f"guidance = {guidance:g}: this student was taught {low:g} to {high:g}; take one of these")
 
     @property
     def label(self) -> str:
@@ -65,7 +91,7 @@ class Checkpoint:
     folder: Path
     digest: str
     info: CheckpointInfo
-    network: UNet2DConditionModel
+    network: Network
 
     @property
     def codec_path(self) -> str:
@@ -102,7 +128,7 @@ def scheduler_for(prediction: PredictionType, zero_terminal_snr: bool = False) -
 
 def save_networks(
     folder: Path,
-    network: UNet2DConditionModel,
+    network: Network,
     prediction: PredictionType,
     zero_terminal_snr: bool = False,
     weights: Iterable[tuple[str, Tensor]] | None = None,
@@ -142,7 +168,7 @@ def load_checkpoint(folder: str | Path, device: str = "cpu") -> Checkpoint:
         raise RequestError(f"{path}: a {manifest.get('kind', 'folder')}, not a checkpoint; see OUT/artefacts/checkpoint/")
     info = CheckpointInfo.model_validate(manifest["info"])
     try:
-        network = UNet2DConditionModel.from_pretrained(path / "unet", use_safetensors=True, low_cpu_mem_usage=False)
+        network = read_network(path / "unet")
     except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
         raise RequestError(f"{path}: the weights cannot be read: {' '.join(str(error).split())[:200]}") from error
     return Checkpoint(path, manifest["digest"], info, network.to(device).eval().requires_grad_(False))
@@ -164,5 +190,5 @@ def describe(info: CheckpointInfo) -> dict[str, Any]:
         "width": info.model.width,
         "num_parameters": info.num_parameters,
         "images_seen": info.images_seen,
-        "training_gflop": 3 * info.gflop_per_forward * info.images_seen,
+        "training_gflop": info.training_gflop or 3 * info.gflop_per_forward * info.images_seen,
     }

@@ -12,8 +12,9 @@ from functools import lru_cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from isocost.models.networks import build_network
 from isocost.models.paper import BY_WIDTH, PAPER_NUM_TOKENS, PAPER_SHAPE, REFERENCE_WIDTH
-from isocost.models.unet import build_unet, size_name
+from isocost.models.unet import size_name
 from isocost.stages import ModelSpec
 
 
@@ -39,7 +40,8 @@ def model_cost(spec: ModelSpec, num_tokens: int = PAPER_NUM_TOKENS) -> ModelCost
         RequestError: the width or latent side does not fit the family.
     """
     num_parameters, gflop = _count(spec, num_tokens)
-    _, reference = _count(spec.model_copy(update={"width": REFERENCE_WIDTH, "extra_input_channels": 0}), num_tokens)
+    plain = {"width": REFERENCE_WIDTH, "extra_input_channels": 0, "guidance_width": None, "adapter": "none"}
+    _, reference = _count(spec.model_copy(update=plain), num_tokens)
     as_deep = (spec.layers_per_block, spec.num_levels) == (2, 4)
     name = size_name(spec.width, num_parameters, spec.context_width if as_deep else 0)
     return ModelCost(name, spec.width, num_parameters, gflop, gflop / reference)
@@ -47,11 +49,12 @@ def model_cost(spec: ModelSpec, num_tokens: int = PAPER_NUM_TOKENS) -> ModelCost
 
 @lru_cache(maxsize=256)
 def _count(spec: ModelSpec, num_tokens: int) -> tuple[int, float]:
-    network = build_unet(spec, device="meta").eval()
+    network = build_network(spec, device="meta").eval()
     rows = torch.empty(1, spec.latent_channels + spec.extra_input_channels, spec.latent_side, spec.latent_side, device="meta")
     states = torch.empty(1, num_tokens, spec.context_width, device="meta")
+    embedded = {} if spec.guidance_width is None else {"timestep_cond": torch.empty(1, spec.guidance_width, device="meta")}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(rows, torch.zeros(1, device="meta"), states)
+        network(rows, torch.zeros(1, device="meta"), states, **embedded)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     return num_parameters, counter.get_total_flops() / 1e9
 

@@ -12,6 +12,8 @@ a group, or 8 channels a head, at the first level.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
@@ -57,7 +59,7 @@ def build_unet(spec: ModelSpec, device: str | torch.device = "cpu") -> UNet2DCon
     with torch.device(device):
         return UNet2DConditionModel(
             sample_size=spec.latent_side,
-            in_channels=spec.latent_channels + spec.extra_input_channels,
+            in_channels=spec.latent_channels + (0 if spec.adapter == "beside" else spec.extra_input_channels),
             out_channels=spec.latent_channels,
             block_out_channels=(c, 2 * c, 4 * c, 4 * c)[:levels],
             down_block_types=(*("CrossAttnDownBlock2D",) * (levels - 1), "DownBlock2D"),
@@ -66,6 +68,7 @@ def build_unet(spec: ModelSpec, device: str | torch.device = "cpu") -> UNet2DCon
             cross_attention_dim=spec.context_width,
             attention_head_dim=num_heads(c),
             norm_num_groups=num_groups(c),
+            time_cond_proj_dim=spec.guidance_width,
         )
 
 
@@ -81,6 +84,25 @@ def widen_input(network: UNet2DConditionModel, num_channels: int) -> UNet2DCondi
     network.conv_in = new.to(old.weight)
     network.register_to_config(in_channels=new.in_channels)
     return network
+
+
+def plain_config(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """What a U-Net is built from, without what diffusers notes beside it."""
+    return {key: value for key, value in unet.config.items() if not key.startswith("_")}
+
+
+def embed_guidance(network: UNet2DConditionModel, width: int) -> UNet2DConditionModel:
+    """A copy that takes an embedding of the guidance [B, width] beside the timestep, and does not look at it yet.
+
+    As latent consistency models do (arXiv 2310.04378, section 4.2), in the place that diffusers has for it. Any
+    UNet2DConditionModel will do.
+    """
+    config = {**plain_config(network), "time_cond_proj_dim": width}
+    taught: UNet2DConditionModel = UNet2DConditionModel.from_config(config)
+    missing, unexpected = taught.load_state_dict(network.state_dict(), strict=False)
+    assert (missing, unexpected) == (["time_embedding.cond_proj.weight"], [])
+    nn.init.zeros_(taught.time_embedding.cond_proj.weight)
+    return taught.to(next(network.parameters()).device)
 
 
 def size_name(width: int, num_parameters: int, context_width: int) -> str:

@@ -29,7 +29,13 @@ from isocost.sweep.ledger import table_file
 from isocost.sweep.workers import read_pictures
 
 BUDGET_COST = "paper_cost"
-TITLES: dict[TaskName, str] = {"text2image": "text-to-image", "superres": "super-resolution", "dreambooth": "DreamBooth"}
+TITLES: dict[TaskName, str] = {
+    "text2image": "text-to-image",
+    "distill": "distillation",
+    "superres": "super-resolution",
+    "superres-distill": "super-resolution, distilled",
+    "dreambooth": "DreamBooth",
+}
 FLOORS = {"photographs": "the subjects' own pictures"}
 BASELINES = {
     "decoded": "real pictures after the codec",
@@ -90,10 +96,15 @@ def _folder(task: TaskName) -> str:
 
 def study_table(pipeline: Pipeline, experiment: Experiment) -> pd.DataFrame:
     """The ledger's points that belong to the experiment as it stands now; `is_final` marks those of last checkpoints."""
+    finals = {run.final for run in experiment.runs}
     wanted = {point.digest for run in experiment.runs for point in experiment.points(run)}
+    if experiment.compared_with is not None:
+        others = {run.final for run in experiment.compared_with.runs}
+        points = (point for run in experiment.compared_with.runs for point in experiment.compared_with.points(run))
+        wanted |= {point.digest for point in points if point.spec.checkpoint in others}
+        finals |= others
     table = pipeline.ledger.table()
     table = table[table["point"].isin(wanted)]
-    finals = {run.final for run in experiment.runs}
     batch_size = experiment.runs[0].spec.batch_size
     return table.assign(
         is_final=table["checkpoint"].isin(finals), paper_compute=paper_compute(table["training_gflop"], batch_size)

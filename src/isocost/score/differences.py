@@ -5,13 +5,16 @@ Shapes: N pictures, D features.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 
 from isocost.metrics.distances import GAUSSIAN, POLYNOMIAL
 from isocost.metrics.names import metrics_of
 from isocost.score.intervals import Interval, mean_interval, paired_frechet_difference, paired_kernel_difference
-from isocost.score.kept import Measured
+from isocost.score.kept import Measured, read_measured
 from isocost.score.reference import Reference
+from isocost.store import Store
 
 PAIRED_DISTANCES = ("kernel", "cmmd", "frechet")
 
@@ -41,6 +44,31 @@ def paired_differences(
     for metric, (ours, theirs) in by_picture.items():
         told[metric] = mean_interval(ours - theirs, num_bootstrap=of.num_bootstrap, seed=of.seed)
     return told
+
+
+@dataclass
+class Pairing:
+    """Differences between points of one study, from the features that they keep."""
+
+    store: Store
+    reference: Reference
+    distances: tuple[str, ...]
+    _kept: dict[str, Measured] = field(default_factory=dict)
+
+    def measured(self, point: str) -> Measured:
+        """What is kept of a point, by its digest."""
+        if point not in self._kept:
+            folder = self.store.folder("point", point)
+            self._kept[point] = read_measured(folder, tuple(self.reference.extractors))
+        return self._kept[point]
+
+    def of(self, first: Measured, second: Measured) -> dict[str, Interval]:
+        """First less second, by metric."""
+        return paired_differences(first, second, self.reference, self.distances)
+
+    def of_points(self, first: str, second: str, metric: str) -> Interval | None:
+        """First less second in one metric; None where it has no paired interval."""
+        return self.of(self.measured(first), self.measured(second)).get(metric)
 
 
 def _difference(distance: str, name: str, first: np.ndarray, second: np.ndarray, reference: Reference) -> Interval:

@@ -11,7 +11,7 @@ from isocost.diffusion.samplers import num_evaluations
 from isocost.models.checkpoint import CheckpointInfo
 from isocost.score.protocol import Protocol
 from isocost.spec import digest
-from isocost.stages import PointSpec, ProtocolSpec, SweepSpec
+from isocost.stages import ModelSpec, PointSpec, ProtocolSpec, SweepSpec
 
 VERSION = 2
 """Raised when a fix changes what a point's pictures or scores are."""
@@ -24,10 +24,9 @@ class Point:
     spec: PointSpec
     digest: str
 
-    @property
-    def nfe(self) -> int:
-        """Network evaluations per picture, guidance's second pass counted."""
-        return self.num_evaluations * num_passes(self.spec.guidance)
+    def nfe(self, model: ModelSpec) -> int:
+        """Network evaluations per picture, guidance's second pass counted where the network does not take w itself."""
+        return self.num_evaluations * num_passes(self.spec.guidance, model.embeds_guidance)
 
     @property
     def num_evaluations(self) -> int:
@@ -39,10 +38,11 @@ class Point:
 
         `paper_cost` is normalised cost x steps (arXiv 2404.01367, sec. 4.1); Heun's second evaluations count in full.
         """
+        nfe = self.nfe(info.model)
         return {
             "paper_cost": info.normalised_cost * self.num_evaluations,
-            "nfe": float(self.nfe),
-            "gflop": info.gflop_per_forward * self.nfe,
+            "nfe": float(nfe),
+            "gflop": info.gflop_per_forward * nfe,
         }
 
     def coordinate(self) -> dict[str, Any]:

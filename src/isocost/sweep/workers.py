@@ -110,7 +110,7 @@ class Worker:
                 work = begun[part.digest]
                 work.add(part)
                 if work.is_whole:
-                    self._keep(work, checkpoint, clock.ms_per_evaluation * work.point.nfe)
+                    self._keep(work, checkpoint, clock.ms_per_evaluation * work.point.nfe(checkpoint.info.model))
                     del begun[part.digest]
                     self._record(checkpoint, work.point)
                     done(work.point)

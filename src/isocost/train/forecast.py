@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +76,11 @@ class RandomTask:
         states = torch.randn(len(rows), self.num_tokens, model.context_width, device=device, dtype=dtype)
         zeros = torch.zeros(len(rows), device=device, dtype=dtype)
         beside = latents.new_zeros(len(rows), model.extra_input_channels, *latents.shape[2:])
-        return Batch(torch.cat([latents, beside], dim=1), zeros, states, latents.clone(), zeros + 1)
+        noisy = torch.cat([latents, beside], dim=1)
+        return Batch(noisy, zeros, states, latents.clone(), zeros + 1, latents, zeros.long())
+
+    def begin(self, averages: Mapping[int, list[Tensor]]) -> None:
+        """Nothing here depends on them."""
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """As in text-to-image training."""

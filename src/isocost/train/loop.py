@@ -103,7 +103,7 @@ class Trainer:
         self.parallel = Parallel(network, spec, accelerator)
         self.dtype = next(network.parameters()).dtype
         self.optimizer = torch.optim.AdamW(
-            network.parameters(), lr=spec.lr, betas=spec.adam_betas, weight_decay=spec.weight_decay, fused=True
+            self.parallel.learning.values(), lr=spec.lr, betas=spec.adam_betas, weight_decay=spec.weight_decay, fused=True
         )
         self.ema = Ema([piece.data for piece in self.parallel.pieces()], spec.half_lives)
         self.state = TrainingState(self.parallel, self.optimizer, self.ema, run)
@@ -111,6 +111,7 @@ class Trainer:
             run.mkdir(parents=True, exist_ok=True)
             remove_partial(run)
         accelerator.wait_for_everyone()
+        self.task.begin(dict(zip(self.ema.half_lives, self.ema.averages, strict=True)))
         self.microbatch = largest_microbatch(self.parallel, spec, task, self.rows, self.dtype)
 
     def batch(self, images_seen: int) -> Batch:

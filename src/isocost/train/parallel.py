@@ -121,13 +121,18 @@ class Parallel:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    @property
+    def learning(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name, in the order of the network; others stay as they were given."""
+        return {name: parameter for name, parameter in self.network.named_parameters() if parameter.requires_grad}
+
     def pieces(self) -> list[Piece]:
-        """This process's pieces of the parameters, in the order of the network."""
-        return [_piece(name, parameter) for name, parameter in self.network.named_parameters()]
+        """This process's pieces of the parameters that learn."""
+        return [_piece(name, parameter) for name, parameter in self.learning.items()]
 
     def gather(self, values: list[Tensor]) -> Iterator[Tensor]:
         """Whole tensors on the CPU, one by one, from pieces laid out as `pieces()`; every process must go through all."""
-        for parameter, value in zip(self.network.parameters(), values, strict=True):
+        for parameter, value in zip(self.learning.values(), values, strict=True):
             if isinstance(parameter, DTensor):
                 mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
                 strides = torch.empty(shape, device="meta").stride()

@@ -89,7 +89,7 @@ class TrainingState:
     def _named(self) -> list[tuple[str, Piece, Tensor]]:
         """Name in the file, piece that it belongs to, and rows of every tensor of the state, a scalar as one row."""
         named = []
-        parameters = list(self.parallel.network.parameters())
+        parameters = list(self.parallel.learning.values())
         for number, piece in enumerate(self.parallel.pieces()):
             state = self.optimizer.state[parameters[number]]
             named.append((f"network.{piece.name}", piece, piece.data))
@@ -104,7 +104,7 @@ class TrainingState:
 
     @torch.no_grad()
     def _restore(self, parts: _Parts) -> None:
-        parameters = list(self.parallel.network.parameters())
+        parameters = list(self.parallel.learning.values())
         step = parts.rows("step", Piece("step", (1,), 0, 1, torch.empty(1)))[0]
         for number, piece in enumerate(self.parallel.pieces()):
             piece.data.copy_(parts.rows(f"network.{piece.name}", piece))
@@ -180,6 +180,10 @@ def _folder(run: Path, images_seen: int) -> Path:
 
 
 def averaged(parallel: Parallel, ema: Ema) -> Iterator[tuple[str, Tensor]]:
-    """Name and whole tensor of the published average, one by one on the CPU; every process must go through all."""
-    names = [name for name, _ in parallel.network.named_parameters()]
-    return zip(names, parallel.gather(ema.averages[0]), strict=True)
+    """Name and whole tensor of every parameter, the published average of those that learn, one by one on the CPU.
+
+    Every process must go through all.
+    """
+    learned = parallel.gather(ema.averages[0])
+    for name, parameter in parallel.network.named_parameters():
+        yield name, next(learned) if parameter.requires_grad else parameter.detach().cpu()

@@ -9,9 +9,9 @@ Shapes: B rows, C latent channels, L latent side, T tokens, D width of the capti
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ LATENT_DRAW, DIFFUSION_NOISE, CHOICES = 0, 1, 2
 class Batch:
     """Network inputs [B, C, L, L], timesteps [B], caption states [B, T, D], targets [B, C, L, L], loss weights [B].
 
-    Super-resolution's inputs are [B, 2C, L, L].
+    Super-resolution's inputs are [B, 2C, L, L]. `latents` [B, C, L, L] are clean; `indices` int64 [B] say where on the
+    schedule the inputs stand.
     """
 
     noisy: Tensor
@@ -39,15 +40,17 @@ class Batch:
     states: Tensor
     target: Tensor
     weights: Tensor
+    latents: Tensor
+    indices: Tensor
 
     def __len__(self) -> int:
         return len(self.noisy)
 
-    def split(self, size: int) -> Iterator[Batch]:
+    def split(self, size: int) -> Iterator[Self]:
         """The rows in order, `size` at a time."""
-        columns = (self.noisy, self.timesteps, self.states, self.target, self.weights)
+        columns = (getattr(self, column.name) for column in fields(self))
         for parts in zip(*(column.split(size) for column in columns), strict=True):
-            yield Batch(*parts)
+            yield type(self)(*parts)
 
 
 LowResolution = Callable[[Tensor, Tensor], Tensor]
@@ -56,6 +59,10 @@ LowResolution = Callable[[Tensor, Tensor], Tensor]
 
 class Task(Protocol):
     """One kind of training."""
+
+    def begin(self, averages: Mapping[int, list[Tensor]]) -> None:
+        """Called before the first step with the averages of the network's learning parameters, by half-life, which move on
+        as it learns."""
 
     def batch(self, images_seen: int, rows: range, device: torch.device, dtype: torch.dtype) -> Batch:
         """Some rows of the batch that follows `images_seen` images: a pure function, whatever the other rows are."""
@@ -75,14 +82,21 @@ class TextToImage:
         self.timesteps = torch.tensor(schedule.timesteps)
         self.loss_weights = torch.from_numpy(loss_weights(schedule, spec))
 
+    def begin(self, averages: Mapping[int, list[Tensor]]) -> None:
+        """Nothing here depends on them."""
+
     def batch(self, images_seen: int, rows: range, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
+        words = choices(self.key, torch.arange(images_seen + rows.start, images_seen + rows.stop))
+        return self.batch_at((words.timestep * self.schedule.num_timesteps) >> 32, images_seen, rows, device, dtype)
+
+    def batch_at(self, index: Tensor, images_seen: int, rows: range, device: torch.device, dtype: torch.dtype) -> Batch:
+        """The rows noised to these places of the schedule, int64 [B]."""
         images = torch.arange(images_seen + rows.start, images_seen + rows.stop)
         pictures = self._pictures(images_seen + rows.start, len(rows))
-        index, pick, drop = choices(self.key, images)
-        index = (index * self.schedule.num_timesteps) >> 32
+        words = choices(self.key, images)
         mean, std = (moment.to(device, non_blocking=True) for moment in self.cache.moments(pictures))
         latents, noise = mean + std * self._noise(images, LATENT_DRAW, mean), self._noise(images, DIFFUSION_NOISE, mean)
-        states = self._states(self._captions(pictures, pick, drop)).to(device, dtype, non_blocking=True)
+        states = self._states(self._captions(pictures, words.caption, words.dropout)).to(device, dtype, non_blocking=True)
         latents, noise, moved = latents.to(dtype), noise.to(dtype), index.to(device, non_blocking=True)
         return Batch(
             noisy=self.schedule.add_noise(latents, noise, moved),
@@ -90,7 +104,14 @@ class TextToImage:
             states=states,
             target=self.schedule.training_target(self.spec.prediction, latents, noise, moved),
             weights=(self.loss_weights[index] * self._weights(pictures)).to(device, dtype, non_blocking=True),
+            latents=latents,
+            indices=moved,
         )
+
+    @property
+    def null_states(self) -> Tensor:
+        """States of the empty caption, [1, T, D]."""
+        return self._states(torch.tensor([self.cache.null_caption]))
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         predicted = network(batch.noisy, batch.timesteps, batch.states).sample.to(batch.target.dtype)
@@ -141,8 +162,8 @@ class Superres(TextToImage):
         super().__init__(spec, cache, schedule, text)
         self.low_resolution, self.captions_given = low_resolution, captions == "given"
 
-    def batch(self, images_seen: int, rows: range, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
-        batch = super().batch(images_seen, rows, device, dtype)
+    def batch_at(self, index: Tensor, images_seen: int, rows: range, device: torch.device, dtype: torch.dtype) -> Batch:
+        batch = super().batch_at(index, images_seen, rows, device, dtype)
         first, count = images_seen + rows.start, len(rows)
         pictures = self._pictures(first, count)
         passes = torch.arange(first, first + count) // len(self.cache)
@@ -208,11 +229,20 @@ def training_key(seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"training {seed}".encode()).digest()[:8], "little") >> 1
 
 
-def choices(key: int, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Three independent words in [0, 2^32) of each image int64 [B]: for its timestep, its caption, its dropout."""
+class Choices(NamedTuple):
+    """Four independent words in [0, 2^32) of each image, int64 [B]."""
+
+    timestep: Tensor
+    caption: Tensor
+    dropout: Tensor
+    guidance: Tensor
+
+
+def choices(key: int, images: Tensor) -> Choices:
+    """The words of images int64 [B]."""
     counter = torch.stack([images & 0xFFFFFFFF, images >> 32, torch.full_like(images, CHOICES), torch.zeros_like(images)])
     words = philox4x32(counter, torch.tensor([[key & 0xFFFFFFFF], [key >> 32]]))
-    return words[0], words[1], words[2]
+    return Choices(*words)
 
 
 def loss_weights(schedule: Schedule, spec: TrainSpec) -> np.ndarray:
