@@ -40,10 +40,10 @@ from isocost.train.distill import (
 from isocost.train.loop import train
 from isocost.train.tasks import TextToImage
 
-NUM_CLASSES, NUM_MODES, SPREAD = 3, 3, 0.35
+NUM_CLASSES, NUM_MODES, SPREAD = 3, 3, 0.5
 NUM_DATA, NUM_DRAWN, NUM_SLICES = 100_000, 10_000, 64
 HIDDEN, EMBEDDING, GUIDANCE_WIDTH = 256, 64, 32
-SOLVER_STEPS = 50
+SOLVER_STEPS, TEACHER_STEPS = 50, 50
 VARIANTS = ("consistency", "codi", "codi-efficient", "progressive")
 SCHEDULE = Schedule.scaled_linear()
 
@@ -257,8 +257,8 @@ def measure(variants: list[str], prediction: Any, images: int, told: Callable[[s
     cache = MixtureCache(mixture)
     base = TrainSpec(
         num_images=images,
-        batch_size=2048,
-        lr=2e-3,
+        batch_size=512,
+        lr=1e-3,
         lr_schedule="cosine",
         caption_dropout=0.2,
         prediction=prediction,
@@ -269,7 +269,7 @@ def measure(variants: list[str], prediction: Any, images: int, told: Callable[[s
     network = trained(base, TextToImage(base, cache, SCHEDULE), Network(), "network")
     target = 20_000
     spec = DistillSpec(
-        guidance_range=(1.0, 4.0),
+        guidance_range=(1.0, 3.0),
         guidance_width=GUIDANCE_WIDTH,
         solver_steps=SOLVER_STEPS,
         target_half_life_images=target,
@@ -281,13 +281,13 @@ def measure(variants: list[str], prediction: Any, images: int, told: Callable[[s
     classes = torch.arange(NUM_DRAWN * NUM_CLASSES) % NUM_CLASSES
     truth = mixture.draw(classes, seed=2)
     floor = sliced(mixture.draw(classes, seed=3), truth, classes)
-    far = {w: drawn(teacher, prediction, SamplerSpec(), SOLVER_STEPS, classes, w, False) for w in (1.0, 3.0)}
+    far = {w: drawn(teacher, prediction, SamplerSpec(), TEACHER_STEPS, classes, w, False) for w in (1.0, 3.0)}
     of_teacher = sliced(far[1.0], truth, classes)
     rows = [_row("truth against truth", floor), _row("teacher, 50 steps", of_teacher)]
     for steps in (1, 4):
         few = drawn(teacher, prediction, SamplerSpec(), steps, classes, 1.0, False)
         rows.append(_row(f"teacher, {steps} steps", sliced(few, truth, classes)))
-    fitted = drawn(network, prediction, SamplerSpec(), SOLVER_STEPS, classes, 1.0, False)
+    fitted = drawn(network, prediction, SamplerSpec(), TEACHER_STEPS, classes, 1.0, False)
     rows.append(_row("network, 50 steps", sliced(fitted, truth, classes)))
     targets = []
     for variant in variants:
@@ -321,7 +321,7 @@ def main() -> None:
     options.add_argument("--json", action="store_true", help="the JSON line alone")
     options.add_argument("--variant", action="append", choices=VARIANTS, help="one variant; may be repeated")
     options.add_argument("--prediction", default="v_prediction", choices=("v_prediction", "epsilon"))
-    options.add_argument("--images", type=int, default=4_000_000, help="shown to each student")
+    options.add_argument("--images", type=int, default=5_000_000, help="shown to each student")
     asked = options.parse_args()
 
     def told(line: str) -> None:

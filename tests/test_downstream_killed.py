@@ -1,4 +1,4 @@
-"""kill -9 in the tuning and in the sweep of super-resolution and DreamBooth: the same command ends with the same tables."""
+"""kill -9 in the training and in the sweep of what starts from a family: the same command ends with the same tables."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import yaml
 from isocost.pipeline import Pipeline
 from isocost.report.gather import report
 from isocost.study_file import dump_study
+from test_distilled import distill_study
 from test_dreambooth import dreambooth_study
 from test_pipeline import TIMES, start
 from test_superres import superres_study
 
-PARTS = {"superres": superres_study, "dreambooth": dreambooth_study}
+PARTS = {"superres": superres_study, "dreambooth": dreambooth_study, "distill": distill_study}
 
 
 @pytest.mark.slow

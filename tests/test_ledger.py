@@ -48,13 +48,13 @@ SCORES = {"kernel_efficientnet": Interval(0.5, 0.4, 0.6)}
 
 def test_an_older_ledger_is_brought_up_to_date(tmp_path: Path) -> None:
     file = tmp_path / "ledger.sqlite"
-    Ledger(file).add_point(row("a"), SCORES, {})
+    Ledger(file).add_point(row("a"), SCORES, {}, {})
     with sqlite3.connect(file) as connection:
         for column in ("compiled", "bucket_size", "least_bucket_size"):
             connection.execute(f"ALTER TABLE points DROP COLUMN {column}")
         connection.execute("UPDATE schema SET version = 1")
     ledger = Ledger(file)
-    ledger.add_point(row("b"), SCORES, {})
+    ledger.add_point(row("b"), SCORES, {}, {})
     table = ledger.table().set_index("point")
     assert table.loc["b", "bucket_size"] == 64
     assert table["bucket_size"].isna().tolist() == [True, False]
@@ -62,8 +62,8 @@ def test_an_older_ledger_is_brought_up_to_date(tmp_path: Path) -> None:
 
 def test_a_point_comes_back_with_its_scores(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    ledger.add_point(row("b", num_steps=8), SCORES, {"host": "here"})
-    ledger.add_point(row("a"), SCORES, {})
+    ledger.add_point(row("b", num_steps=8), SCORES, {"host": "here"}, {})
+    ledger.add_point(row("a"), SCORES, {}, {})
     ledger.add_scores("a", {"alignment": Interval(0.9, 0.8, 1.0)})
     table = Ledger(tmp_path / "ledger.sqlite").table()
     assert list(table["point"]) == ["a", "b"]
@@ -74,13 +74,13 @@ def test_a_point_comes_back_with_its_scores(tmp_path: Path) -> None:
         0.6,
     ]
     assert ledger.points() == {"a", "b"}
-    assert ledger.metrics_of("a") == {"kernel_efficientnet", "alignment"}
+    assert ledger.metrics()["a"] == {"kernel_efficientnet", "alignment"}
 
 
 def test_a_point_recorded_again_replaces_itself(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    ledger.add_point(row("a"), {**SCORES, "alignment": Interval(0.9, 0.8, 1.0)}, {})
-    ledger.add_point(row("a", guidance=2.0), SCORES, {})
+    ledger.add_point(row("a"), {**SCORES, "alignment": Interval(0.9, 0.8, 1.0)}, {}, {})
+    ledger.add_point(row("a", guidance=2.0), SCORES, {}, {})
     table = ledger.table()
     assert table["guidance"].tolist() == [2.0]
     assert "alignment" not in table
@@ -89,13 +89,13 @@ def test_a_point_recorded_again_replaces_itself(tmp_path: Path) -> None:
 def test_a_row_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite")
     with pytest.raises(TypeError):
-        ledger.add_point({**row("a"), "colour": "red"}, SCORES, {})
+        ledger.add_point({**row("a"), "colour": "red"}, SCORES, {}, {})
     assert ledger.points() == set()
 
 
 def test_several_writers_lose_nothing(tmp_path: Path) -> None:
     def write(number: int) -> None:
-        Ledger(tmp_path / "ledger.sqlite").add_point(row(f"{number:03d}"), SCORES, {})
+        Ledger(tmp_path / "ledger.sqlite").add_point(row(f"{number:03d}"), SCORES, {}, {})
 
     Ledger(tmp_path / "ledger.sqlite")
     with ThreadPoolExecutor(8) as pool:

@@ -23,7 +23,7 @@ from isocost.report.gather import report
 from isocost.score.kept import read_measured
 from isocost.store import Store
 from isocost.study_file import load_study
-from isocost.sweep import workers
+from isocost.sweep import shards
 
 TIMES = ["ms_per_picture", "seconds", "created", "provenance"]
 
@@ -127,7 +127,7 @@ def test_a_picture_that_is_not_finite_is_named_and_never_scored(tmp_path: Path, 
     with pytest.raises(WorkError, match=r"pictures are not finite numbers \(picture 3 first\)"):
         pipeline.run()
     assert not any((tmp_path / "artefacts").glob("point/*"))
-    monkeypatch.setattr(workers, "MAX_NOT_FINITE_SHARE", 0.5)
+    monkeypatch.setattr(shards, "MAX_NOT_FINITE_SHARE", 0.5)
     assert pipeline.run()
     store = Store(tmp_path)
     (folder,) = (tmp_path / "artefacts").glob("point/*")

@@ -36,7 +36,7 @@ from isocost.score.reference import Reference
 from isocost.spec import parse_spec
 from isocost.stages import ModelSpec, SamplerSpec
 from isocost.study import StudySpec
-from isocost.sweep import workers
+from isocost.sweep import shards
 from isocost.train.tasks import Superres
 from isocost.upscaling import upscale
 from stopping import stop_twice
@@ -193,7 +193,7 @@ def test_pair_scores_are_those_of_the_kept_pictures(finished: Pipeline) -> None:
     point = experiment.jobs(run)[-1].points[0]
     folder = finished.store.folder("point", point.digest)
     measured = read_measured(folder, ("efficientnet-lite0",))
-    made = workers.read_pictures(folder)
+    made = shards.read_pictures(folder)
     originals = finished.materials.pictures("reference").pictures[experiment.kept]
     mine = torch.from_numpy(made).permute(0, 3, 1, 2)
     assert np.allclose(measured.pairs["psnr"][experiment.kept], psnr(mine.numpy(), originals.numpy()))
@@ -289,7 +289,7 @@ def test_one_tile_is_the_sweeps_picture(finished: Pipeline) -> None:
     """Picture 0 of a point starts from the same noise as the field of a picture of one tile."""
     experiment, (run, _) = runs_of(finished)
     point = next(each for each in experiment.jobs(run)[-1].points if each.spec.num_steps == 2)
-    swept = workers.read_pictures(finished.store.folder("point", point.digest))[experiment.kept.index(0)]
+    swept = shards.read_pictures(finished.store.folder("point", point.digest))[experiment.kept.index(0)]
     done = upscale(checkpoint_of(finished), experiment.low[0].permute(1, 2, 0).numpy(), num_steps=2)  # type: ignore[attr-defined]
     assert np.abs(done.picture.astype(int) - swept).max() <= 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from functools import cached_property
@@ -30,6 +31,7 @@ from isocost.stages import TaskName
 from isocost.store import Store, free_disk, write_atomically
 from isocost.study import StudySpec
 from isocost.study_file import dump_study
+from isocost.sweep.claims import POLL_S, Claims
 from isocost.sweep.ledger import Ledger
 from isocost.sweep.points import Point
 from isocost.sweep.workers import Worker
@@ -49,8 +51,13 @@ class Pipeline:
     `time.monotonic()` after which a stage keeps what it has and stops.
     """
 
-    def __init__(self, study: StudySpec, out: str | Path) -> None:
+    def __init__(self, study: StudySpec, out: str | Path, ledger: str | None = None) -> None:
         """
+        Args:
+            study: what is to be done.
+            out: the output folder.
+            ledger: address of a database in place of the folder's own file; several runs on one share the work.
+
         Raises:
             RequestError: a width does not fit the family, or the folder holds artefacts of a study that conflicts.
         """
@@ -64,6 +71,7 @@ class Pipeline:
                     build_table(sampler, num_steps, Schedule.scaled_linear())
             metric_of(metric)
         self.study, self.out = study, Path(out)
+        self.where = ledger or self.out / LEDGER_FILE
         self.store = Store(self.out)
         refuse_conflict(study, self.store)
         self.part = this_part()
@@ -83,7 +91,12 @@ class Pipeline:
         self.out.mkdir(parents=True, exist_ok=True)
         write_atomically(self.out / STUDY_FILE, dump_study(self.study))
         self.store.remove_partial()
-        return Ledger(self.out / LEDGER_FILE)
+        return Ledger(self.where)
+
+    @cached_property
+    def claims(self) -> Claims:
+        """What this run has in its hands."""
+        return Claims(self.ledger.engine)
 
     def _record_skipped(self) -> None:
         if self.part.rank:
@@ -223,7 +236,8 @@ class Pipeline:
                 raise RequestError(
                     f"{run.title}: no checkpoint at {mark} images yet; run `isocost train` first, or `isocost run`"
                 )
-        jobs = self.experiments[run.task].jobs(run)
+        experiment = self.experiments[run.task]
+        jobs = experiment.jobs(run)
         self._record_skipped()
         numbers = {point.digest: n for n, point in enumerate((p for job in jobs for p in job.points), start=1)}
         with progress_bar(f"sweep {self.cost(run).size} ({run.title})", len(numbers), "points") as progress:
@@ -236,10 +250,12 @@ class Pipeline:
                 worker = Worker(
                     self.store,
                     self.ledger,
+                    self.claims,
                     bench.reference,
                     bench.captions,
                     bench.kept,
                     bench.distances,
+                    experiment.sweep.shard_size,
                     bench.beside,
                 )
                 checkpoint = load_checkpoint(self.store.folder("checkpoint", job.checkpoint))
@@ -255,22 +271,51 @@ class Pipeline:
         What is done stays, and the same call goes on.
         """
         self.prepare()
-        runs = self.runs_of(tasks)
-        for task in dict.fromkeys(run.task for run in runs):
-            self.experiments[task].check()
-        for run in runs:
-            try:
+        try:
+            with self.claims.exclusively("materials"):  # one makes them, the others find them there
+                runs = self.runs_of(tasks)
+                for task in dict.fromkeys(run.task for run in runs):
+                    self.experiments[task].check()
+            return self._run(runs, deadline)
+        except OutOfTime as stopped:
+            say(str(stopped))
+            return False
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Give back what this run has in its hands."""
+        self.claims.close()
+
+    def _run(self, runs: list[Run], deadline: float | None) -> bool:
+        """Every run that is in nobody else's hands, until all are trained and swept."""
+        open_ = list(runs)
+        while open_:
+            for run in list(open_):
+                training = f"train {run.digest}"
+                if self._waits(run, open_) or not self.claims.take(training):
+                    continue
                 self.train(run, deadline)
-            except OutOfTime as stopped:
-                say(str(stopped))
-                return False
-            if not self.sweep(run, deadline):
-                return False
+                self.claims.release(training)
+                if not self.sweep(run, deadline):
+                    return False
+                open_.remove(run)
+                break
+            else:
+                if deadline is not None and time.monotonic() > deadline:
+                    return False
+                time.sleep(POLL_S)
         return True
+
+    def _waits(self, run: Run, open_: list[Run]) -> bool:
+        """Whether another run of `open_` has yet to train what this one starts from."""
+        if run.parent is None or run.parent.is_dir():
+            return False
+        return any(run.parent.name == other.final for other in open_ if other is not run)
 
     def plan(self) -> dict[str, Any]:
         """What `run` would do, by size: images and GFLOP to train, points to make. Reads the pictures; writes nothing."""
-        recorded = self.ledger.points() if (self.out / LEDGER_FILE).is_file() else set()
+        recorded = self.ledger.points() if "://" in str(self.where) or Path(self.where).is_file() else set()
         sizes = []
         for run in self.runs:
             cost = self.cost(run)

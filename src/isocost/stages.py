@@ -387,6 +387,7 @@ class SweepSpec(Spec):
     bucket_size: int = Field(
         DEFAULT_BUCKET_SIZE, ge=1, description="passes of a network call; on a CPU each core makes its own"
     )
+    shard_size: int = Field(256, ge=1, description="pictures that are made, kept and shared out at once; changes no number")
     marks_num_steps: int = Field(16, ge=1, le=NUM_TRAIN_TIMESTEPS)
     marks_guidance: float = Field(2.0, ge=0)
 

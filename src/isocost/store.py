@@ -53,11 +53,19 @@ class Store:
         yield partial
         publish(partial, self.folder(kind, name), {"kind": kind, "digest": name, **manifest})
 
+    def remove(self, kind: str, name: str) -> None:
+        """Remove an artefact in one step: it is whole, and then it is not there."""
+        folder = self.folder(kind, name)
+        retired = self.root / ".partial" / f"{kind}-{name}.old.{platform.node()}.{os.getpid()}"
+        retired.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(retired)
+        shutil.rmtree(retired)
+
     def remove_partial(self) -> None:
         """Remove what killed processes of this machine left unfinished."""
         for folder in (self.root / ".partial").glob("*"):
             _, host, pid = folder.name.rsplit(".", 2)
-            if host == platform.node() and not _alive(int(pid)):
+            if host == platform.node() and not is_alive(int(pid)):
                 shutil.rmtree(folder)
 
 
@@ -75,6 +83,18 @@ def publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
         shutil.rmtree(retired)
     else:
         partial.rename(final)
+    _flush(final.parent)
+
+
+def copy_artefact(folder: Path, final: Path, partial_root: Path) -> None:
+    """Copy an artefact of another output folder; it is there whole or not at all."""
+    partial = partial_root / f"copy-{folder.name}.{platform.node()}.{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(folder, partial)
+    for file in [*partial.rglob("*"), partial]:
+        _flush(file)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial.rename(final)
     _flush(final.parent)
 
 
@@ -111,5 +131,6 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs; True where that cannot be told."""
     return Path(f"/proc/{pid}").exists() if Path("/proc").is_dir() else True

@@ -25,6 +25,12 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="replace a value of the study: train.lr=2e-4")
 ]
 Tasks = Annotated[list[str] | None, typer.Option("--task", help="text2image, superres or dreambooth alone; may be repeated")]
+LedgerAt = Annotated[
+    str | None,
+    typer.Option(
+        "--ledger", help="database in place of OUT/ledger.sqlite: postgresql://USER@HOST/NAME; runs on one share work"
+    ),
+]
 StopAfter = Annotated[float | None, typer.Option("--stop-after", metavar="HOURS", help="keep what is done and stop")]
 
 
@@ -42,16 +48,47 @@ def run(
     overrides: Set = None,
     stop_after: StopAfter = None,
     tasks: Tasks = None,
+    ledger: LedgerAt = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="processes, one a device; or actors with --ray")
+    ] = None,
+    ray: Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help="a Ray cluster: 'auto' or HOST:PORT")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be trained and sampled, and stop")] = False,
 ) -> None:
-    """Train, sweep, score and report a study. The same command goes on where an earlier one stopped."""
+    """Train, sweep, score and report a study. The same command goes on where an earlier one stopped, and two of them share the
+    work."""
     spec = _load(study, overrides)
     if dry_run:
         from isocost.pipeline import Pipeline
 
-        answer_json(Pipeline(spec, _out(spec, out)).plan())
+        answer_json(Pipeline(spec, _out(spec, out), ledger).plan())
         return
-    _run(spec, out, stop_after, tasks)
+    _run(spec, out, stop_after, tasks, ledger, workers, ray)
+
+
+@app.command()
+def work(
+    out: Annotated[Path, typer.Argument(help="the output folder of a run that has begun, maybe on another machine")],
+    ledger: LedgerAt = None,
+    stop_after: StopAfter = None,
+    tasks: Tasks = None,
+) -> None:
+    """Join a run: claim what nobody has in hand, until all is done."""
+    from isocost.joining import work as join
+
+    finished = join(out, ledger, _deadline(stop_after), _known(tasks))
+    answer_json({"out": str(out), "finished": finished})
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="the output folder that takes the others' work, maybe a new one")],
+    others: Annotated[list[Path], typer.Argument(help="output folders of the same study")],
+) -> None:
+    """Unite output folders of one study that were filled on machines without a common disk."""
+    from isocost.merging import merge as unite
+
+    answer_json({"out": str(out), **unite(out, others)})
 
 
 @app.command()
@@ -115,24 +152,34 @@ def dreambooth(study: Study, out: Out = None, overrides: Set = None, stop_after:
 
 
 @app.command()
-def sweep(study: Study, out: Out = None, overrides: Set = None, stop_after: StopAfter = None, tasks: Tasks = None) -> None:
+def sweep(
+    study: Study,
+    out: Out = None,
+    overrides: Set = None,
+    stop_after: StopAfter = None,
+    tasks: Tasks = None,
+    ledger: LedgerAt = None,
+) -> None:
     """Sample and score every point of a study whose checkpoints are there."""
     from isocost.pipeline import Pipeline
 
     spec = _load(study, overrides)
-    pipeline = Pipeline(spec, _out(spec, out))
+    pipeline = Pipeline(spec, _out(spec, out), ledger)
     deadline = _deadline(stop_after)
-    finished = all(pipeline.sweep(one, deadline) for one in pipeline.runs_of(_known(tasks)))
-    answer_json({"study": spec.name, "finished": finished, "ledger": str(pipeline.out / "ledger.sqlite")})
+    try:
+        finished = all(pipeline.sweep(one, deadline) for one in pipeline.runs_of(_known(tasks)))
+    finally:
+        pipeline.close()
+    answer_json({"study": spec.name, "finished": finished, "points": len(pipeline.ledger.points())})
 
 
 @app.command()
-def report(study: Study, out: Out = None, overrides: Set = None) -> None:
+def report(study: Study, out: Out = None, overrides: Set = None, ledger: LedgerAt = None) -> None:
     """Write the report of what the ledger holds."""
     from isocost.pipeline import Pipeline
 
     spec = _load(study, overrides)
-    _report(Pipeline(spec, _out(spec, out)), finished=True)
+    _report(Pipeline(spec, _out(spec, out), ledger), finished=True)
 
 
 @app.command()
@@ -198,13 +245,36 @@ def _known(tasks: list[str] | None) -> tuple[TaskName, ...] | None:
     return tuple(name for name in names if name in tasks) if tasks else None
 
 
-def _run(study: StudySpec, out: Path | None, stop_after: float | None, tasks: list[str] | None = None) -> None:
+def _run(
+    study: StudySpec,
+    out: Path | None,
+    stop_after: float | None,
+    tasks: list[str] | None = None,
+    ledger: str | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
+) -> None:
+    from isocost.joining import Helpers, run_on_ray
     from isocost.pipeline import Pipeline
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RequestError("several processes train together: `isocost train` under torchrun, then `isocost run` without it")
-    pipeline = Pipeline(study, _out(study, out))
-    finished = pipeline.run(_deadline(stop_after), _known(tasks))
+    pipeline = Pipeline(study, _out(study, out), ledger)
+    only = _known(tasks)
+    if ray is not None:
+        pipeline.prepare()
+        finished = run_on_ray(ray, pipeline.out, ledger, workers, stop_after, tasks)
+    elif workers is not None and workers > 1:
+        helpers = Helpers(workers)
+        pipeline.prepare()
+        helpers.start(pipeline.out, ledger, stop_after, tasks)
+        try:
+            finished = pipeline.run(_deadline(stop_after), only)
+            helpers.wait()
+        finally:
+            helpers.stop()
+    else:
+        finished = pipeline.run(_deadline(stop_after), only)
     if finished:
         _report(pipeline, finished)
     else:

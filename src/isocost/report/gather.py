@@ -26,7 +26,7 @@ from isocost.store import write_atomically
 from isocost.study import StudySpec
 from isocost.study_file import dump_study
 from isocost.sweep.ledger import table_file
-from isocost.sweep.workers import read_pictures
+from isocost.sweep.shards import read_pictures
 
 BUDGET_COST = "paper_cost"
 TITLES: dict[TaskName, str] = {

@@ -6,113 +6,26 @@ SQLite by default, any SQLAlchemy URL otherwise. A point's row and its scores ar
 from __future__ import annotations
 
 import json
+import platform
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from sqlalchemy import (
-    Boolean,
-    Float,
-    ForeignKey,
-    Integer,
-    String,
-    Text,
-    create_engine,
-    delete,
-    event,
-    inspect,
-    select,
-    text,
-    update,
-)
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy import delete, func, inspect, select, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 from isocost.errors import RequestError
 from isocost.score.intervals import Interval
+from isocost.sweep.connection import connect, transact
+from isocost.sweep.tables import Base, EventRow, PointRow, ProtocolRow, SchemaRow, ScoreRow, ShardRow
 
-SCHEMA_VERSION = 3
-"""2: points carry all of their numerics. 3: and their task; none is text-to-image."""
-
-
-class _Base(DeclarativeBase):
-    pass
-
-
-class SchemaRow(_Base):
-    """The version of the tables."""
-
-    __tablename__ = "schema"
-    version: Mapped[int] = mapped_column(Integer, primary_key=True)
-
-
-class PointRow(_Base):
-    """One scored point: coordinate, costs, provenance."""
-
-    __tablename__ = "points"
-    point: Mapped[str] = mapped_column(String(32), primary_key=True)
-    checkpoint: Mapped[str] = mapped_column(String(32), index=True)
-    protocol: Mapped[str] = mapped_column(String(32), index=True)
-    task: Mapped[str | None] = mapped_column(String(32))
-    size: Mapped[str] = mapped_column(String(32))
-    width: Mapped[int] = mapped_column(Integer)
-    num_parameters: Mapped[int] = mapped_column(Integer)
-    images_seen: Mapped[int] = mapped_column(Integer)
-    training_gflop: Mapped[float] = mapped_column(Float)
-    sampler: Mapped[str] = mapped_column(String(64))
-    num_steps: Mapped[int] = mapped_column(Integer)
-    guidance: Mapped[float] = mapped_column(Float)
-    num_pictures: Mapped[int] = mapped_column(Integer)
-    num_not_finite: Mapped[int] = mapped_column(Integer)
-    seed: Mapped[int] = mapped_column(Integer)
-    precision: Mapped[str] = mapped_column(String(8))
-    compiled: Mapped[bool | None] = mapped_column(Boolean)
-    bucket_size: Mapped[int | None] = mapped_column(Integer)
-    least_bucket_size: Mapped[int | None] = mapped_column(Integer)
-    paper_cost: Mapped[float] = mapped_column(Float)
-    nfe: Mapped[float] = mapped_column(Float)
-    gflop: Mapped[float] = mapped_column(Float)
-    ms_per_picture: Mapped[float] = mapped_column(Float)
-    seconds: Mapped[float] = mapped_column(Float)
-    flagged: Mapped[bool] = mapped_column(Boolean)
-    created: Mapped[str] = mapped_column(String(40))
-    provenance: Mapped[str] = mapped_column(Text)
-
-
-class ScoreRow(_Base):
-    """One score of a point, with its 95 % interval."""
-
-    __tablename__ = "scores"
-    point: Mapped[str] = mapped_column(ForeignKey("points.point"), primary_key=True)
-    metric: Mapped[str] = mapped_column(String(64), primary_key=True)
-    value: Mapped[float] = mapped_column(Float)
-    low: Mapped[float] = mapped_column(Float)
-    high: Mapped[float] = mapped_column(Float)
-
-    @classmethod
-    def of(cls, point: str, metric: str, interval: Interval) -> ScoreRow:
-        """A score as it is kept."""
-        return cls(point=point, metric=metric, value=interval.value, low=interval.low, high=interval.high)
-
-
-class ProtocolRow(_Base):
-    """What a protocol's id stands for: its parts as JSON, so that two of them can be told apart in words."""
-
-    __tablename__ = "protocols"
-    protocol: Mapped[str] = mapped_column(String(32), primary_key=True)
-    parts: Mapped[str] = mapped_column(Text)
-
-
-class EventRow(_Base):
-    """Something a reader of the study must know: a failure, pictures that were skipped."""
-
-    __tablename__ = "events"
-    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
-    created: Mapped[str] = mapped_column(String(40))
-    stage: Mapped[str] = mapped_column(String(32))
-    subject: Mapped[str] = mapped_column(Text)
-    message: Mapped[str] = mapped_column(Text)
+SCHEMA_VERSION = 4
+"""2: points carry all of their numerics. 3: and their task; none is text-to-image. 4: shards and claims."""
+ATTEMPTS = 10
 
 
 class Ledger:
@@ -121,26 +34,34 @@ class Ledger:
     def __init__(self, where: str | Path) -> None:
         """
         Raises:
-            RequestError: the ledger was written by a newer version of isocost.
+            RequestError: the ledger cannot be reached, or was written by a newer version of isocost.
         """
-        url = str(where) if "://" in str(where) else f"sqlite:///{where}"
-        if url.startswith("sqlite:///"):
-            Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        self.engine = create_engine(url)
-        if self.engine.dialect.name == "sqlite":
-            event.listen(self.engine, "connect", _write_ahead)
-        _Base.metadata.create_all(self.engine)
-        self._add_columns()
-        with Session(self.engine) as session, session.begin():
-            version = session.scalar(select(SchemaRow.version))
-            if version is None:
-                session.add(SchemaRow(version=SCHEMA_VERSION))
-            elif version < SCHEMA_VERSION:
-                session.execute(update(SchemaRow).values(version=SCHEMA_VERSION))
-            elif version > SCHEMA_VERSION:
-                raise RequestError(
-                    f"{where}: a ledger of version {version}; this isocost reads {SCHEMA_VERSION}: upgrade isocost"
-                )
+        self.engine = connect(where)
+        version = self._version()
+        if version is not None and version > SCHEMA_VERSION:
+            raise RequestError(f"{where}: a ledger of version {version}; this isocost reads {SCHEMA_VERSION}: upgrade isocost")
+        if version != SCHEMA_VERSION:
+            self._make_tables()
+
+    def _version(self) -> int | None:
+        if not inspect(self.engine).has_table(SchemaRow.__tablename__):
+            return None
+        return transact(self.engine, lambda session: session.scalar(select(SchemaRow.version)))
+
+    def _make_tables(self) -> None:
+        """Make what is missing and note the version; several processes may do it at once."""
+        for attempt in range(ATTEMPTS):
+            try:
+                Base.metadata.create_all(self.engine)
+                self._add_columns()
+                with Session(self.engine) as session, session.begin():
+                    session.execute(delete(SchemaRow))
+                    session.add(SchemaRow(version=SCHEMA_VERSION))
+                return
+            except DBAPIError:
+                if attempt == ATTEMPTS - 1 or self._version() == SCHEMA_VERSION:
+                    raise
+                time.sleep(0.2)
 
     def _add_columns(self) -> None:
         """Bring an older ledger's points to this version; what they do not know of themselves stays empty."""
@@ -153,48 +74,103 @@ class Ledger:
 
     def points(self) -> set[str]:
         """Digests of the points that are done."""
-        with Session(self.engine) as session:
-            return set(session.scalars(select(PointRow.point)))
+        return transact(self.engine, lambda session: set(session.scalars(select(PointRow.point))))
 
-    def add_point(self, row: Mapping[str, Any], scores: Mapping[str, Interval], provenance: Mapping[str, str]) -> None:
-        """Record a point with its scores, in place of an earlier record of it."""
-        with Session(self.engine) as session, session.begin():
-            session.execute(delete(ScoreRow).where(ScoreRow.point == row["point"]))
-            session.execute(delete(PointRow).where(PointRow.point == row["point"]))
+    def add_point(
+        self,
+        row: Mapping[str, Any],
+        scores: Mapping[str, Interval],
+        provenance: Mapping[str, str],
+        protocol_parts: Mapping[str, Any],
+    ) -> None:
+        """Record a point with its scores and what its protocol stands for, in place of an earlier record of it; its shards are
+        forgotten."""
+
+        def write(session: Session) -> None:
+            parts = json.dumps(dict(protocol_parts), ensure_ascii=False)
+            session.merge(ProtocolRow(protocol=row["protocol"], parts=parts))
+            for table in (ScoreRow, PointRow, ShardRow):
+                session.execute(delete(table).where(table.point == row["point"]))
             session.add(PointRow(**row, created=_now(), provenance=json.dumps(dict(provenance))))
             session.flush()
-            for metric, interval in scores.items():
-                session.add(ScoreRow.of(row["point"], metric, interval))
+            session.add_all(ScoreRow.of(row["point"], metric, interval) for metric, interval in scores.items())
 
-    def add_protocol(self, protocol: str, parts: Mapping[str, Any]) -> None:
-        """Record what a protocol's id stands for."""
-        with Session(self.engine) as session, session.begin():
-            session.merge(ProtocolRow(protocol=protocol, parts=json.dumps(dict(parts), ensure_ascii=False)))
+        transact(self.engine, write)
+
+    def add_shard(self, shard: str, point: str, pictures: range) -> None:
+        """Record some pictures of a point that are made."""
+        made = {"first": pictures.start, "stop": pictures.stop, "host": platform.node(), "created": _now()}
+
+        def write(session: Session) -> None:
+            session.merge(ShardRow(shard=shard, point=point, **made))
+
+        transact(self.engine, write)
+
+    def num_shards(self) -> int:
+        """Shards of points that are not whole yet."""
+        return transact(self.engine, lambda session: int(session.scalar(select(func.count()).select_from(ShardRow)) or 0))
 
     def add_scores(self, point: str, scores: Mapping[str, Interval]) -> None:
         """Record further scores of a point that is there."""
-        with Session(self.engine) as session, session.begin():
+
+        def write(session: Session) -> None:
             for metric, interval in scores.items():
                 session.merge(ScoreRow.of(point, metric, interval))
 
-    def metrics_of(self, point: str) -> set[str]:
-        """Names of the scores that a point has."""
-        with Session(self.engine) as session:
-            return set(session.scalars(select(ScoreRow.metric).where(ScoreRow.point == point)))
+        transact(self.engine, write)
+
+    def metrics(self) -> dict[str, set[str]]:
+        """Names of the scores of every point."""
+
+        def read(session: Session) -> dict[str, set[str]]:
+            told: dict[str, set[str]] = {point: set() for point in session.scalars(select(PointRow.point))}
+            for point, metric in session.execute(select(ScoreRow.point, ScoreRow.metric)):
+                told[point].add(metric)
+            return told
+
+        return transact(self.engine, read)
+
+    def take_over(self, other: Ledger) -> int:
+        """Copy the points that this ledger lacks, with scores and protocols, and the other's events; returns how many came."""
+        known = self.points()
+        with Session(other.engine) as session:
+            points = [row for row in session.scalars(select(PointRow)) if row.point not in known]
+            asked = {row.point for row in points}
+            protocols = {row.protocol for row in points}
+            scores = [row for row in session.scalars(select(ScoreRow)) if row.point in asked]
+            told = [row for row in session.scalars(select(ProtocolRow)) if row.protocol in protocols]
+        new_events = [event for event in other.events() if event not in self.events()]
+
+        def write(session: Session) -> None:
+            for row in (*told, *points):
+                session.merge(row)
+            session.flush()
+            for row in scores:
+                session.merge(row)
+            session.add_all(EventRow(**event) for event in new_events)
+
+        transact(self.engine, write)
+        return len(points)
 
     def set_events(self, stage: str, events: Sequence[tuple[str, str]]) -> None:
         """Record (subject, message) pairs of a stage, in place of what it recorded before."""
-        with Session(self.engine) as session, session.begin():
+
+        def write(session: Session) -> None:
             session.execute(delete(EventRow).where(EventRow.stage == stage))
             session.add_all(
                 EventRow(created=_now(), stage=stage, subject=subject, message=message) for subject, message in events
             )
 
+        transact(self.engine, write)
+
     def events(self) -> list[dict[str, str]]:
         """All events, oldest first."""
-        with Session(self.engine) as session:
+
+        def read(session: Session) -> list[dict[str, str]]:
             rows = session.scalars(select(EventRow).order_by(EventRow.number))
             return [{"stage": r.stage, "subject": r.subject, "message": r.message, "created": r.created} for r in rows]
+
+        return transact(self.engine, read)
 
     def table(self) -> pd.DataFrame:
         """One row a point; every metric as three columns `m`, `m_low`, `m_high`; ordered by coordinate, not by arrival."""
@@ -233,8 +209,3 @@ def read_table(out: str | Path, task: str = "text2image") -> pd.DataFrame:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _write_ahead(connection: Any, _record: Any) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")

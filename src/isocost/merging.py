@@ -1,0 +1,80 @@
+"""Two output folders of one study made one: what machines without a common disk have done is united."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from isocost.errors import RequestError
+from isocost.pipeline import LEDGER_FILE, STUDY_FILE, refuse_conflict
+from isocost.progress import say
+from isocost.spec import parse_spec
+from isocost.store import MANIFEST, Store, copy_artefact, write_atomically
+from isocost.study import StudySpec
+from isocost.study_file import dump_study
+from isocost.sweep.ledger import Ledger
+
+UNITED_LISTS = (
+    ("family", "widths"),
+    ("train", "marks"),
+    ("train", "marks_gflop"),
+    ("sweep", "num_steps"),
+    ("sweep", "guidance"),
+    ("sweep", "samplers"),
+)
+"""What two folders of one study may have more of than the other."""
+
+
+def merge(out: str | Path, others: list[Path]) -> dict[str, int]:
+    """Copy into `out` what the other folders have and it lacks; returns how many artefacts and points came.
+
+    Artefacts are named by what they are, so the same name is the same thing. The study asks afterwards for what any of them
+    asked for.
+
+    Raises:
+        RequestError: a folder is none of a study, or its study conflicts with that of `out`.
+    """
+    studies = [_study(other) for other in others]
+    target, store = Path(out), Store(out)
+    if not (target / STUDY_FILE).is_file():
+        if target.exists() and any(target.iterdir()):
+            raise RequestError(f"{target}: neither empty nor a study's output folder")
+        target.mkdir(parents=True, exist_ok=True)
+        write_atomically(target / STUDY_FILE, dump_study(studies[0]))
+        Ledger(target / LEDGER_FILE)
+    united = _study(target)
+    for study in studies:
+        refuse_conflict(study, store)
+        united = _united(united, study)
+    ledger, came = Ledger(target / LEDGER_FILE), {"artefacts": 0, "points": 0}
+    for other in others:
+        say(f"taking over what {other} has")
+        for folder in sorted((other / "artefacts").glob("[!.]*/*")):
+            final = target / "artefacts" / folder.parent.name / folder.name
+            if not final.exists() and ((folder / MANIFEST).is_file() or any(folder.glob("state-*"))):
+                copy_artefact(folder, final, target / "artefacts" / ".partial")
+                came["artefacts"] += 1
+        came["points"] += ledger.take_over(Ledger(other / LEDGER_FILE))
+    write_atomically(target / STUDY_FILE, dump_study(united))
+    return came
+
+
+def _study(folder: Path) -> StudySpec:
+    file = folder / STUDY_FILE
+    if not file.is_file() or not (folder / LEDGER_FILE).is_file():
+        raise RequestError(f"{folder}: no output folder of a study (needs {STUDY_FILE} and {LEDGER_FILE})")
+    return parse_spec(StudySpec, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+
+
+def _united(one: StudySpec, other: StudySpec) -> StudySpec:
+    plain: dict[str, Any] = one.model_dump(mode="json")
+    theirs: dict[str, Any] = other.model_dump(mode="json")
+    for part, key in UNITED_LISTS:
+        both = plain[part][key]
+        plain[part][key] = both + [value for value in theirs[part][key] if value not in both]
+    plain["train"]["num_images"] = max(plain["train"]["num_images"], theirs["train"]["num_images"])
+    for part in ("superres", "dreambooth", "distill"):
+        plain[part] = plain[part] or theirs[part]
+    return parse_spec(StudySpec, plain, "the united study")
