@@ -14,7 +14,7 @@ import torch
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 
 from conftest import plain_study
-from isocost.analysis.distillation import acceleration, beats_teacher, comparisons, steps_to_reach, teacher_of
+from isocost.analysis.distillation import acceleration, against_teacher, comparisons, steps_to_reach, teacher_of
 from isocost.cli import main
 from isocost.data.codec import load_codec
 from isocost.diffusion.noise import START_NOISE, normal_noise
@@ -373,9 +373,10 @@ def test_steps_between_those_tried_lie_on_a_line_of_the_logarithm() -> None:
 
 
 def test_planted_students_beat_their_teachers_where_they_do(planted: pd.DataFrame) -> None:
-    told = beats_teacher(planted, "kernel_efficientnet", Planted(planted))
-    assert told["0.2M consistency"].endswith(": better")
-    assert told["12.6M consistency"].endswith(": undecided")
+    told = against_teacher(planted, "kernel_efficientnet", Planted(planted))
+    assert [one.split(":")[0] for one in told["0.2M consistency"]] == ["2 steps", "4 steps", "8 steps"]
+    assert all(one.endswith(", better") for one in told["0.2M consistency"])
+    assert all(one.endswith(", undecided") for one in told["12.6M consistency"])
 
 
 def test_every_pair_is_compared_at_equal_cost(planted: pd.DataFrame) -> None:

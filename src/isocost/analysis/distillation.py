@@ -81,9 +81,8 @@ class Acceleration:
     fewest_tried: float
 
     def __str__(self) -> str:
-        steps = "1 step" if self.num_steps == 1 else f"{self.num_steps} steps"
         factor, low, high = (self._times(value) for value in (self.steps_to_match, self.low, self.high))
-        return f"{steps}: {factor} [{low}, {high}]"
+        return f"{_steps(self.num_steps)}: {factor} [{low}, {high}]"
 
     def _times(self, value: float) -> str:
         if math.isinf(value):
@@ -97,20 +96,22 @@ def teacher_of(size: str) -> tuple[str, str]:
     return (rest, last) if last in VARIANTS else (size, "")
 
 
-def beats_teacher(table: pd.DataFrame, metric: str, pairs: Pairs, num_steps: int = STUDENT_STEPS) -> dict[str, str]:
-    """By student: its score less its teacher's at one number of steps, each at its best guidance, and the verdict."""
-    rows = finals(table, metric)
-    best = best_in_each(rows[rows["num_steps"] == num_steps], metric, ["size"]).set_index("size")
-    told = {}
-    for size in best.index:
+def against_teacher(table: pd.DataFrame, metric: str, pairs: Pairs) -> dict[str, list[str]]:
+    """By student: at each of its numbers of steps, its score less its teacher's, each at its best guidance, and the verdict."""
+    best = best_in_each(finals(table, metric), metric, ["size", "num_steps"])
+    points = {(str(row["size"]), int(row["num_steps"])): str(row["point"]) for row in best.to_dict("records")}
+    told: dict[str, list[str]] = {}
+    for size in sizes_in_order(best):
         teacher, variant = teacher_of(size)
         if not variant:
             continue
-        if teacher not in best.index:
-            told[size] = f"its teacher was not scored at {num_steps} steps: add {num_steps} to sweep.num_steps"
-            continue
-        difference = pairs.of_points(str(best.loc[size, "point"]), str(best.loc[teacher, "point"]), metric)
-        told[size] = f"{_in_words(difference)}: {_verdict(difference, metric)}"
+        for num_steps in sorted(steps for each, steps in points if each == size):
+            if (teacher, num_steps) in points:
+                difference = pairs.of_points(points[size, num_steps], points[teacher, num_steps], metric)
+                said = f"{_in_words(difference)}, {_verdict(difference, metric)}"
+            else:
+                said = f"its teacher was not scored there: add {num_steps} to sweep.num_steps"
+            told.setdefault(size, []).append(f"{_steps(num_steps)}: {said}")
     return told
 
 
@@ -267,6 +268,10 @@ def _columns(metric: str, sign: float) -> tuple[str, str, str]:
     """Value, and the ends of its interval, the better one first."""
     ends = (f"{metric}_low", f"{metric}_high")
     return (metric, *(ends if sign > 0 else ends[::-1]))
+
+
+def _steps(number: int) -> str:
+    return "1 step" if number == 1 else f"{number} steps"
 
 
 def _in_words(difference: Interval | None) -> str:

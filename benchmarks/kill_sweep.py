@@ -1,0 +1,231 @@
+"""Kills at random moments of a small real sweep: nothing is corrupt, little is done twice, and the table is as if undisturbed.
+
+    python benchmarks/kill_sweep.py [--quick] [--json] [--kills 100] [--way sqlite|postgresql|ray]
+
+A network of width 8 is trained for seconds on the embedded scenes; its sweep of 24 points, four shards each, is then killed
+(kill -9) again and again, and begun again by the same command. `postgresql` keeps the ledger in a server that is restarted
+meanwhile; `ray` kills one of two actors instead. Every shard that is made is noted, so what was made twice can be counted.
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+from results import print_results
+
+from isocost.joining import run_on_ray
+from isocost.pipeline import Pipeline
+from isocost.spec import parse_spec
+from isocost.study import StudySpec
+from isocost.sweep import workers
+from isocost.sweep.ledger import Ledger
+
+TIMES = ["ms_per_picture", "seconds", "created", "provenance"]
+NOTES = "ISOCOST_SHARDS_MADE"
+LEAST_S, MOST_S = 0.2, 6.0
+STUDY: dict[str, Any] = {
+    "name": "killed",
+    "data": {
+        "resolution": 32,
+        "train": {"kind": "scenes", "num_pictures": 256, "seed": 0},
+        "reference": {"kind": "scenes", "num_pictures": 128, "seed": 1},
+    },
+    "codec": {"kind": "linear", "patch": 4, "num_channels": 4, "num_fit_pictures": 64},
+    "text": {"path": "minilm", "max_tokens": 8},
+    "family": {"widths": [8]},
+    "train": {"num_images": 256, "batch_size": 16, "lr": 1e-3},
+    "sweep": {"num_steps": [2, 4, 6, 8], "guidance": [1, 1.5, 2, 3, 4, 5], "bucket_size": 16, "shard_size": 16},
+    "protocol": {"num_pictures": 64, "num_reference": 128, "num_bootstrap": 50, "alignment": "scenes"},
+}
+
+
+def work(out: str, ledger: str | None) -> None:
+    """One process at the study; notes every shard that it has made."""
+    keep = workers.Worker._keep
+
+    def noted(this: workers.Worker, made: Any, ms: float) -> None:
+        keep(this, made, ms)
+        with Path(os.environ[NOTES]).open("a") as file:
+            file.write(f"{made.shard.digest}\n")
+
+    workers.Worker._keep = noted  # type: ignore[method-assign]
+    Pipeline(parse_spec(StudySpec, STUDY, "study"), out, ledger).run()
+
+
+def start(out: Path, ledger: str | None, notes: Path) -> subprocess.Popen[bytes]:
+    """`work` as a process of its own."""
+    command = [sys.executable, __file__, "--work", str(out), *(["--ledger", ledger] if ledger else [])]
+    environment = {**os.environ, NOTES: str(notes), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+
+
+def killed(out: Path, ledger: str | None, notes: Path, kills: int, told: Callable[[str], None], restart: Any = None) -> int:
+    """Kill and begin again; returns how many kills there were before it came to its end."""
+    moments = random.Random(0)
+    for number in range(kills):
+        process = start(out, ledger, notes)
+        begun = _ready(out, process)
+        try:
+            process.wait(moments.uniform(LEAST_S, MOST_S) if begun else None)
+            return number
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        if restart is not None and number % 5 == 2:
+            restart()
+        told(f"kill {number + 1}: {len(list((out / 'artefacts').glob('point/*')))} of 24 points")
+    last = start(out, ledger, notes)
+    assert last.wait(1200) == 0, "the last run failed"
+    return kills
+
+
+def _ready(out: Path, process: subprocess.Popen[bytes]) -> bool:
+    """Wait until the process has begun to sample, so that kills fall into the sweep; False where it ended before."""
+    before = _num_claims(out)
+    while process.poll() is None:
+        if _num_claims(out) != before or any((out / "artefacts" / ".partial").glob("shard-*")):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _num_claims(out: Path) -> int:
+    return len(list((out / "artefacts").glob("shard/*"))) + 1000 * len(list((out / "artefacts").glob("point/*")))
+
+
+def on_ray(out: Path, notes: Path, kills: int) -> int:
+    """Two actors on a cluster of two nodes; one of them is killed again and again while they work."""
+    import threading
+
+    import ray
+    from ray.cluster_utils import Cluster
+
+    os.environ[NOTES] = str(notes)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    done, moments, count = threading.Event(), random.Random(0), [0]
+
+    def kill() -> None:
+        while not done.wait(moments.uniform(6, 14)) and count[0] < kills:
+            actors = [p for p in psutil.process_iter(["cmdline"]) if "ray::Helper" in " ".join(p.info["cmdline"] or [])]
+            if actors:
+                moments.choice(actors).kill()
+                count[0] += 1
+
+    thread = threading.Thread(target=kill, daemon=True)
+    try:
+        Pipeline(parse_spec(StudySpec, STUDY, "study"), out).prepare()
+        thread.start()
+        assert run_on_ray(cluster.address, out, None, 2, None, None), "the cluster did not finish"
+    finally:
+        done.set()
+        ray.shutdown()
+        cluster.shutdown()
+    return count[0]
+
+
+@contextmanager
+def postgresql(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Address of a server of its own, and what restarts it."""
+    import pgserver
+
+    server = pgserver.get_server(folder)
+    binaries = Path(pgserver.__file__).parent / "pginstall" / "bin" / "pg_ctl"
+
+    def restart() -> None:
+        user = {"user": "pgserver"} if os.geteuid() == 0 else {}
+        subprocess.run([binaries, "-D", str(folder), "-m", "immediate", "-w", "restart"], check=True, stdout=-3, **user)
+
+    try:
+        yield server.get_uri(), restart
+    finally:
+        server.cleanup()
+
+
+def measure(way: str, kills: int, told: Callable[[str], None]) -> tuple[list[Any], list[Any]]:
+    """Rows and targets."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        root.chmod(0o755)
+        notes_alone, notes = root / "alone.txt", root / "killed.txt"
+        assert start(root / "alone", None, notes_alone).wait(1200) == 0, "the undisturbed run failed"
+        alone = Ledger(root / "alone" / "ledger.sqlite").table().drop(columns=TIMES)
+        num_shards = len(notes_alone.read_text().splitlines())
+        begun = time.monotonic()
+        address: str | None = None
+        if way == "postgresql":
+            with postgresql(root / "pg") as (address, restart):
+                count = killed(root / "killed", address, notes, kills, told, restart)
+                table = Ledger(address).table().drop(columns=TIMES)
+        else:
+            count = on_ray(root / "killed", notes, kills) if way == "ray" else killed(root / "killed", None, notes, kills, told)
+            table = Ledger(root / "killed" / "ledger.sqlite").table().drop(columns=TIMES)
+        seconds = time.monotonic() - begun
+        same = _same(alone, table)
+        made = notes.read_text().splitlines() if notes.is_file() else []
+        leftovers = [str(one) for one in (root / "killed" / "artefacts").glob("shard/*")]
+    rows = [
+        {"what": "kills", "value": count, "unit": "", "low": None, "high": None},
+        {"what": "seconds with kills", "value": seconds, "unit": "s", "low": None, "high": None},
+        {"what": "shards of the sweep", "value": num_shards, "unit": "", "low": None, "high": None},
+        {"what": "shards made durable twice", "value": len(made) - len(set(made)), "unit": "", "low": None, "high": None},
+    ]
+    targets = [
+        {"what": "table identical to an undisturbed run's", "value": same, "target": "true", "met": same},
+        {
+            "what": "durable shards made again",
+            "value": len(made) - len(set(made)),
+            "target": "0",
+            "met": len(made) == len(set(made)),
+        },
+        {"what": "shards left over", "value": len(leftovers), "target": "0", "met": not leftovers},
+    ]
+    return rows, targets
+
+
+def _same(one: pd.DataFrame, other: pd.DataFrame) -> bool:
+    try:
+        pd.testing.assert_frame_equal(one, other, check_dtype=False)
+    except AssertionError as error:
+        print(error, file=sys.stderr)
+        return False
+    return True
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--quick", action="store_true", help="three kills")
+    options.add_argument("--json", action="store_true", help="the JSON line alone")
+    options.add_argument("--kills", type=int, default=100, help="at most; the sweep may end before")
+    options.add_argument("--way", default="sqlite", choices=("sqlite", "postgresql", "ray"))
+    options.add_argument("--work", help=argparse.SUPPRESS)
+    options.add_argument("--ledger", help=argparse.SUPPRESS)
+    asked = options.parse_args()
+    if asked.work:
+        work(asked.work, asked.ledger)
+        return
+
+    def told(line: str) -> None:
+        if not asked.json:
+            print(line, flush=True)
+
+    rows, targets = measure(asked.way, 3 if asked.quick else asked.kills, told)
+    print_results("kill_sweep", rows, targets, way=asked.way)
+
+
+if __name__ == "__main__":
+    main()
