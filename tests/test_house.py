@@ -15,6 +15,7 @@ FLOORS = (
     {"__main__"},
     {"cli"},
     {"report"},
+    {"joining", "merging"},
     {"pipeline"},
     {"experiments"},
     {"materials"},

@@ -109,7 +109,7 @@ def test_timesteps_captions_and_dropout_are_uniform_and_independent() -> None:
     words = [word.double().numpy() / 2**32 for word in choices(training_key(0), torch.arange(20_000))]
     for word in words:
         assert stats.kstest(word, "uniform").pvalue > 1e-4
-    assert np.abs(np.corrcoef(words) - np.eye(3)).max() < 5 / 20_000**0.5
+    assert np.abs(np.corrcoef(words) - np.eye(4)).max() < 5 / 20_000**0.5
     assert training_key(0) != training_key(1)
 
 

@@ -72,7 +72,8 @@ def sample(
     opened.info.check_guidance(guidance)
     if negative is not None and opened.info.model.embeds_guidance:
         raise RequestError(f"{checkpoint}: a student takes guidance as an input, in one pass; a negative prompt has no place")
-    table = build_table(sampler or opened.info.sampler, num_steps or opened.info.num_steps, schedule_of(opened.info))
+    steps = opened.info.num_steps if num_steps is None else num_steps
+    table = build_table(sampler or opened.info.sampler, steps, schedule_of(opened.info))
     of_negative = None if negative is None else len(prompts)
     rows = [
         Row(i, i // num_pictures, table, guidance, seed=seed, negative=of_negative) for i in range(len(prompts) * num_pictures)

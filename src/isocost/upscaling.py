@@ -78,7 +78,7 @@ def upscale(
     tiling = Tiling.of(enlarged.shape[1], enlarged.shape[2], side, min(int(overlap * side), side - unit), unit)
     started = time.perf_counter()
     info.check_guidance(guidance)
-    table = build_table(sampler or info.sampler, num_steps or info.num_steps, schedule_of(info))
+    table = build_table(sampler or info.sampler, info.num_steps if num_steps is None else num_steps, schedule_of(info))
     rows = [Row(number, 0, table, guidance, seed=seed) for number in range(len(tiling.corners))]
     beside = torch.cat([codec.encode(tile)[0].float() for tile in tiling.cut(enlarged).split(1)])
     starts = tiling.cut(

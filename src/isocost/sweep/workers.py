@@ -56,12 +56,13 @@ class Worker:
 
         Returns when all points are there, whoever made them.
         """
+        embeds = checkpoint.info.model.embeds_guidance
         missing = list(points)
         while missing := self._missing(missing, checkpoint, done):
             if deadline is not None and time.monotonic() > deadline:
                 return False
             # Rows of two passes first: they leave both outputs of their first evaluation to the others.
-            missing.sort(key=lambda point: -num_passes(point.spec.guidance))
+            missing.sort(key=lambda point: -num_passes(point.spec.guidance, embeds))
             made = 0
             for numerics in sorted({point.spec.numerics for point in missing}):
                 alike = [point for point in missing if point.spec.numerics == numerics]
