@@ -321,7 +321,7 @@ def main() -> None:
     options.add_argument("--json", action="store_true", help="the JSON line alone")
     options.add_argument("--variant", action="append", choices=VARIANTS, help="one variant; may be repeated")
     options.add_argument("--prediction", default="v_prediction", choices=("v_prediction", "epsilon"))
-    options.add_argument("--images", type=int, default=5_000_000, help="shown to each student")
+    options.add_argument("--images", type=int, default=3_500_000, help="shown to each student")
     asked = options.parse_args()
 
     def told(line: str) -> None:
