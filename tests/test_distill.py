@@ -391,8 +391,6 @@ def trained(name: str, folder: Path, num_images: int = 64, deadline: float | Non
 
     of_train = spec.train.model_copy(update={"num_images": num_images})
     train(of_train, task, student, folder, publish, title=name, deadline=deadline)
-    average = dict(zip((n for n, p in student.named_parameters() if p.requires_grad), task.target.parameters(), strict=False))
-    assert average, "the target follows what learns"
     return published
 
 

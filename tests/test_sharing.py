@@ -23,8 +23,6 @@ from isocost.merging import merge
 from isocost.pipeline import Pipeline
 from isocost.report.gather import report
 from isocost.score.kept import read_measured
-from isocost.spec import digest
-from isocost.store import Store
 from isocost.sweep import claims as claiming
 from isocost.sweep import workers
 from isocost.sweep.claims import Claims
@@ -144,7 +142,6 @@ def test_a_points_shards_cover_it_once(finished: Path) -> None:
     assert [i for shard in shards for i in shard.pictures] == list(range(32))
     assert [len(shard.pictures) for shard in shards] == [12, 12, 8]
     assert len({shard.digest for shard in shards}) == 3
-    assert shards[0].title.endswith("pictures 0 to 11")
 
 
 def test_the_size_of_shards_changes_no_bit(finished: Path, tmp_path: Path) -> None:
@@ -258,7 +255,7 @@ def test_a_postgresql_ledger_holds_the_same(finished: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_ends_with_the_same_table_though_a_worker_is_killed(finished: Path, tmp_path: Path) -> None:
+def test_a_ray_cluster_of_two_nodes_ends_with_the_same_table(finished: Path, tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -312,7 +309,7 @@ def test_what_cannot_be_united_is_one_line(finished: Path, tmp_path: Path) -> No
         merge(tmp_path / "other", [finished])
 
 
-def test_work_that_fails_leaves_its_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_that_fails_gives_its_claims_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {k: small()[k] for k in ("family", "train", "sweep")}
 
     def fail(*_: Any) -> None:
@@ -323,5 +320,3 @@ def test_work_that_fails_leaves_its_claims(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(WorkError):
             Pipeline(tiny_study(**parts), tmp_path / "out").run()
     assert Claims(Ledger(tmp_path / "out" / "ledger.sqlite").engine).others() == 0
-    assert Store(tmp_path / "out").root.is_dir()
-    assert digest({"a": 1}) == digest({"a": 1})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from isocost.errors import RequestError
 from isocost.metrics.features import Extractor
 from isocost.metrics.lpips import load_lpips
 from isocost.metrics.probe import Probe
+from isocost.models.checkpoint import CheckpointInfo
 from isocost.progress import Report, progress_bar, say
 from isocost.provenance import provenance
 from isocost.score import reference as referencing
@@ -110,6 +112,18 @@ class Materials:
         if isinstance(self.study.codec, PretrainedCodecSpec):
             return self.study.codec.path
         return f"../../codec/{self.codec_digest}"
+
+    def check_parent(self, info: CheckpointInfo, prediction: str, named: str) -> None:
+        """
+        Raises:
+            RequestError: a given checkpoint, `named` by where it was given, is of another codec or predicts something else.
+        """
+        channels, side, _ = self.latent_shape
+        own = Path(self.codec_from_checkpoint).name
+        if Path(info.codec).name != own or (info.model.latent_channels, info.model.latent_side) != (channels, side):
+            raise RequestError(f"{named} was trained on latents of another codec; take this study's")
+        if info.prediction != prediction:
+            raise RequestError(f"{named} predicts {info.prediction}, the study {prediction}")
 
     def codec_report(self) -> dict[str, Any]:
         """Held-out quality of the codec, and that of the linear codec of the same latent shape beside it."""

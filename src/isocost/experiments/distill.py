@@ -185,12 +185,7 @@ class DistillExperiment(Experiment):
             raise RequestError(f"{named} is a student already ({info.distilled}); give the undistilled checkpoint")
         if info.task != ("superres" if isinstance(self.of, SuperresExperiment) else "text2image"):
             raise RequestError(f"{named} was made for {info.task}, which these students are not for")
-        channels, side, _ = self.materials.latent_shape
-        own = Path(self.materials.codec_from_checkpoint).name
-        if Path(info.codec).name != own or (info.model.latent_channels, info.model.latent_side) != (channels, side):
-            raise RequestError(f"{named} was trained on latents of another autoencoder; take this study's")
-        if info.prediction != self.spec.train.prediction:
-            raise RequestError(f"{named} predicts {info.prediction}, the study {self.spec.train.prediction}")
+        self.materials.check_parent(info, self.spec.train.prediction, named)
         return Teacher(Path(folder), info.model, info.size, info.variant)
 
     def _start(self, teacher: Teacher) -> Teacher:

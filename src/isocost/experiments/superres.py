@@ -101,12 +101,7 @@ class SuperresExperiment(Experiment):
                 f"superres.parents: {folder} has {info.model.extra_input_channels} further input channels already "
                 f"({info.task}); start from a text-to-image checkpoint"
             )
-        channels, side, _ = self.materials.latent_shape
-        own = Path(self.materials.codec_from_checkpoint).name
-        if Path(info.codec).name != own or (info.model.latent_channels, info.model.latent_side) != (channels, side):
-            raise RequestError(f"superres.parents: {folder} was trained on latents of another codec; take this study's")
-        if info.prediction != self.spec.train.prediction:
-            raise RequestError(f"superres.parents: {folder} predicts {info.prediction}, the study {self.spec.train.prediction}")
+        self.materials.check_parent(info, self.spec.train.prediction, f"superres.parents: {folder}")
         return info.model
 
     def task(self, run: Run, network: nn.Module) -> Task:

@@ -41,11 +41,6 @@ class Shard:
     pictures: range
     digest: str
 
-    @property
-    def title(self) -> str:
-        """ "ddim 16 steps, guidance 3, pictures 256 to 511"."""
-        return f"{self.point.title}, pictures {self.pictures.start} to {self.pictures.stop - 1}"
-
 
 def shards_of(point: Point, size: int) -> list[Shard]:
     """The shards of a point, `size` pictures each, the last one maybe fewer."""
