@@ -273,7 +273,7 @@ def measure(variants: list[str], prediction: Any, images: int, told: Callable[[s
         guidance_width=GUIDANCE_WIDTH,
         solver_steps=SOLVER_STEPS,
         target_half_life_images=target,
-        stages=(16, 8, 4, 2, 1),
+        stages=(64, 32, 16, 8, 4, 2, 1),
         train=base.model_copy(update={"ema_half_life_images": (images // 50, target), "caption_dropout": 0.1}),
         sweep={"guidance": (1.0,)},
     )

@@ -55,14 +55,23 @@ STUDY: dict[str, Any] = {
 
 def work(out: str, ledger: str | None) -> None:
     """One process at the study; notes every shard that it has made."""
-    keep = workers.Worker._keep
+    keep, begun = workers.Worker._keep, workers.ShardInWork
+
+    def note(what: str, digest: str) -> None:
+        with Path(os.environ[NOTES]).open("a") as file:
+            file.write(f"{what} {digest}\n")
 
     def noted(this: workers.Worker, made: Any, ms: float) -> None:
         keep(this, made, ms)
-        with Path(os.environ[NOTES]).open("a") as file:
-            file.write(f"{made.shard.digest}\n")
+        note("made", made.shard.digest)
+
+    class NotedShard(begun):  # type: ignore[misc, valid-type]
+        def __init__(self, shard: Any, *rest: Any) -> None:
+            super().__init__(shard, *rest)
+            note("begun", shard.digest)
 
     workers.Worker._keep = noted  # type: ignore[method-assign]
+    workers.ShardInWork = NotedShard  # type: ignore[misc]
     Pipeline(parse_spec(StudySpec, STUDY, "study"), out, ledger).run()
 
 
@@ -75,7 +84,7 @@ def start(out: Path, ledger: str | None, notes: Path) -> subprocess.Popen[bytes]
 
 def killed(out: Path, ledger: str | None, notes: Path, kills: int, told: Callable[[str], None], restart: Any = None) -> int:
     """Kill and begin again; returns how many kills there were before it came to its end."""
-    moments = random.Random(0)
+    moments = random.Random(str(out))
     for number in range(kills):
         process = start(out, ledger, notes)
         begun = _ready(out, process)
@@ -97,7 +106,7 @@ def _ready(out: Path, process: subprocess.Popen[bytes]) -> bool:
     """Wait until the process has begun to sample, so that kills fall into the sweep; False where it ended before."""
     before = _num_claims(out)
     while process.poll() is None:
-        if _num_claims(out) != before or any((out / "artefacts" / ".partial").glob("shard-*")):
+        if _num_claims(out) != before or any((out / "artefacts" / ".partial").glob(f"shard-*.{process.pid}")):
             return True
         time.sleep(0.02)
     return False
@@ -107,14 +116,13 @@ def _num_claims(out: Path) -> int:
     return len(list((out / "artefacts").glob("shard/*"))) + 1000 * len(list((out / "artefacts").glob("point/*")))
 
 
-def on_ray(out: Path, notes: Path, kills: int) -> int:
+def on_ray(out: Path, kills: int) -> int:
     """Two actors on a cluster of two nodes; one of them is killed again and again while they work."""
     import threading
 
     import ray
     from ray.cluster_utils import Cluster
 
-    os.environ[NOTES] = str(notes)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     cluster.add_node(num_cpus=1)
     done, moments, count = threading.Event(), random.Random(0), [0]
@@ -156,45 +164,60 @@ def postgresql(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
         server.cleanup()
 
 
+def disturbed(way: str, root: Path, kills: int, told: Callable[[str], None]) -> tuple[int, pd.DataFrame]:
+    """One sweep that is killed until it ends, `kills` times at most: how often, and its table."""
+    out, notes = root / "out", root / "notes.txt"
+    root.mkdir()
+    root.chmod(0o755)
+    if way == "postgresql":
+        with postgresql(root / "pg") as (address, restart):
+            count = killed(out, address, notes, kills, told, restart)
+            return count, Ledger(address).table().drop(columns=TIMES)
+    count = on_ray(out, kills) if way == "ray" else killed(out, None, notes, kills, told)
+    return count, Ledger(out / "ledger.sqlite").table().drop(columns=TIMES)
+
+
 def measure(way: str, kills: int, told: Callable[[str], None]) -> tuple[list[Any], list[Any]]:
     """Rows and targets."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         root.chmod(0o755)
-        notes_alone, notes = root / "alone.txt", root / "killed.txt"
-        assert start(root / "alone", None, notes_alone).wait(1200) == 0, "the undisturbed run failed"
+        alone_notes = root / "alone.txt"
+        assert start(root / "alone", None, alone_notes).wait(1200) == 0, "the undisturbed run failed"
         alone = Ledger(root / "alone" / "ledger.sqlite").table().drop(columns=TIMES)
-        num_shards = len(notes_alone.read_text().splitlines())
-        begun = time.monotonic()
-        address: str | None = None
-        if way == "postgresql":
-            with postgresql(root / "pg") as (address, restart):
-                count = killed(root / "killed", address, notes, kills, told, restart)
-                table = Ledger(address).table().drop(columns=TIMES)
-        else:
-            count = on_ray(root / "killed", notes, kills) if way == "ray" else killed(root / "killed", None, notes, kills, told)
-            table = Ledger(root / "killed" / "ledger.sqlite").table().drop(columns=TIMES)
-        seconds = time.monotonic() - begun
-        same = _same(alone, table)
-        made = notes.read_text().splitlines() if notes.is_file() else []
-        leftovers = [str(one) for one in (root / "killed" / "artefacts").glob("shard/*")]
-    rows = [
-        {"what": "kills", "value": count, "unit": "", "low": None, "high": None},
-        {"what": "seconds with kills", "value": seconds, "unit": "s", "low": None, "high": None},
-        {"what": "shards of the sweep", "value": num_shards, "unit": "", "low": None, "high": None},
-        {"what": "shards made durable twice", "value": len(made) - len(set(made)), "unit": "", "low": None, "high": None},
-    ]
+        num_shards = len(_noted(alone_notes, "made"))
+        started = time.monotonic()
+        count, sweeps, twice, again, leftovers, same = 0, 0, 0, 0, 0, True
+        while count < kills:
+            place = root / f"sweep-{sweeps}"
+            killed_here, table = disturbed(way, place, kills - count, told)
+            count, sweeps, same = count + killed_here, sweeps + 1, same and _same(alone, table)
+            made, begun = (_noted(place / "notes.txt", what) for what in ("made", "begun"))
+            twice, again = twice + len(made) - len(set(made)), again + len(begun) - len(set(begun))
+            leftovers += len(list((place / "out" / "artefacts").glob("shard/*")))
+            told(f"sweep {sweeps}: {killed_here} kills, table {'the same' if same else 'not the same'}")
+        seconds = time.monotonic() - started
+    numbers = {
+        "kills": count,
+        "sweeps": sweeps,
+        "seconds with kills": seconds,
+        "shards of a sweep": num_shards,
+        "shards made durable twice": twice,
+        "shards begun again": again,
+    }
+    rows = [{"what": what, "value": value, "unit": "", "low": None, "high": None} for what, value in numbers.items()]
     targets = [
-        {"what": "table identical to an undisturbed run's", "value": same, "target": "true", "met": same},
-        {
-            "what": "durable shards made again",
-            "value": len(made) - len(set(made)),
-            "target": "0",
-            "met": len(made) == len(set(made)),
-        },
-        {"what": "shards left over", "value": len(leftovers), "target": "0", "met": not leftovers},
+        {"what": "tables identical to an undisturbed run's", "value": same, "target": "true", "met": same},
+        {"what": "durable shards made again", "value": twice, "target": "0", "met": twice == 0},
+        {"what": "shards begun again, of kills", "value": again / count, "target": "<= 1", "met": again <= count},
+        {"what": "shards left over", "value": leftovers, "target": "0", "met": leftovers == 0},
     ]
     return rows, targets
+
+
+def _noted(notes: Path, what: str) -> list[str]:
+    lines = notes.read_text().splitlines() if notes.is_file() else []
+    return [line.partition(" ")[2] for line in lines if line.startswith(what)]
 
 
 def _same(one: pd.DataFrame, other: pd.DataFrame) -> bool:
@@ -210,7 +233,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--quick", action="store_true", help="three kills")
     options.add_argument("--json", action="store_true", help="the JSON line alone")
-    options.add_argument("--kills", type=int, default=100, help="at most; the sweep may end before")
+    options.add_argument("--kills", type=int, default=100, help="over as many sweeps as it takes")
     options.add_argument("--way", default="sqlite", choices=("sqlite", "postgresql", "ray"))
     options.add_argument("--work", help=argparse.SUPPRESS)
     options.add_argument("--ledger", help=argparse.SUPPRESS)

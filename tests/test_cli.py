@@ -14,8 +14,12 @@ from PIL import Image
 
 from conftest import plain_study
 from isocost.cli import main
+from isocost.score.intervals import Interval
 from isocost.sweep.ledger import Ledger
+from isocost.sweep.tables import PointRow
 from planted import planted_table
+
+KERNEL = "kernel_efficientnet"
 
 
 class Outcome:
@@ -169,9 +173,33 @@ def test_sweep_without_checkpoints_names_the_command_that_makes_them(isocost: An
     refused(isocost("sweep", write_study(tmp_path), "--out", tmp_path / "out"), "no checkpoint at 128 images", "isocost train")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--budget-nfe", "4", "--budget-ms", "3"]])
-def test_recommend_takes_one_budget(isocost: Any, tmp_path: Path, arguments: list[str]) -> None:
-    refused(isocost("recommend", tmp_path, *arguments), "give one budget")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give one budget: --budget-ms"),
+        (["--budget-memory-gib", "8"], "give one budget beside --budget-memory-gib: --budget-ms"),
+        (["--budget-ms", "4", "--pictures-per-hour", "1000"], "two budgets of one kind, 4 ms per picture and 3,600 ms"),
+        (["--budget-nfe", "0"], "a budget is a positive number, not 0"),
+        (["--budget-nfe", "16", "--budget-memory-gib", "8"], "no point has a measured peak memory"),
+        (["--budget-nfe", "16", "--floor", "alignment"], "give METRIC=VALUE, such as alignment=0.9"),
+        (["--budget-nfe", "16", "--floor", "alignment=high"], "'high' is not a number"),
+        (["--budget-nfe", "16", "--floor", "alignment=1", "--floor", "alignment=2"], "has a floor of 1 already"),
+        (
+            ["--budget-nfe", "16", "--floor", "alignment=2"],
+            "no point meets caption alignment of at least 2; the nearest is 12.6M",
+        ),
+        (["--budget-nfe", "16", "--protocol", "abc"], "give --ledger too"),
+        (["--budget-nfe", "16", "--ledger", "absent.sqlite"], "no such file"),
+        (["--budget-nfe", "16", "--ledger", "sqlite:///absent.sqlite"], "no such file"),
+    ],
+)
+def test_recommend_refuses_what_it_cannot_answer(isocost: Any, tmp_path: Path, arguments: list[str], said: str) -> None:
+    planted_table().to_parquet(tmp_path / "table.parquet")
+    refused(isocost("recommend", tmp_path, *arguments), said)
+
+
+def test_recommend_wants_a_folder_or_a_ledger(isocost: Any) -> None:
+    refused(isocost("recommend", "--budget-nfe", "4"), "give the output folder of a study, or --ledger")
 
 
 def test_recommend_wants_a_finished_folder(isocost: Any, tmp_path: Path) -> None:
@@ -207,6 +235,38 @@ def test_recommend_gives_the_command_that_samples_so(isocost: Any, tmp_path: Pat
     assert outcome.answer["configuration"]["cost"] <= 16
     assert outcome.answer["command"].startswith("isocost sample")
     assert outcome.answer["reason"] in outcome.err
+
+
+def test_recommend_keeps_several_budgets_and_floors(isocost: Any, tmp_path: Path) -> None:
+    planted_table().to_parquet(tmp_path / "table.parquet")
+    floors = ["--floor", "alignment=0.8", "--floor", "frechet_efficientnet=40"]
+    outcome = isocost("recommend", tmp_path, "--budget-gflop", "100", "--pictures-per-hour", "360000", *floors)
+    assert outcome.status == 0
+    assert [limit["name"] for limit in outcome.answer["limits"]] == [
+        *("gflop", "ms_per_picture"),
+        *("alignment", "frechet_efficientnet"),
+    ]
+    assert outcome.answer["cost"] == "gflop"
+    turned = isocost("recommend", tmp_path, "--pictures-per-hour", "360000", "--budget-gflop", "100", *floors)
+    assert turned.answer["cost"] == "ms_per_picture", "the first on the line leads"
+    assert turned.answer["configuration"]["point"] == outcome.answer["configuration"]["point"]
+
+
+def test_recommend_reads_a_ledger_without_a_folder(isocost: Any, tmp_path: Path) -> None:
+    shown = planted_table(sizes=("0.2M", "0.8M"))
+    own = [column.name for column in PointRow.__table__.columns if column.name in shown.columns]
+    rest = {"num_not_finite": 0, "precision": "fp32", "seconds": 1.0, "flagged": False, "task": "text2image"}
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    for row in shown.to_dict("records"):
+        scores = {KERNEL: Interval(row[KERNEL], row[f"{KERNEL}_low"], row[f"{KERNEL}_high"])}
+        ledger.add_point({**{name: row[name] for name in own}, **rest}, scores, {}, {})
+    shown.to_parquet(tmp_path / "table.parquet")
+    expected = isocost("recommend", tmp_path, "--budget-nfe", "16").answer
+    for arguments in (["--ledger", tmp_path / "ledger.sqlite"], ["--ledger", f"sqlite:///{tmp_path}/ledger.sqlite", tmp_path]):
+        outcome = isocost("recommend", "--budget-nfe", "16", *arguments)
+        assert outcome.status == 0, outcome.err
+        assert outcome.answer["configuration"] == expected["configuration"]
+        assert ("OUT/" in outcome.answer["command"]) is (len(arguments) == 2)
 
 
 def test_a_dry_run_writes_nothing(isocost: Any, tmp_path: Path) -> None:

@@ -17,35 +17,9 @@ from isocost.analysis.frontier import (
     sizes_in_order,
 )
 from isocost.errors import RequestError
-from planted import BEST_GUIDANCE, planted_table
+from planted import BEST_GUIDANCE, TABLE_1, paper_table, planted_table
 
 KERNEL = "kernel_efficientnet"
-TABLE_1 = {  # size: (millions of parameters, normalised cost, FID at 50 steps)
-    "39M": (39, 0.07, 25.30),
-    "83M": (83, 0.13, 24.30),
-    "145M": (145, 0.20, 24.18),
-    "223M": (223, 0.30, 23.76),
-    "318M": (318, 0.40, 22.83),
-    "430M": (430, 0.53, 22.35),
-    "558M": (558, 0.67, 22.15),
-    "704M": (704, 0.83, 21.82),
-    "866M": (866, 1.00, 21.55),
-    "2B": (2000, 2.39, 20.98),
-    "5B": (5000, 5.17, 20.14),
-}
-
-
-def paper_table() -> pd.DataFrame:
-    """Table 1 as points: 50 steps of DDIM at guidance 7.5, the published FID standing in for a distance without interval."""
-    first = planted_table(sizes=("0.2M",), num_steps=(4,), guidance=(1.0,), samplers=("ddim/leading",), marks=())
-    rows = [
-        first.assign(
-            point=size, checkpoint=size, size=size, num_parameters=millions * 10**6, num_steps=50, guidance=7.5,
-            paper_cost=cost * 50, frechet_efficientnet=fid, frechet_efficientnet_low=np.nan, frechet_efficientnet_high=np.nan,
-        )
-        for size, (millions, cost, fid) in TABLE_1.items()
-    ]  # fmt: skip
-    return pd.concat(rows, ignore_index=True)
 
 
 def random_table(seed: int) -> pd.DataFrame:

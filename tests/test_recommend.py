@@ -6,9 +6,10 @@ import json
 import shlex
 from dataclasses import asdict
 
+import pandas as pd
 import pytest
 
-from isocost.analysis.frontier import COSTS, best_at_budgets
+from isocost.analysis.frontier import COSTS, best_at_budgets, of_task
 from isocost.analysis.recommend import answer, recommend, sample_command
 from isocost.errors import RequestError
 from planted import planted_table
@@ -127,3 +128,170 @@ def test_a_super_resolution_is_done_by_upscale() -> None:
     assert words[:2] == ["isocost", "upscale"]
     assert words[-2:] == ["PICTURE", "LARGER.png"]
     assert shlex.split(recommend(planted_table().assign(task="text2image"), "nfe", 8).command)[1] == "sample"
+    assert shlex.split(recommend(planted_table().assign(task="superres-distill"), "nfe", 8).command)[1] == "upscale"
+
+
+# --- several budgets, floors ------------------------------------------------------------------------------------------
+
+
+def test_every_budget_must_hold_and_the_first_breaks_ties() -> None:
+    table = planted_table(noise=0.01)
+    finished = table[table["is_final"]]
+    within = finished[(finished["nfe"] <= 16) & (finished["gflop"] <= 20) & (finished["ms_per_picture"] <= 3.6e6 / 500_000)]
+    budgets = {"nfe": 16.0, "gflop": 20.0, "pictures_per_hour": 500_000.0}
+    for lead, column in (("nfe", "nfe"), ("gflop", "gflop"), ("pictures_per_hour", "ms_per_picture")):
+        also = {name: value for name, value in budgets.items() if name != lead}
+        found = recommend(table, lead, budgets[lead], KERNEL, also=also)
+        assert found.configuration.point == within.loc[within[KERNEL].idxmin(), "point"]
+        assert found.cost == column
+        assert {limit.name for limit in found.limits} == {"nfe", "gflop", "ms_per_picture"}
+        assert all(limit.value <= limit.bound for limit in found.limits)
+        assert f"of the {len(within)} points within" in found.reason
+    tied = table.assign(kernel_efficientnet=0.1, nfe=table["num_steps"] * 1.0, gflop=64.0 / table["num_steps"])
+    by = {cost: recommend(tied, cost, 1e6, KERNEL, also={other: 1e6}) for cost, other in (("nfe", "gflop"), ("gflop", "nfe"))}
+    assert {cost: found.configuration.num_steps for cost, found in by.items()} == {"nfe": 2, "gflop": 32}
+
+
+def test_pictures_per_hour_are_milliseconds_turned_round() -> None:
+    table = planted_table()
+    ours, theirs = recommend(table, "pictures_per_hour", 1_200_000, KERNEL), recommend(table, "ms_per_picture", 3, KERNEL)
+    assert ours.configuration == theirs.configuration
+    assert "within 3 ms per picture (1,200,000 pictures per hour)" in ours.reason
+
+
+@pytest.mark.parametrize(
+    ("metric", "bound", "side"), [("alignment", 0.8, ">="), ("frechet_efficientnet", 30.0, "<="), (KERNEL, 0.1, "<=")]
+)
+def test_a_floor_is_met_in_the_metrics_own_direction(metric: str, bound: float, side: str) -> None:
+    table = planted_table(noise=0.01)
+    table["alignment"] = table["alignment"].sample(frac=1, random_state=0).to_numpy()
+    within = table[table["is_final"] & (table["nfe"] <= 16)].query(f"{metric} {side} {bound}")
+    found = recommend(table, "nfe", 16, KERNEL, floors={metric: bound})
+    assert found.configuration.point == within.loc[within[KERNEL].idxmin(), "point"]
+    assert f"of at {'least' if side == '>=' else 'most'} {bound:g}" in found.reason
+    (_, floor) = found.limits
+    assert (floor.name, floor.bound, floor.is_most) == (metric, bound, side == "<=")
+    assert floor.low is not None
+    if found.runner_up is not None:
+        assert found.runner_up.point in set(within["point"])
+
+
+def test_a_floor_within_the_noise_is_noted() -> None:
+    table = planted_table()
+    at = recommend(table, "nfe", 16, KERNEL)
+    share = float(table.loc[table["point"] == at.configuration.point, "alignment"].iloc[0])
+    assert any(
+        "reaches below the floor" in note for note in recommend(table, "nfe", 16, KERNEL, floors={"alignment": share}).notes
+    )
+    assert not recommend(table, "nfe", 16, KERNEL, floors={"alignment": share - 0.05}).notes
+    table["alignment_low"] = float("nan")
+    assert "no interval" in recommend(table, "nfe", 16, KERNEL, floors={"alignment": share}).notes[0]
+
+
+def test_memory_is_a_budget_where_it_was_measured() -> None:
+    table = planted_table()
+    with pytest.raises(RequestError, match=r"no point has a measured peak memory .* leave the memory budget out"):
+        recommend(table, "nfe", 16, KERNEL, also={"memory_gib": 1})
+    table["peak_memory_mib"] = table["num_parameters"] / 1e4
+    found = recommend(table, "nfe", 16, KERNEL, also={"memory_gib": 0.5})
+    assert found.configuration.size == "3.2M", "12.6M takes 1.23 GiB, 7.1M takes 0.69"
+    assert "0.5 GiB of memory" in found.reason
+    with pytest.raises(RequestError, match=r"of memory is below every point; the least takes 0.0195 GiB at the peak .0.2M"):
+        recommend(table, "nfe", 16, KERNEL, also={"memory_gib": 0.01})
+    table.loc[table["size"] == "3.2M", "peak_memory_mib"] = float("nan")
+    partly = recommend(table, "nfe", 16, KERNEL, also={"memory_gib": 0.5})
+    assert partly.configuration.size == "0.8M"
+    assert "50 points are left out, without a measured peak_memory_mib" in partly.notes
+
+
+def test_beyond_the_data_is_said_only_where_nothing_else_binds() -> None:
+    table = planted_table()
+    assert "beyond the data" in recommend(table, "nfe", 1000, KERNEL, also={"gflop": 1e6}).notes[0]
+    assert not recommend(table, "nfe", 1000, KERNEL, also={"gflop": 20}).notes
+
+
+def test_points_that_miss_the_floor_still_say_where_the_edges_are() -> None:
+    table = planted_table(guidance=(1.0, 2.0, 3.0))
+    share = recommend(table, "nfe", 64, "alignment").value
+    assert (table[table["is_final"] & (table["alignment"] > share - 0.001)]["guidance"] == 2).all()
+    found = recommend(table, "nfe", 64, KERNEL, floors={"alignment": share - 0.001})
+    assert not found.configuration.guidance_at_edge
+
+
+def test_nothing_meets_it_names_the_nearest() -> None:
+    table = planted_table()
+    finished = table[table["is_final"]]
+    nearest = finished.sort_values(["alignment"]).iloc[-1]
+    with pytest.raises(RequestError, match=r"no point meets caption alignment of at least 0.999; the nearest is") as caught:
+        recommend(table, "nfe", 64, KERNEL, floors={"alignment": 0.999})
+    assert f"the nearest is {nearest['size']}, {nearest['num_steps']} steps" in str(caught.value)
+    share = float(nearest["alignment"])
+    with pytest.raises(RequestError, match="no point within 4 network evaluations per picture meets caption") as caught:
+        recommend(table, "nfe", 4, KERNEL, floors={"alignment": share})
+    inside = finished[finished["nfe"] <= 4].sort_values("alignment").iloc[-1]
+    cheapest = finished[finished["alignment"] >= share].sort_values("nfe").iloc[0]
+    assert f"the nearest there is {inside['size']}, {inside['num_steps']} steps" in str(caught.value)
+    assert f"the cheapest point that does is {cheapest['size']}, {cheapest['num_steps']} steps" in str(caught.value)
+    assert str(caught.value).endswith(f"at {cheapest['nfe']:g} network evaluations per picture")
+    at_odds = table.assign(frechet_efficientnet=100 - table["frechet_efficientnet"])
+    both = {"alignment": share, "frechet_efficientnet": float(at_odds.loc[finished.index, "frechet_efficientnet"].min())}
+    with pytest.raises(
+        RequestError, match=r"meets caption alignment of at least .* and Fréchet distance of at most .* together"
+    ):
+        recommend(at_odds, "nfe", 64, KERNEL, floors=both)
+    with pytest.raises(
+        RequestError, match=r"no point keeps 2 network .* and 0\.1 ms .* together; the nearest is 12.6M, 8 steps"
+    ):
+        recommend(table.assign(ms_per_picture=3.0 / table["num_steps"]), "nfe", 2, KERNEL, also={"ms_per_picture": 0.1})
+
+
+def test_contradictions_and_mistakes_are_one_line() -> None:
+    table = planted_table()
+    for cost, budget, options, said in (
+        (
+            "ms_per_picture",
+            3,
+            {"also": {"pictures_per_hour": 100.0}},
+            "two budgets of one kind, 3 ms per picture and 36,000 ms",
+        ),
+        ("memory_gib", 3, {}, "a memory budget stands beside one of cost"),
+        ("nfe", 3, {"also": {"euros": 3.0}}, "no budget is called 'euros'; known: paper_cost"),
+        ("nfe", 3, {"also": {"gflop": -3.0}}, "a budget is a positive number, not -3"),
+        ("pictures_per_hour", float("inf"), {}, "a budget is a positive number, not inf"),
+        ("nfe", 3, {"floors": {"beauty": 3.0}}, "no metric is called 'beauty'"),
+        ("nfe", 3, {"floors": {"alignment": float("nan")}}, "a floor is a number, not nan for alignment"),
+        ("nfe", 3, {"floors": {"fid": 20.0}}, "no point carries fid: .* leave that floor out"),
+        ("pictures_per_hour", 1e9, {}, "1,000,000,000 pictures per hour. is below every point; the cheapest point costs 0.1"),
+    ):
+        with pytest.raises(RequestError, match=said) as caught:
+            recommend(table, cost, budget, KERNEL, **options)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+
+
+# --- a ledger's table -------------------------------------------------------------------------------------------------
+
+
+def test_a_ledgers_points_are_told_apart_by_task_and_size() -> None:
+    family = planted_table(sizes=("0.2M", "0.8M")).assign(task=None)
+    tuned = planted_table(sizes=("0.2M",), marks=(1000,), images_seen=2000).assign(task="superres")
+    students = planted_table(sizes=("0.2M",), marks=(), images_seen=500).assign(task="distill", size="0.2M codi")
+    ledger = pd.concat([family, tuned, students], ignore_index=True).assign(is_final=False)
+    own = of_task(ledger)
+    assert own["is_final"].tolist() == family["is_final"].tolist()
+    assert set(of_task(ledger, "superres")["images_seen"]) == {1000, 2000}
+    beside = of_task(ledger, "distill")
+    assert set(beside["size"]) == {"0.2M", "0.8M", "0.2M codi"}
+    assert beside["is_final"].all()
+    two = pd.concat([own, own.assign(protocol="other", point=own["point"] + "b")])
+    with pytest.raises(RequestError, match="points that differ in protocol"):
+        recommend(of_task(two), "nfe", 16, KERNEL)
+    assert recommend(of_task(two, protocol="other"), "nfe", 16, KERNEL).configuration.point.endswith("b")
+    for task, protocol, said in (
+        ("dreambooth", None, "subject by subject"),
+        ("superres-distill", None, "no point of superres-distill; it has distill, superres, text2image"),
+        ("text2image", "absent", "under protocol absent; known: planted"),
+    ):
+        with pytest.raises(RequestError, match=said):
+            of_task(ledger, task, protocol)
+    with pytest.raises(RequestError, match="it has no point at all"):
+        of_task(ledger.iloc[:0])

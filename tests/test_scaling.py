@@ -6,7 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isocost.analysis.scaling import compute_curves, fit_law, frontier_of, scaling
+from isocost.analysis.bands import frontier_points
+from isocost.analysis.laws import fit_law
+from isocost.analysis.scaling import compute_curves, scaling
 from isocost.errors import RequestError
 from planted import planted_table
 
@@ -46,7 +48,7 @@ def test_saturation_is_named_only_where_there_is_one() -> None:
     straight = planted_curve(50.0, 0.3, 0.0, 0.02, 1)
     law = fit_law("straight", COMPUTE, straight, 0.02 * straight)
     assert law.saturation is None
-    assert "no saturation within its 9 marks" in str(law)
+    assert "no saturation within its 9 points" in str(law)
     bent = planted_curve(400.0, 0.5, 0.9, 0.02, 1)
     law = fit_law("bent", COMPUTE, bent, 0.02 * bent)
     assert law.saturation is not None
@@ -58,7 +60,7 @@ def test_a_curve_that_does_not_fall_has_no_law() -> None:
         law = fit_law("flat", COMPUTE, values, 0.01 * values)
         assert not law.is_found
         assert law.saturation is None
-        assert str(law) == "flat: no power law within its 9 marks"
+        assert str(law) == "flat: no power law within its 9 points"
 
 
 def test_both_axes_tell_the_same_law_and_differ_by_the_batch() -> None:
@@ -73,14 +75,14 @@ def test_both_axes_tell_the_same_law_and_differ_by_the_batch() -> None:
 
 
 def test_the_family_follows_the_best_size_at_each_compute() -> None:
-    curves = compute_curves(planted_table(noise=0.0), KERNEL, 64)
-    frontier = frontier_of(curves, KERNEL)
-    for row in frontier.itertuples():
-        cheaper = curves[curves["training_gflop"] <= row.training_gflop]
-        assert cheaper[KERNEL].min() == getattr(row, KERNEL)
-    fitted = scaling(planted_table(noise=0.0), KERNEL, 64)
+    curves = compute_curves(planted_table(noise=0.0), KERNEL, 64).sort_values(["training_gflop", KERNEL])
+    compute, values = (curves[column].to_numpy(dtype=float) for column in ("training_gflop", KERNEL))
+    at, draws = frontier_points(compute, values, np.full(len(values), np.nan), 50, 0)
+    assert len(draws) == 1, "no redraws without intervals"
+    assert draws[0].tolist() == [values[compute <= budget].min() for budget in at]
+    fitted = scaling(planted_table(noise=0.0, half_width=1e-6), KERNEL, 64)
     assert fitted.family is not None
-    assert fitted.family.num_marks == len(frontier)
+    assert fitted.family.num_marks == len(at)
     assert [law.name for law in fitted.sizes] == ["0.2M", "0.8M", "3.2M", "7.1M", "12.6M"]
 
 

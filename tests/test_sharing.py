@@ -80,7 +80,7 @@ def test_what_one_has_the_other_cannot_take(tmp_path: Path) -> None:
     assert one.take("a")
     assert not other.take("a")
     assert other.take("b")
-    assert (one.others(), other.others()) == (1, 1)
+    assert (one.num_workers(), other.num_workers()) == (2, 2)
     other.release("a")  # not its own
     assert not other.take("a")
     one.release("a")
@@ -319,4 +319,4 @@ def test_work_that_fails_gives_its_claims_back(tmp_path: Path, monkeypatch: pyte
         patched.setattr(workers.Worker, "_keep", fail)
         with pytest.raises(WorkError):
             Pipeline(tiny_study(**parts), tmp_path / "out").run()
-    assert Claims(Ledger(tmp_path / "out" / "ledger.sqlite").engine).others() == 0
+    assert Claims(Ledger(tmp_path / "out" / "ledger.sqlite").engine).num_workers() == 0

@@ -202,6 +202,7 @@ class DreamboothSweepSpec(SweepSpec):
     guidance: tuple[Annotated[float, Field(ge=0)], ...] = (7.5,)
     marks_num_steps: int = Field(50, ge=1, le=NUM_TRAIN_TIMESTEPS)
     marks_guidance: float = Field(7.5, ge=0)
+    search: Literal["grid"] = "grid"
 
 
 class DreamboothProtocolSpec(ProtocolSpec):

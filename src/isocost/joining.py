@@ -19,6 +19,7 @@ import torch
 from isocost.errors import RequestError, WorkError
 from isocost.pipeline import STUDY_FILE, Pipeline
 from isocost.progress import say
+from isocost.stopping import ask_to_stop, was_asked
 from isocost.study_file import load_study
 
 RETRY_S = 2.0
@@ -117,18 +118,31 @@ def run_on_ray(
             deadline = None if hours is None else time.monotonic() + 3600 * hours
             return work(folder, where, deadline, only)
 
+        def stop(self) -> None:
+            ask_to_stop()
+
+    actors: list[Any] = []
+
     def begin() -> Any:
         actor: Any = Helper
-        return actor.remote().work.remote(str(out.resolve()), ledger, stop_after, tasks)
+        actors.append(actor.options(max_concurrency=2).remote())  # one call works, another asks it to stop
+        return actors[-1].work.remote(str(out.resolve()), ledger, stop_after, tasks)
 
     at_work = [begin() for _ in range(wanted)]
     finished: list[bool] = []
+    is_asked = False
     while at_work:
-        done, at_work = ray.wait(at_work, num_returns=1)
+        done, at_work = ray.wait(at_work, num_returns=1, timeout=RETRY_S)
+        if was_asked() and not is_asked:
+            is_asked = True
+            for actor in actors:
+                actor.stop.remote()
+        if not done:
+            continue
         try:
             finished += ray.get(done)
         except (ActorDiedError, ActorUnavailableError, RayActorError):
-            if not finished:
+            if not finished and not is_asked:
                 say("a worker of the cluster was lost; another one takes over")
                 time.sleep(RETRY_S)
                 at_work.append(begin())

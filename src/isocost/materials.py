@@ -19,6 +19,7 @@ from isocost.data.cache import LatentCache, Part, PictureSet, count, forecast_by
 from isocost.data.codec import Codec, LinearCodec, TextCodec, load_codec
 from isocost.data.shards import Place
 from isocost.data.sources import num_classes, read_source, source_fingerprint
+from isocost.device import best_device
 from isocost.diffusion.generate import CaptionStates
 from isocost.errors import RequestError
 from isocost.metrics.features import Extractor
@@ -94,7 +95,7 @@ class Materials:
         """The study's codec, fitted where it is not there yet."""
         spec = self.study.codec
         if isinstance(spec, PretrainedCodecSpec):
-            return load_codec(spec.path, spec.subfolder)
+            return load_codec(spec.path, spec.subfolder, best_device())
         if not self.store.has("codec", self.codec_digest):
             pictures = self.pictures("train").pictures
             total = 1 if isinstance(spec, LinearCodecSpec) else spec.num_images
@@ -104,7 +105,7 @@ class Materials:
                     codec = fit_codec(spec, pictures, progress=lambda done, loss: progress(done, f"loss {loss:.4f}"))
                 codec.save(folder)
                 manifest["seconds"] = int(time.monotonic() - started)
-        return load_codec(self.store.folder("codec", self.codec_digest))
+        return load_codec(self.store.folder("codec", self.codec_digest), device=best_device())
 
     @property
     def codec_from_checkpoint(self) -> str:
@@ -159,7 +160,7 @@ class Materials:
 
     @cached_property
     def text(self) -> TextCodec:
-        return TextCodec(self.study.text)
+        return TextCodec(self.study.text, best_device())
 
     @cached_property
     def cache_digest(self) -> str:
@@ -182,10 +183,7 @@ class Materials:
             self.part.wait()
             codec, encoder = self.codec, self.text
             read = partial(read_source, data.train, data.resolution)
-            num_pictures, num_captions = count(read)
-            size = forecast_bytes(
-                num_pictures, self.latent_shape, num_captions, (text.max_tokens, encoder.context_width), text.cache_states
-            )
+            num_pictures, num_captions, size = self._cache_size()
             say(f"latent cache: {num_pictures} pictures, {num_captions} captions, {size / 1e9:.2f} GB")
             if place.is_local and size > (free := free_disk(self.store.out)):
                 raise RequestError(
@@ -209,11 +207,25 @@ class Materials:
             self.part.wait()
         return LatentCache(place)
 
+    def _cache_size(self) -> tuple[int, int, int]:
+        """Pictures and captions of the cache, readable or not, and the bytes that they will take; no picture is decoded."""
+        data, text = self.study.data, self.study.text
+        num_pictures, num_captions = count(partial(read_source, data.train, data.resolution))
+        states = (text.max_tokens, self.text.context_width)
+        size = forecast_bytes(num_pictures, self.latent_shape, num_captions, states, text.cache_states)
+        return num_pictures, num_captions, size
+
+    def cache_bytes(self) -> int:
+        """Bytes of the latent cache, as it is or will be."""
+        if self.cache_place.size(caching.INDEX) is None:
+            return self._cache_size()[2]
+        return sum(file["bytes"] for table in self.cache.index["tables"].values() for file in table)
+
     # --- reference ---
 
     @cached_property
     def extractors(self) -> dict[str, Extractor]:
-        return referencing.make_extractors(self.study.protocol)
+        return referencing.make_extractors(self.study.protocol, best_device())
 
     @property
     def extractor(self) -> Extractor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,22 +20,26 @@ from isocost.experiments.dreambooth import DreamboothExperiment
 from isocost.experiments.experiment import Experiment, Run
 from isocost.experiments.superres import SuperresExperiment
 from isocost.experiments.text2image import TextToImageExperiment
+from isocost.forecasting.disk import point_bytes
 from isocost.materials import Materials
 from isocost.metrics.names import metric_of
-from isocost.models.checkpoint import CheckpointInfo, load_checkpoint
+from isocost.models.checkpoint import CheckpointInfo
 from isocost.models.cost import ModelCost, model_cost
 from isocost.models.unet import check_width
-from isocost.progress import progress_bar, say
+from isocost.progress import say
 from isocost.spec import parse_spec
 from isocost.stages import TaskName
+from isocost.status import PlannedPoint, Status, StatusFile, now, seconds_left, size_status
+from isocost.stopping import is_over
 from isocost.store import Store, free_disk, write_atomically
 from isocost.study import StudySpec
 from isocost.study_file import dump_study
 from isocost.sweep.claims import POLL_S, Claims
 from isocost.sweep.ledger import Ledger
 from isocost.sweep.points import Point
-from isocost.sweep.workers import Worker
-from isocost.train.forecast import Forecast, Forecaster, too_large
+from isocost.sweep.racing import typical_pictures
+from isocost.sweeping import Sweeper, known_points, open_cells
+from isocost.train.forecast import Forecast, Forecaster, disk_bytes, too_large
 from isocost.train.loop import OutOfTime, train
 from isocost.train.parallel import this_part
 from isocost.train.state import newest_state
@@ -221,11 +225,21 @@ class Pipeline:
     # --- sweep ---
 
     def points(self, run: Run) -> list[Point]:
-        """All points of one run."""
-        return self.experiments[run.task].points(run)
+        """All points of one run that are known: where guidance is raced for, those that were found."""
+        return known_points(self.experiments[run.task].jobs(run), self._races())
+
+    def _races(self) -> dict[str, dict[str, Any]]:
+        """What the ledger knows of races; nothing where there is no ledger yet."""
+        return self.ledger.races() if "://" in str(self.where) or Path(self.where).is_file() else {}
+
+    @cached_property
+    def _sweeper(self) -> Sweeper:
+        return Sweeper(self.store, self.ledger, self.claims, self.materials, self.experiments, self._tell)
 
     def sweep(self, run: Run, deadline: float | None = None) -> bool:
         """Make and score every point of one run that the ledger lacks; False where the deadline came first.
+
+        Where guidance is raced for, this finds it; `settle` scores what was found.
 
         Raises:
             RequestError: the run lacks a checkpoint.
@@ -236,32 +250,46 @@ class Pipeline:
                 raise RequestError(
                     f"{run.title}: no checkpoint at {mark} images yet; run `isocost train` first, or `isocost run`"
                 )
-        experiment = self.experiments[run.task]
-        jobs = experiment.jobs(run)
         self._record_skipped()
-        numbers = {point.digest: n for n, point in enumerate((p for job in jobs for p in job.points), start=1)}
-        with progress_bar(f"sweep {self.cost(run).size} ({run.title})", len(numbers), "points") as progress:
+        return self._sweeper.sweep(run, self.cost(run).size, deadline)
 
-            def done(point: Point) -> None:
-                progress(numbers[point.digest], point.title)
+    def settle(self, runs: Sequence[Run], deadline: float | None = None) -> bool:
+        """Score what the races of runs found, when all are over; False where the deadline came first."""
+        return self._sweeper.settle(runs, deadline)
 
-            for job in jobs:
-                bench = job.bench()
-                worker = Worker(
-                    self.store,
-                    self.ledger,
-                    self.claims,
-                    bench.reference,
-                    bench.captions,
-                    bench.kept,
-                    bench.distances,
-                    experiment.sweep.shard_size,
-                    bench.beside,
-                )
-                checkpoint = load_checkpoint(self.store.folder("checkpoint", job.checkpoint))
-                if not worker.run(checkpoint, self.materials.codec, job.points, done, deadline):
-                    return False
-        return True
+    # --- status ---
+
+    def _tell(self, stage: str, is_last: bool = False) -> None:
+        """Write how the study stands, where that is due."""
+        if is_last or self._status_file.is_due():
+            self._status_file.write(self.status(stage))
+
+    @cached_property
+    def _status_file(self) -> StatusFile:
+        return StatusFile(self.out)
+
+    def status(self, stage: str) -> Status:
+        """How the study stands; `stage` says what is at work."""
+        table, races = self.ledger.table(), self._races()
+        columns = [str(name) for name in table.columns]
+        rows = (dict(zip(columns, values, strict=True)) for values in table.itertuples(index=False, name=None))
+        scored = {row["point"]: row for row in rows}
+        sizes, asked = [], []
+        for run in self.runs:
+            cost, experiment = self.cost(run), self.experiments[run.task]
+            jobs = experiment.jobs(run)
+            points = [
+                PlannedPoint(point.digest, cost.gflop_per_forward * point.nfe(run.model) * point.spec.num_pictures)
+                for point in known_points(jobs, races)
+            ]
+            asked += points
+            trained = [mark for mark, name in run.checkpoints.items() if self.store.has("checkpoint", name)]
+            seen = max([newest_state(self.store.folder("run", run.digest)), *trained])
+            open_races, wanted = len(open_cells(jobs, races)), max(run.checkpoints)
+            sizes.append(size_status(run.title, cost.size, seen, wanted, points, open_races, scored, experiment.metric))
+        num_workers = self.claims.num_workers()
+        spent = sum(size.spent_s for size in sizes)
+        return Status(self.study.name, stage, now(), num_workers, spent, seconds_left(asked, scored, num_workers), sizes)
 
     # --- the whole ---
 
@@ -276,12 +304,14 @@ class Pipeline:
                 runs = self.runs_of(tasks)
                 for task in dict.fromkeys(run.task for run in runs):
                     self.experiments[task].check()
-            return self._run(runs, deadline)
+            finished = self._run(runs, deadline)
         except OutOfTime as stopped:
             say(str(stopped))
-            return False
+            finished = False
         finally:
             self.close()
+        self._tell("done" if finished else "stopped", is_last=True)
+        return finished
 
     def close(self) -> None:
         """Give back what this run has in its hands."""
@@ -295,6 +325,7 @@ class Pipeline:
                 training = f"train {run.digest}"
                 if self._waits(run, open_) or not self.claims.take(training):
                     continue
+                self._tell(f"train {run.title}", is_last=True)
                 self.train(run, deadline)
                 self.claims.release(training)
                 if not self.sweep(run, deadline):
@@ -302,10 +333,10 @@ class Pipeline:
                 open_.remove(run)
                 break
             else:
-                if deadline is not None and time.monotonic() > deadline:
+                if is_over(deadline):
                     return False
                 time.sleep(POLL_S)
-        return True
+        return self.settle(runs, deadline)
 
     def _waits(self, run: Run, open_: list[Run]) -> bool:
         """Whether another run of `open_` has yet to train what this one starts from."""
@@ -314,17 +345,25 @@ class Pipeline:
         return any(run.parent.name == other.final for other in open_ if other is not run)
 
     def plan(self) -> dict[str, Any]:
-        """What `run` would do, by size: images and GFLOP to train, points to make. Reads the pictures; writes nothing."""
+        """What `run` would do, by size: images and GFLOP to train, points to make; disk. Reads the pictures; writes nothing.
+
+        Every cell that is to be raced in counts as a point and as the pictures of a typical race.
+        """
         recorded = self.ledger.points() if "://" in str(self.where) or Path(self.where).is_file() else set()
-        sizes = []
+        sizes: list[dict[str, Any]] = []
         for run in self.runs:
             cost = self.cost(run)
             passed = newest_state(self.store.folder("run", run.digest))
-            points = self.points(run)
+            jobs, races = self.experiments[run.task].jobs(run), self._races()
+            cells = open_cells(jobs, races)
+            points = [*known_points(jobs, races), *(cell.point(cell.guidance[-1]) for cell in cells)]
+            searched = sum(typical_pictures(cell) for cell in cells)
             missing = [point for point in points if point.digest not in recorded]
             images = max(0, max(run.checkpoints) - passed)
             if all(self.store.has("checkpoint", name) for name in run.checkpoints.values()):
                 images = 0
+            protocol, resolution = self.experiments[run.task].protocol_spec, self.study.data.resolution
+            kept = sum(point_bytes(protocol, point.spec.num_pictures, resolution) for point in points)
             sizes.append(
                 {
                     "task": run.task,
@@ -334,12 +373,23 @@ class Pipeline:
                     "training_gflop": 3 * cost.gflop_per_forward * images,
                     "points": len(points),
                     "points_to_make": len(missing),
-                    "sampling_gflop": sum(
-                        cost.gflop_per_forward * point.nfe(run.model) * point.spec.num_pictures for point in missing
+                    "pictures": sum(point.spec.num_pictures for point in points),
+                    "pictures_to_make": sum(point.spec.num_pictures for point in missing),
+                    "cells_to_race": len(cells),
+                    "pictures_of_races": searched,
+                    "sampling_gflop": cost.gflop_per_forward
+                    * (
+                        sum(point.nfe(run.model) * point.spec.num_pictures for point in missing)
+                        + sum(cell.point(cell.guidance[-1]).nfe(run.model) * typical_pictures(cell) for cell in cells)
                     ),
+                    "disk_bytes": disk_bytes(run.spec, cost.num_parameters, len(run.checkpoints)) + kept,
                 }
             )
-        return {"study": self.study.name, "out": str(self.out), "protocol": self.materials.protocol.id, "sizes": sizes}
+        summed = ("points", "points_to_make", "pictures", "pictures_to_make", "pictures_of_races", "disk_bytes")
+        total = {key: sum(size[key] for size in sizes) for key in summed}
+        total["disk_bytes"] += self.materials.cache_bytes()
+        about = {"study": self.study.name, "out": str(self.out), "protocol": self.materials.protocol.id}
+        return {**about, "sizes": sizes, "total": total}
 
 
 def refuse_conflict(study: StudySpec, store: Store) -> None:

@@ -21,7 +21,7 @@ def provenance() -> dict[str, str]:
     facts["python_version"] = platform.python_version()
     facts["commit"] = _commit()
     facts["host"] = platform.node()
-    facts["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    facts["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
     facts["num_threads"] = str(torch.get_num_threads())
     return facts
 
@@ -43,7 +43,8 @@ def _commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The processor's model and how many cores this machine shows."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from isocost.data.codec import TextCodec, load_codec
+from isocost.device import best_device
 from isocost.diffusion.generate import CaptionStates, generate, make_engine, schedule_of
 from isocost.diffusion.rows import Row, num_passes
 from isocost.diffusion.samplers import build_table
@@ -66,7 +67,7 @@ def sample(
         raise RequestError(f"num_pictures = {num_pictures}: at least 1")
     if negative is not None and guidance in (0, 1):
         raise RequestError("a negative prompt does nothing without guidance; give a guidance above 1, or leave it out")
-    opened = load_checkpoint(checkpoint)
+    opened = load_checkpoint(checkpoint, best_device())
     if opened.info.scale is not None:
         raise RequestError(f"{checkpoint}: made for super-resolution; `isocost upscale CHECKPOINT PICTURE OUT` takes it")
     opened.info.check_guidance(guidance)
@@ -78,9 +79,9 @@ def sample(
     rows = [
         Row(i, i // num_pictures, table, guidance, seed=seed, negative=of_negative) for i in range(len(prompts) * num_pictures)
     ]
-    codec = load_codec(opened.codec_path, opened.info.codec_subfolder)
+    codec = load_codec(opened.codec_path, opened.info.codec_subfolder, best_device())
     captions = list(prompts) if negative is None else [*prompts, negative]
-    states = CaptionStates.of(captions, TextCodec(opened.text))
+    states = CaptionStates.of(captions, TextCodec(opened.text, best_device()))
     num_places = len(rows) * num_passes(guidance, opened.info.model.embeds_guidance)
     engine = make_engine(
         opened.network, opened.info, states, bucket_size=min(DEFAULT_BUCKET_SIZE, num_places), precision=precision

@@ -18,6 +18,7 @@ from isocost.data.cache import NULL_CAPTION
 from isocost.data.codec import TextCodec, load_codec
 from isocost.data.degrade import resize
 from isocost.data.sources import read_photograph
+from isocost.device import best_device
 from isocost.diffusion.generate import CaptionStates, generate, make_engine, schedule_of
 from isocost.diffusion.noise import START_NOISE, normal_noise
 from isocost.diffusion.rows import Row, num_passes
@@ -61,14 +62,14 @@ def upscale(
     Raises:
         RequestError: no picture, one that is too large, or a checkpoint that is not for super-resolution.
     """
-    opened = load_checkpoint(checkpoint)
+    opened = load_checkpoint(checkpoint, best_device())
     info = opened.info
     if info.scale is None:
         raise RequestError(f"{checkpoint}: made for {info.task}; `isocost upscale` takes a checkpoint of a study's `superres`")
     if not 0 <= overlap < 1:
         raise RequestError(f"overlap = {overlap}: a share of a tile's side, from 0 to below 1")
     given = _read(picture) if isinstance(picture, str | Path) else torch.from_numpy(picture.copy()).permute(2, 0, 1)
-    scale, side, codec = info.scale, info.resolution, load_codec(opened.codec_path, info.codec_subfolder)
+    scale, side, codec = info.scale, info.resolution, load_codec(opened.codec_path, info.codec_subfolder, best_device())
     height, width = (scale * length for length in given.shape[1:])
     if height * width > MOST_PIXELS:
         raise RequestError(f"{height} x {width} pixels come out, more than {MOST_PIXELS:,}: cut the picture into parts first")
@@ -80,14 +81,14 @@ def upscale(
     info.check_guidance(guidance)
     table = build_table(sampler or info.sampler, info.num_steps if num_steps is None else num_steps, schedule_of(info))
     rows = [Row(number, 0, table, guidance, seed=seed) for number in range(len(tiling.corners))]
-    beside = torch.cat([codec.encode(tile)[0].float() for tile in tiling.cut(enlarged).split(1)])
+    beside = torch.cat([codec.encode(tile)[0].float().cpu() for tile in tiling.cut(enlarged).split(1)])
     starts = tiling.cut(
         _noise(opened, enlarged.shape[1] // codec.factor, enlarged.shape[2] // codec.factor, seed), codec.factor
     )
     engine = make_engine(
         opened.network,
         info,
-        CaptionStates.of([caption], TextCodec(opened.text)),
+        CaptionStates.of([caption], TextCodec(opened.text, best_device())),
         bucket_size=min(DEFAULT_BUCKET_SIZE, len(rows) * num_passes(guidance, info.model.embeds_guidance)),
         precision=precision,
         beside=lambda ids: beside[ids],

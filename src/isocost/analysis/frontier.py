@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from isocost.errors import RequestError
 from isocost.metrics.names import metric_of
@@ -24,8 +25,12 @@ from isocost.score.protocol import difference
 COMPARABLE_BY = ("protocol", "num_pictures", "seed")
 CONFIGURATION = ("size", "sampler", "num_steps", "guidance")
 CELL = ("size", "sampler", "num_steps")
+COMPARED_WITH = {"distill": "text2image", "superres-distill": "superres"}
+"""Whose points stand beside a task's own."""
 ROUNDING = 1e-9
 BEYOND = 1.1
+INTERVAL_WIDTH = 2 * 1.959964
+"""Width of a normal's 95 % interval in standard deviations."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,7 @@ class Configuration:
         return format_score(self.value, self.low, self.high)
 
     def __str__(self) -> str:
-        steps = "1 step" if self.num_steps == 1 else f"{self.num_steps} steps"
-        return f"{self.size}, {steps}, guidance {self.guidance:g}, {self.sampler}"
+        return configuration_words(self.size, self.num_steps, self.guidance, self.sampler)
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,12 @@ class BudgetChoice:
     dearest: Configuration
 
 
+def configuration_words(size: str, num_steps: int, guidance: float, sampler: str) -> str:
+    """What to sample with in running text: "2.6M, 8 steps, guidance 2, ddim/trailing"."""
+    steps = "1 step" if num_steps == 1 else f"{num_steps} steps"
+    return f"{size}, {steps}, guidance {guidance:g}, {sampler}"
+
+
 def metric_words(name: str) -> str:
     """The metric in running text: its label up to the first comma, "kernel distance"."""
     return metric_of(name).label.split(",")[0]
@@ -110,6 +120,33 @@ def cost_of(name: str) -> Cost:
     if name not in COSTS:
         raise RequestError(f"no cost is called {name!r}; known: {', '.join(COSTS)}")
     return COSTS[name]
+
+
+def of_task(table: pd.DataFrame, task: str = "text2image", protocol: str | None = None) -> pd.DataFrame:
+    """The points of one task out of a ledger's table (`isocost.sweep.ledger.Ledger.table`), without the study or its folder.
+
+    `is_final` marks the most images of each size, which is all that a ledger knows of it; students come with the finished
+    points of what they are compared with.
+
+    Raises:
+        RequestError: there is no such point, or only the report of a folder sums such points up.
+    """
+    if task == "dreambooth":
+        raise RequestError("a ledger has dreambooth subject by subject; ask the output folder, whose report sums them up")
+    tasks = table["task"].fillna("text2image")
+    if not (tasks == task).any():
+        known = ", ".join(sorted(tasks.unique())) or "no point at all"
+        raise RequestError(f"the ledger has no point of {task}; it has {known}")
+    rows = table.assign(
+        task=tasks, is_final=table["images_seen"] == table.groupby([tasks, "size"])["images_seen"].transform("max")
+    )
+    rows = rows[(tasks == task) | ((tasks == COMPARED_WITH.get(task)) & rows["is_final"])]
+    if protocol is not None:
+        known = ", ".join(sorted(rows["protocol"].unique()))
+        rows = rows[rows["protocol"] == protocol]
+        if rows.empty:
+            raise RequestError(f"the ledger has no point of {task} under protocol {protocol}; known: {known}")
+    return rows.reset_index(drop=True)
 
 
 def sizes_in_order(table: pd.DataFrame) -> list[str]:
@@ -154,7 +191,7 @@ def finals(table: pd.DataFrame, metric: str, cost: str | None = None) -> pd.Data
 
     The guidance of a point is at the edge when it is the lowest or the highest tried for its size, sampler and number of steps:
     if such a point is the best, the optimum may lie outside the grid. Guidance 0, below which there is none, is no edge, nor
-    is 1 where nothing else was tried: sampling without guidance.
+    is 1 where nothing else was tried: sampling without guidance. A race (column `race_at_edge`) says of itself where it ended.
 
     Raises:
         RequestError: nothing competes, the numbers cannot be compared, or two points stand for one configuration.
@@ -173,12 +210,22 @@ def finals(table: pd.DataFrame, metric: str, cost: str | None = None) -> pd.Data
     at_low = (rows["guidance"] == tried.transform("min")) & (rows["guidance"] != 0)
     at_high = rows["guidance"] == tried.transform("max")
     without = (rows["guidance"] == 1) & (tried.transform("nunique") == 1)
-    rows = rows.assign(guidance_at_edge=(at_low | at_high) & ~without)
+    at_edge = (at_low | at_high) & ~without
+    if "race_at_edge" in rows.columns:
+        raced = rows["race_at_edge"].notna()
+        at_edge = (at_edge & ~raced) | rows["race_at_edge"].eq(True)
+    rows = rows.assign(guidance_at_edge=at_edge)
     if cost is not None:
         rows = rows[rows[cost_of(cost).name].notna()]
         if rows.empty:
             raise RequestError(f"no point carries a measured {cost}; choose another cost of {', '.join(COSTS)}")
     return rows
+
+
+def deviations(rows: pd.DataFrame, metric: str) -> NDArray[np.float64]:
+    """Standard deviation of every row's score as its 95 % interval has it, taken as normal, [rows]; NaN without an interval."""
+    low, high = (rows[f"{metric}_{side}"].to_numpy(dtype=float) for side in ("low", "high"))
+    return np.asarray((high - low) / INTERVAL_WIDTH, dtype=np.float64)
 
 
 def best_first(rows: pd.DataFrame, metric: str, cost: str = "paper_cost") -> pd.DataFrame:
@@ -212,8 +259,13 @@ def pareto(table: pd.DataFrame, cost: str, metric: str) -> pd.DataFrame:
     return rows[worse < best_before].reset_index(drop=True)
 
 
-def best_at_budgets(table: pd.DataFrame, cost: str, metric: str, budgets: Iterable[float]) -> list[BudgetChoice]:
+def best_at_budgets(
+    table: pd.DataFrame, cost: str, metric: str, budgets: Iterable[float], points: Collection[str] | None = None
+) -> list[BudgetChoice]:
     """For each budget, in the order given, the best configuration with cost <= budget and the best of any other size.
+
+    Args:
+        points: those that may be chosen, all where None; the others count for `cheapest`, `dearest` and the edges of guidance.
 
     Raises:
         RequestError: a budget is not a positive number, or there is nothing to choose from.
@@ -221,11 +273,12 @@ def best_at_budgets(table: pd.DataFrame, cost: str, metric: str, budgets: Iterab
     rows = best_first(finals(table, metric, cost), metric, cost)
     by_cost = rows.sort_values(cost, kind="stable")
     cheapest, dearest = (_configuration(by_cost.iloc[at], cost, metric) for at in (0, -1))
+    allowed = rows if points is None else rows[rows["point"].isin(list(points))]
     choices = []
     for budget in budgets:
         if not (math.isfinite(budget) and budget > 0):
             raise RequestError(f"a budget is a positive number, not {budget:g}")
-        within = rows[fits(rows[cost], budget)]
+        within = allowed[fits(allowed[cost], budget)]
         best = _configuration(within.iloc[0], cost, metric) if len(within) else None
         others = within[within["size"] != best.size] if best else within
         runner_up = _configuration(others.iloc[0], cost, metric) if len(others) else None

@@ -1,8 +1,10 @@
-"""From a budget to a decision in words: what to sample with, how sure that is, and the command that does it."""
+"""From budgets and floors to a decision in words: what to sample with, how sure that is, and the command that does it."""
 
 from __future__ import annotations
 
+import math
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -11,11 +13,14 @@ from isocost.analysis.frontier import (
     BudgetChoice,
     Configuration,
     best_at_budgets,
+    best_first,
     cost_of,
+    finals,
     intervals_overlap,
     metric_of,
     metric_words,
 )
+from isocost.analysis.limits import Kept, Limit, check_measured, holding, in_words, kept, limits_of, why_nothing
 from isocost.errors import RequestError
 
 
@@ -24,7 +29,8 @@ class Recommendation:
     """What to sample with for a budget. `dataclasses.asdict` of it is plain data for JSON.
 
     `interval` is the 95 % interval of `value` (None where none was made), `runner_up` the best configuration of another size,
-    `decided` whether their intervals are apart (True where no other size fits), `command` the line that samples so.
+    `decided` whether their intervals are apart (True where no other size fits), `limits` every budget and floor beside what
+    the configuration has, `command` the line that samples so. `cost` and `budget` are those of the budget that leads.
     """
 
     budget: float
@@ -37,6 +43,7 @@ class Recommendation:
     decided: bool
     reason: str
     notes: tuple[str, ...]
+    limits: tuple[Kept, ...]
     command: str
 
 
@@ -57,36 +64,53 @@ class Answer:
 
 
 def recommend(
-    table: pd.DataFrame, cost: str, budget: float, metric: str = "kernel_efficientnet", out: str = "OUT"
+    table: pd.DataFrame,
+    cost: str,
+    budget: float,
+    metric: str = "kernel_efficientnet",
+    out: str = "OUT",
+    *,
+    also: Mapping[str, float] | None = None,
+    floors: Mapping[str, float] | None = None,
 ) -> Recommendation:
-    """The best configuration with cost <= budget.
+    """The best configuration by `metric` among those that keep every budget and meet every floor.
 
     Args:
         table: points as in `isocost.analysis.frontier`.
-        cost: a name of `COSTS`; its unit is the budget's.
-        budget: most that one picture may cost.
-        metric: a name of `METRICS`.
+        cost: a name of `isocost.analysis.limits.BUDGETS`, memory apart: a cost, or `pictures_per_hour`. Its cost breaks ties.
+        budget: most that one picture may cost, or least number of pictures an hour.
+        metric: a name of `METRICS` that leads.
         out: output folder of the study, for the command line.
+        also: further budgets that must hold, by name; `memory_gib` among them needs a column `peak_memory_mib`.
+        floors: metric -> value that must be met, at or better than it by the metric's direction.
 
     Raises:
-        RequestError: the budget lies below every point (the message names the cheapest), or the table answers no such question.
+        RequestError: no point keeps all of it (the message names the nearest), or the table answers no such question.
     """
-    (choice,) = best_at_budgets(table, cost, metric, [budget])
+    limits = limits_of(cost, budget, also or {}, floors or {})
+    lead = limits[0]
+    rows = best_first(finals(table, metric, lead.column), metric, lead.column)
+    check_measured(rows, limits)
+    held = holding(rows, limits)
+    if not held.any():
+        raise RequestError(why_nothing(rows, limits))
+    (choice,) = best_at_budgets(table, lead.column, metric, [lead.bound], points=set(rows.loc[held, "point"]))
     best = choice.best
-    if best is None:
-        raise RequestError(_nothing_fits(choice))
+    assert best is not None, "some point keeps every limit"
+    row = rows[rows["point"] == best.point].iloc[0]
     return Recommendation(
         budget=choice.budget,
-        cost=cost,
+        cost=lead.column,
         metric=metric,
         configuration=best,
         value=best.value,
         interval=None if best.low is None or best.high is None else (best.low, best.high),
         runner_up=choice.runner_up,
         decided=not choice.undecided,
-        reason=_reason(choice, best),
-        notes=_notes(choice, best),
-        command=sample_command(best, out, str(table["task"].iloc[0]) if "task" in table else "text2image"),
+        reason=_reason(choice, best, in_words(limits)),
+        notes=(*_notes(choice, best, _others_bind(rows, limits)), *_limit_notes(rows, row, limits)),
+        limits=kept(row, limits),
+        command=sample_command(best, out, str(row["task"]) if "task" in row and not pd.isna(row["task"]) else "text2image"),
     )
 
 
@@ -107,7 +131,7 @@ def answer(choice: BudgetChoice) -> Answer:
 def sample_command(configuration: Configuration, out: str = "OUT", task: str = "text2image") -> str:
     """The line that draws pictures with `configuration`; prompt and files are left as words in capitals."""
     name, spacing, *extras = configuration.sampler.split("/")
-    verb, given = ("upscale", ["PICTURE", "LARGER.png"]) if task == "superres" else ("sample", ["--prompt", "TEXT"])
+    verb, given = ("upscale", ["PICTURE", "LARGER.png"]) if task.startswith("superres") else ("sample", ["--prompt", "TEXT"])
     line = ["isocost", verb, f"{out.rstrip('/')}/artefacts/checkpoint/{configuration.checkpoint}"]
     line += ["--steps", str(configuration.num_steps), "--guidance", f"{configuration.guidance:g}"]
     line += ["--sampler", name, "--spacing", spacing]
@@ -117,11 +141,10 @@ def sample_command(configuration: Configuration, out: str = "OUT", task: str = "
     return shlex.join([*line, *given])
 
 
-def _reason(choice: BudgetChoice, best: Configuration) -> str:
+def _reason(choice: BudgetChoice, best: Configuration, within: str) -> str:
     extreme = "lowest" if metric_of(choice.metric).better == "lower" else "highest"
     among = f"of the {choice.num_points} points" if choice.num_points > 1 else "of the only point"
-    budget = cost_of(choice.cost).amount(choice.budget)
-    told = f"{best} has the {extreme} {metric_words(choice.metric)}, {best.score}, {among} within {budget}"
+    told = f"{best} has the {extreme} {metric_words(choice.metric)}, {best.score}, {among} {within}"
     other = choice.runner_up
     if other is None:
         return f"{told}; no other size fits."
@@ -134,9 +157,9 @@ def _undecided_because(best: Configuration, other: Configuration) -> str:
     return "undecided, the intervals overlap" if overlap else "undecided, an interval is missing"
 
 
-def _notes(choice: BudgetChoice, best: Configuration) -> tuple[str, ...]:
+def _notes(choice: BudgetChoice, best: Configuration, others_bind: bool = False) -> tuple[str, ...]:
     notes = []
-    if choice.beyond_data:
+    if choice.beyond_data and not others_bind:
         dearest = cost_of(choice.cost).amount(choice.dearest.cost)
         remedy = "more steps or a larger size may do better"
         notes.append(f"the budget lies beyond the data, whose dearest point costs {dearest}: {remedy}")
@@ -146,9 +169,26 @@ def _notes(choice: BudgetChoice, best: Configuration) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _nothing_fits(choice: BudgetChoice) -> str:
-    budget = cost_of(choice.cost).amount(choice.budget)
-    return f"a budget of {budget} is below every point; {_cheapest(choice)}"
+def _others_bind(rows: pd.DataFrame, limits: Sequence[Limit]) -> bool:
+    """Whether a budget beside the first keeps some point out, so that a larger first one buys nothing by itself."""
+    return not bool(holding(rows, [limit for limit in limits[1:] if not limit.is_floor]).all())
+
+
+def _limit_notes(rows: pd.DataFrame, row: pd.Series, limits: Sequence[Limit]) -> list[str]:
+    notes = []
+    for limit in limits:
+        unmeasured = int(rows[limit.column].isna().sum())
+        if unmeasured:
+            some = "1 point is" if unmeasured == 1 else f"{unmeasured} points are"
+            notes.append(f"{some} left out, without a measured {limit.column}")
+        if limit.is_floor:
+            end = float(row[f"{limit.column}_{'high' if limit.is_most else 'low'}"])
+            if math.isnan(end):
+                notes.append(f"{metric_words(limit.column)} has no interval, so the floor may be met by luck")
+            elif (end > limit.bound) if limit.is_most else (end < limit.bound):
+                side = "above" if limit.is_most else "below"
+                notes.append(f"the interval of its {limit.shown(row)} reaches {side} the floor of {limit.bound:g}")
+    return notes
 
 
 def _cheapest(choice: BudgetChoice) -> str:

@@ -14,8 +14,10 @@ import typer
 import yaml
 
 from isocost.cli.app import answer_json, app
+from isocost.cli.forecasts import answer_forecast, answer_plan
 from isocost.errors import RequestError
 from isocost.stages import PretrainedCodecSpec, TaskName
+from isocost.stopping import stop_on_sigterm
 from isocost.study import StudySpec
 from isocost.study_file import load_study
 
@@ -54,14 +56,23 @@ def run(
     ] = None,
     ray: Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help="a Ray cluster: 'auto' or HOST:PORT")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be trained and sampled, and stop")] = False,
+    devices: Annotated[
+        str | None, typer.Option("--devices", metavar="NxNAME", help="with --dry-run: hours on 64xH200, say; reads no data")
+    ] = None,
+    utilisation: Annotated[
+        float | None, typer.Option("--utilisation", help="with --devices: share of their peak that is reached; 0.4")
+    ] = None,
 ) -> None:
     """Train, sweep, score and report a study. The same command goes on where an earlier one stopped, and two of them share the
     work."""
     spec = _load(study, overrides)
+    if devices is not None or utilisation is not None:
+        answer_forecast(spec, devices, utilisation, dry_run)
+        return
     if dry_run:
         from isocost.pipeline import Pipeline
 
-        answer_json(Pipeline(spec, _out(spec, out), ledger).plan())
+        answer_plan(Pipeline(spec, _out(spec, out), ledger).plan())
         return
     _run(spec, out, stop_after, tasks, ledger, workers, ray)
 
@@ -76,8 +87,26 @@ def work(
     """Join a run: claim what nobody has in hand, until all is done."""
     from isocost.joining import work as join
 
+    stop_on_sigterm()
     finished = join(out, ledger, _deadline(stop_after), _known(tasks))
     answer_json({"out": str(out), "finished": finished})
+
+
+@app.command()
+def status(
+    out: Annotated[Path, typer.Argument(help="the output folder of a run")],
+    follow: Annotated[bool, typer.Option("--follow", help="draw it again and again until the run has ended")] = False,
+) -> None:
+    """How a run stands: images, points, best so far, hours spent and left."""
+    from isocost.cli.standing import drawn
+    from isocost.cli.standing import follow as draw
+    from isocost.progress import console
+    from isocost.status import read_status
+
+    found = draw(out) if follow else read_status(out)
+    if not follow:
+        console.print(drawn(found))
+    answer_json(dataclasses.asdict(found))
 
 
 @app.command()
@@ -124,6 +153,7 @@ def train(
         answer_json({"study": spec.name, "sizes": [dataclasses.asdict(one) for one in pipeline.forecast()]})
         return
     finished = True
+    stop_on_sigterm()
     runs = pipeline.runs_of(_known(tasks))
     try:
         for one in runs:
@@ -166,8 +196,10 @@ def sweep(
     spec = _load(study, overrides)
     pipeline = Pipeline(spec, _out(spec, out), ledger)
     deadline = _deadline(stop_after)
+    stop_on_sigterm()
     try:
-        finished = all(pipeline.sweep(one, deadline) for one in pipeline.runs_of(_known(tasks)))
+        runs = pipeline.runs_of(_known(tasks))
+        finished = all(pipeline.sweep(one, deadline) for one in runs) and pipeline.settle(runs, deadline)
     finally:
         pipeline.close()
     answer_json({"study": spec.name, "finished": finished, "points": len(pipeline.ledger.points())})
@@ -184,32 +216,89 @@ def report(study: Study, out: Out = None, overrides: Set = None, ledger: LedgerA
 
 @app.command()
 def recommend(
-    out: Annotated[Path, typer.Argument(help="the output folder of a study")],
-    budget_ms: Annotated[float | None, typer.Option("--budget-ms", help="milliseconds per picture")] = None,
+    context: typer.Context,
+    out: Annotated[Path | None, typer.Argument(help="the output folder of a study; not needed with --ledger")] = None,
+    budget_ms: Annotated[float | None, typer.Option("--budget-ms", help="milliseconds per picture, at most")] = None,
     budget_gflop: Annotated[float | None, typer.Option("--budget-gflop", help="GFLOP per picture")] = None,
     budget_nfe: Annotated[float | None, typer.Option("--budget-nfe", help="network evaluations per picture")] = None,
     budget_paper_cost: Annotated[float | None, typer.Option("--budget-paper-cost", help="normalised cost x steps")] = None,
-    metric: Annotated[str, typer.Option(help="the score to go by")] = "kernel_efficientnet",
-    task: Annotated[str, typer.Option(help="text2image or superres")] = "text2image",
+    pictures_per_hour: Annotated[float | None, typer.Option("--pictures-per-hour", help="at least so many")] = None,
+    budget_memory_gib: Annotated[
+        float | None, typer.Option("--budget-memory-gib", help="device memory at the peak, beside another budget")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="the score that leads")] = "kernel_efficientnet",
+    floors: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--floor", metavar="METRIC=VALUE", help="a score that must be met, at or better than VALUE; may be repeated"
+        ),
+    ] = None,
+    task: Annotated[str, typer.Option(help="text2image, superres, dreambooth, distill or superres-distill")] = "text2image",
+    ledger: Annotated[
+        str | None, typer.Option("--ledger", help="the points of a database, or a ledger's file, in place of OUT's table")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option("--protocol", help="with --ledger, where it has points of several: the id of one")
+    ] = None,
 ) -> None:
-    """The best size, sampler, steps and guidance within a budget."""
+    """The best size, sampler, steps and guidance within every budget given; the first of them breaks ties."""
     from isocost.analysis.recommend import recommend as choose
-    from isocost.sweep.ledger import read_table
 
     budgets = {
-        "ms_per_picture": budget_ms,
-        "gflop": budget_gflop,
-        "nfe": budget_nfe,
-        "paper_cost": budget_paper_cost,
+        "budget_ms": ("ms_per_picture", budget_ms),
+        "budget_gflop": ("gflop", budget_gflop),
+        "budget_nfe": ("nfe", budget_nfe),
+        "budget_paper_cost": ("paper_cost", budget_paper_cost),
+        "pictures_per_hour": ("pictures_per_hour", pictures_per_hour),
+        "budget_memory_gib": ("memory_gib", budget_memory_gib),
     }
-    given = {cost: budget for cost, budget in budgets.items() if budget is not None}
-    if len(given) != 1:
-        raise RequestError("give one budget: --budget-ms, --budget-gflop, --budget-nfe or --budget-paper-cost")
-    ((cost, budget),) = given.items()
-    chosen = choose(read_table(out, task), cost, budget, metric, str(out))
+    in_order = [budgets[name] for name in context.params if name in budgets]  # as they stand on the command line
+    given = {name: value for name, value in in_order if value is not None}
+    costs = [name for name in given if name != "memory_gib"]
+    if not costs:
+        alone = " beside --budget-memory-gib" if given else ""
+        known = "--budget-ms, --budget-gflop, --budget-nfe, --budget-paper-cost or --pictures-per-hour"
+        raise RequestError(f"give one budget{alone}: {known}")
+    lead = costs[0]
+    also = {name: value for name, value in given.items() if name != lead}
+    table = _points(out, ledger, task, protocol)
+    folder = "OUT" if out is None else str(out)
+    chosen = choose(table, lead, given[lead], metric, folder, also=also, floors=_floors(floors))
     for line in (chosen.reason, *(f"note: {note}" for note in chosen.notes), chosen.command):
         print(line, file=sys.stderr)
     answer_json(dataclasses.asdict(chosen))
+
+
+def _points(out: Path | None, ledger: str | None, task: str, protocol: str | None) -> Any:
+    """The table of a task: of an output folder as its last report left it, or what a ledger holds now."""
+    from isocost.analysis.frontier import of_task
+    from isocost.sweep.ledger import Ledger, read_table
+
+    if ledger is None:
+        if protocol is not None:
+            raise RequestError("--protocol picks points of a ledger: give --ledger too, or leave it out")
+        if out is None:
+            raise RequestError("give the output folder of a study, or --ledger")
+        return read_table(out, task)
+    file = Path(ledger.removeprefix("sqlite:///"))
+    if ("://" not in ledger or ledger.startswith("sqlite:///")) and not file.is_file():
+        raise RequestError(f"--ledger {ledger}: no such file; an output folder has ledger.sqlite, a database a URL")
+    return of_task(Ledger(ledger).table(), task, protocol)
+
+
+def _floors(items: list[str] | None) -> dict[str, float]:
+    floors: dict[str, float] = {}
+    for item in items or []:
+        metric, equals, value = item.partition("=")
+        if not equals or not metric:
+            raise RequestError(f"--floor {item}: give METRIC=VALUE, such as alignment=0.9")
+        if metric in floors:
+            raise RequestError(f"--floor {item}: {metric} has a floor of {floors[metric]:g} already; give one of them")
+        try:
+            floors[metric] = float(value)
+        except ValueError as error:
+            raise RequestError(f"--floor {item}: {value!r} is not a number") from error
+    return floors
 
 
 def _load(study: Path, overrides: list[str] | None) -> StudySpec:
@@ -259,6 +348,7 @@ def _run(
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RequestError("several processes train together: `isocost train` under torchrun, then `isocost run` without it")
+    stop_on_sigterm()
     pipeline = Pipeline(study, _out(study, out), ledger)
     only = _known(tasks)
     if ray is not None:
@@ -270,7 +360,8 @@ def _run(
         helpers.start(pipeline.out, ledger, stop_after, tasks)
         try:
             finished = pipeline.run(_deadline(stop_after), only)
-            helpers.wait()
+            if finished:
+                helpers.wait()
         finally:
             helpers.stop()
     else:

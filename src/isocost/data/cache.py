@@ -371,7 +371,7 @@ class MemoryCache(Cache):
         """`pictures` uint8 [N, 3, R, R]."""
         distinct = sorted(set(captions))
         self._tokens = torch.from_numpy(text.tokenize([*distinct, NULL_CAPTION]))
-        self._states = text.states(self._tokens.numpy()).clone()
+        self._states = text.states(self._tokens.numpy()).clone().cpu()
         self._numbers = torch.tensor([[distinct.index(caption)] for caption in captions])
         encoded = [codec.encode(batch) for batch in pictures.split(ENCODE_BATCH)]
         self._mean, self._std = (torch.cat([moments[i] for moments in encoded]).float().cpu() for i in range(2))

@@ -78,13 +78,14 @@ class LinearCodec:
         return cls(mean.float(), basis.float(), scale.float(), patch)
 
     def encode(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        blocks = _to_blocks(to_unit(pictures), self.factor)
+        blocks = _to_blocks(to_unit(pictures.to(self.mean.device)), self.factor)
         centred = blocks - self.mean[:, None, None]
         latents = torch.einsum("cp,nphw->nchw", self.basis, centred) / self.scale[:, None, None]
         return latents, torch.zeros_like(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
-        blocks = torch.einsum("cp,nchw->nphw", self.basis, latents * self.scale[:, None, None]) + self.mean[:, None, None]
+        scaled = latents.to(self.mean.device) * self.scale[:, None, None]
+        blocks = torch.einsum("cp,nchw->nphw", self.basis, scaled) + self.mean[:, None, None]
         return to_uint8(torch.nn.functional.pixel_shuffle(blocks, self.factor))
 
     def save(self, folder: Path) -> None:
@@ -92,8 +93,8 @@ class LinearCodec:
         save_file(tensors, folder / "linear_codec.safetensors", metadata={"patch": str(self.factor)})
 
     @classmethod
-    def load(cls, folder: Path) -> LinearCodec:
-        tensors = load_file(folder / "linear_codec.safetensors")
+    def load(cls, folder: Path, device: torch.device | str = "cpu") -> LinearCodec:
+        tensors = load_file(folder / "linear_codec.safetensors", device=str(device))
         patch = round((tensors["mean"].numel() / 3) ** 0.5)
         return cls(tensors["mean"], tensors["basis"], tensors["scale"], patch)
 
@@ -137,7 +138,7 @@ def load_codec(path: str | Path, subfolder: str | None = None, device: torch.dev
         path = str(resources.files("isocost.assets") / "scenes-codec")
     folder = Path(path) / subfolder if subfolder else Path(path)
     if (folder / "linear_codec.safetensors").is_file():
-        return LinearCodec.load(folder)
+        return LinearCodec.load(folder, device)
     kind: type[AutoencoderKL] | type[AutoencoderTiny] = AutoencoderKL
     if folder.is_dir():
         refuse_pickles(folder)

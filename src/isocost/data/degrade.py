@@ -65,7 +65,7 @@ def degrade(
 
 def encode_enlarged(codec: Codec, low: Tensor, resolution: int) -> Tensor:
     """What a network sees of low-resolution pictures uint8 [N, 3, r, r]: mean latents float32 of their bicubic enlargement."""
-    return codec.encode(resize(low, resolution))[0].float()
+    return codec.encode(resize(low, resolution))[0].float().cpu()
 
 
 def resize(pictures: Tensor, side: int | tuple[int, int]) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as functional
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from isocost.diffusion.engine import Denoise
 from isocost.models.adapted import guidance_width
 from isocost.progress import say
-from isocost.stages import Precision
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NetworkPrecision = Literal["fp32", "bf16", "fp16"]
+"""What a network can compute in; points are made in the first two."""
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class SamplingNetwork:
@@ -32,11 +33,11 @@ class SamplingNetwork:
 
     Args:
         network: a diffusers UNet2DConditionModel; its cross-attentions and its precision are changed in place.
-        precision: "bf16" runs all of the network in bfloat16.
+        precision: "bf16" runs all of the network in bfloat16, "fp16" in float16.
         compiled: by torch.compile at the first call, for one shape; kept on disk for later processes.
     """
 
-    def __init__(self, network: nn.Module, precision: Precision = "fp32", compiled: bool = False) -> None:
+    def __init__(self, network: nn.Module, precision: NetworkPrecision = "fp32", compiled: bool = False) -> None:
         self.dtype = _DTYPES[precision]
         parameter = next(network.parameters())
         self.device = parameter.device
@@ -71,8 +72,10 @@ class SamplingNetwork:
 
         def call(x: Tensor, timesteps: Tensor, states: Tensor, guidance: Tensor) -> Tensor:
             x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
-            embedded = {"timestep_cond": guidance_embedding(guidance, self.guidance_width)} if self.guidance_width else {}
-            return self._call(x, timesteps, states, **embedded).sample
+            if self.guidance_width is None:
+                return self._call(x, timesteps, states).sample
+            embedded = guidance_embedding(guidance, self.guidance_width).to(self.dtype)
+            return self._call(x, timesteps, states, timestep_cond=embedded).sample
 
         return call
 

@@ -29,7 +29,7 @@ from isocost.models.cost import model_cost
 from isocost.models.unet import embed_guidance
 from isocost.score.differences import Pairing
 from isocost.stages import ModelSpec, SamplerSpec, TaskName, TrainSpec
-from isocost.sweep.points import grid_points, run_points
+from isocost.sweep.points import cells_of, grid_points
 from isocost.train.distill import (
     ConditionalConsistencyDistillation,
     ConsistencyDistillation,
@@ -273,15 +273,18 @@ class DistillExperiment(Experiment):
         The last stage also takes fewer steps.
         """
         assert isinstance(run, StudentRun)
-        protocol = self.of.protocol
+        protocol, bench = self.of.protocol, self.of.make_bench
         if run.num_steps is None:
-            points = run_points(tuple(run.checkpoints.values()), self.sweep, self.protocol_spec, protocol)
-        else:
-            last = run.num_steps == self.spec.stages[-1]
-            steps = tuple(n for n in self.sweep.num_steps if n == run.num_steps or (last and n < run.num_steps))
-            sweep = self.sweep.model_copy(update={"samplers": (SamplerSpec(),), "num_steps": steps})
-            points = {run.final: tuple(grid_points(run.final, sweep, self.protocol_spec, protocol))} if steps else {}
-        return [Job(name, some, self.of.make_bench) for name, some in points.items()]
+            return self.jobs_of_run(run, self.sweep, protocol, bench)
+        last = run.num_steps == self.spec.stages[-1]
+        steps = tuple(n for n in self.sweep.num_steps if n == run.num_steps or (last and n < run.num_steps))
+        if not steps:
+            return []
+        sweep = self.sweep.model_copy(update={"samplers": (SamplerSpec(),), "num_steps": steps})
+        if sweep.search == "race":
+            cells = cells_of(run.final, sweep, self.protocol_spec, protocol, self.metric, run.model.embeds_guidance)
+            return [Job(run.final, (), bench, tuple(cells))]
+        return [Job(run.final, tuple(grid_points(run.final, sweep, self.protocol_spec, protocol)), bench)]
 
     # --- report ---
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from isocost.data.cache import MemoryCache
 from isocost.data.codec import TextCodec
 from isocost.data.subjects import Subject, planted_subjects, read_subjects
+from isocost.device import best_device
 from isocost.diffusion.generate import CaptionStates, generate, make_engine, schedule_of
 from isocost.diffusion.rows import Row
 from isocost.diffusion.samplers import build_table
@@ -135,7 +136,7 @@ class DreamboothExperiment(Experiment):
         return load_file(store.folder("class-pictures", name) / "pictures.safetensors")["pictures"]
 
     def _draw(self, checkpoint: Path, caption: str, number: int) -> Tensor:
-        opened, prior = load_checkpoint(checkpoint), self.spec.prior
+        opened, prior = load_checkpoint(checkpoint, best_device()), self.spec.prior
         table = build_table(SamplerSpec(), prior.num_steps, schedule_of(opened.info))
         rows = [Row(i, 0, table, prior.guidance, seed=PRIOR_SEED) for i in range(number)]
         states = CaptionStates.of([caption], self.materials.text)
@@ -225,7 +226,7 @@ class DreamboothExperiment(Experiment):
             distances = self.materials.study.protocol.distances
         text = self.materials.text
         if tuned is not None and self.spec.tune_text:
-            text = TextCodec(load_checkpoint(self.materials.store.folder("checkpoint", tuned)).text)
+            text = TextCodec(load_checkpoint(self.materials.store.folder("checkpoint", tuned)).text, best_device())
         return Bench(reference, CaptionStates.of(reference.captions, text), self._kept_ids(reference), distances)
 
     def _kept_ids(self, reference: Reference) -> list[int]:
@@ -259,7 +260,7 @@ class DreamboothExperiment(Experiment):
 
     @cached_property
     def _extractors(self) -> dict[str, Any]:
-        return make_extractors(self.spec.protocol)
+        return make_extractors(self.spec.protocol, best_device())
 
     @cached_property
     def _study_reference(self) -> Reference:
@@ -310,7 +311,9 @@ class DreamboothExperiment(Experiment):
             "another": torch.stack([subject.others[i % len(subject.others)] for subject, i in shown]),
         }
 
-    def summarise(self, table: pd.DataFrame, samples: dict[str, np.ndarray]) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    def summarise(
+        self, table: pd.DataFrame, samples: Mapping[str, np.ndarray]
+    ) -> tuple[pd.DataFrame, Mapping[str, np.ndarray]]:
         """One row a size, setting and mark, tuned and untuned: the means over all subjects' pictures, and their pictures."""
         protocols = {self._reference(subject).protocol.id: subject.name for subject in self.subjects}
         rows: list[dict[Any, Any]] = []
@@ -343,7 +346,7 @@ class DreamboothExperiment(Experiment):
         size = str(row["size"]).split()[0]
         return size if row["checkpoint"] in tuned else f"{size} {UNTUNED}"
 
-    def _shown_pictures(self, points: list[str], samples: dict[str, np.ndarray]) -> np.ndarray:
+    def _shown_pictures(self, points: list[str], samples: Mapping[str, np.ndarray]) -> np.ndarray:
         of_subject = {subject.name: samples[point] for subject, point in zip(self.subjects, points, strict=True)}
         kept = {subject.name: self._kept_ids(self._reference(subject)) for subject in self.subjects}
         return np.stack([of_subject[subject.name][kept[subject.name].index(i)] for subject, i in self._shown()])

@@ -20,10 +20,11 @@ from isocost.diffusion.generate import CaptionStates
 from isocost.diffusion.rows import ByPicture
 from isocost.models.adapted import AdaptedUNet
 from isocost.models.checkpoint import save_networks
+from isocost.score.protocol import Protocol
 from isocost.score.reference import Reference
 from isocost.spec import digest
 from isocost.stages import ModelSpec, ProtocolSpec, SweepSpec, TaskName, TrainSpec
-from isocost.sweep.points import Point
+from isocost.sweep.points import Cell, Point, cells_of, run_points
 from isocost.train.tasks import Task
 
 TRAIN_VERSION = 2
@@ -74,11 +75,15 @@ class Bench:
 
 @dataclass(frozen=True)
 class Job:
-    """Points of one checkpoint that share a bench, which is set up when it is needed."""
+    """Points of one checkpoint that share a bench, which is set up when it is needed.
+
+    `cells` are those whose best guidance is raced for; what is scored of them is known afterwards.
+    """
 
     checkpoint: str
     points: tuple[Point, ...]
     bench: Callable[[], Bench]
+    cells: tuple[Cell, ...] = ()
 
 
 class Experiment(ABC):
@@ -130,8 +135,16 @@ class Experiment(ABC):
         """The points of one run, by checkpoint and bench."""
 
     def points(self, run: Run) -> list[Point]:
-        """All points of one run."""
+        """All points of one run that are known before anything is raced for."""
         return [point for job in self.jobs(run) for point in job.points]
+
+    def jobs_of_run(self, run: Run, sweep: SweepSpec, protocol: Protocol, bench: Callable[[], Bench]) -> list[Job]:
+        """A point at every mark, and at the last checkpoint the grid, or cells to race in."""
+        names = tuple(run.checkpoints.values())
+        embeds = run.model.embeds_guidance
+        cells = tuple(cells_of(names[-1], sweep, self.protocol_spec, protocol, self.metric, embeds))
+        points = run_points(names, sweep, self.protocol_spec, protocol)
+        return [Job(name, some, bench, cells if name == names[-1] else ()) for name, some in points.items()]
 
     # --- report ---
 
@@ -150,7 +163,9 @@ class Experiment(ABC):
     def pictured(self) -> list[str]:
         """What the pictures of the report are called, in their order."""
 
-    def summarise(self, table: pd.DataFrame, samples: dict[str, np.ndarray]) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    def summarise(
+        self, table: pd.DataFrame, samples: Mapping[str, np.ndarray]
+    ) -> tuple[pd.DataFrame, Mapping[str, np.ndarray]]:
         """The rows and the pictures by point that the report shows, from those of all points."""
         return table, samples
 

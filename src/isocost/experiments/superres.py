@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from isocost.analysis.frontier import best_in_each, finals, format_score
 from isocost.data.degrade import check_scale, degrade, encode_enlarged, resize
+from isocost.device import best_device
 from isocost.diffusion.generate import CaptionStates
 from isocost.diffusion.rows import ByPicture
 from isocost.downstream import SuperresSpec
@@ -39,7 +40,6 @@ from isocost.score.reference import Reference, make_extractors
 from isocost.score.score import Measuring, score
 from isocost.spec import digest
 from isocost.stages import ModelSpec
-from isocost.sweep.points import run_points
 from isocost.train.tasks import Superres, Task, training_schedule
 
 VERSION = 1
@@ -150,7 +150,7 @@ class SuperresExperiment(Experiment):
 
     @cached_property
     def _extractors(self) -> dict[str, Extractor]:
-        return make_extractors(self.spec.protocol)
+        return make_extractors(self.spec.protocol, best_device())
 
     @cached_property
     def _pair_scores(self) -> dict[str, PairScore]:
@@ -184,9 +184,8 @@ class SuperresExperiment(Experiment):
         self.protocol  # noqa: B018
 
     def jobs(self, run: Run) -> list[Job]:
-        """The grid at the last checkpoint, a point at every mark."""
-        points = run_points(tuple(run.checkpoints.values()), self.sweep, self.protocol_spec, self.protocol)
-        return [Job(name, some, self.make_bench) for name, some in points.items()]
+        """The grid at the last checkpoint, or its races; a point at every mark."""
+        return self.jobs_of_run(run, self.sweep, self.protocol, self.make_bench)
 
     def make_bench(self) -> Bench:
         """The held-out pictures' captions, or the empty one for each, beside their low-resolution forms."""

@@ -16,7 +16,6 @@ from isocost.models.unet import build_unet
 from isocost.score.protocol import Protocol
 from isocost.stages import ModelSpec
 from isocost.study import StudySpec
-from isocost.sweep.points import run_points
 from isocost.train.tasks import Task, TextToImage, training_schedule
 
 
@@ -66,9 +65,8 @@ class TextToImageExperiment(Experiment):
         self.materials.reference  # noqa: B018
 
     def jobs(self, run: Run) -> list[Job]:
-        """The grid at the last checkpoint, a point at every mark."""
-        points = run_points(tuple(run.checkpoints.values()), self.sweep, self.protocol_spec, self.protocol)
-        return [Job(name, some, self.make_bench) for name, some in points.items()]
+        """The grid at the last checkpoint, or its races; a point at every mark."""
+        return self.jobs_of_run(run, self.sweep, self.protocol, self.make_bench)
 
     @property
     def protocol(self) -> Protocol:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from safetensors import SafetensorError
 from torch import Tensor
@@ -146,13 +147,27 @@ def save_networks(
     scheduler_for(prediction, zero_terminal_snr).save_pretrained(folder / "scheduler")
 
 
-def load_checkpoint(folder: str | Path, device: str = "cpu") -> Checkpoint:
+def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Open a checkpoint folder.
 
     Raises:
         RequestError: no such folder, not a checkpoint of isocost, pickled or truncated weights.
     """
     path = Path(folder)
+    info = read_info(path)
+    try:
+        network = read_network(path / "unet")
+    except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
+        raise RequestError(f"{path}: the weights cannot be read: {' '.join(str(error).split())[:200]}") from error
+    return Checkpoint(path, read_manifest(path)["digest"], info, network.to(device).eval().requires_grad_(False))
+
+
+def read_info(path: Path) -> CheckpointInfo:
+    """What a checkpoint folder says of itself, without its weights.
+
+    Raises:
+        RequestError: no such folder, not a checkpoint of isocost, or pickled weights.
+    """
     if path.is_file() and path.suffix in PICKLE_SUFFIXES:
         raise RequestError(
             f"{path}: pickled weights are refused (they can run code when loaded); convert to a safetensors folder"
@@ -166,12 +181,7 @@ def load_checkpoint(folder: str | Path, device: str = "cpu") -> Checkpoint:
     manifest = read_manifest(path)
     if manifest.get("kind") != "checkpoint":
         raise RequestError(f"{path}: a {manifest.get('kind', 'folder')}, not a checkpoint; see OUT/artefacts/checkpoint/")
-    info = CheckpointInfo.model_validate(manifest["info"])
-    try:
-        network = read_network(path / "unet")
-    except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
-        raise RequestError(f"{path}: the weights cannot be read: {' '.join(str(error).split())[:200]}") from error
-    return Checkpoint(path, manifest["digest"], info, network.to(device).eval().requires_grad_(False))
+    return CheckpointInfo.model_validate(manifest["info"])
 
 
 def refuse_pickles(folder: Path) -> None:

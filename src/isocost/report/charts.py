@@ -21,6 +21,7 @@ from isocost.report.marks import (
     all_series,
     log_ticks,
     panel_colors,
+    some_places,
     x_ticks,
     y_range,
 )
@@ -77,7 +78,9 @@ def plotly_heat(panel: HeatPanel) -> go.Figure:
     colors, scale = panel_colors(panel)
     texts = [
         [
-            "" if np.isnan(value) else ("★ " if (row, column) == panel.optimum else "") + format_number(value)
+            ""
+            if np.isnan(value) or not panel.is_labelled
+            else ("★ " if (row, column) == panel.optimum else "") + format_number(value)
             for column, value in enumerate(values)
         ]
         for row, values in enumerate(panel.values)
@@ -97,13 +100,17 @@ def plotly_heat(panel: HeatPanel) -> go.Figure:
         xgap=1,
         ygap=1,
     )
-    for row, column in enumerate(panel.best):
-        edges = {"x0": column - 0.48, "x1": column + 0.48, "y0": row - 0.46, "y1": row + 0.46}
-        figure.add_shape(type="rect", line={"color": OPTIMUM, "width": 2.5}, **edges)
+    frame = {"type": "rect", "line": {"color": OPTIMUM, "width": 2.5}}
+    figure.layout.shapes = [
+        {**frame, "x0": column - 0.48, "x1": column + 0.48, "y0": row - 0.46, "y1": row + 0.46}
+        for row, column in enumerate(panel.best)
+    ]
     guidance, steps = [f"{value:g}" for value in panel.guidance], [str(value) for value in panel.num_steps]
     x_axis = _plotly_axis("guidance") | _plotly_places(guidance)
     y_axis = _plotly_axis("steps") | _plotly_places(steps) | {"autorange": "reversed"}
-    figure.update_layout(**_plotly_look(), xaxis=x_axis, yaxis=y_axis, height=110 + 30 * len(steps))
+    figure.update_layout(
+        **_plotly_look(), xaxis=x_axis, yaxis=y_axis, height=110 + (30 if panel.is_labelled else 10) * len(steps)
+    )
     figure.update_layout(margin={"l": 48, "r": 6, "t": 34, "b": 44})
     figure.update_layout(title={"text": html.escape(panel.size), "font": {"size": 14}, "x": 0, "xref": "paper", "y": 0.96})
     return figure
@@ -139,7 +146,8 @@ def _plotly_log(ticks: list[float], labels: list[str]) -> dict[str, Any]:
 
 
 def _plotly_places(labels: list[str]) -> dict[str, Any]:
-    return {"tickmode": "array", "tickvals": list(range(len(labels))), "ticktext": labels, "showgrid": False}
+    shown = some_places(len(labels))
+    return {"tickmode": "array", "tickvals": shown, "ticktext": [labels[at] for at in shown], "showgrid": False}
 
 
 def _with_alpha(color: str, alpha: float) -> str:

@@ -35,6 +35,7 @@ from isocost.report.marks import (
     guidance_panels,
     log_ticks,
     panel_colors,
+    some_places,
     x_ticks,
     y_range,
 )
@@ -81,7 +82,8 @@ def guidance_heatmap(table: pd.DataFrame, metric: str) -> Figure:
     panels = guidance_panels(table, metric)
     samplers, sizes = sorted({panel.sampler for panel in panels}), sizes_in_order(finals(table, metric))
     widest, tallest = max(len(panel.guidance) for panel in panels), max(len(panel.num_steps) for panel in panels)
-    shape = (len(sizes) * (widest * 0.46 + 0.7) + 1.2, len(samplers) * (tallest * 0.3 + 0.9))
+    across, down = (0.46, 0.3) if all(panel.is_labelled for panel in panels) else (0.12, 0.12)
+    shape = (len(sizes) * (widest * across + 0.7) + 1.2, len(samplers) * (tallest * down + 0.9))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=shape, layout="constrained")
         grid = figure.subplots(len(samplers), len(sizes), squeeze=False)
@@ -188,16 +190,17 @@ def _draw_panel(axes: Axes, panel: HeatPanel) -> ScalarMappable:
     image = axes.imshow(panel.values, cmap=colors, norm=scale, aspect="auto")
     axes.set_facecolor(EMPTY)
     for (row, column), value in np.ndenumerate(panel.values):
-        if np.isnan(value):
+        if np.isnan(value) or not (panel.is_labelled or (row, column) == panel.optimum):
             continue
         dark = _luminance(colors(scale(value))) < 0.45
-        text = ("★" if (row, column) == panel.optimum else "") + format_number(value)
+        text = ("★" if (row, column) == panel.optimum else "") + (format_number(value) if panel.is_labelled else "")
         axes.text(column, row, text, ha="center", va="center", fontsize=6, color="white" if dark else INK)
     for row, column in enumerate(panel.best):
         frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=OPTIMUM, linewidth=1.6, zorder=3)
         axes.add_patch(frame)
-    axes.set_xticks(range(len(panel.guidance)), [f"{guidance:g}" for guidance in panel.guidance])
-    axes.set_yticks(range(len(panel.num_steps)), [str(steps) for steps in panel.num_steps])
+    columns, rows = (some_places(len(values)) for values in (panel.guidance, panel.num_steps))
+    axes.set_xticks(columns, [f"{panel.guidance[at]:g}" for at in columns])
+    axes.set_yticks(rows, [str(panel.num_steps[at]) for at in rows])
     axes.tick_params(length=0)
     axes.set_xlabel("guidance")
     axes.set_ylabel("steps")

@@ -5,7 +5,7 @@ Writes `table.parquet`, `table.csv` and `report/`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from isocost.analysis.bands import bands_in_words
 from isocost.analysis.frontier import BudgetChoice, best_at_budgets, best_in_each, default_budgets, finals
-from isocost.analysis.scaling import LEAST_MARKS, paper_compute, scaling
+from isocost.analysis.laws import LEAST_MARKS
+from isocost.analysis.scaling import paper_compute, scaling
 from isocost.errors import RequestError
 from isocost.experiments.experiment import Experiment
 from isocost.pipeline import Pipeline
@@ -22,7 +24,7 @@ from isocost.provenance import provenance
 from isocost.report.marks import COMPUTE_AXES, FLOOR_LABEL
 from isocost.report.page import STUDY_YAML, markdown_summary, write_report
 from isocost.stages import TaskName
-from isocost.store import write_atomically
+from isocost.store import Store, write_atomically
 from isocost.study import StudySpec
 from isocost.study_file import dump_study
 from isocost.sweep.ledger import table_file
@@ -97,10 +99,10 @@ def _folder(task: TaskName) -> str:
 def study_table(pipeline: Pipeline, experiment: Experiment) -> pd.DataFrame:
     """The ledger's points that belong to the experiment as it stands now; `is_final` marks those of last checkpoints."""
     finals = {run.final for run in experiment.runs}
-    wanted = {point.digest for run in experiment.runs for point in experiment.points(run)}
+    wanted = {point.digest for run in experiment.runs for point in pipeline.points(run)}
     if experiment.compared_with is not None:
         others = {run.final for run in experiment.compared_with.runs}
-        points = (point for run in experiment.compared_with.runs for point in experiment.compared_with.points(run))
+        points = (point for run in experiment.compared_with.runs for point in pipeline.points(run))
         wanted |= {point.digest for point in points if point.spec.checkpoint in others}
         finals |= others
     table = pipeline.ledger.table()
@@ -115,7 +117,7 @@ def _report(pipeline: Pipeline, task: TaskName, table: pd.DataFrame, others: dic
     """One experiment's page and table."""
     study, experiment = pipeline.study, pipeline.experiments[task]
     folder = pipeline.out / "report" / _folder(task)
-    table, samples = experiment.summarise(table, _samples(pipeline, table))
+    table, samples = experiment.summarise(table, KeptPictures(pipeline.store, table["point"]))
     for suffix, write in (("parquet", table.to_parquet), ("csv", table.to_csv)):
         write(table_file(pipeline.out, task, suffix), index=False)
     baselines, metric = experiment.baselines, experiment.metric
@@ -141,7 +143,7 @@ def _report(pipeline: Pipeline, task: TaskName, table: pd.DataFrame, others: dic
     return Report(page, table, best_at_budgets(table, BUDGET_COST, metric, budgets))
 
 
-def _strips(experiment: Experiment, table: pd.DataFrame, samples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _strips(experiment: Experiment, table: pd.DataFrame, samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What is given first, then every size at its best, then the truth."""
     told = {title: pictures.permute(0, 2, 3, 1).numpy() for title, pictures in experiment.strips().items()}
     if not told:
@@ -167,9 +169,37 @@ def _laws(experiment: Experiment, table: pd.DataFrame) -> dict[str, Any]:
     return told
 
 
-def _samples(pipeline: Pipeline, table: pd.DataFrame) -> dict[str, np.ndarray]:
-    store = pipeline.store
-    return {point: read_pictures(store.folder("point", point)) for point in table["point"] if store.has("point", point)}
+def _is_one_line(table: pd.DataFrame) -> bool:
+    """Whether the sizes are one family, not students or variants beside it: crossings order them by their parameters."""
+    return set(table["task"].fillna("text2image")) == {"text2image"}
+
+
+def _bands(experiment: Experiment, table: pd.DataFrame) -> dict[str, Any] | str:
+    """Where the best size changes under every cost, and how sure that is."""
+    try:
+        return bands_in_words(table, experiment.metric)
+    except RequestError as error:
+        return str(error)
+
+
+class KeptPictures(Mapping[str, np.ndarray]):
+    """The pictures that points kept, uint8 [K, R, R, 3] by digest, each read when it is asked for."""
+
+    def __init__(self, store: Store, points: Iterable[str]) -> None:
+        """Those of `points` that are in the store."""
+        self.store = store
+        self.points = dict.fromkeys(point for point in points if store.has("point", point))
+
+    def __getitem__(self, point: str) -> np.ndarray:
+        if point not in self.points:
+            raise KeyError(point)
+        return read_pictures(self.store.folder("point", point))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.points)
+
+    def __len__(self) -> int:
+        return len(self.points)
 
 
 def _provenance(pipeline: Pipeline, experiment: Experiment, table: pd.DataFrame) -> dict[str, Any]:
@@ -181,6 +211,7 @@ def _provenance(pipeline: Pipeline, experiment: Experiment, table: pd.DataFrame)
         "codec": {"digest": materials.codec_digest, "latent shape": " x ".join(map(str, materials.latent_shape))},
         **{BASELINES[title]: _rounded(scores) for title, scores in experiment.baselines.items()},
         "quality against training compute": _laws(experiment, table),
+        **({"best size by budget": _bands(experiment, table)} if _is_one_line(table) else {}),
         "pictures skipped": len(skipped),
         "flagged": f"{flagged} points: Fréchet distance from fewer pictures than twice its features, compare at equal N only"
         if flagged

@@ -111,6 +111,17 @@ class HeatPanel:
     metric_label: str
     better: str
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether its values can be written into their cells."""
+        return self.values.size <= MOST_LABELLED
+
+
+def some_places(number: int) -> list[int]:
+    """Places of 0 to `number` - 1 that get a tick: all, or at most `MOST_TICKS` of them, evenly spread."""
+    step = -(-number // MOST_TICKS)
+    return list(range(0, number, step))
+
 
 @dataclass(frozen=True)
 class ContactCell:
@@ -132,6 +143,7 @@ class ContactSheet:
     captions: tuple[str, ...]
 
 
+MOST_LABELLED, MOST_TICKS = 200, 20
 COMPUTE_AXES = {
     "training_gflop": ("true FLOPs", "training GFLOP (3 × forward × images seen)"),
     "paper_compute": ("the paper's axis", "GFLOP of a forward pass × iterations, as in arXiv 2404.01367"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from isocost.device import best_device
 from isocost.errors import RequestError
 from isocost.metrics.features import Extractor
 from isocost.score.captions import read_captions
@@ -64,7 +65,7 @@ def score_folder(
     """
     named = named_protocol(protocol)
     lpips, spec = _with_weights(named.spec, weights)
-    extractors = make_extractors(spec)
+    extractors = make_extractors(spec, best_device())
     listed = _captions(named, captions)
     if named.compares == "subjects":
         assert listed is not None
@@ -110,7 +111,7 @@ def make_reference(
     _, spec = _with_weights(named.spec, weights)
     listed = _captions(named, captions) if named.reference_ids else None
     ids = None if listed is None else list(listed)
-    return build_statistics(str(pictures), Path(out), named, make_extractors(spec), ids)
+    return build_statistics(str(pictures), Path(out), named, make_extractors(spec, best_device()), ids)
 
 
 def subjects_score(

@@ -42,8 +42,12 @@ def mean_interval(values: ArrayLike, *, num_bootstrap: int = 200, seed: int = 0,
     interval of no width: the pictures then say nothing about how rare the other outcome is.
     """
     sample = np.asarray(values, dtype=np.float64)
-    counts = _resample(len(sample), num_bootstrap, seed, _GENERATED)
-    return _percentiles(counts @ sample / len(sample), confidence)
+    return percentiles(mean_resamples(sample, generated_counts(len(sample), num_bootstrap, seed)), confidence)
+
+
+def mean_resamples(values: Array, counts: Array) -> Array:
+    """Mean of values [N] for every resample of counts [1 + R, N]: [1 + R]."""
+    return counts @ values / counts.sum(1)
 
 
 # --- kernel distance --------------------------------------------------------------------------------------------------
@@ -65,7 +69,7 @@ class KernelReference:
     ) -> KernelReference:
         """Resample reference features [M, D] `num_bootstrap` times; memory stays at about 1024 x M numbers."""
         matrix = np.asarray(features, dtype=np.float64)
-        counts = _resample(len(matrix), num_bootstrap, seed, _REFERENCE)
+        counts = reference_counts(len(matrix), num_bootstrap, seed)
         return cls(matrix, counts, _within(matrix, counts, kernel), seed, kernel)
 
 
@@ -75,11 +79,18 @@ def kernel_interval(features: ArrayLike, reference: KernelReference, *, confiden
     A resample holds some pictures twice, and k(x, x) would push its U-statistic up: pairs of one original are left out, so
     the resamples centre on the value. Where the two sets are alike the statistic is degenerate and the interval too wide.
     """
+    counts = generated_counts(len(np.asarray(features)), len(reference.within) - 1, reference.seed)
+    return percentiles(kernel_resamples(features, counts, reference), confidence)
+
+
+def kernel_resamples(features: ArrayLike, counts: Array, reference: KernelReference) -> Array:
+    """`kernel_distance` of features [N, D] for every resample of counts [1 + R, N]: [1 + R].
+
+    Two points with the same counts have paired resamples: their difference has the interval in which what they share cancels.
+    """
     matrix = np.asarray(features, dtype=np.float64)
-    counts = _resample(len(matrix), len(reference.within) - 1, reference.seed, _GENERATED)
-    across = _across(matrix, counts, reference)
     within = _within(matrix, counts, reference.kernel) + reference.within
-    return _percentiles(reference.kernel.factor * (within - 2 * across), confidence)
+    return reference.kernel.factor * (within - 2 * _across(matrix, counts, reference))
 
 
 def paired_kernel_difference(
@@ -92,23 +103,22 @@ def paired_kernel_difference(
     one, two = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if one.shape != two.shape:
         raise ValueError(f"a paired difference needs the same pictures on both sides, not {one.shape} and {two.shape}")
-    counts = _resample(len(one), len(reference.within) - 1, reference.seed, _GENERATED)
-    within = _within(one, counts, reference.kernel) - _within(two, counts, reference.kernel)
-    across = _across(one, counts, reference) - _across(two, counts, reference)
-    return _percentiles(reference.kernel.factor * (within - 2 * across), confidence)
+    counts = generated_counts(len(one), len(reference.within) - 1, reference.seed)
+    resamples = [kernel_resamples(matrix, counts, reference) for matrix in (one, two)]
+    return percentiles(resamples[0] - resamples[1], confidence)
 
 
 def _within(features: Array, counts: Array, kernel: Kernel) -> Array:
     """Mean kernel over pairs of different originals, by resample: [1 + R]."""
     squares = np.square(counts)
     different = _weighted_pairs(features, counts, features, counts, kernel) - squares @ kernel.own(features)
-    return different / (len(features) ** 2 - squares.sum(1))
+    return different / (counts.sum(1) ** 2 - squares.sum(1))
 
 
 def _across(features: Array, counts: Array, reference: KernelReference) -> Array:
     """Mean kernel between features and reference, by resample: [1 + R]."""
     total = _weighted_pairs(features, counts, reference.features, reference.counts, reference.kernel)
-    return total / (len(features) * len(reference.features))
+    return total / (counts.sum(1) * len(reference.features))
 
 
 def _weighted_pairs(a: Array, counts_a: Array, b: Array, counts_b: Array, kernel: Kernel) -> Array:
@@ -188,6 +198,19 @@ def _normal(value: float, error: float, confidence: float) -> Interval:
     return Interval(value, value - reach, value + reach, confidence)
 
 
+def frechet_resamples(
+    features: ArrayLike, counts: Array, reference: ArrayLike, reference_moments: Moments, reference_counts: Array
+) -> Array:
+    """`frechet_distance` of features [N, D] to reference [M, D] for every resample, to first order: [1 + R].
+
+    Each picture's influence takes the place of a decomposition for every resample. The bias of N pictures stays in all of them:
+    take differences at equal N only.
+    """
+    value, of_features, of_reference = frechet_influence(features, reference, reference_moments)
+    moved = (counts - counts[:1]) @ of_features / counts.sum(1)
+    return value + moved + (reference_counts - 1) @ of_reference / len(of_reference)
+
+
 # --- Inception score --------------------------------------------------------------------------------------------------
 
 
@@ -200,11 +223,21 @@ def inception_score_interval(
     around their own mean, put around the value.
     """
     matrix = np.asarray(logits)
-    scores = inception_score(matrix, _resample(len(matrix), num_bootstrap, seed, _GENERATED))
-    return _percentiles(np.concatenate([scores[:1], scores[1:] - scores[1:].mean() + scores[0]]), confidence)
+    scores = inception_score(matrix, generated_counts(len(matrix), num_bootstrap, seed))
+    return percentiles(np.concatenate([scores[:1], scores[1:] - scores[1:].mean() + scores[0]]), confidence)
 
 
 # --- resampling -------------------------------------------------------------------------------------------------------
+
+
+def generated_counts(num_pictures: int, num_bootstrap: int, seed: int) -> Array:
+    """How often each resample draws each generated picture, [1 + R, N]; row 0, all ones, is the sample itself."""
+    return _resample(num_pictures, num_bootstrap, seed, _GENERATED)
+
+
+def reference_counts(num_pictures: int, num_bootstrap: int, seed: int) -> Array:
+    """The same of reference pictures, [1 + R, M]."""
+    return _resample(num_pictures, num_bootstrap, seed, _REFERENCE)
 
 
 def _resample(num_pictures: int, num_bootstrap: int, seed: int, stream: int) -> Array:
@@ -214,8 +247,8 @@ def _resample(num_pictures: int, num_bootstrap: int, seed: int, stream: int) -> 
     return np.concatenate([np.ones((1, num_pictures)), draws])
 
 
-def _percentiles(statistics: Array, confidence: float) -> Interval:
-    """Row 0 is the value; the others its resamples."""
+def percentiles(statistics: Array, confidence: float = 0.95) -> Interval:
+    """The interval of resamples [1 + R], of which the first is the value."""
     tail = (1 - confidence) / 2
     low, high = np.quantile(statistics[1:], [tail, 1 - tail])
     return Interval(float(statistics[0]), float(low), float(high), confidence)

@@ -110,9 +110,9 @@ class Claims:
         finally:
             self.release(work)
 
-    def others(self) -> int:
-        """How many pieces of work living others have in their hands."""
-        held = select(func.count()).where(ClaimRow.worker != self.worker, self._now - ClaimRow.beat < STALE_S)
+    def num_workers(self) -> int:
+        """How many living workers have work in their hands."""
+        held = select(func.count(ClaimRow.worker.distinct())).where(self._now - ClaimRow.beat < STALE_S)
         return transact(self.engine, lambda session: int(session.scalar(held) or 0))
 
     def _begin_to_beat(self) -> None:

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from sqlalchemy import delete, func, inspect, select, text
+from sqlalchemy import delete, func, inspect, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from isocost.errors import RequestError
 from isocost.score.intervals import Interval
 from isocost.sweep.connection import connect, transact
-from isocost.sweep.tables import Base, EventRow, PointRow, ProtocolRow, SchemaRow, ScoreRow, ShardRow
+from isocost.sweep.tables import Base, EventRow, PointRow, ProtocolRow, RaceRow, SchemaRow, ScoreRow, ShardRow
 
-SCHEMA_VERSION = 4
-"""2: points carry all of their numerics. 3: and their task; none is text-to-image. 4: shards and claims."""
+SCHEMA_VERSION = 5
+"""2: points carry all of their numerics. 3: and their task; none is text-to-image. 4: shards and claims. 5: races."""
 ATTEMPTS = 10
 
 
@@ -110,6 +110,24 @@ class Ledger:
         """Shards of points that are not whole yet."""
         return transact(self.engine, lambda session: int(session.scalar(select(func.count()).select_from(ShardRow)) or 0))
 
+    def add_race(self, row: Mapping[str, Any]) -> None:
+        """Record what the race of a cell found, in place of an earlier record of it."""
+        transact(self.engine, lambda session: session.merge(RaceRow(**row)))
+
+    def stop_cell(self, cell: str, reason: str | None) -> None:
+        """Record why a cell is not scored, or that it is."""
+        noted = update(RaceRow).where(RaceRow.cell == cell).values(stopped=reason)
+        transact(self.engine, lambda session: session.execute(noted))
+
+    def races(self) -> dict[str, dict[str, Any]]:
+        """What races found, by cell."""
+
+        def read(session: Session) -> dict[str, dict[str, Any]]:
+            columns = [column.name for column in RaceRow.__table__.columns]
+            return {row.cell: {name: getattr(row, name) for name in columns} for row in session.scalars(select(RaceRow))}
+
+        return transact(self.engine, read)
+
     def add_scores(self, point: str, scores: Mapping[str, Interval]) -> None:
         """Record further scores of a point that is there."""
 
@@ -173,13 +191,22 @@ class Ledger:
         return transact(self.engine, read)
 
     def table(self) -> pd.DataFrame:
-        """One row a point; every metric as three columns `m`, `m_low`, `m_high`; ordered by coordinate, not by arrival."""
+        """One row a point; every metric as three columns `m`, `m_low`, `m_high`; ordered by coordinate, not by arrival.
+
+        Where guidance was raced for, `guidance_low` and `guidance_high` are the interval of the best one, `race_pictures` what
+        the race drew, and `race_at_edge` whether it ended at the end of its ladder; all are empty for points of a grid.
+        """
         with self.engine.connect() as connection:
             points = pd.read_sql(select(PointRow.__table__), connection)
             scores = pd.read_sql(select(ScoreRow.__table__), connection)
             protocols = pd.read_sql(select(ProtocolRow.__table__), connection).set_index("protocol")
+            races = pd.read_sql(select(RaceRow.__table__), connection)
         table = points.set_index("point")
         table["protocol_parts"] = table["protocol"].map(protocols["parts"])
+        if len(races):
+            found = races.drop_duplicates("point", keep="last").set_index("point")
+            raced = found.assign(race_pictures=found["num_pictures"], race_at_edge=found["is_at_edge"])
+            table = table.join(raced[["guidance_low", "guidance_high", "race_pictures", "race_at_edge"]])
         for metric, group in scores.groupby("metric"):
             by_point = group.set_index("point")
             for suffix, column in (("", "value"), ("_low", "low"), ("_high", "high")):

@@ -11,7 +11,7 @@ from isocost.diffusion.samplers import num_evaluations
 from isocost.models.checkpoint import CheckpointInfo
 from isocost.score.protocol import Protocol
 from isocost.spec import digest
-from isocost.stages import ModelSpec, PointSpec, ProtocolSpec, SweepSpec
+from isocost.stages import ModelSpec, PointSpec, ProtocolSpec, RaceSpec, SweepSpec
 
 VERSION = 2
 """Raised when a fix changes what a point's pictures or scores are."""
@@ -86,13 +86,79 @@ def grid_points(checkpoint: str, sweep: SweepSpec, protocol_spec: ProtocolSpec, 
 def run_points(
     checkpoints: Sequence[str], sweep: SweepSpec, protocol_spec: ProtocolSpec, protocol: Protocol
 ) -> dict[str, tuple[Point, ...]]:
-    """The points of one run by checkpoint: the grid at the last one, one point at every mark where there are several."""
+    """The points of one run by checkpoint: the grid at the last one, one point at every mark where there are several.
+
+    Where guidance is raced there is no grid: see `cells_of`.
+    """
     points: dict[str, tuple[Point, ...]] = {}
     for name in checkpoints:
-        grid = grid_points(name, sweep, protocol_spec, protocol) if name == checkpoints[-1] else []
+        has_grid = name == checkpoints[-1] and sweep.search == "grid"
+        grid = grid_points(name, sweep, protocol_spec, protocol) if has_grid else []
         marked = [mark_point(name, sweep, protocol_spec, protocol)] if len(checkpoints) > 1 else []
         points[name] = tuple({point.digest: point for point in [*grid, *marked]}.values())
     return points
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What shares a sampler, a number of steps and a number of passes at one checkpoint; its best guidance is raced for.
+
+    `guidance` are the values of the sweep that are of so many passes, rising; one value leaves nothing to race for.
+    """
+
+    scored: PointSpec
+    searched: PointSpec
+    guidance: tuple[float, ...]
+    protocol: Protocol
+    metric: str
+    race: RaceSpec
+    is_two_pass: bool
+
+    @property
+    def title(self) -> str:
+        """Short words: "ddim 4 steps"."""
+        passes = "" if self.is_two_pass or len(self.guidance) > 1 else f", guidance {self.guidance[0]:g}"
+        return f"{self.scored.sampler.name} {self.scored.num_steps} steps{passes}"
+
+    @property
+    def digest(self) -> str:
+        """Names what its race found."""
+        rules = {"race": self.race.canonical(), "guidance": list(self.guidance), "metric": self.metric}
+        stage = {"stage": "cell", "version": VERSION, "protocol": self.protocol.id, "seed": self.scored.seed, **rules}
+        return digest(stage, self.searched)
+
+    def trial(self, guidance: float) -> Point:
+        """Pictures of the search: some of a point with noise of its own."""
+        return make_point(self.searched.model_copy(update={"guidance": guidance}), self.protocol)
+
+    def point(self, guidance: float) -> Point:
+        """The point that is scored once the guidance is found."""
+        return make_point(self.scored.model_copy(update={"guidance": guidance}), self.protocol)
+
+
+def cells_of(
+    checkpoint: str,
+    sweep: SweepSpec,
+    protocol_spec: ProtocolSpec,
+    protocol: Protocol,
+    metric: str,
+    embeds_guidance: bool,
+) -> list[Cell]:
+    """The cells of a checkpoint where guidance is raced, by sampler, passes and rising steps; none where it is a grid."""
+    if sweep.search != "race":
+        return []
+    by_passes: dict[int, list[float]] = {}
+    for value in sorted(set(sweep.guidance)):
+        by_passes.setdefault(num_passes(value, embeds_guidance), []).append(value)
+    cells = []
+    for sampler in sweep.samplers:
+        for passes, values in by_passes.items():
+            for num_steps in sorted(set(sweep.num_steps)):
+                at = {"sampler": sampler, "num_steps": num_steps, "guidance": values[0]}
+                scored = _point_spec(checkpoint, sweep, protocol_spec, **at)
+                searched = scored.model_copy(update={"seed": sweep.race.seed})
+                cells.append(Cell(scored, searched, tuple(values), protocol, metric, sweep.race, passes > 1))
+    return cells
 
 
 def mark_point(checkpoint: str, sweep: SweepSpec, protocol_spec: ProtocolSpec, protocol: Protocol) -> Point:

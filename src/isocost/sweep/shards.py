@@ -8,6 +8,7 @@ Shapes: N pictures of a point, K pictures kept, R resolution.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -42,10 +43,12 @@ class Shard:
     digest: str
 
 
-def shards_of(point: Point, size: int) -> list[Shard]:
-    """The shards of a point, `size` pictures each, the last one maybe fewer."""
-    number = point.spec.num_pictures
-    ranges = [range(first, min(first + size, number)) for first in range(0, number, size)]
+def shards_of(point: Point, size: int, bounds: Sequence[int] = ()) -> list[Shard]:
+    """The shards of a point, `size` pictures each or fewer; up to each of `bounds`, where given, by whole shards."""
+    ends = [0, *(bounds or (point.spec.num_pictures,))]
+    ranges = [
+        range(first, min(first + size, stop)) for start, stop in itertools.pairwise(ends) for first in range(start, stop, size)
+    ]
     stage = {"stage": "shard", "version": VERSION, "point": point.digest}
     return [Shard(point, each, digest(stage, {"first": each.start, "stop": each.stop})) for each in ranges]
 
@@ -128,12 +131,6 @@ def assemble(
         manifest["ms_per_evaluation"] * len(shard.pictures) for manifest, shard in zip(manifests, shards, strict=True)
     )
     folders = [store.folder("shard", shard.digest) for shard in shards]
-    names = tuple(reference.extractors)
-    measured = [
-        read_measured(folder, names)
-        for folder, manifest, shard in zip(folders, manifests, shards, strict=True)
-        if len(manifest["not_finite"]) < len(shard.pictures)
-    ]
     kept = [load_file(folder / PICTURES)["pictures"] for folder in folders if (folder / PICTURES).is_file()]
     manifest = {
         "spec": point.spec.model_dump(mode="json"),
@@ -146,9 +143,22 @@ def assemble(
         "seconds": sum(manifest["seconds"] for manifest in manifests),
     }
     with store.create("point", point.digest, manifest) as folder:
-        write_measured(folder, _joined(measured), reference.kept)
+        write_measured(folder, read_shards(store, reference, shards), reference.kept)
         save_file({"pictures": torch.cat(kept)}, folder / PICTURES)
     _remove(store, shards)
+
+
+def read_shards(store: Store, reference: Reference, shards: Sequence[Shard]) -> Measured:
+    """What is kept of several shards' pictures, in their order.
+
+    Raises:
+        WorkError: none of their pictures is finite numbers.
+    """
+    whole = [shard for shard in shards if len(store.manifest("shard", shard.digest)["not_finite"]) < len(shard.pictures)]
+    if not whole:
+        raise WorkError(f"{shards[0].point.title}: no picture is finite numbers; lower the guidance, or train longer")
+    names = tuple(reference.extractors)
+    return _joined([read_measured(store.folder("shard", shard.digest), names) for shard in whole])
 
 
 def read_pictures(folder: Path) -> np.ndarray:

@@ -76,6 +76,29 @@ class ProtocolRow(Base):
     parts: Mapped[str] = mapped_column(Text)
 
 
+class RaceRow(Base):
+    """What the race of a cell found, and which point is scored for it; none where `stopped` says why."""
+
+    __tablename__ = "races"
+    cell: Mapped[str] = mapped_column(String(32), primary_key=True)
+    point: Mapped[str] = mapped_column(String(32), index=True)
+    checkpoint: Mapped[str] = mapped_column(String(32), index=True)
+    protocol: Mapped[str] = mapped_column(String(32))
+    metric: Mapped[str] = mapped_column(String(64))
+    sampler: Mapped[str] = mapped_column(String(64))
+    num_steps: Mapped[int] = mapped_column(Integer)
+    guidance: Mapped[float] = mapped_column(Float)
+    guidance_low: Mapped[float] = mapped_column(Float)
+    guidance_high: Mapped[float] = mapped_column(Float)
+    num_pictures: Mapped[int] = mapped_column(Integer)
+    pictures_at: Mapped[str] = mapped_column(Text)
+    regret: Mapped[float] = mapped_column(Float)
+    is_decided: Mapped[bool] = mapped_column(Boolean)
+    is_at_edge: Mapped[bool] = mapped_column(Boolean)
+    warnings: Mapped[str] = mapped_column(Text)
+    stopped: Mapped[str | None] = mapped_column(Text)
+
+
 class EventRow(Base):
     """Something a reader of the study must know: a failure, pictures that were skipped."""
 

@@ -13,9 +13,10 @@ import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from isocost.data.codec import Codec
+from isocost.diffusion.engine import Engine
 from isocost.diffusion.generate import CaptionStates, Drawn, generate, make_engine, schedule_of
 from isocost.diffusion.noise import Schedule
 from isocost.diffusion.rows import ByPicture, Row, num_passes
@@ -25,6 +26,7 @@ from isocost.provenance import provenance
 from isocost.score.kept import read_measured
 from isocost.score.reference import Reference
 from isocost.score.score import is_flagged, score, wanted
+from isocost.stopping import is_over
 from isocost.store import Store
 from isocost.sweep.claims import POLL_S, Claims
 from isocost.sweep.ledger import Ledger
@@ -39,69 +41,95 @@ SHARE_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Worker:
-    """What every point of one checkpoint shares."""
+    """What every point of one checkpoint shares. Its engines are made when they are first needed, and kept."""
 
     store: Store
     ledger: Ledger
     claims: Claims
+    checkpoint: Checkpoint
+    codec: Codec
     reference: Reference
     captions: CaptionStates
     kept: Sequence[int]
     distances: tuple[str, ...]
     shard_size: int
     beside: ByPicture | None = None
+    _engines: dict[tuple[str, bool, int], Engine] = field(default_factory=dict, init=False, repr=False)
 
-    def run(self, checkpoint: Checkpoint, codec: Codec, points: Sequence[Point], done: Done, deadline: float | None) -> bool:
+    def run(self, points: Sequence[Point], done: Done, deadline: float | None) -> bool:
         """Make and score what is not in the ledger yet; False where `deadline` (of time.monotonic) came first.
 
         Returns when all points are there, whoever made them.
         """
-        embeds = checkpoint.info.model.embeds_guidance
         missing = list(points)
-        while missing := self._missing(missing, checkpoint, done):
-            if deadline is not None and time.monotonic() > deadline:
+        while missing := self._missing(missing, done):
+            if is_over(deadline):
                 return False
-            # Rows of two passes first: they leave both outputs of their first evaluation to the others.
-            missing.sort(key=lambda point: -num_passes(point.spec.guidance, embeds))
-            made = 0
-            for numerics in sorted({point.spec.numerics for point in missing}):
-                alike = [point for point in missing if point.spec.numerics == numerics]
-                made += self._make(alike, checkpoint, codec, done, deadline)
-            if not made:
+            shards = [shard for point in missing for shard in shards_of(point, self.shard_size)]
+            if not self._make(shards, deadline, done):
                 time.sleep(POLL_S)  # the rest is in other hands
         return True
 
-    def _missing(self, points: Sequence[Point], checkpoint: Checkpoint, done: Done) -> list[Point]:
+    def make(self, shards: Sequence[Shard], deadline: float | None) -> bool:
+        """Make shards that belong to no point that is to be scored; False where the deadline came first."""
+        while missing := [shard for shard in shards if not self._is_made(shard)]:
+            if is_over(deadline):
+                return False
+            if not self._make(missing, deadline, None):
+                time.sleep(POLL_S)
+        return True
+
+    def _missing(self, points: Sequence[Point], done: Done) -> list[Point]:
         """Points that are not in the ledger; those that are whole on disk are put there."""
         metrics, asked = self.ledger.metrics(), wanted(self.reference, self.distances)
         missing = []
         for point in points:
-            if asked <= metrics.get(point.digest, set()) or self._finish(point, checkpoint):
+            if asked <= metrics.get(point.digest, set()) or self._finish(point):
                 done(point)
             else:
                 missing.append(point)
         return missing
 
-    def _make(self, points: Sequence[Point], checkpoint: Checkpoint, codec: Codec, done: Done, deadline: float | None) -> int:
-        """Draw the shards of points of the same numerics in one stream; returns how many this worker made."""
-        claimed = self._claimed(points, deadline)
+    def _make(self, shards: Sequence[Shard], deadline: float | None, done: Done | None) -> int:
+        """Draw shards in one stream of each numerics, and put points together where `done` is to be told of them.
+
+        Returns how many this worker made.
+        """
+        embeds, made = self.checkpoint.info.model.embeds_guidance, 0
+        for numerics in sorted({shard.point.spec.numerics for shard in shards}):
+            alike = [shard for shard in shards if shard.point.spec.numerics == numerics]
+            # Rows of two passes first: they leave both outputs of their first evaluation to the others.
+            alike.sort(key=lambda shard: -num_passes(shard.point.spec.guidance, embeds))
+            made += self._draw(alike, deadline, done)
+        return made
+
+    def _engine(self, first: Shard, of_one_point: bool) -> Engine:
+        """The engine of a shard's numerics, warm."""
+        spec = first.point.spec
+        if spec.numerics not in self._engines:
+            engine = make_engine(
+                copy.deepcopy(self.checkpoint.network),
+                self.checkpoint.info,
+                self.captions,
+                bucket_size=spec.bucket_size,
+                precision=spec.precision,
+                compiled=spec.compiled,
+                share_bytes=0 if of_one_point else SHARE_BYTES,
+                beside=self.beside,
+            )
+            warm_up = itertools.islice(_rows(first, schedule_of(self.checkpoint.info)), WARM_UP_PICTURES)
+            for _ in generate(engine, self.codec, warm_up):
+                pass
+            self._engines[spec.numerics] = engine
+        return self._engines[spec.numerics]
+
+    def _draw(self, shards: Sequence[Shard], deadline: float | None, done: Done | None) -> int:
+        claimed = self._claimed(shards, deadline)
         first = next(claimed, None)
         if first is None:
             return 0
-        spec = points[0].spec
-        engine = make_engine(
-            copy.deepcopy(checkpoint.network),
-            checkpoint.info,
-            self.captions,
-            bucket_size=spec.bucket_size,
-            precision=spec.precision,
-            compiled=spec.compiled,
-            share_bytes=SHARE_BYTES if len(points) > 1 else 0,
-            beside=self.beside,
-        )
-        schedule = schedule_of(checkpoint.info)
-        for _ in generate(engine, codec, itertools.islice(_rows(first, schedule), WARM_UP_PICTURES)):
-            pass
+        engine = self._engine(first, of_one_point=len({shard.point.digest for shard in shards}) == 1)
+        schedule = schedule_of(self.checkpoint.info)
         begun: dict[str, ShardInWork] = {}
 
         def rows() -> Iterator[Row]:
@@ -111,7 +139,7 @@ class Worker:
 
         made = 0
         clock = _Clock()
-        for drawn in generate(engine, codec, rows()):
+        for drawn in generate(engine, self.codec, rows()):
             clock.stop(drawn)
             for part in _by_shard(drawn):
                 work = begun[part.digest]
@@ -120,23 +148,22 @@ class Worker:
                     del begun[part.digest]
                     self._keep(work, clock.ms_per_evaluation)
                     made += 1
-                    if self._finish(work.shard.point, checkpoint):
+                    if done is not None and self._finish(work.shard.point):
                         done(work.shard.point)
             clock.start()
         return made
 
-    def _claimed(self, points: Sequence[Point], deadline: float | None) -> Iterator[Shard]:
+    def _claimed(self, shards: Sequence[Shard], deadline: float | None) -> Iterator[Shard]:
         """Shards that are not there and not in other hands, claimed one by one as they are asked for."""
-        for point in points:
-            for shard in shards_of(point, self.shard_size):
-                if deadline is not None and time.monotonic() > deadline:
-                    return
-                if self._is_made(shard) or not self.claims.take(shard.digest):
-                    continue
-                if self._is_made(shard):  # between the two
-                    self.claims.release(shard.digest)
-                    continue
-                yield shard
+        for shard in shards:
+            if is_over(deadline):
+                return
+            if self._is_made(shard) or not self.claims.take(shard.digest):
+                continue
+            if self._is_made(shard):  # between the two
+                self.claims.release(shard.digest)
+                continue
+            yield shard
 
     def _is_made(self, shard: Shard) -> bool:
         return self.store.has("point", shard.point.digest) or self.store.has("shard", shard.digest)
@@ -148,7 +175,7 @@ class Worker:
         self.ledger.add_shard(shard.digest, shard.point.digest, shard.pictures)
         self.claims.release(shard.digest)
 
-    def _finish(self, point: Point, checkpoint: Checkpoint) -> bool:
+    def _finish(self, point: Point) -> bool:
         """Put a point together whose shards are all there, and record it; False where one is missing or another is at it.
 
         Raises:
@@ -163,22 +190,22 @@ class Worker:
             if not self.store.has("point", point.digest):
                 if not all(self.store.has("shard", one.digest) for one in shards):
                     return False  # another has just put it together
-                nfe = point.nfe(checkpoint.info.model)
-                assemble(self.store, self.reference, point, shards, nfe, checkpoint.info.label)
-            self._record(checkpoint, point)
+                info = self.checkpoint.info
+                assemble(self.store, self.reference, point, shards, point.nfe(info.model), info.label)
+            self._record(point)
         finally:
             self.claims.release(point.digest)
         return True
 
-    def _record(self, checkpoint: Checkpoint, point: Point) -> None:
+    def _record(self, point: Point) -> None:
         """Score the artefact and write the ledger's row."""
         manifest = self.store.manifest("point", point.digest)
         measured = read_measured(self.store.folder("point", point.digest), tuple(self.reference.extractors))
         scores = score(measured, self.reference, self.distances)
         row = {
             **point.coordinate(),
-            **point.costs(checkpoint.info),
-            **describe(checkpoint.info),
+            **point.costs(self.checkpoint.info),
+            **describe(self.checkpoint.info),
             "protocol": self.reference.protocol.id,
             "num_not_finite": manifest["num_not_finite"],
             "least_bucket_size": manifest["least_bucket_size"],

@@ -101,7 +101,7 @@ class Forecaster:
         rows = self._rows()
         memory, free = training_memory(model, self.spec, rows, self.num_tokens).total, memory_free()
         disk = disk_bytes(self.spec, cost.num_parameters, len(marks))
-        remedy = "" if memory <= free else self._what_fits(model, cost, free)
+        remedy = "" if memory <= free else what_fits(model, self.spec, cost, self.num_tokens, free)
         if disk > self.disk_free:
             remedy += ("; " if remedy else "") + f"{_gb(self.disk_free)} of disk are free: fewer marks or kept states"
         rate, is_measured = self._rate(model, cost, rows, fits=memory <= free)
@@ -125,25 +125,27 @@ class Forecaster:
             return rate, True
         return (None if known is None else known / gflop), False
 
-    def _what_fits(self, model: ModelSpec, cost: ModelCost, free: int) -> str:
-        """The least change after which a process of this machine has room."""
-        spec = self.spec
-        lean = spec.model_copy(update={"gradient_checkpointing": True})
-        for one, words in ((spec, "microbatch: 1"), (lean, "gradient_checkpointing: true with microbatch: 1")):
-            if self._fits(model, one, cost, free):
-                return f"{_gb(free)} of memory are free: train.{words} fits"
-        sharded = lean.model_copy(update={"sharding": "fsdp"})
-        for number in PROCESSES:
-            if self._fits(model, sharded, cost, free, number):
-                return (
-                    f"{_gb(free)} of memory are free: train.sharding: fsdp over {number} processes with as much each, "
-                    "gradient_checkpointing: true and microbatch: 1 fits"
-                )
-        return f"{_gb(free)} of memory are free, and no setting fits: take a device with more"
 
-    def _fits(self, model: ModelSpec, spec: TrainSpec, cost: ModelCost, free: int, processes: int = 1) -> bool:
-        held = state_bytes(spec, cost.num_parameters, processes)
-        return held < free and training_memory(model, spec, 1, self.num_tokens, processes).total <= free
+def what_fits(model: ModelSpec, spec: TrainSpec, cost: ModelCost, num_tokens: int, free: int) -> str:
+    """The least change after which a training has room where each process has `free` bytes, in words."""
+
+    def fits(one: TrainSpec, processes: int = 1) -> bool:
+        shares = processes if one.sharding == "fsdp" else 1
+        held = state_bytes(one, cost.num_parameters, processes) + FLOAT * cost.num_parameters // shares
+        return held < free and training_memory(model, one, 1, num_tokens, processes).total <= free
+
+    lean = spec.model_copy(update={"gradient_checkpointing": True})
+    for one, words in ((spec, "microbatch: 1"), (lean, "gradient_checkpointing: true with microbatch: 1")):
+        if fits(one):
+            return f"{_gb(free)} of memory are free: train.{words} fits"
+    sharded = lean.model_copy(update={"sharding": "fsdp"})
+    for number in PROCESSES:
+        if fits(sharded, number):
+            return (
+                f"{_gb(free)} of memory are free: train.sharding: fsdp over {number} processes with as much each, "
+                "gradient_checkpointing: true and microbatch: 1 fits"
+            )
+    return f"{_gb(free)} of memory are free, and no setting fits: take a device with more"
 
 
 def measure(model: ModelSpec, spec: TrainSpec, num_tokens: int, rows: int) -> tuple[float, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from isocost.errors import RequestError, WorkError
 from isocost.progress import progress_bar, say
 from isocost.stages import TrainSpec
+from isocost.stopping import is_over
 from isocost.train.ema import Ema
 from isocost.train.microbatch import largest_microbatch
 from isocost.train.parallel import Parallel, on_cpu, rows_of
@@ -89,7 +89,7 @@ def train(
                 trainer.state.save(images_seen, spec, accelerator)
                 last_saved = images_seen
             if out_of_time and ahead:
-                raise OutOfTime(f"{title}: stopped by --stop-after at {images_seen} images; the same command goes on")
+                raise OutOfTime(f"{title}: stopped at {images_seen} images; the same command goes on")
     for tracker in accelerator.trackers:
         tracker.finish()
 
@@ -199,12 +199,12 @@ def _batches(trainer: Trainer, images_seen: int) -> Iterator[Iterator[Batch]]:
 
 
 def _is_late(deadline: float | None, accelerator: Accelerator, at_log: bool) -> bool:
-    """Whether the deadline has come for any process; several look only where they meet anyway."""
-    if deadline is None or (accelerator.num_processes > 1 and not at_log):
-        return False
-    late = time.monotonic() > deadline
+    """Whether the deadline has come, or SIGTERM, for any process; several look only where they meet anyway."""
+    late = is_over(deadline)
     if accelerator.num_processes == 1:
         return late
+    if not at_log:
+        return False
     return bool(accelerator.reduce(torch.tensor(float(late), device=accelerator.device), "sum") > 0)
 
 

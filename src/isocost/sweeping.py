@@ -1,0 +1,135 @@
+"""The sweep of a study's trainings: points scored, guidance raced for, and what races found scored in its turn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from isocost.device import best_device
+from isocost.experiments.experiment import Experiment, Job, Run
+from isocost.materials import Materials
+from isocost.models.checkpoint import load_checkpoint, read_info
+from isocost.progress import progress_bar
+from isocost.stages import SweepSpec, TaskName
+from isocost.store import Store
+from isocost.sweep.claims import Claims
+from isocost.sweep.ledger import Ledger
+from isocost.sweep.points import Cell, Point
+from isocost.sweep.racing import Trials, contender_of, run_races, stopped
+from isocost.sweep.workers import Worker
+
+Races = Mapping[str, Mapping[str, Any]]
+"""What the ledger knows of races, by cell."""
+
+
+def known_points(jobs: Sequence[Job], races: Races) -> list[Point]:
+    """The points of some jobs, each once: of grids all, of races those that are found and not stopped."""
+    points = [point for job in jobs for point in (*job.points, *found_points(job, races, _stopped_before(races)))]
+    return list({point.digest: point for point in points}.values())
+
+
+def found_points(job: Job, races: Races, left_out: Collection[str]) -> list[Point]:
+    """The points that the races of a job found, cells of `left_out` apart."""
+    found = [cell for cell in job.cells if cell.digest in races and cell.digest not in left_out]
+    return [cell.point(races[cell.digest]["guidance"]) for cell in found]
+
+
+def open_cells(jobs: Sequence[Job], races: Races) -> list[Cell]:
+    """The cells of some jobs whose races are not over."""
+    return [cell for job in jobs for cell in job.cells if cell.digest not in races]
+
+
+def _stopped_before(races: Races) -> set[str]:
+    return {cell for cell, row in races.items() if row["stopped"] is not None}
+
+
+@dataclass(frozen=True)
+class Sweeper:
+    """What sweeps of all experiments share. `deadline` is a `time.monotonic()`; False says that it came first.
+
+    `after` is told what is at work, after every point and race.
+    """
+
+    store: Store
+    ledger: Ledger
+    claims: Claims
+    materials: Materials
+    experiments: Mapping[TaskName, Experiment]
+    after: Callable[[str], None]
+
+    def sweep(self, run: Run, size: str, deadline: float | None) -> bool:
+        """Score every point of a run that is known beforehand, and race for the others."""
+        jobs = self.experiments[run.task].jobs(run)
+        known = [(job, job.points) for job in jobs if job.points]
+        if not self._score(run, known, f"sweep {size} ({run.title})", deadline):
+            return False
+        return all(self._race(run, job, f"race {size} ({run.title})", deadline) for job in jobs if job.cells)
+
+    def settle(self, runs: Sequence[Run], deadline: float | None) -> bool:
+        """Score what the races of these runs found, cells apart that cannot be on any frontier.
+
+        All cells of an experiment are set against each other, so their races must be over.
+        """
+        for task in dict.fromkeys(run.task for run in runs):
+            raced = [(run, job) for run in runs if run.task == task for job in self.experiments[task].jobs(run) if job.cells]
+            races = self.ledger.races()
+            reasons = self._stopped([job for _, job in raced], races, self.experiments[task].sweep)
+            for run, job in raced:
+                for cell in job.cells:
+                    self.ledger.stop_cell(cell.digest, reasons.get(cell.digest))
+                points = found_points(job, races, reasons)
+                if points and not self._score(run, [(job, points)], f"score what was found ({run.title})", deadline):
+                    return False
+        return True
+
+    def _score(self, run: Run, jobs: Sequence[tuple[Job, Sequence[Point]]], title: str, deadline: float | None) -> bool:
+        numbers = {point.digest: n for n, point in enumerate((point for _, points in jobs for point in points), start=1)}
+        with progress_bar(title, len(numbers), "points") as progress:
+
+            def done(point: Point) -> None:
+                progress(numbers[point.digest], point.title)
+                self.after(f"{title}: {point.title}")
+
+            return all(self._worker(run, job).run(points, done, deadline) for job, points in jobs)
+
+    def _race(self, run: Run, job: Job, title: str, deadline: float | None) -> bool:
+        numbers = {cell.digest: n for n, cell in enumerate(job.cells, start=1)}
+        with progress_bar(title, len(numbers), "cells") as progress:
+
+            def done(cell: Cell) -> None:
+                progress(numbers[cell.digest], cell.title)
+                self.after(f"{title}: {cell.title}")
+
+            return run_races(self._worker(run, job), job.cells, done, deadline)
+
+    def _stopped(self, jobs: Sequence[Job], races: Races, sweep: SweepSpec) -> dict[str, str]:
+        """Cells that are not scored, with the reason."""
+        if sweep.race.stop_confidence is None:
+            return {}
+        contenders = []
+        for job in jobs:
+            info = read_info(self.store.folder("checkpoint", job.checkpoint))
+            trials = Trials(self.store, job.bench().reference, sweep.shard_size)
+            for cell in job.cells:
+                guidance = races[cell.digest]["guidance"]
+                drawn = json.loads(races[cell.digest]["pictures_at"])[str(guidance)]
+                contenders.append(contender_of(cell, info, trials, guidance, drawn))
+        return stopped(contenders, sweep.race.stop_confidence)
+
+    def _worker(self, run: Run, job: Job) -> Worker:
+        bench = job.bench()
+        return Worker(
+            self.store,
+            self.ledger,
+            self.claims,
+            load_checkpoint(self.store.folder("checkpoint", job.checkpoint), best_device()),
+            self.materials.codec,
+            bench.reference,
+            bench.captions,
+            bench.kept,
+            bench.distances,
+            self.experiments[run.task].sweep.shard_size,
+            bench.beside,
+        )

@@ -1,0 +1,102 @@
+"""How a run stands, and how it is stopped: `OUT/status.json`, `isocost status`, SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+from typer.testing import CliRunner
+
+from conftest import plain_study
+from isocost.cli import app
+from isocost.cli.standing import drawn, duration
+from isocost.errors import RequestError
+from isocost.pipeline import Pipeline
+from isocost.spec import parse_spec
+from isocost.status import PlannedPoint, read_status, seconds_left, size_status
+from isocost.study import StudySpec
+from isocost.sweep.ledger import Ledger
+
+METRIC = "kernel_efficientnet"
+
+
+def scored(value: float, seconds: float, num_steps: int) -> dict[str, Any]:
+    return {
+        **{METRIC: value, f"{METRIC}_low": value - 0.1, f"{METRIC}_high": value + 0.1, "seconds": seconds},
+        **{"size": "1M", "sampler": "ddim/trailing", "num_steps": num_steps, "guidance": 2.0},
+    }
+
+
+def test_status_counts_what_is_done_and_foretells_the_rest() -> None:
+    points = [PlannedPoint("a", 10.0), PlannedPoint("b", 30.0), PlannedPoint("c", 60.0)]
+    known = {"a": scored(3.0, 5.0, 4), "b": scored(2.0, 15.0, 8), "of another size": scored(1.0, 99.0, 1)}
+    status = size_status("width 8", "1M", 50, 100, points, 2, known, METRIC)
+    assert (status.points_done, status.num_points, status.open_races, status.spent_s) == (2, 3, 2, 20.0)
+    assert status.best is not None
+    assert (status.best.value, status.best.num_steps) == (2.0, 8)
+    assert seconds_left(points, known, num_workers=2) == 15.0  # 60 GFLOP at half a second each, by two
+    assert seconds_left(points, {}, num_workers=2) is None
+    assert (duration(40), duration(720), duration(12240)) == ("40 s", "12 min", "3.4 h")
+
+
+def small_study(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    plain = plain_study(
+        family={"widths": [8]},
+        train={"num_images": 64, "batch_size": 16, "lr": 1e-3},
+        sweep={"num_steps": [8, 16, 24, 32], "guidance": [1.5, 2, 3, 4], "bucket_size": 16, "shard_size": 8},
+    )
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(plain))
+    return file, plain
+
+
+def test_sigterm_finishes_the_shard_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    file, plain = small_study(tmp_path)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "isocost", "run", str(file), "--out", str(out)]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while running.poll() is None and not list(out.glob("artefacts/shard/*/isocost.json")):
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    told, _ = running.communicate(timeout=120)
+    assert running.returncode == 0
+    assert json.loads(told.splitlines()[-1])["finished"] is False
+    ledger = Ledger(out / "ledger.sqlite")
+    kept = ledger.num_shards() + 4 * len(ledger.points())
+    assert 1 <= kept < 64  # what was in hand is kept, and no more was begun
+    assert not list(out.glob("artefacts/.partial/*"))
+    status = read_status(out)
+    assert status.stage == "stopped"
+    assert (status.sizes[0].images_seen, status.sizes[0].num_points) == (64, 16)
+    pipeline = Pipeline(parse_spec(StudySpec, plain, "study"), out)
+    assert pipeline.claims.num_workers() == 0
+    assert pipeline.sweep(pipeline.runs[0], deadline=None)
+    assert len(pipeline.ledger.points()) == 16
+
+
+def test_the_command_draws_a_table_and_ends_in_json(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"no status\.json"):
+        read_status(tmp_path)
+    _, plain = small_study(tmp_path)
+    study = parse_spec(StudySpec, {**plain, "sweep": {"num_steps": [1], "guidance": [1], "bucket_size": 16}}, "study")
+    assert Pipeline(study, tmp_path / "out").run()
+    ended = CliRunner().invoke(app, ["status", str(tmp_path / "out"), "--follow"])
+    assert ended.exit_code == 0
+    answer = json.loads(ended.stdout.splitlines()[-1])
+    assert answer["stage"] == "done"
+    assert answer["sizes"][0]["points_done"] == 1
+    assert answer["sizes"][0]["best"]["metric"] == METRIC
+    console = Console(width=140, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(drawn(read_status(tmp_path / "out")))
+    text = console.export_text()
+    assert "kernel distance" in text
+    assert "64/64" in text
