@@ -2,10 +2,10 @@
 
     python benchmarks/kill_sweep.py [--quick] [--json] [--kills 100] [--way sqlite|postgresql|ray]
 
-A network of width 8 is trained for seconds on the embedded scenes; its sweep of 24 points, four shards each, is then killed
-(kill -9) again and again, and begun again by the same command. `postgresql` keeps the ledger in a server that is restarted
-meanwhile; `ray` kills one of two actors instead. Every shard that is made is noted, so what was made twice can be counted.
-The last line is JSON.
+A network of width 8 is trained for seconds on the embedded scenes; its sweep of 24 points, two shards of 64 pictures each, is
+killed (kill -9) again and again, and begun again by the same command; a new sweep begins when it is at its end. `postgresql`
+keeps the ledger in a server that is restarted meanwhile; `ray` kills one of two actors instead. Every picture that enters the
+engine and every shard that is made is noted, so what was done twice can be counted, warm-ups included. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ STUDY: dict[str, Any] = {
     "text": {"path": "minilm", "max_tokens": 8},
     "family": {"widths": [8]},
     "train": {"num_images": 256, "batch_size": 16, "lr": 1e-3},
-    "sweep": {"num_steps": [2, 4, 6, 8], "guidance": [1, 1.5, 2, 3, 4, 5], "bucket_size": 16, "shard_size": 16},
-    "protocol": {"num_pictures": 64, "num_reference": 128, "num_bootstrap": 50, "alignment": "scenes"},
+    "sweep": {"num_steps": [2, 4, 6, 8], "guidance": [1, 1.5, 2, 3, 4, 5], "bucket_size": 16, "shard_size": 64},
+    "protocol": {"num_pictures": 128, "num_reference": 128, "num_bootstrap": 50, "alignment": "scenes"},
 }
 
 
 def work(out: str, ledger: str | None) -> None:
     """One process at the study; notes every shard that it has made."""
-    keep, begun = workers.Worker._keep, workers.ShardInWork
+    keep = workers.Worker._keep
 
     def note(what: str, digest: str) -> None:
         with Path(os.environ[NOTES]).open("a") as file:
@@ -65,13 +65,15 @@ def work(out: str, ledger: str | None) -> None:
         keep(this, made, ms)
         note("made", made.shard.digest)
 
-    class NotedShard(begun):  # type: ignore[misc, valid-type]
-        def __init__(self, shard: Any, *rest: Any) -> None:
-            super().__init__(shard, *rest)
-            note("begun", shard.digest)
+    entering = workers._rows
+
+    def noted_rows(shard: Any, schedule: Any) -> Iterator[Any]:
+        for row in entering(shard, schedule):
+            note("entered", f"{shard.digest}-{row.picture_id}")
+            yield row
 
     workers.Worker._keep = noted  # type: ignore[method-assign]
-    workers.ShardInWork = NotedShard  # type: ignore[misc]
+    workers._rows = noted_rows
     Pipeline(parse_spec(StudySpec, STUDY, "study"), out, ledger).run()
 
 
@@ -192,24 +194,25 @@ def measure(way: str, kills: int, told: Callable[[str], None]) -> tuple[list[Any
             place = root / f"sweep-{sweeps}"
             killed_here, table = disturbed(way, place, kills - count, told)
             count, sweeps, same = count + killed_here, sweeps + 1, same and _same(alone, table)
-            made, begun = (_noted(place / "notes.txt", what) for what in ("made", "begun"))
-            twice, again = twice + len(made) - len(set(made)), again + len(begun) - len(set(begun))
+            made, entered = (_noted(place / "notes.txt", what) for what in ("made", "entered"))
+            twice, again = twice + len(made) - len(set(made)), again + len(entered) - len(set(entered))
             leftovers += len(list((place / "out" / "artefacts").glob("shard/*")))
             told(f"sweep {sweeps}: {killed_here} kills, table {'the same' if same else 'not the same'}")
         seconds = time.monotonic() - started
+    lost = again / count / STUDY["sweep"]["shard_size"]
     numbers = {
         "kills": count,
         "sweeps": sweeps,
         "seconds with kills": seconds,
         "shards of a sweep": num_shards,
         "shards made durable twice": twice,
-        "shards begun again": again,
+        "pictures begun again": again,
     }
     rows = [{"what": what, "value": value, "unit": "", "low": None, "high": None} for what, value in numbers.items()]
     targets = [
         {"what": "tables identical to an undisturbed run's", "value": same, "target": "true", "met": same},
         {"what": "durable shards made again", "value": twice, "target": "0", "met": twice == 0},
-        {"what": "shards begun again, of kills", "value": again / count, "target": "<= 1", "met": again <= count},
+        {"what": "pictures begun again a kill, in shards", "value": lost, "target": "<= 1", "met": lost <= 1},
         {"what": "shards left over", "value": leftovers, "target": "0", "met": leftovers == 0},
     ]
     return rows, targets

@@ -35,6 +35,7 @@ PLACES = range(1, 25)
 METRIC = "kernel_efficientnet"
 GRID_VALUES = 8
 WITHIN = 0.02
+PAPERS_RANGE = (1.5, 8.0)
 FASHION: dict[str, Any] = {
     "family.widths": [8, 16],
     "train.num_images": 64000,
@@ -160,7 +161,8 @@ def measure(cells: list[Cell], num_replays: int, told: Any) -> tuple[list[Any], 
     rows, good, spent, covered = [], [], [], []
     for cell in cells:
         truth, number = cell.truth(), cell.num_pictures
-        rules = Rules(rungs_for(number), value_at(9), value_at(cell.places[-1] - 4), lowest_place=cell.places[0])
+        first = cell.places[0]
+        rules = Rules(rungs_for(number), *PAPERS_RANGE, lowest_place=first, beyond=0)
         best = int(truth.argmin())
         near = [abs(truth[best] - truth[at]) for at in (best - 1, best + 1) if 0 <= at < len(truth)]
         allowed = max(WITHIN * truth[best], max(near) / 2)
@@ -168,9 +170,9 @@ def measure(cells: list[Cell], num_replays: int, told: Any) -> tuple[list[Any], 
         true = found["guidance"].map(dict(zip(map(value_at, cell.places), truth, strict=True)))
         true_best = value_at(cell.places[best])
         of_grid = GRID_VALUES * number
-        good.append((true - truth[best] <= allowed).mean())
-        spent.append(((found["num_pictures"] + number) / of_grid).mean())
-        covered.append(((found["low"] <= true_best) & (true_best <= found["high"])).mean())
+        good.append(float((true - truth[best] <= allowed).mean()))
+        spent.append(float(((found["num_pictures"] + number) / of_grid).mean()))
+        covered.append(float(((found["low"] <= true_best) & (true_best <= found["high"])).mean()))
         lost = (true / truth[best] - 1).to_numpy()
         told(
             f"{cell.title}: best {true_best:g} ({truth[best]:.3f}); chosen {found['guidance'].value_counts().to_dict()}; "

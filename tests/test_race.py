@@ -56,8 +56,8 @@ def run(planted: Planted, rules: Rules = RULES, start: int | None = None) -> Fou
             return ended.value
 
 
-def test_rungs_double_from_a_sixteenth_to_a_half() -> None:
-    assert rungs_for(8000) == (500, 1000, 2000, 4000)
+def test_rungs_double_from_a_twentieth_to_a_half() -> None:
+    assert rungs_for(10_000) == (500, 1000, 2000, 4000)
     assert rungs_for(100) == (32,)
 
 

@@ -57,14 +57,17 @@ class Rules:
     high: float
     lowest_place: int = 1
     beyond: int = BEYOND
-    tolerance: float = 0.01
+    tolerance: float = 0.015
     confidence: float = 0.95
     higher_is_better: bool = False
 
-    @property
-    def first_place(self) -> int:
-        """Where a race begins that knows no better: the middle of the range."""
-        return self.within(nearest_place(math.sqrt(self.low * self.high)))
+    def first_places(self, start: int | None) -> set[int]:
+        """Where a race begins: around a place, or all over the range, for a curve may have two valleys."""
+        if start is not None:
+            return {self.within(start + offset) for offset in (-STRIDE, 0, STRIDE)}
+        low, high = (nearest_place(end) for end in (self.low, self.high))
+        number = max(3, round((high - low) / STRIDE) + 1)
+        return {self.within(round(float(place))) for place in np.linspace(low, high, number)}
 
     @property
     def last_place(self) -> int:
@@ -121,11 +124,9 @@ def race(rules: Rules, start: int | None = None) -> Race:
 
     Args:
         rules: see there.
-        start: the ladder's place to begin at, such as a neighbour's best; the middle of the range where None.
+        start: the ladder's place to begin at, such as a neighbour's best; all over the range where None.
     """
-    middle = rules.within(rules.first_place if start is None else start)
-    known = _Known(rules)
-    at_work = {rules.within(middle + offset) for offset in (-STRIDE, 0, STRIDE)}
+    known, at_work = _Known(rules), rules.first_places(start)
     for number in range(1, len(rules.rungs) + 1):
         rungs = rules.rungs[:number]
         yield from known.ask(at_work, rungs)

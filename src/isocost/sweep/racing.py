@@ -24,14 +24,14 @@ from isocost.sweep.race import BEYOND, Array, Found, Race, Rules, Wish, nearest_
 from isocost.sweep.shards import MAX_NOT_FINITE_SHARE, Shard, read_shards, shards_of
 from isocost.sweep.workers import Worker
 
-FIRST_SHARE, MOST_SHARE = 16, 2
-"""A first rung has a sixteenth of the protocol's pictures, the last at most half of them."""
+FIRST_SHARE, MOST_SHARE = 20, 2
+"""A first rung has a twentieth of the protocol's pictures, the last at most half of them."""
 LEAST_RUNG = 32
 TYPICAL_VALUES = 5
 
 
 def rungs_for(num_pictures: int) -> tuple[int, ...]:
-    """Pictures of a value, doubling: 500, 1000, 2000, 4000 of 8,000."""
+    """Pictures of a value, doubling: 500, 1000, 2000, 4000 of 10,000."""
     first = max(LEAST_RUNG, num_pictures // FIRST_SHARE)
     rungs = [first]
     while rungs[-1] * 2 <= num_pictures // MOST_SHARE:
