@@ -19,10 +19,10 @@ from isocost.diffusion.network import guidance_embedding
 from isocost.diffusion.noise import Schedule
 from isocost.diffusion.samplers import build_table
 from isocost.downstream import DistillSpec
-from isocost.models.adapted import AdaptedUNet, guidance_width
+from isocost.models.adapted import AdaptedUNet
 from isocost.models.checkpoint import scheduler_for
 from isocost.models.cost import model_cost
-from isocost.models.networks import build_network, read_network
+from isocost.models.networks import build_network, guidance_width, read_network
 from isocost.models.unet import build_unet, embed_guidance
 from isocost.stages import ModelSpec, PredictionType, SamplerSpec, TrainSpec
 from isocost.train.distill import (

@@ -20,6 +20,8 @@ from isocost.stages import (
 )
 
 DistillVariant = Literal["consistency", "codi", "codi-efficient", "progressive"]
+ADAPTED_VARIANTS: frozenset[DistillVariant] = frozenset({"codi", "codi-efficient"})
+NO_ADAPTER = "codi adapts a U-Net's encoder, and a transformer has none; take consistency or progressive"
 Range = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
 
 

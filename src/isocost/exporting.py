@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
-from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    PixArtAlphaPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 
 from isocost.data.codec import AutoencoderCodec, TextCodec, load_codec
 from isocost.errors import RequestError
-from isocost.models.checkpoint import load_checkpoint, scheduler_for
+from isocost.models.checkpoint import Checkpoint, load_checkpoint, scheduler_for
+from isocost.models.dit import GuidedTransformer, Transformer, as_in_diffusers
 
 
 def export(checkpoint: str | Path, folder: str | Path) -> Path:
@@ -20,9 +28,12 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
     the text encoder is told to use its attention mask where ours does, and the tokenizer pads to the trained length. A
     consistency student has an LCMScheduler, and where it takes w it becomes a LatentConsistencyModelPipeline.
 
+    A transformer becomes a PixArtAlphaPipeline, which reads captions with T5 alone: it is given none, and draws from
+    `prompt_embeds` with masks of ones. The text encoder that makes them lies beside, in `text_encoder/` and `tokenizer/`.
+
     Raises:
         RequestError: the folder is there and not empty, or the codec has no diffusers form (the built-in linear one), or the
-            checkpoint is one of super-resolution or a student with an adapter.
+            checkpoint is one of super-resolution, a student with an adapter, or a transformer that takes w.
     """
     target = Path(folder)
     if target.exists() and any(target.iterdir()):
@@ -30,7 +41,9 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
     opened = load_checkpoint(checkpoint)
     if opened.info.scale is not None:
         raise RequestError(f"{checkpoint}: made for super-resolution, which diffusers has no pipeline for in this form")
-    if not isinstance(opened.network, UNet2DConditionModel):
+    if isinstance(opened.network, GuidedTransformer):
+        raise RequestError(f"{checkpoint}: a transformer that takes the guidance as an input, which diffusers has no form for")
+    if not isinstance(opened.network, UNet2DConditionModel | Transformer):
         raise RequestError(
             f"{checkpoint}: its network has an adapter ({opened.info.distilled}), which diffusers has no form for"
         )
@@ -40,26 +53,34 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
     text = TextCodec(opened.text)
     text.tokenizer.model_max_length = text.max_tokens
     text.network.config.use_attention_mask = text.uses_mask
-    scheduler = scheduler_for(opened.info.prediction, opened.info.zero_terminal_snr)
-    kind = StableDiffusionPipeline
-    if opened.info.sampler.name == "lcm":
-        scheduler = LCMScheduler.from_config(scheduler.config)
-        if opened.info.model.embeds_guidance:
-            kind = LatentConsistencyModelPipeline
-    pipeline = kind(
-        vae=codec.network,
-        text_encoder=text.network,
-        tokenizer=text.tokenizer,
-        unet=opened.network,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial, safe_serialization=True)
+    _pipeline(opened, codec, text).save_pretrained(partial, safe_serialization=True)
+    if isinstance(opened.network, Transformer):
+        text.network.save_pretrained(partial / "text_encoder")
+        text.tokenizer.save_pretrained(partial / "tokenizer")
     if target.exists():
         target.rmdir()
     partial.rename(target)
     return target
+
+
+def _pipeline(opened: Checkpoint, codec: AutoencoderCodec, text: TextCodec) -> Any:
+    """diffusers' pipeline around the checkpoint's parts."""
+    scheduler = scheduler_for(opened.info.prediction, opened.info.zero_terminal_snr)
+    is_consistent = opened.info.sampler.name == "lcm"
+    if is_consistent:
+        scheduler = LCMScheduler.from_config(scheduler.config)
+    parts = {"vae": codec.network, "scheduler": scheduler}
+    if isinstance(opened.network, Transformer):
+        return PixArtAlphaPipeline(**parts, transformer=as_in_diffusers(opened.network), text_encoder=None, tokenizer=None)
+    embeds = is_consistent and opened.info.model.embeds_guidance
+    return (LatentConsistencyModelPipeline if embeds else StableDiffusionPipeline)(
+        **parts,
+        text_encoder=text.network,
+        tokenizer=text.tokenizer,
+        unet=opened.network,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

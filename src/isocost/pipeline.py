@@ -25,7 +25,7 @@ from isocost.materials import Materials
 from isocost.metrics.names import metric_of
 from isocost.models.checkpoint import CheckpointInfo
 from isocost.models.cost import ModelCost, model_cost
-from isocost.models.unet import check_width
+from isocost.models.networks import check_widths
 from isocost.progress import say
 from isocost.spec import parse_spec
 from isocost.stages import TaskName
@@ -65,8 +65,7 @@ class Pipeline:
         Raises:
             RequestError: a width does not fit the family, or the folder holds artefacts of a study that conflicts.
         """
-        for width in study.family.widths:
-            check_width(width)
+        check_widths(study.family)
         asked = [(study.sweep, study.report.metric)]
         asked += [(tuned.sweep, tuned.metric or study.report.metric) for tuned in study.tuned().values()]
         for sweep, metric in asked:

@@ -37,6 +37,7 @@ FeatureName = Literal[
 ]
 TaskName = Literal["text2image", "superres", "dreambooth", "distill", "superres-distill"]
 PairName = Literal["psnr", "ssim", "lpips"]
+FamilyKind = Literal["unet", "dit"]
 DistanceName = Literal[
     "kernel",
     "frechet",
@@ -157,15 +158,17 @@ class TextSpec(Spec):
 
 
 class FamilySpec(Spec):
-    """Networks that differ in one dial, the width c: U-Nets of block widths [c, 2c, 4c, 4c] (arXiv 2404.01367).
+    """Networks that differ in one dial, the width c: U-Nets of block widths [c, 2c, 4c, 4c] (arXiv 2404.01367), or `dit`.
 
-    A family of fewer levels or layers is another family, for trials where the paper's depth does not fit the machine.
+    U-Nets of fewer levels or layers are another family, for trials where the paper's depth does not fit the machine. `dit` are
+    transformers whose depth and heads follow from c (`models/dit.py`).
     """
 
-    kind: Literal["unet"] = "unet"
+    kind: FamilyKind = "unet"
     widths: tuple[int, ...]
     layers_per_block: int = Field(2, ge=1)
     num_levels: int = Field(4, ge=2, le=4, description="block widths are the first of [c, 2c, 4c, 4c]")
+    patch: int | None = Field(None, ge=1, description="dit: side of a token in the latent; 2, or 1 where that is below 16")
 
     @field_validator("widths")
     @classmethod
@@ -174,11 +177,19 @@ class FamilySpec(Spec):
             raise ValueError("widths must be given, each once")
         return widths
 
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> FamilySpec:
+        if self.kind == "dit" and (self.layers_per_block, self.num_levels) != (2, 4):
+            raise ValueError("layers_per_block and num_levels are a U-Net's; a transformer's depth follows from its width")
+        if self.kind == "unet" and self.patch is not None:
+            raise ValueError("patch is a transformer's; leave it out, or take kind: dit")
+        return self
+
 
 class ModelSpec(Spec):
     """One network: width, depth, latent shape [channels, side, side], width of the caption states."""
 
-    kind: Literal["unet"] = "unet"
+    kind: FamilyKind = "unet"
     width: int
     latent_channels: int = 4
     latent_side: int = 64
@@ -188,6 +199,7 @@ class ModelSpec(Spec):
     num_levels: int = 4
     guidance_width: int | None = Field(None, description="of the guidance embedding, for students that take w as an input")
     adapter: Literal["none", "noisy", "beside"] = Field("none", description="a second encoder, and what it sees")
+    patch: int | None = Field(None, description="of a transformer; by the latent side where absent")
 
     @property
     def embeds_guidance(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from isocost.downstream import DistillSpec, DreamboothSpec, SuperresSpec
+from isocost.downstream import ADAPTED_VARIANTS, NO_ADAPTER, DistillSpec, DreamboothSpec, SuperresSpec
 from isocost.spec import Spec
 from isocost.stages import CodecSpec, DataSpec, FamilySpec, ProtocolSpec, SweepSpec, TextSpec, TrainSpec
 
@@ -58,6 +58,9 @@ class StudySpec(Spec):
                     raise ValueError(
                         f"{name}.train.{field}: a network is tuned as it was trained, {field}: {own}; leave it out"
                     )
+            adapts = isinstance(tuned, DistillSpec) and not tuned.teachers and ADAPTED_VARIANTS & set(tuned.variants)
+            if adapts and self.family.kind != "unet":
+                raise ValueError(f"{name}.variants: {NO_ADAPTER}")
         if self.superres is not None and self.data.resolution % self.superres.scale:
             raise ValueError(f"superres.scale: {self.superres.scale} does not divide data.resolution {self.data.resolution}")
         return self

@@ -12,30 +12,61 @@ from isocost.errors import RequestError
 
 @app.command()
 def family(
-    widths: Annotated[str, typer.Option(help="widths c, or the paper's names: 64,96 or 39M,83M")] = "",
+    widths: Annotated[str, typer.Option(help="widths c, or the paper's names of U-Nets: 64,96 or 39M,83M")] = "",
     context: Annotated[int, typer.Option(help="width of the caption states")] = 1024,
     latent: Annotated[str, typer.Option(help="latent shape, channels x side")] = "4x64",
     tokens: Annotated[int, typer.Option(help="caption tokens")] = 77,
+    kind: Annotated[str, typer.Option(help="unet, or dit: diffusion transformers")] = "unet",
+    patch: Annotated[int | None, typer.Option(help="dit: side of a token in the latent")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="no table, the JSON line alone")] = False,
 ) -> None:
     """Sizes: parameters, GFLOP per forward pass, normalised cost, and the paper's figures beside."""
     from isocost.models.cost import family_table
+    from isocost.models.dit import SIZES
+    from isocost.models.networks import check_widths
     from isocost.models.paper import TABLE_1
     from isocost.models.unet import width_of
-    from isocost.stages import ModelSpec
+    from isocost.spec import parse_spec
+    from isocost.stages import FamilySpec, ModelSpec
 
     try:
         channels, side = (int(part) for part in latent.lower().split("x"))
     except ValueError as error:
         raise RequestError(f"--latent {latent}: give channels x side, such as 4x64") from error
     names = [part.strip() for part in widths.split(",") if part.strip()]
-    chosen = [int(name) if name.isdigit() else width_of(name) for name in names] or [row.width for row in TABLE_1]
-    spec = ModelSpec(width=chosen[0], latent_channels=channels, latent_side=side, context_width=context)
+    if kind == "dit" and (unknown := [name for name in names if not name.isdigit()]):
+        raise RequestError(f"--widths {unknown[0]}: transformers go by their width alone, such as 384")
+    chosen = [int(name) if name.isdigit() else width_of(name) for name in names]
+    chosen = chosen or (list(SIZES) if kind == "dit" else [row.width for row in TABLE_1])
+    asked = parse_spec(FamilySpec, {"kind": kind, "widths": chosen, "patch": patch}, "family")
+    check_widths(asked)
+    spec = ModelSpec(
+        kind=asked.kind,
+        width=chosen[0],
+        latent_channels=channels,
+        latent_side=side,
+        context_width=context,
+        patch=asked.patch,
+    )
     rows = family_table(chosen, spec, tokens)
-    reference = f"normalised cost 1 is c = 320 at latent {channels}x{side}x{side}, {tokens} tokens, context {context}"
+    unit = "c = 320" if kind == "unet" else "the U-Net of c = 320"
+    reference = f"normalised cost 1 is {unit} at latent {channels}x{side}x{side}, {tokens} tokens, context {context}"
     if not as_json:
         _print_family(rows, reference)
     answer_json({"family": rows, "reference": reference})
+
+
+COLUMNS = {
+    "size": "size",
+    "width": "c",
+    "depth": "blocks",
+    "heads": "heads",
+    "parameters_million": "M param.",
+    "gflop_per_forward": "GFLOP",
+    "normalised_cost": "cost",
+    "paper_gflop": "paper GFLOP",
+    "paper_normalised_cost": "paper cost",
+}
 
 
 def _print_family(rows: list[dict[str, Any]], reference: str) -> None:
@@ -43,11 +74,11 @@ def _print_family(rows: list[dict[str, Any]], reference: str) -> None:
     from rich.table import Table
 
     table = Table(caption_justify="left")
-    for title in ("size", "c", "M param.", "GFLOP", "cost", "paper GFLOP", "paper cost"):
-        table.add_column(title, justify="left" if title == "size" else "right")
+    shown = [column for column in COLUMNS if column in rows[0]]
+    for column in shown:
+        table.add_column(COLUMNS[column], justify="left" if column == "size" else "right")
     for row in rows:
-        *cells, note = row.values()
-        table.add_row(*("" if value is None else str(value) for value in cells))
-        reference += f"\n{row['size']}: {note}" if note else ""
+        table.add_row(*("" if row[column] is None else str(row[column]) for column in shown))
+        reference += f"\n{row['size']}: {row['paper_note']}" if row.get("paper_note") else ""
     table.caption = reference
     Console(stderr=True).print(table)

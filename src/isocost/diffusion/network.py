@@ -1,7 +1,8 @@
 """A checkpoint's network made ready for sampling: what does not change from step to step is computed once.
 
-- Keys and values of the captions: a U-Net projects the caption states to keys and values in every cross-attention of every
-  evaluation, and they are always the same. Here a caption's states are its keys and values in all layers, laid end to end.
+- Keys and values of the captions: a network projects the caption states to keys and values in every cross-attention of every
+  evaluation, a transformer after layers of its own for them, and they are always the same. Here a caption's states are its
+  keys and values in all layers, laid end to end.
 - Memory layout, precision and compilation are fixed before the first call.
 
 Shape letters: B rows, T tokens, D width of the caption states, K width of all keys and values, A inner width of one
@@ -20,7 +21,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from isocost.diffusion.engine import Denoise
-from isocost.models.adapted import guidance_width
+from isocost.models.dit import take_caption_projection
+from isocost.models.networks import guidance_width
 from isocost.progress import say
 
 NetworkPrecision = Literal["fp32", "bf16", "fp16"]
@@ -29,10 +31,11 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class SamplingNetwork:
-    """A U-Net whose caption states are its keys and values.
+    """A U-Net or a transformer whose caption states are its keys and values.
 
     Args:
-        network: a diffusers UNet2DConditionModel; its cross-attentions and its precision are changed in place.
+        network: a diffusers UNet2DConditionModel, or a network of isocost; its cross-attentions, what a transformer does with
+            captions before them, and its precision are changed in place.
         precision: "bf16" runs all of the network in bfloat16, "fp16" in float16.
         compiled: by torch.compile at the first call, for one shape; kept on disk for later processes.
     """
@@ -45,6 +48,7 @@ class SamplingNetwork:
             say("this processor has no bf16 matrix instructions: precision bf16 will be many times slower than fp32")
         network = network if parameter.dtype == self.dtype else network.to(self.dtype)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.before_attentions = take_caption_projection(self.network)
         self.attentions = [one for one in network.modules() if isinstance(one, Attention) and one.is_cross_attention]
         self.context_width = 0
         for attention in self.attentions:
@@ -65,6 +69,8 @@ class SamplingNetwork:
         return torch.cat([self._project_one(one) for one in states.to(self.device, self.dtype).split(1)])
 
     def _project_one(self, states: Tensor) -> Tensor:
+        if self.before_attentions is not None:
+            states = self.before_attentions(states)
         return torch.cat([values for one in self.attentions for values in (one.to_k(states), one.to_v(states))], dim=-1)
 
     def denoise(self) -> Denoise:

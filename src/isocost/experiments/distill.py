@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from isocost.analysis.distillation import accelerations, against_teacher, at_equal_cost
-from isocost.downstream import DistillSpec, DistillVariant
+from isocost.downstream import ADAPTED_VARIANTS, NO_ADAPTER, DistillSpec, DistillVariant
 from isocost.errors import RequestError
 from isocost.experiments.experiment import Experiment, Job, Run, make_run
 from isocost.experiments.superres import SuperresExperiment
@@ -26,7 +25,7 @@ from isocost.materials import Materials
 from isocost.models.adapted import AdaptedUNet
 from isocost.models.checkpoint import Checkpoint, load_checkpoint
 from isocost.models.cost import model_cost
-from isocost.models.unet import embed_guidance
+from isocost.models.networks import with_guidance
 from isocost.score.differences import Pairing
 from isocost.stages import ModelSpec, SamplerSpec, TaskName, TrainSpec
 from isocost.sweep.points import cells_of, grid_points
@@ -95,14 +94,16 @@ class DistillExperiment(Experiment):
         """Every variant of every size; a progressive student's stages in their order.
 
         Raises:
-            RequestError: a given teacher does not fit the study.
+            RequestError: a given teacher does not fit the study, or is a transformer where CoDi is asked for.
         """
         return [run for teacher in self._teachers() for kind in self.spec.variants for run in self._runs_of(teacher, kind)]
 
     def _runs_of(self, teacher: Teacher, kind: DistillVariant) -> list[Run]:
         if kind == "progressive":
             return self._stages(teacher)
-        start = self._start(teacher) if kind in ("codi", "codi-efficient") else teacher
+        if kind in ADAPTED_VARIANTS and teacher.model.kind != "unet":
+            raise RequestError(f"{self.name}.variants: {NO_ADAPTER}")
+        start = self._start(teacher) if kind in ADAPTED_VARIANTS else teacher
         return [self._student(kind, start, start.folder, teacher)]
 
     def _stages(self, teacher: Teacher) -> list[Run]:
@@ -136,7 +137,7 @@ class DistillExperiment(Experiment):
         of_train = of_train.model_copy(update={"ema_half_life_images": lives})
         embedding = None if spec.guidance_range is None else spec.guidance_width
         changes: dict[str, Any] = {"guidance_width": embedding}
-        if kind in ("codi", "codi-efficient"):
+        if kind in ADAPTED_VARIANTS:
             changes |= {"adapter": self._condition, "extra_input_channels": teacher.model.extra_input_channels}
         model = start.model.model_copy(update=changes)
         named: dict[str, Any] = {"task": self.name, "distill": VERSION, "variant": kind, **self.of.stage}
@@ -208,13 +209,12 @@ class DistillExperiment(Experiment):
             RequestError: the parent is not there.
         """
         assert isinstance(run, StudentRun)
-        unet = self._open(run, self._parent(run)).network
-        assert isinstance(unet, UNet2DConditionModel), "adapted networks are not distilled again"
+        network = self._open(run, self._parent(run)).network
         if self.spec.guidance_range is not None and run.is_first:
-            unet = embed_guidance(unet, self.spec.guidance_width)
+            network = with_guidance(network, self.spec.guidance_width)
         if run.model.adapter == "none":
-            return unet.requires_grad_(True).train()
-        adapted = AdaptedUNet.of(unet, run.model.adapter).requires_grad_(True).train()
+            return network.requires_grad_(True).train()
+        adapted = AdaptedUNet.of(network, run.model.adapter).requires_grad_(True).train()
         if run.kind == "codi-efficient":
             adapted.freeze_unet()
         return adapted

@@ -37,7 +37,7 @@ from isocost.materials import Materials
 from isocost.models.checkpoint import load_checkpoint
 from isocost.models.cost import model_cost
 from isocost.models.joint import TEXT_FOLDER, JointNetwork
-from isocost.models.unet import build_unet
+from isocost.models.networks import build_network
 from isocost.progress import say
 from isocost.score.protocol import make_protocol
 from isocost.score.reference import Reference, captions_to_draw, make_extractors
@@ -161,7 +161,7 @@ class DreamboothExperiment(Experiment):
             RequestError: the parent is not there.
         """
         if run.spec.sharding != "none" and self.materials.part.rank > 0:
-            return build_unet(run.model, "meta")
+            return build_network(run.model, "meta")
         unet = load_checkpoint(self._parent(run)).network.requires_grad_(True).train()
         if not self.spec.tune_text:
             return unet

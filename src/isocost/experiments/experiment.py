@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from isocost.diffusion.generate import CaptionStates
 from isocost.diffusion.rows import ByPicture
-from isocost.models.adapted import AdaptedUNet
 from isocost.models.checkpoint import save_networks
+from isocost.models.networks import Network
 from isocost.score.protocol import Protocol
 from isocost.score.reference import Reference
 from isocost.spec import digest
@@ -113,7 +112,7 @@ class Experiment(ABC):
 
     def save(self, folder: Path, network: nn.Module, run: Run, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Write the networks of a checkpoint with these weights."""
-        assert isinstance(network, UNet2DConditionModel | AdaptedUNet), "another network has another way"
+        assert isinstance(network, Network), "another network has another way"
         save_networks(folder, network, run.spec.prediction, run.spec.zero_terminal_snr, weights)
 
     def facts(self, run: Run) -> dict[str, Any]:

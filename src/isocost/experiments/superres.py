@@ -28,7 +28,7 @@ from isocost.materials import Materials, pictures_to_keep
 from isocost.metrics.features import Extractor
 from isocost.models.checkpoint import load_checkpoint
 from isocost.models.cost import model_cost
-from isocost.models.unet import build_unet, widen_input
+from isocost.models.networks import build_network, with_wider_input
 from isocost.progress import say
 from isocost.score.codec import round_trip
 from isocost.score.differences import Pairing
@@ -128,11 +128,11 @@ class SuperresExperiment(Experiment):
         sharded_elsewhere = run.spec.sharding != "none" and self.materials.part.rank > 0
         if run.parent is None or sharded_elsewhere:
             torch.manual_seed(run.spec.seed)
-            return build_unet(run.model, "meta" if sharded_elsewhere else "cpu")
+            return build_network(run.model, "meta" if sharded_elsewhere else "cpu")
         if not run.parent.is_dir():
             raise RequestError(f"{run.title}: no checkpoint to start from yet; `isocost train` or `isocost run` makes it")
         network = load_checkpoint(run.parent).network.requires_grad_(True).train()
-        return widen_input(network, run.model.extra_input_channels)
+        return with_wider_input(network, run.model.extra_input_channels)
 
     def facts(self, run: Run) -> dict[str, Any]:
         """What `isocost upscale` needs to know."""

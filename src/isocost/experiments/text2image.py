@@ -12,7 +12,7 @@ from torch import nn
 from isocost.experiments.experiment import Bench, Experiment, Job, Run, make_run
 from isocost.materials import Materials
 from isocost.models.cost import model_cost
-from isocost.models.unet import build_unet
+from isocost.models.networks import build_network
 from isocost.score.protocol import Protocol
 from isocost.stages import ModelSpec
 from isocost.study import StudySpec
@@ -34,12 +34,14 @@ class TextToImageExperiment(Experiment):
         runs = []
         for width in sorted(family.widths):
             model = ModelSpec(
+                kind=family.kind,
                 width=width,
                 latent_channels=channels,
                 latent_side=side,
                 context_width=context_width,
                 layers_per_block=family.layers_per_block,
                 num_levels=family.num_levels,
+                patch=family.patch,
             )
             gflop = model_cost(model, self.study.text.max_tokens).gflop_per_forward
             runs.append(make_run("text2image", model, self.study.train, self.stage, gflop))
@@ -58,7 +60,7 @@ class TextToImageExperiment(Experiment):
     def network(self, run: Run) -> nn.Module:
         """Random weights by the seed; on device "meta" where another process shares them out."""
         torch.manual_seed(run.spec.seed)
-        return build_unet(run.model, "cpu" if run.spec.sharding == "none" or self.materials.part.rank == 0 else "meta")
+        return build_network(run.model, "cpu" if run.spec.sharding == "none" or self.materials.part.rank == 0 else "meta")
 
     def check(self) -> None:
         """The held-out pictures' features are made."""

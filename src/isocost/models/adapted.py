@@ -71,12 +71,6 @@ class AdaptedUNet(ModelMixin, ConfigMixin):
         return UNet2DConditionOutput(sample=_decode(self.unet, mixed, own_time, encoder_hidden_states))
 
 
-def guidance_width(network: nn.Module) -> int | None:
-    """Width of the guidance embedding that a network takes; None where it takes none."""
-    config: Any = network.config
-    return config.unet_config["time_cond_proj_dim"] if isinstance(network, AdaptedUNet) else config.time_cond_proj_dim
-
-
 def _num_maps(block: nn.Module) -> int:
     """Feature maps that a block of the encoder hands to the decoder."""
     return len(block.resnets) + (0 if block.downsamplers is None else len(block.downsamplers))  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """The checkpoint folder: where training and scoring meet.
 
 unet/          config.json, diffusion_pytorch_model.safetensors: the EMA weights, as diffusers reads them
+               (transformer/ where the network is one)
 scheduler/     scheduler_config.json: noise schedule and prediction type, as diffusers reads them
 isocost.json   size, width, images seen, where codec and text encoder are, and what made them
 """
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from isocost.errors import RequestError
-from isocost.models.networks import Network, read_network
+from isocost.models.networks import NETWORK_FOLDERS, Network, folder_of, read_network, write_config
 from isocost.models.weights import Plan, write_streamed
 from isocost.spec import Spec
 from isocost.stages import ModelSpec, PredictionType, SamplerSpec, TaskName, TextSpec
@@ -134,16 +135,17 @@ def save_networks(
     zero_terminal_snr: bool = False,
     weights: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
-    """Write `unet/` and `scheduler/`; the manifest comes from the store when it publishes the folder.
+    """Write `unet/` or `transformer/`, and `scheduler/`; the manifest comes from the store when it publishes the folder.
 
     `weights` are names and whole tensors in the order of the network's parameters, its own where None; they are written one
     at a time, so they need not fit into memory together.
     """
-    assert not list(network.buffers()), "a network with buffers needs them written too"
+    assert len(network.state_dict()) == len(list(network.parameters())), "a network with buffers needs them written too"
     plan: Plan = [(name, parameter.dtype, tuple(parameter.shape)) for name, parameter in network.named_parameters()]
-    network.save_config(folder / "unet")
+    part = folder / folder_of(network)
+    write_config(network, part)
     tensors = (tensor for _, tensor in (weights if weights is not None else network.named_parameters()))
-    write_streamed(folder / "unet" / WEIGHTS, plan, tensors, {"format": "pt"})
+    write_streamed(part / WEIGHTS, plan, tensors, {"format": "pt"})
     scheduler_for(prediction, zero_terminal_snr).save_pretrained(folder / "scheduler")
 
 
@@ -156,7 +158,7 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> C
     path = Path(folder)
     info = read_info(path)
     try:
-        network = read_network(path / "unet")
+        network = read_network(network_folder(path))
     except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
         raise RequestError(f"{path}: the weights cannot be read: {' '.join(str(error).split())[:200]}") from error
     return Checkpoint(path, read_manifest(path)["digest"], info, network.to(device).eval().requires_grad_(False))
@@ -174,14 +176,21 @@ def read_info(path: Path) -> CheckpointInfo:
         )
     if not path.is_dir():
         raise RequestError(f"{path}: no such checkpoint folder; a run writes them to OUT/artefacts/checkpoint/")
-    for part in (path, path / "unet"):
-        refuse_pickles(part)
-    if not (path / MANIFEST).is_file() or not (path / "unet" / "config.json").is_file():
-        raise RequestError(f"{path}: not a checkpoint of isocost (needs {MANIFEST} and unet/config.json)")
+    part = network_folder(path)
+    refuse_pickles(path)
+    refuse_pickles(part)
+    if not (path / MANIFEST).is_file() or not (part / "config.json").is_file():
+        needed = " or ".join(f"{name}/config.json" for name in NETWORK_FOLDERS)
+        raise RequestError(f"{path}: not a checkpoint of isocost (needs {MANIFEST} and {needed})")
     manifest = read_manifest(path)
     if manifest.get("kind") != "checkpoint":
         raise RequestError(f"{path}: a {manifest.get('kind', 'folder')}, not a checkpoint; see OUT/artefacts/checkpoint/")
     return CheckpointInfo.model_validate(manifest["info"])
+
+
+def network_folder(path: Path) -> Path:
+    """Where the network of a checkpoint folder lies; `unet/` where there is none."""
+    return next((path / name for name in NETWORK_FOLDERS if (path / name).is_dir()), path / NETWORK_FOLDERS[0])
 
 
 def refuse_pickles(folder: Path) -> None:

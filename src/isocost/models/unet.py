@@ -55,6 +55,11 @@ def build_unet(spec: ModelSpec, device: str | torch.device = "cpu") -> UNet2DCon
     check_width(spec.width)
     if spec.latent_side % _SIDE_MULTIPLE:
         raise RequestError(f"latent side {spec.latent_side}: the U-Net halves it three times, so it must be a multiple of 8")
+    return unet_of(spec, device)
+
+
+def unet_of(spec: ModelSpec, device: str | torch.device) -> UNet2DConditionModel:
+    """As `build_unet`, of any latent side."""
     c, levels = spec.width, spec.num_levels
     with torch.device(device):
         return UNet2DConditionModel(
@@ -74,21 +79,25 @@ def build_unet(spec: ModelSpec, device: str | torch.device = "cpu") -> UNet2DCon
 
 def widen_input(network: UNet2DConditionModel, num_channels: int) -> UNet2DConditionModel:
     """The network with `num_channels` further input channels that it does not look at yet: their weights are zero."""
-    old = network.conv_in
-    new = nn.Conv2d(old.in_channels + num_channels, old.out_channels, old.kernel_size, padding=old.padding)
+    network.conv_in = widened(network.conv_in, num_channels)
+    network.register_to_config(in_channels=network.conv_in.in_channels)
+    return network
+
+
+def widened(old: Any, num_channels: int) -> nn.Conv2d:
+    """A convolution with `num_channels` further inputs behind the others, whose weights are zero."""
+    new = nn.Conv2d(old.in_channels + num_channels, old.out_channels, old.kernel_size, stride=old.stride, padding=old.padding)
     with torch.no_grad():
         new.weight.zero_()
         new.weight[:, : old.in_channels] = old.weight
         if new.bias is not None and old.bias is not None:
             new.bias.copy_(old.bias)
-    network.conv_in = new.to(old.weight)
-    network.register_to_config(in_channels=new.in_channels)
-    return network
+    return new.to(old.weight)
 
 
-def plain_config(unet: UNet2DConditionModel) -> dict[str, Any]:
-    """What a U-Net is built from, without what diffusers notes beside it."""
-    return {key: value for key, value in unet.config.items() if not key.startswith("_")}
+def plain_config(network: Any) -> dict[str, Any]:
+    """What a network of diffusers is built from, without what diffusers notes beside it."""
+    return {key: value for key, value in network.config.items() if not key.startswith("_")}
 
 
 def embed_guidance(network: UNet2DConditionModel, width: int) -> UNet2DConditionModel:

@@ -10,29 +10,18 @@ import plotly.graph_objects as go
 from matplotlib.colors import to_hex
 
 from isocost.analysis.frontier import format_number
-from isocost.report.marks import (
-    HAIRLINE,
-    INK,
-    MUTED,
-    OPTIMUM,
-    Curves,
-    HeatPanel,
-    Series,
-    all_series,
-    log_ticks,
-    panel_colors,
-    some_places,
-    x_ticks,
-    y_range,
-)
+from isocost.report.marks import Curves, HeatPanel, Series, all_series, panel_colors, x_ticks, y_range
+from isocost.report.scales import HAIRLINE, INK, MUTED, OPTIMUM, log_ticks, some_places
 
+PUBLISHED = "published"
+"""Name (`meta`) of the trace that the page shows only where it is asked for."""
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 
 def plotly_curves(curves: Curves) -> go.Figure:
     """`draw_curves` for the page: hovering tells the configuration, a click on the legend hides a size."""
     figure = go.Figure()
-    for series in curves.series:
+    for series in () if curves.bars else curves.series:
         known = ~(np.isnan(series.low) | np.isnan(series.high))
         band_x, low, high = series.x[known], series.low[known], series.high[known]
         figure.add_scatter(
@@ -48,8 +37,9 @@ def plotly_curves(curves: Curves) -> go.Figure:
             name=f"{html.escape(series.label)} 95 % interval",
         )
     for series in curves.series:
+        line = _plotly_line(series) | (_plotly_bars(series) if curves.bars else {})
         marker = {"symbol": series.mark[1], "size": 10, "line": {"color": "white", "width": 0.5}}
-        figure.add_scatter(**_plotly_line(series), marker=marker, line={"color": series.color, "width": 2})
+        figure.add_scatter(**line, marker=marker, line={"color": series.color, "width": 2, "dash": series.dash})
     if curves.frontier is not None:
         line = {"color": INK, "width": 1.2, "shape": "hv"}
         marker = {"symbol": "circle-open", "size": 15, "color": INK, "line": {"width": 1.2}}
@@ -62,15 +52,32 @@ def plotly_curves(curves: Curves) -> go.Figure:
             y=[value] * 2,
             mode="lines",
             line={"color": MUTED, "width": 1.5, "dash": dash},
-            name=label,
-            hovertemplate=f"{label}: {format_number(value)}<extra></extra>",
+            name=html.escape(label),
+            hovertemplate=f"{html.escape(label)}: {format_number(value)}<extra></extra>",
         )
+    if curves.published is not None:
+        layer = curves.published
+        look = {"symbol": layer.mark[1], "size": 9, "color": layer.color, "line": {"width": 1.4}}
+        line = {"color": layer.color, "width": 1.2, "dash": layer.dash}
+        figure.add_scatter(**_plotly_line(layer), marker=look, line=line, meta=PUBLISHED, visible=False)
+        ticks = {"xaxis": _plotly_ticks(*x_ticks(curves, with_published=True))}
+        if curves.log_y:
+            ticks["yaxis"] = _plotly_ticks(*log_ticks(*y_range(curves, with_published=True)))
+        figure.update_layout(meta={PUBLISHED: ticks})
     x_axis = _plotly_axis(curves.x_label) | _plotly_log(*x_ticks(curves))
     y_axis = _plotly_axis(curves.y_label.split(",")[0].split(" (")[0]) | (_plotly_log(*log_ticks(*ys)) if curves.log_y else {})
     legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemwidth": 30}
-    figure.update_layout(**_plotly_look(), xaxis=x_axis, yaxis=y_axis, legend=legend, hovermode="closest", height=520)
+    figure.update_layout(
+        **_plotly_look(), xaxis=x_axis, yaxis=y_axis, legend=legend, hovermode="closest", height=400 if curves.bars else 520
+    )
     figure.update_layout(margin={"l": 62, "r": 12, "t": 10, "b": 56})
     return figure
+
+
+def _plotly_bars(series: Series) -> dict[str, Any]:
+    """Intervals as bars, none where there is no interval."""
+    up, down = (np.nan_to_num(side).tolist() for side in (series.high - series.y, series.y - series.low))
+    return {"error_y": {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "width": 5, "thickness": 1.4}}
 
 
 def plotly_heat(panel: HeatPanel) -> go.Figure:
@@ -85,6 +92,7 @@ def plotly_heat(panel: HeatPanel) -> go.Figure:
         ]
         for row, values in enumerate(panel.values)
     ]
+    guidance, steps = [format_number(value) for value in panel.guidance], [str(value) for value in panel.num_steps]
     figure = go.Figure()
     figure.add_heatmap(
         z=panel.values,
@@ -95,7 +103,7 @@ def plotly_heat(panel: HeatPanel) -> go.Figure:
         text=texts,
         texttemplate="%{text}",
         textfont={"size": 10},
-        customdata=[[[steps, guidance] for guidance in panel.guidance] for steps in panel.num_steps],
+        customdata=[[[steps, at] for at in guidance] for steps in panel.num_steps],
         hovertemplate="%{customdata[0]} steps, guidance %{customdata[1]}: %{z:.4g}<extra></extra>",
         xgap=1,
         ygap=1,
@@ -105,9 +113,20 @@ def plotly_heat(panel: HeatPanel) -> go.Figure:
         {**frame, "x0": column - 0.48, "x1": column + 0.48, "y0": row - 0.46, "y1": row + 0.46}
         for row, column in enumerate(panel.best)
     ]
-    guidance, steps = [f"{value:g}" for value in panel.guidance], [str(value) for value in panel.num_steps]
-    x_axis = _plotly_axis("guidance") | _plotly_places(guidance)
-    y_axis = _plotly_axis("steps") | _plotly_places(steps) | {"autorange": "reversed"}
+    for row, interval in enumerate(panel.found):
+        if interval is not None:
+            low, high = (panel.across(end) for end in interval)
+            figure.add_scatter(
+                x=[low, high],
+                y=[row + 0.36] * 2,
+                mode="lines+markers",
+                line={"color": OPTIMUM, "width": 2.5},
+                marker={"symbol": "line-ns-open", "size": 8, "color": OPTIMUM, "line": {"width": 2}},
+                showlegend=False,
+                hovertemplate=f"best guidance {format_number(interval[0])} to {format_number(interval[1])}<extra>race</extra>",
+            )
+    x_axis = _plotly_axis("guidance") | _plotly_places(guidance) | {"range": [-0.5, len(guidance) - 0.5]}
+    y_axis = _plotly_axis("steps") | _plotly_places(steps) | {"range": [len(steps) - 0.5, -0.5]}
     figure.update_layout(
         **_plotly_look(), xaxis=x_axis, yaxis=y_axis, height=110 + (30 if panel.is_labelled else 10) * len(steps)
     )
@@ -142,7 +161,11 @@ def _plotly_axis(title: str) -> dict[str, Any]:
 
 
 def _plotly_log(ticks: list[float], labels: list[str]) -> dict[str, Any]:
-    return {"type": "log", "tickmode": "array", "tickvals": ticks, "ticktext": labels}
+    return {"type": "log", "tickmode": "array"} | _plotly_ticks(ticks, labels)
+
+
+def _plotly_ticks(ticks: list[float], labels: list[str]) -> dict[str, Any]:
+    return {"tickvals": ticks, "ticktext": labels}
 
 
 def _plotly_places(labels: list[str]) -> dict[str, Any]:

@@ -21,24 +21,19 @@ from matplotlib.patches import Rectangle
 
 from isocost.analysis.frontier import finals, format_number, sizes_in_order
 from isocost.report.marks import (
-    EMPTY,
-    HAIRLINE,
-    INK,
-    MUTED,
-    OPTIMUM,
-    ContactSheet,
     Curves,
     HeatPanel,
     compute_curves,
-    contact_cells,
     cost_curves,
+    guidance_curves,
     guidance_panels,
-    log_ticks,
     panel_colors,
-    some_places,
+    sampler_curves,
     x_ticks,
     y_range,
 )
+from isocost.report.scales import DASHES, EMPTY, HAIRLINE, INK, MUTED, OPTIMUM, log_ticks, some_places
+from isocost.report.sheets import ContactSheet, contact_cells
 
 STYLE: dict[Any, Any] = {
     "font.size": 9.5,
@@ -77,6 +72,16 @@ def quality_against_cost(
     return draw_curves(replace(cost_curves(table, metric, cost, floor, sampler), **levels))
 
 
+def sampler_comparison(table: pd.DataFrame, metric: str, floor: float | None = None, **levels: Any) -> Figure:
+    """Which sampler is best at equal steps? See `sampler_curves`; `levels` replace fields of its `Curves`."""
+    return draw_curves(replace(sampler_curves(table, metric, floor=floor), **levels))
+
+
+def guidance_found(table: pd.DataFrame, metric: str, sampler: str) -> Figure:
+    """Which guidance is best for each number of steps, and how sure is that? See `guidance_curves`."""
+    return draw_curves(guidance_curves(table, metric, sampler))
+
+
 def guidance_heatmap(table: pd.DataFrame, metric: str) -> Figure:
     """Which guidance is best for each size and step count? One row a sampler, one panel a size; see `guidance_panels`."""
     panels = guidance_panels(table, metric)
@@ -96,7 +101,10 @@ def guidance_heatmap(table: pd.DataFrame, metric: str) -> Figure:
             axes.set_title(panel.size if len(samplers) == 1 else f"{panel.size}, {panel.sampler}", fontsize=9)
         bar = figure.colorbar(mappable, ax=grid, shrink=0.8, extend="max" if panels[0].better == "lower" else "min")
         bar.set_label(f"{panels[0].metric_label} (dark is better)")
-        figure.supxlabel("framed: the best guidance at those steps; ★ the best of the panel", fontsize=8.5, color=MUTED)
+        told = "framed: the best guidance at those steps; ★ the best of the panel"
+        if any(interval for panel in panels for interval in panel.found):
+            told += "; bars: 95 % intervals of the races"
+        figure.supxlabel(told, fontsize=8.5, color=MUTED)
         bar.outline.set_visible(False)
     return figure
 
@@ -161,15 +169,19 @@ def draw_curves(curves: Curves) -> Figure:
             axes.set_yscale("log")
         axes.grid(True, which="major", linewidth=0.7)
         for series in curves.series:
-            axes.fill_between(series.x, series.low, series.high, color=series.color, alpha=0.16, linewidth=0)
-            axes.plot(series.x, series.y, color=series.color, marker=series.mark[0], markersize=5, label=series.label)
+            if curves.bars:
+                axes.vlines(series.x, series.low, series.high, color=series.color, linewidth=1.2, alpha=0.7)
+            else:
+                axes.fill_between(series.x, series.low, series.high, color=series.color, alpha=0.16, linewidth=0)
+            look = f"{series.mark[0]}{DASHES[series.dash]}"
+            axes.plot(series.x, series.y, look, color=series.color, markersize=5, label=series.label)
         if curves.frontier is not None:
             line = curves.frontier
             axes.step(line.x, line.y, where="post", color=line.color, linewidth=0.9, alpha=0.7)
             rings = axes.scatter(line.x, line.y, s=70, zorder=3, label=line.label, edgecolors=line.color, linewidths=0.9)
             rings.set_facecolor("none")
         for label, value, dash in curves.dashed:
-            axes.axhline(value, color=MUTED, linestyle={"dash": "--", "dot": ":"}[dash], linewidth=1, label=label)
+            axes.axhline(value, color=MUTED, linestyle=DASHES[dash], linewidth=1, label=label)
         ticks, labels = x_ticks(curves)
         axes.set_xticks(ticks, labels)
         axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
@@ -198,8 +210,12 @@ def _draw_panel(axes: Axes, panel: HeatPanel) -> ScalarMappable:
     for row, column in enumerate(panel.best):
         frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=OPTIMUM, linewidth=1.6, zorder=3)
         axes.add_patch(frame)
+    for row, interval in enumerate(panel.found):
+        if interval is not None:
+            low, high = (panel.across(end) for end in interval)
+            axes.plot([low, high], [row + 0.34] * 2, color=OPTIMUM, linewidth=1.6, marker="|", markersize=4, zorder=4)
     columns, rows = (some_places(len(values)) for values in (panel.guidance, panel.num_steps))
-    axes.set_xticks(columns, [f"{panel.guidance[at]:g}" for at in columns])
+    axes.set_xticks(columns, [format_number(panel.guidance[at]) for at in columns])
     axes.set_yticks(rows, [str(panel.num_steps[at]) for at in rows])
     axes.tick_params(length=0)
     axes.set_xlabel("guidance")

@@ -138,6 +138,7 @@ def _report(pipeline: Pipeline, task: TaskName, table: pd.DataFrame, others: dic
         experiment.findings(table),
         FLOORS.get(next(iter(baselines)), FLOOR_LABEL),
         {"bicubic": baselines["bicubic"]} if "bicubic" in baselines else None,
+        [title for title in TITLES.values() if title not in others and title != TITLES[task]],
     )
     write_atomically(folder / "summary.md", markdown_summary(table, metric, name, budgets))
     return Report(page, table, best_at_budgets(table, BUDGET_COST, metric, budgets))

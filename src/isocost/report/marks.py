@@ -1,14 +1,12 @@
 """The data behind the marks: what each figure shows, before anything draws it.
 
-matplotlib (`figures.py`) and plotly (`charts.py`) draw the same `Curves`, `HeatPanel` or `ContactSheet`.
-Sizes are told apart twice, by a colour of viridis (dark is small) and by the shape of the mark; bands are 95 % intervals.
-
-Shape letters: K prompts, H, W height and width in pixels; pictures are uint8 [K, H, W, 3].
+matplotlib (`figures.py`) and plotly (`charts.py`) draw the same `Curves` or `HeatPanel`; contact sheets are in `sheets.py`.
+Sizes are told apart twice, by a colour of viridis (dark is small) and by the shape of the mark, samplers three times, by the
+dash as well; bands are 95 % intervals.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +14,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
-from matplotlib.colors import Normalize, to_hex
+from matplotlib.colors import Normalize
 
 from isocost.analysis.frontier import (
     best_first,
     best_guidance,
     best_in_each,
+    configuration_words,
     cost_of,
     finals,
-    fits,
     format_number,
     format_score,
     metric_of,
@@ -34,28 +32,30 @@ from isocost.analysis.frontier import (
     sizes_in_order,
 )
 from isocost.errors import RequestError
+from isocost.models.paper import TABLE_1
+from isocost.report.scales import DASHES, INK, KINDS, MARKS, MUTED, log_ticks, size_colors
 
-MARKS = (
-    ("o", "circle"),
-    ("s", "square"),
-    ("^", "triangle-up"),
-    ("D", "diamond"),
-    ("v", "triangle-down"),
-    ("P", "cross"),
-    ("X", "x"),
-    ("p", "pentagon"),
-    ("*", "star"),
-    ("h", "hexagon"),
-    ("<", "triangle-left"),
-    (">", "triangle-right"),
-)
-INK, MUTED, HAIRLINE, OPTIMUM, EMPTY = "#1c2127", "#5d6672", "#e4e7eb", "#d55e00", "#eceef1"
 FLOOR_LABEL = "decoded real pictures"
+MOST_LABELLED = 200
+PUBLISHED_LABEL = "published, not ours (arXiv 2404.01367)"
+PUBLISHED_STEPS = 50
+OF_THE_KIND = {"fid": "fid", **dict.fromkeys(("clip_score_b32", "clip_score_l14", "clip_score_l14_336"), "clip")}
+"""Metric -> the column of the paper's Table 1 that is comparable in kind; it does not name the tower of its CLIP score."""
+COMPUTE_AXES = {
+    "training_gflop": ("true FLOPs", "training GFLOP (3 × forward × images seen)"),
+    "paper_compute": ("the paper's axis", "GFLOP of a forward pass × iterations, as in arXiv 2404.01367"),
+}
+"""Ways to count training compute: column of the table, short words, title of the axis."""
+STEP_AXES = {
+    "num_steps": ("steps", "solver steps", "{} steps"),
+    "nfe": ("evaluations", "network evaluations per picture", "{} network evaluations per picture"),
+}
+"""What samplers are compared across: column of the table, short words, title of the axis, a value in a sentence."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: a size, or the frontier. `low` and `high` bound the band, NaN where there is no interval."""
+    """One line: a size, a sampler, or the frontier. `low` and `high` bound the band, NaN where there is no interval."""
 
     label: str
     x: np.ndarray
@@ -65,13 +65,15 @@ class Series:
     notes: tuple[str, ...]
     color: str
     mark: tuple[str, str]
+    dash: str = "solid"
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Quality against something that costs: one series a size, perhaps the frontier, perhaps the floor.
+    """Quality against something that costs: one series a size or sampler, perhaps the frontier, perhaps the floor.
 
-    `levels` are further values that no model made, by what made them.
+    `levels` are further values that no model made, by what made them. `published` is a layer of its own, of the paper's
+    numbers: hidden until it is asked for, and no part of `series`. Where `bars` is true, intervals are bars, not bands.
     """
 
     question: str
@@ -84,6 +86,8 @@ class Curves:
     log_y: bool
     floor_label: str = FLOOR_LABEL
     levels: tuple[tuple[str, float], ...] = ()
+    published: Series | None = None
+    bars: bool = False
 
     @property
     def dashed(self) -> list[tuple[str, float, str]]:
@@ -97,7 +101,8 @@ class HeatPanel:
     """Steps x guidance of one size under one sampler. `values` [steps, guidance], NaN where there is no point.
 
     `best` holds the column of the best guidance for every row, `optimum` the (row, column) of the best of all;
-    `limits` are the values at the two ends of the colours, common to all panels, the better one dark.
+    `limits` are the values at the two ends of the colours, common to all panels, the better one dark. Where guidance was raced
+    for, `found` has the interval of the best one for every row, None where there was no race.
     """
 
     size: str
@@ -110,45 +115,16 @@ class HeatPanel:
     limits: tuple[float, float]
     metric_label: str
     better: str
+    found: tuple[tuple[float, float] | None, ...]
 
     @property
     def is_labelled(self) -> bool:
         """Whether its values can be written into their cells."""
         return self.values.size <= MOST_LABELLED
 
-
-def some_places(number: int) -> list[int]:
-    """Places of 0 to `number` - 1 that get a tick: all, or at most `MOST_TICKS` of them, evenly spread."""
-    step = -(-number // MOST_TICKS)
-    return list(range(0, number, step))
-
-
-@dataclass(frozen=True)
-class ContactCell:
-    """The pictures [K, H, W, 3] of the point that stands for one size at one step count or budget."""
-
-    point: str
-    label: str
-    pictures: np.ndarray
-
-
-@dataclass(frozen=True)
-class ContactSheet:
-    """The same prompts and seeds over sizes (rows) and step counts or budgets (columns); None where no picture was kept."""
-
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    column_title: str
-    cells: tuple[tuple[ContactCell | None, ...], ...]
-    captions: tuple[str, ...]
-
-
-MOST_LABELLED, MOST_TICKS = 200, 20
-COMPUTE_AXES = {
-    "training_gflop": ("true FLOPs", "training GFLOP (3 × forward × images seen)"),
-    "paper_compute": ("the paper's axis", "GFLOP of a forward pass × iterations, as in arXiv 2404.01367"),
-}
-"""Ways to count training compute: column of the table, short words, title of the axis."""
+    def across(self, guidance: float) -> float:
+        """Where a guidance lies between the centres of the columns, in columns."""
+        return float(np.interp(guidance, self.guidance, range(len(self.guidance))))
 
 
 def compute_curves(table: pd.DataFrame, metric: str, floor: float | None = None, axis: str = "training_gflop") -> Curves:
@@ -206,13 +182,120 @@ def cost_curves(table: pd.DataFrame, metric: str, cost: str, floor: float | None
         frontier=_series("frontier", frontier, cost, metric, f"{{}} {axis.unit}", INK, ("o", "circle-open")),
         floor=floor,
         log_y=_wants_log(rows, metric, floor),
+        published=published(metric, cost),
     )
+
+
+def published(metric: str, cost: str) -> Series | None:
+    """The paper's Table 1 against its own cost, as a layer beside ours; None where it published nothing of the kind.
+
+    Another data set, other pictures and another training: its order of sizes may be compared with ours, its values may not.
+    """
+    column = OF_THE_KIND.get(metric)
+    if column is None or cost != "paper_cost":
+        return None
+    values = np.array([getattr(row, column) for row in TABLE_1])
+    notes = tuple(
+        f"{row.size} as published: {metric_words(metric)} {value:g}\n{PUBLISHED_STEPS} steps, guidance 7.5, ddim\n"
+        "COCO-2014, 30,000 pictures: not our data, not our values"
+        for row, value in zip(TABLE_1, values.tolist(), strict=True)
+    )
+    costs, unknown = np.array([row.normalised_cost * PUBLISHED_STEPS for row in TABLE_1]), np.full(len(TABLE_1), np.nan)
+    return Series(PUBLISHED_LABEL, costs, values, unknown, unknown, notes, MUTED, ("D", "diamond-open"), "dashdot")
+
+
+def sampler_curves(
+    table: pd.DataFrame, metric: str, size: str | None = None, axis: str = "num_steps", floor: float | None = None
+) -> Curves:
+    """Quality under every sampler at its best guidance for each number of steps; `axis` is one of `STEP_AXES`.
+
+    Args:
+        size: one size; the best of all at each number of steps where None.
+
+    Raises:
+        RequestError: there is but one sampler, or no point of `size`.
+    """
+    rows = finals(table, metric)
+    samplers = sorted(rows["sampler"].unique())
+    if len(samplers) == 1:
+        raise RequestError(f"every point was made with {samplers[0]}, so there is nothing to compare")
+    if size is not None:
+        rows = rows[rows["size"] == size]
+        if rows.empty:
+            raise RequestError(f"no point of size {size!r} carries {metric}")
+    rows = best_in_each(rows, metric, ["sampler", "num_steps"]).sort_values([axis, "num_steps"])
+    _, x_label, note = STEP_AXES[axis]
+    series = []
+    for at, sampler in enumerate(samplers):
+        own = rows[rows["sampler"] == sampler]
+        if own.empty:
+            continue
+        color, mark, dash = KINDS[at % len(KINDS)], MARKS[at % len(MARKS)], list(DASHES)[at % len(DASHES)]
+        series.append(_series(str(sampler), own, axis, metric, note, color, mark, dash))
+    return Curves(
+        question="Which sampler is best at equal steps?",
+        setting=f"the best guidance{' and size' if size is None else f' of {size}'} at each number of steps",
+        x_label=x_label,
+        y_label=metric_of(metric).axis,
+        series=tuple(series),
+        frontier=None,
+        floor=floor,
+        log_y=_wants_log(rows, metric, floor),
+    )
+
+
+def guidance_curves(table: pd.DataFrame, metric: str, sampler: str) -> Curves:
+    """The best guidance of every size against steps, with the interval that a race found; NaN where there was no race.
+
+    An interval is by the metric that was raced by: leave the races' columns out of `table` for another one.
+
+    Raises:
+        RequestError: all points have one guidance, or there is no point of `sampler`.
+    """
+    check_guidance(table, metric)
+    best = best_guidance(table, metric)
+    best = best[best["sampler"] == sampler].sort_values("num_steps")
+    if best.empty:
+        raise RequestError(f"no point of sampler {sampler!r} carries {metric}")
+    sides = {side: f"guidance_{side}" for side in ("low", "high")}
+    ends = {f"best_{side}": best[name] if name in best.columns else np.nan for side, name in sides.items()}
+    rows = best.assign(best=best["guidance"], **ends)
+    sizes = sizes_in_order(table)
+    colors = size_colors(len(sizes))
+    series = []
+    for at, size in enumerate(sizes):
+        own = rows[rows["size"] == size]
+        if own.empty:
+            continue
+        x, y, low, high = (own[name].to_numpy(dtype=float) for name in ("num_steps", "best", "best_low", "best_high"))
+        notes = tuple(_found_text(row, metric) for row in own.to_dict("records"))
+        series.append(Series(size, x, y, low, high, notes, colors[at], MARKS[at % len(MARKS)]))
+    raced = rows["best_low"].notna().any()
+    return Curves(
+        question="Which guidance is best for each number of steps?",
+        setting=f"{sampler}" + (", raced for: bars are 95 % intervals of the best" if raced else ", the best of those tried"),
+        x_label="solver steps",
+        y_label="best guidance",
+        series=tuple(series),
+        frontier=None,
+        floor=None,
+        log_y=bool(rows["guidance"].min() > 0),
+        bars=True,
+    )
+
+
+def check_guidance(table: pd.DataFrame, metric: str) -> None:
+    """Raise RequestError where every point was made with one guidance, so that none can be called the best."""
+    if (tried := finals(table, metric)["guidance"].unique()).size == 1:
+        raise RequestError(f"every point was made with guidance {tried[0]:g}, so there is nothing to choose")
 
 
 def guidance_panels(table: pd.DataFrame, metric: str) -> list[HeatPanel]:
     """One panel for every sampler and size, by sampler, then by size.
 
     The colours end at the best value of all and at the value that nine in ten beat: a few bad points do not flatten the rest.
+    Where a race's interval (columns `guidance_low`, `guidance_high`, by the metric that was raced by) reaches beyond the values
+    that were scored, its end is a column too, without a value.
     """
     rows = finals(table, metric)
     best = best_guidance(table, metric)
@@ -228,6 +311,10 @@ def guidance_panels(table: pd.DataFrame, metric: str) -> list[HeatPanel]:
                 continue
             values = here.pivot(index="num_steps", columns="guidance", values=metric)
             tops = best[(best["sampler"] == sampler) & (best["size"] == size)].sort_values("num_steps")
+            found = _found(tops)
+            ends = [end for interval in found if interval for end in interval]
+            widest = [min([*ends, values.columns.min()]), max([*ends, values.columns.max()])]
+            values = values.reindex(columns=sorted({*values.columns, *widest}))
             columns = [int(values.columns.get_loc(guidance)) for guidance in tops["guidance"]]
             top = best_first(tops, metric).iloc[0]
             panels.append(
@@ -242,55 +329,27 @@ def guidance_panels(table: pd.DataFrame, metric: str) -> list[HeatPanel]:
                     limits=limits,
                     metric_label=metric_words(metric),
                     better=about.better,
+                    found=found,
                 )
             )
     return panels
 
 
-def contact_cells(
-    table: pd.DataFrame,
-    metric: str,
-    samples: Mapping[str, np.ndarray],
-    captions: Sequence[str],
-    cost: str = "paper_cost",
-    budgets: Sequence[float] = (),
-) -> ContactSheet:
-    """For every size and step count (or budget, where given) the best point among those whose pictures were kept.
-
-    Args:
-        samples: point -> pictures uint8 [K, H, W, 3] of the same K prompts and seeds.
-        captions: the K prompts.
-
-    Raises:
-        RequestError: no pictures were kept, or their number differs from that of the captions.
-    """
-    rows = finals(table, metric, cost)
-    rows = best_first(rows[rows["point"].isin(list(samples))], metric, cost)
-    if rows.empty:
-        raise RequestError("no pictures were kept of any finished point: `isocost sweep` keeps some where it scores")
-    for point in rows["point"]:
-        pictures = samples[point]
-        if pictures.ndim != 4 or pictures.shape[3] != 3 or pictures.dtype != np.uint8 or len(pictures) != len(captions):
-            found = f"{pictures.dtype} {list(pictures.shape)}"
-            raise RequestError(f"pictures of point {point}: {found} is not uint8 [{len(captions)} captions, H, W, 3]")
-    sizes = sizes_in_order(rows)
-    if budgets:
-        columns = tuple(format_number(budget) for budget in budgets)
-        title = f"budget ({cost_of(cost).unit})"
-        masks = [fits(rows[cost], budget) for budget in budgets]
-    else:
-        steps = sorted(rows["num_steps"].unique())
-        columns, title = tuple(str(number) for number in steps), "steps"
-        masks = [rows["num_steps"] == number for number in steps]
-    cells = tuple(tuple(_cell(rows[mask & (rows["size"] == size)], samples) for mask in masks) for size in sizes)
-    return ContactSheet(tuple(sizes), columns, title, cells, tuple(captions))
+def _found(rows: pd.DataFrame) -> tuple[tuple[float, float] | None, ...]:
+    """The interval of the best guidance that a race found, for every row."""
+    if "guidance_low" not in rows.columns:
+        return (None,) * len(rows)
+    ends = zip(rows["guidance_low"], rows["guidance_high"], strict=True)
+    return tuple(None if pd.isna(low) else (float(low), float(high)) for low, high in ends)
 
 
-def _cell(rows: pd.DataFrame, samples: Mapping[str, np.ndarray]) -> ContactCell | None:
-    if rows.empty:
-        return None
-    row = rows.iloc[0]
-    return ContactCell(str(row["point"]), _configuration_text(row), samples[row["point"]])
+def _found_text(row: Mapping[Any, Any], metric: str) -> str:
+    words = configuration_words(row["size"], row["num_steps"], row["guidance"], row["sampler"])
+    told = [words, f"{metric_words(metric)} {format_score(row[metric], row[f'{metric}_low'], row[f'{metric}_high'])}"]
+    if not np.isnan(row["best_low"]):
+        interval = f"{format_number(row['best_low'])} to {format_number(row['best_high'])}"
+        told.append(f"best guidance {interval}, from a race of {row['race_pictures']:,.0f} pictures")
+    return "\n".join([*told, f"point {row['point']}"])
 
 
 def _series_by_size(table: pd.DataFrame, rows: pd.DataFrame, x: str, metric: str, note: str) -> tuple[Series, ...]:
@@ -302,25 +361,25 @@ def _series_by_size(table: pd.DataFrame, rows: pd.DataFrame, x: str, metric: str
     )
 
 
-def _series(label: str, rows: pd.DataFrame, x: str, metric: str, note: str, color: str, mark: tuple[str, str]) -> Series:
+def _series(
+    label: str,
+    rows: pd.DataFrame,
+    x: str,
+    metric: str,
+    note: str,
+    color: str,
+    mark: tuple[str, str],
+    dash: str = "solid",
+) -> Series:
     low, high = (rows[f"{metric}_{side}"].to_numpy(dtype=float) for side in ("low", "high"))
     values = rows[metric].to_numpy(dtype=float)
     words = metric_words(metric)
     notes = tuple(
-        f"{_configuration_text(row)}\n{words} {format_score(*score)}\n{note.format(format_number(row[x]))}"
-        for (_, row), *score in zip(rows.iterrows(), values, low, high, strict=True)
+        f"{configuration_words(row['size'], row['num_steps'], row['guidance'], row['sampler'])}\n"
+        f"{words} {format_score(*score)}\n{note.format(format_number(row[x]))}\npoint {row['point']}"
+        for row, *score in zip(rows.to_dict("records"), values, low, high, strict=True)
     )
-    return Series(label, rows[x].to_numpy(dtype=float), values, low, high, notes, color, mark)
-
-
-def size_colors(num_sizes: int) -> list[str]:
-    """Colours of viridis from dark (small) to light (large), short of its yellow, which fades on white."""
-    places = np.linspace(0.0, 0.82, num_sizes) if num_sizes > 1 else [0.3]
-    return [to_hex(colormaps["viridis"](place)) for place in places]
-
-
-def _configuration_text(row: pd.Series) -> str:
-    return f"{row['size']}, {row['num_steps']} steps, guidance {row['guidance']:g}, {row['sampler']}"
+    return Series(label, rows[x].to_numpy(dtype=float), values, low, high, notes, color, mark, dash)
 
 
 def _only(samplers: Sequence[str]) -> str:
@@ -338,33 +397,13 @@ def _wants_log(rows: pd.DataFrame, metric: str, floor: float | None) -> bool:
     return bool(smallest > 0 and values.max() > 8 * smallest and bands_fit and floor_fits)
 
 
-# --- ticks ------------------------------------------------------------------------------------------------------------
+# --- extents ---------------------------------------------------------------------------------------------------------
 
 
-def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
-    """Places and labels for a logarithmic axis: powers of two from 1/4 up, else 1-2-5, or powers of ten over wide ranges."""
-    if low >= 0.25 and high <= 2**14:
-        ticks = [2.0**power for power in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
-    else:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        digits = (1, 2, 5) if math.log10(high / low) < 2.5 else (1,)
-        ticks = [float(f"{digit}e{decade}") for decade in decades for digit in digits]
-    inside = [tick for tick in ticks if low / 1.5 <= tick <= high * 1.5]
-    return inside, [_tick_label(tick) for tick in inside]
-
-
-def _tick_label(value: float) -> str:
-    if value < 1e4:
-        return f"{value:g}"
-    power = math.floor(math.log10(value))
-    digit = round(value / 10**power)
-    superscript = str(power).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{'' if digit == 1 else f'{digit}×'}10{superscript}"
-
-
-def x_ticks(curves: Curves) -> tuple[list[float], list[str]]:
-    """Places and labels for the cost axis."""
-    every = np.concatenate([series.x for series in all_series(curves)])
+def x_ticks(curves: Curves, with_published: bool = False) -> tuple[list[float], list[str]]:
+    """Places and labels for the cost axis, the paper's layer taken in where it is shown."""
+    shown = [*all_series(curves), *([curves.published] if with_published and curves.published else [])]
+    every = np.concatenate([series.x for series in shown])
     return log_ticks(float(every.min()), float(every.max()))
 
 
@@ -373,9 +412,10 @@ def all_series(curves: Curves) -> tuple[Series, ...]:
     return curves.series + ((curves.frontier,) if curves.frontier else ())
 
 
-def y_range(curves: Curves) -> tuple[float, float]:
-    """Least and greatest value that a drawing must show: lines, bands, floor and levels."""
-    every = [value for series in all_series(curves) for value in (series.y, series.low, series.high)]
+def y_range(curves: Curves, with_published: bool = False) -> tuple[float, float]:
+    """Least and greatest value that a drawing must show: lines, bands, floor, levels, the paper's layer where it is shown."""
+    shown = [*all_series(curves), *([curves.published] if with_published and curves.published else [])]
+    every = [value for series in shown for value in (series.y, series.low, series.high)]
     values = np.concatenate([*every, [value for _, value, _ in curves.dashed]])
     return float(np.nanmin(values)), float(np.nanmax(values))
 

@@ -25,7 +25,7 @@ from isocost.diffusion.network import guidance_embedding
 from isocost.diffusion.noise import x0_coefficients
 from isocost.diffusion.samplers import LCM_SIGMA_DATA, LCM_TIMESTEP_SCALING, build_table
 from isocost.downstream import DistillSpec
-from isocost.models.adapted import guidance_width
+from isocost.models.networks import guidance_width
 from isocost.stages import SamplerSpec
 from isocost.train.tasks import Batch, TextToImage, choices
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from isocost.models.cost import ModelCost, model_cost
-from isocost.models.unet import build_unet
+from isocost.models.networks import build_network
 from isocost.stages import ModelSpec, TrainSpec
 from isocost.train.loop import Trainer, backward, make_accelerator
 from isocost.train.memory import FLOAT, state_bytes, training_memory
@@ -153,7 +153,7 @@ def measure(model: ModelSpec, spec: TrainSpec, num_tokens: int, rows: int) -> tu
     alone = spec.model_copy(update={"batch_size": rows, "microbatch": rows, "tracker": "none", "sharding": "none"})
     with tempfile.TemporaryDirectory() as folder:
         accelerator = make_accelerator(alone, Path(folder), "forecast")
-        trainer = Trainer(alone, RandomTask(model, num_tokens), build_unet(model), Path(folder), accelerator)
+        trainer = Trainer(alone, RandomTask(model, num_tokens), build_network(model), Path(folder), accelerator)
         batch = trainer.batch(0)
         passes, steps = [], []
         for number in range(NUM_STEPS + 1):

@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from isocost.models.unet import build_unet
+from isocost.models.networks import build_network
 from isocost.stages import ModelSpec, TrainSpec
-from isocost.train.parallel import BLOCKS
+from isocost.train.parallel import blocks_of
 
 FLOAT = 4
 ADAM_MOMENTS = 2
@@ -68,7 +68,7 @@ class _Pass:
 @lru_cache(maxsize=64)
 def _one_pass(model: ModelSpec, rows: int, num_tokens: int, checkpointing: bool, precision: str, shares: int) -> _Pass:
     with FakeTensorMode():
-        network = build_unet(model).train()
+        network = build_network(model).train()
         if checkpointing:
             network.enable_gradient_checkpointing()
         x = torch.empty(rows, model.latent_channels + model.extra_input_channels, model.latent_side, model.latent_side)
@@ -79,7 +79,7 @@ def _one_pass(model: ModelSpec, rows: int, num_tokens: int, checkpointing: bool,
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 loss = network(x, torch.zeros(rows), states).sample.float().square().mean()
             loss.backward()
-        blocks = [sum(p.numel() for p in m.parameters()) for m in network.modules() if type(m).__name__ in BLOCKS]
+        blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(network)]
         total = sum(parameter.numel() for parameter in network.parameters())
     return _Pass(total, total - sum(blocks), max(blocks), live.peak)
 

@@ -23,8 +23,8 @@ from isocost.data.cache import Part
 from isocost.errors import RequestError
 from isocost.stages import TrainSpec
 
-BLOCKS = ("ResnetBlock2D", "Transformer2DModel")
-"""Modules of diffusers' U-Nets whose weights are gathered and let go together under FSDP2."""
+BLOCKS = ("ResnetBlock2D", "Transformer2DModel", "BasicTransformerBlock")
+"""Modules of diffusers' networks whose weights are gathered and let go together under FSDP2."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,18 @@ class Parallel:
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
         is_first = self.accelerator.process_index == 0
         whole = [parameter.detach() for parameter in self.network.parameters()] if is_first else None
+        buffers = [buffer.clone() for buffer in self.network.buffers()]
         self.network.to("meta")
-        for module in self.network.modules():
-            if type(module).__name__ in BLOCKS:
-                if spec.compile:
-                    module.compile(dynamic=False)
-                fully_shard(module, mesh=mesh)
+        for module in blocks_of(self.network):
+            if spec.compile:
+                module.compile(dynamic=False)
+            fully_shard(module, mesh=mesh)
         fully_shard(self.network, mesh=mesh)
         self.network.to_empty(device=self.accelerator.device)
+        for number, buffer in enumerate(self.network.buffers()):
+            if is_first:
+                buffer.copy_(buffers[number])
+            dist.broadcast(buffer, src=0)
         for number, parameter in enumerate(self.network.parameters()):
             full = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.accelerator.device)
             if whole is not None:
@@ -150,6 +154,15 @@ class Parallel:
         norm = total.sqrt()
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+
+def blocks_of(network: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules of `network` that are one of `BLOCKS`."""
+    for module in network.children():
+        if type(module).__name__ in BLOCKS:
+            yield module
+        else:
+            yield from blocks_of(module)
 
 
 def _local(tensor: Tensor) -> Tensor:
