@@ -62,6 +62,8 @@ class Page:
     def open(self, path: Path, width: int = 1440, height: int = 900) -> float:
         """Open a file and wait until its script says that all is drawn; returns the seconds until its load event."""
         self.resize(width, height)
+        still = [{"name": "prefers-reduced-motion", "value": "reduce"}]  # or a page scrolls away from under the mouse
+        self.send("Emulation.setEmulatedMedia", media="", features=still)
         started = time.perf_counter()
         self.send("Page.navigate", url=path.as_uri())
         self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
