@@ -17,7 +17,7 @@ from diffusers import (
 
 from isocost.data.codec import AutoencoderCodec, TextCodec, load_codec
 from isocost.errors import RequestError
-from isocost.models.checkpoint import Checkpoint, load_checkpoint, scheduler_for
+from isocost.models.checkpoint import Checkpoint, load_checkpoint, read_info, scheduler_for
 from isocost.models.dit import GuidedTransformer, Transformer, as_in_diffusers
 
 
@@ -33,11 +33,14 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
 
     Raises:
         RequestError: the folder is there and not empty, or the codec has no diffusers form (the built-in linear one), or the
-            checkpoint is one of super-resolution, a student with an adapter, or a transformer that takes w.
+            checkpoint is a pipeline of diffusers, one of super-resolution, a student with an adapter, or a transformer that
+            takes w.
     """
     target = Path(folder)
     if target.exists() and any(target.iterdir()):
         raise RequestError(f"{target}: not empty; export writes a new folder")
+    if read_info(Path(checkpoint)).given is not None:
+        raise RequestError(f"{checkpoint}: is a pipeline of diffusers already")
     opened = load_checkpoint(checkpoint)
     if opened.info.scale is not None:
         raise RequestError(f"{checkpoint}: made for super-resolution, which diffusers has no pipeline for in this form")

@@ -25,7 +25,8 @@ from isocost.errors import RequestError
 from isocost.metrics.features import Extractor
 from isocost.metrics.lpips import load_lpips
 from isocost.metrics.probe import Probe
-from isocost.models.checkpoint import CheckpointInfo
+from isocost.models.checkpoint import CheckpointInfo, given_info
+from isocost.models.hub.folder import content_digest, find_folder
 from isocost.progress import Report, progress_bar, say
 from isocost.provenance import provenance
 from isocost.score import reference as referencing
@@ -85,15 +86,18 @@ class Materials:
 
     @cached_property
     def codec_digest(self) -> str:
-        stage = {"stage": "codec", "version": CODEC_VERSION}
-        if isinstance(self.study.codec, PretrainedCodecSpec):
-            return digest(stage, self.study.codec)
-        return digest(stage, self.study.codec, self.source_key("train"))
+        """Names the study's codec; of given checkpoints all of theirs."""
+        stage: dict[str, Any] = {"stage": "codec", "version": CODEC_VERSION}
+        if self.study.checkpoints:
+            return digest({**stage, "given": [content_digest(find_folder(path)) for path in self.study.checkpoints]})
+        if isinstance(self.study.own.codec, PretrainedCodecSpec):
+            return digest(stage, self.study.own.codec)
+        return digest(stage, self.study.own.codec, self.source_key("train"))
 
     @cached_property
     def codec(self) -> Codec:
         """The study's codec, fitted where it is not there yet."""
-        spec = self.study.codec
+        spec = self.study.own.codec
         if isinstance(spec, PretrainedCodecSpec):
             return load_codec(spec.path, spec.subfolder, best_device())
         if not self.store.has("codec", self.codec_digest):
@@ -110,8 +114,8 @@ class Materials:
     @property
     def codec_from_checkpoint(self) -> str:
         """Where a checkpoint of this output folder finds the codec."""
-        if isinstance(self.study.codec, PretrainedCodecSpec):
-            return self.study.codec.path
+        if isinstance(self.study.own.codec, PretrainedCodecSpec):
+            return self.study.own.codec.path
         return f"../../codec/{self.codec_digest}"
 
     def check_parent(self, info: CheckpointInfo, prediction: str, named: str) -> None:
@@ -119,6 +123,8 @@ class Materials:
         Raises:
             RequestError: a given checkpoint, `named` by where it was given, is of another codec or predicts something else.
         """
+        if info.given is not None:
+            raise RequestError(f"{named} is a pipeline of diffusers: those are scored, not tuned")
         channels, side, _ = self.latent_shape
         own = Path(self.codec_from_checkpoint).name
         if Path(info.codec).name != own or (info.model.latent_channels, info.model.latent_side) != (channels, side):
@@ -128,12 +134,13 @@ class Materials:
 
     def codec_report(self) -> dict[str, Any]:
         """Held-out quality of the codec, and that of the linear codec of the same latent shape beside it."""
+        self.study.own  # noqa: B018  given checkpoints have codecs of their own
         stage = {"stage": "codec-quality", "version": CODEC_VERSION, "codec": self.codec_digest}
         name = digest(stage, self.source_key("train"), self.source_key("reference"))
         if not self.store.has("codec-quality", name):
             held_out, others = (self.pictures(part).pictures[:NUM_CODEC_PICTURES] for part in ("reference", "train"))
             linear = LinearCodec.fit(others, self.codec.factor, self.codec.latent_channels)
-            weights = str(getattr(self.study.codec, "perceptual", ""))
+            weights = str(getattr(self.study.own.codec, "perceptual", ""))
             lpips = load_lpips(weights) if weights.endswith(".safetensors") else None
             with self.store.create("codec-quality", name, manifest := _manifest(codec_digest=self.codec_digest)):
                 for title, codec in (("codec", self.codec), ("linear", linear)):
@@ -147,8 +154,11 @@ class Materials:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, side, side: known from the spec, before the codec is fitted."""
-        spec = self.study.codec
+        """Channels, side, side: known from the spec, before the codec is fitted. Of given checkpoints the largest."""
+        if self.study.checkpoints:
+            models = [given_info(path).model for path in self.study.checkpoints]
+            return max((model.latent_channels, model.latent_side, model.latent_side) for model in models)
+        spec = self.study.own.codec
         if isinstance(spec, PretrainedCodecSpec):
             channels, factor = self.codec.latent_channels, self.codec.factor
         elif isinstance(spec, LinearCodecSpec):
@@ -170,7 +180,7 @@ class Materials:
     @property
     def cache_place(self) -> Place:
         """Where the latent cache is, or would be."""
-        at = self.study.train.cache_at
+        at = self.study.own.train.cache_at
         return Place(self.store.folder("cache", self.cache_digest) if at is None else f"{at.rstrip('/')}/{self.cache_digest}")
 
     @cached_property
@@ -182,7 +192,7 @@ class Materials:
                 self.codec  # noqa: B018  fitted by one process, read by the others
             self.part.wait()
             codec, encoder = self.codec, self.text
-            read = partial(read_source, data.train, data.resolution)
+            read = partial(read_source, self.study.own.pictures, data.resolution)
             num_pictures, num_captions, size = self._cache_size()
             say(f"latent cache: {num_pictures} pictures, {num_captions} captions, {size / 1e9:.2f} GB")
             if place.is_local and size > (free := free_disk(self.store.out)):
@@ -210,7 +220,7 @@ class Materials:
     def _cache_size(self) -> tuple[int, int, int]:
         """Pictures and captions of the cache, readable or not, and the bytes that they will take; no picture is decoded."""
         data, text = self.study.data, self.study.text
-        num_pictures, num_captions = count(partial(read_source, data.train, data.resolution))
+        num_pictures, num_captions = count(partial(read_source, self.study.own.pictures, data.resolution))
         states = (text.max_tokens, self.text.context_width)
         size = forecast_bytes(num_pictures, self.latent_shape, num_captions, states, text.cache_states)
         return num_pictures, num_captions, size
@@ -296,7 +306,7 @@ class Materials:
         if not self.store.has("probe", name):
             training, held_out = self.pictures("train"), self.pictures("reference")
             referencing.need_labels(training, held_out)
-            classes = num_classes(self.study.data.train) or classes_of(training)
+            classes = num_classes(self.study.own.pictures) or classes_of(training)
             say(f"fitting the probe to {len(training)} real pictures")
             with self.store.create("probe", name, manifest := _manifest()) as folder:
                 manifest.update(train_probe(folder, training, held_out, classes, self.study.protocol.seed))

@@ -18,6 +18,7 @@ from isocost.errors import RequestError
 from isocost.experiments.distill import DistillExperiment
 from isocost.experiments.dreambooth import DreamboothExperiment
 from isocost.experiments.experiment import Experiment, Run
+from isocost.experiments.given import GivenExperiment
 from isocost.experiments.superres import SuperresExperiment
 from isocost.experiments.text2image import TextToImageExperiment
 from isocost.forecasting.disk import point_bytes
@@ -65,12 +66,13 @@ class Pipeline:
         Raises:
             RequestError: a width does not fit the family, or the folder holds artefacts of a study that conflicts.
         """
-        check_widths(study.family)
+        if study.family is not None:
+            check_widths(study.family)
         asked = [(study.sweep, study.report.metric)]
         asked += [(tuned.sweep, tuned.metric or study.report.metric) for tuned in study.tuned().values()]
         for sweep, metric in asked:
             for sampler in sweep.samplers:
-                for num_steps in (*sweep.num_steps, sweep.marks_num_steps):
+                for num_steps in () if study.checkpoints else (*sweep.num_steps, sweep.marks_num_steps):
                     build_table(sampler, num_steps, Schedule.scaled_linear())
             metric_of(metric)
         self.study, self.out = study, Path(out)
@@ -89,7 +91,7 @@ class Pipeline:
     @cached_property
     def ledger(self) -> Ledger:
         """Opened by `prepare`."""
-        for part in ("train", "reference"):
+        for part in ("reference",) if self.study.checkpoints else ("train", "reference"):
             self.materials.source_key(part)
         self.out.mkdir(parents=True, exist_ok=True)
         write_atomically(self.out / STUDY_FILE, dump_study(self.study))
@@ -111,7 +113,9 @@ class Pipeline:
 
     @cached_property
     def experiments(self) -> dict[TaskName, Experiment]:
-        """What the study asks for: text-to-image, then what is tuned from it."""
+        """What the study asks for: text-to-image, then what is tuned from it; or the checkpoints that it is given."""
+        if self.study.checkpoints:
+            return {"text2image": GivenExperiment(self.study, self.materials)}
         family = TextToImageExperiment(self.study, self.materials)
         experiments: dict[TaskName, Experiment] = {"text2image": family}
         if self.study.distill is not None:
@@ -144,11 +148,15 @@ class Pipeline:
         ]
 
     def cost(self, run: Run) -> ModelCost:
-        """Size and cost of a run's network at the study's latent shape and number of tokens."""
+        """Size and cost of a run's network at the study's latent shape and number of tokens, or its own where it is given."""
+        given = self.experiments[run.task].given(run)
+        if given is not None:
+            facts = (given.num_parameters, given.gflop_per_forward, given.normalised_cost)
+            return ModelCost(given.size, given.model.width, *facts)
         return model_cost(run.model, self.study.text.max_tokens)
 
     def train(self, run: Run, deadline: float | None = None) -> None:
-        """Train until the run's last mark, from where it stands; every mark becomes a checkpoint.
+        """Train until the run's last mark, from where it stands; every mark becomes a checkpoint. One that is given is entered.
 
         Raises:
             RequestError: a mark was added that the training has passed, or there is no checkpoint to start from.
@@ -158,6 +166,9 @@ class Pipeline:
         missing = [mark for mark, name in run.checkpoints.items() if not self.store.has("checkpoint", name)]
         if not missing:
             return
+        if (given := self.experiments[run.task].given(run)) is not None:
+            with self.store.create("checkpoint", run.final, {"info": given.model_dump(mode="json")}):
+                return
         folder = self.store.folder("run", run.digest)
         passed = newest_state(folder)
         if min(missing) < passed:
@@ -191,6 +202,7 @@ class Pipeline:
         """
         if self.part.num_parts > 1:
             raise RequestError("--forecast measures one process: run it without torchrun or accelerate launch")
+        self.study.own  # noqa: B018  given checkpoints are not trained
         found = []
         for run in self.runs:
             if run is self.experiments[run.task].runs[0]:
@@ -359,7 +371,7 @@ class Pipeline:
             searched = sum(typical_pictures(cell) for cell in cells)
             missing = [point for point in points if point.digest not in recorded]
             images = max(0, max(run.checkpoints) - passed)
-            if all(self.store.has("checkpoint", name) for name in run.checkpoints.values()):
+            if run.is_given or all(self.store.has("checkpoint", name) for name in run.checkpoints.values()):
                 images = 0
             protocol, resolution = self.experiments[run.task].protocol_spec, self.study.data.resolution
             kept = sum(point_bytes(protocol, point.spec.num_pictures, resolution) for point in points)
@@ -381,12 +393,13 @@ class Pipeline:
                         sum(point.nfe(run.model) * point.spec.num_pictures for point in missing)
                         + sum(cell.point(cell.guidance[-1]).nfe(run.model) * typical_pictures(cell) for cell in cells)
                     ),
-                    "disk_bytes": disk_bytes(run.spec, cost.num_parameters, len(run.checkpoints)) + kept,
+                    "disk_bytes": kept
+                    + (0 if run.is_given else disk_bytes(run.spec, cost.num_parameters, len(run.checkpoints))),
                 }
             )
         summed = ("points", "points_to_make", "pictures", "pictures_to_make", "pictures_of_races", "disk_bytes")
         total = {key: sum(size[key] for size in sizes) for key in summed}
-        total["disk_bytes"] += self.materials.cache_bytes()
+        total["disk_bytes"] += 0 if self.study.checkpoints else self.materials.cache_bytes()
         about = {"study": self.study.name, "out": str(self.out), "protocol": self.materials.protocol.id}
         return {**about, "sizes": sizes, "total": total}
 

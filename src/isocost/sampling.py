@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from isocost.data.codec import TextCodec, load_codec
+from isocost.data.given import codec_of, text_of
 from isocost.device import best_device
 from isocost.diffusion.generate import CaptionStates, generate, make_engine, schedule_of
 from isocost.diffusion.rows import Row, num_passes
@@ -79,9 +79,9 @@ def sample(
     rows = [
         Row(i, i // num_pictures, table, guidance, seed=seed, negative=of_negative) for i in range(len(prompts) * num_pictures)
     ]
-    codec = load_codec(opened.codec_path, opened.info.codec_subfolder, best_device())
+    codec = codec_of(opened, best_device())
     captions = list(prompts) if negative is None else [*prompts, negative]
-    states = CaptionStates.of(captions, TextCodec(opened.text, best_device()))
+    states = CaptionStates.of(captions, text_of(opened, best_device()))
     num_places = len(rows) * num_passes(guidance, opened.info.model.embeds_guidance)
     engine = make_engine(
         opened.network, opened.info, states, bucket_size=min(DEFAULT_BUCKET_SIZE, num_places), precision=precision

@@ -97,7 +97,7 @@ SourceSpec = Annotated[FolderSource | WebdatasetSource | HubSource | ScenesSourc
 class DataSpec(Spec):
     """Pictures with captions: what is trained on, and what generated pictures are compared with."""
 
-    train: SourceSpec
+    train: SourceSpec | None = Field(None, description="a study of given checkpoints has none")
     reference: SourceSpec
     resolution: int = Field(ge=8, description="side of the square pictures, pixels")
     max_bad_share: float = Field(0.01, ge=0, lt=1, description="unreadable share above which the run stops")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field, model_validator
 
 from isocost.downstream import ADAPTED_VARIANTS, NO_ADAPTER, DistillSpec, DreamboothSpec, SuperresSpec
+from isocost.errors import RequestError
 from isocost.spec import Spec
-from isocost.stages import CodecSpec, DataSpec, FamilySpec, ProtocolSpec, SweepSpec, TextSpec, TrainSpec
+from isocost.stages import CodecSpec, DataSpec, FamilySpec, ProtocolSpec, SourceSpec, SweepSpec, TextSpec, TrainSpec
 
 
 class ReportSpec(Spec):
@@ -24,15 +25,28 @@ DOWNSTREAM = ("superres", "dreambooth", "distill")
 OWN_TO_A_TRAINING = frozenset({"num_images", "marks", "marks_gflop", "warmup_images"})
 
 
+class OwnParts(NamedTuple):
+    """What a study has that trains: its networks, their training, its codec, and the pictures of `data.train`."""
+
+    family: FamilySpec
+    train: TrainSpec
+    codec: CodecSpec
+    pictures: SourceSpec
+
+
 class StudySpec(Spec):
-    """A whole study: one YAML file."""
+    """A whole study: one YAML file.
+
+    A study of `checkpoints` scores what others have trained: it has no family, train and codec, and no `data.train`.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     data: DataSpec
-    codec: CodecSpec
+    codec: CodecSpec | None = None
     text: TextSpec = TextSpec()
-    family: FamilySpec
-    train: TrainSpec
+    family: FamilySpec | None = None
+    train: TrainSpec | None = None
+    checkpoints: tuple[str, ...] = Field((), description="pipelines of diffusers: folders or Hub ids (OWNER/NAME[@REVISION])")
     sweep: SweepSpec
     protocol: ProtocolSpec = ProtocolSpec()
     report: ReportSpec = ReportSpec()
@@ -50,6 +64,24 @@ class StudySpec(Spec):
         return {**plain, **tuned}
 
     @model_validator(mode="after")
+    def _trains_or_is_given(self) -> StudySpec:
+        trained = {"codec": self.codec, "family": self.family, "train": self.train, "data.train": self.data.train}
+        if not self.checkpoints:
+            missing = [name for name, part in trained.items() if part is None]
+            if missing:
+                raise ValueError(f"{missing[0]}: missing; a study trains a family, or has checkpoints to score")
+            return self
+        if len(set(self.checkpoints)) != len(self.checkpoints):
+            raise ValueError("checkpoints: each once")
+        unused = [name for name, part in trained.items() if part is not None] + list(self.tuned())
+        unused += ["text"] if self.text != TextSpec() else []
+        if unused:
+            raise ValueError(f"{unused[0]}: has no place beside checkpoints, which bring their own; leave it out")
+        if self.protocol.alignment != "none":
+            raise ValueError("protocol.alignment: needs a probe that is fitted to data.train; beside checkpoints take none")
+        return self
+
+    @model_validator(mode="after")
     def _tuned_as_it_predicts(self) -> StudySpec:
         for name, tuned in self.tuned().items():
             for field in ("prediction", "zero_terminal_snr"):
@@ -59,11 +91,22 @@ class StudySpec(Spec):
                         f"{name}.train.{field}: a network is tuned as it was trained, {field}: {own}; leave it out"
                     )
             adapts = isinstance(tuned, DistillSpec) and not tuned.teachers and ADAPTED_VARIANTS & set(tuned.variants)
-            if adapts and self.family.kind != "unet":
+            if adapts and self.own.family.kind != "unet":
                 raise ValueError(f"{name}.variants: {NO_ADAPTER}")
         if self.superres is not None and self.data.resolution % self.superres.scale:
             raise ValueError(f"superres.scale: {self.superres.scale} does not divide data.resolution {self.data.resolution}")
         return self
+
+    @property
+    def own(self) -> OwnParts:
+        """What a study that trains has.
+
+        Raises:
+            RequestError: it is one of given checkpoints.
+        """
+        if self.family is None or self.train is None or self.codec is None or self.data.train is None:
+            raise RequestError(f"{self.name}: its checkpoints are given: it trains nothing, and has no codec of its own")
+        return OwnParts(self.family, self.train, self.codec, self.data.train)
 
     def tuned(self) -> dict[str, SuperresSpec | DreamboothSpec | DistillSpec]:
         """The parts that start from what `train` made, by where they stand in the file."""
@@ -79,7 +122,7 @@ class StudySpec(Spec):
             "data": plain["data"],
             "codec": plain["codec"],
             "text": plain["text"],
-            "train": self.train.fixed(),
+            "train": None if self.train is None else self.train.fixed(),
             "protocol": _fixed(plain["protocol"]),
             **{name: _fixed_tuned(part) for name, part in self.tuned().items()},
         }

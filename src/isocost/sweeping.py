@@ -125,7 +125,7 @@ class Sweeper:
             self.ledger,
             self.claims,
             load_checkpoint(self.store.folder("checkpoint", job.checkpoint), best_device()),
-            self.materials.codec,
+            bench.codec or self.materials.codec,
             bench.reference,
             bench.captions,
             bench.kept,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from isocost.data.codec import TextCodec, load_codec
+from isocost.data.given import codec_of, text_of
 from isocost.device import best_device
 from isocost.diffusion.generate import schedule_of
 from isocost.diffusion.instruments import Instruments, Reading, instruments_of
@@ -138,9 +138,9 @@ def latency(
     spec = sampler or info.sampler
     table = build_table(spec, info.num_steps if num_steps is None else num_steps, schedule_of(info))
     Row(0, 0, table, guidance)  # Refuses a guidance that no picture takes before more is loaded.
-    codec = load_codec(opened.codec_path, info.codec_subfolder, where)
+    codec = codec_of(opened, where)
     network = SamplingNetwork(opened.network, precision, compiled)
-    prepared = Prepared(info, network, codec, TextCodec(opened.text, where))
+    prepared = Prepared(info, network, codec, text_of(opened, where))
     instruments = instruments_of(where)
     loaded = instruments.memory_bytes()
     measured = []

@@ -161,11 +161,22 @@ def _to_blocks(values: Tensor, patch: int) -> Tensor:
 # --- captions ---------------------------------------------------------------------------------------------------------
 
 
+class CaptionEncoder(Protocol):
+    """Captions to what a network is given of them. `null_is_zero` puts zeros in the place of the empty caption's states."""
+
+    null_is_zero: bool
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> float32 [N, T, D]."""
+
+
 class TextCodec:
     """Captions to token ids and states [N, T, D], padded to `max_tokens` as Stable Diffusion's pipelines do.
 
     The states of padding are handed on unmasked, so a checkpoint behaves the same in a diffusers pipeline.
     """
+
+    null_is_zero = False
 
     def __init__(self, spec: TextSpec, device: torch.device | str = "cpu") -> None:
         from transformers import AutoConfig, AutoTokenizer

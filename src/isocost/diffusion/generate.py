@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from isocost.data.cache import NULL_CAPTION
-from isocost.data.codec import Codec, TextCodec
+from isocost.data.codec import CaptionEncoder, Codec
 from isocost.diffusion.engine import Engine
 from isocost.diffusion.network import SamplingNetwork
 from isocost.diffusion.noise import Schedule
@@ -39,14 +39,15 @@ class CaptionStates:
     null: Tensor
 
     @classmethod
-    def of(cls, captions: Sequence[str], text: TextCodec) -> CaptionStates:
+    def of(cls, captions: Sequence[str], text: CaptionEncoder) -> CaptionStates:
         """Encode the captions and the empty one."""
         different = sorted(set(captions))
         position = {caption: number for number, caption in enumerate(different)}
         texts = [*different, NULL_CAPTION]
         batches = [text.encode(texts[start : start + ENCODE_BATCH]) for start in range(0, len(texts), ENCODE_BATCH)]
         states = torch.cat(batches)
-        return cls(states[:-1], torch.tensor([position[caption] for caption in captions]), states[-1])
+        null = torch.zeros_like(states[-1]) if text.null_is_zero else states[-1]
+        return cls(states[:-1], torch.tensor([position[caption] for caption in captions], dtype=torch.int64), null)
 
     def __call__(self, captions: Tensor) -> Tensor:
         """Caption indices int64 [R] -> states [R, T, D]."""
@@ -115,6 +116,8 @@ def make_engine(
 
 def schedule_of(info: CheckpointInfo) -> Schedule:
     """The noise schedule that a checkpoint was trained on."""
+    if info.given is not None:
+        return Schedule.of(info.given.noise)
     if info.prediction == "flow_prediction":
         return Schedule.flow()
     return Schedule.scaled_linear(zero_terminal_snr=info.zero_terminal_snr)

@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isocost.data.cache import NULL_CAPTION
-from isocost.data.codec import Codec, TextCodec
+from isocost.data.codec import CaptionEncoder, Codec
 from isocost.data.degrade import encode_enlarged
 from isocost.diffusion.engine import Engine
-from isocost.diffusion.generate import DECODE_BATCH
+from isocost.diffusion.generate import DECODE_BATCH, CaptionStates
 from isocost.diffusion.instruments import Clock, HostClock
 from isocost.diffusion.network import SamplingNetwork
 from isocost.diffusion.rows import FinishedRow, Row, num_passes
@@ -118,9 +117,9 @@ class Prepared:
     caption belongs to the checkpoint: it is encoded and projected here, once.
     """
 
-    def __init__(self, info: CheckpointInfo, network: SamplingNetwork, codec: Codec, text: TextCodec) -> None:
+    def __init__(self, info: CheckpointInfo, network: SamplingNetwork, codec: Codec, text: CaptionEncoder) -> None:
         self.info, self.network, self.codec, self.text = info, network, codec, text
-        self.null = network.project(text.encode([NULL_CAPTION]))[0]
+        self.null = network.project(CaptionStates.of((), text).null[None])[0]
 
     def passes(self, guidance: float) -> int:
         """Network passes of an evaluation."""

@@ -3,6 +3,8 @@
 - Keys and values of the captions: a network projects the caption states to keys and values in every cross-attention of every
   evaluation, a transformer after layers of its own for them, and they are always the same. Here a caption's states are its
   keys and values in all layers, laid end to end.
+- Published networks that take more of a caption than its states (`models/hub/packed.py`) are left as they are: what the engine
+  hands them is the packed caption.
 - Memory layout, precision and compilation are fixed before the first call.
 
 Shape letters: B rows, T tokens, D width of the caption states, K width of all keys and values, A inner width of one
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from isocost.diffusion.engine import Denoise
 from isocost.models.dit import take_caption_projection
+from isocost.models.hub.packed import PackedNetwork
 from isocost.models.networks import guidance_width
 from isocost.progress import say
 
@@ -48,9 +51,11 @@ class SamplingNetwork:
             say("this processor has no bf16 matrix instructions: precision bf16 will be many times slower than fp32")
         network = network if parameter.dtype == self.dtype else network.to(self.dtype)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.before_attentions = take_caption_projection(self.network)
-        self.attentions = [one for one in network.modules() if isinstance(one, Attention) and one.is_cross_attention]
-        self.context_width = 0
+        is_packed = isinstance(network, PackedNetwork)
+        self.before_attentions = None if is_packed else take_caption_projection(self.network)
+        attentions = [one for one in network.modules() if isinstance(one, Attention) and one.is_cross_attention]
+        self.attentions = [] if is_packed else attentions
+        self.context_width = network.packed_width if isinstance(network, PackedNetwork) else 0
         for attention in self.attentions:
             attention.set_processor(_ProjectedAttention(self.context_width))
             self.context_width += 2 * attention.inner_dim
@@ -64,7 +69,9 @@ class SamplingNetwork:
 
     @torch.inference_mode()
     def project(self, states: Tensor) -> Tensor:
-        """Caption states [B, T, D] to their keys and values in every cross-attention, [B, T, K]."""
+        """Caption states [B, T, D] to their keys and values in every cross-attention, [B, T, K]; packed captions stay."""
+        if isinstance(self.network, PackedNetwork):
+            return states.to(self.device, self.dtype)
         # One by one, so that a caption's bits do not depend on its company.
         return torch.cat([self._project_one(one) for one in states.to(self.device, self.dtype).split(1)])
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from isocost.errors import RequestError
+from isocost.models.hub.facts import NoiseSpec
 from isocost.stages import NUM_TRAIN_TIMESTEPS, PredictionType
 
 START_NOISE = 0
@@ -42,11 +43,13 @@ class Schedule:
     Attributes:
         alpha, sigma: float64 [T], `x_t = alpha x0 + sigma noise`; alpha falls inside [0, 1), sigma rises inside (0, 1].
         timesteps: float64 [T], what the network is told at each index.
+        ends_clean: DDIM's last step leads to the clean latent (diffusers' `set_alpha_to_one`), not to index 0.
     """
 
     alpha: Floats
     sigma: Floats
     timesteps: Floats
+    ends_clean: bool = False
 
     def __post_init__(self) -> None:
         for name in ("alpha", "sigma", "timesteps"):
@@ -59,12 +62,12 @@ class Schedule:
             raise RequestError("a schedule's alpha must fall inside [0, 1) and its sigma rise inside (0, 1]")
 
     @staticmethod
-    def of_alphas_cumprod(alphas_cumprod: NDArray[np.floating]) -> Schedule:
+    def of_alphas_cumprod(alphas_cumprod: NDArray[np.floating], ends_clean: bool = False) -> Schedule:
         """The variance-preserving schedule of `alphas_cumprod` [T] (diffusers' name for alpha^2)."""
         values = np.asarray(alphas_cumprod, dtype=np.float64)
         if values.ndim != 1 or not values.size or np.any(np.diff(values) >= 0) or not 0 <= values[-1] <= values[0] < 1:
             raise RequestError("alphas_cumprod must fall and stay inside [0, 1)")
-        return Schedule(np.sqrt(values), np.sqrt(1 - values), np.arange(len(values), dtype=np.float64))
+        return Schedule(np.sqrt(values), np.sqrt(1 - values), np.arange(len(values), dtype=np.float64), ends_clean)
 
     @staticmethod
     @lru_cache(maxsize=64)
@@ -81,10 +84,7 @@ class Schedule:
         """
         roots: Floats = np.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_timesteps)
         alphas_cumprod = np.cumprod(1 - roots**2, dtype=np.float64)
-        if zero_terminal_snr:
-            alpha = np.sqrt(alphas_cumprod)
-            alphas_cumprod = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
-        return Schedule.of_alphas_cumprod(alphas_cumprod)
+        return Schedule.of_alphas_cumprod(_ending_at_zero(alphas_cumprod) if zero_terminal_snr else alphas_cumprod)
 
     @staticmethod
     @lru_cache(maxsize=64)
@@ -99,6 +99,32 @@ class Schedule:
             raise RequestError(f"shift = {shift}: a flow's shift is above 0")
         sigma = shifted(np.arange(1, num_timesteps + 1) / num_timesteps, shift)
         return Schedule(1 - sigma, sigma, sigma * num_timesteps)
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def of(noise: NoiseSpec) -> Schedule:
+        """The schedule of a published checkpoint, as diffusers' schedulers make it of the same fields.
+
+        `squaredcos_cap_v2` is the cosine schedule of arXiv 2102.09672, eq. 17, with betas up to 0.999.
+
+        Raises:
+            RequestError: the fields make no schedule.
+        """
+        if noise.kind == "flow":
+            return Schedule.flow(noise.shift, noise.num_timesteps)
+        start, end, number = noise.beta_start, noise.beta_end, noise.num_timesteps
+        betas: Floats
+        if noise.kind == "linear":
+            betas = np.linspace(start, end, number)
+        elif noise.kind == "scaled_linear":
+            betas = np.linspace(math.sqrt(start), math.sqrt(end), number) ** 2
+        else:
+            level = np.cos((np.arange(number + 1) / number + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = np.minimum(1 - level[1:] / level[:-1], 0.999)
+        alphas_cumprod = np.cumprod(1 - betas, dtype=np.float64)
+        if noise.zero_terminal_snr:
+            alphas_cumprod = _ending_at_zero(alphas_cumprod)
+        return Schedule.of_alphas_cumprod(alphas_cumprod, noise.ends_clean)
 
     @property
     def num_timesteps(self) -> int:
@@ -154,6 +180,13 @@ class Schedule:
             for values in x0_coefficients(prediction, self.alpha[at], self.sigma[at])
         )
         return from_x * x + from_output * output
+
+
+def _ending_at_zero(alphas_cumprod: Floats) -> Floats:
+    """alpha shifted and scaled so that it ends at 0 and begins where it began (arXiv 2305.08891, algorithm 1)."""
+    alpha = np.sqrt(alphas_cumprod)
+    values: Floats = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+    return values
 
 
 def shifted(sigma: Floats, shift: float) -> Floats:

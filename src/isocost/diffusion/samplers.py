@@ -108,11 +108,11 @@ def _table(
 def ddim(spec: SamplerSpec, num_steps: int, schedule: Schedule) -> SamplerTable:
     """Song et al., arXiv 2010.02502, eqs. 12 and 16, the noise prediction written through x0.
 
-    Ends at the schedule's index 0 as Stable Diffusion does (`set_alpha_to_one: false`), flows end clean. So with "linspace"
-    spacing, whose grid ends at timestep 0 itself, the last of several evaluations changes nothing.
+    Ends at the schedule's index 0 as Stable Diffusion does (`set_alpha_to_one: false`), flows and `ends_clean` end clean. So
+    with "linspace" spacing, whose grid ends at timestep 0 itself, the last of several evaluations changes nothing.
     """
     grid = make_grid(spec, num_steps, schedule)
-    if not schedule.is_flow:
+    if not (schedule.is_flow or schedule.ends_clean):
         grid = grid.ending_at(schedule.alpha[0], schedule.sigma[0])
     return _first_order(grid, spec.eta)
 

@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
+from isocost.data.codec import Codec
 from isocost.diffusion.generate import CaptionStates
 from isocost.diffusion.rows import ByPicture
-from isocost.models.checkpoint import save_networks
+from isocost.models.checkpoint import CheckpointInfo, save_networks
 from isocost.models.networks import Network
 from isocost.score.protocol import Protocol
 from isocost.score.reference import Reference
@@ -34,7 +35,8 @@ class Run:
     """One training: its network, the digest of its run, and the digest of its checkpoint by images seen.
 
     `parent` is the folder of the checkpoint whose weights it starts from; None starts from random ones. `variant` sets it apart
-    from other runs of its size.
+    from other runs of its size. A run that is given is trained elsewhere: its one checkpoint is there, and nothing of `spec` is
+    asked.
     """
 
     task: TaskName
@@ -44,6 +46,7 @@ class Run:
     checkpoints: dict[int, str]
     parent: Path | None = None
     variant: str = ""
+    is_given: bool = False
 
     @property
     def final(self) -> str:
@@ -53,6 +56,8 @@ class Run:
     @property
     def title(self) -> str:
         """Which training it is: "superres width 8 from scratch"."""
+        if self.is_given:
+            return self.variant
         name = "" if self.task == "text2image" else f"{self.task} "
         return f"{name}width {self.model.width} {self.variant}".rstrip()
 
@@ -62,7 +67,7 @@ class Bench:
     """What points are made and scored with.
 
     `captions` are the states of the captions that are drawn, `kept` the ids of the pictures that every point keeps, `beside`
-    what the network sees beside the noisy latent, by picture id.
+    what the network sees beside the noisy latent, by picture id. `codec` is a given checkpoint's; the study's where None.
     """
 
     reference: Reference
@@ -70,6 +75,7 @@ class Bench:
     kept: list[int]
     distances: tuple[str, ...]
     beside: ByPicture | None = None
+    codec: Codec | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,10 @@ class Experiment(ABC):
     def facts(self, run: Run) -> dict[str, Any]:
         """What a checkpoint's `isocost.json` says beyond the rest, or in its place."""
         return {}
+
+    def given(self, run: Run) -> CheckpointInfo | None:
+        """What a run that is given is, trained elsewhere; None of one that is trained here."""
+        return None
 
     def training_gflop(self, run: Run, images_seen: int) -> float | None:
         """What a training took; None where that is 3 x forward x images."""

@@ -30,7 +30,7 @@ class TextToImageExperiment(Experiment):
     def runs(self) -> list[Run]:
         """The trainings that the study asks for, smallest first."""
         channels, side, _ = self.materials.latent_shape
-        family, context_width = self.study.family, self.materials.text.context_width
+        family, context_width = self.study.own.family, self.materials.text.context_width
         runs = []
         for width in sorted(family.widths):
             model = ModelSpec(
@@ -44,7 +44,7 @@ class TextToImageExperiment(Experiment):
                 patch=family.patch,
             )
             gflop = model_cost(model, self.study.text.max_tokens).gflop_per_forward
-            runs.append(make_run("text2image", model, self.study.train, self.stage, gflop))
+            runs.append(make_run("text2image", model, self.study.own.train, self.stage, gflop))
         return runs
 
     @property

@@ -232,7 +232,7 @@ class _Calculator:
             latent, tokens = (codec.latent_channels, side, side), (study.text.max_tokens, text.context_width)
             return forecast_bytes(pictures, latent, pictures, tokens, study.text.cache_states)
 
-        number = most_pictures(study.data.train)
+        number = most_pictures(study.own.pictures)
         encoded = Work(tf32=codec.encode_gflop, fp32=(text.gflop or 0.0) if study.text.cache_states else 0.0)
         return MaterialsForecast(
             codec_gflop=trained.gflop,

@@ -86,7 +86,7 @@ def codec_shape(study: StudySpec) -> CodecShape:
     Raises:
         RequestError: a pretrained one is neither here nor among the known.
     """
-    spec, resolution = study.codec, study.data.resolution
+    spec, resolution = study.own.codec, study.data.resolution
     if isinstance(spec, LinearCodecSpec):
         return _linear(spec.num_channels, spec.patch, resolution, "the study's linear codec")
     if isinstance(spec, TrainedCodecSpec):

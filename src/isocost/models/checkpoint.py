@@ -20,6 +20,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from isocost.errors import RequestError
+from isocost.models.cost import paper_gflop
+from isocost.models.hub.facts import GivenSpec
+from isocost.models.hub.folder import content_digest, find_folder, is_given
+from isocost.models.hub.kinds import load_network
+from isocost.models.hub.packed import PackedNetwork
+from isocost.models.hub.reading import kind_at, read_pipeline
 from isocost.models.networks import NETWORK_FOLDERS, Network, folder_of, read_network, write_config
 from isocost.models.weights import Plan, write_streamed
 from isocost.spec import Spec
@@ -38,6 +44,7 @@ class CheckpointInfo(Spec):
     `codec` is a path beside the checkpoint, a folder, a Hub id or `scenes`. `parent` is the digest of the checkpoint that a
     tuned one started from; `scale` that of super-resolution. A student says how it was `distilled` and, where it takes w as an
     input, the range that it learned. `training_gflop` is what the training took where that is not 3 x forward x images.
+    `given` is of a published checkpoint: a pipeline folder of diffusers, which stays where it is.
     """
 
     model: ModelSpec
@@ -60,10 +67,13 @@ class CheckpointInfo(Spec):
     distilled: str = ""
     guidance_range: tuple[float, float] | None = None
     training_gflop: float | None = None
+    given: GivenSpec | None = None
 
     @property
     def sampler(self) -> SamplerSpec:
         """What it is sampled with where nothing else is asked for."""
+        if self.given is not None:
+            return self.given.sampler
         return SamplerSpec(name="lcm") if self.distilled in CONSISTENT else SamplerSpec()
 
     @property
@@ -93,7 +103,7 @@ class Checkpoint:
     folder: Path
     digest: str
     info: CheckpointInfo
-    network: Network
+    network: Network | PackedNetwork
 
     @property
     def codec_path(self) -> str:
@@ -150,13 +160,16 @@ def save_networks(
 
 
 def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Open a checkpoint folder.
+    """Open a checkpoint folder: one of isocost, or a text-to-image pipeline of diffusers, by its folder or Hub id.
 
     Raises:
-        RequestError: no such folder, not a checkpoint of isocost, pickled or truncated weights.
+        RequestError: no such folder, not a checkpoint, pickled or truncated weights, a pipeline that is not read here, or one
+            that has changed since it was entered into an output folder.
     """
     path = Path(folder)
     info = read_info(path)
+    if info.given is not None:
+        return _open_given(path, info, device)
     try:
         network = read_network(network_folder(path))
     except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
@@ -164,18 +177,42 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> C
     return Checkpoint(path, read_manifest(path)["digest"], info, network.to(device).eval().requires_grad_(False))
 
 
+def _open_given(path: Path, info: CheckpointInfo, device: torch.device | str) -> Checkpoint:
+    assert info.given is not None
+    source = find_folder(info.given.path)
+    name = content_digest(source)
+    if (path / MANIFEST).is_file() and read_manifest(path)["digest"] != name:
+        raise RequestError(f"{info.given.path}: has changed since it was scored as {path.name}; run the study again")
+    network = load_network(kind_at(source), source, info.resolution)
+    return Checkpoint(source, name, info, network.to(device).eval().requires_grad_(False))
+
+
+def given_info(path: str | Path) -> CheckpointInfo:
+    """What a pipeline folder of diffusers, or a Hub id, is as a checkpoint. Its normalised cost is by the paper's network.
+
+    Raises:
+        RequestError: the pipeline is not read here, is not whole, or lacks what must be known.
+    """
+    facts = read_pipeline(path)
+    return CheckpointInfo(**facts, normalised_cost=facts["gflop_per_forward"] / paper_gflop())
+
+
 def read_info(path: Path) -> CheckpointInfo:
     """What a checkpoint folder says of itself, without its weights.
 
     Raises:
-        RequestError: no such folder, not a checkpoint of isocost, or pickled weights.
+        RequestError: no such folder, not a checkpoint, or pickled weights.
     """
+    if not (path / MANIFEST).is_file() and is_given(path):
+        return given_info(path)
     if path.is_file() and path.suffix in PICKLE_SUFFIXES:
         raise RequestError(
             f"{path}: pickled weights are refused (they can run code when loaded); convert to a safetensors folder"
         )
     if not path.is_dir():
         raise RequestError(f"{path}: no such checkpoint folder; a run writes them to OUT/artefacts/checkpoint/")
+    if (path / MANIFEST).is_file() and (manifest := read_manifest(path)).get("info", {}).get("given") is not None:
+        return CheckpointInfo.model_validate(manifest["info"])
     part = network_folder(path)
     refuse_pickles(path)
     refuse_pickles(part)

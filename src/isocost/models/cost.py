@@ -60,6 +60,14 @@ def model_cost(spec: ModelSpec, num_tokens: int = PAPER_NUM_TOKENS) -> ModelCost
     return ModelCost(name, spec.width, num_parameters, gflop, gflop / reference)
 
 
+def paper_gflop() -> float:
+    """GFLOP of one forward of the paper's 866M network at its own shape (64 x 64 x 4, 77 tokens of width 1024).
+
+    The unit of checkpoints that are given: they differ in latents and captions, and are measured by one network.
+    """
+    return _count_reference(ModelSpec(width=REFERENCE_WIDTH), PAPER_NUM_TOKENS)
+
+
 @lru_cache(maxsize=256)
 def _count(spec: ModelSpec, num_tokens: int) -> tuple[int, float]:
     network = build_network(spec, device="meta").eval()

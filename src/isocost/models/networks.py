@@ -19,6 +19,7 @@ from isocost.models.dit import (
     embed_dit_guidance,
     widen_dit_input,
 )
+from isocost.models.hub.packed import PackedNetwork
 from isocost.models.unet import build_unet, check_width, embed_guidance, plain_config, widen_input
 from isocost.stages import FamilySpec, ModelSpec
 
@@ -96,6 +97,8 @@ def with_guidance(network: Network, width: int) -> Network:
 
 def guidance_width(network: nn.Module) -> int | None:
     """Width of the guidance embedding that a network takes; None where it takes none."""
+    if isinstance(network, PackedNetwork):
+        return network.guidance_width
     config: Any = network.config
     if isinstance(network, AdaptedUNet):
         return config.unet_config["time_cond_proj_dim"]
