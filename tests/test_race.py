@@ -18,7 +18,7 @@ from isocost.score.intervals import generated_counts, mean_resamples
 from isocost.score.protocol import Protocol
 from isocost.score.resamples import check_resampled
 from isocost.stages import ModelSpec, PointSpec, RaceSpec, SamplerSpec, TextSpec
-from isocost.sweep.points import Cell
+from isocost.sweep.points import Cell, cells_of
 from isocost.sweep.race import Found, Rules, nearest_place, race, value_at
 from isocost.sweep.racing import Contender, rungs_for, stopped
 
@@ -206,6 +206,18 @@ def test_a_race_goes_on_where_it_was_stopped(raced: Pipeline, tmp_path: Path) ->
         made += 1
     assert made == 1
     assert Pipeline(study, tmp_path).ledger.races() == raced.ledger.races()
+
+
+def test_a_range_that_begins_at_one_pass_is_raced_all_over() -> None:
+    def ranges(guidance: list[float], embeds: bool = False) -> list[tuple[float, ...]]:
+        study = tiny_study(sweep={**SWEEP, "num_steps": [2], "guidance": guidance}, **SMALL)
+        protocol = Protocol(32, 32, 32, "extractor", "reference", "captions", "none", 100, 0)
+        return [cell.guidance for cell in cells_of("checkpoint", study.sweep, study.protocol, protocol, "kernel", embeds)]
+
+    assert ranges([1, 6]) == [(1,), (1.09, 6)]
+    assert ranges([1, 1.5, 6]) == [(1,), (1.5, 6)]
+    assert ranges([4]) == [(4,)]
+    assert ranges([1, 6], embeds=True) == [(1, 6)]
 
 
 def test_bad_races_are_one_line() -> None:

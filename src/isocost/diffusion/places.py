@@ -162,7 +162,8 @@ class Places:
         self.x[on_device] = torch.stack([one.start for one in fresh])
         # A first line's c and d are 0, but 0 times a former row's infinity is not.
         self.x0[on_device] = self.x0_before[on_device] = 0.0
-        self.guidance[on_device] = torch.tensor([self.conditions.weight(one.row) for one in fresh], device=self.device)
+        weights = [float(self.conditions.weight(one.row)) for one in fresh]
+        self.guidance[on_device] = torch.tensor(weights, device=self.device)
         if self._beside_of is not None:
             self.beside[on_device] = self._beside_of(torch.tensor([one.row.picture_id for one in fresh])).to(self.beside)
         self._condition(wanted)

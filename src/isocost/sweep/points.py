@@ -12,6 +12,7 @@ from isocost.models.checkpoint import CheckpointInfo
 from isocost.score.protocol import Protocol
 from isocost.spec import digest
 from isocost.stages import ModelSpec, PointSpec, ProtocolSpec, RaceSpec, SweepSpec
+from isocost.sweep.race import value_at
 
 VERSION = 2
 """Raised when a fix changes what a point's pictures or scores are."""
@@ -144,12 +145,17 @@ def cells_of(
     metric: str,
     embeds_guidance: bool,
 ) -> list[Cell]:
-    """The cells of a checkpoint where guidance is raced, by sampler, passes and rising steps; none where it is a grid."""
+    """The cells of a checkpoint where guidance is raced, by sampler, passes and rising steps; none where it is a grid.
+
+    A range from 1, one pass, to a value of two passes is searched from the ladder's first value above 1.
+    """
     if sweep.search != "race":
         return []
     by_passes: dict[int, list[float]] = {}
     for value in sorted(set(sweep.guidance)):
         by_passes.setdefault(num_passes(value, embeds_guidance), []).append(value)
+    if by_passes.get(1) == [1] and len(by_passes.get(2, ())) == 1:
+        by_passes[2].insert(0, value_at(1))
     cells = []
     for sampler in sweep.samplers:
         for passes, values in by_passes.items():
