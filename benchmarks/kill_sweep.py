@@ -33,8 +33,8 @@ from isocost.spec import parse_spec
 from isocost.study import StudySpec
 from isocost.sweep import workers
 from isocost.sweep.ledger import Ledger
+from isocost.sweep.tables import OF_THE_MACHINE
 
-TIMES = ["ms_per_picture", "seconds", "created", "provenance"]
 NOTES = "ISOCOST_SHARDS_MADE"
 LEAST_S, MOST_S = 0.2, 6.0
 STUDY: dict[str, Any] = {
@@ -61,8 +61,8 @@ def work(out: str, ledger: str | None) -> None:
         with Path(os.environ[NOTES]).open("a") as file:
             file.write(f"{what} {digest}\n")
 
-    def noted(this: workers.Worker, made: Any, ms: float) -> None:
-        keep(this, made, ms)
+    def noted(this: workers.Worker, made: Any, *measured: Any) -> None:
+        keep(this, made, *measured)
         note("made", made.shard.digest)
 
     entering = workers._rows
@@ -174,9 +174,9 @@ def disturbed(way: str, root: Path, kills: int, told: Callable[[str], None]) -> 
     if way == "postgresql":
         with postgresql(root / "pg") as (address, restart):
             count = killed(out, address, notes, kills, told, restart)
-            return count, Ledger(address).table().drop(columns=TIMES)
+            return count, Ledger(address).table().drop(columns=OF_THE_MACHINE)
     count = on_ray(out, kills) if way == "ray" else killed(out, None, notes, kills, told)
-    return count, Ledger(out / "ledger.sqlite").table().drop(columns=TIMES)
+    return count, Ledger(out / "ledger.sqlite").table().drop(columns=OF_THE_MACHINE)
 
 
 def measure(way: str, kills: int, told: Callable[[str], None]) -> tuple[list[Any], list[Any]]:
@@ -186,7 +186,7 @@ def measure(way: str, kills: int, told: Callable[[str], None]) -> tuple[list[Any
         root.chmod(0o755)
         alone_notes = root / "alone.txt"
         assert start(root / "alone", None, alone_notes).wait(1200) == 0, "the undisturbed run failed"
-        alone = Ledger(root / "alone" / "ledger.sqlite").table().drop(columns=TIMES)
+        alone = Ledger(root / "alone" / "ledger.sqlite").table().drop(columns=OF_THE_MACHINE)
         num_shards = len(_noted(alone_notes, "made"))
         started = time.monotonic()
         count, sweeps, twice, again, leftovers, same = 0, 0, 0, 0, 0, True

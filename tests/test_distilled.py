@@ -28,12 +28,12 @@ from isocost.sampling import sample
 from isocost.score.intervals import Interval
 from isocost.spec import parse_spec
 from isocost.study import StudySpec
+from isocost.sweep.tables import OF_THE_MACHINE
 from isocost.upscaling import upscale
 from planted import planted_table
 from stopping import stop_twice
 
 VARIANTS = ["consistency", "codi", "codi-efficient", "progressive"]
-TIMES = ["ms_per_picture", "seconds", "created", "provenance"]
 
 
 def distill_study(**changes: Any) -> StudySpec:
@@ -177,7 +177,9 @@ def test_a_run_that_was_killed_in_between_ends_with_the_same_table(
     pipeline = Pipeline(study, out)
     assert pipeline.run()
     report(pipeline)
-    left, right = (pd.read_parquet(each.out / "table-distill.parquet").drop(columns=TIMES) for each in (finished, pipeline))
+    left, right = (
+        pd.read_parquet(each.out / "table-distill.parquet").drop(columns=OF_THE_MACHINE) for each in (finished, pipeline)
+    )
     pd.testing.assert_frame_equal(left, right)
 
 
@@ -210,7 +212,7 @@ def test_diffusers_draws_what_a_consistency_student_draws(
     codec, decoded = load_codec("scenes"), []
     decode = codec.decode
     monkeypatch.setattr(codec, "decode", lambda latents: decoded.append(latents.clone()) or decode(latents))
-    monkeypatch.setattr("isocost.sampling.load_codec", lambda *_: codec)
+    monkeypatch.setattr("isocost.sampling.codec_of", lambda *_: codec)
     sample(folder, prompts, num_steps=num_steps, guidance=guidance, num_pictures=1, seed=5)
     ours = decoded[0][:2]
     pipeline = LatentConsistencyModelPipeline.from_pretrained(export(folder, tmp_path / "exported"), use_safetensors=True)

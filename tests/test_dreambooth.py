@@ -36,11 +36,11 @@ from isocost.spec import parse_spec
 from isocost.stages import ModelSpec, ProtocolSpec, TextSpec, TrainSpec
 from isocost.store import Store
 from isocost.study import StudySpec
+from isocost.sweep.tables import OF_THE_MACHINE
 from isocost.train.tasks import Dreambooth, TextToImage
 from small import Talking, Thumbnail, scenes
 from stopping import stop_twice
 
-TIMES = ["ms_per_picture", "seconds", "created", "provenance"]
 CPU = torch.device("cpu")
 
 
@@ -302,7 +302,9 @@ def test_a_tuning_that_was_killed_ends_with_the_same_table(
     pipeline = Pipeline(dreambooth_study(), out)
     assert pipeline.run()
     report(pipeline)
-    left, right = (pd.read_parquet(each.out / "table-dreambooth.parquet").drop(columns=TIMES) for each in (finished, pipeline))
+    left, right = (
+        pd.read_parquet(each.out / "table-dreambooth.parquet").drop(columns=OF_THE_MACHINE) for each in (finished, pipeline)
+    )
     pd.testing.assert_frame_equal(left, right)
 
 

@@ -24,8 +24,7 @@ from isocost.score.kept import read_measured
 from isocost.store import Store
 from isocost.study_file import load_study
 from isocost.sweep import shards
-
-TIMES = ["ms_per_picture", "seconds", "created", "provenance"]
+from isocost.sweep.tables import OF_THE_MACHINE
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def table_of(out: Path) -> pd.DataFrame:
-    return pd.read_parquet(out / "table.parquet").drop(columns=TIMES)
+    return pd.read_parquet(out / "table.parquet").drop(columns=OF_THE_MACHINE)
 
 
 def test_the_table_holds_the_grid_and_the_marks(finished: Path) -> None:
@@ -50,6 +49,8 @@ def test_the_table_holds_the_grid_and_the_marks(finished: Path) -> None:
     assert set(table["images_seen"]) == {128, 256}
     for metric in ("kernel_efficientnet", "alignment"):
         assert (table[f"{metric}_low"] <= table[f"{metric}_high"]).all()
+    peaks = pd.read_parquet(finished / "table.parquet")["peak_memory_mib"]
+    assert peaks.isna().all() if sys.platform != "linux" else (peaks > 100).all()
     one_pass = finals[finals["guidance"] == 1]
     assert (one_pass["nfe"] == one_pass["num_steps"]).all()
     two_passes = finals[finals["guidance"] == 2]

@@ -12,6 +12,7 @@ import pytest
 
 from conftest import tiny_study
 from isocost.errors import RequestError
+from isocost.merging import keep, merge
 from isocost.models.checkpoint import CheckpointInfo
 from isocost.pipeline import Pipeline
 from isocost.score.intervals import generated_counts, mean_resamples
@@ -21,6 +22,7 @@ from isocost.stages import ModelSpec, PointSpec, RaceSpec, SamplerSpec, TextSpec
 from isocost.sweep.points import Cell, cells_of
 from isocost.sweep.race import Found, Rules, nearest_place, race, value_at
 from isocost.sweep.racing import Contender, rungs_for, stopped
+from isocost.sweep.tables import OF_THE_MACHINE
 
 N = 8000
 RULES = Rules(rungs_for(N), 1.5, 8.0)
@@ -186,7 +188,7 @@ def test_a_race_ends_in_points_of_their_own_noise(raced: Pipeline) -> None:
 
 
 def without_times(table: pd.DataFrame) -> pd.DataFrame:
-    return table.drop(columns=["ms_per_picture", "seconds", "created", "provenance"])
+    return table.drop(columns=OF_THE_MACHINE)
 
 
 def test_shards_of_another_size_and_a_second_look_change_nothing(raced: Pipeline, tmp_path: Path) -> None:
@@ -206,6 +208,30 @@ def test_a_race_goes_on_where_it_was_stopped(raced: Pipeline, tmp_path: Path) ->
         made += 1
     assert made == 1
     assert Pipeline(study, tmp_path).ledger.races() == raced.ledger.races()
+
+
+def test_what_is_kept_goes_on_elsewhere_without_a_picture(raced: Pipeline, tmp_path: Path) -> None:
+    kept = keep(raced.out, tmp_path / "kept")
+    assert kept == keep(raced.out, tmp_path / "kept")
+    assert not (tmp_path / "kept" / "artefacts" / "point").exists()
+    merge(tmp_path / "out", [tmp_path / "kept"])
+    again = Pipeline(raced.study, tmp_path / "out")
+    plan = again.plan()["total"]
+    assert plan["points_to_make"] == plan["pictures_of_races"] == 0
+    assert again.run()
+    assert again.ledger.races() == raced.ledger.races()
+    pd.testing.assert_frame_equal(again.ledger.table(), raced.ledger.table())
+    assert not list((tmp_path / "out" / "artefacts").glob("point/*"))
+    assert not list((tmp_path / "out" / "artefacts").glob("run/*"))
+    with pytest.raises(RequestError, match=r"train\.lr"):
+        keep(raced.out, other_study_kept(tmp_path))
+
+
+def other_study_kept(root: Path) -> Path:
+    study = tiny_study(sweep=SWEEP, **{**SMALL, "train": {**SMALL["train"], "lr": 2e-3}})
+    assert Pipeline(study, root / "other").run()
+    keep(root / "other", root / "other-kept")
+    return root / "other-kept"
 
 
 def test_a_range_that_begins_at_one_pass_is_raced_all_over() -> None:

@@ -28,9 +28,7 @@ from isocost.sweep import workers
 from isocost.sweep.claims import Claims
 from isocost.sweep.ledger import Ledger
 from isocost.sweep.shards import shards_of
-from isocost.sweep.tables import ClaimRow
-
-TIMES = ["ms_per_picture", "seconds", "created", "provenance"]
+from isocost.sweep.tables import OF_THE_MACHINE, ClaimRow
 
 
 def small(**changes: Any) -> dict[str, Any]:
@@ -44,7 +42,7 @@ def small(**changes: Any) -> dict[str, Any]:
 
 
 def table_of(out: Path, ledger: str | None = None) -> pd.DataFrame:
-    return Ledger(ledger or out / "ledger.sqlite").table().drop(columns=TIMES)
+    return Ledger(ledger or out / "ledger.sqlite").table().drop(columns=OF_THE_MACHINE)
 
 
 @pytest.fixture(scope="module")

@@ -37,12 +37,12 @@ from isocost.spec import parse_spec
 from isocost.stages import ModelSpec, SamplerSpec
 from isocost.study import StudySpec
 from isocost.sweep import shards
+from isocost.sweep.tables import OF_THE_MACHINE
 from isocost.train.tasks import Superres
 from isocost.upscaling import upscale
 from stopping import stop_twice
 
 LPIPS_FREE = ["psnr", "ssim"]
-TIMES = ["ms_per_picture", "seconds", "created", "provenance"]
 
 
 def superres_study(**changes: Any) -> StudySpec:
@@ -229,7 +229,9 @@ def test_a_run_that_was_killed_in_between_ends_with_the_same_table(
     pipeline = Pipeline(study, out)
     assert pipeline.run()
     report(pipeline)
-    left, right = (pd.read_parquet(each.out / "table-superres.parquet").drop(columns=TIMES) for each in (finished, pipeline))
+    left, right = (
+        pd.read_parquet(each.out / "table-superres.parquet").drop(columns=OF_THE_MACHINE) for each in (finished, pipeline)
+    )
     pd.testing.assert_frame_equal(left, right)
 
 

@@ -17,7 +17,9 @@ from isocost.data.codec import LinearCodec, TextCodec
 from isocost.data.shards import Place
 from isocost.diffusion.noise import Schedule
 from isocost.errors import RequestError, WorkError
-from isocost.models.checkpoint import load_checkpoint, save_networks
+from isocost.experiments.experiment import make_run
+from isocost.models.checkpoint import WEIGHTS, load_checkpoint, save_networks
+from isocost.models.networks import read_network
 from isocost.models.unet import build_unet
 from isocost.stages import ModelSpec, ScenesSource, TextSpec, TrainSpec
 from isocost.train.ema import Ema
@@ -154,6 +156,22 @@ def test_a_checkpoint_loads_in_diffusers(tmp_path: Path) -> None:
         scheduler.alphas_cumprod.double(), torch.from_numpy(Schedule.scaled_linear().alphas_cumprod.copy()), atol=1e-6
     )
     assert scheduler.config.prediction_type == "v_prediction"
+
+
+def test_a_checkpoint_in_bf16_is_half_as_large_and_another_one(tmp_path: Path) -> None:
+    network = build_unet(MODEL)
+    for name, dtype in (("whole", torch.float32), ("half", torch.bfloat16)):
+        save_networks(tmp_path / name, network, "v_prediction", dtype=dtype)
+    loaded = read_network(tmp_path / "half" / "unet")
+    for own, read in zip(network.parameters(), loaded.parameters(), strict=True):
+        assert read.dtype is torch.float32
+        assert torch.equal(own.bfloat16().float(), read)
+    whole, half = ((tmp_path / name / "unet" / WEIGHTS).stat().st_size for name in ("whole", "half"))
+    assert 0.5 <= half / whole < 0.6
+    runs = [make_run("text2image", MODEL, SPEC.model_copy(update={"publish_precision": p}), {}, 1.0) for p in ("fp32", "bf16")]
+    assert runs[0].digest == runs[1].digest
+    assert runs[0].checkpoints.keys() == runs[1].checkpoints.keys()
+    assert set(runs[0].checkpoints.values()).isdisjoint(runs[1].checkpoints.values())
 
 
 def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:

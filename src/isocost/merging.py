@@ -1,4 +1,7 @@
-"""Two output folders of one study made one: what machines without a common disk have done is united."""
+"""Output folders of one study made one, and the small part of one that is worth keeping for good.
+
+What machines without a common disk have done is united. What is kept of a study goes on anywhere, united with a new folder.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,37 @@ UNITED_LISTS = (
     ("sweep", "samplers"),
 )
 """What two folders of one study may have more of than the other."""
+
+KEPT_KINDS = ("codec", "codec-quality", "checkpoint", "probe", "floor")
+"""Artefacts that are small and cost much to make again."""
+
+
+def keep(out: str | Path, folder: str | Path) -> dict[str, int]:
+    """Copy into `folder` what of `out` is worth keeping: study, ledger, codec, checkpoints, what they were compared with.
+
+    Pictures, features, latents and training states stay behind; `merge` with a new folder goes on from there without making
+    any finished training, race or point again. Returns how many artefacts and bytes `folder` holds afterwards.
+
+    Raises:
+        RequestError: `out` is no study's output folder, or `folder` keeps another study.
+    """
+    source, target = Path(out), Path(folder)
+    study = _study(source)
+    if (target / STUDY_FILE).is_file():
+        refuse_conflict(study, Store(target))
+        study = _united(_study(target), study)
+    elif target.exists() and any(target.iterdir()):
+        raise RequestError(f"{target}: neither empty nor what is kept of a study")
+    target.mkdir(parents=True, exist_ok=True)
+    write_atomically(target / STUDY_FILE, dump_study(study))
+    Ledger(target / LEDGER_FILE).take_over(Ledger(source / LEDGER_FILE))
+    for kind in KEPT_KINDS:
+        for artefact in sorted((source / "artefacts" / kind).glob("[!.]*")):
+            final = target / "artefacts" / kind / artefact.name
+            if not final.exists() and (artefact / MANIFEST).is_file():
+                copy_artefact(artefact, final, target / "artefacts" / ".partial")
+    files = [file for file in target.rglob("*") if file.is_file()]
+    return {"artefacts": len(list(target.glob("artefacts/[!.]*/*"))), "bytes": sum(file.stat().st_size for file in files)}
 
 
 def merge(out: str | Path, others: list[Path]) -> dict[str, int]:

@@ -218,6 +218,7 @@ NOT_OF_THE_RECIPE = frozenset(
         "keep_last_states",
         "keep_state_every_images",
         "publish_ema",
+        "publish_precision",
         "tracker",
         "microbatch",
         "sharding",
@@ -256,6 +257,7 @@ class TrainSpec(Spec):
     min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting of the loss, arXiv 2303.09556; 5 is usual")
     ema_half_life_images: int | tuple[int, ...] = Field(10_000, description="one or several, all kept; the first is published")
     publish_ema: int | None = Field(None, description="which of ema_half_life_images checkpoints hold; the first where absent")
+    publish_precision: Precision = Field("fp32", description="of the weights in checkpoints; bf16 halves them, for keeping")
     precision: Precision = "fp32"
     sharding: Literal["none", "fsdp"] = Field(
         "none", description="fsdp: weights, gradients, moments and EMA are shared out over the processes (FSDP2)"

@@ -105,18 +105,22 @@ class Sweeper:
             return run_races(self._worker(run, job), job.cells, done, deadline)
 
     def _stopped(self, jobs: Sequence[Job], races: Races, sweep: SweepSpec) -> dict[str, str]:
-        """Cells that are not scored, with the reason."""
+        """Cells that are not scored, with the reason. Those whose pictures are not here any more stay as they were settled."""
         if sweep.race.stop_confidence is None:
             return {}
-        contenders = []
+        contenders, settled = [], {}
         for job in jobs:
             info = read_info(self.store.folder("checkpoint", job.checkpoint))
             trials = Trials(self.store, job.bench().reference, sweep.shard_size)
             for cell in job.cells:
                 guidance = races[cell.digest]["guidance"]
                 drawn = json.loads(races[cell.digest]["pictures_at"])[str(guidance)]
+                if not all(self.store.has("shard", shard.digest) for shard in trials.shards(cell, guidance, drawn)):
+                    settled[cell.digest] = races[cell.digest]["stopped"]
+                    continue
                 contenders.append(contender_of(cell, info, trials, guidance, drawn))
-        return stopped(contenders, sweep.race.stop_confidence)
+        known = {cell: reason for cell, reason in settled.items() if reason is not None}
+        return stopped(contenders, sweep.race.stop_confidence) | known
 
     def _worker(self, run: Run, job: Job) -> Worker:
         bench = job.bench()

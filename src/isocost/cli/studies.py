@@ -121,6 +121,17 @@ def merge(
 
 
 @app.command()
+def keep(
+    out: Annotated[Path, typer.Argument(help="an output folder")],
+    folder: Annotated[Path, typer.Argument(help="takes the small part of it that lasts; a new one, or what was kept before")],
+) -> None:
+    """Keep study, ledger, codec and checkpoints of an output folder; `isocost merge NEW FOLDER` goes on from there."""
+    from isocost.merging import keep as keep_of
+
+    answer_json({"folder": str(folder), **keep_of(out, folder)})
+
+
+@app.command()
 def codec(study: Study, out: Out = None, overrides: Set = None) -> None:
     """Train (or fit) a study's codec, and measure it on held-out pictures beside the linear one of the same latent shape."""
     from isocost.pipeline import Pipeline

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor, nn
 
 from isocost.data.codec import Codec
@@ -119,7 +120,8 @@ class Experiment(ABC):
     def save(self, folder: Path, network: nn.Module, run: Run, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Write the networks of a checkpoint with these weights."""
         assert isinstance(network, Network), "another network has another way"
-        save_networks(folder, network, run.spec.prediction, run.spec.zero_terminal_snr, weights)
+        dtype = torch.bfloat16 if run.spec.publish_precision == "bf16" else torch.float32
+        save_networks(folder, network, run.spec.prediction, run.spec.zero_terminal_snr, weights, dtype)
 
     def facts(self, run: Run) -> dict[str, Any]:
         """What a checkpoint's `isocost.json` says beyond the rest, or in its place."""
@@ -199,6 +201,7 @@ def make_run(
     """A run named by what decides its weights: `stage`, the recipe, the network."""
     name = digest({"stage": "train", "version": TRAIN_VERSION, **stage, "recipe": spec.recipe()}, model)
     marks = sorted({spec.whole_batches(mark) for mark in spec.all_marks(gflop_per_forward)})
-    published = {} if spec.publish_ema is None else {"ema": spec.publish_ema}
+    published: dict[str, Any] = {} if spec.publish_ema is None else {"ema": spec.publish_ema}
+    published |= {} if spec.publish_precision == "fp32" else {"precision": spec.publish_precision}
     checkpoints = {mark: digest({"stage": "checkpoint", "run": name, "images": mark, **published}) for mark in marks}
     return Run(task, model, spec, name, checkpoints, parent, variant)

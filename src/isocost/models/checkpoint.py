@@ -144,17 +144,18 @@ def save_networks(
     prediction: PredictionType,
     zero_terminal_snr: bool = False,
     weights: Iterable[tuple[str, Tensor]] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write `unet/` or `transformer/`, and `scheduler/`; the manifest comes from the store when it publishes the folder.
 
     `weights` are names and whole tensors in the order of the network's parameters, its own where None; they are written one
-    at a time, so they need not fit into memory together.
+    at a time, so they need not fit into memory together. They are rounded to `dtype`, and float32 again where they are read.
     """
     assert len(network.state_dict()) == len(list(network.parameters())), "a network with buffers needs them written too"
-    plan: Plan = [(name, parameter.dtype, tuple(parameter.shape)) for name, parameter in network.named_parameters()]
+    plan: Plan = [(name, dtype, tuple(parameter.shape)) for name, parameter in network.named_parameters()]
     part = folder / folder_of(network)
     write_config(network, part)
-    tensors = (tensor for _, tensor in (weights if weights is not None else network.named_parameters()))
+    tensors = (tensor.to(dtype) for _, tensor in (weights if weights is not None else network.named_parameters()))
     write_streamed(part / WEIGHTS, plan, tensors, {"format": "pt"})
     scheduler_for(prediction, zero_terminal_snr).save_pretrained(folder / "scheduler")
 

@@ -23,8 +23,9 @@ from isocost.score.intervals import Interval
 from isocost.sweep.connection import connect, transact
 from isocost.sweep.tables import Base, EventRow, PointRow, ProtocolRow, RaceRow, SchemaRow, ScoreRow, ShardRow
 
-SCHEMA_VERSION = 5
-"""2: points carry all of their numerics. 3: and their task; none is text-to-image. 4: shards and claims. 5: races."""
+SCHEMA_VERSION = 6
+"""2: points carry all of their numerics. 3: and their task; none is text-to-image. 4: shards and claims. 5: races.
+6: peak memory."""
 ATTEMPTS = 10
 
 
@@ -149,7 +150,7 @@ class Ledger:
         return transact(self.engine, read)
 
     def take_over(self, other: Ledger) -> int:
-        """Copy the points that this ledger lacks, with scores and protocols, and the other's events; returns how many came."""
+        """Copy what this ledger lacks: points with scores and protocols, races, events; returns how many points came."""
         known = self.points()
         with Session(other.engine) as session:
             points = [row for row in session.scalars(select(PointRow)) if row.point not in known]
@@ -157,13 +158,14 @@ class Ledger:
             protocols = {row.protocol for row in points}
             scores = [row for row in session.scalars(select(ScoreRow)) if row.point in asked]
             told = [row for row in session.scalars(select(ProtocolRow)) if row.protocol in protocols]
+            races = [row for row in session.scalars(select(RaceRow)) if row.cell not in self.races()]
         new_events = [event for event in other.events() if event not in self.events()]
 
         def write(session: Session) -> None:
             for row in (*told, *points):
                 session.merge(row)
             session.flush()
-            for row in scores:
+            for row in (*scores, *races):
                 session.merge(row)
             session.add_all(EventRow(**event) for event in new_events)
 

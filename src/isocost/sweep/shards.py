@@ -29,6 +29,7 @@ from isocost.spec import digest
 from isocost.store import Store
 from isocost.sweep.points import Point
 
+MIB = 2**20
 VERSION = 1
 MAX_NOT_FINITE_SHARE = 0.01
 PICTURES = "pictures.safetensors"
@@ -91,8 +92,8 @@ class ShardInWork:
         self.broken = sorted([*self.broken, *(row.row.picture_id for row in part.broken)])
         self.least_bucket_size = min([self.least_bucket_size, *(row.bucket_size for row in (*part.rows, *part.broken))])
 
-    def write(self, store: Store, ms_per_evaluation: float) -> None:
-        """Make the shard durable."""
+    def write(self, store: Store, ms_per_evaluation: float, peak_bytes: int | None) -> None:
+        """Make the shard durable. `peak_bytes` of memory were in use meanwhile, if the device tells."""
         manifest: dict[str, Any] = {
             "point": self.shard.point.digest,
             "pictures": [self.shard.pictures.start, self.shard.pictures.stop],
@@ -101,6 +102,7 @@ class ShardInWork:
             "least_bucket_size": self.least_bucket_size,
             "ms_per_evaluation": ms_per_evaluation,
             "seconds": time.monotonic() - self.started,
+            "peak_bytes": peak_bytes,
         }
         with store.create("shard", self.shard.digest, manifest) as folder:
             if self.num_measured:
@@ -130,6 +132,7 @@ def assemble(
     per_evaluation = sum(
         manifest["ms_per_evaluation"] * len(shard.pictures) for manifest, shard in zip(manifests, shards, strict=True)
     )
+    peaks = [manifest["peak_bytes"] for manifest in manifests if manifest.get("peak_bytes") is not None]
     folders = [store.folder("shard", shard.digest) for shard in shards]
     kept = [load_file(folder / PICTURES)["pictures"] for folder in folders if (folder / PICTURES).is_file()]
     manifest = {
@@ -141,6 +144,7 @@ def assemble(
         "least_bucket_size": min(manifest["least_bucket_size"] for manifest in manifests),
         "ms_per_picture": per_evaluation / pictures * num_evaluations,
         "seconds": sum(manifest["seconds"] for manifest in manifests),
+        "peak_memory_mib": max(peaks) / MIB if peaks else None,
     }
     with store.create("point", point.digest, manifest) as folder:
         write_measured(folder, read_shards(store, reference, shards), reference.kept)

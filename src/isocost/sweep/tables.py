@@ -12,6 +12,10 @@ class Base(DeclarativeBase):
     """All tables."""
 
 
+OF_THE_MACHINE = ["ms_per_picture", "seconds", "peak_memory_mib", "created", "provenance"]
+"""Columns of a table that differ from one machine or moment to another; all others do not."""
+
+
 class SchemaRow(Base):
     """The version of the tables."""
 
@@ -47,6 +51,7 @@ class PointRow(Base):
     gflop: Mapped[float] = mapped_column(Float)
     ms_per_picture: Mapped[float] = mapped_column(Float)
     seconds: Mapped[float] = mapped_column(Float)
+    peak_memory_mib: Mapped[float | None] = mapped_column(Float)
     flagged: Mapped[bool] = mapped_column(Boolean)
     created: Mapped[str] = mapped_column(String(40))
     provenance: Mapped[str] = mapped_column(Text)

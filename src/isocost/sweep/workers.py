@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from isocost.data.codec import Codec
 from isocost.diffusion.engine import Engine
 from isocost.diffusion.generate import CaptionStates, Drawn, generate, make_engine, schedule_of
+from isocost.diffusion.instruments import instruments_of
 from isocost.diffusion.noise import Schedule
 from isocost.diffusion.rows import ByPicture, Row, num_passes
 from isocost.diffusion.samplers import build_table
@@ -138,6 +139,8 @@ class Worker:
                 yield from _rows(shard, schedule)
 
         made = 0
+        instruments = instruments_of(engine.device)
+        instruments.reset_peak()
         clock = _Clock()
         for drawn in generate(engine, self.codec, rows()):
             clock.stop(drawn)
@@ -146,7 +149,7 @@ class Worker:
                 work.add(part)
                 if work.is_whole:
                     del begun[part.digest]
-                    self._keep(work, clock.ms_per_evaluation)
+                    self._keep(work, clock.ms_per_evaluation, instruments.peak_bytes())
                     made += 1
                     if done is not None and self._finish(work.shard.point):
                         done(work.shard.point)
@@ -168,10 +171,10 @@ class Worker:
     def _is_made(self, shard: Shard) -> bool:
         return self.store.has("point", shard.point.digest) or self.store.has("shard", shard.digest)
 
-    def _keep(self, work: ShardInWork, ms_per_evaluation: float) -> None:
+    def _keep(self, work: ShardInWork, ms_per_evaluation: float, peak_bytes: int | None) -> None:
         """Make a shard durable, record it, and give its claim back."""
         shard = work.shard
-        work.write(self.store, ms_per_evaluation)
+        work.write(self.store, ms_per_evaluation, peak_bytes)
         self.ledger.add_shard(shard.digest, shard.point.digest, shard.pictures)
         self.claims.release(shard.digest)
 
@@ -211,6 +214,7 @@ class Worker:
             "least_bucket_size": manifest["least_bucket_size"],
             "ms_per_picture": manifest["ms_per_picture"],
             "seconds": manifest["seconds"],
+            "peak_memory_mib": manifest.get("peak_memory_mib"),
             "flagged": is_flagged(point.spec.num_pictures, self.reference, self.distances),
         }
         self.ledger.add_point(row, scores, provenance(), self.reference.protocol.parts)
