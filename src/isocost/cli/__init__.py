@@ -13,7 +13,8 @@ from isocost.cli.app import app
 from isocost.errors import RequestError, WorkError
 
 ORDER = (
-    *("demo", "family", "run", "codec", "train", "sweep", "work", "status", "merge", "keep", "report", "dreambooth", "recommend"),
+    *("demo", "family", "run", "codec", "train", "sweep", "work", "status", "merge", "keep", "report"),
+    *("dreambooth", "recommend"),
     *("sample", "upscale", "latency", "export", "score", "reference", "verify"),
 )
 """As `isocost --help` lists the commands: studies, then checkpoints, then scores."""
