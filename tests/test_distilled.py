@@ -310,6 +310,18 @@ def test_a_changed_recipe_conflicts_and_a_new_variant_does_not(finished: Pipelin
     assert [row["points_to_make"] for row in fewer.plan()["sizes"]] == [0, 0]
 
 
+def test_a_plan_counts_what_the_table_will_say(finished: Pipeline, tmp_path: Path) -> None:
+    """Teacher's and average's passes are part of a student's training, and earlier stages are not counted again."""
+    planned = Pipeline(finished.study, tmp_path).plan()["sizes"]
+    students = [(run, row) for run, row in zip(finished.runs, planned, strict=True) if run.task == "distill"]
+    told = finished.ledger.table().drop_duplicates("checkpoint").set_index("checkpoint")["training_gflop"]
+    assert students
+    for run, row in students:
+        assert row["training_gflop"] == pytest.approx(run.gflop_per_image * row["images_to_train"])
+        assert row["training_gflop"] + run.gflop_before == pytest.approx(told[run.final])
+        assert row["training_gflop"] > 3 * finished.cost(run).gflop_per_forward * row["images_to_train"]
+
+
 def test_the_command_line_draws_with_the_students_own_sampler(
     finished: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

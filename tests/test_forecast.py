@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +94,13 @@ def test_gradient_checkpointing_and_bf16_are_forecast_to_take_less() -> None:
         training_memory(model, SPEC.model_copy(update={"gradient_checkpointing": on}), 8, 4).step for on in (False, True)
     )
     assert lean < 0.7 * plain
+
+
+@pytest.mark.parametrize("changes", [{"adapter": "noisy"}, {"adapter": "beside", "extra_input_channels": 4}])
+def test_a_second_encoder_takes_more(changes: dict[str, Any]) -> None:
+    adapted, plain = (training_memory(SMALL.model_copy(update=own), SPEC, 2, 4) for own in (changes, {}))
+    assert adapted.state > plain.state
+    assert adapted.step > plain.step
 
 
 def test_a_study_is_forecast_and_nothing_is_written(tmp_path: Path) -> None:

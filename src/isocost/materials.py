@@ -42,7 +42,7 @@ from isocost.study import StudySpec
 from isocost.train.codec import fit_codec
 
 CODEC_VERSION = 1
-FLOOR_VERSION = 1
+FLOOR_VERSION = 2
 NUM_CODEC_PICTURES = 2000
 NUM_KEPT = 12
 

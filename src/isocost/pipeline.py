@@ -355,6 +355,12 @@ class Pipeline:
             return False
         return any(run.parent.name == other.final for other in open_ if other is not run)
 
+    def _gflop_to_train(self, run: Run, cost: ModelCost, images: int) -> float:
+        """What the last `images` of a run take."""
+        last, told = max(run.checkpoints), self.experiments[run.task].training_gflop
+        up_to, before = told(run, last), told(run, last - images)
+        return 3 * cost.gflop_per_forward * images if up_to is None or before is None else up_to - before
+
     def plan(self) -> dict[str, Any]:
         """What `run` would do, by size: images and GFLOP to train, points to make; disk. Reads the pictures; writes nothing.
 
@@ -381,7 +387,7 @@ class Pipeline:
                     "size": f"{cost.size} {run.variant}".rstrip(),
                     "width": cost.width,
                     "images_to_train": images,
-                    "training_gflop": 3 * cost.gflop_per_forward * images,
+                    "training_gflop": self._gflop_to_train(run, cost, images),
                     "points": len(points),
                     "points_to_make": len(missing),
                     "pictures": sum(point.spec.num_pictures for point in points),

@@ -12,7 +12,6 @@ Shapes: B rows, C latent channels, L latent side, T tokens, D width of the capti
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Literal
 
 import torch
@@ -36,7 +35,8 @@ class AdaptedUNet(ModelMixin, ConfigMixin):
         """`unet_config` is that of the U-Net itself, which takes C channels."""
         super().__init__()
         self.unet = UNet2DConditionModel.from_config(unet_config)
-        self.adapter = nn.ModuleDict({name: copy.deepcopy(getattr(self.unet, name)) for name in ADAPTER_PARTS})
+        other = UNet2DConditionModel.from_config(unet_config)  # a deep copy would leave a fake tensor's mode
+        self.adapter = nn.ModuleDict({name: getattr(other, name) for name in ADAPTER_PARTS})
         num_maps = 1 + sum(_num_maps(block) for block in self.unet.down_blocks) + 1
         self.mu = nn.Parameter(torch.zeros(num_maps))
 

@@ -14,7 +14,7 @@ from isocost.spec import digest
 from isocost.stages import ModelSpec, PointSpec, ProtocolSpec, RaceSpec, SweepSpec
 from isocost.sweep.race import value_at
 
-VERSION = 2
+VERSION = 3
 """Raised when a fix changes what a point's pictures or scores are."""
 
 
