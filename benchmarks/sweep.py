@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py [--quick] [--json] [--out DIR]
 
-Two sizes are trained on the embedded scenes (minutes, kept in DIR); then 2 sizes x 2 step counts x 8 guidance values are drawn
+Two sizes are trained on the embedded scenes (minutes, kept in DIR); then 2 sizes x 8 guidance values at 4 steps are drawn
 and scored, as many pictures each: (a) diffusers' pipeline at batch 16, PNG files, torch-fidelity's KID on the same features,
 real features cached; (b) `search: grid`; (c) `search: race`. The three take turns size by size. Their best guidance for every
 size and step count are set against each other. The last line is JSON.
@@ -53,7 +53,7 @@ STUDY: dict[str, Any] = {
         **{"num_images": 32768, "batch_size": 64, "lr": 2e-3, "warmup_images": 2048, "adam_betas": [0.9, 0.99]},
         **{"prediction": "v_prediction", "ema_half_life_images": 4096},
     },
-    "sweep": {"num_steps": [2, 4], "guidance": GUIDANCE},
+    "sweep": {"num_steps": [4], "guidance": GUIDANCE},
     "protocol": {"num_pictures": 1024, "num_reference": 1024},
 }
 QUICK: dict[str, Any] = {"train.num_images": 1024, "protocol.num_pictures": 64, "family.widths": [8], "sweep.num_steps": [2]}

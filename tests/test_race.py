@@ -20,8 +20,8 @@ from isocost.score.protocol import Protocol
 from isocost.score.resamples import check_resampled
 from isocost.stages import ModelSpec, PointSpec, RaceSpec, SamplerSpec, TextSpec
 from isocost.sweep.points import Cell, cells_of
-from isocost.sweep.race import Found, Rules, nearest_place, race, value_at
-from isocost.sweep.racing import Contender, rungs_for, stopped
+from isocost.sweep.race import Found, Rules, _Known, nearest_place, race, value_at
+from isocost.sweep.racing import Contender, rungs_for, stopped, tolerance_for
 from isocost.sweep.tables import OF_THE_MACHINE
 
 N = 8000
@@ -253,3 +253,19 @@ def test_bad_races_are_one_line() -> None:
         tiny_study(sweep={**SWEEP, "guidance": [0, 2]})
     with pytest.raises(RequestError, match="rungs must rise"):
         tiny_study(sweep={**SWEEP, "race": {"rungs": [64, 32]}})
+
+
+def test_the_tolerance_goes_with_what_the_scores_can_tell() -> None:
+    assert tolerance_for(5000) == 0.015
+    assert tolerance_for(20_000) == pytest.approx(0.0075)
+    assert tolerance_for(100) == 0.05
+
+
+def test_a_rung_keeps_the_better_half() -> None:
+    known = _Known(RULES)
+    scores = (3.0, 1.0, 2.0, 5.0, 4.0, 6.0, 7.0, 8.0)
+    noise = [np.array([0.0, 20.0 * place, -20.0 * place]) for place in range(len(scores))]
+    known.losses = {place: {RULES.rungs[0]: score + noise[place]} for place, score in enumerate(scores)}
+    flat = known.survivors(set(known.losses))
+    assert {1, 2, 0, 4} <= flat
+    assert len(flat) <= 5

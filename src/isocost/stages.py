@@ -396,7 +396,9 @@ class RaceSpec(Spec):
     rungs: tuple[Annotated[int, Field(ge=16)], ...] = Field(
         (), description="pictures of a value, rising; from protocol.num_pictures where absent"
     )
-    tolerance: float = Field(0.015, gt=0, lt=1, description="what a choice may lose, as a share of the score")
+    tolerance: float | None = Field(
+        None, gt=0, lt=1, description="what a choice may lose, as a share of the score; from protocol.num_pictures where absent"
+    )
     confidence: float = Field(0.95, gt=0.5, lt=1, description="by which values are dropped and a race ends")
     seed: int = Field(1, description="of the search; sweep.seed is that of the scores")
     stop_confidence: float | None = Field(

@@ -23,6 +23,8 @@ Array = NDArray[np.float64]
 VALUES_A_DOUBLING = 8
 STRIDE = 6
 """Values of the ladder between those of the first bracket: a factor of 1.68."""
+LEAST_SURVIVORS = 3
+"""Of a rung: what a parabola takes."""
 BEYOND = 8
 """Values by which a race may leave the range that was given: a factor of 2."""
 
@@ -219,9 +221,11 @@ class _Known:
         return _Fit(int(ladder[best]), ladder[curves.argmin(0)], float(lost / max(score, 1e-12)))
 
     def survivors(self, at_work: set[int]) -> set[int]:
-        """Places that a paired interval does not set apart from the leader, and the fitted best."""
-        kept = {place for place in at_work if percentiles(self.less_leader(place), self.rules.confidence).low <= 0}
-        return kept | {self.fitted().place}
+        """The better half of the places, those apart that a paired interval sets apart from the leader; and the fitted best."""
+        apart = {place: self.less_leader(place) for place in at_work}
+        kept = [place for place in at_work if percentiles(apart[place], self.rules.confidence).low <= 0]
+        better = sorted(kept, key=lambda place: (apart[place][0], place))
+        return {*better[: max(LEAST_SURVIVORS, math.ceil(len(at_work) / 2))], self.fitted().place}
 
     def found(self) -> Found:
         """The choice and what it rests on."""
