@@ -193,6 +193,21 @@ def test_what_cannot_be_read_counts_towards_the_limit(layout: Layout, tmp_path: 
     assert [type(item) for item in items] == [Sample, Bad]
 
 
+@in_each_layout
+def test_two_parts_of_one_source_share_no_picture_and_leave_none_out(layout: Layout, tmp_path: Path) -> None:
+    source = layout(tmp_path / "data", [(plain(value), ["a"]) for value in range(250)])
+    parts = {part: values(read(source.model_copy(update={"part": part}))) for part in ("train", "held_out")}
+    assert sorted(parts["train"] + parts["held_out"]) == list(range(250))
+    assert 10 <= len(parts["held_out"]) <= 45
+
+
+def test_a_shard_that_cannot_be_read_is_missing_from_both_parts(tmp_path: Path) -> None:
+    (tmp_path / "train-000.tar").write_bytes(b"no tar at all")
+    for part in ("train", "held_out"):
+        source = WebdatasetSource(kind="webdataset", path=str(tmp_path / "train-000.tar"), part=part)  # type: ignore[arg-type]
+        assert only_bad(source).name == "train-000.tar"
+
+
 BROKEN_CHUNK = bytes(4)
 BAD_ENTRIES = {
     "not a picture": (b"no picture at all", ["b"]),

@@ -54,32 +54,34 @@ DistanceName = Literal[
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-class FolderSource(Spec):
+class FileSource(Spec):
+    """What sources of files have in common. A picture's name alone decides whether it is held out, one in ten."""
+
+    path: str
+    limit: int | None = Field(None, ge=1)
+    part: Literal["all", "train", "held_out"] = Field("all", description="for one set of pictures as both train and reference")
+
+
+class FolderSource(FileSource):
     """Pictures in a folder with `captions.jsonl` ({"file", "caption" or "captions"}) or one .txt/.json beside each picture."""
 
     kind: Literal["folder"]
-    path: str
-    limit: int | None = Field(None, ge=1)
 
 
-class WebdatasetSource(Spec):
+class WebdatasetSource(FileSource):
     """Tar shards of NAME.jpg|png|webp + NAME.json|txt; `path` may hold a glob (`aerial/train-*.tar`)."""
 
     kind: Literal["webdataset"]
-    path: str
-    limit: int | None = Field(None, ge=1)
 
 
-class HubSource(Spec):
+class HubSource(FileSource):
     """A data set of the `datasets` library: a Hub id, or a local folder or file of Parquet with the same layout."""
 
     kind: Literal["hub"]
-    path: str
     split: str = "train"
     image_column: str = "image"
     caption_column: str = "captions"
     label_column: str | None = None
-    limit: int | None = Field(None, ge=1)
 
 
 class ScenesSource(Spec):

@@ -31,6 +31,8 @@ from isocost.errors import RequestError
 from isocost.stages import FolderSource, HubSource, ScenesSource, SourceSpec, WebdatasetSource
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+HELD_OUT_OF_256 = 26
+"""First bytes of a name's hash that `part: held_out` takes: one in ten."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,22 @@ def read_source(
         yield from _read_scenes(source, resolution, wanted)
         return
     readers = {"folder": _raw_folder, "webdataset": _raw_webdataset, "hub": _raw_hub}
-    for position, raw in enumerate(readers[source.kind](source)):  # type: ignore[operator]
+    kept = (raw for raw in readers[source.kind](source) if _belongs(raw, source))  # type: ignore[operator]
+    for position, raw in enumerate(kept):
         if source.limit is not None and position >= source.limit:
             return
         if isinstance(raw, Bad):
             yield raw
         else:
             yield _decode(raw, resolution) if wanted(position) else Unread(raw.name, raw.captions)
+
+
+def _belongs(raw: _Raw | Bad, source: FolderSource | WebdatasetSource | HubSource) -> bool:
+    """Whether a picture is in the source's part, by its name alone; a shard that cannot be read is missing from every part."""
+    if source.part == "all" or (source.kind == "webdataset" and "/" not in raw.name):
+        return True
+    is_held_out = hashlib.sha256(raw.name.encode()).digest()[0] < HELD_OUT_OF_256
+    return is_held_out == (source.part == "held_out")
 
 
 def source_fingerprint(source: SourceSpec) -> str:
