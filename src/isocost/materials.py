@@ -185,7 +185,11 @@ class Materials:
 
     @cached_property
     def cache(self) -> LatentCache:
-        """Latent moments, captions and caption states of the training pictures; processes of one training write it together."""
+        """Latent moments, captions and caption states of the training pictures; processes of one training write it together.
+
+        Raises:
+            RequestError: there is no room for it.
+        """
         place, data, text = self.cache_place, self.study.data, self.study.text
         if place.size(caching.INDEX) is None:
             if self.part.rank == 0:
@@ -254,7 +258,11 @@ class Materials:
     def protocol_of(
         self, spec: ProtocolSpec, extractors: Mapping[str, Extractor], given: str = "", compared_by: Sequence[str] = ()
     ) -> Protocol:
-        """A protocol on the study's held-out pictures; `given` and `compared_by` are super-resolution's (`make_protocol`)."""
+        """A protocol on the study's held-out pictures; `given` and `compared_by` are super-resolution's (`make_protocol`).
+
+        Raises:
+            RequestError: there are too few reference pictures, or none of the labels that alignment needs.
+        """
         held_out = self.pictures("reference")
         num_reference = min(len(held_out), spec.num_reference or len(held_out))
         if num_reference < LEAST_PICTURES:

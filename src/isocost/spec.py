@@ -42,7 +42,11 @@ def _spec_to_plain(value: Any) -> Any:
 
 
 def parse_spec(spec_type: type[S], plain: Mapping[str, Any], where: str) -> S:
-    """Validate `plain` as `spec_type`; a mistake is one line with `where`, key, value and what is allowed."""
+    """Validate `plain` as `spec_type`; a mistake is one line with `where`, key, value and what is allowed.
+
+    Raises:
+        RequestError: that line.
+    """
     try:
         return spec_type.model_validate(plain)
     except ValidationError as error:

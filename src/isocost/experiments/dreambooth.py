@@ -93,7 +93,11 @@ class DreamboothExperiment(Experiment):
 
     @cached_property
     def runs(self) -> list[Run]:
-        """Every subject from every size."""
+        """Every subject from every size.
+
+        Raises:
+            RequestError: the text encoder is to be tuned and sharded.
+        """
         stage: dict[str, Any] = {"task": "dreambooth", "dreambooth": VERSION, "token": self.spec.token}
         stage |= {"prior": self.spec.prior.canonical(), "codec": self.materials.codec_digest}
         if self.spec.tune_text:

@@ -77,7 +77,11 @@ class GivenExperiment(Experiment):
         raise AssertionError("what is given is not trained")
 
     def check(self) -> None:
-        """Every checkpoint takes what the sweep asks of it, and the held-out pictures' features are made."""
+        """Every checkpoint takes what the sweep asks of it, and the held-out pictures' features are made.
+
+        Raises:
+            RequestError: a checkpoint draws smaller pictures than data.resolution, or does not take a sampler.
+        """
         for run in self.runs:
             info = self.given(run)
             if info.resolution < self.study.data.resolution:

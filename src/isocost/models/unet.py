@@ -125,7 +125,11 @@ def size_name(width: int, num_parameters: int, context_width: int) -> str:
 
 
 def width_of(size: str) -> int:
-    """The width of a size named as in the paper."""
+    """The width of a size named as in the paper.
+
+    Raises:
+        RequestError: no size is called so.
+    """
     if size not in BY_SIZE:
         raise RequestError(f"size '{size}': the named sizes are {', '.join(BY_SIZE)}")
     return BY_SIZE[size].width

@@ -163,6 +163,9 @@ def cost_curves(table: pd.DataFrame, metric: str, cost: str, floor: float | None
 
     Args:
         sampler: draw the sizes under this sampler only; the best sampler at each step count where None.
+
+    Raises:
+        RequestError: no point is of `sampler`.
     """
     axis = cost_of(cost)
     competing = finals(table, metric, cost)

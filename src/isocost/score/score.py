@@ -76,6 +76,9 @@ def score(measured: Measured, reference: Reference, distances: tuple[str, ...]) 
 
     The kernel distances are unbiased at any N. The Frechet distance is biased up by about c/N (arXiv 1911.07023): compare at
     equal N only, see `frechet_is_flagged`, or ask for `frechet_infinity`.
+
+    Raises:
+        WorkError: a picture equals its original, and a score of pairs has no end.
     """
     scores: dict[str, Interval] = {}
     for name, features in measured.features.items():

@@ -26,7 +26,11 @@ LEAST_PERCEPTUAL_SIDE = 32
 
 
 def build_autoencoder(spec: TrainedCodecSpec, resolution: int) -> AutoencoderKL:
-    """An untrained AutoencoderKL of `block_widths`; the side shrinks by 2 at each level after the first."""
+    """An untrained AutoencoderKL of `block_widths`; the side shrinks by 2 at each level after the first.
+
+    Raises:
+        RequestError: the side does not halve so often.
+    """
     levels = len(spec.block_widths)
     if resolution % 2 ** (levels - 1):
         raise RequestError(

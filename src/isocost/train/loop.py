@@ -130,7 +130,11 @@ class Trainer:
         return loss
 
     def publish_marks(self, publish: Publish, marks: tuple[int, ...], images_seen: int) -> tuple[int, ...]:
-        """Publish those that are reached; returns the others."""
+        """Publish those that are reached; returns the others.
+
+        Raises:
+            WorkError: a checkpoint cannot be written.
+        """
         for mark in (mark for mark in marks if mark <= images_seen):
             weights = averaged(self.parallel, self.ema)
             if self.accelerator.is_main_process:
@@ -159,7 +163,11 @@ def backward(parallel: Parallel, task: Task, batch: Batch, microbatch: int, prec
 
 
 def make_accelerator(spec: TrainSpec, run: Path, title: str) -> Accelerator:
-    """Knows the device and the other processes (torchrun, `accelerate launch`), and opens the tracker."""
+    """Knows the device and the other processes (torchrun, `accelerate launch`), and opens the tracker.
+
+    Raises:
+        RequestError: the tracker is not installed.
+    """
     if spec.tracker != "none" and find_spec(spec.tracker) is None:
         raise RequestError(f"train.tracker: {spec.tracker} is not installed: pip install {spec.tracker}, or tracker: none")
     accelerator = Accelerator(
