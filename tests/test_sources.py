@@ -201,6 +201,16 @@ def test_two_parts_of_one_source_share_no_picture_and_leave_none_out(layout: Lay
     assert 10 <= len(parts["held_out"]) <= 45
 
 
+def test_the_first_of_those_held_out_are_a_fair_draw_from_sorted_names(tmp_path: Path) -> None:
+    source = listed_folder(tmp_path / "data", [(plain(value), ["a"]) for value in range(250)], part="held_out")
+    held_out = load_pictures(source, R, 0)
+    drawn = held_out.pictures[:, 0, 0, 0].tolist()
+    assert sorted(drawn) == values(sorted(read(source), key=lambda item: int(item.name.removesuffix(".png"))))
+    assert drawn != sorted(drawn)
+    assert min(drawn[: len(drawn) // 2]) < 125 < max(drawn[: len(drawn) // 2])
+    assert held_out.names == [f"{value}.png" for value in drawn]
+
+
 def test_a_shard_that_cannot_be_read_is_missing_from_both_parts(tmp_path: Path) -> None:
     (tmp_path / "train-000.tar").write_bytes(b"no tar at all")
     for part in ("train", "held_out"):

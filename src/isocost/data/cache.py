@@ -28,9 +28,9 @@ from torch import Tensor
 
 from isocost.data.codec import Codec, TextCodec
 from isocost.data.shards import Place, Table, write_shard
-from isocost.data.sources import Bad, Sample, Unread, read_source
+from isocost.data.sources import Bad, Sample, Unread, place_of, read_source
 from isocost.errors import WorkError
-from isocost.stages import SourceSpec
+from isocost.stages import ScenesSource, SourceSpec
 
 VERSION = 2
 SHARD_SIZE = 4096
@@ -86,7 +86,9 @@ class PictureSet:
 
 
 def load_pictures(source: SourceSpec, resolution: int, max_bad_share: float, limit: int | None = None) -> PictureSet:
-    """Read a source into memory.
+    """Read a source into memory; what is held out by a hash of the names comes in the hash's order.
+
+    The first of them are then a fair draw, also where the names are sorted by what the pictures show.
 
     Raises:
         WorkError: more than `max_bad_share` of it cannot be read, or nothing can.
@@ -99,6 +101,8 @@ def load_pictures(source: SourceSpec, resolution: int, max_bad_share: float, lim
         elif isinstance(item, Sample):
             samples.append(item)
     _refuse_bad(len(samples), bad, max_bad_share)
+    if not isinstance(source, ScenesSource) and source.part == "held_out":
+        samples.sort(key=lambda sample: place_of(sample.name))
     stacked = torch.from_numpy(np.stack([sample.picture for sample in samples])).permute(0, 3, 1, 2).contiguous()
     labels = None
     if all(sample.labels is not None for sample in samples):

@@ -85,12 +85,16 @@ def read_source(
             yield _decode(raw, resolution) if wanted(position) else Unread(raw.name, raw.captions)
 
 
+def place_of(name: str) -> bytes:
+    """Where a picture stands among all by a hash of its name: what is held out comes first, in an order that is none."""
+    return hashlib.sha256(name.encode()).digest()
+
+
 def _belongs(raw: _Raw | Bad, source: FolderSource | WebdatasetSource | HubSource) -> bool:
     """Whether a picture is in the source's part, by its name alone; a shard that cannot be read is missing from every part."""
     if source.part == "all" or (source.kind == "webdataset" and "/" not in raw.name):
         return True
-    is_held_out = hashlib.sha256(raw.name.encode()).digest()[0] < HELD_OUT_OF_256
-    return is_held_out == (source.part == "held_out")
+    return (place_of(raw.name)[0] < HELD_OUT_OF_256) == (source.part == "held_out")
 
 
 def source_fingerprint(source: SourceSpec) -> str:

@@ -54,6 +54,9 @@ STYLE: dict[Any, Any] = {
     "ytick.color": MUTED,
 }
 
+LABEL_WIDTH = 52
+"""Letters of an axis's title that fit beside the axes."""
+
 
 def quality_against_training_compute(table: pd.DataFrame, metric: str, floor: float | None = None, **levels: Any) -> Figure:
     """Does compute alone decide, or size? See `compute_curves`; `levels` replace fields of its `Curves`."""
@@ -190,7 +193,7 @@ def draw_curves(curves: Curves) -> Figure:
             axes.set_yticks(places, names)
             axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axes.set_xlabel(curves.x_label)
-        axes.set_ylabel(curves.y_label)
+        axes.set_ylabel(textwrap.fill(curves.y_label, LABEL_WIDTH))
         axes.set_title(f"{curves.question}\n", pad=2)
         axes.text(0, 1.02, curves.setting, transform=axes.transAxes, color=MUTED, fontsize=8.5)
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), handlelength=1.8)

@@ -121,7 +121,10 @@ def captions_to_draw(reference: PictureSet, num_pictures: int) -> tuple[list[str
         RequestError: there are fewer reference pictures than the protocol draws.
     """
     if num_pictures > len(reference):
-        raise RequestError(f"protocol.num_pictures={num_pictures} exceeds the {len(reference)} captions of data.reference")
+        raise RequestError(
+            f"protocol.num_pictures={num_pictures} exceeds the {len(reference)} captions of data.reference, and each is drawn "
+            f"once: take {len(reference)} or fewer, or a larger reference"
+        )
     labels = None if reference.labels is None else reference.labels[:num_pictures]
     return [captions[0] for captions in reference.captions[:num_pictures]], labels
 
