@@ -411,9 +411,10 @@ class Pipeline:
 
 
 def refuse_conflict(study: StudySpec, store: Store) -> None:
-    """Raise RequestError where an output folder holds artefacts of a study that this one cannot continue.
+    """Whether this study may go on in its output folder. A further size, step count, guidance, sampler, mark or image may.
 
-    Adding a size, a step count, a guidance value, a sampler, a mark or images is the normal case and no conflict.
+    Raises:
+        RequestError: the folder holds artefacts of a study that this one cannot continue.
     """
     file = store.out / STUDY_FILE
     if not file.is_file() or store.is_empty():

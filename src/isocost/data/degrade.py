@@ -30,9 +30,12 @@ _RESIZES = ("area", "bilinear", "bicubic")
 
 
 def check_scale(resolution: int, scale: int, factor: int) -> None:
-    """Raise RequestError where pictures or latents of this size have no low-resolution form of this scale.
+    """Whether pictures and latents of this size have a low-resolution form of this scale.
 
     `factor` is the pixels a latent's place takes: the low-resolution picture must itself be one that the codec could encode.
+
+    Raises:
+        RequestError: the scale does not divide the side, or what is left is none that the codec encodes.
     """
     if resolution % scale:
         raise RequestError(f"superres.scale: {scale} does not divide data.resolution {resolution}")
