@@ -20,7 +20,7 @@ from isocost.study import StudySpec
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 COMMANDS: Any = typer.main.get_command(app)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -58,9 +58,12 @@ def test_every_study_that_is_named_is_there(page: Path) -> None:
 
 
 def lines_of(code: str) -> Iterator[list[str]]:
-    """The words after `isocost` of every line that calls it, comments left out; a line may go on after a backslash."""
+    """The words after `isocost` of every line that calls it; a line may go on after a backslash.
+
+    Comments are left out, and what isocost itself says of a mistake.
+    """
     for line in code.replace("\\\n", " ").splitlines():
-        if not re.search(r"(?<![\w./-])isocost [a-z]", line.split("#")[0]):
+        if line.startswith("isocost:") or not re.search(r"(?<![\w./-])isocost [a-z]", line.split("#")[0]):
             continue
         words = shlex.split(line, comments=True)
         at = max(number for number, word in enumerate(words) if word == "isocost")
