@@ -127,6 +127,19 @@ def test_missing_pictures_are_named_and_nothing_is_written(isocost: Any, tmp_pat
         assert not (tmp_path / "out").exists()
 
 
+def test_the_starting_study_takes_one_folder_for_training_and_reference(isocost: Any, tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures", 500)
+    start = Path(__file__).resolve().parents[1] / "studies" / "own.yaml"
+    study = tmp_path / "mine.yaml"
+    study.write_text(start.read_text().replace("&pictures PICTURES", f"&pictures {pictures}"))
+    tiny = ("--dry-run", "--set", "scale=tiny", "--out", tmp_path / "out")
+    refused(isocost("run", study, *tiny), "exceeds the ", "captions of data.reference", "or fewer")
+    planned = isocost("run", study, *tiny, "--set", "protocol.num_pictures=32")
+    assert planned.status == 0, planned.err
+    assert planned.answer["total"]["points"] == 20
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_broken_caption_line_is_named_by_number(isocost: Any, tmp_path: Path) -> None:
     lines = ['{"file": "0.png", "caption": "noise"}', '{"file": "1.png", "caption": ']
     pictures = write_pictures(tmp_path / "pictures", 2, lines)

@@ -121,6 +121,12 @@ def test_every_study_of_the_project_is_valid_and_says_what_it_costs(file: Path) 
     assert "# Cost:" in file.read_text()
 
 
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.name)
+def test_every_smaller_form_of_a_study_is_valid(file: Path) -> None:
+    for scale in yaml.safe_load(file.read_text()).get("scales", {}):
+        assert load_study(file, {"scale": scale}) != load_study(file)
+
+
 def test_the_paper_study_is_the_papers_recipe_and_has_a_tiny_form() -> None:
     file = next(file for file in STUDIES if file.name == "paper.yaml")
     paper, tiny = load_study(file), load_study(file, {"scale": "tiny"})
