@@ -130,9 +130,7 @@ class TrainedCodecSpec(Spec):
     kl_weight: float = Field(1e-4, ge=0)
     perceptual_weight: float = Field(0.1, ge=0)
     perceptual_share: float = Field(1.0, gt=0, le=1, description="share of each batch that the perceptual term sees")
-    perceptual: str = Field(
-        "efficientnet-lite0", description="'efficientnet-lite0', or a safetensors file of AlexNet for LPIPS"
-    )
+    perceptual: str = Field("efficientnet-lite0", description="that, or a safetensors file of AlexNet for LPIPS")
     seed: int = 0
 
 
@@ -429,9 +427,7 @@ class SweepSpec(Spec):
     seed: int = 0
     precision: Precision = "fp32"
     compiled: bool = Field(False, description="compile the network: minutes once a machine, then faster calls")
-    bucket_size: int = Field(
-        DEFAULT_BUCKET_SIZE, ge=1, description="passes of a network call; on a CPU each core makes its own"
-    )
+    bucket_size: int = Field(DEFAULT_BUCKET_SIZE, ge=1, description="passes of a call; on a CPU each core makes its own")
     shard_size: int = Field(256, ge=1, description="pictures that are made, kept and shared out at once; changes no number")
     marks_num_steps: int = Field(16, ge=1, le=NUM_TRAIN_TIMESTEPS)
     marks_guidance: float = Field(2.0, ge=0)
