@@ -120,3 +120,38 @@ def paper_table() -> pd.DataFrame:
         for size, (millions, cost, fid) in TABLE_1.items()
     ]  # fmt: skip
     return pd.concat(rows, ignore_index=True)
+
+
+def planted_students(speedup: int = 8, loss: float = 0.03, num_steps: Sequence[int] = (1, 2, 4)) -> pd.DataFrame:
+    """The planted table of one sampler with a "codi" student of every size beside it, without a pass for guidance.
+
+    In n steps a student is as good as its teacher in `speedup` * n, and worse by `loss`: better where steps are few alone.
+    """
+    teachers = planted_table(num_steps=(1, 2, 4, 8, 16, 32), samplers=("ddim/trailing",), marks=())
+    rows = []
+    for size in PARAMETERS:
+        for steps in num_steps:
+            reached = _row(size, 200_000, "lcm/trailing", speedup * steps, BEST_GUIDANCE, True, loss, 0.004)
+            spent = _row(size, 200_000, "lcm/trailing", steps, 1.0, True, 0.0, 0.004)
+            costs = {name: spent[name] for name in ("paper_cost", "nfe", "gflop", "ms_per_picture")}
+            rows.append({**reached, **costs, "size": f"{size} codi", "checkpoint": f"{size}-codi", "num_steps": steps})
+    students = pd.DataFrame(rows)
+    return pd.concat([teachers, students.assign(point=[f"5{number:015x}" for number in range(len(rows))])], ignore_index=True)
+
+
+def planted_superres(follows: float = 0.5) -> pd.DataFrame:
+    """Super-resolution of every planted size: 0.1 + `follows` times its checkpoint's best, from scratch 0.5.
+
+    PSNR is 40 less 50 times the distance.
+    """
+    best = planted_table(marks=()).groupby("size")["kernel_efficientnet"].min()
+    rows = []
+    for size in PARAMETERS:
+        for kind in ("", " from scratch"):
+            distance = 0.5 if kind else 0.1 + follows * float(best[size])
+            row = dict(_row(size, 50_000, "ddim/trailing", 8, 1.0, True, 0.0, 0.0))
+            row |= {"size": size + kind, "checkpoint": size + kind, "point": f"6{len(rows):015x}", "task": "superres"}
+            for name, value, half in (("kernel_efficientnet", distance, 0.01), ("psnr", 40 - 50 * distance, 0.5)):
+                row |= {name: value, f"{name}_low": value - half, f"{name}_high": value + half}
+            rows.append(row)
+    return pd.DataFrame(rows)

@@ -13,7 +13,7 @@ from isocost.analysis.frontier import COSTS, best_at_budgets, finals, pareto
 from isocost.analysis.recommend import recommend
 from isocost.errors import RequestError
 from isocost.models.paper import TABLE_1
-from isocost.report import charts, figures, marks, scales
+from isocost.report import charts, drawing, figures, marks, scales
 from isocost.report.explorer import NOT_RECORDED, explorer, stops
 from isocost.report.page import write_report
 from isocost.report.parts import CHARTS, Chart, raced_by
@@ -84,7 +84,7 @@ def test_a_race_s_interval_is_drawn_around_the_best_guidance() -> None:
     (trace, *_) = charts.plotly_curves(curves).data
     np.testing.assert_allclose(trace.error_y.arrayminus, curves.series[0].y - curves.series[0].low)
     assert "raced for" in curves.setting
-    assert figures.guidance_found(table, KERNEL, "ddim/trailing").axes
+    assert figures.does_the_best_guidance_change_with_steps(table, KERNEL).axes
 
 
 def test_heat_panels_hold_the_interval_of_a_race() -> None:
@@ -101,7 +101,7 @@ def test_heat_panels_hold_the_interval_of_a_race() -> None:
     assert marks.guidance_panels(planted_table(), KERNEL)[0].found == (None,) * 5
     other = marks.guidance_panels(raced_by(table, KERNEL, "alignment"), "alignment")[0]
     assert set(other.found) == {None}, "the race went by another metric"
-    assert figures.guidance_heatmap(table, KERNEL).axes
+    assert figures.which_guidance_is_best(table, KERNEL).axes
 
 
 def test_the_paper_is_a_layer_of_its_own_under_its_own_cost_and_for_its_own_metrics_alone() -> None:
@@ -120,7 +120,7 @@ def test_the_paper_is_a_layer_of_its_own_under_its_own_cost_and_for_its_own_metr
     far = marks.cost_curves(table.assign(paper_cost=table["paper_cost"] / 1e4), "fid", "paper_cost")
     assert marks.x_ticks(far)[0][-1] < 1
     assert marks.x_ticks(far, with_published=True)[0][-1] == 100
-    legend = figures.draw_curves(curves).axes[0].get_legend()
+    legend = drawing.draw_curves(curves).axes[0].get_legend()
     assert legend is not None
     assert not any("published" in text.get_text() for text in legend.get_texts())
     assert isinstance(chart := CHARTS["cost"](table, "fid", {}, lambda _: {}), Chart)

@@ -14,8 +14,8 @@ from PIL import Image
 
 from isocost.analysis.frontier import COSTS
 from isocost.errors import RequestError
-from isocost.report import charts, figures, marks, scales, sheets
-from isocost.report.page import markdown_summary, metrics_in, write_report
+from isocost.report import charts, drawing, figures, marks, scales, sheets
+from isocost.report.page import metrics_in, write_report
 from planted import BEST_GUIDANCE, planted_table
 
 KERNEL = "kernel_efficientnet"
@@ -98,7 +98,7 @@ def test_heat_panels_bear_holes_in_the_grid() -> None:
     hole = table["is_final"] & (table["num_steps"] == 8) & (table["guidance"] == 3.0)
     panel = marks.guidance_panels(table[~hole], KERNEL)[0]
     assert np.argwhere(np.isnan(panel.values)).tolist() == [[2, 3]]
-    assert figures.guidance_heatmap(table[~hole], KERNEL).axes
+    assert figures.which_guidance_is_best(table[~hole], KERNEL).axes
     assert charts.plotly_heat(panel).data[0].text[2][3] == ""
 
 
@@ -128,7 +128,7 @@ def test_contact_cells_by_budget_leave_out_what_does_not_fit() -> None:
 def test_pictures_stand_where_the_sheet_says() -> None:
     table = planted_table()
     sheet = sheets.contact_cells(table, KERNEL, plain_pictures(table), CAPTIONS)
-    axes = figures.contact_sheet(table, KERNEL, plain_pictures(table), CAPTIONS).axes[1]
+    axes = figures.what_do_more_steps_look_like(table, KERNEL, plain_pictures(table), CAPTIONS).axes[1]
     mosaic = np.asarray(axes.images[0].get_array())
     for row, top in enumerate(axes.get_yticks()):
         for column, left in enumerate(axes.get_xticks()):
@@ -161,7 +161,7 @@ def test_ticks_of_logarithmic_axes(low: float, high: float, labels: list[str]) -
 
 def test_both_ways_of_drawing_put_the_marks_where_the_data_is() -> None:
     curves = marks.cost_curves(planted_table(), KERNEL, "paper_cost", floor=0.013)
-    (axes,) = figures.draw_curves(curves).axes
+    (axes,) = drawing.draw_curves(curves).axes
     lines = {line.get_label(): line for line in axes.get_lines()}
     traces = {trace.name: trace for trace in charts.plotly_curves(curves).data}
     for series in curves.series:
@@ -187,7 +187,7 @@ def test_wide_ranges_get_a_logarithmic_axis_unless_something_is_not_positive() -
     assert marks.cost_curves(wide, KERNEL, "nfe").log_y
     assert not marks.cost_curves(wide, KERNEL, "nfe", floor=-1e-5).log_y
     assert not marks.cost_curves(wide.assign(**{f"{KERNEL}_low": -1e-6}), KERNEL, "nfe").log_y
-    assert figures.draw_curves(marks.cost_curves(wide, KERNEL, "nfe")).axes[0].get_yscale() == "log"
+    assert drawing.draw_curves(marks.cost_curves(wide, KERNEL, "nfe")).axes[0].get_yscale() == "log"
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -298,25 +298,35 @@ def test_the_table_holds_every_point_best_first(written: Path) -> None:
 
 
 def test_figures_lie_beside_the_page(written: Path) -> None:
-    names = {file.stem for file in written.parent.glob("*.png")}
-    assert names == {
-        "quality_against_training_compute",
-        "guidance_heatmap",
-        "guidance_found",
-        "sampler_comparison",
-        "contact_sheet_steps",
-        "contact_sheet_budgets",
-        *(f"quality_against_{cost}" for cost in COSTS),
+    folder = written.parent / "figures"
+    names = {
+        *(f"which_size_is_best_at_equal_cost-{cost}" for cost in COSTS),
+        "does_compute_alone_decide-training_gflop",
+        "which_sampler_is_best_at_equal_steps",
+        "which_guidance_is_best",
+        "does_the_best_guidance_change_with_steps",
+        "what_do_more_steps_look_like",
+        "what_does_each_budget_buy",
     }
-    for file in written.parent.glob("*.png"):
+    assert {file.name for file in folder.iterdir()} == {f"{name}.{ending}" for name in names for ending in ("png", "pdf")}
+    for file in folder.glob("*.png"):
         with Image.open(file) as picture:
             assert min(picture.size) > 300
             assert len(picture.convert("RGB").getcolors(2**24)) > 20, f"{file.name} is blank"
+    for file in folder.glob("*.pdf"):
+        data = file.read_bytes()
+        assert data.startswith(b"%PDF-1.4")
+        assert b"/FontFile2" in data, f"{file.name}: the type is embedded as it is"
+        assert b"/Type3" not in data, f"{file.name}: what journals refuse"
+        assert b"/CreationDate" not in data
 
 
 def test_missing_parts_are_said_and_the_rest_is_there(tmp_path: Path) -> None:
     table = planted_table(samplers=("ddim/trailing",), marks=()).assign(ms_per_picture=np.nan, alignment=np.nan)
-    (tmp_path / "quality_against_ms_per_picture.png").write_bytes(b"of an earlier report")
+    stale = [tmp_path / "figures" / f"which_size_is_best_at_equal_cost-ms_per_picture.{ending}" for ending in ("png", "pdf")]
+    stale[0].parent.mkdir()
+    for file in stale:
+        file.write_bytes(b"of an earlier report")
     page = read(write_report(tmp_path, "bare", table, KERNEL, {}, {}, {}, []))
     for line in (
         "no checkpoint before the last was scored",
@@ -331,7 +341,7 @@ def test_missing_parts_are_said_and_the_rest_is_there(tmp_path: Path) -> None:
     assert metrics_in(table) == [KERNEL, "frechet_efficientnet"]
     assert set(json.loads(page.scripts["drawings"])) == {"cost", "guidance", "found"}
     assert [axis["cost"] for axis in json.loads(page.scripts["data"])["explore"]["axes"]] == ["paper_cost", "nfe", "gflop"]
-    assert not (tmp_path / "quality_against_ms_per_picture.png").exists()
+    assert not any(file.exists() for file in stale)
     assert "For " in page.text
 
 
@@ -351,16 +361,6 @@ def test_what_cannot_be_compared_is_not_written(tmp_path: Path) -> None:
     assert not (tmp_path / "report").exists()
 
 
-def test_the_summary_is_a_table_of_the_answers() -> None:
-    text = markdown_summary(planted_table(half_width=0.2), KERNEL, "planted", budgets=[6, 1e-6])
-    lines = text.splitlines()
-    assert lines[0].startswith("**planted**: ")
-    assert len({line.count("|") for line in lines[2:]}) == 1
-    assert lines[4].startswith("| 6 | ")
-    assert lines[4].endswith("| undecided |")
-    assert "nothing fits" in lines[5]
-
-
 def test_lines_across_are_the_floor_and_what_no_model_made() -> None:
     curves = marks.cost_curves(planted_table(), KERNEL, "nfe", floor=0.013)
     assert curves.dashed == [("decoded real pictures", 0.013, "dash")]
@@ -369,6 +369,6 @@ def test_lines_across_are_the_floor_and_what_no_model_made() -> None:
     assert marks.y_range(with_more)[1] == 9.0
     named = {trace.name: list(trace.y) for trace in charts.plotly_curves(with_more).data}
     assert named["bicubic"] == [9.0, 9.0]
-    legend = figures.draw_curves(with_more).axes[0].get_legend()
-    texts = {text.get_text() for text in (legend or figures.draw_curves(with_more).legends[0]).get_texts()}
+    legend = drawing.draw_curves(with_more).axes[0].get_legend()
+    texts = {text.get_text() for text in (legend or drawing.draw_curves(with_more).legends[0]).get_texts()}
     assert {"photographs", "bicubic"} <= texts

@@ -216,7 +216,7 @@ def test_the_reports_name_each_other_and_show_strips(finished: Pipeline) -> None
     for words in ("low resolution", "bicubic", "truth", "0.8M from scratch", "less bicubic", "../index.html", "PSNR"):
         assert words in page
     assert "superres/index.html" in (finished.out / "report" / "index.html").read_text()
-    assert (finished.out / "report" / "superres" / "strips.png").is_file()
+    assert (finished.out / "report" / "superres" / "figures" / "what_is_made_of_what_was_given.pdf").is_file()
 
 
 def test_a_run_that_was_killed_in_between_ends_with_the_same_table(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from isocost.models.cost import family_table
     from isocost.pipeline import Pipeline
     from isocost.report.gather import run
+    from isocost.report.summary import markdown_summary
     from isocost.sampling import sample
     from isocost.score.folders import score_folder
     from isocost.study import StudySpec
@@ -39,6 +40,7 @@ _HOMES = {
     "family_table": "isocost.models.cost",
     "load_checkpoint": "isocost.models.checkpoint",
     "load_study": "isocost.study_file",
+    "markdown_summary": "isocost.report.summary",
     "pareto": "isocost.analysis.frontier",
     "read_table": "isocost.sweep.ledger",
     "recommend": "isocost.analysis.recommend",
@@ -57,6 +59,7 @@ __all__ = [
     "family_table",
     "load_checkpoint",
     "load_study",
+    "markdown_summary",
     "pareto",
     "read_table",
     "recommend",

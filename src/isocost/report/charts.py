@@ -24,6 +24,8 @@ def plotly_curves(curves: Curves) -> go.Figure:
     for series in () if curves.bars else curves.series:
         known = ~(np.isnan(series.low) | np.isnan(series.high))
         band_x, low, high = series.x[known], series.low[known], series.high[known]
+        if curves.is_staircase:
+            band_x, low, high = np.repeat(band_x, 2)[1:], np.repeat(low, 2)[:-1], np.repeat(high, 2)[:-1]
         figure.add_scatter(
             x=[*band_x, *band_x[::-1]],
             y=[*high, *low[::-1]],
@@ -39,7 +41,8 @@ def plotly_curves(curves: Curves) -> go.Figure:
     for series in curves.series:
         line = _plotly_line(series) | (_plotly_bars(series) if curves.bars else {})
         marker = {"symbol": series.mark[1], "size": 10, "line": {"color": "white", "width": 0.5}}
-        figure.add_scatter(**line, marker=marker, line={"color": series.color, "width": 2, "dash": series.dash})
+        shape = "hv" if curves.is_staircase else "linear"
+        figure.add_scatter(**line, marker=marker, line={"color": series.color, "width": 2, "dash": series.dash, "shape": shape})
     if curves.frontier is not None:
         line = {"color": INK, "width": 1.2, "shape": "hv"}
         marker = {"symbol": "circle-open", "size": 15, "color": INK, "line": {"width": 1.2}}
@@ -64,7 +67,7 @@ def plotly_curves(curves: Curves) -> go.Figure:
         if curves.log_y:
             ticks["yaxis"] = _plotly_ticks(*log_ticks(*y_range(curves, with_published=True)))
         figure.update_layout(meta={PUBLISHED: ticks})
-    x_axis = _plotly_axis(curves.x_label) | _plotly_log(*x_ticks(curves))
+    x_axis = _plotly_axis(curves.x_label) | (_plotly_log(*x_ticks(curves)) if curves.log_x else {})
     y_axis = _plotly_axis(curves.y_label.split(",")[0].split(" (")[0]) | (_plotly_log(*log_ticks(*ys)) if curves.log_y else {})
     legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemwidth": 30}
     figure.update_layout(
@@ -139,7 +142,11 @@ def _plotly_line(series: Series) -> dict[str, Any]:
     notes = [html.escape(note).replace("\n", "<br>") for note in series.notes]
     name = html.escape(series.label)
     plain = {"x": series.x.tolist(), "y": series.y.tolist(), "text": notes, "name": name, "legendgroup": series.label}
-    return plain | {"mode": "lines+markers", "hovertemplate": "%{text}<extra></extra>"}
+    if not series.names:
+        return plain | {"mode": "lines+markers", "hovertemplate": "%{text}<extra></extra>"}
+    beside = [html.escape(name) for name in series.names]
+    shown = {"text": beside, "textposition": "top right", "hovertext": notes, "hovertemplate": "%{hovertext}<extra></extra>"}
+    return plain | shown | {"mode": "lines+markers+text", "cliponaxis": False}
 
 
 def _plotly_look() -> dict[str, Any]:

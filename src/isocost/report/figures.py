@@ -1,69 +1,33 @@
-"""Figures for papers, named after the question they answer: matplotlib draws what `marks.py` gathers.
+"""Figures for papers, each named after the question that it answers; `isocost report` writes every one as PNG and PDF.
+
+A figure is a function of the table of points (`isocost.analysis.frontier`), drawn by `drawing.py` from what `marks.py`,
+`tuned.py` and `sheets.py` gather. `levels` replace fields of its `Curves`: further lines across, the label of the floor.
+Each raises RequestError with what is missing where the table cannot answer.
 
 Shape letters: K prompts, H, W height and width in pixels; pictures are uint8 [K, H, W, 3].
 """
 
 from __future__ import annotations
 
-import math
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from isocost.analysis.frontier import finals, format_number, sizes_in_order
-from isocost.report.marks import (
-    Curves,
-    HeatPanel,
-    compute_curves,
-    cost_curves,
-    guidance_curves,
-    guidance_panels,
-    panel_colors,
-    sampler_curves,
-    x_ticks,
-    y_range,
-)
-from isocost.report.scales import DASHES, EMPTY, HAIRLINE, INK, MUTED, OPTIMUM, log_ticks, some_places
-from isocost.report.sheets import ContactSheet, contact_cells
-
-STYLE: dict[Any, Any] = {
-    "font.size": 9.5,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.axisbelow": True,
-    "grid.color": HAIRLINE,
-    "legend.frameon": False,
-    "savefig.bbox": "tight",
-    "savefig.dpi": 160,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-}
-
-LABEL_WIDTH = 52
-"""Letters of an axis's title that fit beside the axes."""
+from isocost.analysis.frontier import COSTS, finals, sizes_in_order
+from isocost.errors import RequestError
+from isocost.report.drawing import FORMATS, draw_curves, draw_panels, draw_sheet, draw_strips, save
+from isocost.report.marks import COMPUTE_AXES, compute_curves, cost_curves, guidance_curves, guidance_panels, sampler_curves
+from isocost.report.sheets import contact_cells
+from isocost.report.tuned import Pretrained, distillation_curves, pretraining_curves
 
 
-def quality_against_training_compute(table: pd.DataFrame, metric: str, floor: float | None = None, **levels: Any) -> Figure:
-    """Does compute alone decide, or size? See `compute_curves`; `levels` replace fields of its `Curves`."""
-    return draw_curves(replace(compute_curves(table, metric, floor), **levels))
-
-
-def quality_against_cost(
+def which_size_is_best_at_equal_cost(
     table: pd.DataFrame,
     metric: str,
     cost: str = "paper_cost",
@@ -71,175 +35,166 @@ def quality_against_cost(
     sampler: str | None = None,
     **levels: Any,
 ) -> Figure:
-    """Which size is best at equal cost? See `cost_curves`; `levels` replace fields of its `Curves`."""
+    """Quality of every size against a cost, and the frontier; see `cost_curves`."""
     return draw_curves(replace(cost_curves(table, metric, cost, floor, sampler), **levels))
 
 
-def sampler_comparison(table: pd.DataFrame, metric: str, floor: float | None = None, **levels: Any) -> Figure:
-    """Which sampler is best at equal steps? See `sampler_curves`; `levels` replace fields of its `Curves`."""
-    return draw_curves(replace(sampler_curves(table, metric, floor=floor), **levels))
+def does_compute_alone_decide(
+    table: pd.DataFrame, metric: str, axis: str = "training_gflop", floor: float | None = None, **levels: Any
+) -> Figure:
+    """Quality of every size against its training compute; see `compute_curves`."""
+    return draw_curves(replace(compute_curves(table, metric, floor, axis), **levels))
 
 
-def guidance_found(table: pd.DataFrame, metric: str, sampler: str) -> Figure:
-    """Which guidance is best for each number of steps, and how sure is that? See `guidance_curves`."""
+def which_sampler_is_best_at_equal_steps(
+    table: pd.DataFrame, metric: str, floor: float | None = None, size: str | None = None, **levels: Any
+) -> Figure:
+    """Quality under every sampler against steps, of one size or of the best at each; see `sampler_curves`."""
+    return draw_curves(replace(sampler_curves(table, metric, size, floor=floor), **levels))
+
+
+def which_guidance_is_best(table: pd.DataFrame, metric: str) -> Figure:
+    """Quality over steps and guidance, one row a sampler, one panel a size; see `guidance_panels`."""
+    return draw_panels(guidance_panels(table, metric), sizes_in_order(finals(table, metric)))
+
+
+def does_the_best_guidance_change_with_steps(table: pd.DataFrame, metric: str, sampler: str | None = None) -> Figure:
+    """The best guidance of every size against steps, with the interval that a race found; see `guidance_curves`.
+
+    `sampler` is the one that was tried with the most values of guidance where None, the first by name of those.
+    """
+    if sampler is None:
+        tried = finals(table, metric).groupby("sampler")["guidance"].nunique()
+        sampler = str(tried.sort_index().idxmax())
     return draw_curves(guidance_curves(table, metric, sampler))
 
 
-def guidance_heatmap(table: pd.DataFrame, metric: str) -> Figure:
-    """Which guidance is best for each size and step count? One row a sampler, one panel a size; see `guidance_panels`."""
-    panels = guidance_panels(table, metric)
-    samplers, sizes = sorted({panel.sampler for panel in panels}), sizes_in_order(finals(table, metric))
-    widest, tallest = max(len(panel.guidance) for panel in panels), max(len(panel.num_steps) for panel in panels)
-    across, down = (0.46, 0.3) if all(panel.is_labelled for panel in panels) else (0.12, 0.12)
-    shape = (len(sizes) * (widest * across + 0.7) + 1.2, len(samplers) * (tallest * down + 0.9))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=shape, layout="constrained")
-        grid = figure.subplots(len(samplers), len(sizes), squeeze=False)
-        for axes in grid.flat:
-            axes.set_visible(False)
-        for panel in panels:
-            axes = grid[samplers.index(panel.sampler), sizes.index(panel.size)]
-            axes.set_visible(True)
-            mappable = _draw_panel(axes, panel)
-            axes.set_title(panel.size if len(samplers) == 1 else f"{panel.size}, {panel.sampler}", fontsize=9)
-        bar = figure.colorbar(mappable, ax=grid, shrink=0.8, extend="max" if panels[0].better == "lower" else "min")
-        bar.set_label(f"{panels[0].metric_label} (dark is better)")
-        told = "framed: the best guidance at those steps; ★ the best of the panel"
-        if any(interval for panel in panels for interval in panel.found):
-            told += "; bars: 95 % intervals of the races"
-        figure.supxlabel(told, fontsize=8.5, color=MUTED)
-        bar.outline.set_visible(False)
-    return figure
+def what_do_more_steps_look_like(
+    table: pd.DataFrame, metric: str, samples: Mapping[str, np.ndarray], captions: Sequence[str]
+) -> Figure:
+    """Pictures of the same noise, one block a caption: sizes down, numbers of steps across; see `contact_cells`."""
+    return draw_sheet(contact_cells(table, metric, samples, captions))
 
 
-def contact_sheet(
+def what_does_each_budget_buy(
     table: pd.DataFrame,
     metric: str,
     samples: Mapping[str, np.ndarray],
     captions: Sequence[str],
+    budgets: Sequence[float],
     cost: str = "paper_cost",
-    budgets: Sequence[float] = (),
 ) -> Figure:
-    """What do the numbers look like? One block a caption: sizes down, step counts or budgets across; see `contact_cells`."""
-    sheet = contact_cells(table, metric, samples, captions, cost, budgets)
-    across = min(len(captions), 2)
-    down = math.ceil(len(captions) / across)
-    block = (len(sheet.columns) * 0.72 + 0.8, len(sheet.rows) * 0.72 + 0.8)
-    with matplotlib.rc_context(STYLE | {"axes.spines.left": False, "axes.spines.bottom": False}):
-        figure = Figure(figsize=(block[0] * across, block[1] * down), layout="constrained")
-        grid = figure.subplots(down, across, squeeze=False)
-        for axes in grid.flat:
-            axes.set_visible(False)
-        for number, (axes, caption) in enumerate(zip(grid.flat, captions, strict=False)):
-            axes.set_visible(True)
-            mosaic, centres_x, centres_y = _mosaic(sheet, number)
-            axes.imshow(mosaic, interpolation="nearest")
-            axes.set_xticks(centres_x, sheet.columns)
-            axes.set_yticks(centres_y, sheet.rows)
-            axes.tick_params(length=0)
-            axes.set_xlabel(sheet.column_title)
-            wrapped = textwrap.wrap(caption.replace("$", r"\$"), max(len(sheet.columns) * 9, 28))
-            axes.set_title("\n".join(wrapped), fontsize=9, fontweight="normal")
-    return figure
+    """Pictures of the same noise, one block a caption: sizes down, budgets of `cost` across; see `contact_cells`."""
+    if not budgets:
+        raise RequestError("no budget was given")
+    return draw_sheet(contact_cells(table, metric, samples, captions, cost, budgets))
 
 
-def strips(pictures: Mapping[str, np.ndarray], captions: Sequence[str]) -> Figure:
-    """What was given, what was made of it, what it should be: a row a picture, uint8 [K, H, W, 3] by title."""
-    shown = {title: some.repeat(max(1, 72 // some.shape[1]), 1) for title, some in pictures.items()}
-    shown = {title: some.repeat(max(1, 72 // some.shape[2]), 2) for title, some in shown.items()}
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(0.95 * len(shown) + 1.2, 0.95 * len(captions) + 0.4), layout="constrained")
-        grid = figure.subplots(len(captions), len(shown), squeeze=False)
-        for number, row in enumerate(grid):
-            for axes, (title, some) in zip(row, shown.items(), strict=True):
-                axes.imshow(some[number], interpolation="nearest")
-                axes.set_xticks([])
-                axes.set_yticks([])
-                if number == 0:
-                    axes.set_title("\n".join(textwrap.wrap(title, 12)), fontsize=8, fontweight="normal")
-                for spine in axes.spines.values():
-                    spine.set_visible(False)
-    return figure
+def what_is_made_of_what_was_given(pictures: Mapping[str, np.ndarray], captions: Sequence[str]) -> Figure:
+    """What was given, what every size made of it, what it should be: a row a picture, uint8 [K, H, W, 3] by title."""
+    if not pictures:
+        raise RequestError("nothing was given to make pictures of")
+    return draw_strips(pictures, captions)
 
 
-def draw_curves(curves: Curves) -> Figure:
-    """Lines with bands, the frontier as a thin staircase, the floor dashed."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 4.6), layout="constrained")
-        axes = figure.subplots()
-        axes.set_xscale("log")
-        if curves.log_y:
-            axes.set_yscale("log")
-        axes.grid(True, which="major", linewidth=0.7)
-        for series in curves.series:
-            if curves.bars:
-                axes.vlines(series.x, series.low, series.high, color=series.color, linewidth=1.2, alpha=0.7)
-            else:
-                axes.fill_between(series.x, series.low, series.high, color=series.color, alpha=0.16, linewidth=0)
-            look = f"{series.mark[0]}{DASHES[series.dash]}"
-            axes.plot(series.x, series.y, look, color=series.color, markersize=5, label=series.label)
-        if curves.frontier is not None:
-            line = curves.frontier
-            axes.step(line.x, line.y, where="post", color=line.color, linewidth=0.9, alpha=0.7)
-            rings = axes.scatter(line.x, line.y, s=70, zorder=3, label=line.label, edgecolors=line.color, linewidths=0.9)
-            rings.set_facecolor("none")
-        for label, value, dash in curves.dashed:
-            axes.axhline(value, color=MUTED, linestyle=DASHES[dash], linewidth=1, label=label)
-        ticks, labels = x_ticks(curves)
-        axes.set_xticks(ticks, labels)
-        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-        if curves.log_y:
-            places, names = log_ticks(*y_range(curves))
-            axes.set_yticks(places, names)
-            axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-        axes.set_xlabel(curves.x_label)
-        axes.set_ylabel(textwrap.fill(curves.y_label, LABEL_WIDTH))
-        axes.set_title(f"{curves.question}\n", pad=2)
-        axes.text(0, 1.02, curves.setting, transform=axes.transAxes, color=MUTED, fontsize=8.5)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), handlelength=1.8)
-    return figure
+def does_super_resolution_follow_pretraining(
+    table: pd.DataFrame, metric: str, pretrained: Pretrained, floor: float | None = None, **levels: Any
+) -> Figure:
+    """Super-resolution of every size against what its pretrained checkpoint scored; see `pretraining_curves`."""
+    return draw_curves(replace(pretraining_curves(table, metric, pretrained, floor), **levels))
 
 
-def _draw_panel(axes: Axes, panel: HeatPanel) -> ScalarMappable:
-    colors, scale = panel_colors(panel)
-    image = axes.imshow(panel.values, cmap=colors, norm=scale, aspect="auto")
-    axes.set_facecolor(EMPTY)
-    for (row, column), value in np.ndenumerate(panel.values):
-        if np.isnan(value) or not (panel.is_labelled or (row, column) == panel.optimum):
+def does_dreambooth_follow_pretraining(
+    table: pd.DataFrame, metric: str, pretrained: Pretrained, floor: float | None = None, **levels: Any
+) -> Figure:
+    """Likeness to the subject of every size against what its pretrained checkpoint scored; see `pretraining_curves`."""
+    return draw_curves(replace(pretraining_curves(table, metric, pretrained, floor), **levels))
+
+
+def does_distillation_change_the_frontier(
+    table: pd.DataFrame, metric: str, cost: str = "paper_cost", floor: float | None = None, **levels: Any
+) -> Figure:
+    """The frontiers of the undistilled and of every kind of student; see `distillation_curves`."""
+    return draw_curves(replace(distillation_curves(table, metric, cost, floor), **levels))
+
+
+FOLLOWING = {
+    "superres": does_super_resolution_follow_pretraining,
+    "dreambooth": does_dreambooth_follow_pretraining,
+}
+"""Task -> the figure that sets it against the pretrained checkpoints."""
+
+
+def every_figure(
+    table: pd.DataFrame,
+    metric: str,
+    floor: float | None,
+    samples: Mapping[str, np.ndarray],
+    captions: Sequence[str],
+    budgets: Sequence[float],
+    strips: Mapping[str, np.ndarray],
+    pretrained: Pretrained | None = None,
+    **levels: Any,
+) -> dict[str, Callable[[], Figure]]:
+    """All figures of one experiment by the name of their file, not drawn yet: the function's, then what is on its axis.
+
+    Args:
+        table: points, as in `isocost.analysis.frontier`.
+        floor: value of what is drawn across, the best that can be hoped for.
+        samples: point -> pictures uint8 [K, H, W, 3] of the same K prompts and seeds.
+        captions: the K prompts.
+        budgets: budgets of paper cost.
+        strips: title -> pictures uint8 [K, H, W, 3] to be laid side by side; maybe none.
+        pretrained: what the experiment's runs started from, where its task is one of `FOLLOWING`.
+    """
+    given: dict[str, Any] = {"floor": floor, **levels}
+    over: dict[Callable[..., Figure], Sequence[str]] = {
+        which_size_is_best_at_equal_cost: list(COSTS),
+        does_compute_alone_decide: [axis for axis in COMPUTE_AXES if axis in table.columns],
+        does_distillation_change_the_frontier: list(COSTS),
+    }
+    alone: dict[Callable[..., Figure], Callable[[], Figure]] = {
+        which_sampler_is_best_at_equal_steps: lambda: which_sampler_is_best_at_equal_steps(table, metric, **given),
+        which_guidance_is_best: lambda: which_guidance_is_best(table, metric),
+        does_the_best_guidance_change_with_steps: lambda: does_the_best_guidance_change_with_steps(table, metric),
+        what_do_more_steps_look_like: lambda: what_do_more_steps_look_like(table, metric, samples, captions),
+        what_does_each_budget_buy: lambda: what_does_each_budget_buy(table, metric, samples, captions, budgets),
+        what_is_made_of_what_was_given: lambda: what_is_made_of_what_was_given(strips, captions),
+        **{draw: partial(_follow, draw, task, table, metric, pretrained, given) for task, draw in FOLLOWING.items()},
+    }
+    drawn = {
+        f"{draw.__name__}-{axis}": partial(draw, table, metric, axis, **given) for draw, axes in over.items() for axis in axes
+    }
+    return drawn | {draw.__name__: make for draw, make in alone.items()}
+
+
+def save_figures(folder: Path, drawn: Mapping[str, Callable[[], Figure]]) -> list[str]:
+    """Draw and save each in every one of `FORMATS`; returns the names of those that the table can give.
+
+    Where it cannot, what an earlier report left under the name is removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for name, draw in drawn.items():
+        try:
+            figure = draw()
+        except RequestError:
+            for ending in FORMATS:
+                (folder / f"{name}.{ending}").unlink(missing_ok=True)
             continue
-        dark = _luminance(colors(scale(value))) < 0.45
-        text = ("★" if (row, column) == panel.optimum else "") + (format_number(value) if panel.is_labelled else "")
-        axes.text(column, row, text, ha="center", va="center", fontsize=6, color="white" if dark else INK)
-    for row, column in enumerate(panel.best):
-        frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=OPTIMUM, linewidth=1.6, zorder=3)
-        axes.add_patch(frame)
-    for row, interval in enumerate(panel.found):
-        if interval is not None:
-            low, high = (panel.across(end) for end in interval)
-            axes.plot([low, high], [row + 0.34] * 2, color=OPTIMUM, linewidth=1.6, marker="|", markersize=4, zorder=4)
-    columns, rows = (some_places(len(values)) for values in (panel.guidance, panel.num_steps))
-    axes.set_xticks(columns, [format_number(panel.guidance[at]) for at in columns])
-    axes.set_yticks(rows, [str(panel.num_steps[at]) for at in rows])
-    axes.tick_params(length=0)
-    axes.set_xlabel("guidance")
-    axes.set_ylabel("steps")
-    axes.spines[:].set_visible(False)
-    return image
+        save(figure, folder, name)
+        names.append(name)
+    return names
 
 
-def _luminance(rgba: Any) -> float:
-    return float(np.dot(rgba[:3], (0.299, 0.587, 0.114)))
-
-
-def _mosaic(sheet: ContactSheet, number: int) -> tuple[np.ndarray, list[float], list[float]]:
-    """Picture `number` of every cell in one array, with the centres of its columns and rows in pixels."""
-    height, width = next(cell.pictures.shape[1:3] for row in sheet.cells for cell in row if cell)
-    gap = max(1, height // 24)
-    paper = np.full((len(sheet.rows) * (height + gap) - gap, len(sheet.columns) * (width + gap) - gap, 3), 255, np.uint8)
-    for row, cells in enumerate(sheet.cells):
-        for column, cell in enumerate(cells):
-            top, left = row * (height + gap), column * (width + gap)
-            paper[top : top + height, left : left + width] = 236 if cell is None else cell.pictures[number]
-    centres_x = [column * (width + gap) + (width - 1) / 2 for column in range(len(sheet.columns))]
-    centres_y = [row * (height + gap) + (height - 1) / 2 for row in range(len(sheet.rows))]
-    return paper, centres_x, centres_y
+def _follow(
+    draw: Callable[..., Figure],
+    task: str,
+    table: pd.DataFrame,
+    metric: str,
+    pretrained: Pretrained | None,
+    given: Mapping[str, Any],
+) -> Figure:
+    if pretrained is None or pretrained.task != task:
+        raise RequestError(f"this is no {task} of checkpoints that were scored before")
+    return draw(table, metric, pretrained, **given)

@@ -1,6 +1,6 @@
 """From an output folder to the report: the study's own points out of the ledger, pictures out of the artefacts.
 
-Writes `table.parquet`, `table.csv` and `report/`.
+Writes `table.parquet`, `table.csv` and `report/`: the page, `figures/`, `summary.md`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from isocost.experiments.experiment import Experiment
 from isocost.pipeline import Pipeline
 from isocost.provenance import provenance
 from isocost.report.marks import COMPUTE_AXES, FLOOR_LABEL
-from isocost.report.page import STUDY_YAML, markdown_summary, write_report
+from isocost.report.page import STUDY_YAML, write_report
+from isocost.report.summary import markdown_summary
+from isocost.report.tuned import FOLLOWS, Pretrained
 from isocost.stages import TaskName
 from isocost.store import Store, write_atomically
 from isocost.study import StudySpec
@@ -49,7 +51,7 @@ BASELINES = {
 
 @dataclass(frozen=True)
 class Report:
-    """What a report says, beside its page: the table of points and the choice at each budget of paper cost.
+    """What a report says, beside its page: the table of points, the choice at each budget of paper cost, `summary.md`'s text.
 
     `others` are the reports of what was tuned from the family, by task.
     """
@@ -57,6 +59,7 @@ class Report:
     page: Path
     table: pd.DataFrame
     choices: list[BudgetChoice]
+    summary: str
     others: Mapping[TaskName, Report] = field(default_factory=dict)
 
 
@@ -82,7 +85,10 @@ def report(pipeline: Pipeline) -> Report:
     scored = [name for name, table in tables.items() if not table.empty]
     if not scored:
         raise RequestError(f"{pipeline.out}: no point of this study is scored yet; `isocost run` makes them")
-    first, *others = (_report(pipeline, name, tables[name], _addresses(name, scored)) for name in scored)
+    first, *others = (
+        _report(pipeline, name, tables[name], _addresses(name, scored), _started_from(pipeline, name, tables))
+        for name in scored
+    )
     return replace(first, others=dict(zip(scored[1:], others, strict=True)))
 
 
@@ -94,6 +100,16 @@ def _addresses(task: TaskName, scored: list[TaskName]) -> dict[str, str]:
 
 def _folder(task: TaskName) -> str:
     return "" if task == "text2image" else f"{task}/"
+
+
+def _started_from(pipeline: Pipeline, task: TaskName, tables: Mapping[TaskName, pd.DataFrame]) -> Pretrained | None:
+    """The family's points at the checkpoints that the task started from, where it is one that is set against them."""
+    if task not in FOLLOWS or "text2image" not in tables:
+        return None
+    starts = {run.parent.name for run in pipeline.experiments[task].runs if run.parent is not None}
+    table, family = tables["text2image"], pipeline.experiments["text2image"]
+    table = table[table["checkpoint"].isin(starts)]
+    return None if table.empty else Pretrained(task, table, family.metric)
 
 
 def study_table(pipeline: Pipeline, experiment: Experiment) -> pd.DataFrame:
@@ -113,7 +129,9 @@ def study_table(pipeline: Pipeline, experiment: Experiment) -> pd.DataFrame:
     ).reset_index(drop=True)
 
 
-def _report(pipeline: Pipeline, task: TaskName, table: pd.DataFrame, others: dict[str, str]) -> Report:
+def _report(
+    pipeline: Pipeline, task: TaskName, table: pd.DataFrame, others: dict[str, str], pretrained: Pretrained | None
+) -> Report:
     """One experiment's page and table."""
     study, experiment = pipeline.study, pipeline.experiments[task]
     folder = pipeline.out / "report" / _folder(task)
@@ -123,25 +141,29 @@ def _report(pipeline: Pipeline, task: TaskName, table: pd.DataFrame, others: dic
     baselines, metric = experiment.baselines, experiment.metric
     budgets = (list(study.report.budgets) if task == "text2image" else []) or default_budgets(table, BUDGET_COST)
     name = study.name if task == "text2image" else f"{study.name}, {TITLES[task]}"
+    floors, floor_label = next(iter(baselines.values())), FLOORS.get(next(iter(baselines)), FLOOR_LABEL)
+    absent = [title for title in TITLES.values() if title not in others and title != TITLES[task]]
     page = write_report(
         folder,
         name,
         table,
         metric,
         _provenance(pipeline, experiment, table),
-        next(iter(baselines.values())),
+        floors,
         samples,
         experiment.pictured,
         budgets,
         _strips(experiment, table, samples),
         others,
         experiment.findings(table),
-        FLOORS.get(next(iter(baselines)), FLOOR_LABEL),
+        floor_label,
         {"bicubic": baselines["bicubic"]} if "bicubic" in baselines else None,
-        [title for title in TITLES.values() if title not in others and title != TITLES[task]],
+        absent,
+        pretrained,
     )
-    write_atomically(folder / "summary.md", markdown_summary(table, metric, name, budgets))
-    return Report(page, table, best_at_budgets(table, BUDGET_COST, metric, budgets))
+    summary = markdown_summary(table, metric, name, budgets, floors.get(metric), floor_label, absent)
+    write_atomically(folder / "summary.md", summary)
+    return Report(page, table, best_at_budgets(table, BUDGET_COST, metric, budgets), summary)
 
 
 def _strips(experiment: Experiment, table: pd.DataFrame, samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

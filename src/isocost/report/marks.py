@@ -55,7 +55,10 @@ STEP_AXES = {
 
 @dataclass(frozen=True)
 class Series:
-    """One line: a size, a sampler, or the frontier. `low` and `high` bound the band, NaN where there is no interval."""
+    """One line: a size, a sampler, or the frontier. `low` and `high` bound the band, NaN where there is no interval.
+
+    `names` stand beside its marks; none where it is empty.
+    """
 
     label: str
     x: np.ndarray
@@ -66,6 +69,7 @@ class Series:
     color: str
     mark: tuple[str, str]
     dash: str = "solid"
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class Curves:
     """Quality against something that costs: one series a size or sampler, perhaps the frontier, perhaps the floor.
 
     `levels` are further values that no model made, by what made them. `published` is a layer of its own, of the paper's
-    numbers: hidden until it is asked for, and no part of `series`. Where `bars` is true, intervals are bars, not bands.
+    numbers: hidden until it is asked for, and no part of `series`. Where `bars` is true, intervals are bars, not bands; a
+    staircase holds each value up to the next mark.
     """
 
     question: str
@@ -88,6 +93,8 @@ class Curves:
     levels: tuple[tuple[str, float], ...] = ()
     published: Series | None = None
     bars: bool = False
+    is_staircase: bool = False
+    log_x: bool = True
 
     @property
     def dashed(self) -> list[tuple[str, float, str]]:
@@ -147,14 +154,14 @@ def compute_curves(table: pd.DataFrame, metric: str, floor: float | None = None,
     rows = rows[(rows[setting] == chosen[setting]).all(axis=1)].sort_values(["training_gflop", "point"])
     sampler, steps, guidance = chosen["sampler"], chosen["num_steps"], chosen["guidance"]
     return Curves(
-        question="How good does each size get for its training compute?",
+        question="Does training compute alone decide, or size too?",
         setting=f"{sampler}, {steps} steps, guidance {guidance:g}",
         x_label=COMPUTE_AXES[axis][1],
         y_label=metric_of(metric).axis,
         series=_series_by_size(table, rows, axis, metric, "training compute {}"),
         frontier=None,
         floor=floor,
-        log_y=_wants_log(rows, metric, floor),
+        log_y=wants_log(rows, metric, floor),
     )
 
 
@@ -182,9 +189,9 @@ def cost_curves(table: pd.DataFrame, metric: str, cost: str, floor: float | None
         x_label=axis.axis,
         y_label=metric_of(metric).axis,
         series=_series_by_size(table, rows, cost, metric, f"{{}} {axis.unit}"),
-        frontier=_series("frontier", frontier, cost, metric, f"{{}} {axis.unit}", INK, ("o", "circle-open")),
+        frontier=series_of("frontier", frontier, cost, metric, f"{{}} {axis.unit}", INK, ("o", "circle-open")),
         floor=floor,
-        log_y=_wants_log(rows, metric, floor),
+        log_y=wants_log(rows, metric, floor),
         published=published(metric, cost),
     )
 
@@ -234,7 +241,7 @@ def sampler_curves(
         if own.empty:
             continue
         color, mark, dash = KINDS[at % len(KINDS)], MARKS[at % len(MARKS)], list(DASHES)[at % len(DASHES)]
-        series.append(_series(str(sampler), own, axis, metric, note, color, mark, dash))
+        series.append(series_of(str(sampler), own, axis, metric, note, color, mark, dash))
     return Curves(
         question="Which sampler is best at equal steps?",
         setting=f"the best guidance{' and size' if size is None else f' of {size}'} at each number of steps",
@@ -243,7 +250,7 @@ def sampler_curves(
         series=tuple(series),
         frontier=None,
         floor=floor,
-        log_y=_wants_log(rows, metric, floor),
+        log_y=wants_log(rows, metric, floor),
     )
 
 
@@ -360,11 +367,11 @@ def _series_by_size(table: pd.DataFrame, rows: pd.DataFrame, x: str, metric: str
     present = [(at, size) for at, size in enumerate(sizes) if (rows["size"] == size).any()]
     colors = size_colors(len(sizes))
     return tuple(
-        _series(size, rows[rows["size"] == size], x, metric, note, colors[at], MARKS[at % len(MARKS)]) for at, size in present
+        series_of(size, rows[rows["size"] == size], x, metric, note, colors[at], MARKS[at % len(MARKS)]) for at, size in present
     )
 
 
-def _series(
+def series_of(
     label: str,
     rows: pd.DataFrame,
     x: str,
@@ -389,7 +396,7 @@ def _only(samplers: Sequence[str]) -> str:
     return f", {samplers[0]}" if len(samplers) == 1 else ""
 
 
-def _wants_log(rows: pd.DataFrame, metric: str, floor: float | None) -> bool:
+def wants_log(rows: pd.DataFrame, metric: str, floor: float | None) -> bool:
     """A logarithmic axis for distances that span more than a factor of 8, all of them (and the floor) well above zero."""
     if metric_of(metric).better == "higher":
         return False

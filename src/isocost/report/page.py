@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page that opens offline, its figures beside it, and a summary in Markdown.
+"""The report: one self-contained HTML page that opens offline, and its figures beside it.
 
 The answer comes first, then what it rests on. A part that the table cannot give says in one line what is missing.
 Captions and names come from people's data: the template escapes them, and the page's own policy forbids any network request.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,13 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 from plotly.offline import get_plotlyjs
 
 from isocost.analysis.frontier import (
     COSTS,
     BudgetChoice,
     best_at_budgets,
-    cost_of,
     default_budgets,
-    finals,
     format_number,
     metric_of,
     metric_words,
@@ -36,15 +33,21 @@ from isocost.analysis.frontier import (
 )
 from isocost.analysis.recommend import answer
 from isocost.models.paper import TABLE_1
-from isocost.report import figures, marks
+from isocost.report import marks
+from isocost.report.drawing import FORMATS
 from isocost.report.explorer import explorer
-from isocost.report.parts import CHARTS, Chart, Missing, metrics_in, or_missing
+from isocost.report.figures import every_figure, save_figures
+from isocost.report.parts import CHARTS, Chart, Missing, metrics_in, or_missing, tuned_charts
 from isocost.report.pictures import Album, album
 from isocost.report.points import headline_facts, point_columns, size_rows
 from isocost.report.sheets import ContactSheet, contact_cells, kept_of
+from isocost.report.summary import moral
+from isocost.report.tuned import DISTILLED, FOLLOWS, Pretrained
 from isocost.store import write_atomically
 
 STUDY_YAML = "study_yaml"
+FIGURES = "figures"
+"""Folder beside the page."""
 STRIP = "strip"
 """In front of the titles of strips, among the keys of pictures, which are points otherwise."""
 
@@ -65,8 +68,9 @@ def write_report(
     floor_label: str = marks.FLOOR_LABEL,
     levels: Mapping[str, Mapping[str, float]] | None = None,
     absent: Sequence[str] = (),
+    pretrained: Pretrained | None = None,
 ) -> Path:
-    """Write `index.html` and the figures as PNG into `folder`; returns the path of the page.
+    """Write `index.html` and `figures/` (`isocost.report.figures`, PNG and PDF) into `folder`; returns the path of the page.
 
     Args:
         folder: made where absent.
@@ -83,6 +87,7 @@ def write_report(
         findings: what was compared in pairs: texts, or mappings of them, by title.
         levels: further values that no model made: title -> metric -> value.
         absent: titles of experiments that have no page.
+        pretrained: what the experiment's runs started from, of tasks that are set against it.
 
     Raises:
         RequestError: the points cannot be compared (they differ in protocol, number of pictures or seed).
@@ -100,21 +105,8 @@ def write_report(
     budgets = list(budgets) or or_missing(lambda: default_budgets(table, "paper_cost"))
     choices = budgets if isinstance(budgets, Missing) else or_missing(best_at_budgets, table, "paper_cost", metric, budgets)
     pictured = [] if isinstance(budgets, Missing) else budgets
-    drawn: dict[str, Callable[[], Figure]] = {
-        "quality_against_training_compute": lambda: figures.quality_against_training_compute(
-            table, metric, floor, **across(metric)
-        ),
-        "guidance_heatmap": lambda: figures.guidance_heatmap(table, metric),
-        "guidance_found": lambda: figures.guidance_found(table, metric, _first_sampler(table, metric)),
-        "sampler_comparison": lambda: figures.sampler_comparison(table, metric, floor, **across(metric)),
-        "contact_sheet_steps": lambda: figures.contact_sheet(table, metric, samples, captions),
-        "contact_sheet_budgets": lambda: figures.contact_sheet(table, metric, samples, captions, "paper_cost", pictured),
-    } | {
-        f"quality_against_{cost}": lambda cost=cost: figures.quality_against_cost(table, metric, cost, floor, **across(metric))
-        for cost in COSTS
-    }
-    if strips:
-        drawn["strips"] = lambda: figures.strips(strips, captions)
+    drawn = every_figure(table, metric, floor, samples, captions, pictured, strips or {}, pretrained, **across(metric))
+    tuned = tuned_charts(table, metric, floors, across, pretrained)
     sheets = or_missing(_sheets, table, metric, samples, captions, pictured)
     explore = or_missing(explorer, table, metric, set(samples))
     pictures = _album(choices, explore, sheets, samples, captions, strips or {})
@@ -130,7 +122,8 @@ def write_report(
             answers=choices if isinstance(choices, Missing) else [answer(choice) for choice in choices],
             moral=None if isinstance(choices, Missing) else moral(choices),
             explore=explore,
-            charts={chart: or_missing(make, table, metric, floors, across) for chart, make in CHARTS.items()},
+            charts={chart: or_missing(make, table, metric, floors, across) for chart, make in CHARTS.items()} | tuned,
+            tuned={name: FOLLOWS[pretrained.task][0] if name == "following" and pretrained else DISTILLED for name in tuned},
             paper=TABLE_1,
             raced="guidance_low" in table.columns and bool(table["guidance_low"].notna().any()),
             unmeasured=[cost.label for cost in COSTS.values() if table[cost.name].isna().all()],
@@ -149,7 +142,8 @@ def write_report(
             sizes=size_rows(table),
             provenance={key: value for key, value in provenance.items() if key != STUDY_YAML},
             study_yaml=provenance.get(STUDY_YAML),
-            figures=[name for name, draw in drawn.items() if _save(folder / f"{name}.png", draw)],
+            figures=save_figures(folder / FIGURES, drawn),
+            formats=FORMATS,
             page_css=_asset("page.css"),
             page_js=_asset("page.js"),
             plotly_js=Markup(get_plotlyjs()),
@@ -159,39 +153,6 @@ def write_report(
     path = folder / "index.html"
     write_atomically(path, page)
     return path
-
-
-def markdown_summary(table: pd.DataFrame, metric: str, study_name: str, budgets: Sequence[float] = ()) -> str:
-    """The answer for a pull request or a chat: one table row a budget of paper cost."""
-    budgets = list(budgets) or default_budgets(table, "paper_cost")
-    choices = best_at_budgets(table, "paper_cost", metric, budgets)
-    titles = ["paper cost", "best", metric_words(metric), "runner-up", ""]
-    lines = [f"**{study_name}**: {moral(choices)}", "", f"| {' | '.join(titles)} |", "|--:|---|---|---|---|"]
-    for choice in choices:
-        best, other = choice.best, choice.runner_up
-        cells = [format_number(choice.budget), *(("nothing fits", "") if best is None else (str(best), best.score))]
-        cells += ["" if other is None else f"{other}: {other.score}", "undecided" if choice.undecided else ""]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def moral(choices: Sequence[BudgetChoice]) -> str:
-    """What the budgets say together: whether the best size moves, and how many of the choices are decided."""
-    told = [(choice, choice.best) for choice in choices if choice.best is not None]
-    if not told:
-        return "No budget takes in any point."
-    (first, smallest), (last, largest) = told[0], told[-1]
-    sizes = {best.size for _, best in told}
-    if len(sizes) == 1:
-        said = f"{smallest.size} is the best size at every budget here"
-    elif smallest.size == largest.size:
-        said = f"The best size changes with the budget: {', '.join(dict.fromkeys(best.size for _, best in told))}"
-    else:
-        start, end = format_number(first.budget), cost_of(last.cost).amount(last.budget)
-        said = f"The best size moves from {smallest.size} at {start} to {largest.size} at {end}"
-    contested = [choice for choice, _ in told if choice.runner_up is not None]
-    decided = sum(not choice.undecided for choice in contested)
-    return f"{said}; {decided} of {len(contested)} choices between sizes are decided." if contested else f"{said}."
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -223,22 +184,6 @@ def _album(
         wanted |= dict.fromkeys(cell.point for sheet in sheets for row in sheet.cells for cell in row if cell is not None)
     kept = {point: kept_of(point, samples, captions) for point in wanted if point in samples}
     return album(kept | {f"{STRIP}/{title}": pictures for title, pictures in strips.items()})
-
-
-def _first_sampler(table: pd.DataFrame, metric: str) -> str:
-    """The sampler that was tried with the most values of guidance, the first by name of those."""
-    tried = finals(table, metric).groupby("sampler")["guidance"].nunique()
-    return str(tried.sort_index().idxmax())
-
-
-def _save(path: Path, draw: Callable[[], Figure]) -> bool:
-    """Save the figure; where the table cannot give it, remove what an earlier report left under its name."""
-    figure = or_missing(draw)
-    if isinstance(figure, Missing):
-        path.unlink(missing_ok=True)
-        return False
-    figure.savefig(path)
-    return True
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

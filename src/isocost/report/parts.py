@@ -12,10 +12,11 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from isocost.analysis.distillation import teacher_of
 from isocost.analysis.frontier import COSTS, finals, metric_words, sizes_in_order
 from isocost.errors import RequestError
 from isocost.metrics.names import METRICS
-from isocost.report import charts, marks
+from isocost.report import charts, marks, tuned
 
 RACES = ("guidance_low", "guidance_high", "race_pictures", "race_at_edge")
 
@@ -148,6 +149,34 @@ def _found_chart(table: pd.DataFrame, metric: str, _floors: Mapping[str, float],
     return _chart("found", (Control("Sampler", tuple(samplers)), _quality(metrics)), curves)
 
 
+def tuned_charts(
+    table: pd.DataFrame, metric: str, floors: Mapping[str, float], across: Across, pretrained: tuned.Pretrained | None
+) -> dict[str, Chart | Missing]:
+    """Charts that only some experiments have, by name: frontiers of students, a task's quality after pretraining's."""
+    made = {}
+    if any(teacher_of(size)[1] for size in sizes_in_order(table)):
+        made["distilled"] = or_missing(_distilled_chart, table, metric, floors, across)
+    if pretrained is not None:
+        made["following"] = or_missing(_following_chart, table, metric, floors, across, pretrained)
+    return made
+
+
+def _distilled_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float], across: Across) -> Chart:
+    metrics, costs = _lead_first(table, metric), costs_in(table)
+    asked = {f"{a}|{c}": (name, (cost, floors.get(name))) for a, cost in enumerate(costs) for c, name in enumerate(metrics)}
+    curves = _drawable(tuned.distillation_curves, table, asked, across)
+    cost = Control("Cost", tuple(COSTS[cost].label for cost in costs), tuple(costs))
+    return _chart("distilled", (cost, _quality(metrics)), curves, "The frontiers of")
+
+
+def _following_chart(
+    table: pd.DataFrame, metric: str, floors: Mapping[str, float], across: Across, pretrained: tuned.Pretrained
+) -> Chart:
+    metrics = _lead_first(table, metric)
+    asked = {f"{c}": (name, (pretrained, floors.get(name))) for c, name in enumerate(metrics)}
+    return _chart("following", (_quality(metrics),), _drawable(tuned.pretraining_curves, table, asked, across), "Shown:")
+
+
 CHARTS = {
     "cost": _cost_chart,
     "compute": _compute_chart,
@@ -187,9 +216,9 @@ def _quality(metrics: Sequence[str]) -> Control:
     return Control("Quality", tuple(metric_words(name) for name in metrics))
 
 
-def _chart(name: str, controls: tuple[Control, ...], curves: Mapping[str, marks.Curves]) -> Chart:
+def _chart(name: str, controls: tuple[Control, ...], curves: Mapping[str, marks.Curves], lead: str = "Sampled with") -> Chart:
     drawings = {key: [charts.plotly_curves(one)] for key, one in curves.items()}
-    return Chart(name, controls, drawings, {key: f"{one.y_label}. Sampled with {one.setting}." for key, one in curves.items()})
+    return Chart(name, controls, drawings, {key: f"{one.y_label}. {lead} {one.setting}." for key, one in curves.items()})
 
 
 def _lead_first(table: pd.DataFrame, metric: str) -> list[str]:

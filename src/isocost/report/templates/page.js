@@ -26,6 +26,7 @@ function prepared(figure, wanted) {
   return { data, layout, published };
 }
 
+const sharesCost = box => box.querySelector("input[data-cost]") !== null;
 function lines(box) {
   const chosen = box.querySelector("input[data-cost]:checked");
   if (!budgetLine || !chosen || chosen.dataset.cost !== budgetLine.cost) return [];
@@ -43,7 +44,7 @@ for (const box of document.querySelectorAll("[data-chart]")) {
     while (plots.children.length > shown.length) { Plotly.purge(plots.lastChild); plots.lastChild.remove(); }
     while (plots.children.length < shown.length) plots.append(document.createElement("div"));
     shown.forEach(({ data, layout }, at) => {
-      if (box.dataset.chart === "cost") layout.shapes = lines(box);
+      if (sharesCost(box)) layout.shapes = lines(box);
       const plot = plots.children[at];
       Plotly.react(plot, data, layout, { displayModeBar: false, responsive: true });
       plot.setAttribute("role", "img");
@@ -77,7 +78,9 @@ document.addEventListener("change", event => {
   if (!cost) return;
   for (const input of document.querySelectorAll("input[data-cost]")) if (input.dataset.cost === cost) input.checked = true;
   showCost(cost);
-  if (!waiting.includes("cost")) redraw.cost?.();
+  for (const box of document.querySelectorAll("[data-chart]")) {
+    if (sharesCost(box) && !waiting.includes(box.dataset.chart)) redraw[box.dataset.chart]();
+  }
 });
 
 // --- the budget ----------------------------------------------------------------------------------------------------------
@@ -130,8 +133,10 @@ if (explore) {
     }));
   };
   const mark = () => {
-    const box = document.querySelector("[data-chart=cost]"), plot = box?.querySelector(".plots > div");
-    if (plot?.classList.contains("js-plotly-plot")) Plotly.relayout(plot, { shapes: lines(box) });
+    for (const box of document.querySelectorAll("[data-chart]")) {
+      const plot = sharesCost(box) ? box.querySelector(".plots > div") : null;
+      if (plot?.classList.contains("js-plotly-plot")) Plotly.relayout(plot, { shapes: lines(box) });
+    }
   };
   const within = budget => axis.stops.findLastIndex(stop => stop.budget <= budget * (1 + 1e-9));
   showCost = cost => {
