@@ -162,6 +162,11 @@ def test_which_guidance_is_best() -> None:
             assert [row for row, texts in enumerate(panel.data[0].text) if texts[column].startswith("★")] == [4]
 
 
+def test_one_guidance_is_no_best_one() -> None:
+    with pytest.raises(RequestError, match="nothing to choose"):
+        figures.which_guidance_is_best(planted_superres(), KERNEL)
+
+
 def test_does_the_best_guidance_change_with_steps() -> None:
     """Not on the planted grid, and by the planted intervals where it was raced for."""
     table = planted_table()
@@ -280,6 +285,10 @@ def test_does_distillation_change_the_frontier(cost: str) -> None:
     assert {line.get_drawstyle() for line in figure.axes[0].get_lines()} == {"steps-post"}
     assert {trace.line.shape for trace in charted.data if trace.name in ("undistilled", "codi")} == {"hv"}
     is_student = table["size"].str.endswith(" codi")
+    ends = [trace for trace in charted.data if trace.mode == "lines" and trace.hoverinfo == "skip" and trace.name is None]
+    assert [(end.x[1], end.y[0]) for end in ends] == [
+        (table[cost].max(), table.loc[rows, KERNEL].min()) for rows in (~is_student, is_student)
+    ], "what is best stays so for any larger cost"
     for lines in (drawn_lines(figure), charted_lines(charted)):
         assert list(lines) == ["undistilled", "codi"]
         for label, rows in (("undistilled", table[~is_student]), ("codi", table[is_student])):

@@ -38,11 +38,16 @@ def plotly_curves(curves: Curves) -> go.Figure:
             showlegend=False,
             name=f"{html.escape(series.label)} 95 % interval",
         )
+    dearest = max(float(series.x.max()) for series in curves.series)
     for series in curves.series:
         line = _plotly_line(series) | (_plotly_bars(series) if curves.bars else {})
         marker = {"symbol": series.mark[1], "size": 10, "line": {"color": "white", "width": 0.5}}
         shape = "hv" if curves.is_staircase else "linear"
         figure.add_scatter(**line, marker=marker, line={"color": series.color, "width": 2, "dash": series.dash, "shape": shape})
+        if curves.is_staircase:
+            rest = {"x": [float(series.x[-1]), dearest], "y": [float(series.y[-1])] * 2, "legendgroup": series.label}
+            look = {"color": series.color, "width": 2, "dash": series.dash}
+            figure.add_scatter(**rest, mode="lines", line=look, showlegend=False, hoverinfo="skip")
     if curves.frontier is not None:
         line = {"color": INK, "width": 1.2, "shape": "hv"}
         marker = {"symbol": "circle-open", "size": 15, "color": INK, "line": {"width": 1.2}}

@@ -15,8 +15,10 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from isocost.analysis.frontier import format_number
 from isocost.report.marks import Curves, HeatPanel, panel_colors, x_ticks, y_range
@@ -24,8 +26,8 @@ from isocost.report.scales import DASHES, EMPTY, HAIRLINE, INK, MUTED, OPTIMUM, 
 from isocost.report.sheets import ContactSheet
 
 FORMATS = ("png", "pdf")
-LABEL_WIDTH = 52
-"""Letters of an axis's title that fit beside the axes."""
+LONG_LABEL = 48
+"""Characters of a label that is set in two lines beside its axis."""
 STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.edgecolor": MUTED,
@@ -133,6 +135,7 @@ def draw_curves(curves: Curves) -> Figure:
         if curves.log_y:
             axes.set_yscale("log")
         axes.grid(True, which="major", linewidth=0.7)
+        dearest = max(float(series.x.max()) for series in curves.series)
         for series in curves.series:
             if curves.is_staircase:
                 axes.fill_between(series.x, series.low, series.high, step="post", color=series.color, alpha=0.16, linewidth=0)
@@ -143,8 +146,12 @@ def draw_curves(curves: Curves) -> Figure:
             look = f"{series.mark[0]}{DASHES[series.dash]}"
             drawn = "steps-post" if curves.is_staircase else "default"
             axes.plot(series.x, series.y, look, color=series.color, markersize=5, label=series.label, drawstyle=drawn)
+            if curves.is_staircase:
+                ends = [(float(series.x[-1]), float(series.y[-1])), (dearest, float(series.y[-1]))]
+                axes.add_collection(LineCollection([ends], colors=series.color, linestyles=[DASHES[series.dash]]))
             for x, y, name in zip(series.x, series.y, series.names, strict=False):
-                axes.annotate(name, (x, y), (6, 5), textcoords="offset points", fontsize=8, color=MUTED)
+                beside = axes.annotate(name, (x, y), (7, -11), textcoords="offset points", fontsize=8, color=MUTED, zorder=4)
+                beside.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
         if curves.frontier is not None:
             line = curves.frontier
             axes.step(line.x, line.y, where="post", color=line.color, linewidth=0.9, alpha=0.7)
@@ -160,7 +167,7 @@ def draw_curves(curves: Curves) -> Figure:
             axes.set_yticks(places, names)
             axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axes.set_xlabel(curves.x_label)
-        axes.set_ylabel(textwrap.fill(curves.y_label, LABEL_WIDTH))
+        axes.set_ylabel(curves.y_label.replace(" (", "\n(") if len(curves.y_label) > LONG_LABEL else curves.y_label)
         axes.set_title(f"{curves.question}\n", pad=2)
         axes.text(0, 1.02, curves.setting, transform=axes.transAxes, color=MUTED, fontsize=8.5)
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), handlelength=1.8)

@@ -22,7 +22,15 @@ from matplotlib.figure import Figure
 from isocost.analysis.frontier import COSTS, finals, sizes_in_order
 from isocost.errors import RequestError
 from isocost.report.drawing import FORMATS, draw_curves, draw_panels, draw_sheet, draw_strips, save
-from isocost.report.marks import COMPUTE_AXES, compute_curves, cost_curves, guidance_curves, guidance_panels, sampler_curves
+from isocost.report.marks import (
+    COMPUTE_AXES,
+    check_guidance,
+    compute_curves,
+    cost_curves,
+    guidance_curves,
+    guidance_panels,
+    sampler_curves,
+)
 from isocost.report.sheets import contact_cells
 from isocost.report.tuned import Pretrained, distillation_curves, pretraining_curves
 
@@ -55,6 +63,7 @@ def which_sampler_is_best_at_equal_steps(
 
 def which_guidance_is_best(table: pd.DataFrame, metric: str) -> Figure:
     """Quality over steps and guidance, one row a sampler, one panel a size; see `guidance_panels`."""
+    check_guidance(table, metric)
     return draw_panels(guidance_panels(table, metric), sizes_in_order(finals(table, metric)))
 
 

@@ -166,7 +166,7 @@ def _distilled_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, floa
     asked = {f"{a}|{c}": (name, (cost, floors.get(name))) for a, cost in enumerate(costs) for c, name in enumerate(metrics)}
     curves = _drawable(tuned.distillation_curves, table, asked, across)
     cost = Control("Cost", tuple(COSTS[cost].label for cost in costs), tuple(costs))
-    return _chart("distilled", (cost, _quality(metrics)), curves, "The frontiers of")
+    return _chart("distilled", (cost, _quality(metrics)), curves, "Each mark is")
 
 
 def _following_chart(
@@ -174,7 +174,7 @@ def _following_chart(
 ) -> Chart:
     metrics = _lead_first(table, metric)
     asked = {f"{c}": (name, (pretrained, floors.get(name))) for c, name in enumerate(metrics)}
-    return _chart("following", (_quality(metrics),), _drawable(tuned.pretraining_curves, table, asked, across), "Shown:")
+    return _chart("following", (_quality(metrics),), _drawable(tuned.pretraining_curves, table, asked, across), "Each mark is")
 
 
 CHARTS = {

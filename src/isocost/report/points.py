@@ -27,6 +27,8 @@ from isocost.report.parts import metrics_in
 
 CODED_SHARE = 0.25
 """A column whose different values are at most this share of its rows is kept as codes."""
+PRINTED = ("size", "sampler", "num_steps", "guidance", "point")
+"""Columns that fit on paper, beside the leading metric and the costs."""
 DIGITS = 9
 """Significant digits of the numbers that a CSV file gets."""
 Key = float | int | str | None
@@ -65,9 +67,10 @@ def point_columns(table: pd.DataFrame, metric: str) -> dict[str, Any]:
         columns.append(_column(name, words, told, told))
     order = "ascending" if metric_of(metric).better == "lower" else "descending"
     names = [column["name"] for column in columns]
+    printed = {*PRINTED, metric, *COSTS}
     return {
         "rows": len(rows),
-        "columns": columns,
+        "columns": [column if column["name"] in printed else column | {"aside": True} for column in columns],
         "sorted_by": [names.index(metric), order] if metric in metrics else None,
     }
 
@@ -138,7 +141,7 @@ def headline_facts(table: pd.DataFrame, metric: str) -> dict[str, str]:
         "guidance values": rows["guidance"].nunique(),
         "points": len(rows),
     }
-    facts = {name: f"{number:,}" for name, number in extent.items()}
+    facts = {name.removesuffix("s") if number == 1 else name: f"{number:,}" for name, number in extent.items()}
     if len(rows):
         facts["pictures a point"] = f"{rows['num_pictures'].iloc[0]:,}"
         facts["protocol"] = str(rows["protocol"].iloc[0])

@@ -72,7 +72,8 @@ def markdown_summary(
     first = rows.iloc[0]
     by = f"By {escaped(metric_words(metric))} ({metric_of(metric).better} is better) with 95 % intervals"
     known = "" if floor is None else f"; {escaped(floor_label)}: {format_number(floor)}"
-    extent = f"{len(rows):,} points of {len(sizes_in_order(rows))} sizes, {first['num_pictures']:,} pictures a point"
+    extent = f"{_count(len(rows), 'point')} of {_count(len(sizes_in_order(rows)), 'size')}"
+    extent += f", {first['num_pictures']:,} pictures a point"
     protocol = f"protocol {escaped(str(first['protocol']))}, seed {first['seed']}"
     told += ["", f"{by}{known}. {extent}; {protocol}.", *_beware(choices)]
     undone = _not_done(table, metric, absent)
@@ -127,7 +128,7 @@ def _frontier(table: pd.DataFrame, metric: str) -> list[str]:
     places = sorted({round(place) for place in np.linspace(0, len(every) - 1, min(len(every), MOST_ROWS)).tolist()})
     rows = every.iloc[places]
     costs = [name for name in COSTS if rows[name].notna().any()]
-    count = f"{len(every)} points" if len(rows) == len(every) else f"{len(rows)} of {len(every)} points"
+    count = f"{len(rows)} of {len(every)} points" if len(rows) < len(every) else _count(len(every), "point")
     titles = [*(COSTS[name].label for name in costs), "configuration", metric_words(metric)]
     lines = [f"Frontier, {count}:", "", _row(*titles), "|" + "--:|" * len(costs) + "---|---|"]
     for row in rows.to_dict("records"):
@@ -160,6 +161,10 @@ def _not_done(table: pd.DataFrame, metric: str, absent: Sequence[str]) -> list[s
     if rows["is_final"].all():
         undone.append("no checkpoint before the last was scored")
     return undone
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _row(*cells: str) -> str:

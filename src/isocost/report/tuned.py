@@ -87,7 +87,7 @@ def pretraining_curves(table: pd.DataFrame, metric: str, pretrained: Pretrained,
     is_log = about.better == "lower" and min(x) > 0 and max(x) > LEAST_SPAN * min(x)
     return Curves(
         question=question,
-        setting=f"every size at its best settings; {same} of {pairs} pairs of sizes keep their order",
+        setting=f"a size at its best settings; {same} of {pairs} pairs of sizes keep their order",
         x_label=f"text-to-image {about.axis}",
         y_label=metric_of(metric).axis,
         series=tuple(lines),
@@ -120,7 +120,7 @@ def distillation_curves(table: pd.DataFrame, metric: str, cost: str, floor: floa
     competing = finals(table, metric, cost)
     return Curves(
         question=DISTILLED,
-        setting="the best size, steps, guidance and sampler within each cost",
+        setting="the best size, steps, guidance and sampler within its cost",
         x_label=axis.axis,
         y_label=metric_of(metric).axis,
         series=tuple(lines),

@@ -162,6 +162,7 @@ const PAGE = 50, MOST_CHOICES = 60, FILTERED = ["size", "sampler", "num_steps", 
 const table = byId("table"), head = table.tHead.insertRow();
 const at = (column, row) => (column.codes ? column.codes[row] : row);
 const keyOf = (column, row) => column.keys[at(column, row)];
+const classOf = column => [column.numeric ? "number" : "", column.aside ? "aside" : ""].join(" ").trim(); // aside: not in print
 const textOf = (column, row) => (column.texts ?? column.keys)[at(column, row)];
 let order = Array.from({ length: numRows }, (_, row) => row), found = order, first = 0, haystack = null;
 const filters = new Map();
@@ -169,7 +170,7 @@ const filters = new Map();
 function fill() {
   table.tBodies[0].replaceChildren(...found.slice(first, first + PAGE).map(row => {
     const line = document.createElement("tr");
-    line.append(...columns.map(column => make("td", textOf(column, row), column.numeric ? "number" : "")));
+    line.append(...columns.map(column => make("td", textOf(column, row), classOf(column))));
     return line;
   }));
   const count = value => value.toLocaleString("en");
@@ -196,7 +197,7 @@ function sort(column, direction) {
   filter();
 }
 columns.forEach((column, place) => {
-  const cell = make("th", "", column.numeric ? "number" : ""), button = Object.assign(make("button", column.title), { type: "button" });
+  const cell = make("th", "", classOf(column)), button = Object.assign(make("button", column.title), { type: "button" });
   cell.scope = "col";
   if (sortedBy && sortedBy[0] === place) cell.setAttribute("aria-sort", sortedBy[1]);
   button.addEventListener("click", () => {
