@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,9 @@ def charted_lines(figure: Any) -> Lines:
     return {trace.name: (np.asarray(trace.x, float), np.asarray(trace.y, float)) for trace in lines}
 
 
-def chart_of(name: str, table: pd.DataFrame) -> Chart:
-    chart = CHARTS[name](table, KERNEL, {}, lambda _: {})
-    assert isinstance(chart, Chart)
-    return chart
+@lru_cache
+def planted_chart(name: str) -> Chart:
+    return CHARTS[name](planted_table(), KERNEL, {}, lambda _: {})
 
 
 def at(line: tuple[np.ndarray, np.ndarray], x: float) -> float:
@@ -64,7 +64,7 @@ def test_which_size_is_best_at_equal_cost(cost: str) -> None:
     table = planted_table()
     lines = drawn_lines(figures.which_size_is_best_at_equal_cost(table, KERNEL, cost))
     check_crossing(lines, 1.0)
-    chart = chart_of("cost", table)
+    chart = planted_chart("cost")
     (costs, _, qualities) = chart.controls
     for place, words in enumerate(qualities.choices):
         (drawn,) = chart.drawings[f"{costs.keys.index(cost)}|0|{place}"]
@@ -74,7 +74,7 @@ def test_which_size_is_best_at_equal_cost(cost: str) -> None:
 def test_at_equal_evaluations_the_largest_size_is_best_throughout() -> None:
     """Evaluations do not count how large the network is, so nothing crosses."""
     table = planted_table()
-    chart = chart_of("cost", table)
+    chart = planted_chart("cost")
     (charted,) = chart.drawings[f"{chart.controls[0].keys.index('nfe')}|0|0"]
     for lines in (drawn_lines(figures.which_size_is_best_at_equal_cost(table, KERNEL, "nfe")), charted_lines(charted)):
         values = np.array([lines[size][1] for size in SIZES])
@@ -83,7 +83,7 @@ def test_at_equal_evaluations_the_largest_size_is_best_throughout() -> None:
 
 @pytest.mark.parametrize("position", [1, 2])
 def test_a_sampler_singled_out_in_the_chart_is_the_one_that_is_drawn(position: int) -> None:
-    chart = chart_of("cost", planted_table())
+    chart = planted_chart("cost")
     sampler = chart.controls[1].choices[position]
     (drawn,) = chart.drawings[f"0|{position}|0"]
     notes = [note for trace in drawn.data if trace.name in SIZES for note in trace.text]
@@ -100,7 +100,7 @@ def test_a_sampler_singled_out_in_the_chart_is_the_one_that_is_drawn(position: i
 def test_does_compute_alone_decide(axis: str) -> None:
     """Planted: at equal compute a size 63 times larger is ahead by 19 % of what training gains, so compute nearly decides."""
     table = planted_table().assign(paper_compute=lambda rows: rows["training_gflop"] / (3 * 32))
-    chart = chart_of("compute", table)
+    chart = CHARTS["compute"](table, KERNEL, {}, lambda _: {})
     place = [words for words, _ in marks.COMPUTE_AXES.values()].index(marks.COMPUTE_AXES[axis][0])
     (charted,) = chart.drawings[f"0|{place}"]
     for lines in (drawn_lines(figures.does_compute_alone_decide(table, KERNEL, axis)), charted_lines(charted)):
@@ -122,7 +122,7 @@ def test_does_compute_alone_decide(axis: str) -> None:
 @pytest.mark.parametrize("size", [None, *SIZES])
 def test_which_sampler_is_best_at_equal_steps(size: str | None) -> None:
     table = planted_table()
-    chart = chart_of("samplers", table)
+    chart = planted_chart("samplers")
     (sizes, across, qualities) = chart.controls
     place = sizes.choices.index(size or "best of all")
     drawn = [(drawn_lines(figures.which_sampler_is_best_at_equal_steps(table, KERNEL, size=size)), 1.0)]
@@ -155,7 +155,7 @@ def test_which_guidance_is_best() -> None:
         assert (values.argmin(axis=1) == column).all()
         (star,) = (text for text in axes.texts if "★" in text.get_text())
         assert star.get_position() == (column, 4), "the most steps, the planted guidance"
-    chart = chart_of("guidance", table)
+    chart = planted_chart("guidance")
     for shown in chart.drawings.values():
         for panel in shown:
             assert [(one.x0 + one.x1) / 2 for one in panel.layout.shapes] == pytest.approx([column] * 5)
@@ -172,7 +172,7 @@ def test_does_the_best_guidance_change_with_steps() -> None:
     table = planted_table()
     for lines in (
         drawn_lines(figures.does_the_best_guidance_change_with_steps(table, KERNEL)),
-        *(charted_lines(one) for (one,) in chart_of("found", table).drawings.values()),
+        *(charted_lines(one) for (one,) in planted_chart("found").drawings.values()),
     ):
         assert all((y == BEST_GUIDANCE).all() for _, y in lines.values())
     raced = figures.does_the_best_guidance_change_with_steps(raced_table(), KERNEL)

@@ -173,6 +173,7 @@ def _row(*cells: str) -> str:
 
 def _code(line: str) -> str:
     """A code span that no character of `line` ends."""
+    line = " ".join(line.split())
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     pad = " " if "`" in line else ""
     return f"{ticks}{pad}{line}{pad}{ticks}"
