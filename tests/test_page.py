@@ -328,14 +328,29 @@ def test_axe_finds_nothing(page: Page) -> None:
         assert page.run("axe.run().then(told => told.violations.map(one => [one.id, one.nodes[0].html]))") == []
 
 
+PAPER = 695
+"""Pixels of an A4 sheet between its margins."""
+
+
 def test_it_can_be_printed(page: Page, tmp_path: Path) -> None:
     page.printed(tmp_path / "page.pdf")
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+    page.resize(PAPER, 980)
     page.send("Emulation.setEmulatedMedia", media="print")
-    hidden = "['.budget', '#filters', 'nav', '.controls'].every(one => !document.querySelector(one).getClientRects().length)"
+    away = ["#explore .budget", "#filters", "nav", ".controls", ".screen"]
+    hidden = f"{json.dumps(away)}.every(one => !document.querySelector(one).getClientRects().length)"
     assert page.run(hidden)
     assert page.run("document.querySelector('#chosen').getClientRects().length") > 0
+    assert page.text("#explore h2") == "At one budget"
+    boxes = "[...document.querySelectorAll('.scroll, pre, table, p, dl')]"
+    cut = f"{boxes}.filter(one => one.getBoundingClientRect().right > innerWidth + 1)"
+    page.wait(f"{cut}.length === 0")
+    page.wait(f"document.documentElement.scrollWidth <= {PAPER}")
+    shown = "[...document.querySelectorAll('#table th')].filter(one => one.getClientRects().length).map(one => one.textContent)"
+    metric, costs = "kernel distance", ["paper cost", "evaluations", "GFLOP", "milliseconds"]
+    assert page.run(shown) == ["size", "sampler", "steps", "guidance", metric, *costs, "point"]
     page.send("Emulation.setEmulatedMedia", media="")
+    assert len(page.run(shown)) > 15, "on a screen every column is there"
 
 
 @pytest.mark.parametrize("kind", ["bare", "young", "raced"])
