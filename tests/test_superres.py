@@ -215,6 +215,7 @@ def test_the_reports_name_each_other_and_show_strips(finished: Pipeline) -> None
     page = (finished.out / "report" / "superres" / "index.html").read_text()
     for words in ("low resolution", "bicubic", "truth", "0.8M from scratch", "less bicubic", "../index.html", "PSNR"):
         assert words in page
+    assert "fewer than two sizes were scored both as pretrained and as tuned" in page, "one size follows nothing"
     assert "superres/index.html" in (finished.out / "report" / "index.html").read_text()
     assert (finished.out / "report" / "superres" / "figures" / "what_is_made_of_what_was_given.pdf").is_file()
 

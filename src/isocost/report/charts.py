@@ -89,7 +89,7 @@ def _plotly_bars(series: Series) -> dict[str, Any]:
 
 
 def plotly_heat(panel: HeatPanel) -> go.Figure:
-    """One panel of `guidance_heatmap` for the page."""
+    """One panel of `draw_panels` for the page."""
     colors, scale = panel_colors(panel)
     texts = [
         [
