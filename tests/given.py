@@ -13,6 +13,8 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     PixArtAlphaPipeline,
@@ -205,6 +207,36 @@ def sd3(with_t5: bool = True) -> StableDiffusion3Pipeline:
         tokenizer_2=clip_tokenizer(),
         text_encoder_3=encoder,
         tokenizer_3=tokenizer,
+    )
+
+
+def flux(is_dev: bool = True, **scheduling: Any) -> FluxPipeline:
+    """Flux: "dev" takes guidance and shifts by the resolution, "schnell" does neither."""
+    torch.manual_seed(0)
+    encoder, tokenizer = t5()
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=is_dev,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+    vae = autoencoder(
+        latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
+    )
+    shifting = {"shift": 3.0, "use_dynamic_shifting": True} if is_dev else {"shift": 1.0}
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**{**shifting, **scheduling}),
+        vae=vae,
+        text_encoder=clip(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer,
+        transformer=transformer,
     )
 
 

@@ -144,7 +144,7 @@ def test_half_precision_files_and_shards_are_read(tmp_path: Path) -> None:
 def test_published_sizes_are_counted_without_weights(name: str) -> None:
     published = PUBLISHED[name]
     kind = next(kind for kind in KINDS if kind.name == published.kind)
-    counted = count(kind, published.config, published.num_tokens, published.resolution)
+    counted = count(kind, published.config, published.num_tokens, published.resolution, published.side)
     assert counted.num_parameters == pytest.approx(published.parameters, rel=0.02)
     assert counted.gflop_per_forward > 500
 

@@ -85,8 +85,8 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
     "no vae": (removing("vae"), r"vae/config\.json: missing"),
     "not JSON": (garbage, r"unet/config\.json: not JSON"),
     "pipeline": (
-        setting(Path("model_index.json"), _class_name="FluxPipeline"),
-        "pipeline FluxPipeline is not read here; known",
+        setting(Path("model_index.json"), _class_name="KandinskyPipeline"),
+        "pipeline KandinskyPipeline is not read here; known",
     ),
     "denoiser": (setting(Path("model_index.json"), unet=["diffusers", "UNet3D"]), "unet = .*UNet3D.*is read with"),
     "encoder": (setting(Path("model_index.json"), text_encoder=["x", "GemmaModel"]), "text_encoder = .*GemmaModel"),

@@ -26,7 +26,7 @@ from isocost.metrics.features import Extractor
 from isocost.metrics.lpips import load_lpips
 from isocost.metrics.probe import Probe
 from isocost.models.checkpoint import CheckpointInfo, given_info
-from isocost.models.hub.folder import content_digest, find_folder
+from isocost.models.hub.reading import source_digest
 from isocost.progress import Report, progress_bar, say
 from isocost.provenance import provenance
 from isocost.score import reference as referencing
@@ -89,7 +89,7 @@ class Materials:
         """Names the study's codec; of given checkpoints all of theirs."""
         stage: dict[str, Any] = {"stage": "codec", "version": CODEC_VERSION}
         if self.study.checkpoints:
-            return digest({**stage, "given": [content_digest(find_folder(path)) for path in self.study.checkpoints]})
+            return digest({**stage, "given": [source_digest(path) for path in self.study.checkpoints]})
         if isinstance(self.study.own.codec, PretrainedCodecSpec):
             return digest(stage, self.study.own.codec)
         return digest(stage, self.study.own.codec, self.source_key("train"))

@@ -46,7 +46,10 @@ class StudySpec(Spec):
     text: TextSpec = TextSpec()
     family: FamilySpec | None = None
     train: TrainSpec | None = None
-    checkpoints: tuple[str, ...] = Field((), description="pipelines of diffusers: folders or Hub ids (OWNER/NAME[@REVISION])")
+    checkpoints: tuple[str, ...] = Field(
+        (),
+        description="pipelines of diffusers: folders or Hub ids (OWNER/NAME[@REVISION]), each with `+ LORA[:SCALE]` or without",
+    )
     sweep: SweepSpec
     protocol: ProtocolSpec = ProtocolSpec()
     report: ReportSpec = ReportSpec()

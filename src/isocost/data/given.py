@@ -85,7 +85,8 @@ class PromptEncoder:
 
     sd: CLIP's last states. sdxl: the states of two CLIPs before their last layer, side by side, and the pooled caption of the
     second. pixart: T5's states with their mask, of the caption in lower case (diffusers' pipeline with `clean_caption=False`).
-    sd3: two CLIPs' states as sdxl's, T5's below them (zeros where the pipeline has no T5), both pooled captions.
+    sd3: two CLIPs' states as sdxl's, T5's below them (zeros where the pipeline has no T5), both pooled captions. flux: T5's
+    states without their mask, and CLIP's pooled caption.
     """
 
     def __init__(self, folder: Path, info: CheckpointInfo, device: torch.device | str = "cpu") -> None:
@@ -119,6 +120,9 @@ class PromptEncoder:
         if self.kind == "pixart":
             states, mask = self._t5("text_encoder", [text.lower().strip() for text in texts], masked=True)
             return pack_mask(states, mask)
+        if self.kind == "flux":
+            pooled = self._states("text_encoder", texts)[1]
+            return pack_pooled(self._t5("text_encoder_2", texts, masked=False)[0], pooled)
         first, first_pooled = self._states("text_encoder", texts, before_last=True)
         second, second_pooled = self._states("text_encoder_2", texts, before_last=True)
         both = torch.cat([first, second], dim=-1)
@@ -132,15 +136,15 @@ class PromptEncoder:
         return pack_pooled(torch.cat([widened, third], dim=1), torch.cat([first_pooled, second_pooled], dim=-1))
 
     def _states(self, part: str, texts: list[str], before_last: bool = False) -> tuple[Tensor, Tensor]:
-        """CLIP's states [N, T, D] and pooled captions [N, P] (empty of an encoder without)."""
+        """CLIP's states [N, T, D] and pooled captions [N, P], projected where the encoder projects them."""
         encoder: Any = self.encoders[part]
         tokens = self._tokens(part, texts, self.tokenizers[part].model_max_length)
         masked = bool(getattr(encoder.config, "use_attention_mask", False))
         mask = tokens["attention_mask"] if masked and self.kind == "sd" else None
         said = encoder(tokens["input_ids"], attention_mask=mask, output_hidden_states=before_last)
         states = said.hidden_states[-2] if before_last else said.last_hidden_state
-        pooled = getattr(said, "text_embeds", None)
-        return states.float(), states.new_zeros(len(texts), 0) if pooled is None else pooled.float()
+        projected = getattr(said, "text_embeds", None)
+        return states.float(), (said.pooler_output if projected is None else projected).float()
 
     def _t5(self, part: str, texts: list[str], masked: bool) -> tuple[Tensor, Tensor]:
         """T5's states [N, T, D] and the mask of what is no padding [N, T]."""

@@ -110,7 +110,12 @@ class _ProjectedAttention:
 
 
 def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
-    """Sinusoidal embedding [B, width] of w [B] (arXiv 2310.04378, appendix; as diffusers' LCM pipeline: of 1000 (w - 1))."""
+    """Sinusoidal embedding [B, width] of w [B] (arXiv 2310.04378, appendix; as diffusers' LCM pipeline: of 1000 (w - 1)).
+
+    Of width 1 it is w itself, for networks that embed it on their own (Flux).
+    """
+    if width == 1:
+        return guidance[:, None]
     half = width // 2
     frequencies = torch.exp(torch.arange(half, device=guidance.device) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
     angles = 1000.0 * (guidance - 1)[:, None] * frequencies[None]

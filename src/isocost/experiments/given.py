@@ -15,7 +15,8 @@ from isocost.errors import RequestError
 from isocost.experiments.experiment import Bench, Experiment, Job, Run
 from isocost.materials import Materials
 from isocost.models.checkpoint import CheckpointInfo, given_info
-from isocost.models.hub.folder import content_digest, find_folder
+from isocost.models.hub.lora import split_loras
+from isocost.models.hub.reading import find_base, source_digest
 from isocost.score.protocol import Protocol
 from isocost.stages import SweepSpec, TrainSpec
 from isocost.study import StudySpec
@@ -28,7 +29,8 @@ TRAINED_ELSEWHERE = TrainSpec(num_images=1, batch_size=1)
 class GivenExperiment(Experiment):
     """`checkpoints`, `sweep` and `protocol` of a study.
 
-    A few-step student is swept with the samplers that are `lcm`, others with those that are not. Pictures larger than
+    A few-step student is swept with the samplers that are `lcm`, others with those that are not, and one with LoRAs, which may
+    make a student of it, with all that its schedule takes. Pictures larger than
     `data.resolution` are reduced to it before they are scored.
     """
 
@@ -46,7 +48,7 @@ class GivenExperiment(Experiment):
         infos: dict[str, CheckpointInfo] = {}
         labels: dict[str, str] = {}
         for path in self.study.checkpoints:
-            info, name = given_info(path), content_digest(find_folder(path))
+            info, name = given_info(path), source_digest(path)
             if info.label in labels:
                 other = labels[info.label]
                 raise RequestError(f"checkpoints: {path} and {other} are both called {info.label}; rename a folder")
@@ -101,11 +103,19 @@ class GivenExperiment(Experiment):
         Raises:
             RequestError: the sweep names none.
         """
+        if info.given is not None and split_loras(info.given.path)[1]:
+            return self._sweep_of_added(info)
         is_student = info.sampler.name == "lcm"
         samplers = tuple(one for one in self.sweep.samplers if (one.name == "lcm") is is_student)
         if not samplers:
             wanted = "a few-step student, which takes lcm" if is_student else "no few-step student, which lcm is for"
             raise RequestError(f"sweep.samplers: none for {info.variant}: it is {wanted}")
+        return self.sweep.model_copy(update={"samplers": samplers})
+
+    def _sweep_of_added(self, info: CheckpointInfo) -> SweepSpec:
+        samplers = tuple(one for one in self.sweep.samplers if not (one.name == "lcm" and schedule_of(info).is_flow))
+        if not samplers:
+            raise RequestError(f"sweep.samplers: none for {info.variant}: it is a flow, which takes no lcm")
         return self.sweep.model_copy(update={"samplers": samplers})
 
     def jobs(self, run: Run) -> list[Job]:
@@ -116,7 +126,7 @@ class GivenExperiment(Experiment):
         """The captions of the reference as this checkpoint encodes them, and its codec."""
         materials, info = self.materials, self.given(run)
         assert info.given is not None
-        folder = find_folder(info.given.path)
+        folder = find_base(info.given.path)
         states = CaptionStates.of(materials.reference.captions, PromptEncoder(folder, info, best_device()))
         codec = pipeline_codec(folder, best_device())
         side = self.study.data.resolution

@@ -22,10 +22,11 @@ from torch import Tensor
 from isocost.errors import RequestError
 from isocost.models.cost import paper_gflop
 from isocost.models.hub.facts import GivenSpec
-from isocost.models.hub.folder import content_digest, find_folder, is_given
+from isocost.models.hub.folder import is_given
 from isocost.models.hub.kinds import load_network
+from isocost.models.hub.lora import split_loras
 from isocost.models.hub.packed import PackedNetwork
-from isocost.models.hub.reading import kind_at, read_pipeline
+from isocost.models.hub.reading import find_base, kind_at, read_pipeline, source_digest
 from isocost.models.networks import NETWORK_FOLDERS, Network, folder_of, read_network, write_config
 from isocost.models.weights import Plan, write_streamed
 from isocost.spec import Spec
@@ -180,11 +181,10 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> C
 
 def _open_given(path: Path, info: CheckpointInfo, device: torch.device | str) -> Checkpoint:
     assert info.given is not None
-    source = find_folder(info.given.path)
-    name = content_digest(source)
+    source, name = find_base(info.given.path), source_digest(info.given.path)
     if (path / MANIFEST).is_file() and read_manifest(path)["digest"] != name:
         raise RequestError(f"{info.given.path}: has changed since it was scored as {path.name}; run the study again")
-    network = load_network(kind_at(source), source, info.resolution)
+    network = load_network(kind_at(source), source, info.resolution, split_loras(info.given.path)[1])
     return Checkpoint(source, name, info, network.to(device).eval().requires_grad_(False))
 
 
@@ -204,7 +204,7 @@ def read_info(path: Path) -> CheckpointInfo:
     Raises:
         RequestError: no such folder, not a checkpoint, or pickled weights.
     """
-    if not (path / MANIFEST).is_file() and is_given(path):
+    if not (path / MANIFEST).is_file() and is_given(split_loras(path)[0]):
         return given_info(path)
     if path.is_file() and path.suffix in PICKLE_SUFFIXES:
         raise RequestError(

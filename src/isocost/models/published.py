@@ -25,6 +25,19 @@ _STABLE_DIFFUSION: dict[str, Any] = {
     "attention_head_dim": 8,
 }
 
+_FLUX: dict[str, Any] = {
+    "_class_name": "FluxTransformer2DModel",
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "axes_dims_rope": [16, 56, 56],
+}
+
 
 @dataclass(frozen=True)
 class Published:
@@ -35,6 +48,11 @@ class Published:
     num_tokens: int
     resolution: int
     parameters: float
+
+    @property
+    def side(self) -> int:
+        """Of the latent: the denoiser's own `sample_size`; a Flux has none, and its autoencoder's factor is 8."""
+        return int(self.config.get("sample_size", self.resolution // 8))
 
 
 PUBLISHED: dict[str, Published] = {
@@ -117,5 +135,7 @@ PUBLISHED: dict[str, Published] = {
         1024,
         2.0e9,
     ),
+    "black-forest-labs/FLUX.1-dev": Published("flux", {**_FLUX, "guidance_embeds": True}, 512, 1024, 11.9e9),
+    "black-forest-labs/FLUX.1-schnell": Published("flux", {**_FLUX, "guidance_embeds": False}, 256, 1024, 11.9e9),
 }
 """By Hub id."""

@@ -9,7 +9,7 @@ from pydantic import Field
 from isocost.spec import Spec
 from isocost.stages import SamplerSpec
 
-KindName = Literal["sd", "sdxl", "pixart", "sd3"]
+KindName = Literal["sd", "sdxl", "pixart", "sd3", "flux"]
 
 
 class NoiseSpec(Spec):
@@ -28,7 +28,7 @@ class NoiseSpec(Spec):
 
 
 class GivenSpec(Spec):
-    """A pipeline folder or Hub id, and how it is sampled.
+    """A pipeline folder or Hub id with LoRAs or without (`FOLDER + LORA:SCALE`), and how it is sampled.
 
     `sampler` is what its own scheduler comes nearest to. `null_is_zero` says that guidance leads away from zeros in place of
     the empty caption's states.

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -154,8 +155,11 @@ def load_module(kind: type[M], part: Path) -> M:
     return loaded
 
 
-def content_digest(folder: Path) -> str:
-    """16 hex digits of all that decides the checkpoint's pictures: configurations, tokenizers, weights."""
+def content_digest(folder: Path, added: Sequence[tuple[Path, float]] = ()) -> str:
+    """16 hex digits of all that decides the checkpoint's pictures: configurations, tokenizers, weights.
+
+    `added` are files of LoRAs with their scales.
+    """
     files = [folder / INDEX]
     for name in (*PARTS, *PLAIN_PARTS):
         part = folder / name
@@ -164,7 +168,8 @@ def content_digest(folder: Path) -> str:
         if name in PARTS and (part / "config.json").is_file():
             files += weight_files(part)[1]
     hashes = {str(file.relative_to(folder)): _hash(file, *_stamp(file)) for file in sorted(set(files))}
-    return digest({"stage": "given", "version": 1, "files": hashes})
+    loras = [[_hash(file, *_stamp(file)), scale] for file, scale in added]
+    return digest({"stage": "given", "version": 1, "files": hashes, **({"loras": loras} if loras else {})})
 
 
 def _stamp(file: Path) -> tuple[int, int]:

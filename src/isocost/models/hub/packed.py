@@ -12,9 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
+
+FLUX_PATCH = 2
+"""Side of a place of Flux's, in latents."""
+FLUX_TIME = 1000.0
+"""What diffusers' Flux pipeline divides timesteps by."""
 
 
 def pack_pooled(states: Tensor, pooled: Tensor) -> Tensor:
@@ -40,6 +45,7 @@ class PackedNetwork(nn.Module):
 
     guidance_width: int | None = None
     packed_width: int
+    num_channels: int
 
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor | None = None
@@ -63,7 +69,7 @@ class SDXLNetwork(PackedNetwork):
         self.unet = unet
         config: Any = unet.config
         self.guidance_width = config.time_cond_proj_dim
-        self.packed_width = int(config.cross_attention_dim)
+        self.packed_width, self.num_channels = int(config.cross_attention_dim), int(config.in_channels)
         self.pooled_width = int(config.projection_class_embeddings_input_dim) - 6 * int(config.addition_time_embed_dim)
         self.time_ids = (resolution, resolution, 0, 0, resolution, resolution)
 
@@ -108,6 +114,7 @@ class SD3Network(PackedNetwork):
         self.transformer = transformer
         config: Any = transformer.config
         self.packed_width, self.pooled_width = int(config.joint_attention_dim), int(config.pooled_projection_dim)
+        self.num_channels = int(config.in_channels)
 
     def output(self, sample: Tensor, timestep: Tensor, packed: Tensor, embedded: Tensor | None) -> Tensor:
         states, pooled = unpack_pooled(packed, self.pooled_width)
@@ -115,3 +122,54 @@ class SD3Network(PackedNetwork):
             hidden_states=sample, timestep=timestep, encoder_hidden_states=states, pooled_projections=pooled
         ).sample
         return said
+
+
+class FluxNetwork(PackedNetwork):
+    """Flux's transformer (Black Forest Labs, FLUX.1): T5's states and CLIP's pooled caption; a place is 2 x 2 of the latent.
+
+    Where it was distilled with guidance ("dev"), it takes w itself and embeds it on its own: `guidance_width` is 1.
+    """
+
+    def __init__(self, transformer: FluxTransformer2DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+        config: Any = transformer.config
+        self.packed_width, self.pooled_width = int(config.joint_attention_dim), int(config.pooled_projection_dim)
+        self.num_channels = int(config.in_channels) // FLUX_PATCH**2
+        self.guidance_width = 1 if config.guidance_embeds else None
+
+    def output(self, sample: Tensor, timestep: Tensor, packed: Tensor, embedded: Tensor | None) -> Tensor:
+        states, pooled = unpack_pooled(packed, self.pooled_width)
+        height, width = (side // FLUX_PATCH for side in sample.shape[-2:])
+        said: Tensor = self.transformer(
+            hidden_states=to_places(sample),
+            timestep=timestep / FLUX_TIME,
+            guidance=None if embedded is None else embedded[:, 0],
+            encoder_hidden_states=states,
+            pooled_projections=pooled,
+            txt_ids=torch.zeros(states.shape[1], 3, device=sample.device),
+            img_ids=_positions(height, width, sample.device),
+        ).sample
+        return from_places(said, height, width)
+
+
+def to_places(latents: Tensor) -> Tensor:
+    """[B, C, L, L] -> [B, L L / 4, 4 C]: 2 x 2 of the latent side by side, as Flux takes them."""
+    apart = latents.unflatten(3, (-1, FLUX_PATCH)).unflatten(2, (-1, FLUX_PATCH))
+    return apart.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def from_places(places: Tensor, height: int, width: int) -> Tensor:
+    """What `to_places` put side by side, of `height` x `width` places: [B, C, L, L]."""
+    apart = places.unflatten(1, (height, width)).unflatten(3, (-1, FLUX_PATCH, FLUX_PATCH))
+    return apart.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def _positions(height: int, width: int, device: torch.device) -> Tensor:
+    """0, row and column of each place, float32 [height width, 3]."""
+    rows, columns = torch.meshgrid(
+        torch.arange(height, dtype=torch.float32, device=device),
+        torch.arange(width, dtype=torch.float32, device=device),
+        indexing="ij",
+    )
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)

@@ -1,20 +1,21 @@
 """A pipeline folder to what a checkpoint says of itself: everything from the folder's own configurations, nothing guessed.
 
-Resolution is the denoiser's `sample_size` times the autoencoder's factor.
+Resolution is the denoiser's `sample_size` times the autoencoder's factor; Flux's is the autoencoder's `sample_size`.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from isocost.errors import RequestError
 from isocost.models.hub.facts import GivenSpec
-from isocost.models.hub.folder import INDEX, find_folder, read_config, weight_files
-from isocost.models.hub.kinds import Counted, Kind, check_denoiser, count, kind_of
+from isocost.models.hub.folder import INDEX, content_digest, find_folder, read_config, weight_files
+from isocost.models.hub.kinds import Counted, Kind, check_added, check_denoiser, count, kind_of, latent_side
+from isocost.models.hub.lora import absolute, find_lora, split_loras
+from isocost.models.hub.packed import FLUX_PATCH
 from isocost.models.hub.schedulers import read_scheduler
 from isocost.models.unet import size_name
 from isocost.stages import ModelSpec, SamplerSpec, TextSpec
@@ -24,17 +25,19 @@ STABLE_DIFFUSION_SCALE = 0.18215
 _AUTOENCODER_FACTS = ("latents_mean", "latents_std")
 _SD1_CONTEXT = 768
 _CLIP_TOKENS = 77
+FLUX_SCHNELL_TOKENS = 256
 _UNSAID = frozenset({None, "None"})
 
 
 def read_pipeline(path: str | Path) -> dict[str, Any]:
-    """Fields of `CheckpointInfo` for a pipeline folder or Hub id; weights are looked for, not read.
+    """Fields of `CheckpointInfo` for a pipeline folder or Hub id, with LoRAs or without; weights are looked for, not read.
 
     Raises:
         RequestError: what is not supported, not whole or cannot be known, in one line.
     """
-    folder = find_folder(path)
-    at = os.path.abspath(path) if Path(path).is_dir() else str(path)
+    at = absolute(path)
+    base, loras = split_loras(at)
+    folder = find_folder(base)
     index = read_config(folder / INDEX)
     kind = kind_of(index, folder / INDEX)
     vae_file = folder / "vae" / "config.json"
@@ -46,14 +49,17 @@ def read_pipeline(path: str | Path) -> dict[str, Any]:
     encoders = encoders_of(kind, index, folder)
     for part in (kind.part, "vae", *encoders):
         weight_files(folder / part)
-    resolution = int(config["sample_size"]) * factor
-    scheduled = read_scheduler(folder, kind.name == "sd" and config.get(kind.context) == _SD1_CONTEXT)
-    if (scheduled.prediction == "flow_prediction") != (kind.name == "sd3"):
-        wanted = "flow matching" if kind.name == "sd3" else "a schedule of betas"
+    side = latent_side(kind, config, vae, factor, file)
+    resolution = side * factor
+    num_places = (side // FLUX_PATCH) ** 2 if kind.name == "flux" else None
+    scheduled = read_scheduler(folder, kind.name == "sd" and config.get(kind.context) == _SD1_CONTEXT, num_places)
+    is_flow = kind.name in ("sd3", "flux")
+    if (scheduled.prediction == "flow_prediction") != is_flow:
+        wanted = "flow matching" if is_flow else "a schedule of betas"
         raise RequestError(f"{folder}: its scheduler is of another kind of model; a {index['_class_name']} needs {wanted}")
+    check_added(kind, config, loras)
     num_tokens, max_tokens = tokens_of(kind, folder)
-    counted = _counted(kind, config, num_tokens, resolution, file)
-    embedded = config.get("time_cond_proj_dim")
+    counted = _counted(kind, config, num_tokens, resolution, side, file)
     sampler = scheduled.sampler
     if kind.name == "sd" and sampler.spacing == "leading":
         sampler = SamplerSpec(name=sampler.name, spacing="leading")  # diffusers' pipeline sets steps_offset to 1
@@ -70,9 +76,9 @@ def read_pipeline(path: str | Path) -> dict[str, Any]:
             kind="unet" if kind.part == "unet" else "dit",
             width=counted.width,
             latent_channels=channels,
-            latent_side=int(config["sample_size"]),
+            latent_side=side,
             context_width=int(config[kind.context]),
-            guidance_width=embedded,
+            guidance_width=counted.guidance_width,
         ),
         "size": size_name(0, counted.num_parameters, 0),
         "num_parameters": counted.num_parameters,
@@ -80,9 +86,9 @@ def read_pipeline(path: str | Path) -> dict[str, Any]:
         "gflop_per_forward": counted.gflop_per_forward,
         "prediction": scheduled.prediction,
         "zero_terminal_snr": scheduled.noise.zero_terminal_snr,
-        "codec": at,
+        "codec": base,
         "codec_subfolder": "vae",
-        "text": TextSpec(path=at, subfolder="text_encoder", max_tokens=max_tokens),
+        "text": TextSpec(path=base, subfolder="text_encoder", max_tokens=max_tokens),
         "resolution": resolution,
         "variant": name_of(at),
         "distilled": "consistency" if scheduled.is_consistent else "",
@@ -91,8 +97,28 @@ def read_pipeline(path: str | Path) -> dict[str, Any]:
 
 
 def name_of(path: str) -> str:
-    """What tables call a checkpoint: the last part of its path or id."""
-    return path.rpartition("/")[2]
+    """What tables call a checkpoint: the last part of its path or id, and what is added to it."""
+    base, loras = split_loras(path)
+    return " + ".join([base.rpartition("/")[2], *(one.name for one in loras)])
+
+
+def source_digest(path: str | Path) -> str:
+    """16 hex digits of a checkpoint's content, that of its LoRAs and their scales with it.
+
+    Raises:
+        RequestError: one of them is not there or not whole.
+    """
+    base, loras = split_loras(path)
+    return content_digest(find_folder(base), [(find_lora(one), one.scale) for one in loras])
+
+
+def find_base(path: str | Path) -> Path:
+    """The pipeline folder of a checkpoint, whatever is added to it.
+
+    Raises:
+        RequestError: it is not there.
+    """
+    return find_folder(split_loras(path)[0])
 
 
 def kind_at(folder: Path) -> Kind:
@@ -126,7 +152,18 @@ def tokens_of(kind: Kind, folder: Path) -> tuple[int, int]:
     if kind.name in ("sd", "sdxl"):
         own = int(read_config(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length", _CLIP_TOKENS))
     most = kind.max_tokens or own
+    if kind.name == "flux" and is_schnell(folder):
+        most = FLUX_SCHNELL_TOKENS
     return (own + most if kind.name == "sd3" else most), most
+
+
+def is_schnell(folder: Path) -> bool:
+    """Whether a Flux is one of few steps by FLUX.1-schnell's mark: no guidance goes in, and nothing shifts by the resolution.
+
+    These are trained on captions of 256 tokens (their card; Black Forest Labs' code), others on 512.
+    """
+    config, scheduler = (read_config(folder / name) for name in ("transformer/config.json", "scheduler/scheduler_config.json"))
+    return not config.get("guidance_embeds") and not scheduler.get("use_dynamic_shifting")
 
 
 def _read_autoencoder(kind: Kind, config: Mapping[str, Any], file: Path) -> tuple[int, int]:
@@ -165,8 +202,8 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _counted(kind: Kind, config: Mapping[str, Any], num_tokens: int, resolution: int, file: Path) -> Counted:
+def _counted(kind: Kind, config: Mapping[str, Any], num_tokens: int, resolution: int, side: int, file: Path) -> Counted:
     try:
-        return count(kind, config, num_tokens, resolution)
+        return count(kind, config, num_tokens, resolution, side)
     except RequestError as error:
         raise RequestError(f"{file}: {error}") from error

@@ -6,6 +6,7 @@ taken as epsilon only where that is certain.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -38,7 +39,8 @@ DEFAULT_SPACING = {"DPMSolverMultistepScheduler": "linspace", "DPMSolverSinglest
 DEFAULT_SPACING |= {"EulerDiscreteScheduler": "linspace", "EulerAncestralDiscreteScheduler": "linspace"}
 DEFAULT_SPACING |= {"DEISMultistepScheduler": "linspace", "UniPCMultistepScheduler": "linspace"}
 DEFAULT_SPACING |= {"HeunDiscreteScheduler": "linspace", "LMSDiscreteScheduler": "linspace"}
-NOT_OURS = ("use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting", "invert_sigmas", "thresholding", "final_sigma")
+NOT_OURS = ("use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "thresholding", "final_sigma")
+NOT_OF_A_FLOW = ("use_karras_sigmas", "shift_terminal", "stochastic_sampling")
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,11 @@ class Scheduled:
     is_consistent: bool
 
 
-def read_scheduler(folder: Path, epsilon_is_certain: bool) -> Scheduled:
+def read_scheduler(folder: Path, epsilon_is_certain: bool, num_places: int | None = None) -> Scheduled:
     """`scheduler/scheduler_config.json` of a pipeline folder.
 
-    `epsilon_is_certain`: networks of this kind predict noise where nothing is said (Stable Diffusion 1).
+    `epsilon_is_certain`: networks of this kind predict noise where nothing is said (Stable Diffusion 1). `num_places`: what
+    Flux's transformer makes of a picture, for a shift that depends on it; None for other kinds, whose shift is a number.
 
     Raises:
         RequestError: an unknown class or schedule, or a prediction type that is not said and cannot be known.
@@ -64,19 +67,49 @@ def read_scheduler(folder: Path, epsilon_is_certain: bool) -> Scheduled:
     name = config.get("_class_name")
     if name not in SAMPLERS:
         raise RequestError(f"{file}: the scheduler {name} is not known here; known: {', '.join(SAMPLERS)}")
-    odd = [key for key in NOT_OURS if config.get(key)]
+    odd = [key for key in (*NOT_OURS, *(NOT_OF_A_FLOW if name == FLOW else ())) if config.get(key)]
+    odd += ["use_dynamic_shifting"] if config.get("use_dynamic_shifting") and (num_places is None or name != FLOW) else []
     if odd:
         raise RequestError(f"{file}: {odd[0]} = {config[odd[0]]}: no sampler here does that; take it out of the file")
     if name == FLOW:
         shift, number = config.get("shift", 1.0), config.get("num_train_timesteps", 1000)
+        if config.get("use_dynamic_shifting"):
+            assert num_places is not None
+            shift = _shift_of(num_places, config, file)
         noise = parse_spec(NoiseSpec, {"kind": "flow", "shift": shift, "num_timesteps": number}, str(file))
-        return Scheduled(noise, "flow_prediction", SamplerSpec(name="euler", spacing="linspace"), False)
+        spacing = "linspace" if num_places is None else "trailing"  # Flux's pipeline gives sigmas of its own: 1 to 1 / steps
+        return Scheduled(noise, "flow_prediction", SamplerSpec(name="euler", spacing=spacing), False)
     return Scheduled(
         _noise(config, file),
         _prediction(config, file, epsilon_is_certain),
         _sampler(config, file),
         name == "LCMScheduler",
     )
+
+
+def _shift_of(num_places: int, config: dict[str, Any], file: Path) -> float:
+    """A flow's shift at so many places: mu lies on the line through `base_shift` and `max_shift` at their `image_seq_len`.
+
+    "exponential" shifts by exp(mu), "linear" by mu (diffusers' `calculate_shift` and `time_shift`; SD3, arXiv 2403.03206,
+    section 5.3.2, shifts by the root of the number of places).
+
+    Raises:
+        RequestError: the fields make no shift.
+    """
+    known = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+    said = {key: config.get(key, value) for key, value in known.items()}
+    for key, value in said.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise RequestError(f"{file}: {key} = {value!r}: a shift by the resolution needs a number")
+    least, most = said["base_image_seq_len"], said["max_image_seq_len"]
+    if least == most:
+        raise RequestError(f"{file}: base_image_seq_len = max_image_seq_len = {least}: no shift by the resolution comes of it")
+    slope = (said["max_shift"] - said["base_shift"]) / (most - least)
+    mu = said["base_shift"] + slope * (num_places - least)
+    kind = config.get("time_shift_type", "exponential")
+    if kind not in ("exponential", "linear"):
+        raise RequestError(f"{file}: time_shift_type = {kind!r}: known are exponential and linear")
+    return float(math.exp(mu) if kind == "exponential" else mu)
 
 
 def _noise(config: dict[str, Any], file: Path) -> NoiseSpec:
