@@ -47,8 +47,7 @@ class StudySpec(Spec):
     family: FamilySpec | None = None
     train: TrainSpec | None = None
     checkpoints: tuple[str, ...] = Field(
-        (),
-        description="pipelines of diffusers: folders or Hub ids (OWNER/NAME[@REVISION]), each with `+ LORA[:SCALE]` or without",
+        (), description="pipelines of diffusers: folders or Hub ids (OWNER/NAME[@REVISION]), with ` + LORA[:SCALE]` or without"
     )
     sweep: SweepSpec
     protocol: ProtocolSpec = ProtocolSpec()

@@ -195,9 +195,8 @@ def check_added(kind: Kind, config: Mapping[str, Any], loras: tuple[Lora, ...]) 
         RequestError: a LoRA is missing, pickled, truncated, or not for a denoiser of this configuration.
     """
     if loras:
-        check_loras(
-            loras, kind.pipelines[0], kind.part, config, _shapes(kind.pipelines[0], json.dumps(dict(config), sort_keys=True))
-        )
+        shapes = _shapes(kind.pipelines[0], json.dumps(dict(config), sort_keys=True))
+        check_loras(loras, kind.pipelines[0], kind.part, config, shapes)
 
 
 @lru_cache(maxsize=16)

@@ -31,23 +31,12 @@ from isocost.models.hub.folder import PICKLE_SUFFIXES, check_whole
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 """What diffusers calls a LoRA's file."""
-_ADDED = re.compile(r"\s\+\s")
+_ADDED = re.compile(r"(?:^|\s)\+(?:\s|$)")
 _SCALED = re.compile(r"(.+?)(?::([+-]?(?:\d+\.?\d*|\.\d+)))?")
 _HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@([\w.-]+))?(?:/(.+\.safetensors))?")
 _METADATA = "lora_adapter_metadata"
-_NOT_READ = {
-    "use_dora": "DoRA",
-    "use_rslora": "rank-stabilised scales",
-    "alpha_pattern": "alphas by pattern",
-    "lora_bias": "biases",
-}
-_OTHER_FORMS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "lora_mid": "LoCon's CP",
-}
+_NOT_READ = {"use_dora": "DoRA", "use_rslora": "rank-stabilised scales", "alpha_pattern": "alphas by pattern"}
+_OTHER_FORMS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "lora_mid": "CP LoCon"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +65,7 @@ def split_loras(source: str | Path) -> tuple[str, tuple[Lora, ...]]:
     """
     if Path(source).is_dir():
         return str(source), ()
-    base, *added = _ADDED.split(str(source).strip())
+    base, *added = _ADDED.split(str(source))
     loras = []
     for one in added:
         matched = _SCALED.fullmatch(one.strip())
@@ -112,11 +101,12 @@ def find_lora(lora: Lora) -> Path:
             path = Path(hf_hub_download(name, file or WEIGHT_NAME, revision=revision))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             said = " ".join(str(error).split())[:160]
-            raise RequestError(
-                f"{lora.path}: no file here, not in the Hub's cache, and the Hub does not give it: {said}"
-            ) from error
+            not_here = "no file here, not in the Hub's cache, and the Hub does not give it"
+            raise RequestError(f"{lora.path}: {not_here}: {said}") from error
     if path.suffix in PICKLE_SUFFIXES:
         raise RequestError(f"{path}: a pickled LoRA is refused (it can run code when loaded); convert to safetensors")
+    if not path.is_file():
+        raise RequestError(f"{path}: no such LoRA; give a safetensors file, a folder of one, or a Hub id")
     check_whole(path)
     return path
 
@@ -127,11 +117,8 @@ def _only_file(folder: Path) -> Path:
     files = sorted(folder.glob("*.safetensors"))
     if len(files) > 1:
         raise RequestError(f"{folder}: {len(files)} safetensors files; give the one that is meant, as {files[0]}")
-    return (
-        files[0]
-        if files
-        else next((one for one in sorted(folder.iterdir()) if one.suffix in PICKLE_SUFFIXES), folder / WEIGHT_NAME)
-    )
+    pickles = sorted(file for file in folder.glob("*") if file.suffix in PICKLE_SUFFIXES)
+    return [*files, *pickles, folder / WEIGHT_NAME][0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +149,7 @@ def read_lora(file: Path, pipeline: str, part: str, config: Mapping[str, Any]) -
     """
     with safe_open(file, "pt") as opened:
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        metadata = json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
+        written = (opened.metadata() or {}).get(_METADATA, "{}")
     for key in tensors:
         form = next((form for mark, form in _OTHER_FORMS.items() if mark in key), None)
         if form is not None:
@@ -173,7 +160,7 @@ def read_lora(file: Path, pipeline: str, part: str, config: Mapping[str, Any]) -
     options = {"return_alphas": True} if pipeline == "FluxPipeline" else {}
     options |= {"unet_config": _Fields(config)} if pipeline == "StableDiffusionXLPipeline" else {}
     try:
-        told = reader(dict(tensors), **options)
+        metadata, told = json.loads(written), reader(dict(tensors), **options)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         raise RequestError(f"{file}: no LoRA of a {pipeline}: {' '.join(str(error).split())[:160]}") from error
     weights, alphas = told if isinstance(told, tuple) else (told, None)
@@ -220,9 +207,7 @@ def _pairs(
     additions = {}
     for layer, pair in found.items():
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1] or math.prod(pair["B"].shape[2:]) != 1:
-            raise RequestError(
-                f"{file}: {layer}: its up and down weights do not make a product; a half or another kind of file"
-            )
+            raise RequestError(f"{file}: {layer}: its up and down weights make no product; not a LoRA, or half of one")
         rank = pair["A"].shape[0]
         alpha = by_layer.get(layer, own.get("lora_alpha", rank))
         additions[layer] = Addition(pair["B"], pair["A"], float(alpha) / rank)
