@@ -21,8 +21,9 @@ from isocost.diffusion.noise import normal_noise
 from isocost.errors import RequestError
 from isocost.models.checkpoint import load_checkpoint, read_info
 from isocost.models.hub.folder import content_digest
-from isocost.models.hub.lora import Lora, split_loras
+from isocost.models.hub.lora import Lora, read_lora, split_loras
 from isocost.models.hub.reading import source_digest
+from isocost.models.published import PUBLISHED
 from isocost.stages import SamplerSpec
 from test_hub import DDIM, SEED, assert_equal, ours, theirs
 
@@ -136,6 +137,24 @@ def test_a_flux_of_kohya(tmp_path: Path) -> None:
     stem = "lora_unet_double_blocks_0_img_mlp_2"
     tensors = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(1.0)}
     assert_fused(f"{folder} + {file_of(tensors, tmp_path / 'style')}", folder, {layer: (down, up)}, 0.5)
+
+
+def test_blocks_of_an_sdxl_of_kohya_by_the_names_of_diffusers(tmp_path: Path) -> None:
+    """kohya trains SDXL on a U-Net whose blocks are counted otherwise; the published configuration says how."""
+    config = PUBLISHED["stabilityai/stable-diffusion-xl-base-1.0"].config
+    wanted = {
+        "input_blocks_4_1": "down_blocks.1.attentions.0",
+        "middle_block_1": "mid_block.attentions.0",
+        "output_blocks_5_1": "up_blocks.1.attentions.2",
+    }
+    tensors: dict[str, Tensor] = {}
+    for block in wanted:
+        stem = f"lora_unet_{block}_transformer_blocks_0_attn1_to_q"
+        pair = {"lora_down.weight": torch.randn(4, 640), "lora_up.weight": torch.randn(640, 4), "alpha": torch.tensor(1.0)}
+        tensors |= {f"{stem}.{name}": value for name, value in pair.items()}
+    read = read_lora(file_of(tensors, tmp_path / "style"), "StableDiffusionXLPipeline", "unet", config)
+    assert set(read) == {f"{block}.transformer_blocks.0.attn1.to_q" for block in wanted.values()}
+    assert {one.factor for one in read.values()} == {0.25}
 
 
 def with_lora(pipeline: Any, file: Path, scale: float) -> Any:

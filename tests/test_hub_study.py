@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from diffusers import LCMScheduler
+from safetensors.torch import save_file
 
 import given
 from conftest import plain_study
@@ -189,3 +190,38 @@ def test_a_study_of_checkpoints_survives_its_file() -> None:
     assert parse_spec(StudySpec, yaml.safe_load(dump_study(asked)), "again") == asked
     with pytest.raises(RequestError, match="its checkpoints are given"):
         asked.own  # noqa: B018
+
+
+def test_flux_and_a_lora_stand_in_a_sweep(folders: list[Path], tmp_path: Path, isocost: Any) -> None:
+    """A Flux whose guidance is an input; a Stable Diffusion with a LoRA, which takes both of the sweep's samplers."""
+    flux = given.written(given.flux(), tmp_path / "flux")
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    torch.manual_seed(0)
+    added = {f"{layer}.lora_A.weight": torch.randn(2, 32), f"{layer}.lora_B.weight": torch.randn(32, 2)}
+    save_file(added, tmp_path / "style.safetensors")
+    style = f"{folders[0]} + {tmp_path / 'style.safetensors'}:0.5"
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    asked = plain([folders[0], flux])
+    asked["checkpoints"].append(style)
+    asked["sweep"] |= {"num_steps": [2], "guidance": [1, 3]}
+    file.write_text(yaml.safe_dump(asked))
+    told = isocost("run", file, "--out", out)
+    assert told["finished"], told
+    table = Pipeline(parse_spec(StudySpec, asked, "given"), out).ledger.table()
+    rows = {name: table[table["size"].str.endswith(f" {name}")] for name in ("base", "flux", "base + style:0.5")}
+    assert [len(one) for one in rows.values()] == [2, 2, 4]
+    assert list(rows["flux"]["nfe"]) == [2, 2]
+    assert set(rows["base + style:0.5"]["sampler"]) == {"euler/trailing", "lcm/trailing"}
+    euler = rows["base + style:0.5"][rows["base + style:0.5"]["sampler"] == "euler/trailing"]
+    assert list(euler["gflop"]) == list(rows["base"]["gflop"])
+    assert not set(euler["kernel_efficientnet"]) & set(rows["base"]["kernel_efficientnet"])
+    assert (out / "report" / "index.html").is_file()
+    assert "configuration" in isocost("recommend", out, "--budget-nfe", 2)
+    drawn = isocost(
+        "sample", style, "--prompt", "a ring", "--num", 1, "--sampler", "lcm", "--steps", 1, "--out", tmp_path / "a"
+    )
+    assert len(drawn["files"]) == 1
+    measured = isocost("latency", flux, "--steps", 1, "--batch", 1, "--repeats", 3)
+    assert measured["batches"][0]["nfe_per_picture"] == 1
+    assert "is a pipeline of diffusers already" in isocost("export", style, tmp_path / "exported")
+    assert "of another network" in isocost("sample", f"{flux} + {tmp_path / 'style.safetensors'}", "--prompt", "a ring")

@@ -22,7 +22,10 @@ ComputesIn = Annotated[Precision, typer.Option(help="what the network computes i
 
 @app.command()
 def sample(
-    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint folder: OUT/artefacts/checkpoint/DIGEST")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="a checkpoint folder: OUT/artefacts/checkpoint/DIGEST; or a pipeline, 'FOLDER_OR_ID + LORA:SCALE'"),
+    ],
     prompt: Annotated[list[str], typer.Option("--prompt", help="a caption; may be given several times")],
     steps: Steps = None,
     guidance: Annotated[float, typer.Option(help="w in uncond + w (cond - uncond); 1 is one pass")] = 2.0,

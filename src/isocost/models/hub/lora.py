@@ -157,7 +157,7 @@ def read_lora(file: Path, pipeline: str, part: str, config: Mapping[str, Any]) -
     reader = getattr(getattr(diffusers, pipeline), "lora_state_dict", None)
     if reader is None:
         raise RequestError(f"{file}: diffusers has no LoRA for a {pipeline}")
-    options = {"return_alphas": True} if pipeline == "FluxPipeline" else {}
+    options: dict[str, Any] = {"return_alphas": True} if pipeline == "FluxPipeline" else {}
     options |= {"unet_config": _Fields(config)} if pipeline == "StableDiffusionXLPipeline" else {}
     try:
         metadata, told = json.loads(written), reader(dict(tensors), **options)
@@ -270,4 +270,4 @@ def fuse_loras(network: nn.Module, loras: tuple[Lora, ...], pipeline: str, part:
             added = addition(lora.scale)
             _check_layer(file, layer, tuple(added.shape), shapes)
             weight = layers[f"{layer}.weight"]
-            weight += added.reshape(weight.shape).to(weight)
+            weight.add_(added.reshape(weight.shape).to(weight))
