@@ -24,7 +24,7 @@ ComputesIn = Annotated[Precision, typer.Option(help="what the network computes i
 def sample(
     checkpoint: Annotated[
         Path,
-        typer.Argument(help="a checkpoint folder: OUT/artefacts/checkpoint/DIGEST; or a pipeline, 'FOLDER_OR_ID + LORA:SCALE'"),
+        typer.Argument(help="a checkpoint folder: OUT/artefacts/checkpoint/DIGEST; or a pipeline, 'PATH_OR_ID + LORA:SCALE'"),
     ],
     prompt: Annotated[list[str], typer.Option("--prompt", help="a caption; may be given several times")],
     steps: Steps = None,
