@@ -197,9 +197,7 @@ class ModelSpec(Spec):
     extra_input_channels: int = 0
     layers_per_block: int = 2
     num_levels: int = 4
-    guidance_width: int | None = Field(
-        None, description="of the guidance embedding, for students that take w as an input; 1 is w itself"
-    )
+    guidance_width: int | None = Field(None, description="of the guidance embedding, for students that take w; 1 is w itself")
     adapter: Literal["none", "noisy", "beside"] = Field("none", description="a second encoder, and what it sees")
     patch: int | None = Field(None, description="of a transformer; by the latent side where absent")
 
