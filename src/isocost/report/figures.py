@@ -93,14 +93,22 @@ def what_does_each_budget_buy(
     budgets: Sequence[float],
     cost: str = "paper_cost",
 ) -> Figure:
-    """Pictures of the same noise, one block a caption: sizes down, budgets of `cost` across; see `contact_cells`."""
+    """Pictures of the same noise, one block a caption: sizes down, budgets of `cost` across; see `contact_cells`.
+
+    Raises:
+        RequestError: no budget was given.
+    """
     if not budgets:
         raise RequestError("no budget was given")
     return draw_sheet(contact_cells(table, metric, samples, captions, cost, budgets))
 
 
 def what_is_made_of_what_was_given(pictures: Mapping[str, np.ndarray], captions: Sequence[str]) -> Figure:
-    """What was given, what every size made of it, what it should be: a row a picture, uint8 [K, H, W, 3] by title."""
+    """What was given, what every size made of it, what it should be: a row a picture, uint8 [K, H, W, 3] by title.
+
+    Raises:
+        RequestError: there are no pictures.
+    """
     if not pictures:
         raise RequestError("nothing was given to make pictures of")
     return draw_strips(pictures, captions)
