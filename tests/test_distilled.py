@@ -168,6 +168,7 @@ def test_a_student_takes_one_pass_and_listens_to_guidance(finished: Pipeline) ->
     assert sample(folder_of(finished, "codi"), ["a red ring"], num_pictures=1).nfe == 4
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_in_between_ends_with_the_same_table(
     finished: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

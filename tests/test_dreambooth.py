@@ -294,6 +294,7 @@ def test_the_page_shows_subjects_and_what_was_kept(finished: Pipeline) -> None:
         assert words in page.replace("&#39;", "'")
 
 
+@pytest.mark.slow
 def test_a_tuning_that_was_killed_ends_with_the_same_table(
     finished: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -220,6 +220,7 @@ def test_the_reports_name_each_other_and_show_strips(finished: Pipeline) -> None
     assert (finished.out / "report" / "superres" / "figures" / "what_is_made_of_what_was_given.pdf").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_in_between_ends_with_the_same_table(
     finished: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
