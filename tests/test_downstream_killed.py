@@ -14,9 +14,10 @@ import yaml
 from isocost.pipeline import Pipeline
 from isocost.report.gather import report
 from isocost.study_file import dump_study
+from isocost.sweep.tables import OF_THE_MACHINE
 from test_distilled import distill_study
 from test_dreambooth import dreambooth_study
-from test_pipeline import TIMES, start
+from test_pipeline import start
 from test_superres import superres_study
 
 PARTS = {"superres": superres_study, "dreambooth": dreambooth_study, "distill": distill_study}
@@ -49,5 +50,5 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_tables(task: str, t
     assert last.communicate(timeout=900)[0]
     assert last.returncode == 0
     for name in ("table.parquet", f"table-{task}.parquet"):
-        left, right = (pd.read_parquet(each / name).drop(columns=TIMES) for each in (tmp_path / "whole", out))
+        left, right = (pd.read_parquet(each / name).drop(columns=OF_THE_MACHINE) for each in (tmp_path / "whole", out))
         pd.testing.assert_frame_equal(left, right)

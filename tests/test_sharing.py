@@ -166,10 +166,10 @@ def test_shards_outlive_a_kill_and_are_not_made_again(tmp_path: Path, monkeypatc
     made: list[str] = []
     keep = workers.Worker._keep
 
-    def stopping(this: workers.Worker, work_: Any, ms: float) -> None:
+    def stopping(this: workers.Worker, work_: Any, *measured: Any) -> None:
         if len(made) == 2:
             raise KeyboardInterrupt
-        keep(this, work_, ms)
+        keep(this, work_, *measured)
         made.append(work_.shard.digest)
 
     with monkeypatch.context() as patched:
@@ -180,9 +180,9 @@ def test_shards_outlive_a_kill_and_are_not_made_again(tmp_path: Path, monkeypatc
     assert Ledger(tmp_path / "out" / "ledger.sqlite").num_shards() == 2
     again: list[str] = []
 
-    def noting(this: workers.Worker, work_: Any, ms: float) -> None:
+    def noting(this: workers.Worker, work_: Any, *measured: Any) -> None:
         again.append(work_.shard.digest)
-        keep(this, work_, ms)
+        keep(this, work_, *measured)
 
     monkeypatch.setattr(workers.Worker, "_keep", noting)
     assert Pipeline(tiny_study(**parts), tmp_path / "out").run()
