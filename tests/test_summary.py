@@ -77,6 +77,12 @@ def table() -> pd.DataFrame:
     return planted_table(noise=0.004)
 
 
+def test_one_size_is_not_called_the_best_of_several(table: pd.DataFrame) -> None:
+    one = table[table["size"] == "0.2M"]
+    assert moral(best_at_budgets(one, "paper_cost", KERNEL, [1000.0])) == "No size but 0.2M fits the budgets here."
+    assert "best size" in moral(best_at_budgets(table, "paper_cost", KERNEL, [0.32, 1000.0]))
+
+
 def test_the_answer_comes_first_one_row_a_budget(table: pd.DataFrame) -> None:
     text = markdown_summary(table, KERNEL, "planted", floor=0.013, floor_label="decoded real pictures")
     choices = best_at_budgets(table, "paper_cost", KERNEL, default_budgets(table, "paper_cost"))

@@ -93,7 +93,9 @@ def moral(choices: Sequence[BudgetChoice]) -> str:
         return "No budget takes in any point."
     (first, smallest), (last, largest) = told[0], told[-1]
     sizes = {best.size for _, best in told}
-    if len(sizes) == 1:
+    if all(choice.runner_up is None for choice, _ in told):
+        said = f"No size but {smallest.size} fits the budgets here"
+    elif len(sizes) == 1:
         said = f"{smallest.size} is the best size at every budget here"
     elif smallest.size == largest.size:
         said = f"The best size changes with the budget: {', '.join(dict.fromkeys(best.size for _, best in told))}"
