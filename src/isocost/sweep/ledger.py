@@ -151,15 +151,15 @@ class Ledger:
 
     def take_over(self, other: Ledger) -> int:
         """Copy what this ledger lacks: points with scores and protocols, races, events; returns how many points came."""
-        known = self.points()
+        known, raced, told_of = self.points(), self.races(), self.events()
         with Session(other.engine) as session:
             points = [row for row in session.scalars(select(PointRow)) if row.point not in known]
             asked = {row.point for row in points}
             protocols = {row.protocol for row in points}
             scores = [row for row in session.scalars(select(ScoreRow)) if row.point in asked]
             told = [row for row in session.scalars(select(ProtocolRow)) if row.protocol in protocols]
-            races = [row for row in session.scalars(select(RaceRow)) if row.cell not in self.races()]
-        new_events = [event for event in other.events() if event not in self.events()]
+            races = [row for row in session.scalars(select(RaceRow)) if row.cell not in raced]
+        new_events = [event for event in other.events() if event not in told_of]
 
         def write(session: Session) -> None:
             for row in (*told, *points):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,18 @@ class Kind:
 
 
 _CLIP, _PROJECTED, _T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
+_PIXART = Kind(
+    "pixart",
+    ("PixArtAlphaPipeline",),
+    "transformer",
+    ("PixArtTransformer2DModel", "Transformer2DModel"),
+    PixArtTransformer2DModel,
+    PixArtNetwork,
+    {"text_encoder": _T5},
+    "caption_channels",
+    120,
+)
+
 KINDS = (
     Kind(
         "sd",
@@ -75,28 +87,8 @@ KINDS = (
         {"text_encoder": _CLIP, "text_encoder_2": _PROJECTED},
         "cross_attention_dim",
     ),
-    Kind(
-        "pixart",
-        ("PixArtAlphaPipeline",),
-        "transformer",
-        ("PixArtTransformer2DModel", "Transformer2DModel"),
-        PixArtTransformer2DModel,
-        PixArtNetwork,
-        {"text_encoder": _T5},
-        "caption_channels",
-        120,
-    ),
-    Kind(
-        "pixart",
-        ("PixArtSigmaPipeline",),
-        "transformer",
-        ("PixArtTransformer2DModel", "Transformer2DModel"),
-        PixArtTransformer2DModel,
-        PixArtNetwork,
-        {"text_encoder": _T5},
-        "caption_channels",
-        300,
-    ),
+    _PIXART,
+    replace(_PIXART, pipelines=("PixArtSigmaPipeline",), max_tokens=300),
     Kind(
         "sd3",
         ("StableDiffusion3Pipeline",),
