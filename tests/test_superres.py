@@ -25,10 +25,12 @@ from isocost.diffusion.samplers import build_table
 from isocost.diffusion.tiles import Tiling
 from isocost.errors import RequestError, WorkError
 from isocost.experiments.experiment import Experiment, Run
+from isocost.merging import keep
 from isocost.metrics.likeness import psnr, ssim
 from isocost.models.checkpoint import load_checkpoint
 from isocost.models.unet import build_unet, widen_input
 from isocost.pipeline import Pipeline
+from isocost.report.drawn import redraw
 from isocost.report.gather import report
 from isocost.score.differences import paired_differences
 from isocost.score.kept import Measured, read_measured
@@ -69,6 +71,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     assert pipeline.run()
     report(pipeline)
     return pipeline
+
+
+def test_its_pages_are_drawn_again_byte_by_byte(finished: Pipeline, tmp_path: Path) -> None:
+    keep(finished.out, tmp_path)
+    redraw(tmp_path)
+    for page in ("report/index.html", "report/superres/index.html"):
+        assert (tmp_path / page).read_bytes() == (finished.out / page).read_bytes()
 
 
 def runs_of(pipeline: Pipeline) -> tuple[Experiment, list[Run]]:

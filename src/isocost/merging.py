@@ -5,8 +5,9 @@ What machines without a common disk have done is united. What is kept of a study
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -14,10 +15,11 @@ from isocost.errors import RequestError
 from isocost.pipeline import LEDGER_FILE, STUDY_FILE, refuse_conflict
 from isocost.progress import say
 from isocost.spec import parse_spec
+from isocost.stages import TaskName
 from isocost.store import MANIFEST, Store, copy_artefact, write_atomically
 from isocost.study import StudySpec
 from isocost.study_file import dump_study
-from isocost.sweep.ledger import Ledger
+from isocost.sweep.ledger import DRAWN_FROM, Ledger, table_file
 
 UNITED_LISTS = (
     ("family", "widths"),
@@ -36,8 +38,9 @@ KEPT_KINDS = ("codec", "codec-quality", "checkpoint", "probe", "floor")
 def keep(out: str | Path, folder: str | Path) -> dict[str, int]:
     """Copy into `folder` what of `out` is worth keeping: study, ledger, codec, checkpoints, what they were compared with.
 
-    Pictures, features, latents and training states stay behind; `merge` with a new folder goes on from there without making
-    any finished training, race or point again. Returns how many artefacts and bytes `folder` holds afterwards.
+    What the last report was drawn from comes too, so that `isocost report FOLDER` draws it again. Other pictures, features,
+    latents and training states stay behind; `merge` with a new folder goes on from there without making any finished training,
+    race or point again. Returns how many artefacts and bytes `folder` holds afterwards.
 
     Raises:
         RequestError: `out` is no study's output folder, or `folder` keeps another study.
@@ -51,12 +54,14 @@ def keep(out: str | Path, folder: str | Path) -> dict[str, int]:
         raise RequestError(f"{target}: neither empty nor what is kept of a study")
     target.mkdir(parents=True, exist_ok=True)
     write_atomically(target / STUDY_FILE, dump_study(study))
-    Ledger(target / LEDGER_FILE).take_over(Ledger(source / LEDGER_FILE))
+    with Ledger(target / LEDGER_FILE) as kept, Ledger(source / LEDGER_FILE) as ledger:
+        kept.take_over(ledger)
     for kind in KEPT_KINDS:
         for artefact in sorted((source / "artefacts" / kind).glob("[!.]*")):
             final = target / "artefacts" / kind / artefact.name
             if not final.exists() and (artefact / MANIFEST).is_file():
                 copy_artefact(artefact, final, target / "artefacts" / ".partial")
+    _keep_drawn(source, target)
     files = [file for file in target.rglob("*") if file.is_file()]
     return {"artefacts": len(list(target.glob("artefacts/[!.]*/*"))), "bytes": sum(file.stat().st_size for file in files)}
 
@@ -90,9 +95,22 @@ def merge(out: str | Path, others: list[Path]) -> dict[str, int]:
             if not final.exists() and ((folder / MANIFEST).is_file() or any(folder.glob("state-*"))):
                 copy_artefact(folder, final, target / "artefacts" / ".partial")
                 came["artefacts"] += 1
+        if not (target / DRAWN_FROM).exists():
+            _keep_drawn(other, target)
         came["points"] += ledger.take_over(Ledger(other / LEDGER_FILE))
     write_atomically(target / STUDY_FILE, dump_study(united))
     return came
+
+
+def _keep_drawn(source: Path, target: Path) -> None:
+    """Copy what the last report of an output folder was drawn from, in place of what `target` has of an earlier one."""
+    if not (source / DRAWN_FROM).is_dir():
+        return
+    shutil.rmtree(target / DRAWN_FROM, ignore_errors=True)
+    shutil.copytree(source / DRAWN_FROM, target / DRAWN_FROM)
+    for file in (table_file(source, task) for task in get_args(TaskName)):
+        if file.is_file():
+            shutil.copy(file, target / file.name)
 
 
 def _study(folder: Path) -> StudySpec:

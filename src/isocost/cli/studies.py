@@ -217,10 +217,23 @@ def sweep(
 
 
 @app.command()
-def report(study: Study, out: Out = None, overrides: Set = None, ledger: LedgerAt = None) -> None:
-    """Write the report of what the ledger holds."""
+def report(
+    study: Annotated[Path, typer.Argument(help="the study, a YAML file; or a folder with what a report was drawn from")],
+    out: Out = None,
+    overrides: Set = None,
+    ledger: LedgerAt = None,
+) -> None:
+    """Write the report of what the ledger holds; or draw one again from the table that it left, without data or checkpoints."""
     from isocost.pipeline import Pipeline
+    from isocost.report.drawn import redraw
 
+    if study.is_dir():
+        if out is not None or overrides or ledger is not None:
+            raise RequestError(
+                f"{study} is a folder: its pages are drawn again as they were, without --out, --set and --ledger"
+            )
+        _answer_report(study.name, study, redraw(study), finished=True)
+        return
     spec = _load(study, overrides)
     _report(Pipeline(spec, _out(spec, out), ledger), finished=True)
 
@@ -388,10 +401,14 @@ def _answer_unfinished(pipeline: Any) -> None:
 
 
 def _report(pipeline: Any, finished: bool) -> None:
-    from isocost.analysis.recommend import answer
     from isocost.report.gather import report as write
 
-    written = write(pipeline)
+    _answer_report(pipeline.study.name, pipeline.out, write(pipeline), finished)
+
+
+def _answer_report(name: str, out: Path, written: Any, finished: bool) -> None:
+    from isocost.analysis.recommend import answer
+
     for choice in written.choices:
         print(answer(choice), file=sys.stderr)
     best = [
@@ -406,8 +423,8 @@ def _report(pipeline: Any, finished: bool) -> None:
     ]
     answer_json(
         {
-            "study": pipeline.study.name,
-            "out": str(pipeline.out),
+            "study": name,
+            "out": str(out),
             "finished": finished,
             "report": str(written.page),
             "num_points": len(written.table),

@@ -1,12 +1,11 @@
 """From an output folder to the report: the study's own points out of the ledger, pictures out of the artefacts.
 
-Writes `table.parquet`, `table.csv` and `report/`: the page, `figures/`, `summary.md`.
+`isocost.report.drawn` writes what comes of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +13,24 @@ import numpy as np
 import pandas as pd
 
 from isocost.analysis.bands import bands_in_words
-from isocost.analysis.frontier import BudgetChoice, best_at_budgets, best_in_each, default_budgets, finals
+from isocost.analysis.frontier import best_in_each, default_budgets, finals
 from isocost.analysis.laws import LEAST_MARKS
 from isocost.analysis.scaling import paper_compute, scaling
 from isocost.errors import RequestError
 from isocost.experiments.experiment import Experiment
 from isocost.pipeline import Pipeline
 from isocost.provenance import provenance
+from isocost.report.drawn import Page, Report, draw, task_folder, with_others
 from isocost.report.marks import COMPUTE_AXES, FLOOR_LABEL
-from isocost.report.page import STUDY_YAML, write_report
-from isocost.report.summary import markdown_summary
+from isocost.report.page import STUDY_YAML
+from isocost.report.summary import BUDGET_COST
 from isocost.report.tuned import FOLLOWS, Pretrained
 from isocost.stages import TaskName
-from isocost.store import Store, write_atomically
+from isocost.store import Store
 from isocost.study import StudySpec
 from isocost.study_file import dump_study
-from isocost.sweep.ledger import table_file
 from isocost.sweep.shards import read_pictures
 
-BUDGET_COST = "paper_cost"
 TITLES: dict[TaskName, str] = {
     "text2image": "text-to-image",
     "distill": "distillation",
@@ -47,20 +45,6 @@ BASELINES = {
     "photographs": "the subjects' pictures among themselves",
     "bicubic": "low-resolution pictures enlarged (bicubic)",
 }
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a report says, beside its page: the table of points, the choice at each budget of paper cost, `summary.md`'s text.
-
-    `others` are the reports of what was tuned from the family, by task.
-    """
-
-    page: Path
-    table: pd.DataFrame
-    choices: list[BudgetChoice]
-    summary: str
-    others: Mapping[TaskName, Report] = field(default_factory=dict)
 
 
 def run(study: StudySpec, out: str | Path) -> Report:
@@ -89,17 +73,13 @@ def report(pipeline: Pipeline) -> Report:
         _report(pipeline, name, tables[name], _addresses(name, scored), _started_from(pipeline, name, tables))
         for name in scored
     )
-    return replace(first, others=dict(zip(scored[1:], others, strict=True)))
+    return with_others(first, dict(zip(scored[1:], others, strict=True)))
 
 
 def _addresses(task: TaskName, scored: list[TaskName]) -> dict[str, str]:
     """Title and address of the other tasks' pages, as seen from this one's."""
     up = "" if task == "text2image" else "../"
-    return {TITLES[name]: f"{up}{_folder(name)}index.html" for name in scored if name != task}
-
-
-def _folder(task: TaskName) -> str:
-    return "" if task == "text2image" else f"{task}/"
+    return {TITLES[name]: f"{up}{task_folder(name)}index.html" for name in scored if name != task}
 
 
 def _started_from(pipeline: Pipeline, task: TaskName, tables: Mapping[TaskName, pd.DataFrame]) -> Pretrained | None:
@@ -134,36 +114,24 @@ def _report(
 ) -> Report:
     """One experiment's page and table."""
     study, experiment = pipeline.study, pipeline.experiments[task]
-    folder = pipeline.out / "report" / _folder(task)
     table, samples = experiment.summarise(table, KeptPictures(pipeline.store, table["point"]))
-    for suffix, write in (("parquet", table.to_parquet), ("csv", table.to_csv)):
-        write(table_file(pipeline.out, task, suffix), index=False)
-    baselines, metric = experiment.baselines, experiment.metric
-    budgets = (list(study.report.budgets) if task == "text2image" else []) or default_budgets(table, BUDGET_COST)
-    name = study.name if task == "text2image" else f"{study.name}, {TITLES[task]}"
-    floors, floor_label = next(iter(baselines.values())), FLOORS.get(next(iter(baselines)), FLOOR_LABEL)
-    absent = [title for title in TITLES.values() if title not in others and title != TITLES[task]]
-    page = write_report(
-        folder,
-        name,
-        table,
-        metric,
-        _provenance(pipeline, experiment, table),
-        floors,
-        samples,
-        experiment.pictured,
-        budgets,
-        _strips(experiment, table, samples),
-        others,
-        experiment.findings(table),
-        floor_label,
-        {"bicubic": baselines["bicubic"]} if "bicubic" in baselines else None,
-        absent,
-        pretrained,
+    baselines = experiment.baselines
+    page = Page(
+        study_name=study.name if task == "text2image" else f"{study.name}, {TITLES[task]}",
+        metric=experiment.metric,
+        provenance=_provenance(pipeline, experiment, table),
+        floors=next(iter(baselines.values())),
+        captions=experiment.pictured,
+        budgets=(list(study.report.budgets) if task == "text2image" else []) or default_budgets(table, BUDGET_COST),
+        strips=_strips(experiment, table, samples),
+        others=others,
+        findings=experiment.findings(table),
+        floor_label=FLOORS.get(next(iter(baselines)), FLOOR_LABEL),
+        levels={"bicubic": baselines["bicubic"]} if "bicubic" in baselines else None,
+        absent=[title for title in TITLES.values() if title not in others and title != TITLES[task]],
+        pretrained=pretrained,
     )
-    summary = markdown_summary(table, metric, name, budgets, floors.get(metric), floor_label, absent)
-    write_atomically(folder / "summary.md", summary)
-    return Report(page, table, best_at_budgets(table, BUDGET_COST, metric, budgets), summary)
+    return draw(pipeline.out, task, page, table, samples)
 
 
 def _strips(experiment: Experiment, table: pd.DataFrame, samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -30,7 +30,7 @@ from isocost.analysis.frontier import (
 from isocost.analysis.recommend import answer, sample_command
 from isocost.errors import RequestError
 
-COST = "paper_cost"
+BUDGET_COST = "paper_cost"
 MOST_ROWS = 8
 """Of the frontier."""
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
@@ -62,8 +62,8 @@ def markdown_summary(
     """
     rows = scored(table, metric)
     try:
-        asked = list(budgets) or default_budgets(table, COST)
-        choices = best_at_budgets(table, COST, metric, asked)
+        asked = list(budgets) or default_budgets(table, BUDGET_COST)
+        choices = best_at_budgets(table, BUDGET_COST, metric, asked)
     except RequestError as error:
         choices, told = [], [f"**{escaped(study_name)}**: No answer yet: {escaped(str(error))}."]
     else:
@@ -121,12 +121,12 @@ def _answers(choices: Sequence[BudgetChoice], metric: str) -> list[str]:
         cells = [format_number(choice.budget), *(("nothing fits", "") if best is None else (escaped(str(best)), best.score))]
         verdict = "" if other is None else "undecided" if choice.undecided else "decided"
         lines.append(_row(*cells, "none fits" if other is None else f"{escaped(str(other))}: {other.score}", verdict))
-    return [f"Budgets in {cost_of(COST).unit}:", "", *lines]
+    return [f"Budgets in {cost_of(BUDGET_COST).unit}:", "", *lines]
 
 
 def _frontier(table: pd.DataFrame, metric: str) -> list[str]:
     """The points that nothing cheaper matches, the two ends and some between them where they are many."""
-    every = pareto(table, COST, metric)
+    every = pareto(table, BUDGET_COST, metric)
     places = sorted({round(place) for place in np.linspace(0, len(every) - 1, min(len(every), MOST_ROWS)).tolist()})
     rows = every.iloc[places]
     costs = [name for name in COSTS if rows[name].notna().any()]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 from sqlalchemy import delete, func, inspect, select, text, update
@@ -27,6 +27,8 @@ SCHEMA_VERSION = 6
 """2: points carry all of their numerics. 3: and their task; none is text-to-image. 4: shards and claims. 5: races.
 6: peak memory."""
 ATTEMPTS = 10
+DRAWN_FROM = "drawn_from"
+"""Folder in an output folder, beside the tables: what else its report was drawn from (`isocost.report.drawn`)."""
 
 
 class Ledger:
@@ -43,6 +45,13 @@ class Ledger:
             raise RequestError(f"{where}: a ledger of version {version}; this isocost reads {SCHEMA_VERSION}: upgrade isocost")
         if version != SCHEMA_VERSION:
             self._make_tables()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close every connection; what SQLite wrote ahead goes into its one file with the last of them."""
+        self.engine.dispose()
 
     def _version(self) -> int | None:
         if not inspect(self.engine).has_table(SchemaRow.__tablename__):

@@ -1,0 +1,99 @@
+"""A page drawn again from what it was drawn from: the same bytes, elsewhere, with neither data nor checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from conftest import tiny_study
+from isocost.cli import app
+from isocost.errors import RequestError
+from isocost.merging import keep, merge
+from isocost.pipeline import Pipeline
+from isocost.report.drawn import _read_strip, _write_strip, redraw
+from isocost.report.gather import report
+from isocost.sweep.ledger import DRAWN_FROM
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    pipeline = Pipeline(tiny_study(family={"widths": [8]}), tmp_path_factory.mktemp("reported") / "out")
+    assert pipeline.run()
+    report(pipeline)
+    return pipeline
+
+
+def pages_of(out: Path) -> dict[str, bytes]:
+    """Every file of the report by its path."""
+    return {str(file.relative_to(out)): file.read_bytes() for file in sorted((out / "report").rglob("*")) if file.is_file()}
+
+
+def test_what_is_kept_gives_the_same_pages_byte_by_byte(reported: Pipeline, tmp_path: Path) -> None:
+    keep(reported.out, tmp_path / "kept")
+    assert not (tmp_path / "kept" / "report").exists()
+    shutil.rmtree(tmp_path / "kept" / "artefacts")
+    (tmp_path / "kept" / "ledger.sqlite").unlink()
+    again = redraw(tmp_path / "kept")
+    drawn = pages_of(tmp_path / "kept")
+    assert {"report/index.html", "report/summary.md"} < set(drawn)
+    assert sum(name.endswith(".png") for name in drawn) >= 5
+    assert drawn == pages_of(reported.out)
+    assert b"data:image" in drawn["report/index.html"]
+    assert again.summary == (reported.out / "report" / "summary.md").read_text(encoding="utf-8")
+
+
+def test_a_changed_number_changes_the_page(reported: Pipeline, tmp_path: Path) -> None:
+    keep(reported.out, tmp_path / "kept")
+    file = tmp_path / "kept" / "table.parquet"
+    table = pd.read_parquet(file)
+    table.assign(kernel_efficientnet=table["kernel_efficientnet"] + 1).to_parquet(file, index=False)
+    redraw(tmp_path / "kept")
+    assert pages_of(tmp_path / "kept")["report/index.html"] != pages_of(reported.out)["report/index.html"]
+
+
+def test_merged_elsewhere_it_still_shows_its_pictures(reported: Pipeline, tmp_path: Path) -> None:
+    keep(reported.out, tmp_path / "kept")
+    merge(tmp_path / "out", [tmp_path / "kept"])
+    pipeline = Pipeline(reported.study, tmp_path / "out")
+    assert pipeline.run()
+    report(pipeline)
+    shown, before = (sorted((out / DRAWN_FROM).rglob("*.png")) for out in (tmp_path / "out", reported.out))
+    assert [file.name for file in shown] == [file.name for file in before]
+    assert len(shown) >= 2
+    assert shown[0].read_bytes() == before[0].read_bytes()
+
+
+def test_the_command_draws_a_folder_again(reported: Pipeline, tmp_path: Path) -> None:
+    keep(reported.out, tmp_path / "kept")
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "kept")])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout.splitlines()[-1])["num_points"] == len(reported.ledger.table())
+    assert pages_of(tmp_path / "kept") == pages_of(reported.out)
+
+
+def test_bad_folders_are_one_line(reported: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="leaves it"):
+        redraw(tmp_path)
+    keep(reported.out, tmp_path / "kept")
+    page = tmp_path / "kept" / DRAWN_FROM / "text2image" / "page.json"
+    page.write_text(page.read_text(encoding="utf-8")[:-20], encoding="utf-8")
+    with pytest.raises(RequestError, match="damaged"):
+        redraw(tmp_path / "kept")
+    (tmp_path / "kept" / "table.parquet").unlink()
+    with pytest.raises(RequestError, match=r"no table\.parquet|damaged"):
+        redraw(tmp_path / "kept")
+
+
+@pytest.mark.parametrize("channels", ["grey", "colour"])
+def test_strips_keep_every_bit(channels: str, tmp_path: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    if channels == "grey":
+        pictures = np.repeat(pictures[..., :1], 3, axis=-1)
+    _write_strip(tmp_path / "strip.png", pictures)
+    assert np.array_equal(_read_strip(tmp_path / "strip.png"), pictures)
