@@ -92,7 +92,9 @@ def rounds_by_position(unet, two_threads):
     return denoise
 
 
-@pytest.mark.parametrize("bucket_size", [1, 2, 5, 8])
+@pytest.mark.parametrize(
+    "bucket_size", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 5, 8]
+)
 def test_the_position_in_the_call_is_the_pictures_own(make_engine, rounds_by_position, bucket_size):
     rows = mixed_rows()
     alone = by_picture(done for row in rows for done in make_engine(bucket_size, rounds_by_position).run([row]))

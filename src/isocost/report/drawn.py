@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,10 +24,13 @@ import pandas as pd
 from PIL import Image
 
 from isocost.analysis.frontier import BudgetChoice, best_at_budgets
+from isocost.analysis.paper_findings import FINDINGS
+from isocost.analysis.verdicts import Points, Verdict, judge
 from isocost.errors import RequestError
 from isocost.report.page import write_report
 from isocost.report.summary import BUDGET_COST, markdown_summary
 from isocost.report.tuned import Pretrained
+from isocost.report.verdicts import markdown_verdicts
 from isocost.stages import TaskName
 from isocost.store import write_atomically
 from isocost.sweep.ledger import DRAWN_FROM, read_table, table_file
@@ -68,20 +71,28 @@ class Page:
     pretrained: Pretrained | None = None
 
 
-def draw(out: Path, task: TaskName, page: Page, table: pd.DataFrame, samples: Mapping[str, np.ndarray]) -> Report:
-    """Write the page of a task and what it was drawn from; the table goes through its file, so that it is the same again.
+Drawing = tuple[Page, pd.DataFrame, Mapping[str, np.ndarray]]
+"""A page, its table, and the pictures of the points."""
 
-    A point without pictures in `samples` has those that an earlier page of the folder showed of it.
+
+def draw(out: Path, drawings: Mapping[TaskName, Drawing]) -> Report:
+    """Write the pages of the tasks and what they were drawn from; a table goes through its file, so that it is the same again.
+
+    A point without pictures has those that an earlier page of the folder showed of it.
     """
-    for suffix, write in (("parquet", table.to_parquet), ("csv", table.to_csv)):
-        write(table_file(out, task, suffix), index=False)
-    folder = out / DRAWN_FROM / task
-    earlier = dict(_Kept(folder / PICTURES))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    _save(folder, page)
-    known = {point: pictures for point, pictures in earlier.items() if point not in samples and point in set(table["point"])}
-    return _write(out, task, page, _Shown(samples, known, folder / PICTURES))
+    samples: dict[TaskName, Mapping[str, np.ndarray]] = {}
+    for task, (page, table, pictures) in drawings.items():
+        for suffix, write in (("parquet", table.to_parquet), ("csv", table.to_csv)):
+            write(table_file(out, task, suffix), index=False)
+        folder = out / DRAWN_FROM / task
+        earlier = dict(_Kept(folder / PICTURES))
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        _save(folder, page)
+        wanted = set(table["point"]) - set(pictures)
+        known = {point: shown for point, shown in earlier.items() if point in wanted}
+        samples[task] = _Shown(pictures, known, folder / PICTURES)
+    return _write_all(out, {task: page for task, (page, _, _) in drawings.items()}, samples)
 
 
 def redraw(out: str | Path) -> Report:
@@ -94,17 +105,8 @@ def redraw(out: str | Path) -> Report:
     tasks = [task for task in get_args(TaskName) if (root / DRAWN_FROM / task / PAGE).is_file()]
     if not tasks:
         raise RequestError(f"{out}: no {DRAWN_FROM}/TASK/{PAGE} to draw from; `isocost report STUDY --out {out}` leaves it")
-    reports = {}
-    for task in tasks:
-        folder = root / DRAWN_FROM / task
-        reports[task] = _write(root, task, _load(folder), _Kept(folder / PICTURES))
-    first, *rest = tasks
-    return with_others(reports[first], {task: reports[task] for task in rest})
-
-
-def with_others(first: Report, others: Mapping[TaskName, Report]) -> Report:
-    """The first task's report with those of the others."""
-    return Report(first.page, first.table, first.choices, first.summary, others)
+    pages = {task: _load(root / DRAWN_FROM / task) for task in tasks}
+    return _write_all(root, pages, {task: _Kept(root / DRAWN_FROM / task / PICTURES) for task in tasks})
 
 
 def task_folder(task: TaskName) -> str:
@@ -112,8 +114,27 @@ def task_folder(task: TaskName) -> str:
     return "" if task == "text2image" else f"{task}/"
 
 
-def _write(out: Path, task: TaskName, page: Page, samples: Mapping[str, np.ndarray]) -> Report:
-    table = read_table(out, task)
+def _write_all(out: Path, pages: Mapping[TaskName, Page], samples: Mapping[TaskName, Mapping[str, np.ndarray]]) -> Report:
+    tables: dict[str, Points] = {task: Points(read_table(out, task), page.metric) for task, page in pages.items()}
+    verdicts = judge(FINDINGS, tables)
+    study_name = next(iter(pages.values())).study_name
+    (out / "report").mkdir(exist_ok=True)
+    write_atomically(out / "report" / "verdicts.md", markdown_verdicts(study_name, verdicts, tables))
+    first, *others = (
+        _write(out, task, page, tables[task].table, samples[task], () if number else verdicts)
+        for number, (task, page) in enumerate(pages.items())
+    )
+    return replace(first, others=dict(zip(list(pages)[1:], others, strict=True)))
+
+
+def _write(
+    out: Path,
+    task: TaskName,
+    page: Page,
+    table: pd.DataFrame,
+    samples: Mapping[str, np.ndarray],
+    verdicts: Sequence[Verdict],
+) -> Report:
     folder = out / "report" / task_folder(task)
     written = write_report(
         folder,
@@ -132,6 +153,7 @@ def _write(out: Path, task: TaskName, page: Page, samples: Mapping[str, np.ndarr
         page.levels,
         page.absent,
         page.pretrained,
+        verdicts,
     )
     floor = page.floors.get(page.metric)
     summary = markdown_summary(table, page.metric, page.study_name, page.budgets, floor, page.floor_label, page.absent)

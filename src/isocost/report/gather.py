@@ -20,7 +20,7 @@ from isocost.errors import RequestError
 from isocost.experiments.experiment import Experiment
 from isocost.pipeline import Pipeline
 from isocost.provenance import provenance
-from isocost.report.drawn import Page, Report, draw, task_folder, with_others
+from isocost.report.drawn import Drawing, Page, Report, draw, task_folder
 from isocost.report.marks import COMPUTE_AXES, FLOOR_LABEL
 from isocost.report.page import STUDY_YAML
 from isocost.report.summary import BUDGET_COST
@@ -69,11 +69,11 @@ def report(pipeline: Pipeline) -> Report:
     scored = [name for name, table in tables.items() if not table.empty]
     if not scored:
         raise RequestError(f"{pipeline.out}: no point of this study is scored yet; `isocost run` makes them")
-    first, *others = (
-        _report(pipeline, name, tables[name], _addresses(name, scored), _started_from(pipeline, name, tables))
+    drawings = {
+        name: _drawing(pipeline, name, tables[name], _addresses(name, scored), _started_from(pipeline, name, tables))
         for name in scored
-    )
-    return with_others(first, dict(zip(scored[1:], others, strict=True)))
+    }
+    return draw(pipeline.out, drawings)
 
 
 def _addresses(task: TaskName, scored: list[TaskName]) -> dict[str, str]:
@@ -109,9 +109,9 @@ def study_table(pipeline: Pipeline, experiment: Experiment) -> pd.DataFrame:
     ).reset_index(drop=True)
 
 
-def _report(
+def _drawing(
     pipeline: Pipeline, task: TaskName, table: pd.DataFrame, others: dict[str, str], pretrained: Pretrained | None
-) -> Report:
+) -> Drawing:
     """One experiment's page and table."""
     study, experiment = pipeline.study, pipeline.experiments[task]
     table, samples = experiment.summarise(table, KeptPictures(pipeline.store, table["point"]))
@@ -131,7 +131,7 @@ def _report(
         absent=[title for title in TITLES.values() if title not in others and title != TITLES[task]],
         pretrained=pretrained,
     )
-    return draw(pipeline.out, task, page, table, samples)
+    return page, table, samples
 
 
 def _strips(experiment: Experiment, table: pd.DataFrame, samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

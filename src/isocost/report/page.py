@@ -32,6 +32,7 @@ from isocost.analysis.frontier import (
     scored,
 )
 from isocost.analysis.recommend import answer
+from isocost.analysis.verdicts import Verdict
 from isocost.models.paper import TABLE_1
 from isocost.report import marks
 from isocost.report.drawing import FORMATS
@@ -43,6 +44,7 @@ from isocost.report.points import headline_facts, point_columns, size_rows
 from isocost.report.sheets import ContactSheet, contact_cells, kept_of
 from isocost.report.summary import moral
 from isocost.report.tuned import DISTILLED, FOLLOWS, Pretrained
+from isocost.report.verdicts import verdict_rows
 from isocost.store import write_atomically
 
 STUDY_YAML = "study_yaml"
@@ -69,6 +71,7 @@ def write_report(
     levels: Mapping[str, Mapping[str, float]] | None = None,
     absent: Sequence[str] = (),
     pretrained: Pretrained | None = None,
+    verdicts: Sequence[Verdict] = (),
 ) -> Path:
     """Write `index.html` and `figures/` (`isocost.report.figures`, PNG and PDF) into `folder`; returns the path of the page.
 
@@ -88,6 +91,7 @@ def write_report(
         levels: further values that no model made: title -> metric -> value.
         absent: titles of experiments that have no page.
         pretrained: what the experiment's runs started from, of tasks that are set against it.
+        verdicts: the paper's findings, put to these points and those of the other tasks.
 
     Raises:
         RequestError: the points cannot be compared (they differ in protocol, number of pictures or seed).
@@ -136,6 +140,7 @@ def write_report(
             others=others or {},
             absent=list(absent),
             findings=findings or {},
+            verdicts=verdict_rows(verdicts),
             data_json=_data_json(explore, pictures, captions),
             drawing_json=_drawing_json,
             points_json=_script_json(point_columns(table, metric)),
