@@ -17,6 +17,8 @@ import pytest
 
 from browser import CHROMIUM, Page, browser
 from isocost.analysis.frontier import best_at_budgets, configuration_words
+from isocost.analysis.paper_findings import FINDINGS
+from isocost.analysis.verdicts import Points, judge
 from isocost.report.explorer import stops
 from isocost.report.page import write_report
 from planted import planted_table
@@ -42,9 +44,11 @@ def written(table: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Pa
     origin = {"commit": "abc", "hours": {"training": 0.5}, "study_yaml": "name: </pre><script>alert('yaml')</script>\n"}
     floors, folder = {KERNEL: 0.013, "alignment": 0.95}, tmp_path_factory.mktemp("page") / "report"
     others = {"distillation": "distill/index.html"}
+    verdicts = judge(FINDINGS, {"text2image": Points(table, KERNEL)})
     return write_report(
-        folder, "planted", table, KERNEL, origin, floors, plain_pictures(table), CAPTIONS, others=others, absent=["DreamBooth"]
-    )
+        folder, "planted", table, KERNEL, origin, floors, plain_pictures(table), CAPTIONS,
+        others=others, absent=["DreamBooth"], verdicts=verdicts,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

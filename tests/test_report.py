@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from isocost.analysis.frontier import COSTS
+from isocost.analysis.paper_findings import FINDINGS
+from isocost.analysis.verdicts import Points, judge
 from isocost.errors import RequestError
 from isocost.report import charts, drawing, figures, marks, scales, sheets
 from isocost.report.page import metrics_in, write_report
@@ -247,6 +249,18 @@ def test_the_answer_comes_first_and_the_parts_in_order(written: Path) -> None:
     ):
         assert line in page.text
     assert "Not in this report" not in page.text
+
+
+def test_the_papers_findings_stand_behind_the_answer(tmp_path: Path) -> None:
+    table = planted_table(sizes=("0.2M", "0.8M", "3.2M"))
+    table.loc[table["size"] == "3.2M", "size"] = "3.2M <b>&"
+    verdicts = judge(FINDINGS, {"text2image": Points(table, KERNEL)})
+    page = read(write_report(tmp_path, "planted", table, KERNEL, {}, {}, {}, [], verdicts=verdicts))
+    sections = [attributes["id"] for tag, attributes in page.elements if tag == "section"]
+    assert sections[:3] == ["answer", "explore", "verdicts"]
+    for line in ("Of sizes trained on the same images the larger is better", "2 of 2 agree, 0 contradict, 0 open", "3.2M <b>&"):
+        assert line in page.text
+    assert page.text.count("dreambooth was not done") == 1
 
 
 def test_names_and_captions_stay_text(written: Path) -> None:

@@ -45,7 +45,7 @@ def test_more_training_and_larger_sizes_are_better_where_that_is_planted() -> No
     told = of_text2image(table)
     for statement in ("More training gives better pictures, at every size", "Of sizes trained on the same images the larger"):
         (found,) = [one for (said, _), one in told.items() if said.startswith(statement)]
-        assert found.verdict == "holds", found.evidence
+        assert found.verdict == "holds", found.told
         assert found.count("agrees") == len(found.cases)
     worse = of_text2image(scored_by(table, lambda rows: 1 + rows["images_seen"] / 1e5 + rows["num_parameters"] / 1e6))
     assert worse["More training gives better pictures, at every size", ""].verdict == "does not hold"
@@ -125,7 +125,7 @@ def test_samplers_in_the_papers_order() -> None:
     assert of_text2image(moved(table, lambda _: 0.4 * place))[statement].verdict == "does not hold"
     alone = of_text2image(table[table["sampler"] == samplers[1]])
     assert alone[statement].verdict == "not measured"
-    assert "were tried" in alone[statement].evidence
+    assert "were tried" in alone[statement].counts
 
 
 # --- downstream and distillation ---
@@ -144,7 +144,7 @@ def test_super_resolution_by_size_compute_and_cost() -> None:
     assert told["LPIPS of super-resolution follows fine-tuning compute, whatever the size", ""].verdict == "holds"
     assert told["In super-resolution a smaller size is better at up to 20 steps' cost", "gflop"].verdict == "holds"
     beyond = told["In super-resolution the largest is better beyond 20 steps' cost", "gflop"]
-    assert beyond.verdict == "holds", beyond.evidence
+    assert beyond.verdict == "holds", beyond.told
     assert len(beyond.cases) == 2
     compute = scored_by(table, lambda rows: 100 / rows["training_gflop"] ** 0.3 + rows["num_parameters"] / 1e5)
     told = verdicts_of({"superres": Points(compute, KERNEL)})
@@ -164,9 +164,9 @@ def test_students_and_teachers(gain: float) -> None:
     wanted = "holds" if gain < 0 else "does not hold"
     assert told["A student is better than the undistilled of its size at equal cost", "gflop"].verdict == wanted
     speed = told["Distillation to 4 steps is worth about 5 times as many, or half of that at least", ""]
-    assert speed.verdict == ("holds" if gain < 0 else "does not hold"), speed.evidence
+    assert speed.verdict == ("holds" if gain < 0 else "does not hold"), speed.told
     small = told["The smallest undistilled is no worse than larger students", "paper_cost"]
-    assert small.verdict == ("does not hold" if gain < 0 else "holds"), small.evidence
+    assert small.verdict == ("does not hold" if gain < 0 else "holds"), small.told
 
 
 def test_dreambooth_by_size() -> None:
@@ -190,14 +190,14 @@ def test_cases_make_a_verdict(said: str, verdict: str) -> None:
     cases = tuple(Case(kinds[sign], f"case {at}") for at, sign in enumerate(said))  # type: ignore[arg-type]
     told = Verdict(1, "a finding", "", cases, "nothing there")
     assert told.verdict == verdict
-    assert told.evidence.startswith("nothing there" if not said else f"{said.count('+')} of {len(said)} agree")
+    assert told.counts.startswith("nothing there" if not said else f"{said.count('+')} of {len(said)} agree")
 
 
 def test_what_is_missing_is_named() -> None:
     told = verdicts_of({"text2image": Points(planted_table(sizes=("0.2M",), marks=()), KERNEL)})
     assert {one.verdict for one in told.values() if one.section in (2, 5, 6)} == {"not measured"}
-    assert told["DreamBooth is better from larger sizes", ""].evidence == "dreambooth was not done"
-    assert "train.marks" in told["More training gives better pictures, at every size", ""].evidence
+    assert told["DreamBooth is better from larger sizes", ""].counts == "dreambooth was not done"
+    assert "train.marks" in told["More training gives better pictures, at every size", ""].counts
     assert not any(one.cases for one in told.values() if one.section == 4 and "sampler a smaller" in one.statement)
 
 
@@ -208,10 +208,9 @@ def test_the_document_is_a_table_that_names_cannot_break() -> None:
     verdicts = judge(FINDINGS, tables)
     text = markdown_verdicts("a *study*", verdicts, tables)
     rows = [line for line in text.splitlines() if line.startswith("| ") and "|--" not in line]
-    assert len(rows) == 1 + len(verdict_rows(verdicts))
+    assert len(rows) == 1 + len(verdict_rows(verdicts)) < len(verdicts)
     assert all(line.replace(r"\|", "").count("|") == 6 for line in rows)
     assert "<script>" not in text
     assert r"a \*study\*" in text
     assert "1,000 pictures a point" in text
     assert "the best of a grid" in text
-    assert "1 of" in text or "agree" in text

@@ -85,15 +85,19 @@ class Verdict:
         return "undecided"
 
     @property
-    def evidence(self) -> str:
-        """The counts, and some cases with their scores: those against first where it does not hold, else those for it."""
+    def counts(self) -> str:
+        """How many cases say what, or what is missing."""
         if not self.cases:
             return self.why
         counts = f"{self.count('agrees')} of {len(self.cases)} agree, {self.count('contradicts')} contradict"
-        counts += f", {self.count('open')} open"
+        return f"{counts}, {self.count('open')} open"
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """Some cases in words: those against first where it does not hold, else those for it."""
         first: tuple[Says, ...] = ("contradicts", "agrees") if self.verdict == "does not hold" else ("agrees", "contradicts")
         told = [case for says in (*first, "open") for case in spread([case for case in self.cases if case.says == says])]
-        return f"{counts}: {'; '.join(case.words for case in told[:MOST_CASES])}"
+        return tuple(case.words for case in told[:MOST_CASES])
 
 
 def spread(cases: Sequence[Case]) -> list[Case]:

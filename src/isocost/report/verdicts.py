@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import pandas as pd
@@ -17,18 +18,32 @@ finding holds where some case agrees, none contradicts, and no more are open tha
 decided cases contradict, and no fewer than are open; else it is undecided."""
 
 
-def verdict_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str | int]]:
-    """Section, statement, cost, verdict and evidence; costs under which the same is said, by the same cases, share a row."""
-    rows: list[dict[str, str | int]] = []
+@dataclass(frozen=True)
+class Row:
+    """A finding and what is said of it under the costs that agree about it: counts by cost, cases in words of the first."""
+
+    section: int
+    statement: str
+    costs: str
+    verdict: str
+    counts: str
+    cases: tuple[str, ...]
+
+
+def verdict_rows(verdicts: Sequence[Verdict]) -> list[Row]:
+    """One row for every finding and verdict; costs under which the verdict is the same share it."""
+    rows = []
     for (section, statement), group in groupby(verdicts, lambda one: (one.section, one.statement)):
-        told: dict[tuple[str, str], list[str]] = {}
+        alike: dict[str, list[Verdict]] = {}
         for one in group:
-            cost = COSTS[one.cost].label if one.cost else ""
-            told.setdefault((one.verdict, one.evidence), []).append(cost)
-        rows += [
-            {"section": section, "statement": statement, "cost": ", ".join(costs), "verdict": verdict, "evidence": evidence}
-            for (verdict, evidence), costs in told.items()
-        ]
+            alike.setdefault(one.verdict, []).append(one)
+        for verdict, some in alike.items():
+            costs = ", ".join(COSTS[one.cost].label for one in some if one.cost)
+            by_counts: dict[str, list[str]] = {}
+            for one in some:
+                by_counts.setdefault(one.counts, []).append(COSTS[one.cost].label if one.cost else "")
+            told = [counts if len(by_counts) == 1 else f"{', '.join(of)}: {counts}" for counts, of in by_counts.items()]
+            rows.append(Row(section, statement, costs, verdict, "; ".join(told), some[0].told))
     return rows
 
 
@@ -38,8 +53,9 @@ def markdown_verdicts(study_name: str, verdicts: Sequence[Verdict], tables: Tabl
     lines += ["Statements of arXiv 2404.01367, put to this study's points.", "", RULES, ""]
     lines += ["| experiment | finding | at equal | verdict | evidence |", "|--:|---|---|---|---|"]
     for row in verdict_rows(verdicts):
-        cells = (str(row["section"]), *(escaped(str(row[name])) for name in ("statement", "cost")), f"**{row['verdict']}**")
-        lines.append(f"| {' | '.join((*cells, escaped(str(row['evidence']))))} |")
+        evidence = f"{row.counts}: {'; '.join(row.cases)}" if row.cases else row.counts
+        cells = (str(row.section), escaped(row.statement), escaped(row.costs), f"**{row.verdict}**", escaped(evidence))
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## What it rests on", ""]
     lines += [f"- {escaped(task)}: {escaped(basis(points))}" for task, points in tables.items()]
     return "\n".join(lines) + "\n"
