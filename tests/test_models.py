@@ -84,7 +84,8 @@ def test_small_members_are_built_and_run(width: int) -> None:
 
 def test_one_rule_gives_the_papers_groups_and_heads_from_64_on() -> None:
     assert {(num_groups(row.width), num_heads(row.width)) for row in TABLE_1} == {(32, 8)}
-    assert [(num_groups(width), num_heads(width)) for width in (8, 16, 24, 32, 48)] == [
+    assert [(num_groups(width), num_heads(width)) for width in (4, 8, 16, 24, 32, 48)] == [
+        (2, 1),
         (4, 1),
         (8, 2),
         (8, 2),
@@ -93,8 +94,19 @@ def test_one_rule_gives_the_papers_groups_and_heads_from_64_on() -> None:
     ]
 
 
+def test_the_smallest_member_takes_a_forward_pass() -> None:
+    check_width(4)
+    network = build_unet(ModelSpec(width=4, latent_channels=8, latent_side=8, context_width=384))
+    assert sum(parameter.numel() for parameter in network.parameters()) == 257_172
+    made = network(torch.zeros(2, 8, 8, 8), torch.tensor([1.0, 500.0]), torch.ones(2, 16, 384), return_dict=False)[0]
+    assert made.shape == (2, 8, 8, 8)
+    made.sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
 @pytest.mark.parametrize(
-    ("width", "remedy"), [(12, "8 or 16"), (0, "8 or 16"), (-8, "8 or 16"), (72, "64 or 96"), (100, "96 or 128")]
+    ("width", "remedy"),
+    [(12, "8 or 16"), (2, "8 or 16"), (0, "8 or 16"), (-8, "8 or 16"), (72, "64 or 96"), (100, "96 or 128")],
 )
 def test_a_width_that_no_group_rule_fits_is_refused_with_neighbours(width: int, remedy: str) -> None:
     with pytest.raises(RequestError, match=f"width {width}: no group rule fits.*{remedy}"):

@@ -3,11 +3,11 @@
 The family of arXiv 2404.01367: diffusers' UNet2DConditionModel with Stable Diffusion v1.5's block types, block widths
 [c, 2c, 4c, 4c], two layers a block. For c >= 64 group norms have 32 groups and attention 8 heads, as in the paper's
 networks. Smaller members follow one rule for both: the largest power of two that divides c and leaves at least 2 channels
-a group, or 8 channels a head, at the first level.
+a group, or 8 channels a head, at the first level; one head at least. The smallest has c = 4.
 
-| c      | 8 | 16 | 24 | 32 | 48 | 64 and above |
-| groups | 4 |  8 |  8 | 16 | 16 | 32           |
-| heads  | 1 |  2 |  2 |  4 |  4 | 8            |
+| c      | 4 | 8 | 16 | 24 | 32 | 48 | 64 and above |
+| groups | 2 | 4 |  8 |  8 | 16 | 16 | 32           |
+| heads  | 1 | 1 |  2 |  2 |  4 |  4 | 8            |
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from isocost.stages import ModelSpec
 _MAX_GROUPS, _CHANNELS_PER_GROUP = 32, 2
 _MAX_HEADS, _CHANNELS_PER_HEAD = 8, 8
 _SIDE_MULTIPLE = 8
+_LEAST_WIDTH = 4
 
 
 def check_width(width: int) -> None:
     """Raise RequestError for a width that the family's rule does not fit."""
     multiple = 8 if width < 64 else 32
-    if width < 8 or width % multiple:
+    if width != _LEAST_WIDTH and (width < 8 or width % multiple):
         below = max(8, width - width % multiple)
-        rule = "a multiple of 8 below 64, a multiple of 32 from 64 on (group norm and attention heads must divide it)"
+        rule = "4, a multiple of 8 below 64, a multiple of 32 from 64 on (group norm and attention heads must divide it)"
         raise RequestError(f"width {width}: no group rule fits; take {rule}, such as {below} or {below + multiple}")
 
 
@@ -43,7 +44,7 @@ def num_groups(width: int) -> int:
 
 def num_heads(width: int) -> int:
     """Attention heads at width c, the same at every level."""
-    return _largest_power_of_two(width, _MAX_HEADS, _CHANNELS_PER_HEAD)
+    return _largest_power_of_two(width, _MAX_HEADS, min(_CHANNELS_PER_HEAD, width))
 
 
 def build_unet(spec: ModelSpec, device: str | torch.device = "cpu") -> UNet2DConditionModel:
