@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from isocost.analysis.bands import bands_in_words
-from isocost.analysis.frontier import best_in_each, default_budgets, finals
+from isocost.analysis.frontier import COSTS, best_in_each, default_budgets, finals
+from isocost.analysis.frontier_laws import predict_held_out
 from isocost.analysis.laws import LEAST_MARKS
 from isocost.analysis.scaling import paper_compute, scaling
 from isocost.errors import RequestError
@@ -38,6 +39,7 @@ TITLES: dict[TaskName, str] = {
     "superres-distill": "super-resolution, distilled",
     "dreambooth": "DreamBooth",
 }
+FORETOLD_COSTS, FORETOLD_REDRAWS = ("paper_cost", "gflop"), 100
 FLOORS = {"photographs": "the subjects' own pictures"}
 BASELINES = {
     "decoded": "real pictures after the codec",
@@ -173,6 +175,17 @@ def _bands(experiment: Experiment, table: pd.DataFrame) -> dict[str, Any] | str:
         return str(error)
 
 
+def _foretold(experiment: Experiment, table: pd.DataFrame) -> dict[str, str] | str:
+    """What the law of the other sizes says of the largest one's frontier, under the paper's cost and a true one."""
+    try:
+        return {
+            COSTS[cost].label: str(predict_held_out(table, experiment.metric, cost, FORETOLD_REDRAWS))
+            for cost in FORETOLD_COSTS
+        }
+    except RequestError as error:
+        return str(error)
+
+
 class KeptPictures(Mapping[str, np.ndarray]):
     """The pictures that points kept, uint8 [K, R, R, 3] by digest, each read when it is asked for."""
 
@@ -203,6 +216,7 @@ def _provenance(pipeline: Pipeline, experiment: Experiment, table: pd.DataFrame)
         **{BASELINES[title]: _rounded(scores) for title, scores in experiment.baselines.items()},
         "quality against training compute": _laws(experiment, table),
         **({"best size by budget": _bands(experiment, table)} if _is_one_line(table) else {}),
+        **({"the largest size's frontier, foretold": _foretold(experiment, table)} if _is_one_line(table) else {}),
         "pictures skipped": len(skipped),
         "flagged": f"{flagged} points: Fréchet distance from fewer pictures than twice its features, compare at equal N only"
         if flagged
