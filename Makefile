@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo reference-report test test-all check format clean
 
 demo: $(READY)
 	$(BIN)/isocost demo --out runs/demo
+
+reference-report: $(READY)
+	$(BIN)/isocost report docs/reference
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile
