@@ -332,6 +332,7 @@ def test_another_subject_reuses_what_stands(finished: Pipeline) -> None:
     assert missing == [0, 0, 3, 0, 0, 3]
 
 
+@pytest.mark.slow
 def test_photographs_go_the_whole_way_without_a_probe(tmp_path: Path) -> None:
     """Another study's data: no labels, so no alignment; the published layout of subjects."""
     folder = photographs(tmp_path)
