@@ -18,7 +18,9 @@ from isocost.merging import keep, merge
 from isocost.pipeline import Pipeline
 from isocost.report.drawn import _read_strip, _write_strip, redraw
 from isocost.report.gather import report
-from isocost.sweep.ledger import DRAWN_FROM
+from isocost.sweep.ledger import DRAWN_FROM, Ledger
+
+REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "reference"
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,26 @@ def test_bad_folders_are_one_line(reported: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "kept" / "table.parquet").unlink()
     with pytest.raises(RequestError, match=r"no table\.parquet|damaged"):
         redraw(tmp_path / "kept")
+
+
+def test_the_reference_study_is_drawn_again_from_its_table(tmp_path: Path) -> None:
+    shutil.copytree(REFERENCE, tmp_path / "reference", ignore=shutil.ignore_patterns("artefacts", "report"))
+    redraw(tmp_path / "reference")
+    drawn, told = pages_of(tmp_path / "reference"), pages_of(REFERENCE)
+    assert set(drawn) == set(told)
+    for name in ("report/index.html", "report/summary.md", "report/verdicts.md"):
+        assert drawn[name] == told[name], f"{name}: make reference-report, and look at what changed"
+    assert len(told["report/index.html"]) < 15e6
+    assert (REFERENCE / "table.parquet").stat().st_size < 5e6
+
+
+def test_every_point_of_the_reference_study_is_a_row_of_its_ledger(tmp_path: Path) -> None:
+    shutil.copy(REFERENCE / "ledger.sqlite", tmp_path)
+    known = Ledger(tmp_path / "ledger.sqlite").table().set_index("point")
+    table = pd.read_parquet(REFERENCE / "table.parquet").set_index("point")
+    assert set(table.index) <= set(known.index)
+    for column in ("kernel_efficientnet", "kernel_efficientnet_low", "alignment", "guidance", "gflop", "num_pictures"):
+        pd.testing.assert_series_equal(table[column], known.loc[table.index, column])
 
 
 @pytest.mark.parametrize("channels", ["grey", "colour"])

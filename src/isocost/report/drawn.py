@@ -80,6 +80,8 @@ def draw(out: Path, drawings: Mapping[TaskName, Drawing]) -> Report:
 
     A point without pictures has those that an earlier page of the folder showed of it.
     """
+    for task in set(get_args(TaskName)) - set(drawings):
+        shutil.rmtree(out / DRAWN_FROM / task, ignore_errors=True)
     samples: dict[TaskName, Mapping[str, np.ndarray]] = {}
     for task, (page, table, pictures) in drawings.items():
         for suffix, write in (("parquet", table.to_parquet), ("csv", table.to_csv)):

@@ -68,7 +68,7 @@ def report(pipeline: Pipeline) -> Report:
         RequestError: no point of the study is scored yet.
     """
     tables = {name: study_table(pipeline, experiment) for name, experiment in pipeline.experiments.items()}
-    scored = [name for name, table in tables.items() if not table.empty]
+    scored = [name for name, table in tables.items() if (table["task"].fillna("text2image") == name).any()]
     if not scored:
         raise RequestError(f"{pipeline.out}: no point of this study is scored yet; `isocost run` makes them")
     drawings = {
