@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session
 
 from isocost.models.checkpoint import describe, load_checkpoint
 from isocost.pipeline import Pipeline
+from isocost.planning import plan
 from isocost.report.gather import report
 from isocost.score.intervals import Interval
 from isocost.spec import parse_spec
@@ -91,8 +92,8 @@ def work(num_points: int) -> dict[str, float]:
         told: dict[str, float] = {"points": planted}
         pipeline = Pipeline(study(num_points), folder)
         started = time.perf_counter()
-        plan = pipeline.plan()
-        assert plan["sizes"][0]["points_to_make"] == 0, "nothing is left to do"
+        planned = plan(pipeline)
+        assert planned["sizes"][0]["points_to_make"] == 0, "nothing is left to do"
         told["plan"] = time.perf_counter() - started
         started = time.perf_counter()
         assert pipeline.run(), "nothing is drawn"

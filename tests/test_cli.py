@@ -186,6 +186,15 @@ def test_sweep_without_checkpoints_names_the_command_that_makes_them(isocost: An
     refused(isocost("sweep", write_study(tmp_path), "--out", tmp_path / "out"), "no checkpoint at 128 images", "isocost train")
 
 
+def test_a_part_without_checkpoints_is_refused_before_the_first_picture(isocost: Any, tmp_path: Path) -> None:
+    plain = {"family": {"widths": [8]}, "train": {"num_images": 16, "batch_size": 8}}
+    tuned = {"train": {"num_images": 16}, "sweep": {"num_steps": [1]}}
+    study, out = write_study(tmp_path, **plain, superres=tuned), tmp_path / "out"
+    assert isocost("train", study, "--task", "text2image", "--out", out).status == 0
+    refused(isocost("sweep", study, "--out", out), "superres width 8", "what is trained is swept with --task text2image")
+    assert not Ledger(out / "ledger.sqlite").points()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -23,6 +23,7 @@ from isocost.experiments.distill import DistillExperiment, StudentRun
 from isocost.exporting import export
 from isocost.models.checkpoint import load_checkpoint
 from isocost.pipeline import Pipeline
+from isocost.planning import plan
 from isocost.report.gather import report
 from isocost.sampling import sample
 from isocost.score.intervals import Interval
@@ -308,12 +309,12 @@ def test_a_changed_recipe_conflicts_and_a_new_variant_does_not(finished: Pipelin
     with pytest.raises(RequestError, match=r"distill.latent_weight = 1.0, now it says 2"):
         Pipeline(distill_study(latent_weight=2), finished.out)
     fewer = Pipeline(distill_study(variants=["codi"]), finished.out)
-    assert [row["points_to_make"] for row in fewer.plan()["sizes"]] == [0, 0]
+    assert [row["points_to_make"] for row in plan(fewer)["sizes"]] == [0, 0]
 
 
 def test_a_plan_counts_what_the_table_will_say(finished: Pipeline, tmp_path: Path) -> None:
     """Teacher's and average's passes are part of a student's training, and earlier stages are not counted again."""
-    planned = Pipeline(finished.study, tmp_path).plan()["sizes"]
+    planned = plan(Pipeline(finished.study, tmp_path))["sizes"]
     students = [(run, row) for run, row in zip(finished.runs, planned, strict=True) if run.task == "distill"]
     told = finished.ledger.table().drop_duplicates("checkpoint").set_index("checkpoint")["training_gflop"]
     assert students

@@ -27,6 +27,7 @@ from isocost.models.checkpoint import load_checkpoint
 from isocost.models.joint import JointNetwork
 from isocost.models.unet import build_unet
 from isocost.pipeline import Pipeline
+from isocost.planning import plan
 from isocost.report.gather import report
 from isocost.sampling import sample
 from isocost.score.kept import Measured, read_measured, write_measured
@@ -327,7 +328,7 @@ def test_a_forecast_names_each_tuning_and_measures_each_network_once(
 
 def test_another_subject_reuses_what_stands(finished: Pipeline) -> None:
     more = dreambooth_study(subjects={"kind": "scenes", "num_subjects": 3, "num_prompts": 3})
-    sizes = Pipeline(more, finished.out).plan()["sizes"]
+    sizes = plan(Pipeline(more, finished.out))["sizes"]
     missing = [size["points_to_make"] for size in sizes if size["task"] == "dreambooth"]
     assert missing == [0, 0, 3, 0, 0, 3]
 

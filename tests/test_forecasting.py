@@ -23,6 +23,7 @@ from isocost.forecasting.forecast import PaperForecast, SizeForecast, forecast_o
 from isocost.forecasting.shapes import EXTRACTOR_GFLOP, Transformer, codec_shape, extractor_gflop, text_shape
 from isocost.models.paper import TABLE_1
 from isocost.pipeline import Pipeline
+from isocost.planning import plan
 from isocost.spec import parse_spec
 from isocost.stages import ModelSpec, ProtocolSpec, TextSpec, TrainSpec
 from isocost.study import StudySpec
@@ -199,10 +200,10 @@ def downstream_study() -> StudySpec:
 
 def test_a_forecast_asks_for_what_a_dry_run_would_do(tmp_path: Path, roomy: None) -> None:
     study = downstream_study()
-    plan = Pipeline(study.model_copy(update={"dreambooth": None}), tmp_path / "out").plan()
+    planned = plan(Pipeline(study.model_copy(update={"dreambooth": None}), tmp_path / "out"))
     made = forecast_on_paper(study, ONE_H200)
     by_size: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in plan["sizes"]:
+    for row in planned["sizes"]:
         by_size.setdefault((row["task"], row["size"]), []).append(row)
     counted = {(size.task, size.size): size for size in made.sizes if size.task != "dreambooth"}
     assert counted.keys() == by_size.keys()

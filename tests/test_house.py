@@ -16,7 +16,7 @@ FLOORS = (
     {"__main__"},
     {"cli"},
     {"report"},
-    {"joining", "merging"},
+    {"joining", "merging", "planning"},
     {"pipeline"},
     {"forecasting", "sweeping", "status"},
     {"experiments"},

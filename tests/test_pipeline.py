@@ -19,6 +19,7 @@ from conftest import plain_study, tiny_study
 from isocost.diffusion.generate import CaptionStates
 from isocost.errors import RequestError, WorkError
 from isocost.pipeline import Pipeline
+from isocost.planning import plan
 from isocost.report.gather import report
 from isocost.score.kept import read_measured
 from isocost.store import Store
@@ -70,13 +71,13 @@ def test_what_exists_is_skipped(finished: Path) -> None:
     pipeline = Pipeline(tiny_study(), finished)
     assert pipeline.run()
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "artefacts").rglob("*") if path.is_file()}
-    assert all(size["points_to_make"] == size["images_to_train"] == 0 for size in pipeline.plan()["sizes"])
+    assert all(size["points_to_make"] == size["images_to_train"] == 0 for size in plan(pipeline)["sizes"])
 
 
 def test_a_wider_grid_reuses_what_stands(finished: Path, tmp_path: Path) -> None:
     sweep = {**plain_study()["sweep"], "guidance": [1, 2, 4]}
-    plan = Pipeline(tiny_study(sweep=sweep, family={"widths": [8, 16, 24]}), finished).plan()
-    by_width = {size["width"]: size for size in plan["sizes"]}
+    planned = plan(Pipeline(tiny_study(sweep=sweep, family={"widths": [8, 16, 24]}), finished))
+    by_width = {size["width"]: size for size in planned["sizes"]}
     assert by_width[8]["points_to_make"] == 2
     assert by_width[8]["images_to_train"] == 0
     assert by_width[24]["images_to_train"] == 256
@@ -85,7 +86,7 @@ def test_a_wider_grid_reuses_what_stands(finished: Path, tmp_path: Path) -> None
 def test_more_images_go_on_from_the_last_state(finished: Path) -> None:
     longer = {**plain_study()["train"], "num_images": 320, "marks": [128, 256]}
     pipeline = Pipeline(tiny_study(train=longer), finished)
-    assert [size["images_to_train"] for size in pipeline.plan()["sizes"]] == [64, 64]
+    assert [size["images_to_train"] for size in plan(pipeline)["sizes"]] == [64, 64]
 
 
 def test_a_mark_behind_the_state_is_refused(finished: Path) -> None:

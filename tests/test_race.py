@@ -15,6 +15,7 @@ from isocost.errors import RequestError
 from isocost.merging import keep, merge
 from isocost.models.checkpoint import CheckpointInfo
 from isocost.pipeline import Pipeline
+from isocost.planning import plan
 from isocost.score.intervals import generated_counts, mean_resamples
 from isocost.score.protocol import Protocol
 from isocost.score.resamples import check_resampled
@@ -216,8 +217,8 @@ def test_what_is_kept_goes_on_elsewhere_without_a_picture(raced: Pipeline, tmp_p
     assert not (tmp_path / "kept" / "artefacts" / "point").exists()
     merge(tmp_path / "out", [tmp_path / "kept"])
     again = Pipeline(raced.study, tmp_path / "out")
-    plan = again.plan()["total"]
-    assert plan["points_to_make"] == plan["pictures_of_races"] == 0
+    total = plan(again)["total"]
+    assert total["points_to_make"] == total["pictures_of_races"] == 0
     assert again.run()
     assert again.ledger.races() == raced.ledger.races()
     pd.testing.assert_frame_equal(again.ledger.table(), raced.ledger.table())

@@ -30,6 +30,7 @@ from isocost.metrics.likeness import psnr, ssim
 from isocost.models.checkpoint import load_checkpoint
 from isocost.models.unet import build_unet, widen_input
 from isocost.pipeline import Pipeline
+from isocost.planning import plan
 from isocost.report.drawn import redraw
 from isocost.report.gather import report
 from isocost.score.differences import paired_differences
@@ -249,7 +250,7 @@ def test_a_run_that_was_killed_in_between_ends_with_the_same_table(
 def test_a_study_may_get_its_superres_later(finished: Pipeline, tmp_path: Path) -> None:
     shutil.copytree(finished.out, tmp_path / "out")
     (tmp_path / "out" / "study.yaml").write_text("\n".join((finished.out / "study.yaml").read_text().split("superres:")[:1]))
-    assert Pipeline(superres_study(), tmp_path / "out").plan()["sizes"][1]["points_to_make"] == 0
+    assert plan(Pipeline(superres_study(), tmp_path / "out"))["sizes"][1]["points_to_make"] == 0
     with pytest.raises(RequestError, match=r"superres.scale = 4, now it says 2"):
         Pipeline(superres_study(scale=2), finished.out)
 

@@ -21,7 +21,6 @@ from isocost.experiments.experiment import Experiment, Run
 from isocost.experiments.given import GivenExperiment
 from isocost.experiments.superres import SuperresExperiment
 from isocost.experiments.text2image import TextToImageExperiment
-from isocost.forecasting.disk import point_bytes
 from isocost.materials import Materials
 from isocost.metrics.names import metric_of
 from isocost.models.checkpoint import CheckpointInfo
@@ -38,9 +37,8 @@ from isocost.study_file import dump_study
 from isocost.sweep.claims import POLL_S, Claims
 from isocost.sweep.ledger import Ledger
 from isocost.sweep.points import Point
-from isocost.sweep.racing import typical_pictures
 from isocost.sweeping import Sweeper, known_points, open_cells
-from isocost.train.forecast import Forecast, Forecaster, disk_bytes, too_large
+from isocost.train.forecast import Forecast, Forecaster, too_large
 from isocost.train.loop import OutOfTime, train
 from isocost.train.parallel import this_part
 from isocost.train.state import newest_state
@@ -163,7 +161,7 @@ class Pipeline:
             OutOfTime: the deadline came; the state is kept.
         """
         self.prepare()
-        missing = [mark for mark, name in run.checkpoints.items() if not self.store.has("checkpoint", name)]
+        missing = self.missing_marks(run)
         if not missing:
             return
         if (given := self.experiments[run.task].given(run)) is not None:
@@ -237,11 +235,19 @@ class Pipeline:
 
     def points(self, run: Run) -> list[Point]:
         """All points of one run that are known: where guidance is raced for, those that were found."""
-        return known_points(self.experiments[run.task].jobs(run), self._races())
+        return known_points(self.experiments[run.task].jobs(run), self.races())
 
-    def _races(self) -> dict[str, dict[str, Any]]:
+    def races(self) -> dict[str, dict[str, Any]]:
         """What the ledger knows of races; nothing where there is no ledger yet."""
-        return self.ledger.races() if "://" in str(self.where) or Path(self.where).is_file() else {}
+        return self.ledger.races() if self._has_ledger else {}
+
+    def recorded_points(self) -> set[str]:
+        """Digests of the points that the ledger has; none where there is no ledger yet."""
+        return self.ledger.points() if self._has_ledger else set()
+
+    @property
+    def _has_ledger(self) -> bool:
+        return "://" in str(self.where) or Path(self.where).is_file()
 
     @cached_property
     def _sweeper(self) -> Sweeper:
@@ -256,13 +262,29 @@ class Pipeline:
             RequestError: the run lacks a checkpoint.
         """
         self.prepare()
-        for mark, name in run.checkpoints.items():
-            if not self.store.has("checkpoint", name):
-                raise RequestError(
-                    f"{run.title}: no checkpoint at {mark} images yet; run `isocost train` first, or `isocost run`"
-                )
+        self.check_trained([run])
         self._record_skipped()
         return self._sweeper.sweep(run, self.cost(run).size, deadline)
+
+    def check_trained(self, runs: Sequence[Run]) -> None:
+        """Whether all that is to be swept is there, before the first picture is made.
+
+        Raises:
+            RequestError: a run lacks a checkpoint.
+        """
+        lacking = [(run, mark) for run in runs for mark in self.missing_marks(run)]
+        if not lacking:
+            return
+        (run, mark), untrained = lacking[0], {run.task for run, _ in lacking}
+        trained = [task for task in dict.fromkeys(run.task for run in runs) if task not in untrained]
+        alone = f"; what is trained is swept with --task {' --task '.join(trained)}" if trained else ""
+        raise RequestError(
+            f"{run.title}: no checkpoint at {mark} images yet; run `isocost train` first, or `isocost run`{alone}"
+        )
+
+    def missing_marks(self, run: Run) -> list[int]:
+        """Images after which a checkpoint is wanted and not there."""
+        return [mark for mark, name in run.checkpoints.items() if not self.store.has("checkpoint", name)]
 
     def settle(self, runs: Sequence[Run], deadline: float | None = None) -> bool:
         """Score what the races of runs found, when all are over; False where the deadline came first."""
@@ -281,7 +303,7 @@ class Pipeline:
 
     def status(self, stage: str) -> Status:
         """How the study stands; `stage` says what is at work."""
-        table, races = self.ledger.table(), self._races()
+        table, races = self.ledger.table(), self.races()
         columns = [str(name) for name in table.columns]
         rows = (dict(zip(columns, values, strict=True)) for values in table.itertuples(index=False, name=None))
         scored = {row["point"]: row for row in rows}
@@ -354,60 +376,6 @@ class Pipeline:
         if run.parent is None or run.parent.is_dir():
             return False
         return any(run.parent.name == other.final for other in open_ if other is not run)
-
-    def _gflop_to_train(self, run: Run, cost: ModelCost, images: int) -> float:
-        """What the last `images` of a run take."""
-        last, told = max(run.checkpoints), self.experiments[run.task].training_gflop
-        up_to, before = told(run, last), told(run, last - images)
-        return 3 * cost.gflop_per_forward * images if up_to is None or before is None else up_to - before
-
-    def plan(self) -> dict[str, Any]:
-        """What `run` would do, by size: images and GFLOP to train, points to make; disk. Reads the pictures; writes nothing.
-
-        Every cell that is to be raced in counts as a point and as the pictures of a typical race.
-        """
-        recorded = self.ledger.points() if "://" in str(self.where) or Path(self.where).is_file() else set()
-        sizes: list[dict[str, Any]] = []
-        for run in self.runs:
-            cost = self.cost(run)
-            passed = newest_state(self.store.folder("run", run.digest))
-            jobs, races = self.experiments[run.task].jobs(run), self._races()
-            cells = open_cells(jobs, races)
-            points = [*known_points(jobs, races), *(cell.point(cell.guidance[-1]) for cell in cells)]
-            searched = sum(typical_pictures(cell) for cell in cells)
-            missing = [point for point in points if point.digest not in recorded]
-            images = max(0, max(run.checkpoints) - passed)
-            if run.is_given or all(self.store.has("checkpoint", name) for name in run.checkpoints.values()):
-                images = 0
-            protocol, resolution = self.experiments[run.task].protocol_spec, self.study.data.resolution
-            kept = sum(point_bytes(protocol, point.spec.num_pictures, resolution) for point in points)
-            sizes.append(
-                {
-                    "task": run.task,
-                    "size": f"{cost.size} {run.variant}".rstrip(),
-                    "width": cost.width,
-                    "images_to_train": images,
-                    "training_gflop": self._gflop_to_train(run, cost, images),
-                    "points": len(points),
-                    "points_to_make": len(missing),
-                    "pictures": sum(point.spec.num_pictures for point in points),
-                    "pictures_to_make": sum(point.spec.num_pictures for point in missing),
-                    "cells_to_race": len(cells),
-                    "pictures_of_races": searched,
-                    "sampling_gflop": cost.gflop_per_forward
-                    * (
-                        sum(point.nfe(run.model) * point.spec.num_pictures for point in missing)
-                        + sum(cell.point(cell.guidance[-1]).nfe(run.model) * typical_pictures(cell) for cell in cells)
-                    ),
-                    "disk_bytes": kept
-                    + (0 if run.is_given else disk_bytes(run.spec, cost.num_parameters, len(run.checkpoints))),
-                }
-            )
-        summed = ("points", "points_to_make", "pictures", "pictures_to_make", "pictures_of_races", "disk_bytes")
-        total = {key: sum(size[key] for size in sizes) for key in summed}
-        total["disk_bytes"] += 0 if self.study.checkpoints else self.materials.cache_bytes()
-        about = {"study": self.study.name, "out": str(self.out), "protocol": self.materials.protocol.id}
-        return {**about, "sizes": sizes, "total": total}
 
 
 def refuse_conflict(study: StudySpec, store: Store) -> None:

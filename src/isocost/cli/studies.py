@@ -71,8 +71,9 @@ def run(
         return
     if dry_run:
         from isocost.pipeline import Pipeline
+        from isocost.planning import plan
 
-        answer_plan(Pipeline(spec, _out(spec, out), ledger).plan())
+        answer_plan(plan(Pipeline(spec, _out(spec, out), ledger)))
         return
     _run(spec, out, stop_after, tasks, ledger, workers, ray)
 
@@ -210,6 +211,8 @@ def sweep(
     stop_on_sigterm()
     try:
         runs = pipeline.runs_of(_known(tasks))
+        pipeline.prepare()
+        pipeline.check_trained(runs)
         finished = all(pipeline.sweep(one, deadline) for one in runs) and pipeline.settle(runs, deadline)
     finally:
         pipeline.close()
