@@ -18,6 +18,7 @@ import yaml
 from conftest import plain_study, tiny_study
 from isocost.diffusion.generate import CaptionStates
 from isocost.errors import RequestError, WorkError
+from isocost.merging import keep, merge
 from isocost.pipeline import Pipeline
 from isocost.planning import plan
 from isocost.report.gather import report
@@ -25,6 +26,7 @@ from isocost.score.kept import read_measured
 from isocost.store import Store
 from isocost.study_file import load_study
 from isocost.sweep import shards
+from isocost.sweep.ledger import Ledger
 from isocost.sweep.tables import OF_THE_MACHINE
 
 
@@ -93,6 +95,26 @@ def test_a_mark_behind_the_state_is_refused(finished: Path) -> None:
     pipeline = Pipeline(tiny_study(train={**plain_study()["train"], "marks": [64, 128]}), finished)
     with pytest.raises(RequestError, match=r"train\.marks: 64 images were passed"):
         pipeline.train(pipeline.runs[0])
+
+
+def test_scored_marks_need_not_be_kept(finished: Path, tmp_path: Path) -> None:
+    keep(finished, tmp_path / "kept", checkpoint_mib=100)
+    merge(tmp_path / "out", [tmp_path / "kept"])
+    again = Pipeline(tiny_study(), tmp_path / "out")
+    checkpoints = {folder.name for folder in (again.out / "artefacts" / "checkpoint").iterdir()}
+    assert checkpoints == {run.final for run in again.runs}
+    assert again.run()
+    report(again)
+    pd.testing.assert_frame_equal(table_of(again.out), table_of(finished))
+    assert not (again.out / "artefacts" / "run").exists()
+    other_marks = tiny_study(sweep={**plain_study()["sweep"], "marks_num_steps": 2, "marks_guidance": 1.5})
+    assert [size["images_to_train"] for size in plan(Pipeline(other_marks, again.out))["sizes"]] == [256, 256]
+
+
+def test_large_checkpoints_stay_behind(finished: Path, tmp_path: Path) -> None:
+    keep(finished, tmp_path / "kept", checkpoint_mib=0.1)
+    assert not (tmp_path / "kept" / "artefacts" / "checkpoint").exists()
+    assert len(Ledger(tmp_path / "kept" / "ledger.sqlite").points()) == 10
 
 
 @pytest.mark.parametrize(

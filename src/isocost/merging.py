@@ -12,6 +12,7 @@ from typing import Any, get_args
 import yaml
 
 from isocost.errors import RequestError
+from isocost.models.checkpoint import read_info
 from isocost.pipeline import LEDGER_FILE, STUDY_FILE, refuse_conflict
 from isocost.progress import say
 from isocost.spec import parse_spec
@@ -35,8 +36,11 @@ KEPT_KINDS = ("codec", "codec-quality", "checkpoint", "probe", "floor")
 """Artefacts that are small and cost much to make again."""
 
 
-def keep(out: str | Path, folder: str | Path) -> dict[str, int]:
+def keep(out: str | Path, folder: str | Path, checkpoint_mib: float | None = None) -> dict[str, int]:
     """Copy into `folder` what of `out` is worth keeping: study, ledger, codec, checkpoints, what they were compared with.
+
+    With `checkpoint_mib` only last checkpoints come, of at most so many MiB each: what others start from. Points of those left
+    behind stay, and are not made again.
 
     What the last report was drawn from comes too, so that `isocost report FOLDER` draws it again. Other pictures, features,
     latents and training states stay behind; `merge` with a new folder goes on from there without making any finished training,
@@ -54,16 +58,16 @@ def keep(out: str | Path, folder: str | Path) -> dict[str, int]:
         raise RequestError(f"{target}: neither empty nor what is kept of a study")
     target.mkdir(parents=True, exist_ok=True)
     write_atomically(target / STUDY_FILE, dump_study(study))
+    left_behind = set() if checkpoint_mib is None else _left_behind(source, checkpoint_mib)
     with Ledger(target / LEDGER_FILE) as kept, Ledger(source / LEDGER_FILE) as ledger:
         kept.take_over(ledger)
     for kind in KEPT_KINDS:
         for artefact in sorted((source / "artefacts" / kind).glob("[!.]*")):
             final = target / "artefacts" / kind / artefact.name
-            if not final.exists() and (artefact / MANIFEST).is_file():
+            if artefact not in left_behind and not final.exists() and (artefact / MANIFEST).is_file():
                 copy_artefact(artefact, final, target / "artefacts" / ".partial")
     _keep_drawn(source, target)
-    files = [file for file in target.rglob("*") if file.is_file()]
-    return {"artefacts": len(list(target.glob("artefacts/[!.]*/*"))), "bytes": sum(file.stat().st_size for file in files)}
+    return {"artefacts": len(list(target.glob("artefacts/[!.]*/*"))), "bytes": _num_bytes(target)}
 
 
 def merge(out: str | Path, others: list[Path]) -> dict[str, int]:
@@ -100,6 +104,23 @@ def merge(out: str | Path, others: list[Path]) -> dict[str, int]:
         came["points"] += ledger.take_over(Ledger(other / LEDGER_FILE))
     write_atomically(target / STUDY_FILE, dump_study(united))
     return came
+
+
+def _left_behind(out: Path, checkpoint_mib: float) -> set[Path]:
+    """Checkpoints of an output folder that are not the last of their training, or larger."""
+    infos = {folder: read_info(folder) for folder in (out / "artefacts" / "checkpoint").glob("[!.]*")}
+    last: dict[str, int] = {}
+    for info in infos.values():
+        last[info.run] = max(info.images_seen, last.get(info.run, 0))
+    return {
+        folder
+        for folder, info in infos.items()
+        if (info.run and info.images_seen < last[info.run]) or _num_bytes(folder) > checkpoint_mib * 2**20
+    }
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _keep_drawn(source: Path, target: Path) -> None:

@@ -88,12 +88,13 @@ class Pipeline:
 
     @cached_property
     def ledger(self) -> Ledger:
-        """Opened by `prepare`."""
-        for part in ("reference",) if self.study.checkpoints else ("train", "reference"):
-            self.materials.source_key(part)
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.out / STUDY_FILE, dump_study(self.study))
-        self.store.remove_partial()
+        """Opened by `prepare`; by the first process of several before the others."""
+        if self.part.rank == 0:
+            for part in ("reference",) if self.study.checkpoints else ("train", "reference"):
+                self.materials.source_key(part)
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.out / STUDY_FILE, dump_study(self.study))
+            self.store.remove_partial()
         return Ledger(self.where)
 
     @cached_property
@@ -283,8 +284,20 @@ class Pipeline:
         )
 
     def missing_marks(self, run: Run) -> list[int]:
-        """Images after which a checkpoint is wanted and not there."""
-        return [mark for mark, name in run.checkpoints.items() if not self.store.has("checkpoint", name)]
+        """Images after which a checkpoint is wanted and not there.
+
+        Others start from the last one; an earlier one is there for its points, and is not missed when the ledger has those.
+        """
+        missing = [mark for mark, name in run.checkpoints.items() if not self.store.has("checkpoint", name)]
+        if not missing or not self.store.has("checkpoint", run.final):
+            return missing
+        recorded = self.recorded_points()
+        unscored = {
+            job.checkpoint
+            for job in self.experiments[run.task].jobs(run)
+            if any(point.digest not in recorded for point in job.points)
+        }
+        return [mark for mark in missing if run.checkpoints[mark] in unscored]
 
     def settle(self, runs: Sequence[Run], deadline: float | None = None) -> bool:
         """Score what the races of runs found, when all are over; False where the deadline came first."""

@@ -128,7 +128,7 @@ class Sweeper:
             self.store,
             self.ledger,
             self.claims,
-            load_checkpoint(self.store.folder("checkpoint", job.checkpoint), best_device()),
+            lambda: load_checkpoint(self.store.folder("checkpoint", job.checkpoint), best_device()),
             bench.codec or self.materials.codec,
             bench.reference,
             bench.captions,

@@ -125,11 +125,15 @@ def merge(
 def keep(
     out: Annotated[Path, typer.Argument(help="an output folder")],
     folder: Annotated[Path, typer.Argument(help="takes the small part of it that lasts; a new one, or what was kept before")],
+    checkpoint_mib: Annotated[
+        float | None,
+        typer.Option("--checkpoint-mib", min=0, help="last checkpoints alone, of at most so many MiB each; all where absent"),
+    ] = None,
 ) -> None:
     """Keep study, ledger, codec and checkpoints of an output folder; `isocost merge NEW FOLDER` goes on from there."""
     from isocost.merging import keep as keep_of
 
-    answer_json({"folder": str(folder), **keep_of(out, folder)})
+    answer_json({"folder": str(folder), **keep_of(out, folder, checkpoint_mib)})
 
 
 @app.command()

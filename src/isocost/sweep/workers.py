@@ -14,6 +14,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from isocost.data.codec import Codec
 from isocost.diffusion.engine import Engine
@@ -42,12 +43,12 @@ SHARE_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Worker:
-    """What every point of one checkpoint shares. Its engines are made when they are first needed, and kept."""
+    """What every point of one checkpoint shares. It is opened, and its engines are made, when they are first needed."""
 
     store: Store
     ledger: Ledger
     claims: Claims
-    checkpoint: Checkpoint
+    open_checkpoint: Callable[[], Checkpoint]
     codec: Codec
     reference: Reference
     captions: CaptionStates
@@ -56,6 +57,11 @@ class Worker:
     shard_size: int
     beside: ByPicture | None = None
     _engines: dict[tuple[str, bool, int], Engine] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """Not asked for where all points are recorded, so that it need not be there any more."""
+        return self.open_checkpoint()
 
     def run(self, points: Sequence[Point], done: Done, deadline: float | None) -> bool:
         """Make and score what is not in the ledger yet; False where `deadline` (of time.monotonic) came first.
