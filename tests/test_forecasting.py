@@ -26,7 +26,7 @@ from isocost.pipeline import Pipeline
 from isocost.planning import plan
 from isocost.spec import parse_spec
 from isocost.stages import ModelSpec, ProtocolSpec, TextSpec, TrainSpec
-from isocost.study import StudySpec
+from isocost.study import RepeatsSpec, StudySpec
 from isocost.study_file import load_study
 from isocost.train.memory import Memory, training_memory
 
@@ -199,7 +199,7 @@ def downstream_study() -> StudySpec:
 
 
 def test_a_forecast_asks_for_what_a_dry_run_would_do(tmp_path: Path, roomy: None) -> None:
-    study = downstream_study()
+    study = downstream_study().model_copy(update={"repeats": RepeatsSpec(seeds=(1,))})
     planned = plan(Pipeline(study.model_copy(update={"dreambooth": None}), tmp_path / "out"))
     made = forecast_on_paper(study, ONE_H200)
     by_size: dict[tuple[str, str], list[dict[str, Any]]] = {}

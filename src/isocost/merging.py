@@ -148,6 +148,6 @@ def _united(one: StudySpec, other: StudySpec) -> StudySpec:
         both = plain[part][key]
         plain[part][key] = both + [value for value in theirs[part][key] if value not in both]
     plain["train"]["num_images"] = max(plain["train"]["num_images"], theirs["train"]["num_images"])
-    for part in ("superres", "dreambooth", "distill"):
+    for part in ("repeats", "superres", "dreambooth", "distill"):
         plain[part] = plain[part] or theirs[part]
     return parse_spec(StudySpec, plain, "the united study")

@@ -19,6 +19,7 @@ from isocost.experiments.distill import DistillExperiment
 from isocost.experiments.dreambooth import DreamboothExperiment
 from isocost.experiments.experiment import Experiment, Run
 from isocost.experiments.given import GivenExperiment
+from isocost.experiments.repeats import RepeatsExperiment
 from isocost.experiments.superres import SuperresExperiment
 from isocost.experiments.text2image import TextToImageExperiment
 from isocost.materials import Materials
@@ -117,6 +118,8 @@ class Pipeline:
             return {"text2image": GivenExperiment(self.study, self.materials)}
         family = TextToImageExperiment(self.study, self.materials)
         experiments: dict[TaskName, Experiment] = {"text2image": family}
+        if self.study.repeats is not None:
+            experiments["repeats"] = RepeatsExperiment(self.study.repeats, family)
         if self.study.distill is not None:
             experiments["distill"] = DistillExperiment("distill", self.study.distill, self.materials, family)
         if self.study.superres is not None:

@@ -35,7 +35,7 @@ FeatureName = Literal[
     "pickscore",
     "hpsv2",
 ]
-TaskName = Literal["text2image", "superres", "dreambooth", "distill", "superres-distill"]
+TaskName = Literal["text2image", "repeats", "superres", "dreambooth", "distill", "superres-distill"]
 PairName = Literal["psnr", "ssim", "lpips"]
 FamilyKind = Literal["unet", "dit"]
 DistanceName = Literal[

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from isocost.downstream import ADAPTED_VARIANTS, NO_ADAPTER, DistillSpec, DreamboothSpec, SuperresSpec
 from isocost.errors import RequestError
 from isocost.spec import Spec
-from isocost.stages import CodecSpec, DataSpec, FamilySpec, ProtocolSpec, SourceSpec, SweepSpec, TextSpec, TrainSpec
+from isocost.stages import (
+    CodecSpec,
+    DataSpec,
+    FamilySpec,
+    ProtocolSpec,
+    SourceSpec,
+    SweepSpec,
+    TextSpec,
+    TrainSpec,
+)
 
 
 class ReportSpec(Spec):
@@ -17,6 +26,20 @@ class ReportSpec(Spec):
 
     metric: str = "kernel_efficientnet"
     budgets: tuple[float, ...] = Field((), description="paper cost budgets for the answer; chosen from the data where empty")
+
+
+class RepeatsSpec(Spec):
+    """Sizes of the family trained again from other seeds: how much of a difference between two trainings is luck."""
+
+    seeds: tuple[int, ...] = Field(description="of the further trainings; train.seed is the first one's")
+    widths: tuple[int, ...] = Field((), description="of family.widths; all where empty")
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) != len(seeds) or not seeds:
+            raise ValueError("seeds must be given, each once")
+        return seeds
 
 
 DOWNSTREAM = ("superres", "dreambooth", "distill")
@@ -46,6 +69,7 @@ class StudySpec(Spec):
     text: TextSpec = TextSpec()
     family: FamilySpec | None = None
     train: TrainSpec | None = None
+    repeats: RepeatsSpec | None = None
     checkpoints: tuple[str, ...] = Field(
         (), description="pipelines of diffusers: folders or Hub ids (OWNER/NAME[@REVISION]), with ` + LORA[:SCALE]` or without"
     )
@@ -76,11 +100,23 @@ class StudySpec(Spec):
         if len(set(self.checkpoints)) != len(self.checkpoints):
             raise ValueError("checkpoints: each once")
         unused = [name for name, part in trained.items() if part is not None] + list(self.tuned())
+        unused += ["repeats"] if self.repeats is not None else []
         unused += ["text"] if self.text != TextSpec() else []
         if unused:
             raise ValueError(f"{unused[0]}: has no place beside checkpoints, which bring their own; leave it out")
         if self.protocol.alignment != "none":
             raise ValueError("protocol.alignment: needs a probe that is fitted to data.train; beside checkpoints take none")
+        return self
+
+    @model_validator(mode="after")
+    def _repeats_what_it_trains(self) -> StudySpec:
+        if self.repeats is None or self.family is None or self.train is None:
+            return self
+        if self.train.seed in self.repeats.seeds:
+            raise ValueError(f"repeats.seeds: {self.train.seed} is train.seed, of the first training; take it out")
+        unknown = [width for width in self.repeats.widths if width not in self.family.widths]
+        if unknown:
+            raise ValueError(f"repeats.widths: {unknown[0]} is not in family.widths; leave it out")
         return self
 
     @model_validator(mode="after")

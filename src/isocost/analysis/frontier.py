@@ -25,7 +25,7 @@ from isocost.score.protocol import difference
 COMPARABLE_BY = ("protocol", "num_pictures", "seed")
 CONFIGURATION = ("size", "sampler", "num_steps", "guidance")
 CELL = ("size", "sampler", "num_steps")
-COMPARED_WITH = {"distill": "text2image", "superres-distill": "superres"}
+COMPARED_WITH = {"repeats": "text2image", "distill": "text2image", "superres-distill": "superres"}
 """Whose points stand beside a task's own."""
 ROUNDING = 1e-9
 BEYOND = 1.1

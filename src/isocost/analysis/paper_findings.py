@@ -40,7 +40,7 @@ def more_images(tables: Tables, _: str) -> list[Case]:
     """Every size: its last mark against its first."""
     points = points_of(tables, "text2image")
     return [
-        _case(last, first, points.metric, f"{size}: {last['images_seen']:,} images ", f"{first['images_seen']:,} images ")
+        _case(last, first, points, f"{size}: {last['images_seen']:,} images ", f"{first['images_seen']:,} images ")
         for size, (first, *_, last) in _marks(points)
     ]
 
@@ -55,7 +55,7 @@ def larger_is_better(tables: Tables, _: str) -> list[Case]:
     points = points_of(tables, "text2image")
     last = [(size, marks[-1]) for size, marks in _marks(points, least=1)]
     return [
-        _case(large, small, points.metric, f"{name} ", f"{other} ")
+        _case(large, small, points, f"{name} ", f"{other} ")
         for (other, small), (name, large) in pairwise(last)
         if large["images_seen"] == small["images_seen"]
     ]
@@ -73,9 +73,7 @@ def superres_follows_size(tables: Tables, _: str) -> list[Case]:
         small = own[-1]
         cheaper = [mark for mark in marks if mark["training_gflop"] <= small["training_gflop"]]
         large = cheaper[-1] if cheaper else marks[0]
-        cases.append(
-            _case(large, small, points.metric, f"{name} after {large['images_seen']:,} images ", f"{size} at its end ")
-        )
+        cases.append(_case(large, small, points, f"{name} after {large['images_seen']:,} images ", f"{size} at its end "))
     return cases
 
 
@@ -89,7 +87,7 @@ def dreambooth_follows_size(tables: Tables, _: str) -> list[Case]:
     """Neighbouring tuned sizes, each at its best."""
     points = _pretrained(points_of(tables, "dreambooth"))
     best = best_in_each(finals(points.table, points.metric), points.metric, ["size"]).to_dict("records")
-    return [_case(large, small, points.metric, f"{large['size']} ", f"{small['size']} ") for small, large in pairwise(best)]
+    return [_case(large, small, points, f"{large['size']} ", f"{small['size']} ") for small, large in pairwise(best)]
 
 
 # --- experiment 3: sampling cost ---
@@ -100,14 +98,14 @@ def small_wins(tables: Tables, cost: str) -> list[Case]:
     points = points_of(tables, "text2image")
     rows = finals(points.table, points.metric, cost)
     budgets = _budgets(rows, cost)
-    return list(_smaller_against_largest(rows, points.metric, cost, budgets[: math.ceil(len(budgets) / 2)]))
+    return list(_smaller_against_largest(rows, points, cost, budgets[: math.ceil(len(budgets) / 2)]))
 
 
 def large_wins_in_the_end(tables: Tables, _: str) -> list[Case]:
     """The largest at its best against every smaller size at its best, whatever that costs."""
     points = points_of(tables, "text2image")
     *smaller, large = best_in_each(finals(points.table, points.metric), points.metric, ["size"]).to_dict("records")
-    return [_case(large, small, points.metric, f"{large['size']} ", f"{small['size']} ") for small in smaller]
+    return [_case(large, small, points, f"{large['size']} ", f"{small['size']} ") for small in smaller]
 
 
 def guidance_falls_with_size(tables: Tables, _: str) -> list[Case]:
@@ -153,7 +151,7 @@ def better_samplers_need_fewer_steps(tables: Tables, _: str) -> list[Case]:
         present = [kind for kind in SAMPLERS if kind in by_kind]
         for worse, better in pairwise(present):
             words = f"{size}, {steps} steps: {better} "
-            cases.append(_case(by_kind[better], by_kind[worse], points.metric, words, f"{worse} "))
+            cases.append(_case(by_kind[better], by_kind[worse], points, words, f"{worse} "))
     if not cases:
         raise RequestError(f"fewer than two of {', '.join(SAMPLERS)} were tried with 2 to {FEW_STEPS} steps")
     return cases
@@ -167,7 +165,7 @@ def small_wins_under_every_sampler(tables: Tables, cost: str) -> list[Case]:
     for sampler, own in rows.groupby("sampler"):
         budgets = _budgets(own, cost)
         few = budgets[: math.ceil(len(budgets) / 2)]
-        cases += list(_smaller_against_largest(own, points.metric, cost, few, f"{sampler}, "))
+        cases += list(_smaller_against_largest(own, points, cost, few, f"{sampler}, "))
     return cases
 
 
@@ -179,7 +177,7 @@ def small_wins_in_superres(tables: Tables, cost: str) -> list[Case]:
     points = _pretrained(points_of(tables, "superres"))
     rows = finals(points.table, points.metric, cost)
     few = _budgets(rows[rows["num_steps"] <= SUPERRES_STEPS], cost)
-    return list(_smaller_against_largest(rows, points.metric, cost, few))
+    return list(_smaller_against_largest(rows, points, cost, few))
 
 
 def large_wins_in_superres(tables: Tables, cost: str) -> list[Case]:
@@ -193,7 +191,7 @@ def large_wins_in_superres(tables: Tables, cost: str) -> list[Case]:
     many = rows[rows["num_steps"] > SUPERRES_STEPS]
     if many.empty:
         raise RequestError(f"no number of steps above {SUPERRES_STEPS} was tried")
-    return list(_smaller_against_largest(rows, points.metric, cost, _budgets(many, cost), wanted="worse"))
+    return list(_smaller_against_largest(rows, points, cost, _budgets(many, cost), wanted="worse"))
 
 
 # --- experiment 6: distillation ---
@@ -255,9 +253,9 @@ FINDINGS = (
 # --- what they share ---
 
 
-def _case(one: Row, other: Row, metric: str, name: str, other_name: str, wanted: str = "better") -> Case:
-    words = f"{name}{score_words(one, metric)}, {other_name}{score_words(other, metric)}"
-    return Case(says(compare(one, other, metric), wanted), words)
+def _case(one: Row, other: Row, points: Points, name: str, other_name: str, wanted: str = "better") -> Case:
+    words = f"{name}{score_words(one, points.metric)}, {other_name}{score_words(other, points.metric)}"
+    return Case(says(compare(one, other, points.metric, points.luck), wanted), words)
 
 
 def _marks(points: Points, least: int = 2) -> list[tuple[str, list[Row]]]:
@@ -280,7 +278,7 @@ def _more_compute(points: Points) -> list[Case]:
                     f"{name} at {format_number(row['training_gflop'])} GFLOP "
                     for name, row in ((size, mark), (other_size, other))
                 ]
-                cases.append(_case(mark, other, points.metric, *words))
+                cases.append(_case(mark, other, points, *words))
     return cases
 
 
@@ -296,16 +294,16 @@ def _budgets(rows: pd.DataFrame, cost: str) -> list[float]:
 
 
 def _smaller_against_largest(
-    rows: pd.DataFrame, metric: str, cost: str, budgets: list[float], title: str = "", wanted: str = "better"
+    rows: pd.DataFrame, points: Points, cost: str, budgets: list[float], title: str = "", wanted: str = "better"
 ) -> Iterator[Case]:
     largest = sizes_in_order(rows)[-1]
-    ordered = best_first(rows, metric, cost)
+    ordered = best_first(rows, points.metric, cost)
     for budget in budgets:
         within = ordered[fits(ordered[cost], budget)]
         others, own = (within[within["size"].eq(largest) == is_own].head(1).to_dict("records") for is_own in (False, True))
         if others and own:
             name = f"{title}{COSTS[cost].amount(budget)}: {others[0]['size']} "
-            yield _case(others[0], own[0], metric, name, f"{largest} ", wanted)
+            yield _case(others[0], own[0], points, name, f"{largest} ", wanted)
 
 
 def _guidance_cases(rows: pd.DataFrame, metric: str, by: list[str], along: str, first: Any, last: Any) -> list[Case]:
@@ -364,5 +362,5 @@ def _students(tables: Tables, cost: str, is_pair: Callable[[str, str], bool], wa
             rival = within[within["size"] == other].head(1).to_dict("records")
             if rival:
                 name = f"{COSTS[cost].amount(float(at_four.min()))}: {student} "
-                cases.append(_case(own, rival[0], points.metric, name, f"{other} ", wanted))
+                cases.append(_case(own, rival[0], points, name, f"{other} ", wanted))
     return cases

@@ -1,18 +1,20 @@
 """A finding put to a study's own points: cases that agree, contradict or stay open, and what they say together.
 
 A case compares two scores. It agrees or contradicts where their 95 % intervals are apart, and is open where they overlap or
-one has none: separate intervals are wider than a paired difference, so verdicts err towards undecided.
+one has none: separate intervals are wider than a paired difference, so verdicts err towards undecided. Where sizes were trained
+again from other seeds, scores of two sizes have to differ by more than that luck as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pandas as pd
 
 from isocost.analysis.frontier import COSTS, format_score
+from isocost.analysis.repeats import TrainingSpread, training_spread
 from isocost.errors import RequestError
 from isocost.metrics.names import metric_of
 
@@ -23,14 +25,18 @@ MOST_CASES = 3
 
 @dataclass(frozen=True)
 class Points:
-    """The table of a task (`isocost.analysis.frontier`) and the metric that its report leads with."""
+    """The table of a task (`isocost.analysis.frontier`) and the metric that its report leads with.
+
+    `luck` is how far trainings that differ in their seed alone are apart in it, where that was measured.
+    """
 
     table: pd.DataFrame
     metric: str
+    luck: TrainingSpread | None = None
 
 
 Tables = Mapping[str, Points]
-"""By task: "text2image", "superres", "distill", "dreambooth"."""
+"""By task: "text2image", "repeats", "superres", "distill", "dreambooth"."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +132,27 @@ def points_of(tables: Tables, task: str) -> Points:
     return tables[task]
 
 
-def compare(one: Mapping[Any, Any], other: Mapping[Any, Any], metric: str) -> str:
-    """Whether the first row's score is "better" or "worse" than the other's by intervals that are apart, or "undecided"."""
+def with_luck(tables: Tables) -> dict[str, Points]:
+    """The family's points, and those of its repeats, with what its repeats say of luck."""
+    told = dict(tables)
+    if "repeats" not in tables:
+        return told
+    try:
+        luck = training_spread(tables["repeats"].table, tables["repeats"].metric)
+    except RequestError:  # a further training that has no point yet, of which the page tells
+        return told
+    return told | {task: replace(told[task], luck=luck) for task in ("text2image", "repeats") if task in told}
+
+
+def compare(one: Mapping[Any, Any], other: Mapping[Any, Any], metric: str, luck: TrainingSpread | None = None) -> str:
+    """Whether the first row's score is "better" or "worse" than the other's, or "undecided".
+
+    Their intervals must be apart; with `luck` scores of two sizes must also differ by more than two trainings may.
+    """
+    if luck is not None and one["size"] != other["size"]:
+        scores = (float(one[metric]), float(other[metric]))
+        if abs(scores[0] - scores[1]) <= luck.margin * max(map(abs, scores)):
+            return "undecided"
     ends = [float(row[f"{metric}_{side}"]) for row in (one, other) for side in ("low", "high")]
     low, high, other_low, other_high = ends
     if any(end != end for end in ends) or (low <= other_high and other_low <= high):

@@ -26,7 +26,7 @@ Out = Annotated[Path | None, typer.Option("--out", help="output folder; runs/NAM
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="replace a value of the study: train.lr=2e-4")
 ]
-Tasks = Annotated[list[str] | None, typer.Option("--task", help="text2image, superres or dreambooth alone; may be repeated")]
+Tasks = Annotated[list[str] | None, typer.Option("--task", help="text2image, superres, distill ... alone; may be repeated")]
 LedgerAt = Annotated[
     str | None,
     typer.Option(
@@ -264,7 +264,9 @@ def recommend(
             "--floor", metavar="METRIC=VALUE", help="a score that must be met, at or better than VALUE; may be repeated"
         ),
     ] = None,
-    task: Annotated[str, typer.Option(help="text2image, superres, dreambooth, distill or superres-distill")] = "text2image",
+    task: Annotated[
+        str, typer.Option(help="text2image, repeats, superres, dreambooth, distill or superres-distill")
+    ] = "text2image",
     ledger: Annotated[
         str | None, typer.Option("--ledger", help="the points of a database, or a ledger's file, in place of OUT's table")
     ] = None,

@@ -16,6 +16,7 @@ from isocost.diffusion.rows import num_passes
 from isocost.downstream import DistillSpec, DreamboothSpec, PhotographedSubjects
 from isocost.experiments.distill import DistillExperiment, StudentRun
 from isocost.experiments.experiment import Run, make_run
+from isocost.experiments.repeats import RepeatsExperiment
 from isocost.experiments.superres import SuperresExperiment
 from isocost.experiments.text2image import TextToImageExperiment
 from isocost.forecasting.shapes import Shapes
@@ -114,6 +115,12 @@ def plan(study: StudySpec, shapes: Shapes) -> Plan:
         cost = model_cost(run.model, tokens)
         points = _run_points(run, study.sweep, study.protocol)
         made.asked.append(Asked(run, cost, 3 * cost.gflop_per_forward, [(study.protocol, points)]))
+    if study.repeats is not None:
+        for run in RepeatsExperiment(study.repeats, family).runs:
+            cost = model_cost(run.model, tokens)
+            made.asked.append(
+                Asked(run, cost, 3 * cost.gflop_per_forward, [(study.protocol, _run_points(run, study.sweep, study.protocol))])
+            )
     if study.distill is not None:
         _add_students(made, "distill", study.distill, materials, family)
     if study.superres is not None:

@@ -25,7 +25,7 @@ from PIL import Image
 
 from isocost.analysis.frontier import BudgetChoice, best_at_budgets
 from isocost.analysis.paper_findings import FINDINGS
-from isocost.analysis.verdicts import Points, Verdict, judge
+from isocost.analysis.verdicts import Points, Verdict, judge, with_luck
 from isocost.errors import RequestError
 from isocost.report.page import write_report
 from isocost.report.summary import BUDGET_COST, markdown_summary
@@ -117,7 +117,7 @@ def task_folder(task: TaskName) -> str:
 
 
 def _write_all(out: Path, pages: Mapping[TaskName, Page], samples: Mapping[TaskName, Mapping[str, np.ndarray]]) -> Report:
-    tables: dict[str, Points] = {task: Points(read_table(out, task), page.metric) for task, page in pages.items()}
+    tables = with_luck({task: Points(read_table(out, task), page.metric) for task, page in pages.items()})
     verdicts = judge(FINDINGS, tables)
     study_name = next(iter(pages.values())).study_name
     (out / "report").mkdir(exist_ok=True)

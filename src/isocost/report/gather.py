@@ -34,6 +34,7 @@ from isocost.sweep.shards import read_pictures
 
 TITLES: dict[TaskName, str] = {
     "text2image": "text-to-image",
+    "repeats": "other training seeds",
     "distill": "distillation",
     "superres": "super-resolution",
     "superres-distill": "super-resolution, distilled",

@@ -13,9 +13,10 @@ from isocost.analysis.verdicts import Points, Tables, Verdict
 from isocost.report.summary import escaped
 
 RULES = """\
-A case compares two scores. It agrees or contradicts where their 95 % intervals are apart, and is open where they overlap. A
-finding holds where some case agrees, none contradicts, and no more are open than agree; it does not hold where most of the
-decided cases contradict, and no fewer than are open; else it is undecided."""
+A case compares two scores. It agrees or contradicts where their 95 % intervals are apart, and is open where they overlap; where
+sizes were trained again from other seeds, scores of two sizes have to differ by more than that luck as well. A finding holds
+where some case agrees, none contradicts, and no more are open than agree; it does not hold where most of the decided cases
+contradict, and no fewer than are open; else it is undecided."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def basis(points: Points) -> str:
     told = [f"{len(rows):,} points of {sizes}", f"{first['num_pictures']:,} pictures a point"]
     told.append(f"by {metric_words(points.metric)}, protocol {first['protocol']}, seed {first['seed']}")
     told.append(f"guidance {_choice(rows)}")
-    told.append("one training seed a size: its luck is not in the intervals")
+    told.append("one training seed a size: its luck is not in the intervals" if points.luck is None else str(points.luck))
     return "; ".join(told)
 
 

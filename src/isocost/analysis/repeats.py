@@ -1,0 +1,112 @@
+"""How much of a difference between two trainings is luck: sizes trained again from other seeds, scored at the same settings.
+
+A further training is a row of the table whose size ends in its seed ("2.6M seed 1"); the first one is the row of the rest
+("2.6M"). Guidance is chosen anew for each training, sampler and number of steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from isocost.analysis.frontier import best_in_each, finals, format_number, format_score
+from isocost.errors import RequestError
+
+SEED_WORD = "seed"
+SETTING = ("sampler", "num_steps")
+
+
+@dataclass(frozen=True)
+class TrainingSpread:
+    """Standard deviation of a score between trainings that differ in their seed alone, as a share of the score.
+
+    The pictures' own noise is part of it. All settings of a size rest on the same few trainings, so they count as one
+    observation for each training beyond the first.
+
+    Attributes:
+        share: the standard deviation.
+        low, high: its 95 % interval by chi-square with `degrees` degrees of freedom.
+        degrees: trainings less sizes.
+        sizes: those that were trained again.
+    """
+
+    share: float
+    low: float
+    high: float
+    degrees: int
+    sizes: tuple[str, ...]
+
+    @property
+    def margin(self) -> float:
+        """Share by which two trainings' scores have to differ before it is more than luck: 95 %, Student's t."""
+        return float(stats.t.ppf(0.975, self.degrees)) * math.sqrt(2) * self.share
+
+    def __str__(self) -> str:
+        spread, low, high, margin = (f"{100 * value:.2g} %" for value in (self.share, self.low, self.high, self.margin))
+        of = f"{self.degrees} more {'training' if self.degrees == 1 else 'trainings'} of {', '.join(self.sizes)}"
+        spread = f"scores of one setting spread by {spread} [{low}, {high}] between trainings ({of})"
+        return f"{spread}; differences beyond {margin} are no luck"
+
+
+def training_of(size: str) -> tuple[str, str]:
+    """The size and what sets a further training of it apart: ("2.6M", "seed 1"); the latter empty of the first one."""
+    name, _, seed = size.rpartition(f" {SEED_WORD} ")
+    return (name, f"{SEED_WORD} {seed}") if name else (size, "")
+
+
+def training_spread(table: pd.DataFrame, metric: str) -> TrainingSpread:
+    """From logarithms of the scores of last checkpoints, at settings that all trainings of a size share.
+
+    Raises:
+        RequestError: no size was scored after two trainings.
+    """
+    sums, degrees, sizes = 0.0, 0, []
+    for size, trainings in _trained_again(table, metric):
+        variance = float(np.log(trainings).var(axis=0, ddof=1).mean())
+        sums += (len(trainings) - 1) * variance
+        degrees += len(trainings) - 1
+        sizes.append(size)
+    if not degrees:
+        raise RequestError("no size was scored after two trainings: add repeats.seeds")
+    low, high = (math.sqrt(sums / stats.chi2.ppf(level, degrees)) for level in (0.975, 0.025))
+    return TrainingSpread(math.sqrt(sums / degrees), low, high, degrees, tuple(sizes))
+
+
+def side_by_side(table: pd.DataFrame, metric: str) -> dict[str, list[str]]:
+    """By size: at every setting, the score of each training at its best guidance."""
+    rows = _best(table, metric)
+    told: dict[str, list[str]] = {}
+    for (size, sampler, num_steps), group in rows.groupby(["_size", *SETTING], sort=False):
+        if len(group) < 2:
+            continue
+        scores = [_score(row, metric) for row in group.to_dict("records")]
+        steps = "1 step" if num_steps == 1 else f"{num_steps} steps"
+        told.setdefault(str(size), []).append(f"{sampler}, {steps}: {', '.join(scores)}")
+    return told
+
+
+def _score(row: Mapping[Any, Any], metric: str) -> str:
+    score = format_score(*(float(row[f"{metric}{end}"]) for end in ("", "_low", "_high")))
+    return f"{row['_training'] or 'first'} {score} at guidance {format_number(row['guidance'])}"
+
+
+def _trained_again(table: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Sizes with several trainings: scores, trainings x settings."""
+    rows = _best(table, metric)
+    for size, group in rows[rows[metric] > 0].groupby("_size", sort=False):
+        scores = group.pivot(index="_training", columns=list(SETTING), values=metric).dropna(axis=1)
+        if len(scores) > 1 and scores.size:
+            yield str(size), scores
+
+
+def _best(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Last checkpoints at the best guidance of each setting, with the size and the training of each."""
+    rows = best_in_each(finals(table, metric), metric, ["size", *SETTING])
+    names = rows["size"].map(training_of)
+    return rows.assign(_size=names.str[0], _training=names.str[1])

@@ -1,0 +1,169 @@
+"""Sizes trained again: the spread between trainings on planted tables, what it does to verdicts, a study the whole way."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from conftest import plain_study, tiny_study
+from isocost.analysis.paper_findings import FINDINGS
+from isocost.analysis.repeats import side_by_side, training_of, training_spread
+from isocost.analysis.verdicts import Points, judge, with_luck
+from isocost.errors import RequestError
+from isocost.models.checkpoint import load_checkpoint
+from isocost.pipeline import Pipeline
+from isocost.planning import plan
+from isocost.report.drawn import redraw
+from isocost.report.gather import report
+from planted import planted_table
+
+KERNEL = "kernel_efficientnet"
+ENDS = ("", "_low", "_high")
+STUDY: dict[str, Any] = {
+    "family": {"widths": [4, 8]},
+    "train": {"num_images": 64, "batch_size": 16, "lr": 1e-3, "marks": [32]},
+    "repeats": {"seeds": [1, 2], "widths": [8]},
+}
+
+
+def trained_again(spread: float, seed: int = 0, sizes: tuple[str, ...] = ("0.2M", "0.8M"), num_seeds: int = 2) -> pd.DataFrame:
+    """A table with trainings whose scores are all off by one factor each, of that standard deviation."""
+    generator = np.random.default_rng(seed)
+    table = planted_table(sizes=sizes, guidance=(1.0, 2.0), marks=())
+    parts = []
+    for number in range(num_seeds):
+        factors = table["size"].map({size: math.exp(spread * generator.standard_normal()) for size in sizes})
+        scores = {f"{KERNEL}{end}": table[f"{KERNEL}{end}"] * factors for end in ENDS}
+        names = table["size"] if number == 0 else table["size"] + f" seed {number}"
+        parts.append(table.assign(**scores, size=names, point=table["point"] + str(number)))
+    return pd.concat(parts, ignore_index=True)
+
+
+# --- the spread ---
+
+
+def test_a_name_tells_size_and_training() -> None:
+    assert training_of("2.6M seed 1") == ("2.6M", "seed 1")
+    assert training_of("2.6M") == ("2.6M", "")
+    assert training_of("2.6M consistency") == ("2.6M consistency", "")
+
+
+@pytest.mark.parametrize(("sizes", "num_seeds", "degrees"), [(("0.2M", "0.8M"), 2, 2), (("0.8M",), 4, 3)])
+def test_intervals_cover_the_planted_spread_and_margins_what_luck_does(
+    sizes: tuple[str, ...], num_seeds: int, degrees: int
+) -> None:
+    spreads = [training_spread(trained_again(0.05, seed, sizes, num_seeds), KERNEL) for seed in range(200)]
+    assert {one.degrees for one in spreads} == {degrees}
+    assert {one.sizes for one in spreads} == {sizes}
+    assert 0.90 <= np.mean([one.low <= 0.05 <= one.high for one in spreads]) <= 0.99
+    assert np.mean([one.share**2 for one in spreads]) == pytest.approx(0.05**2, rel=0.25)
+    luck = 0.05 * np.random.default_rng(1).standard_normal((len(spreads), 2))
+    assert 0.91 <= np.mean(np.abs(luck[:, 0] - luck[:, 1]) <= [one.margin for one in spreads]) <= 0.99
+
+
+def test_settings_that_one_training_lacks_do_not_count() -> None:
+    table = trained_again(0.05)
+    less = table[~((table["size"] == "0.8M seed 1") & (table["num_steps"] == 2))]
+    assert training_spread(less, KERNEL).share == pytest.approx(training_spread(table, KERNEL).share)
+    assert len(side_by_side(table, KERNEL)["0.8M"]) == len(side_by_side(less, KERNEL)["0.8M"]) + 2  # samplers
+    with pytest.raises(RequestError, match=r"repeats\.seeds"):
+        training_spread(planted_table(), KERNEL)
+
+
+# --- verdicts ---
+
+
+def verdicts(spread: float | None) -> dict[str, str]:
+    tables = {"text2image": Points(planted_table(sizes=("0.2M", "0.8M", "3.2M")), KERNEL)}
+    if spread is not None:
+        tables["repeats"] = Points(trained_again(spread), KERNEL)
+    return {one.statement: one.verdict for one in judge(FINDINGS, with_luck(tables)) if not one.cost}
+
+
+def test_sizes_have_to_differ_by_more_than_luck() -> None:
+    larger, longer = (
+        "Of sizes trained on the same images the larger is better",
+        "More training gives better pictures, at every size",
+    )
+    assert verdicts(None)[larger] == verdicts(0.001)[larger] == "holds"
+    lucky = verdicts(0.5)
+    assert lucky[larger] == "undecided"
+    assert lucky["With any sampling cost allowed the largest size is the best"] == "undecided"
+    assert lucky[longer] == verdicts(None)[longer] == "holds"  # one training, which its seed does not set apart from itself
+
+
+# --- a study ---
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    pipeline = Pipeline(tiny_study(**STUDY), tmp_path_factory.mktemp("repeats") / "out")
+    assert pipeline.run()
+    report(pipeline)
+    return pipeline
+
+
+def test_further_trainings_differ_by_their_seed_alone(finished: Pipeline) -> None:
+    first, *again = [run for run in finished.runs if run.model.width == 8]
+    assert [run.title for run in again] == ["repeats width 8 seed 1", "repeats width 8 seed 2"]
+    other = Pipeline(tiny_study(**{**STUDY, "train": {**STUDY["train"], "seed": 1}, "repeats": None}), finished.out / "other")
+    assert [run.digest for run in other.runs if run.model.width == 8] == [again[0].digest]
+    weights = [load_checkpoint(finished.store.folder("checkpoint", run.final)).network.state_dict() for run in (first, *again)]
+    assert not any(weights[0]["conv_in.weight"].equal(one["conv_in.weight"]) for one in weights[1:])
+
+
+def test_they_have_a_table_and_a_page_of_their_own(finished: Pipeline) -> None:
+    table = pd.read_parquet(finished.out / "table-repeats.parquet")
+    assert set(table["size"]) == {"0.8M", "0.8M seed 1", "0.8M seed 2"}
+    by_size = table[table["is_final"]].groupby("size").size()
+    assert set(by_size) == {4 + 1 - 1}  # the grid, which the mark's setting is part of
+    assert set(pd.read_parquet(finished.out / "table.parquet")["size"]) == {"0.3M", "0.8M"}
+    page = (finished.out / "report" / "repeats" / "index.html").read_text()
+    assert "scores of one setting spread by" in page
+    told = (finished.out / "report" / "verdicts.md").read_text()
+    assert "between trainings (2 more trainings of 0.8M)" in told
+    before = (finished.out / "report" / "index.html").read_bytes()
+    redraw(finished.out)
+    assert (finished.out / "report" / "index.html").read_bytes() == before
+
+
+def test_the_plan_counts_them(finished: Pipeline, tmp_path: Path) -> None:
+    sizes = plan(Pipeline(tiny_study(**STUDY), tmp_path))["sizes"]
+    assert [(one["task"], one["size"], one["images_to_train"]) for one in sizes if one["width"] == 8] == [
+        ("text2image", "0.8M", 64),
+        ("repeats", "0.8M seed 1", 64),
+        ("repeats", "0.8M seed 2", 64),
+    ]
+    assert all(size["points_to_make"] == 0 for size in plan(finished)["sizes"])
+    more = tiny_study(**{**STUDY, "repeats": {"seeds": [1, 2, 3]}})
+    wanted = [one["size"] for one in plan(Pipeline(more, finished.out))["sizes"] if one["images_to_train"]]
+    assert wanted == ["0.3M seed 1", "0.3M seed 2", "0.3M seed 3", "0.8M seed 3"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seeds": [0, 1]}, r"repeats\.seeds: 0 is train\.seed"),
+        ({"seeds": [1, 1]}, "seeds must be given, each once"),
+        ({"seeds": [1], "widths": [12]}, r"repeats\.widths: 12 is not in family\.widths"),
+    ],
+)
+def test_mistakes_are_one_line(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        tiny_study(repeats=change)
+
+
+def test_a_study_of_given_checkpoints_has_no_repeats() -> None:
+    plain = {key: value for key, value in plain_study().items() if key not in ("codec", "family", "train", "text")}
+    data = {"resolution": 32, "reference": plain["data"]["reference"]}
+    with pytest.raises(RequestError, match="repeats: has no place beside checkpoints"):
+        tiny_study(
+            **plain
+            | {"data": data, "checkpoints": ["a"], "repeats": {"seeds": [1]}}
+            | dict.fromkeys(("codec", "family", "train"))
+        )
