@@ -50,6 +50,7 @@ def test_what_is_kept_gives_the_same_pages_byte_by_byte(reported: Pipeline, tmp_
     assert again.summary == (reported.out / "report" / "summary.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_changed_number_changes_the_page(reported: Pipeline, tmp_path: Path) -> None:
     keep(reported.out, tmp_path / "kept")
     file = tmp_path / "kept" / "table.parquet"
@@ -59,6 +60,7 @@ def test_a_changed_number_changes_the_page(reported: Pipeline, tmp_path: Path) -
     assert pages_of(tmp_path / "kept")["report/index.html"] != pages_of(reported.out)["report/index.html"]
 
 
+@pytest.mark.slow
 def test_merged_elsewhere_it_still_shows_its_pictures(reported: Pipeline, tmp_path: Path) -> None:
     keep(reported.out, tmp_path / "kept")
     merge(tmp_path / "out", [tmp_path / "kept"])

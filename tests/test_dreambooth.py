@@ -346,6 +346,7 @@ def test_photographs_go_the_whole_way_without_a_probe(tmp_path: Path) -> None:
     assert table.loc["0.8M", "num_pictures"] == 2 * (2 + 1)
 
 
+@pytest.mark.slow
 def test_the_text_encoder_may_learn_too(finished: Pipeline, tmp_path: Path) -> None:
     """It changes, its checkpoint carries it, and both the sweep and `sample` read captions with it."""
     shutil.copytree(finished.out, tmp_path / "out")

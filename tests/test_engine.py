@@ -93,7 +93,13 @@ def rounds_by_position(unet, two_threads):
 
 
 @pytest.mark.parametrize(
-    "bucket_size", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 5, 8]
+    "bucket_size",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(2, marks=pytest.mark.slow),
+        pytest.param(5, marks=pytest.mark.slow),
+        8,
+    ],
 )
 def test_the_position_in_the_call_is_the_pictures_own(make_engine, rounds_by_position, bucket_size):
     rows = mixed_rows()
@@ -150,7 +156,7 @@ def grid_of_points(pictures=6):
     ]
 
 
-@pytest.mark.parametrize("bucket_size", [1, 5, 16, 64])
+@pytest.mark.parametrize("bucket_size", [1, pytest.param(5, marks=pytest.mark.slow), 16, 64])
 def test_first_evaluations_are_computed_once_and_shared(make_engine, passes_seen, bucket_size):
     rows = grid_of_points()
     plain = {done.row.tag: done for done in make_engine(bucket_size).run(rows)}

@@ -243,6 +243,7 @@ def test_pictures_are_kept_whole_where_they_are_small_and_shrunk_where_they_are_
     assert album({}).addresses == {}
 
 
+@pytest.mark.slow
 def test_a_page_of_large_pictures_stays_small(tmp_path: Path) -> None:
     table = planted_table(marks=())
     loud = np.random.default_rng(0).integers(0, 256, (6, 128, 128, 3), dtype=np.uint8)

@@ -192,6 +192,7 @@ def test_a_study_of_checkpoints_survives_its_file() -> None:
         asked.own  # noqa: B018
 
 
+@pytest.mark.slow
 def test_flux_and_a_lora_stand_in_a_sweep(folders: list[Path], tmp_path: Path, isocost: Any) -> None:
     """A Flux whose guidance is an input; a Stable Diffusion with a LoRA, which takes both of the sweep's samplers."""
     flux = given.written(given.flux(), tmp_path / "flux")

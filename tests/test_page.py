@@ -357,7 +357,7 @@ def test_it_can_be_printed(page: Page, tmp_path: Path) -> None:
     assert len(page.run(shown)) > 15, "on a screen every column is there"
 
 
-@pytest.mark.parametrize("kind", ["bare", "young", "raced"])
+@pytest.mark.parametrize("kind", ["bare", "young", pytest.param("raced", marks=pytest.mark.slow)])
 def test_missing_parts_leave_a_page_without_complaint(chromium: tuple[Page, Path], tmp_path: Path, kind: str) -> None:
     table = {
         "bare": planted_table(samplers=("euler/trailing",), marks=(), guidance=(1.0,), num_steps=(4,)).assign(

@@ -74,6 +74,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     return pipeline
 
 
+@pytest.mark.slow
 def test_its_pages_are_drawn_again_byte_by_byte(finished: Pipeline, tmp_path: Path) -> None:
     keep(finished.out, tmp_path)
     redraw(tmp_path)
