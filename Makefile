@@ -18,7 +18,7 @@ test-all: $(READY)
 	$(BIN)/pytest
 
 check: $(READY)
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff check .
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 

@@ -331,6 +331,7 @@ class Materials:
         stage = {"stage": "floor", "version": FLOOR_VERSION, "codec": self.codec_digest, "protocol": reference.protocol.id}
         name = digest({**stage, "distances": list(spec.distances)}, self.source_key("train"))
         if not self.store.has("floor", name):
+            say(f"the floor: {spec.num_pictures} real pictures scored as they are and after the codec")
             with self.store.create("floor", name, manifest := _manifest()):
                 for title in ("decoded", "real"):
                     training, held_out = (self.pictures(part).pictures[: spec.num_pictures] for part in ("train", "reference"))
