@@ -114,6 +114,29 @@ def test_the_interval_of_a_race_counts_not_the_points_beside_it() -> None:
     assert of_text2image(with_overlap)["The best guidance falls with size", ""].verdict == "undecided"
 
 
+def test_a_best_guidance_at_the_end_of_the_range_is_a_bound() -> None:
+    statement = ("The best guidance falls with size", "")
+    table = planted_table(sizes=SIZES, guidance=(1.0, 2.0), marks=())
+    raced = table[table["guidance"] == 2.0].assign(guidance_low=3.0, guidance_high=3.2, guidance=3.0, race_pictures=500)
+    smallest, largest = raced["size"] == SIZES[0], raced["size"] == SIZES[-1]
+    one_pass = table[table["guidance"] == 1.0].assign(
+        race_at_edge=False, guidance_low=1.0, guidance_high=1.0, race_pictures=500
+    )
+
+    def told(of_small: float, of_large: float, small_at_edge: bool, large_at_edge: bool) -> Verdict:
+        rows = raced.assign(race_at_edge=(smallest & small_at_edge) | (largest & large_at_edge))
+        for which, value in ((smallest, of_small), (largest, of_large)):
+            rows.loc[which, ["guidance", "guidance_low", "guidance_high"]] = value
+        worse = {f"{KERNEL}{end}": one_pass[f"{KERNEL}{end}"] + 9 for end in ("", "_low", "_high")}
+        return of_text2image(pd.concat([rows, one_pass.assign(**worse)], ignore_index=True))[statement]
+
+    assert told(12.0, 3.0, True, False).verdict == "holds"
+    assert "12 or more for 0.2M" in told(12.0, 3.0, True, False).told[0]
+    assert told(3.0, 12.0, False, True).verdict == "does not hold"
+    assert told(12.0, 12.5, True, False).verdict == "undecided"  # the smallest may be best with more than the largest
+    assert told(12.0, 12.5, False, False).verdict == "does not hold"
+
+
 def test_samplers_in_the_papers_order() -> None:
     statement = ("With few steps DPM-Solver++ is better than DDIM, and DDIM than DDPM", "")
     samplers = ("ddpm/trailing", "ddim/trailing", "dpmsolver++2m/trailing")

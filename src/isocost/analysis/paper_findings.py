@@ -318,10 +318,8 @@ def _guidance_cases(rows: pd.DataFrame, metric: str, by: list[str], along: str, 
         (low, high, value), (other_low, other_high, other) = found  # type: ignore[misc]
         outcome = "better" if other_high < low else "worse" if other_low > high else "undecided"
         where = ", ".join(_named(name, part) for name, part in zip(by, key, strict=True))
-        names = [_named(along, end) for end in (first, last)]
-        words = (
-            f"{where}: {value:g} [{low:g}, {high:g}] for {names[0]}, {other:g} [{other_low:g}, {other_high:g}] for {names[1]}"
-        )
+        ends = ((first, value, low, high), (last, other, other_low, other_high))
+        words = f"{where}: {', '.join(f'{_guidance_words(*told)} for {_named(along, end)}' for end, *told in ends)}"
         cases.append(Case(says(outcome), words))
     if not cases:
         raise RequestError("guidance was not chosen anew on both sides of any comparison")
@@ -334,17 +332,32 @@ def _named(column: str, value: Any) -> str:
     return "1 step" if value == 1 else f"{value} steps"
 
 
+def _guidance_words(value: float, low: float, high: float) -> str:
+    if math.isinf(low) or math.isinf(high):
+        further = [word for word, end in (("less", low), ("more", high)) if math.isinf(end)]
+        return f"{value:g} or {' or '.join(further)}"
+    return f"{value:g} [{low:g}, {high:g}]"
+
+
 def _best_guidance(rows: pd.DataFrame, metric: str) -> tuple[float, float, float] | None:
-    """Low and high end and the best guidance: the race's interval, or what in a grid is not told apart from the best."""
+    """Low and high end and the best guidance: the race's interval, or what in a grid is not told apart from the best.
+
+    Open on the side where the best lies at the end of what was tried.
+    """
     if rows.empty:
         return None
     best = best_first(rows, metric).iloc[0]
     if "guidance_low" in rows.columns and pd.notna(best["guidance_low"]):
-        return float(best["guidance_low"]), float(best["guidance_high"]), float(best["guidance"])
-    if rows["guidance"].nunique() < 2:
+        low, high = float(best["guidance_low"]), float(best["guidance_high"])
+    elif rows["guidance"].nunique() < 2:
         return None
-    near = [row["guidance"] for row in rows.to_dict("records") if compare(best.to_dict(), row, metric) == "undecided"]
-    return float(min(near)), float(max(near)), float(best["guidance"])
+    else:
+        near = [row["guidance"] for row in rows.to_dict("records") if compare(best.to_dict(), row, metric) == "undecided"]
+        low, high = float(min(near)), float(max(near))
+    if best["guidance_at_edge"]:
+        is_above_others, is_below_others = best["guidance"] > rows["guidance"].min(), best["guidance"] < rows["guidance"].max()
+        low, high = low if is_above_others else -math.inf, high if is_below_others else math.inf
+    return low, high, float(best["guidance"])
 
 
 def _students(tables: Tables, cost: str, is_pair: Callable[[str, str], bool], wanted: str) -> list[Case]:
