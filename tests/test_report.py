@@ -61,6 +61,25 @@ def test_the_frontier_lies_under_every_mark() -> None:
         assert frontier.y[frontier.x <= cost].min() <= value
 
 
+def test_every_point_of_the_frontier_has_the_mark_of_its_size() -> None:
+    table = planted_table(guidance=(1.0, 2.0))
+    free = table["guidance"] == 1.0  # one pass: half the evaluations of the better ones, so both are on the frontier
+    curves = marks.cost_curves(table, KERNEL, "nfe")
+    frontier = curves.frontier
+    assert frontier is not None
+    marked = {(x, y) for series in (*curves.series, *curves.beside) for x, y in zip(series.x, series.y, strict=True)}
+    assert set(zip(frontier.x, frontier.y, strict=True)) <= marked
+    beside = {(x, y) for series in curves.beside for x, y in zip(series.x, series.y, strict=True)}
+    assert beside
+    assert beside <= set(zip(table[free]["nfe"], table[free][KERNEL], strict=True))
+    assert curves.setting.endswith("; off the lines: other guidance or sampler")
+    drawn = drawing.draw_curves(curves).axes[0].lines
+    assert {(x, y) for line in drawn for x, y in line.get_xydata()} >= beside  # type: ignore[attr-defined]
+    shown = [trace for trace in charts.plotly_curves(curves).data if trace.mode == "markers"]
+    assert {(x, y) for trace in shown for x, y in zip(trace.x, trace.y, strict=True)} == beside
+    assert not marks.cost_curves(table[~free], KERNEL, "nfe").beside
+
+
 def test_a_sampler_can_be_singled_out() -> None:
     table = planted_table()
     both, ddim = (marks.cost_curves(table, KERNEL, "nfe", sampler=sampler) for sampler in (None, "ddim/trailing"))

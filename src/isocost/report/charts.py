@@ -48,6 +48,10 @@ def plotly_curves(curves: Curves) -> go.Figure:
             rest = {"x": [float(series.x[-1]), dearest], "y": [float(series.y[-1])] * 2, "legendgroup": series.label}
             look = {"color": series.color, "width": 2, "dash": series.dash}
             figure.add_scatter(**rest, mode="lines", line=look, showlegend=False, hoverinfo="skip")
+    for series in curves.beside:
+        marker = {"symbol": series.mark[1], "size": 10, "color": series.color, "line": {"color": "white", "width": 0.5}}
+        alone = {"mode": "markers", "name": f"{html.escape(series.label)}, off its line"}
+        figure.add_scatter(**_plotly_line(series) | alone, marker=marker, showlegend=False)
     if curves.frontier is not None:
         line = {"color": INK, "width": 1.2, "shape": "hv"}
         marker = {"symbol": "circle-open", "size": 15, "color": INK, "line": {"width": 1.2}}

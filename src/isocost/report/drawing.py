@@ -152,6 +152,8 @@ def draw_curves(curves: Curves) -> Figure:
             for x, y, name in zip(series.x, series.y, series.names, strict=False):
                 beside = axes.annotate(name, (x, y), (7, -11), textcoords="offset points", fontsize=8, color=MUTED, zorder=4)
                 beside.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+        for series in curves.beside:
+            axes.plot(series.x, series.y, series.mark[0], color=series.color, markersize=5)
         if curves.frontier is not None:
             line = curves.frontier
             axes.step(line.x, line.y, where="post", color=line.color, linewidth=0.9, alpha=0.7)

@@ -77,8 +77,8 @@ class Curves:
     """Quality against something that costs: one series a size or sampler, perhaps the frontier, perhaps the floor.
 
     `levels` are further values that no model made, by what made them. `published` is a layer of its own, of the paper's
-    numbers: hidden until it is asked for, and no part of `series`. Where `bars` is true, intervals are bars, not bands; a
-    staircase holds each value up to the next mark.
+    numbers: hidden until it is asked for, and no part of `series`. `beside` are marks of the frontier that lie on none of the
+    lines, by size. Where `bars` is true, intervals are bars, not bands; a staircase holds each value up to the next mark.
     """
 
     question: str
@@ -92,6 +92,7 @@ class Curves:
     floor_label: str = FLOOR_LABEL
     levels: tuple[tuple[str, float], ...] = ()
     published: Series | None = None
+    beside: tuple[Series, ...] = ()
     bars: bool = False
     is_staircase: bool = False
     log_x: bool = True
@@ -182,10 +183,13 @@ def cost_curves(table: pd.DataFrame, metric: str, cost: str, floor: float | None
             raise RequestError(f"no point of sampler {sampler!r} carries {metric} and {cost}")
     rows = best_in_each(competing, metric, ["size", "num_steps"]).sort_values([cost, "num_steps"])
     frontier = pareto(table, cost, metric)
+    beside = frontier[frontier["point"].isin(competing["point"]) & ~frontier["point"].isin(rows["point"])]
     samplers = sorted(competing["sampler"].unique())
+    chosen = " and sampler" if len(samplers) > 1 else ""
     return Curves(
         question="Which size is best at equal cost?",
-        setting=f"the best guidance{' and sampler' if len(samplers) > 1 else ''} at each step count" + _only(samplers),
+        setting=f"the best guidance{chosen} at each step count{_only(samplers)}"
+        + ("" if beside.empty else f"; off the lines: other guidance{chosen.replace('and', 'or')}"),
         x_label=axis.axis,
         y_label=metric_of(metric).axis,
         series=_series_by_size(table, rows, cost, metric, f"{{}} {axis.unit}"),
@@ -193,6 +197,7 @@ def cost_curves(table: pd.DataFrame, metric: str, cost: str, floor: float | None
         floor=floor,
         log_y=wants_log(rows, metric, floor),
         published=published(metric, cost),
+        beside=_series_by_size(table, beside, cost, metric, f"{{}} {axis.unit}"),
     )
 
 
