@@ -306,6 +306,16 @@ class Pipeline:
         """Score what the races of runs found, when all are over; False where the deadline came first."""
         return self._sweeper.settle(runs, deadline)
 
+    def retime(self, run: Run) -> int:
+        """Time every recorded point of one run again, with what this machine has now; returns how many there are.
+
+        Raises:
+            RequestError: the run lacks a checkpoint.
+        """
+        self.prepare()
+        self.check_trained([run])
+        return self._sweeper.retime(run, self.cost(run).size)
+
     # --- status ---
 
     def _tell(self, stage: str, is_last: bool = False) -> None:

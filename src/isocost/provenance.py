@@ -34,6 +34,9 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
+    """Of this source's git checkout, or `ISOCOST_COMMIT` for a copy without one (a container, say)."""
+    if told := os.environ.get("ISOCOST_COMMIT"):
+        return told
     source = Path(__file__).resolve().parent
     command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

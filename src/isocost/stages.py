@@ -224,6 +224,7 @@ NOT_OF_THE_RECIPE = frozenset(
         "sharding",
         "gradient_checkpointing",
         "compile",
+        "cuda_graphs",
         "cache_at",
     }
 )
@@ -265,6 +266,7 @@ class TrainSpec(Spec):
     microbatch: int | Literal["auto"] = Field("auto", description="images a process takes through the network at once")
     gradient_checkpointing: bool = False
     compile: bool = False
+    cuda_graphs: bool = Field(False, description="one process with a CUDA device: play recorded steps back; for small networks")
     state_every_images: int = Field(10_000, ge=1, description="distance between durable training states")
     keep_last_states: int = Field(1, ge=1, description="how many of the newest states stay")
     keep_state_every_images: int | None = Field(None, ge=1, description="states at multiples of this stay for good")

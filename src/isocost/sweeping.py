@@ -12,6 +12,7 @@ from isocost.experiments.experiment import Experiment, Job, Run
 from isocost.materials import Materials
 from isocost.models.checkpoint import load_checkpoint, read_info
 from isocost.progress import progress_bar
+from isocost.provenance import provenance
 from isocost.stages import SweepSpec, TaskName
 from isocost.store import Store
 from isocost.sweep.claims import Claims
@@ -66,6 +67,31 @@ class Sweeper:
         if not self._score(run, known, f"sweep {size} ({run.title})", deadline):
             return False
         return all(self._race(run, job, f"race {size} ({run.title})", deadline) for job in jobs if job.cells)
+
+    def retime(self, run: Run, size: str) -> int:
+        """Time every recorded point of a run again, on this machine; returns how many there are.
+
+        Points that differ in what does not touch their time - guidance at as many passes, weights of one training - are timed
+        once.
+        """
+        jobs, recorded = self.experiments[run.task].jobs(run), self.ledger.points()
+        races = self.ledger.races()
+        known = [(job, [point for point in known_points([job], races) if point.digest in recorded]) for job in jobs]
+        total, done = sum(len(points) for _, points in known), 0
+        taken: dict[tuple[Any, ...], tuple[float, int]] = {}
+        title = f"time {size} ({run.title})"
+        with progress_bar(title, total, "points") as progress:
+            for job, points in known:
+                worker = self._worker(run, job)
+                for point in points:
+                    alike = (*point.spec.numerics, point.spec.sampler.label, point.spec.num_steps, point.nfe(run.model))
+                    if alike not in taken:
+                        taken[alike] = worker.time(point)
+                    ms, num_pictures = taken[alike]
+                    told = {name: provenance()[name] for name in ("commit", "device", "num_threads")}
+                    self.ledger.set_time(point.digest, ms, {**told, "num_pictures": num_pictures})
+                    progress(done := done + 1, f"{point.title}: {ms:.3g} ms")
+        return total
 
     def settle(self, runs: Sequence[Run], deadline: float | None) -> bool:
         """Score what the races of these runs found, cells apart that cannot be on any frontier.

@@ -13,7 +13,7 @@ from isocost.cli.app import app
 from isocost.errors import RequestError, WorkError
 
 ORDER = (
-    *("demo", "family", "run", "codec", "train", "sweep", "work", "status", "merge", "keep", "report"),
+    *("demo", "family", "run", "codec", "train", "sweep", "retime", "work", "status", "merge", "keep", "report"),
     *("dreambooth", "recommend"),
     *("sample", "upscale", "latency", "export", "score", "reference", "verify"),
 )

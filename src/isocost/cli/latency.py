@@ -1,4 +1,4 @@
-"""The command that measures: `latency`."""
+"""The commands that measure: `latency` a checkpoint, `retime` the points of a study."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from isocost.cli.app import answer_json, app
+from isocost.cli.studies import LedgerAt, Out, Set, Study, Tasks, known_tasks, load_with, output_folder
 from isocost.errors import RequestError
 from isocost.spec import parse_spec
 from isocost.stages import SAMPLER_NAMES, SamplerSpec
@@ -62,6 +63,23 @@ def latency(
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     answer_json(document)
+
+
+@app.command()
+def retime(study: Study, out: Out = None, overrides: Set = None, tasks: Tasks = None, ledger: LedgerAt = None) -> None:
+    """Time every point of a study again while nothing else runs: what shared a device was timed with its neighbours' load."""
+    from isocost.pipeline import Pipeline
+
+    spec = load_with(study, overrides)
+    pipeline = Pipeline(spec, output_folder(spec, out), ledger)
+    try:
+        runs = pipeline.runs_of(known_tasks(tasks))
+        pipeline.prepare()
+        pipeline.check_trained(runs)
+        timed = sum(pipeline.retime(one) for one in runs)
+    finally:
+        pipeline.close()
+    answer_json({"study": spec.name, "timed": timed})
 
 
 def _print_times(measured: Latency) -> None:

@@ -40,7 +40,7 @@ StopAfter = Annotated[float | None, typer.Option("--stop-after", metavar="HOURS"
 def demo(out: Out = None, overrides: Set = None, stop_after: StopAfter = None) -> None:
     """The embedded study, pictures to report, minutes on two cores."""
     with resources.as_file(resources.files("isocost.assets") / "demo.yaml") as file:
-        _run(_load(file, overrides), out, stop_after)
+        _run(load_with(file, overrides), out, stop_after)
 
 
 @app.command()
@@ -65,7 +65,7 @@ def run(
 ) -> None:
     """Train, sweep, score and report a study. The same command goes on where an earlier one stopped, and two of them share the
     work."""
-    spec = _load(study, overrides)
+    spec = load_with(study, overrides)
     if devices is not None or utilisation is not None:
         answer_forecast(spec, devices, utilisation, dry_run)
         return
@@ -73,7 +73,7 @@ def run(
         from isocost.pipeline import Pipeline
         from isocost.planning import plan
 
-        answer_plan(plan(Pipeline(spec, _out(spec, out), ledger)))
+        answer_plan(plan(Pipeline(spec, output_folder(spec, out), ledger)))
         return
     _run(spec, out, stop_after, tasks, ledger, workers, ray)
 
@@ -89,7 +89,7 @@ def work(
     from isocost.joining import work as join
 
     stop_on_sigterm()
-    finished = join(out, ledger, _deadline(stop_after), _known(tasks))
+    finished = join(out, ledger, _deadline(stop_after), known_tasks(tasks))
     answer_json({"out": str(out), "finished": finished})
 
 
@@ -141,8 +141,8 @@ def codec(study: Study, out: Out = None, overrides: Set = None) -> None:
     """Train (or fit) a study's codec, and measure it on held-out pictures beside the linear one of the same latent shape."""
     from isocost.pipeline import Pipeline
 
-    spec = _load(study, overrides)
-    pipeline = Pipeline(spec, _out(spec, out))
+    spec = load_with(study, overrides)
+    pipeline = Pipeline(spec, output_folder(spec, out))
     pipeline.prepare()
     told = pipeline.materials.codec_report()
     trained = not isinstance(spec.codec, PretrainedCodecSpec)
@@ -163,14 +163,14 @@ def train(
     from isocost.pipeline import Pipeline
     from isocost.train.loop import OutOfTime
 
-    spec = _load(study, overrides)
-    pipeline = Pipeline(spec, _out(spec, out))
+    spec = load_with(study, overrides)
+    pipeline = Pipeline(spec, output_folder(spec, out))
     if forecast:
         answer_json({"study": spec.name, "sizes": [dataclasses.asdict(one) for one in pipeline.forecast()]})
         return
     finished = True
     stop_on_sigterm()
-    runs = pipeline.runs_of(_known(tasks))
+    runs = pipeline.runs_of(known_tasks(tasks))
     try:
         for one in runs:
             pipeline.train(one, _deadline(stop_after))
@@ -189,7 +189,7 @@ def train(
 @app.command()
 def dreambooth(study: Study, out: Out = None, overrides: Set = None, stop_after: StopAfter = None) -> None:
     """The subject protocol of a study: what it needs of the family, a tuning for every size and subject, scores, report."""
-    spec = _load(study, overrides)
+    spec = load_with(study, overrides)
     if spec.dreambooth is None:
         raise RequestError(
             f"{study}: no part `dreambooth`; it says subjects, training and sweep (studies/subjects.yaml has one)"
@@ -209,12 +209,12 @@ def sweep(
     """Sample and score every point of a study whose checkpoints are there."""
     from isocost.pipeline import Pipeline
 
-    spec = _load(study, overrides)
-    pipeline = Pipeline(spec, _out(spec, out), ledger)
+    spec = load_with(study, overrides)
+    pipeline = Pipeline(spec, output_folder(spec, out), ledger)
     deadline = _deadline(stop_after)
     stop_on_sigterm()
     try:
-        runs = pipeline.runs_of(_known(tasks))
+        runs = pipeline.runs_of(known_tasks(tasks))
         pipeline.prepare()
         pipeline.check_trained(runs)
         finished = all(pipeline.sweep(one, deadline) for one in runs) and pipeline.settle(runs, deadline)
@@ -241,8 +241,8 @@ def report(
             )
         _answer_report(study.name, study, redraw(study), finished=True)
         return
-    spec = _load(study, overrides)
-    _report(Pipeline(spec, _out(spec, out), ledger), finished=True)
+    spec = load_with(study, overrides)
+    _report(Pipeline(spec, output_folder(spec, out), ledger), finished=True)
 
 
 @app.command()
@@ -334,7 +334,7 @@ def _floors(items: list[str] | None) -> dict[str, float]:
     return floors
 
 
-def _load(study: Path, overrides: list[str] | None) -> StudySpec:
+def load_with(study: Path, overrides: list[str] | None) -> StudySpec:
     values: dict[str, Any] = {}
     for item in overrides or []:
         key, equals, value = item.partition("=")
@@ -347,7 +347,7 @@ def _load(study: Path, overrides: list[str] | None) -> StudySpec:
     return load_study(study, values)
 
 
-def _out(study: StudySpec, out: Path | None) -> Path:
+def output_folder(study: StudySpec, out: Path | None) -> Path:
     return out if out is not None else Path("runs") / study.name
 
 
@@ -359,7 +359,7 @@ def _deadline(stop_after: float | None) -> float | None:
     return time.monotonic() + 3600 * stop_after
 
 
-def _known(tasks: list[str] | None) -> tuple[TaskName, ...] | None:
+def known_tasks(tasks: list[str] | None) -> tuple[TaskName, ...] | None:
     names: tuple[TaskName, ...] = get_args(TaskName)
     for task in tasks or ():
         if task not in names:
@@ -382,8 +382,8 @@ def _run(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RequestError("several processes train together: `isocost train` under torchrun, then `isocost run` without it")
     stop_on_sigterm()
-    pipeline = Pipeline(study, _out(study, out), ledger)
-    only = _known(tasks)
+    pipeline = Pipeline(study, output_folder(study, out), ledger)
+    only = known_tasks(tasks)
     if ray is not None:
         pipeline.prepare()
         finished = run_on_ray(ray, pipeline.out, ledger, workers, stop_after, tasks)

@@ -5,7 +5,8 @@
   keys and values in all layers, laid end to end.
 - Published networks that take more of a caption than its states (`models/hub/packed.py`) are left as they are: what the engine
   hands them is the packed caption.
-- Memory layout, precision and compilation are fixed before the first call.
+- Memory layout, precision and compilation are fixed before the first call. On a CUDA device a network that is not compiled is
+  recorded at its first call and played back from then on (`models/graphs.py`).
 
 Shape letters: B rows, T tokens, D width of the caption states, K width of all keys and values, A inner width of one
 attention, H heads, N places of a map.
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from isocost.diffusion.engine import Denoise
 from isocost.models.dit import take_caption_projection
+from isocost.models.graphs import GraphedNetwork
 from isocost.models.hub.packed import PackedNetwork
 from isocost.models.networks import guidance_width
 from isocost.progress import say
@@ -60,7 +62,12 @@ class SamplingNetwork:
             attention.set_processor(_ProjectedAttention(self.context_width))
             self.context_width += 2 * attention.inner_dim
         self.guidance_width = guidance_width(network)
-        self._call = _compile(self.network, self.device) if compiled else self.network
+        self._call = self._callable(compiled, is_packed)
+
+    def _callable(self, compiled: bool, is_packed: bool) -> Any:
+        if compiled:
+            return _compile(self.network, self.device)
+        return GraphedNetwork(self.network) if self.device.type == "cuda" and not is_packed else self.network
 
     @property
     def embeds_guidance(self) -> bool:

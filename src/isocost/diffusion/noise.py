@@ -239,8 +239,7 @@ def normal_noise(
         float32 [B, C, H, W].
     """
     ids = picture_ids.to(device)
-    seeds = torch.as_tensor(seed, dtype=torch.int64, device=device).expand(len(ids))
-    evaluations = torch.as_tensor(evaluation, dtype=torch.int64, device=device).expand(len(ids))
+    seeds, evaluations = _for_each(seed, ids), _for_each(evaluation, ids)
     num_elements = math.prod(shape)
     blocks = torch.arange(-(-num_elements // 4), device=device).expand(len(ids), -1)
     per_row = torch.stack([ids & _MASK, (ids >> 32) & _MASK, evaluations])[:, :, None].expand(-1, -1, blocks.shape[1])
@@ -265,8 +264,7 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
     """
     # Signed products wrap modulo 2^64, so their 64 bits are the unsigned product's; the mask drops the copied sign.
     lanes = (2,) + (1,) * (counter.ndim - 1)
-    multipliers = torch.tensor(_MULTIPLIERS, device=counter.device).view(lanes)
-    key_steps = torch.tensor(_KEY_STEPS, device=counter.device).view(lanes)
+    multipliers, key_steps = (words.view(lanes) for words in _philox_words(counter.device))
     even, odd = counter[0::2], counter[1::2]
     for _ in range(_NUM_ROUNDS):
         product = (even * multipliers).flip(0)
@@ -274,6 +272,20 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
         odd = product.bitwise_and_(_MASK)
         key = (key + key_steps) & _MASK
     return torch.stack([even, odd], dim=1).flatten(0, 1)
+
+
+@lru_cache(maxsize=16)
+def _philox_words(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Multipliers and key steps, each int64 [2]: copied to a device once, since a copy waits for all that is in its queue."""
+    with torch.inference_mode(False):
+        return torch.tensor(_MULTIPLIERS, device=device), torch.tensor(_KEY_STEPS, device=device)
+
+
+def _for_each(value: int | Tensor, ids: Tensor) -> Tensor:
+    """One value or as many as ids, int64 [B] beside them."""
+    if isinstance(value, int):
+        return torch.full_like(ids, value)
+    return value.to(ids.device, torch.int64).expand(len(ids))
 
 
 def _check_prediction(prediction: str) -> None:

@@ -107,6 +107,16 @@ class Ledger:
 
         transact(self.engine, write)
 
+    def set_time(self, point: str, ms_per_picture: float, timed_with: Mapping[str, Any]) -> None:
+        """Record what a picture of a point that is there takes, measured anew, and with what."""
+
+        def write(session: Session) -> None:
+            row = session.get_one(PointRow, point)
+            row.ms_per_picture = ms_per_picture
+            row.provenance = json.dumps({**json.loads(row.provenance), "timed_with": dict(timed_with)})
+
+        transact(self.engine, write)
+
     def add_shard(self, shard: str, point: str, pictures: range) -> None:
         """Record some pictures of a point that are made."""
         made = {"first": pictures.start, "stop": pictures.stop, "host": platform.node(), "created": _now()}

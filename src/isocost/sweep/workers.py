@@ -86,6 +86,24 @@ class Worker:
                 time.sleep(POLL_S)
         return True
 
+    def time(self, point: Point) -> tuple[float, int]:
+        """Milliseconds that a picture of a point takes when calls are full, denoised and decoded; and of how many pictures.
+
+        As many pictures as a call has places, after as many to warm up; nothing is kept, and no first evaluation is shared.
+        """
+        pictures = range(min(point.spec.bucket_size, point.spec.num_pictures))
+        (shard,) = shards_of(point, len(pictures), [len(pictures)])
+        engine, schedule = self._engine(shard, of_one_point=True), schedule_of(self.checkpoint.info)
+        clock = instruments_of(engine.device).clock
+        marks = []
+        for _ in ("warm up", "measure"):
+            clock.wait()
+            marks.append(time.perf_counter())
+            for _ in generate(engine, self.codec, _rows(shard, schedule)):
+                pass
+        clock.wait()
+        return 1000 * (time.perf_counter() - marks[-1]) / len(pictures), len(pictures)
+
     def _missing(self, points: Sequence[Point], done: Done) -> list[Point]:
         """Points that are not in the ledger; those that are whole on disk are put there."""
         metrics, asked = self.ledger.metrics(), wanted(self.reference, self.distances)

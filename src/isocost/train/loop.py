@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from isocost.stopping import is_over
 from isocost.train.ema import Ema
 from isocost.train.microbatch import largest_microbatch
 from isocost.train.parallel import Parallel, on_cpu, rows_of
+from isocost.train.recorded import RecordedStep
 from isocost.train.schedules import learning_rate
 from isocost.train.state import TrainingState, averaged, remove_partial
 from isocost.train.tasks import Batch, Task
@@ -63,6 +65,8 @@ def train(
     accelerator = make_accelerator(spec, run, title)
     trainer = Trainer(spec, task, network, run, accelerator)
     images_seen = last_saved = trainer.state.load()
+    if spec.cuda_graphs:
+        trainer.record(images_seen)
     ahead = tuple(mark for mark in marks or (spec.num_images,) if spec.whole_batches(mark) >= images_seen)
     ahead = trainer.publish_marks(publish, ahead, images_seen)
     losses: list[Tensor] = []
@@ -113,21 +117,43 @@ class Trainer:
         accelerator.wait_for_everyone()
         self.task.begin(dict(zip(self.ema.half_lives, self.ema.averages, strict=True)))
         self.microbatch = largest_microbatch(self.parallel, spec, task, self.rows, self.dtype)
+        self.recorded: RecordedStep | None = None
 
     def batch(self, images_seen: int) -> Batch:
         """This process's rows of the batch that follows `images_seen` images."""
         return self.task.batch(images_seen, self.rows, self.accelerator.device, self.dtype)
 
+    def record(self, images_seen: int) -> None:
+        """Record a step, to be played back from now on; after the state is restored, before batches are made beside it.
+
+        Raises:
+            RequestError: there is no CUDA device, or several processes train.
+        """
+        if self.accelerator.device.type != "cuda" or self.accelerator.num_processes > 1:
+            raise RequestError("train.cuda_graphs: for one process with a CUDA device; leave it out here")
+        self.recorded = RecordedStep(self.optimizer, self._gradients, self._learn, self.batch(images_seen))
+
     def step(self, batch: Batch, images_seen: int) -> Tensor:
         """One step of the optimizer and of the averages; returns the loss of this process's rows, on the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.spec, images_seen)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = backward(self.parallel, self.task, batch, self.microbatch, self.spec.precision)
-        self.parallel.clip(self.spec.max_grad_norm)
-        self.optimizer.step()
+        rate = learning_rate(self.spec, images_seen)
+        if self.recorded is not None:
+            loss = self.recorded(batch, rate)
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            loss = self._learn(batch)
         self.ema.update(images_seen + self.spec.batch_size, self.spec.batch_size)
         return loss
+
+    def _learn(self, batch: Batch) -> Tensor:
+        loss = self._gradients(batch)
+        self.parallel.clip(self.spec.max_grad_norm)
+        self.optimizer.step()
+        return loss
+
+    def _gradients(self, batch: Batch) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        return backward(self.parallel, self.task, batch, self.microbatch, self.spec.precision)
 
     def publish_marks(self, publish: Publish, marks: tuple[int, ...], images_seen: int) -> tuple[int, ...]:
         """Publish those that are reached; returns the others.
@@ -191,19 +217,40 @@ def make_accelerator(spec: TrainSpec, run: Path, title: str) -> Accelerator:
 @contextmanager
 def _batches(trainer: Trainer, images_seen: int) -> Iterator[Iterator[Batch]]:
     """The batches from `images_seen` on; beside a device the next one is made while it works on the last."""
-    size = trainer.spec.batch_size
-    if trainer.accelerator.device.type == "cpu":
+    size, device = trainer.spec.batch_size, trainer.accelerator.device
+    if device.type == "cpu":
         yield (trainer.batch(seen) for seen in range(images_seen, 1 << 62, size))
         return
+    make = _beside(trainer) if device.type == "cuda" else lambda seen: (trainer.batch(seen), lambda batch: batch)
     with ThreadPoolExecutor(1) as pool:
 
         def ahead() -> Iterator[Batch]:
-            coming = pool.submit(trainer.batch, images_seen)
+            coming = pool.submit(make, images_seen)
             for seen in range(images_seen + size, 1 << 62, size):
-                batch, coming = coming.result(), pool.submit(trainer.batch, seen)
-                yield batch
+                (batch, ready), coming = coming.result(), pool.submit(make, seen)
+                yield ready(batch)
 
         yield ahead()
+
+
+def _beside(trainer: Trainer) -> Callable[[int], tuple[Batch, Callable[[Batch], Batch]]]:
+    """Batches made on a stream of their own, so that making one does not wait for the step before it."""
+    stream = torch.cuda.Stream(trainer.accelerator.device)
+
+    def make(seen: int) -> tuple[Batch, Callable[[Batch], Batch]]:
+        with torch.cuda.stream(stream):
+            batch, made = trainer.batch(seen), stream.record_event()
+
+        def ready(batch: Batch) -> Batch:
+            here = torch.cuda.current_stream()
+            here.wait_event(made)
+            for column in fields(batch):
+                getattr(batch, column.name).record_stream(here)
+            return batch
+
+        return batch, ready
+
+    return make
 
 
 def _is_late(deadline: float | None, accelerator: Accelerator, at_log: bool) -> bool:

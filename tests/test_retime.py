@@ -1,0 +1,58 @@
+"""Milliseconds measured again: every point's, and nothing else of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import tiny_study
+from isocost.errors import RequestError
+from isocost.pipeline import Pipeline
+from isocost.provenance import provenance
+from isocost.sweep.workers import Worker
+
+LOADED_MS = 1e6
+
+
+@pytest.fixture
+def swept(tmp_path: Path) -> Pipeline:
+    pipeline = Pipeline(tiny_study(family={"widths": [8]}), tmp_path / "out")
+    pipeline.run()
+    return pipeline
+
+
+def test_every_point_is_timed_again_and_nothing_else_changes(swept: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = swept.ledger.table().set_index("point")
+    for point in before.index:
+        swept.ledger.set_time(point, LOADED_MS, {})
+    timed = []
+    time_one = Worker.time
+    monkeypatch.setattr(Worker, "time", lambda self, point: timed.append(point) or time_one(self, point))
+    assert swept.retime(swept.runs[0]) == len(before) > 0
+    after = swept.ledger.table().set_index("point")
+    assert (after["ms_per_picture"] > 0).all()
+    assert (after["ms_per_picture"] < LOADED_MS / 10).all()
+    told = after["provenance"].map(json.loads)
+    assert {one["timed_with"]["device"] for one in told} == {provenance()["device"]}
+    assert {one["timed_with"]["num_pictures"] for one in told} == {16}, "the places of a call"
+    same = [name for name in before.columns if name not in ("ms_per_picture", "provenance")]
+    assert before[same].equals(after[same])
+    assert [json.loads(row)["device"] for row in before["provenance"]] == [one["device"] for one in told]
+    works = after.groupby(["sampler", "num_steps", "nfe"])["ms_per_picture"].nunique()
+    assert (works == 1).all(), "one time for what takes the same passes"
+    assert len(timed) == len(works) < len(after)
+
+
+def test_more_steps_take_longer(swept: Pipeline) -> None:
+    swept.retime(swept.runs[0])
+    ms = swept.ledger.table().groupby("nfe")["ms_per_picture"].first()
+    assert ms.iloc[-1] > ms.iloc[0]
+
+
+def test_without_the_checkpoint_nothing_is_timed(swept: Pipeline) -> None:
+    for name in swept.runs[0].checkpoints.values():
+        swept.store.remove("checkpoint", name)
+    with pytest.raises(RequestError, match="no checkpoint"):
+        swept.retime(swept.runs[0])
