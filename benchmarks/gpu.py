@@ -198,14 +198,8 @@ def main() -> None:
         rows.append(speed(width, asked.side, asked.device, asked.precision, not asked.eager))
         if not asked.json:
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-        least = {
-            320: {"over_loop": 1.5, "over_tuned_loop": 1.0},
-            64: {"over_loop": 3},
-            96: {"over_loop": 3},
-            128: {"over_loop": 3},
-        }
-        for ratio, bound in least.get(width, {}).items():
-            if asked.side == 64 and ratio in rows[-1]:
+        for ratio, bound in LEAST_RATIOS.get((width, asked.side), {}).items():
+            if ratio in rows[-1]:
                 value = rows[-1][ratio]
                 targets.append(
                     {"what": f"width {width}: {ratio}", "value": value, "target": f">= {bound}", "met": value >= bound}

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from conftest import plain_study
+from conftest import plain_study, tiny_study
 from isocost.cli import app
 from isocost.cli.standing import drawn, duration
 from isocost.errors import RequestError
@@ -100,3 +102,20 @@ def test_the_command_draws_a_table_and_ends_in_json(tmp_path: Path) -> None:
     text = console.export_text()
     assert "kernel distance" in text
     assert "64/64" in text
+
+
+def test_progress_counts_what_is_done_in_whatever_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, list[int]] = {}
+
+    @contextmanager
+    def watched(title: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+        yield lambda completed, note: told.setdefault(f"{title}, {total}", []).append(completed)
+
+    monkeypatch.setattr("isocost.sweeping.progress_bar", watched)
+    Pipeline(tiny_study(family={"widths": [8]}), tmp_path / "grid").run()
+    raced = {"num_steps": [1, 2], "guidance": [1, 4], "search": "race", "bucket_size": 16, "marks_num_steps": 2}
+    Pipeline(tiny_study(family={"widths": [8]}, sweep=raced), tmp_path / "raced").run()
+    assert len(told) >= 4, list(told)
+    for title, counts in told.items():
+        assert counts == sorted(counts), title
+        assert counts[-1] == int(title.rsplit(", ", 1)[1]), title

@@ -111,21 +111,23 @@ class Sweeper:
         return True
 
     def _score(self, run: Run, jobs: Sequence[tuple[Job, Sequence[Point]]], title: str, deadline: float | None) -> bool:
-        numbers = {point.digest: n for n, point in enumerate((point for _, points in jobs for point in points), start=1)}
-        with progress_bar(title, len(numbers), "points") as progress:
+        asked, ended = {point.digest for _, points in jobs for point in points}, set[str]()
+        with progress_bar(title, len(asked), "points") as progress:
 
             def done(point: Point) -> None:
-                progress(numbers[point.digest], point.title)
+                ended.add(point.digest)
+                progress(len(ended), point.title)
                 self.after(f"{title}: {point.title}")
 
             return all(self._worker(run, job).run(points, done, deadline) for job, points in jobs)
 
     def _race(self, run: Run, job: Job, title: str, deadline: float | None) -> bool:
-        numbers = {cell.digest: n for n, cell in enumerate(job.cells, start=1)}
-        with progress_bar(title, len(numbers), "cells") as progress:
+        asked, ended = {cell.digest for cell in job.cells}, set[str]()
+        with progress_bar(title, len(asked), "cells") as progress:
 
             def done(cell: Cell) -> None:
-                progress(numbers[cell.digest], cell.title)
+                ended.add(cell.digest)
+                progress(len(ended), cell.title)
                 self.after(f"{title}: {cell.title}")
 
             return run_races(self._worker(run, job), job.cells, done, deadline)

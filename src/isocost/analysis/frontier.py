@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from isocost.analysis.hardware import timed_on_one_device
 from isocost.errors import RequestError
 from isocost.metrics.names import metric_of
 from isocost.score.protocol import difference
@@ -146,7 +147,7 @@ def of_task(table: pd.DataFrame, task: str = "text2image", protocol: str | None 
         rows = rows[rows["protocol"] == protocol]
         if rows.empty:
             raise RequestError(f"the ledger has no point of {task} under protocol {protocol}; known: {known}")
-    return rows.reset_index(drop=True)
+    return timed_on_one_device(rows).reset_index(drop=True)
 
 
 def sizes_in_order(table: pd.DataFrame) -> list[str]:

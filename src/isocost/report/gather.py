@@ -15,6 +15,7 @@ import pandas as pd
 from isocost.analysis.bands import bands_in_words
 from isocost.analysis.frontier import COSTS, best_in_each, default_budgets, finals
 from isocost.analysis.frontier_laws import predict_held_out
+from isocost.analysis.hardware import timed_on_one_device, untimed_in_words
 from isocost.analysis.laws import LEAST_MARKS
 from isocost.analysis.scaling import paper_compute, scaling
 from isocost.errors import RequestError
@@ -107,9 +108,11 @@ def study_table(pipeline: Pipeline, experiment: Experiment) -> pd.DataFrame:
     table = pipeline.ledger.table()
     table = table[table["point"].isin(wanted)]
     batch_size = experiment.runs[0].spec.batch_size
-    return table.assign(
-        is_final=table["checkpoint"].isin(finals), paper_compute=paper_compute(table["training_gflop"], batch_size)
-    ).reset_index(drop=True)
+    return (
+        timed_on_one_device(table)
+        .assign(is_final=table["checkpoint"].isin(finals), paper_compute=paper_compute(table["training_gflop"], batch_size))
+        .reset_index(drop=True)
+    )
 
 
 def _drawing(
@@ -218,6 +221,7 @@ def _provenance(pipeline: Pipeline, experiment: Experiment, table: pd.DataFrame)
         "quality against training compute": _laws(experiment, table),
         **({"best size by budget": _bands(experiment, table)} if _is_one_line(table) else {}),
         **({"the largest size's frontier, foretold": _foretold(experiment, table)} if _is_one_line(table) else {}),
+        **({"milliseconds": untimed} if (untimed := untimed_in_words(table)) else {}),
         "pictures skipped": len(skipped),
         "flagged": f"{flagged} points: Fréchet distance from fewer pictures than twice its features, compare at equal N only"
         if flagged

@@ -1,0 +1,43 @@
+"""Milliseconds are compared on one device alone: a table keeps those of the device that timed the most of its points."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pandas as pd
+
+TIMED = "ms_per_picture"
+
+
+def timed_on(provenance: Any) -> str:
+    """The device that a point's milliseconds were taken on, out of its row's `provenance` (JSON): that of its sweep, or of
+    `isocost retime`; empty where it is not recorded."""
+    told = json.loads(provenance) if isinstance(provenance, str) else {}
+    return str(told.get("timed_with", told).get("device", ""))
+
+
+def timed_on_one_device(table: pd.DataFrame) -> pd.DataFrame:
+    """The table, without the milliseconds that were taken on another device than most of its points' were.
+
+    Scores, evaluations and FLOPs do not depend on the device, and stay.
+    """
+    if table.empty or "provenance" not in table.columns:
+        return table
+    devices = table["provenance"].map(timed_on)
+    if devices.nunique() == 1:
+        return table
+    counts = devices.value_counts().sort_index()
+    return table.assign(**{TIMED: table[TIMED].where(devices == counts.idxmax())})
+
+
+def untimed_in_words(table: pd.DataFrame) -> str | None:
+    """What a reader must know of a table that `timed_on_one_device` has taken milliseconds from; None where it took none."""
+    untimed = table[TIMED].isna()
+    if not untimed.any():
+        return None
+    device = table[~untimed]["provenance"].map(timed_on).iloc[0]
+    return (
+        f"on {device}; {int(untimed.sum())} of {len(table)} points were timed on another device and carry none here "
+        "(`isocost retime` measures them again)"
+    )

@@ -1,0 +1,60 @@
+"""Milliseconds of different devices are never set against each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from conftest import tiny_study
+from isocost.analysis.frontier import of_task, pareto
+from isocost.analysis.hardware import timed_on, timed_on_one_device, untimed_in_words
+from isocost.pipeline import Pipeline
+from isocost.report.gather import report
+from isocost.sweep.ledger import read_table
+
+
+def table_of(*devices: str | None) -> pd.DataFrame:
+    told = [None if device is None else json.dumps({"device": device}) for device in devices]
+    return pd.DataFrame({"ms_per_picture": [float(n + 1) for n in range(len(devices))], "provenance": told})
+
+
+def test_the_device_of_most_points_keeps_its_milliseconds() -> None:
+    table = timed_on_one_device(table_of("gpu", "cpu", "cpu"))
+    assert table["ms_per_picture"].isna().tolist() == [True, False, False]
+    words = untimed_in_words(table)
+    assert words is not None
+    assert words.startswith("on cpu; 1 of 3 points")
+
+
+@pytest.mark.parametrize("devices", [("cpu", "cpu"), (None, None), ()])
+def test_a_table_of_one_device_stays(devices: tuple[str | None, ...]) -> None:
+    table = table_of(*devices)
+    assert timed_on_one_device(table) is table
+    assert untimed_in_words(table) is None
+
+
+def test_a_point_timed_again_belongs_to_the_device_that_did_it() -> None:
+    assert timed_on(json.dumps({"device": "gpu", "timed_with": {"device": "cpu"}})) == "cpu"
+    assert timed_on(json.dumps({"device": "gpu"})) == "gpu"
+    assert timed_on(None) == ""
+
+
+def test_a_report_leaves_out_what_another_device_timed_and_says_so(tmp_path: Path) -> None:
+    pipeline = Pipeline(tiny_study(), tmp_path / "out")
+    pipeline.run()
+    points = pipeline.ledger.table()["point"].tolist()
+    for point in points[:2]:
+        pipeline.ledger.set_time(point, 1e-9, {"device": "another"})
+    report(pipeline)
+    table = read_table(tmp_path / "out").set_index("point")
+    assert table.index[table["ms_per_picture"].isna()].tolist() == sorted(points[:2], key=table.index.tolist().index)
+    assert len(table) == len(points), "they compete by every other cost"
+    assert "2 of" in (page := (tmp_path / "out/report/index.html").read_text())
+    assert "timed on another device" in page
+    by_ms = pareto(table.reset_index(), "ms_per_picture", "kernel_efficientnet")
+    assert (by_ms["ms_per_picture"] > 1e-9).all()
+    from_ledger = of_task(pipeline.ledger.table()).set_index("point")
+    assert from_ledger["ms_per_picture"].isna().sum() == 2
