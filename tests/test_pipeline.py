@@ -190,6 +190,7 @@ def kill_when(process: subprocess.Popen[bytes], ready: object) -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_table(finished: Path, tmp_path: Path) -> None:
     study, out = tmp_path / "study.yaml", tmp_path / "out"
     study.write_text(yaml.safe_dump(plain_study()))

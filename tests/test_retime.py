@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -16,9 +15,9 @@ from isocost.sweep.workers import Worker
 LOADED_MS = 1e6
 
 
-@pytest.fixture
-def swept(tmp_path: Path) -> Pipeline:
-    pipeline = Pipeline(tiny_study(family={"widths": [8]}), tmp_path / "out")
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    pipeline = Pipeline(tiny_study(family={"widths": [8]}), tmp_path_factory.mktemp("swept") / "out")
     pipeline.run()
     return pipeline
 

@@ -61,6 +61,7 @@ def small_study(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     return file, plain
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_the_shard_and_the_same_command_goes_on(tmp_path: Path) -> None:
     file, plain = small_study(tmp_path)
     out = tmp_path / "out"
