@@ -12,7 +12,7 @@ import pytest
 
 from conftest import plain_study, tiny_study
 from isocost.analysis.paper_findings import FINDINGS
-from isocost.analysis.repeats import side_by_side, training_of, training_spread
+from isocost.analysis.repeats import TrainingSpread, side_by_side, training_of, training_spread
 from isocost.analysis.verdicts import Points, judge, with_luck
 from isocost.errors import RequestError
 from isocost.models.checkpoint import load_checkpoint
@@ -167,3 +167,15 @@ def test_a_study_of_given_checkpoints_has_no_repeats() -> None:
             | {"data": data, "checkpoints": ["a"], "repeats": {"seeds": [1]}}
             | dict.fromkeys(("codec", "family", "train"))
         )
+
+
+def test_a_wide_margin_still_leaves_scores_that_are_far_apart() -> None:
+    spread = TrainingSpread(share=0.18, low=0.09, high=1.1, degrees=2, sizes=("1M", "2M"))
+    times = math.exp(spread.margin)
+    assert 2.9 < times < 3.1
+    assert spread.explains(1.0, 0.99 * times)
+    assert spread.explains(0.99 * times, 1.0)
+    assert not spread.explains(1.0, 1.01 * times)
+    assert not spread.explains(1.01 * times, 1.0)
+    assert spread.explains(0.0, 0.01), "around 0 a share of the larger one"
+    assert f"less than {times:.3g} times apart" in str(spread)

@@ -44,14 +44,21 @@ class TrainingSpread:
 
     @property
     def margin(self) -> float:
-        """Share by which two trainings' scores have to differ before it is more than luck: 95 %, Student's t."""
+        """How far apart the logarithms of two trainings' scores have to be before it is more than luck: 95 %, Student's t."""
         return float(stats.t.ppf(0.975, self.degrees)) * math.sqrt(2) * self.share
 
+    def explains(self, one: float, other: float) -> bool:
+        """Whether two trainings of one size may be as far apart as these scores. A score that is not above 0 has no logarithm:
+        there the margin is a share of the larger one."""
+        if min(one, other) <= 0:
+            return abs(one - other) <= self.margin * max(abs(one), abs(other))
+        return abs(math.log(one / other)) <= self.margin
+
     def __str__(self) -> str:
-        spread, low, high, margin = (f"{100 * value:.2g} %" for value in (self.share, self.low, self.high, self.margin))
+        spread, low, high = (f"{100 * value:.3g} %" for value in (self.share, self.low, self.high))
         of = f"{self.degrees} more {'training' if self.degrees == 1 else 'trainings'} of {', '.join(self.sizes)}"
         spread = f"scores of one setting spread by {spread} [{low}, {high}] between trainings ({of})"
-        return f"{spread}; differences beyond {margin} are no luck"
+        return f"{spread}; two scores less than {math.exp(self.margin):.3g} times apart may be luck"
 
 
 def training_of(size: str) -> tuple[str, str]:

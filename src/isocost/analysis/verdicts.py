@@ -149,10 +149,8 @@ def compare(one: Mapping[Any, Any], other: Mapping[Any, Any], metric: str, luck:
 
     Their intervals must be apart; with `luck` scores of two sizes must also differ by more than two trainings may.
     """
-    if luck is not None and one["size"] != other["size"]:
-        scores = (float(one[metric]), float(other[metric]))
-        if abs(scores[0] - scores[1]) <= luck.margin * max(map(abs, scores)):
-            return "undecided"
+    if luck is not None and one["size"] != other["size"] and luck.explains(float(one[metric]), float(other[metric])):
+        return "undecided"
     ends = [float(row[f"{metric}_{side}"]) for row in (one, other) for side in ("low", "high")]
     low, high, other_low, other_high = ends
     if any(end != end for end in ends) or (low <= other_high and other_low <= high):
