@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from conftest import tiny_study
 from isocost.analysis.frontier import of_task, pareto
 from isocost.analysis.hardware import timed_on, timed_on_one_device, untimed_in_words
+from isocost.cli import app
 from isocost.pipeline import Pipeline
 from isocost.report.gather import _provenance, study_table
 
@@ -55,3 +57,5 @@ def test_a_report_leaves_out_what_another_device_timed_and_says_so(tmp_path: Pat
     by_ms = pareto(table, "ms_per_picture", "kernel_efficientnet")
     assert (by_ms["ms_per_picture"] > 1e-9).all()
     assert of_task(pipeline.ledger.table())["ms_per_picture"].isna().sum() == 2
+    told = CliRunner().invoke(app, ["recommend", "--ledger", str(tmp_path / "out" / "ledger.sqlite"), "--budget-nfe", "4"])
+    assert f"note: milliseconds on {timed_on(table['provenance'].iloc[-1])}; 2 of" in told.stderr

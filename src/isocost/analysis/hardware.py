@@ -22,22 +22,25 @@ def timed_on_one_device(table: pd.DataFrame) -> pd.DataFrame:
 
     Scores, evaluations and FLOPs do not depend on the device, and stay.
     """
-    if table.empty or "provenance" not in table.columns:
+    counts = _devices(table)
+    if len(counts) < 2:
         return table
-    devices = table["provenance"].map(timed_on)
-    if devices.nunique() == 1:
-        return table
-    counts = devices.value_counts().sort_index()
-    return table.assign(**{TIMED: table[TIMED].where(devices == counts.idxmax())})
+    return table.assign(**{TIMED: table[TIMED].where(table["provenance"].map(timed_on) == counts.idxmax())})
 
 
 def untimed_in_words(table: pd.DataFrame) -> str | None:
     """What a reader must know of a table that `timed_on_one_device` has taken milliseconds from; None where it took none."""
-    untimed = table[TIMED].isna()
-    if not untimed.any():
+    counts = _devices(table)
+    if len(counts) < 2:
         return None
-    device = table[~untimed]["provenance"].map(timed_on).iloc[0]
     return (
-        f"on {device}; {int(untimed.sum())} of {len(table)} points were timed on another device and carry none here "
-        "(`isocost retime` measures them again)"
+        f"on {counts.idxmax()}; {counts.sum() - counts.max()} of {len(table)} points were timed on another device and carry "
+        "none here (`isocost retime` measures them again)"
     )
+
+
+def _devices(table: pd.DataFrame) -> pd.Series[int]:
+    """How many points each device timed; nothing where the table does not tell."""
+    if "provenance" not in table.columns:
+        return pd.Series(dtype=int)
+    return table["provenance"].map(timed_on).value_counts().sort_index()

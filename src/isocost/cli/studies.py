@@ -275,6 +275,7 @@ def recommend(
     ] = None,
 ) -> None:
     """The best size, sampler, steps and guidance within every budget given; the first of them breaks ties."""
+    from isocost.analysis.hardware import untimed_in_words
     from isocost.analysis.recommend import recommend as choose
 
     budgets = {
@@ -295,6 +296,8 @@ def recommend(
     lead = costs[0]
     also = {name: value for name, value in given.items() if name != lead}
     table = _points(out, ledger, task, protocol)
+    if untimed := untimed_in_words(table):
+        print(f"note: milliseconds {untimed}", file=sys.stderr)
     folder = "OUT" if out is None else str(out)
     chosen = choose(table, lead, given[lead], metric, folder, also=also, floors=_floors(floors))
     for line in (chosen.reason, *(f"note: {note}" for note in chosen.notes), chosen.command):

@@ -95,14 +95,13 @@ class Worker:
         (shard,) = shards_of(point, len(pictures), [len(pictures)])
         engine, schedule = self._engine(shard, of_one_point=True), schedule_of(self.checkpoint.info)
         clock = instruments_of(engine.device).clock
-        marks = []
         for _ in ("warm up", "measure"):
             clock.wait()
-            marks.append(time.perf_counter())
+            started = time.perf_counter()
             for _ in generate(engine, self.codec, _rows(shard, schedule)):
                 pass
         clock.wait()
-        return 1000 * (time.perf_counter() - marks[-1]) / len(pictures), len(pictures)
+        return 1000 * (time.perf_counter() - started) / len(pictures), len(pictures)
 
     def _missing(self, points: Sequence[Point], done: Done) -> list[Point]:
         """Points that are not in the ledger; those that are whole on disk are put there."""
