@@ -12,7 +12,7 @@ import pytest
 
 from conftest import plain_study, tiny_study
 from isocost.analysis.paper_findings import FINDINGS
-from isocost.analysis.repeats import TrainingSpread, side_by_side, training_of, training_spread
+from isocost.analysis.repeats import Luck, TrainingSpread, side_by_side, training_luck, training_of
 from isocost.analysis.verdicts import Points, judge, with_luck
 from isocost.errors import RequestError
 from isocost.models.checkpoint import load_checkpoint
@@ -57,7 +57,7 @@ def test_a_name_tells_size_and_training() -> None:
 def test_intervals_cover_the_planted_spread_and_margins_what_luck_does(
     sizes: tuple[str, ...], num_seeds: int, degrees: int
 ) -> None:
-    spreads = [training_spread(trained_again(0.05, seed, sizes, num_seeds), KERNEL) for seed in range(200)]
+    spreads = [training_luck(trained_again(0.05, seed, sizes, num_seeds), KERNEL).together for seed in range(200)]
     assert {one.degrees for one in spreads} == {degrees}
     assert {one.sizes for one in spreads} == {sizes}
     assert 0.90 <= np.mean([one.low <= 0.05 <= one.high for one in spreads]) <= 0.99
@@ -69,10 +69,10 @@ def test_intervals_cover_the_planted_spread_and_margins_what_luck_does(
 def test_settings_that_one_training_lacks_do_not_count() -> None:
     table = trained_again(0.05)
     less = table[~((table["size"] == "0.8M seed 1") & (table["num_steps"] == 2))]
-    assert training_spread(less, KERNEL).share == pytest.approx(training_spread(table, KERNEL).share)
+    assert training_luck(less, KERNEL).together.share == pytest.approx(training_luck(table, KERNEL).together.share)
     assert len(side_by_side(table, KERNEL)["0.8M"]) == len(side_by_side(less, KERNEL)["0.8M"]) + 2  # samplers
     with pytest.raises(RequestError, match=r"repeats\.seeds"):
-        training_spread(planted_table(), KERNEL)
+        training_luck(planted_table(), KERNEL)
 
 
 # --- verdicts ---
@@ -124,9 +124,9 @@ def test_they_have_a_table_and_a_page_of_their_own(finished: Pipeline) -> None:
     assert set(by_size) == {4 + 1 - 1}  # the grid, which the mark's setting is part of
     assert set(pd.read_parquet(finished.out / "table.parquet")["size"]) == {"0.3M", "0.8M"}
     page = (finished.out / "report" / "repeats" / "index.html").read_text()
-    assert "scores of one setting spread by" in page
+    assert "scores of one setting spread between trainings" in page
     told = (finished.out / "report" / "verdicts.md").read_text()
-    assert "between trainings (2 more trainings of 0.8M)" in told
+    assert "by 2 more trainings" in told
     before = (finished.out / "report" / "index.html").read_bytes()
     redraw(finished.out)
     assert (finished.out / "report" / "index.html").read_bytes() == before
@@ -140,6 +140,7 @@ def test_the_plan_counts_them(finished: Pipeline, tmp_path: Path) -> None:
         ("repeats", "0.8M seed 2", 64),
     ]
     assert all(size["points_to_make"] == 0 for size in plan(finished)["sizes"])
+    assert {size["task"] for size in plan(finished, ("repeats",))["sizes"]} == {"repeats"}
     more = tiny_study(**{**STUDY, "repeats": {"seeds": [1, 2, 3]}})
     wanted = [one["size"] for one in plan(Pipeline(more, finished.out))["sizes"] if one["images_to_train"]]
     assert wanted == ["0.3M seed 1", "0.3M seed 2", "0.3M seed 3", "0.8M seed 3"]
@@ -169,13 +170,44 @@ def test_a_study_of_given_checkpoints_has_no_repeats() -> None:
         )
 
 
+def rows_of(one: float, other: float, sizes: tuple[str, str] = ("1M", "2M")) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two rows of the table with these scores."""
+    return {"size": sizes[0], KERNEL: one}, {"size": sizes[1], KERNEL: other}
+
+
 def test_a_wide_margin_still_leaves_scores_that_are_far_apart() -> None:
     spread = TrainingSpread(share=0.18, low=0.09, high=1.1, degrees=2, sizes=("1M", "2M"))
-    times = math.exp(spread.margin)
+    luck, times = Luck({}, spread), math.exp(spread.margin)
     assert 2.9 < times < 3.1
-    assert spread.explains(1.0, 0.99 * times)
-    assert spread.explains(0.99 * times, 1.0)
-    assert not spread.explains(1.0, 1.01 * times)
-    assert not spread.explains(1.01 * times, 1.0)
-    assert spread.explains(0.0, 0.01), "around 0 a share of the larger one"
-    assert f"less than {times:.3g} times apart" in str(spread)
+    assert luck.explains(*rows_of(1.0, 0.99 * times), KERNEL)
+    assert luck.explains(*rows_of(0.99 * times, 1.0), KERNEL)
+    assert not luck.explains(*rows_of(1.0, 1.01 * times), KERNEL)
+    assert not luck.explains(*rows_of(1.01 * times, 1.0), KERNEL)
+    assert luck.explains(*rows_of(0.0, 0.01), KERNEL), "around 0 a share of the larger one"
+    assert f"luck up to {times:.3g} times" in str(spread)
+
+
+def test_each_size_has_its_own_luck_and_one_trained_once_that_of_all() -> None:
+    spreads, sizes = {"0.2M": 0.2, "3.2M": 0.02}, ("0.2M", "3.2M")
+    tables = [trained_again(spread, 3, (size,), 4) for size, spread in spreads.items()]
+    luck = training_luck(pd.concat(tables, ignore_index=True), KERNEL)
+    assert list(luck.by_size) == ["0.2M", "3.2M"]
+    assert luck.of("0.2M seed 1").share > 3 * luck.of("3.2M").share
+    assert luck.of("12.6M") is luck.together
+    assert luck.of("3.2M").share < luck.together.share < luck.of("0.2M").share
+    assert not luck.explains(*rows_of(1.0, 1.25, ("3.2M", "3.2M seed 1")), KERNEL)
+    assert luck.explains(*rows_of(1.0, 1.25, sizes), KERNEL)
+    assert str(luck).count("luck up to") == 3
+    assert "taken for sizes trained once" in str(luck)
+
+
+@pytest.mark.parametrize("spreads", [(0.2, 0.02), (0.05, 0.05)])
+def test_margins_between_two_sizes_hold_what_luck_does(spreads: tuple[float, float]) -> None:
+    generator, held = np.random.default_rng(5), []
+    for seed in range(300):
+        planted = zip((2 * seed, 2 * seed + 1), ("0.2M", "3.2M"), spreads, strict=True)
+        tables = [trained_again(spread, number, (size,), 3) for number, size, spread in planted]
+        luck = training_luck(pd.concat(tables, ignore_index=True), KERNEL)
+        one, other = np.exp(spreads * generator.standard_normal(2))
+        held.append(luck.explains(*rows_of(one, other, ("0.2M", "3.2M")), KERNEL))
+    assert 0.91 <= np.mean(held) <= 0.99

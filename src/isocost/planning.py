@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from isocost.experiments.experiment import Run
 from isocost.forecasting.disk import point_bytes
 from isocost.models.cost import ModelCost
 from isocost.pipeline import Pipeline
+from isocost.stages import TaskName
 from isocost.sweep.racing import typical_pictures
 from isocost.sweeping import known_points, open_cells
 from isocost.train.forecast import disk_bytes
@@ -16,13 +18,16 @@ from isocost.train.state import newest_state
 _SUMMED = ("points", "points_to_make", "pictures", "pictures_to_make", "pictures_of_races", "disk_bytes")
 
 
-def plan(pipeline: Pipeline) -> dict[str, Any]:
-    """What `pipeline.run` would do, by size. Reads the pictures; writes nothing.
+def plan(pipeline: Pipeline, tasks: Collection[TaskName] | None = None) -> dict[str, Any]:
+    """What `pipeline.run` would do, by size, for some tasks or all. Reads the pictures; writes nothing.
 
     Every cell that is to be raced in counts as a point and as the pictures of a typical race.
+
+    Raises:
+        RequestError: the study has no part for a task.
     """
     recorded, races = pipeline.recorded_points(), pipeline.races()
-    sizes = [_plan_run(pipeline, run, recorded, races) for run in pipeline.runs]
+    sizes = [_plan_run(pipeline, run, recorded, races) for run in pipeline.runs_of(tasks)]
     total = {key: sum(size[key] for size in sizes) for key in _SUMMED}
     total["disk_bytes"] += 0 if pipeline.study.checkpoints else pipeline.materials.cache_bytes()
     about = {"study": pipeline.study.name, "out": str(pipeline.out), "protocol": pipeline.materials.protocol.id}

@@ -45,20 +45,55 @@ class TrainingSpread:
     @property
     def margin(self) -> float:
         """How far apart the logarithms of two trainings' scores have to be before it is more than luck: 95 %, Student's t."""
-        return float(stats.t.ppf(0.975, self.degrees)) * math.sqrt(2) * self.share
-
-    def explains(self, one: float, other: float) -> bool:
-        """Whether two trainings of one size may be as far apart as these scores. A score that is not above 0 has no logarithm:
-        there the margin is a share of the larger one."""
-        if min(one, other) <= 0:
-            return abs(one - other) <= self.margin * max(abs(one), abs(other))
-        return abs(math.log(one / other)) <= self.margin
+        return _margin(self, self)
 
     def __str__(self) -> str:
         spread, low, high = (f"{100 * value:.3g} %" for value in (self.share, self.low, self.high))
-        of = f"{self.degrees} more {'training' if self.degrees == 1 else 'trainings'} of {', '.join(self.sizes)}"
-        spread = f"scores of one setting spread by {spread} [{low}, {high}] between trainings ({of})"
-        return f"{spread}; two scores less than {math.exp(self.margin):.3g} times apart may be luck"
+        more = f"{self.degrees} more {'training' if self.degrees == 1 else 'trainings'}"
+        return f"{', '.join(self.sizes)} {spread} [{low}, {high}] by {more}, luck up to {math.exp(self.margin):.3g} times"
+
+
+@dataclass(frozen=True)
+class Luck:
+    """The spread between trainings, size by size: small networks may have far more of it than large ones.
+
+    Attributes:
+        by_size: of each size that was trained again.
+        together: of all of them, for sizes that were not.
+    """
+
+    by_size: Mapping[str, TrainingSpread]
+    together: TrainingSpread
+
+    def of(self, size: str) -> TrainingSpread:
+        """The spread of a size, or of a further training of it ("2.6M seed 1")."""
+        return self.by_size.get(training_of(size)[0], self.together)
+
+    def explains(self, one: Mapping[Any, Any], other: Mapping[Any, Any], metric: str) -> bool:
+        """Whether the scores of two rows of the table may be as far apart by the luck of their trainings.
+
+        Welch's t between logarithms. A score that is not above 0 has none: there the margin is a share of the larger one.
+        """
+        scores = float(one[metric]), float(other[metric])
+        margin = _margin(self.of(str(one["size"])), self.of(str(other["size"])))
+        if min(scores) <= 0:
+            return abs(scores[0] - scores[1]) <= margin * max(abs(score) for score in scores)
+        return abs(math.log(scores[0] / scores[1])) <= margin
+
+    def __str__(self) -> str:
+        told = [str(spread) for spread in self.by_size.values()]
+        if len(told) > 1:
+            told.append(f"taken for sizes trained once: {self.together}")
+        return f"scores of one setting spread between trainings: {'; '.join(told)}"
+
+
+def _margin(one: TrainingSpread, other: TrainingSpread) -> float:
+    """Welch's t at 95 % for one training of each; two sizes with the same spread share its degrees of freedom."""
+    variances = one.share**2, other.share**2
+    degrees: float = one.degrees
+    if one is not other and sum(variances):
+        degrees = sum(variances) ** 2 / (variances[0] ** 2 / one.degrees + variances[1] ** 2 / other.degrees)
+    return float(stats.t.ppf(0.975, degrees)) * math.sqrt(sum(variances))
 
 
 def training_of(size: str) -> tuple[str, str]:
@@ -67,22 +102,26 @@ def training_of(size: str) -> tuple[str, str]:
     return (name, f"{SEED_WORD} {seed}") if name else (size, "")
 
 
-def training_spread(table: pd.DataFrame, metric: str) -> TrainingSpread:
+def training_luck(table: pd.DataFrame, metric: str) -> Luck:
     """From logarithms of the scores of last checkpoints, at settings that all trainings of a size share.
 
     Raises:
         RequestError: no size was scored after two trainings.
     """
-    sums, degrees, sizes = 0.0, 0, []
+    squares: dict[str, tuple[float, int]] = {}
     for size, trainings in _trained_again(table, metric):
-        variance = float(np.log(trainings).var(axis=0, ddof=1).mean())
-        sums += (len(trainings) - 1) * variance
-        degrees += len(trainings) - 1
-        sizes.append(size)
-    if not degrees:
+        degrees = len(trainings) - 1
+        squares[size] = degrees * float(np.log(trainings).var(axis=0, ddof=1).mean()), degrees
+    if not squares:
         raise RequestError("no size was scored after two trainings: add repeats.seeds")
+    by_size = {size: _spread(*one, (size,)) for size, one in squares.items()}
+    sums, degrees = (sum(one[part] for one in squares.values()) for part in (0, 1))
+    return Luck(by_size, _spread(sums, int(degrees), tuple(squares)))
+
+
+def _spread(sums: float, degrees: int, sizes: tuple[str, ...]) -> TrainingSpread:
     low, high = (math.sqrt(sums / stats.chi2.ppf(level, degrees)) for level in (0.975, 0.025))
-    return TrainingSpread(math.sqrt(sums / degrees), low, high, degrees, tuple(sizes))
+    return TrainingSpread(math.sqrt(sums / degrees), low, high, degrees, sizes)
 
 
 def side_by_side(table: pd.DataFrame, metric: str) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from isocost.analysis.frontier import COSTS, format_score
-from isocost.analysis.repeats import TrainingSpread, training_spread
+from isocost.analysis.repeats import Luck, training_luck
 from isocost.errors import RequestError
 from isocost.metrics.names import metric_of
 
@@ -32,7 +32,7 @@ class Points:
 
     table: pd.DataFrame
     metric: str
-    luck: TrainingSpread | None = None
+    luck: Luck | None = None
 
 
 Tables = Mapping[str, Points]
@@ -138,18 +138,18 @@ def with_luck(tables: Tables) -> dict[str, Points]:
     if "repeats" not in tables:
         return told
     try:
-        luck = training_spread(tables["repeats"].table, tables["repeats"].metric)
+        luck = training_luck(tables["repeats"].table, tables["repeats"].metric)
     except RequestError:  # a further training that has no point yet, of which the page tells
         return told
     return told | {task: replace(told[task], luck=luck) for task in ("text2image", "repeats") if task in told}
 
 
-def compare(one: Mapping[Any, Any], other: Mapping[Any, Any], metric: str, luck: TrainingSpread | None = None) -> str:
+def compare(one: Mapping[Any, Any], other: Mapping[Any, Any], metric: str, luck: Luck | None = None) -> str:
     """Whether the first row's score is "better" or "worse" than the other's, or "undecided".
 
     Their intervals must be apart; with `luck` scores of two sizes must also differ by more than two trainings may.
     """
-    if luck is not None and one["size"] != other["size"] and luck.explains(float(one[metric]), float(other[metric])):
+    if luck is not None and one["size"] != other["size"] and luck.explains(one, other, metric):
         return "undecided"
     ends = [float(row[f"{metric}_{side}"]) for row in (one, other) for side in ("low", "high")]
     low, high, other_low, other_high = ends

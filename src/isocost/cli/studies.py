@@ -73,7 +73,7 @@ def run(
         from isocost.pipeline import Pipeline
         from isocost.planning import plan
 
-        answer_plan(plan(Pipeline(spec, output_folder(spec, out), ledger)))
+        answer_plan(plan(Pipeline(spec, output_folder(spec, out), ledger), known_tasks(tasks)))
         return
     _run(spec, out, stop_after, tasks, ledger, workers, ray)
 

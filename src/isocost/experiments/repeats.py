@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from isocost.analysis.repeats import SEED_WORD, side_by_side, training_of, training_spread
+from isocost.analysis.repeats import SEED_WORD, side_by_side, training_luck, training_of
 from isocost.errors import RequestError
 from isocost.experiments.experiment import Run, make_run
 from isocost.experiments.text2image import TextToImageExperiment
@@ -51,9 +51,9 @@ class RepeatsExperiment(TextToImageExperiment):
         return table[names.str[0].isin(again)].reset_index(drop=True), samples
 
     def findings(self, table: pd.DataFrame) -> dict[str, Any]:
-        """How far trainings of a size are apart, together and at every setting."""
+        """How far trainings of a size are apart, over all settings and at each."""
         try:
-            spread = str(training_spread(table, self.metric))
+            luck = str(training_luck(table, self.metric))
         except RequestError as error:
             return {"between trainings": str(error)}
-        return {"between trainings": spread, "setting by setting": side_by_side(table, self.metric)}
+        return {"between trainings": luck, "setting by setting": side_by_side(table, self.metric)}
