@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from conftest import tiny_study
@@ -14,6 +15,7 @@ from isocost.analysis.frontier import of_task, pareto
 from isocost.analysis.hardware import timed_on, timed_on_one_device, untimed_in_words
 from isocost.cli import app
 from isocost.pipeline import Pipeline
+from isocost.provenance import processor_name
 from isocost.report.gather import _provenance, study_table
 
 
@@ -59,3 +61,7 @@ def test_a_report_leaves_out_what_another_device_timed_and_says_so(tmp_path: Pat
     assert of_task(pipeline.ledger.table())["ms_per_picture"].isna().sum() == 2
     told = CliRunner().invoke(app, ["recommend", "--ledger", str(tmp_path / "out" / "ledger.sqlite"), "--budget-nfe", "4"])
     assert f"note: milliseconds on {timed_on(table['provenance'].iloc[-1])}; 2 of" in told.stderr
+
+
+def test_processors_of_one_model_name_are_told_apart() -> None:
+    assert f"({torch.backends.cpu.get_cpu_capability()}), " in processor_name()

@@ -47,10 +47,14 @@ def _commit() -> str:
 
 
 def processor_name() -> str:
-    """The processor's model and how many cores this machine shows."""
-    info = Path("/proc/cpuinfo")
+    """The processor's model, the vector instructions that torch uses on it, and how many cores this machine shows.
+
+    The model alone ("AMD EPYC") may be several generations, one twice as fast as another.
+    """
+    import torch
+
+    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+        models = (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name"))
+        name = next(models, name)
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores"

@@ -89,11 +89,11 @@ class Luck:
 
 def _margin(one: TrainingSpread, other: TrainingSpread) -> float:
     """Welch's t at 95 % for one training of each; two sizes with the same spread share its degrees of freedom."""
-    variances = one.share**2, other.share**2
+    first, second = one.share**2, other.share**2
     degrees: float = one.degrees
-    if one is not other and sum(variances):
-        degrees = sum(variances) ** 2 / (variances[0] ** 2 / one.degrees + variances[1] ** 2 / other.degrees)
-    return float(stats.t.ppf(0.975, degrees)) * math.sqrt(sum(variances))
+    if one is not other and first + second > 0:
+        degrees = (first + second) ** 2 / (first**2 / one.degrees + second**2 / other.degrees)
+    return float(stats.t.ppf(0.975, degrees)) * math.sqrt(first + second)
 
 
 def training_of(size: str) -> tuple[str, str]:
@@ -108,15 +108,15 @@ def training_luck(table: pd.DataFrame, metric: str) -> Luck:
     Raises:
         RequestError: no size was scored after two trainings.
     """
-    squares: dict[str, tuple[float, int]] = {}
+    squares: dict[str, float] = {}
+    degrees: dict[str, int] = {}
     for size, trainings in _trained_again(table, metric):
-        degrees = len(trainings) - 1
-        squares[size] = degrees * float(np.log(trainings).var(axis=0, ddof=1).mean()), degrees
+        degrees[size] = len(trainings) - 1
+        squares[size] = degrees[size] * float(np.log(trainings).var(axis=0, ddof=1).mean())
     if not squares:
         raise RequestError("no size was scored after two trainings: add repeats.seeds")
-    by_size = {size: _spread(*one, (size,)) for size, one in squares.items()}
-    sums, degrees = (sum(one[part] for one in squares.values()) for part in (0, 1))
-    return Luck(by_size, _spread(sums, int(degrees), tuple(squares)))
+    by_size = {size: _spread(squares[size], degrees[size], (size,)) for size in squares}
+    return Luck(by_size, _spread(sum(squares.values()), sum(degrees.values()), tuple(squares)))
 
 
 def _spread(sums: float, degrees: int, sizes: tuple[str, ...]) -> TrainingSpread:
