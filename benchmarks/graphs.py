@@ -10,6 +10,7 @@ weights and batches: time, never quality. fp32. The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -109,7 +110,12 @@ def main() -> None:
     asked = options.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no GPU here: graphs are recorded on CUDA devices")
-    print_results("graphs", [row for width in asked.widths for row in rows_of(width, asked.side)], [])
+    rows: list[dict[str, Any]] = []
+    for width in asked.widths:
+        rows += rows_of(width, asked.side)
+        if not asked.json:
+            print(json.dumps(rows[-6:]), file=sys.stderr, flush=True)  # what is there if the device's time runs out
+    print_results("graphs", rows, [])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,13 @@ STUDY: dict[str, Any] = {
 }
 
 
+_planted = lru_cache(lambda sizes: planted_table(sizes=sizes, guidance=(1.0, 2.0), marks=()))
+
+
 def trained_again(spread: float, seed: int = 0, sizes: tuple[str, ...] = ("0.2M", "0.8M"), num_seeds: int = 2) -> pd.DataFrame:
     """A table with trainings whose scores are all off by one factor each, of that standard deviation."""
     generator = np.random.default_rng(seed)
-    table = planted_table(sizes=sizes, guidance=(1.0, 2.0), marks=())
+    table = _planted(sizes)
     parts = []
     for number in range(num_seeds):
         factors = table["size"].map({size: math.exp(spread * generator.standard_normal()) for size in sizes})

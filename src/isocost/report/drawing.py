@@ -54,6 +54,7 @@ def save(figure: Figure, folder: Path, name: str) -> None:
     """Write NAME.png, 160 dots an inch, and NAME.pdf with its type embedded; neither holds the time at which it was written."""
     with matplotlib.rc_context(STYLE):
         figure.savefig(folder / f"{name}.png")
+        figure.set_layout_engine("none")  # stays as it has just been laid out
         figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
 
 
