@@ -21,6 +21,7 @@ from isocost.diffusion.noise import START_NOISE, normal_noise
 from isocost.errors import RequestError
 from isocost.experiments.distill import DistillExperiment, StudentRun
 from isocost.exporting import export
+from isocost.merging import keep, merge
 from isocost.models.checkpoint import load_checkpoint
 from isocost.pipeline import Pipeline
 from isocost.planning import plan
@@ -428,3 +429,34 @@ def test_every_pair_is_compared_at_equal_cost(planted: pd.DataFrame) -> None:
     ours = planted[(planted["size"] == "0.2M consistency") & (planted["nfe"] <= 4)]["kernel_efficientnet"].min()
     assert row["difference"] == pytest.approx(ours - best)
     assert len(values) == len(planted)
+
+
+class Elsewhere:
+    """Points whose features are not here."""
+
+    def of_points(self, first: str, second: str, metric: str) -> Interval | None:
+        return None
+
+
+def test_points_that_were_measured_elsewhere_are_compared_by_their_own_intervals(planted: pd.DataFrame) -> None:
+    told = against_teacher(planted, "kernel_efficientnet", Elsewhere())
+    assert all(one.endswith(" (not paired), better") for one in told["0.2M consistency"])
+    found = comparisons(planted, "kernel_efficientnet", Elsewhere())
+    assert not found["is_paired"].any()
+    assert found["text"].str.contains(" (not paired): ", regex=False).all()
+    paired = comparisons(planted, "kernel_efficientnet", Planted(planted))
+    assert found["difference"].tolist() == pytest.approx(paired["difference"].tolist())
+    assert ((found["high"] - found["low"]) > (paired["high"] - paired["low"])).all()
+    unsure = planted.assign(kernel_efficientnet_low=math.nan)
+    (first, *_) = against_teacher(unsure, "kernel_efficientnet", Elsewhere())["0.2M consistency"]
+    assert first.endswith("this metric has no interval, undecided")
+
+
+def test_a_folder_put_together_from_what_was_kept_has_its_report(finished: Pipeline, tmp_path: Path) -> None:
+    keep(finished.out, tmp_path / "kept")
+    merge(tmp_path / "elsewhere", [tmp_path / "kept"])
+    elsewhere = Pipeline(finished.study, tmp_path / "elsewhere")
+    report(elsewhere)
+    page = (elsewhere.out / "report" / "distill" / "index.html").read_text()
+    assert "(not paired)" in page
+    assert "(not paired)" not in (finished.out / "report" / "distill" / "index.html").read_text()

@@ -13,6 +13,7 @@ from isocost.score import intervals
 from isocost.score.intervals import (
     Interval,
     KernelReference,
+    difference_of_independent,
     frechet_interval,
     kernel_interval,
     mean_interval,
@@ -301,3 +302,18 @@ def test_large_sets_are_resampled_in_blocks_without_a_trace(monkeypatch: pytest.
     for name in ("kernel", "paired"):
         ends = [[one.value, one.low, one.high] for one in (blocked[name], whole[name])]
         np.testing.assert_allclose(*ends, rtol=1e-9)
+
+
+def test_a_difference_of_independent_scores_covers_the_true_one() -> None:
+    generator = np.random.default_rng(3)
+    found, size = [], 60
+
+    def skewed(scale: float) -> Interval:
+        """Mean of exponential draws, exact interval by chi-square."""
+        total = 2 * generator.exponential(scale, size).sum()
+        return Interval(total / (2 * size), *(total / stats.chi2.ppf(level, 2 * size) for level in (0.975, 0.025)))
+
+    for _ in range(2000):
+        found.append(difference_of_independent(skewed(3.0), skewed(1.0)))
+    assert coverage(found, 2.0) == pytest.approx(0.95, abs=0.015)
+    assert difference_of_independent(Interval(2, 1, 3), Interval(1, 1, 1)) == Interval(1, 0, 2)

@@ -7,7 +7,7 @@ A student is a row of the table whose size ends in how it was distilled ("2.6M c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, get_args
 
@@ -26,26 +26,28 @@ from isocost.analysis.frontier import (
     sizes_in_order,
 )
 from isocost.downstream import DistillVariant
-from isocost.score.intervals import Interval
+from isocost.score.intervals import Interval, difference_of_independent
 
 VARIANTS = get_args(DistillVariant)
 STUDENT_STEPS = 4
 """The paper's students take four."""
+UNPAIRED = " (not paired)"
+"""Said of a difference of independent scores: a wider interval, where a point's features lie elsewhere."""
 
 
 class Pairs(Protocol):
     """Where paired differences come from (`isocost.score.differences.Pairing`)."""
 
     def of_points(self, first: str, second: str, metric: str) -> Interval | None:
-        """First less second in a metric; None where it has no paired interval."""
+        """First less second in a metric; None where it has no paired interval, or the points' features are not here."""
 
 
 @dataclass(frozen=True)
 class Comparison:
     """One against other at a budget of some cost, each at its best within it.
 
-    `difference` is one less other with its paired 95 % interval, and `verdict` what that says of one: better, worse or
-    undecided; a configuration is None where nothing fits.
+    `difference` is one less other with its 95 % interval, and `verdict` what that says of one: better, worse or undecided; a
+    configuration is None where nothing fits. The interval is paired where it can be, else that of independent scores.
     """
 
     cost: str
@@ -58,11 +60,12 @@ class Comparison:
     low: float | None
     high: float | None
     verdict: str
+    is_paired: bool = True
 
     def __str__(self) -> str:
         if self.difference is None:
             return self.verdict
-        return f"{format_score(self.difference, self.low, self.high)}: {self.verdict}"
+        return f"{format_score(self.difference, self.low, self.high)}{'' if self.is_paired else UNPAIRED}: {self.verdict}"
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def teacher_of(size: str) -> tuple[str, str]:
 def against_teacher(table: pd.DataFrame, metric: str, pairs: Pairs) -> dict[str, list[str]]:
     """By student: at each of its numbers of steps, its score less its teacher's, each at its best guidance, and the verdict."""
     best = best_in_each(finals(table, metric), metric, ["size", "num_steps"])
-    points = {(str(row["size"]), int(row["num_steps"])): str(row["point"]) for row in best.to_dict("records")}
+    points = {(str(row["size"]), int(row["num_steps"])): row for row in best.to_dict("records")}
     told: dict[str, list[str]] = {}
     for size in sizes_in_order(best):
         teacher, variant = teacher_of(size)
@@ -107,8 +110,8 @@ def against_teacher(table: pd.DataFrame, metric: str, pairs: Pairs) -> dict[str,
             continue
         for num_steps in sorted(steps for each, steps in points if each == size):
             if (teacher, num_steps) in points:
-                difference = pairs.of_points(points[size, num_steps], points[teacher, num_steps], metric)
-                said = f"{_in_words(difference)}, {_verdict(difference, metric)}"
+                difference, is_paired = _less(points[size, num_steps], points[teacher, num_steps], metric, pairs)
+                said = f"{_in_words(difference, is_paired)}, {_verdict(difference, metric)}"
             else:
                 said = f"its teacher was not scored there: add {num_steps} to sweep.num_steps"
             told.setdefault(size, []).append(f"{_steps(num_steps)}: {said}")
@@ -242,13 +245,24 @@ def _compare(rows: pd.DataFrame, metric: str, pairs: Pairs, cost: str, budget: f
     if not first or not second:
         missing = one if not first else other
         return Comparison(cost, budget, one, other, words[0], words[1], None, None, None, f"no point of {missing} fits")
-    found = pairs.of_points(first[0]["point"], second[0]["point"], metric)
+    found, is_paired = _less(first[0], second[0], metric, pairs)
     value, low, high = (None, None, None) if found is None else (found.value, found.low, found.high)
-    return Comparison(cost, budget, one, other, words[0], words[1], value, low, high, _verdict(found, metric))
+    return Comparison(cost, budget, one, other, words[0], words[1], value, low, high, _verdict(found, metric), is_paired)
+
+
+def _less(one: Mapping[Any, Any], other: Mapping[Any, Any], metric: str, pairs: Pairs) -> tuple[Interval | None, bool]:
+    """One row's score less the other's, and whether that is paired; None where a score has no interval either."""
+    paired = pairs.of_points(str(one["point"]), str(other["point"]), metric)
+    if paired is not None:
+        return paired, True
+    alone = [Interval(*(float(row[f"{metric}{end}"]) for end in ("", "_low", "_high"))) for row in (one, other)]
+    if any(math.isnan(end) for each in alone for end in (each.low, each.high)):
+        return None, False
+    return difference_of_independent(*alone), False
 
 
 def _verdict(difference: Interval | None, metric: str) -> str:
-    if difference is None or difference.low is None or difference.high is None or difference.low <= 0 <= difference.high:
+    if difference is None or difference.low <= 0 <= difference.high:
         return "undecided"
     return "better" if (difference.value < 0) == (metric_of(metric).better == "lower") else "worse"
 
@@ -274,7 +288,7 @@ def _steps(number: int) -> str:
     return "1 step" if number == 1 else f"{number} steps"
 
 
-def _in_words(difference: Interval | None) -> str:
+def _in_words(difference: Interval | None, is_paired: bool) -> str:
     if difference is None:
-        return "this metric has no paired difference"
-    return format_score(difference.value, difference.low, difference.high)
+        return "this metric has no interval"
+    return format_score(difference.value, difference.low, difference.high) + ("" if is_paired else UNPAIRED)

@@ -55,6 +55,10 @@ class Pairing:
     distances: tuple[str, ...]
     _kept: dict[str, Measured] = field(default_factory=dict)
 
+    def has(self, point: str) -> bool:
+        """Whether a point's features are here: `isocost keep` leaves them where they were made."""
+        return self.store.has("point", point)
+
     def measured(self, point: str) -> Measured:
         """What is kept of a point, by its digest."""
         if point not in self._kept:
@@ -67,7 +71,9 @@ class Pairing:
         return paired_differences(first, second, self.reference, self.distances)
 
     def of_points(self, first: str, second: str, metric: str) -> Interval | None:
-        """First less second in one metric; None where it has no paired interval."""
+        """First less second in one metric; None where it has no paired interval, or a point's features are not here."""
+        if not (self.has(first) and self.has(second)):
+            return None
         return self.of(self.measured(first), self.measured(second)).get(metric)
 
 

@@ -9,6 +9,7 @@ draws each picture, and row 0, all ones, is the sample itself.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,14 @@ class Interval:
     low: float
     high: float
     confidence: float = 0.95
+
+
+def difference_of_independent(one: Interval, other: Interval) -> Interval:
+    """One less other, of scores whose noise is their own (Zou & Donner 2008, doi 10.1002/sim.3095): wider than a paired one."""
+    value = one.value - other.value
+    below = math.hypot(one.value - one.low, other.high - other.value)
+    above = math.hypot(one.high - one.value, other.value - other.low)
+    return Interval(value, value - below, value + above, one.confidence)
 
 
 # --- means ------------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ class Distillation(ABC):
         self.guidance_width = guidance_width(student)
         self.learning = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
         self.target = copy.deepcopy(student).eval().requires_grad_(False)
-        alpha, sigma = torch.from_numpy(self.schedule.alpha), torch.from_numpy(self.schedule.sigma)
+        alpha, sigma = torch.tensor(self.schedule.alpha), torch.tensor(self.schedule.sigma)
         from_z, from_output = map(torch.from_numpy, x0_coefficients(self.prediction, self.schedule.alpha, self.schedule.sigma))
         tau = LCM_TIMESTEP_SCALING * torch.from_numpy(self.schedule.timesteps)
         skip = LCM_SIGMA_DATA**2 / (tau**2 + LCM_SIGMA_DATA**2)
