@@ -291,6 +291,13 @@ def test_recommend_reads_a_ledger_without_a_folder(isocost: Any, tmp_path: Path)
         assert ("OUT/" in outcome.answer["command"]) is (len(arguments) == 2)
 
 
+def test_a_sweep_asks_for_every_tasks_weights_before_its_first_picture(isocost: Any, tmp_path: Path) -> None:
+    protocol = {"num_pictures": 32, "num_reference": 64, "lpips": "no.safetensors"}
+    superres = {"train": {"num_images": 16}, "sweep": {"num_steps": [1]}, "protocol": protocol}
+    study = write_study(tmp_path, superres=superres)
+    refused(isocost("sweep", study, "--out", tmp_path / "out"), "no.safetensors")
+
+
 def test_a_dry_run_writes_nothing(isocost: Any, tmp_path: Path) -> None:
     outcome = isocost("run", write_study(tmp_path), "--out", tmp_path / "out", "--dry-run")
     assert outcome.status == 0

@@ -270,6 +270,15 @@ class Pipeline:
         self._record_skipped()
         return self._sweeper.sweep(run, self.cost(run).size, deadline)
 
+    def check_tasks(self, runs: Sequence[Run]) -> None:
+        """Whether what the runs are scored by can be had, before the first picture is made.
+
+        Raises:
+            RequestError: weights, labels or pictures are missing.
+        """
+        for task in dict.fromkeys(run.task for run in runs):
+            self.experiments[task].check()
+
     def check_trained(self, runs: Sequence[Run]) -> None:
         """Whether all that is to be swept is there, before the first picture is made.
 
@@ -361,8 +370,7 @@ class Pipeline:
         try:
             with self.claims.exclusively("materials"):  # one makes them, the others find them there
                 runs = self.runs_of(tasks)
-                for task in dict.fromkeys(run.task for run in runs):
-                    self.experiments[task].check()
+                self.check_tasks(runs)
             finished = self._run(runs, deadline)
         except OutOfTime as stopped:
             say(str(stopped))

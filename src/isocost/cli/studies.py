@@ -216,6 +216,7 @@ def sweep(
     try:
         runs = pipeline.runs_of(known_tasks(tasks))
         pipeline.prepare()
+        pipeline.check_tasks(runs)
         pipeline.check_trained(runs)
         finished = all(pipeline.sweep(one, deadline) for one in runs) and pipeline.settle(runs, deadline)
     finally:
