@@ -292,10 +292,13 @@ def test_recommend_reads_a_ledger_without_a_folder(isocost: Any, tmp_path: Path)
 
 
 def test_a_sweep_asks_for_every_tasks_weights_before_its_first_picture(isocost: Any, tmp_path: Path) -> None:
+    plain = {"family": {"widths": [8]}, "train": {"num_images": 16, "batch_size": 8}}
     protocol = {"num_pictures": 32, "num_reference": 64, "lpips": "no.safetensors"}
     superres = {"train": {"num_images": 16}, "sweep": {"num_steps": [1]}, "protocol": protocol}
-    study = write_study(tmp_path, superres=superres)
-    refused(isocost("sweep", study, "--out", tmp_path / "out"), "no.safetensors")
+    study, out = write_study(tmp_path, **plain, superres=superres), tmp_path / "out"
+    assert isocost("train", study, "--out", out).status == 0
+    refused(isocost("sweep", study, "--out", out), "no.safetensors")
+    assert not Ledger(out / "ledger.sqlite").points()
 
 
 def test_a_dry_run_writes_nothing(isocost: Any, tmp_path: Path) -> None:

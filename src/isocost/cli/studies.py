@@ -216,8 +216,8 @@ def sweep(
     try:
         runs = pipeline.runs_of(known_tasks(tasks))
         pipeline.prepare()
-        pipeline.check_tasks(runs)
         pipeline.check_trained(runs)
+        pipeline.check_tasks(runs)
         finished = all(pipeline.sweep(one, deadline) for one in runs) and pipeline.settle(runs, deadline)
     finally:
         pipeline.close()
