@@ -63,10 +63,11 @@ class Distillation(ABC):
         self.target = copy.deepcopy(student).eval().requires_grad_(False)
         alpha, sigma = torch.tensor(self.schedule.alpha), torch.tensor(self.schedule.sigma)
         from_z, from_output = map(torch.from_numpy, x0_coefficients(self.prediction, self.schedule.alpha, self.schedule.sigma))
-        tau = LCM_TIMESTEP_SCALING * torch.tensor(self.schedule.timesteps)
+        timesteps = torch.tensor(self.schedule.timesteps)
+        tau = LCM_TIMESTEP_SCALING * timesteps
         skip = LCM_SIGMA_DATA**2 / (tau**2 + LCM_SIGMA_DATA**2)
         out = tau / (tau**2 + LCM_SIGMA_DATA**2).sqrt()
-        self.table = torch.stack([alpha, sigma, from_z, from_output, skip, out, torch.from_numpy(self.schedule.timesteps)])
+        self.table = torch.stack([alpha, sigma, from_z, from_output, skip, out, timesteps])
         self.null = of.null_states
 
     # --- what the loop asks ---
