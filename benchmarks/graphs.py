@@ -112,9 +112,10 @@ def main() -> None:
         sys.exit("no GPU here: graphs are recorded on CUDA devices")
     rows: list[dict[str, Any]] = []
     for width in asked.widths:
-        rows += rows_of(width, asked.side)
+        of_width = rows_of(width, asked.side)
         if not asked.json:
-            print(json.dumps(rows[-6:]), file=sys.stderr, flush=True)  # what is there if the device's time runs out
+            print(json.dumps(of_width), file=sys.stderr, flush=True)  # what is there if the device's time runs out
+        rows += of_width
     print_results("graphs", rows, [])
 
 

@@ -117,27 +117,16 @@ def task_folder(task: TaskName) -> str:
 
 
 def _write_all(out: Path, pages: Mapping[TaskName, Page], samples: Mapping[TaskName, Mapping[str, np.ndarray]]) -> Report:
-    tables, verdicts, in_words = _judged(out, pages)
+    tables = with_luck({task: Points(read_table(out, task), page.metric) for task, page in pages.items()})
+    verdicts = judge(FINDINGS, tables)
+    study_name = next(iter(pages.values())).study_name
     (out / "report").mkdir(exist_ok=True)
-    write_atomically(out / "report" / "verdicts.md", in_words)
+    write_atomically(out / "report" / "verdicts.md", markdown_verdicts(study_name, verdicts, tables))
     first, *others = (
         _write(out, task, page, tables[task].table, samples[task], () if number else verdicts)
         for number, (task, page) in enumerate(pages.items())
     )
     return replace(first, others=dict(zip(list(pages)[1:], others, strict=True)))
-
-
-def _judged(out: Path, pages: Mapping[TaskName, Page]) -> tuple[dict[str, Points], list[Verdict], str]:
-    """The tasks' tables, the paper's findings put to them, and `report/verdicts.md`."""
-    tables = with_luck({task: Points(read_table(out, task), page.metric) for task, page in pages.items()})
-    verdicts = judge(FINDINGS, tables)
-    return tables, verdicts, markdown_verdicts(next(iter(pages.values())).study_name, verdicts, tables)
-
-
-def _summary(table: pd.DataFrame, page: Page) -> str:
-    """`summary.md` of a task."""
-    floor = page.floors.get(page.metric)
-    return markdown_summary(table, page.metric, page.study_name, page.budgets, floor, page.floor_label, page.absent)
 
 
 def _write(
@@ -168,7 +157,8 @@ def _write(
         page.pretrained,
         verdicts,
     )
-    summary = _summary(table, page)
+    floor = page.floors.get(page.metric)
+    summary = markdown_summary(table, page.metric, page.study_name, page.budgets, floor, page.floor_label, page.absent)
     write_atomically(folder / "summary.md", summary)
     choices = best_at_budgets(table, BUDGET_COST, page.metric, page.budgets)
     return Report(written, table, choices, summary)
