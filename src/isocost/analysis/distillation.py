@@ -32,7 +32,7 @@ VARIANTS = get_args(DistillVariant)
 STUDENT_STEPS = 4
 """The paper's students take four."""
 UNPAIRED = " (not paired)"
-"""Said of a difference of independent scores, a wider interval: a point's features lie elsewhere, or the metric has no pairs."""
+"""Said of a difference of independent scores, a wider interval: features lie elsewhere, or the metric has no pairs."""
 
 
 class Pairs(Protocol):
