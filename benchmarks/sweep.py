@@ -158,7 +158,7 @@ def agrees(pipeline: Pipeline, num_steps: int, raced: float, best: float) -> boo
         return True
     (run,) = pipeline.runs
     digest = {p.spec.guidance: p.digest for p in pipeline.points(run) if p.spec.num_steps == num_steps}
-    pairing = Pairing(pipeline.store, pipeline.materials.reference, pipeline.study.protocol.distances)
+    pairing = Pairing((pipeline.store,), pipeline.materials.reference, pipeline.study.protocol.distances)
     apart = pairing.of_points(digest[near], digest[best], METRIC)
     return apart is not None and apart.low <= 0
 

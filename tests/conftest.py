@@ -1,12 +1,15 @@
-"""What several test files share: a study small enough for seconds, and the real data where it is at hand."""
+"""What several test files share: a study small enough for seconds, the real data where it is at hand, the command line."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from isocost.cli import main
 from isocost.spec import parse_spec
 from isocost.study import StudySpec
 
@@ -43,3 +46,33 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no folder of real data beside this checkout")
     return SHARED
+
+
+class Outcome:
+    """Exit status and the two streams of a command."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+    @property
+    def answer(self) -> Any:
+        return json.loads(self.out.splitlines()[-1])
+
+    @property
+    def line(self) -> str:
+        """The message of a mistake: the last line, after any progress."""
+        return self.err.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def isocost(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """Run a command in this process."""
+
+    def command(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["isocost", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return Outcome(int(stopped.value.code or 0), *capfd.readouterr())
+
+    return command

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +11,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from conftest import plain_study
-from isocost.cli import main
+from conftest import Outcome, plain_study
 from isocost.score.intervals import Interval
 from isocost.sweep.ledger import Ledger
 from isocost.sweep.tables import PointRow
 from planted import planted_table
 
 KERNEL = "kernel_efficientnet"
-
-
-class Outcome:
-    """Exit status and the two streams of a command."""
-
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status, self.out, self.err = status, out, err
-
-    @property
-    def answer(self) -> Any:
-        return json.loads(self.out.splitlines()[-1])
-
-    @property
-    def line(self) -> str:
-        """The message of a mistake: the last line, after any progress."""
-        return self.err.strip().splitlines()[-1]
-
-
-@pytest.fixture
-def isocost(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """Run a command in this process."""
-
-    def command(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["isocost", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return Outcome(int(stopped.value.code or 0), *capfd.readouterr())
-
-    return command
 
 
 def write_study(folder: Path, **changes: Any) -> Path:

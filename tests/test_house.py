@@ -16,7 +16,7 @@ FLOORS = (
     {"__main__"},
     {"cli"},
     {"report"},
-    {"joining", "merging", "planning"},
+    {"comparing", "joining", "merging", "planning"},
     {"pipeline"},
     {"forecasting", "sweeping", "status"},
     {"experiments"},

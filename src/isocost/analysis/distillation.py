@@ -7,65 +7,28 @@ A student is a row of the table whose size ends in how it was distilled ("2.6M c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 
+from isocost.analysis.equal_cost import Pairs, at_budget, in_words, less, verdict
 from isocost.analysis.frontier import (
     COSTS,
     best_first,
     best_in_each,
     finals,
-    fits,
     format_number,
-    format_score,
     metric_of,
     sizes_in_order,
 )
 from isocost.downstream import DistillVariant
-from isocost.score.intervals import Interval, difference_of_independent
 
 VARIANTS = get_args(DistillVariant)
 STUDENT_STEPS = 4
 """The paper's students take four."""
-UNPAIRED = " (not paired)"
-"""Said of a difference of independent scores, a wider interval: features lie elsewhere, or the metric has no pairs."""
-
-
-class Pairs(Protocol):
-    """Where paired differences come from (`isocost.score.differences.Pairing`)."""
-
-    def of_points(self, first: str, second: str, metric: str) -> Interval | None:
-        """First less second in a metric; None where it has no paired interval, or the points' features are not here."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One against other at a budget of some cost, each at its best within it.
-
-    `difference` is one less other with its 95 % interval, and `verdict` what that says of one: better, worse or undecided; a
-    configuration is None where nothing fits. The interval is paired where it can be, else that of independent scores.
-    """
-
-    cost: str
-    budget: float
-    one: str
-    other: str
-    one_configuration: str | None
-    other_configuration: str | None
-    difference: float | None
-    low: float | None
-    high: float | None
-    verdict: str
-    is_paired: bool = True
-
-    def __str__(self) -> str:
-        if self.difference is None:
-            return self.verdict
-        return f"{format_score(self.difference, self.low, self.high)}{'' if self.is_paired else UNPAIRED}: {self.verdict}"
 
 
 @dataclass(frozen=True)
@@ -110,8 +73,8 @@ def against_teacher(table: pd.DataFrame, metric: str, pairs: Pairs) -> dict[str,
             continue
         for num_steps in sorted(steps for each, steps in points if each == size):
             if (teacher, num_steps) in points:
-                difference, is_paired = _less(points[size, num_steps], points[teacher, num_steps], metric, pairs)
-                said = f"{_in_words(difference, is_paired)}, {_verdict(difference, metric)}"
+                difference, is_paired = less(points[size, num_steps], points[teacher, num_steps], metric, pairs)
+                said = f"{in_words(difference, is_paired)}, {verdict(difference, metric)}"
             else:
                 said = f"its teacher was not scored there: add {num_steps} to sweep.num_steps"
             told.setdefault(size, []).append(f"{_steps(num_steps)}: {said}")
@@ -185,7 +148,7 @@ def comparisons(table: pd.DataFrame, metric: str, pairs: Pairs, num_steps: int =
         rows = best_first(finals(table, metric, cost), metric, cost)
         for variant in VARIANTS:
             for claim, one, other, budget in _claims(rows, cost, variant, num_steps):
-                compared = _compare(rows, metric, pairs, cost, budget, one, other)
+                compared = at_budget(rows, metric, pairs, cost, budget, one, other)
                 told.append({"variant": variant, "claim": claim, **asdict(compared), "text": str(compared)})
     return pd.DataFrame(told)
 
@@ -238,35 +201,6 @@ def _claims(rows: pd.DataFrame, cost: str, variant: str, num_steps: int) -> Iter
             yield "small student, large undistilled", f"{small} {variant}", large, budgets[student]
 
 
-def _compare(rows: pd.DataFrame, metric: str, pairs: Pairs, cost: str, budget: float, one: str, other: str) -> Comparison:
-    within = rows[fits(rows[cost], budget)]
-    first, second = (within[within["size"] == size].head(1).to_dict("records") for size in (one, other))
-    words = [f"{row[0]['num_steps']} steps, guidance {row[0]['guidance']:g}" if row else None for row in (first, second)]
-    if not first or not second:
-        missing = one if not first else other
-        return Comparison(cost, budget, one, other, words[0], words[1], None, None, None, f"no point of {missing} fits")
-    found, is_paired = _less(first[0], second[0], metric, pairs)
-    value, low, high = (None, None, None) if found is None else (found.value, found.low, found.high)
-    return Comparison(cost, budget, one, other, words[0], words[1], value, low, high, _verdict(found, metric), is_paired)
-
-
-def _less(one: Mapping[Any, Any], other: Mapping[Any, Any], metric: str, pairs: Pairs) -> tuple[Interval | None, bool]:
-    """One row's score less the other's, and whether that is paired; None where a score has no interval either."""
-    paired = pairs.of_points(str(one["point"]), str(other["point"]), metric)
-    if paired is not None:
-        return paired, True
-    alone = [Interval(*(float(row[f"{metric}{end}"]) for end in ("", "_low", "_high"))) for row in (one, other)]
-    if any(math.isnan(end) for each in alone for end in (each.low, each.high)):
-        return None, False
-    return difference_of_independent(*alone), False
-
-
-def _verdict(difference: Interval | None, metric: str) -> str:
-    if difference is None or difference.low <= 0 <= difference.high:
-        return "undecided"
-    return "better" if (difference.value < 0) == (metric_of(metric).better == "lower") else "worse"
-
-
 def _share(claims: pd.DataFrame, wanted: set[str]) -> str:
     judged = claims[claims["difference"].notna()]
     if judged.empty:
@@ -286,9 +220,3 @@ def _columns(metric: str, sign: float) -> tuple[str, str, str]:
 
 def _steps(number: int) -> str:
     return "1 step" if number == 1 else f"{number} steps"
-
-
-def _in_words(difference: Interval | None, is_paired: bool) -> str:
-    if difference is None:
-        return "this metric has no interval"
-    return format_score(difference.value, difference.low, difference.high) + ("" if is_paired else UNPAIRED)

@@ -310,7 +310,7 @@ class DistillExperiment(Experiment):
     def findings(self, table: pd.DataFrame) -> dict[str, Any]:
         """Students against teachers: at the same number of steps, in steps saved, and at equal cost."""
         reference = self.of.make_bench().reference
-        pairing = Pairing(self.materials.store, reference, self.protocol_spec.distances)
+        pairing = Pairing((self.materials.store,), reference, self.protocol_spec.distances)
         return {
             "student less its own teacher at equal steps": against_teacher(table, self.metric, pairing),
             "steps that the undistilled needs to match, over the student's": accelerations(table, self.metric),

@@ -265,7 +265,7 @@ class SuperresExperiment(Experiment):
     def findings(self, table: pd.DataFrame) -> dict[str, Any]:
         """Every size at its best against bicubic, and pretrained against from scratch, in paired differences."""
         best = best_in_each(finals(table, self.metric), self.metric, ["size"]).to_dict("records")
-        pairing = Pairing(self.materials.store, self.reference, self.spec.protocol.distances)
+        pairing = Pairing((self.materials.store,), self.reference, self.spec.protocol.distances)
         measured = {row["size"]: pairing.measured(row["point"]) for row in best if pairing.has(row["point"])}
         told: dict[str, Any] = {}
         bicubic = self._baseline("bicubic")

@@ -48,21 +48,22 @@ def paired_differences(
 
 @dataclass
 class Pairing:
-    """Differences between points of one study, from the features that they keep."""
+    """Differences between points under one protocol, from the features that output folders keep of them."""
 
-    store: Store
+    stores: tuple[Store, ...]
     reference: Reference
     distances: tuple[str, ...]
     _kept: dict[str, Measured] = field(default_factory=dict)
 
     def has(self, point: str) -> bool:
         """Whether a point's features are here: `isocost keep` leaves them where they were made."""
-        return self.store.has("point", point)
+        return any(store.has("point", point) for store in self.stores)
 
     def measured(self, point: str) -> Measured:
         """What is kept of a point, by its digest."""
         if point not in self._kept:
-            folder = self.store.folder("point", point)
+            home = next((store for store in self.stores if store.has("point", point)), self.stores[0])
+            folder = home.folder("point", point)
             self._kept[point] = read_measured(folder, tuple(self.reference.extractors))
         return self._kept[point]
 

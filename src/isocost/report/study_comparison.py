@@ -1,0 +1,83 @@
+"""Several studies on one axis, as a figure and as Markdown (`isocost.analysis.study_comparison`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from isocost.analysis.frontier import cost_of, format_number, metric_of, metric_words, pareto
+from isocost.analysis.study_comparison import Standing, moral
+from isocost.report.drawing import draw_curves, save
+from isocost.report.marks import Curves, series_of, wants_log
+from isocost.report.scales import DASHES, KINDS, MARKS
+from isocost.report.summary import escaped
+from isocost.store import write_atomically
+
+MARKDOWN = "comparison.md"
+FIGURE = "which_study_is_best_at_equal_cost"
+
+
+def frontier_curves(table: pd.DataFrame, metric: str, cost: str) -> Curves:
+    """The frontier of every study: the best score within each cost."""
+    axis = cost_of(cost)
+    lines = []
+    for at, study in enumerate(dict.fromkeys(table["study"])):
+        frontier = pareto(table[table["study"] == study], cost, metric)
+        color, mark, dash = KINDS[at % len(KINDS)], MARKS[at % len(MARKS)], list(DASHES)[at % len(DASHES)]
+        lines.append(series_of(str(study), frontier, cost, metric, f"{{}} {axis.unit}", color, mark, dash))
+    return Curves(
+        question="Which study is best at equal cost?",
+        setting="the best size, steps, guidance and sampler within its cost",
+        x_label=axis.axis,
+        y_label=metric_of(metric).axis,
+        series=tuple(lines),
+        frontier=None,
+        floor=None,
+        log_y=wants_log(table, metric, None),
+        is_staircase=True,
+    )
+
+
+def markdown_comparison(table: pd.DataFrame, told: Sequence[Standing]) -> str:
+    """A row a budget: the best of every study, the leader less the next with its interval, the verdict."""
+    studies = list(dict.fromkeys(str(study) for study in table["study"]))
+    metric, cost, first = told[0].metric, cost_of(told[0].cost), table.iloc[0]
+    heads = [f"{cost.label}, at most", *studies, "leader less the next", "verdict"]
+    lines = [
+        f"**{escaped(' and '.join(studies))}**: {escaped(moral(told))}",
+        "",
+        "| " + " | ".join(escaped(head) for head in heads) + " |",
+        "|--:|" + "---|" * (len(heads) - 1),
+    ]
+    for standing in told:
+        configurations = {one.other: one.other_configuration for one in standing.against}
+        configurations[standing.leader] = standing.against[0].one_configuration
+        cells = [
+            f"{standing.scores[study]}: {configurations[study]}" if study in standing.scores else "nothing fits"
+            for study in studies
+        ]
+        nearest = standing.against[0]
+        is_apart = "decided" if standing.is_decided else "undecided"
+        verdict = f"{standing.leader}, {is_apart}" if standing.is_contested else f"{standing.leader} alone"
+        difference = "" if nearest.difference is None else str(nearest).rpartition(":")[0]
+        cells = [format_number(standing.budget), *cells, difference, verdict]
+        lines.append("| " + " | ".join(escaped(cell) for cell in cells) + " |")
+    lines += [
+        "",
+        f"By {escaped(metric_words(metric))} ({metric_of(metric).better} is better), 95 % intervals, {len(table)} points, "
+        f"{first['num_pictures']:,} pictures a point; protocol {escaped(str(first['protocol']))}, seed {first['seed']}. One "
+        "training each: its luck is in no interval.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_comparison(out: Path, table: pd.DataFrame, told: Sequence[Standing]) -> list[Path]:
+    """Write the Markdown and the figure, as PNG and PDF, into a folder; returns the files."""
+    out.mkdir(parents=True, exist_ok=True)
+    cost, metric = told[0].cost, told[0].metric
+    write_atomically(out / MARKDOWN, markdown_comparison(table, told))
+    name = f"{FIGURE}-{cost}"
+    save(draw_curves(frontier_curves(table, metric, cost)), out, name)
+    return [out / MARKDOWN, out / f"{name}.png", out / f"{name}.pdf"]
