@@ -18,7 +18,7 @@ import yaml
 from conftest import plain_study, tiny_study
 from isocost.diffusion.generate import CaptionStates
 from isocost.errors import RequestError, WorkError
-from isocost.merging import keep, merge
+from isocost.merging import keep, merge, take_artefacts
 from isocost.pipeline import Pipeline
 from isocost.planning import plan
 from isocost.report.gather import report
@@ -115,6 +115,25 @@ def test_large_checkpoints_stay_behind(finished: Path, tmp_path: Path) -> None:
     keep(finished, tmp_path / "kept", checkpoint_mib=0.1)
     assert not (tmp_path / "kept" / "artefacts" / "checkpoint").exists()
     assert len(Ledger(tmp_path / "kept" / "ledger.sqlite").points()) == 10
+
+
+def test_another_protocol_goes_on_from_the_artefacts(finished: Path, tmp_path: Path) -> None:
+    protocol = {**plain_study()["protocol"], "num_pictures": 48}
+    assert take_artefacts(tmp_path / "out", [finished]) > 4
+    other = Pipeline(tiny_study(protocol=protocol), tmp_path / "out")
+    assert all(size["images_to_train"] == 0 and size["points_to_make"] > 0 for size in plan(other)["sizes"])
+    codec = other.store.folder("codec", other.materials.codec_digest) / "isocost.json"
+    before = codec.stat().st_mtime_ns
+    assert other.run()
+    assert codec.stat().st_mtime_ns == before
+    assert not (other.out / "artefacts" / "run").exists()
+    assert set(other.ledger.table()["num_pictures"]) == {48}
+
+
+def test_artefacts_of_what_is_no_output_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no artefacts there"):
+        take_artefacts(tmp_path / "out", [tmp_path])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from isocost.analysis.paper_findings import FINDINGS
 from isocost.analysis.repeats import Luck, TrainingSpread, side_by_side, training_luck, training_of
 from isocost.analysis.verdicts import Points, judge, with_luck
 from isocost.errors import RequestError
+from isocost.merging import keep, merge
 from isocost.models.checkpoint import load_checkpoint
 from isocost.pipeline import Pipeline
 from isocost.planning import plan
@@ -135,6 +136,17 @@ def test_they_have_a_table_and_a_page_of_their_own(finished: Pipeline) -> None:
     before = (finished.out / "report" / "index.html").read_bytes()
     redraw(finished.out)
     assert (finished.out / "report" / "index.html").read_bytes() == before
+
+
+def test_their_checkpoints_can_be_left_behind(finished: Pipeline, tmp_path: Path) -> None:
+    keep(finished.out, tmp_path / "kept", tasks=("text2image",))
+    kept = {folder.name for folder in (tmp_path / "kept" / "artefacts" / "checkpoint").iterdir()}
+    own = [run for run in finished.runs if run.task == "text2image"]
+    assert {run.final for run in own} <= kept
+    assert len(kept) == 2 * len(own)  # the marks too
+    again = Pipeline(tiny_study(**STUDY), tmp_path / "out")
+    merge(again.out, [tmp_path / "kept"])
+    assert all(size["points_to_make"] == 0 for size in plan(again)["sizes"])
 
 
 def test_the_plan_counts_them(finished: Pipeline, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ What machines without a common disk have done is united. What is kept of a study
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,12 +36,17 @@ UNITED_LISTS = (
 KEPT_KINDS = ("codec", "codec-quality", "checkpoint", "probe", "floor")
 """Artefacts that are small and cost much to make again."""
 
+SHARED_KINDS = (*KEPT_KINDS, "cache", "features", "low-resolution")
+"""Artefacts that another study can go on from: its own digests find those that fit, whatever the rest of it says."""
 
-def keep(out: str | Path, folder: str | Path, checkpoint_mib: float | None = None) -> dict[str, int]:
+
+def keep(
+    out: str | Path, folder: str | Path, checkpoint_mib: float | None = None, tasks: Collection[TaskName] | None = None
+) -> dict[str, int]:
     """Copy into `folder` what of `out` is worth keeping: study, ledger, codec, checkpoints, what they were compared with.
 
-    With `checkpoint_mib` only last checkpoints come, of at most so many MiB each: what others start from. Points of those left
-    behind stay, and are not made again.
+    With `checkpoint_mib` only last checkpoints come, of at most so many MiB each: what others start from; with `tasks` only
+    those of these tasks. Points of those left behind stay, and are not made again.
 
     What the last report was drawn from comes too, so that `isocost report FOLDER` draws it again. Other pictures, features,
     latents and training states stay behind; `merge` with a new folder goes on from there without making any finished training,
@@ -58,7 +64,7 @@ def keep(out: str | Path, folder: str | Path, checkpoint_mib: float | None = Non
         raise RequestError(f"{target}: neither empty nor what is kept of a study")
     target.mkdir(parents=True, exist_ok=True)
     write_atomically(target / STUDY_FILE, dump_study(study))
-    left_behind = set() if checkpoint_mib is None else _left_behind(source, checkpoint_mib)
+    left_behind = _left_behind(source, checkpoint_mib, tasks)
     with Ledger(target / LEDGER_FILE) as kept, Ledger(source / LEDGER_FILE) as ledger:
         kept.take_over(ledger)
     for kind in KEPT_KINDS:
@@ -106,13 +112,41 @@ def merge(out: str | Path, others: list[Path]) -> dict[str, int]:
     return came
 
 
-def _left_behind(out: Path, checkpoint_mib: float) -> set[Path]:
-    """Checkpoints of an output folder that are not the last of their training, or larger."""
+def take_artefacts(out: str | Path, others: list[Path]) -> int:
+    """Copy into `out`, a new output folder or one of any study, what a study can go on from: codecs, latents, checkpoints.
+
+    Points, races and training states stay behind. What does not fit the study that runs there is not used. Returns how many
+    came.
+
+    Raises:
+        RequestError: a folder has no artefacts.
+    """
+    target, came = Path(out), 0
+    bare = [other for other in others if not (other / "artefacts").is_dir()]
+    if bare:
+        raise RequestError(f"{bare[0]}: no artefacts there, so it is no output folder of a study")
+    for other in others:
+        say(f"taking artefacts of {other}")
+        for folder in (each for kind in SHARED_KINDS for each in sorted((other / "artefacts" / kind).glob("[!.]*"))):
+            final = target / "artefacts" / folder.parent.name / folder.name
+            if not final.exists() and (folder / MANIFEST).is_file():
+                copy_artefact(folder, final, target / "artefacts" / ".partial")
+                came += 1
+    return came
+
+
+def _left_behind(out: Path, checkpoint_mib: float | None, tasks: Collection[TaskName] | None) -> set[Path]:
+    """Checkpoints of an output folder that are of other tasks, or not the last of their training, or larger."""
+    if checkpoint_mib is None and tasks is None:
+        return set()
     infos = {folder: read_info(folder) for folder in (out / "artefacts" / "checkpoint").glob("[!.]*")}
+    others = {folder for folder, info in infos.items() if tasks is not None and info.task not in tasks}
+    if checkpoint_mib is None:
+        return others
     last: dict[str, int] = {}
     for info in infos.values():
         last[info.run] = max(info.images_seen, last.get(info.run, 0))
-    return {
+    return others | {
         folder
         for folder, info in infos.items()
         if (info.run and info.images_seen < last[info.run]) or _num_bytes(folder) > checkpoint_mib * 2**20

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 
-from isocost.cli import comparisons, family, latency, pictures, scores, studies
+from isocost.cli import family, folders, latency, pictures, scores, studies
 from isocost.cli.app import app
 from isocost.errors import RequestError, WorkError
 
@@ -20,7 +20,7 @@ ORDER = (
 """As `isocost --help` lists the commands: studies, then checkpoints, then scores."""
 app.registered_commands.sort(key=lambda command: ORDER.index(command.callback.__name__))  # type: ignore[union-attr]
 
-__all__ = ["app", "comparisons", "family", "latency", "main", "pictures", "scores", "studies"]
+__all__ = ["app", "family", "folders", "latency", "main", "pictures", "scores", "studies"]
 
 
 def main() -> None:

@@ -111,32 +111,6 @@ def status(
 
 
 @app.command()
-def merge(
-    out: Annotated[Path, typer.Argument(help="the output folder that takes the others' work, maybe a new one")],
-    others: Annotated[list[Path], typer.Argument(help="output folders of the same study")],
-) -> None:
-    """Unite output folders of one study that were filled on machines without a common disk."""
-    from isocost.merging import merge as unite
-
-    answer_json({"out": str(out), **unite(out, others)})
-
-
-@app.command()
-def keep(
-    out: Annotated[Path, typer.Argument(help="an output folder")],
-    folder: Annotated[Path, typer.Argument(help="takes the small part of it that lasts; a new one, or what was kept before")],
-    checkpoint_mib: Annotated[
-        float | None,
-        typer.Option("--checkpoint-mib", min=0, help="last checkpoints alone, of at most so many MiB each; all where absent"),
-    ] = None,
-) -> None:
-    """Keep study, ledger, codec and checkpoints of an output folder; `isocost merge NEW FOLDER` goes on from there."""
-    from isocost.merging import keep as keep_of
-
-    answer_json({"folder": str(folder), **keep_of(out, folder, checkpoint_mib)})
-
-
-@app.command()
 def codec(study: Study, out: Out = None, overrides: Set = None) -> None:
     """Train (or fit) a study's codec, and measure it on held-out pictures beside the linear one of the same latent shape."""
     from isocost.pipeline import Pipeline

@@ -1,4 +1,4 @@
-"""The command on several studies: `compare`."""
+"""Commands on whole output folders: `merge`, `keep`, `compare`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,42 @@ from typing import Annotated
 import typer
 
 from isocost.cli.app import answer_json, app
+from isocost.cli.studies import known_tasks
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="the output folder that takes the others' work, maybe a new one")],
+    others: Annotated[list[Path], typer.Argument(help="output folders of the same study; with --artefacts of any")],
+    artefacts: Annotated[
+        bool,
+        typer.Option("--artefacts", help="codecs, latents, checkpoints alone: to go on with them in another study"),
+    ] = False,
+) -> None:
+    """Unite output folders of one study that were filled on machines without a common disk."""
+    from isocost.merging import merge as unite
+    from isocost.merging import take_artefacts
+
+    came = {"artefacts": take_artefacts(out, others)} if artefacts else unite(out, others)
+    answer_json({"out": str(out), **came})
+
+
+@app.command()
+def keep(
+    out: Annotated[Path, typer.Argument(help="an output folder")],
+    folder: Annotated[Path, typer.Argument(help="takes the small part of it that lasts; a new one, or what was kept before")],
+    checkpoint_mib: Annotated[
+        float | None,
+        typer.Option("--checkpoint-mib", min=0, help="last checkpoints alone, of at most so many MiB each; all where absent"),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--task", help="checkpoints of text2image, repeats ... alone; may be repeated")
+    ] = None,
+) -> None:
+    """Keep study, ledger, codec and checkpoints of an output folder; `isocost merge NEW FOLDER` goes on from there."""
+    from isocost.merging import keep as keep_of
+
+    answer_json({"folder": str(folder), **keep_of(out, folder, checkpoint_mib, known_tasks(tasks))})
 
 
 @app.command()
