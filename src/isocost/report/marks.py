@@ -33,7 +33,7 @@ from isocost.analysis.frontier import (
 )
 from isocost.errors import RequestError
 from isocost.models.paper import TABLE_1
-from isocost.report.scales import DASHES, INK, KINDS, MARKS, MUTED, log_ticks, size_colors
+from isocost.report.scales import INK, MARKS, MUTED, kind_style, log_ticks, size_colors
 
 FLOOR_LABEL = "decoded real pictures"
 MOST_LABELLED = 200
@@ -245,8 +245,7 @@ def sampler_curves(
         own = rows[rows["sampler"] == sampler]
         if own.empty:
             continue
-        color, mark, dash = KINDS[at % len(KINDS)], MARKS[at % len(MARKS)], list(DASHES)[at % len(DASHES)]
-        series.append(series_of(str(sampler), own, axis, metric, note, color, mark, dash))
+        series.append(series_of(str(sampler), own, axis, metric, note, *kind_style(at)))
     return Curves(
         question="Which sampler is best at equal steps?",
         setting=f"the best guidance{' and size' if size is None else f' of {size}'} at each number of steps",

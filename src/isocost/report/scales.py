@@ -34,6 +34,11 @@ KINDS = ("#0072b2", "#d55e00", "#00795a", "#a03a8f", "#1c2127", "#7a5c00")
 MOST_TICKS = 20
 
 
+def kind_style(at: int) -> tuple[str, tuple[str, str], str]:
+    """Colour, shape of the mark and dash of the thing without an order at place `at`."""
+    return KINDS[at % len(KINDS)], MARKS[at % len(MARKS)], list(DASHES)[at % len(DASHES)]
+
+
 def size_colors(num_sizes: int) -> list[str]:
     """Colours of viridis from dark (small) to light (large), short of its yellow, which fades on white."""
     places = np.linspace(0.0, 0.82, num_sizes) if num_sizes > 1 else [0.3]

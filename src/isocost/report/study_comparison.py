@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from isocost.analysis.frontier import cost_of, format_number, metric_of, metric_words, pareto
+from isocost.analysis.frontier import cost_of, format_number, metric_of, metric_words
 from isocost.analysis.study_comparison import Standing, moral
 from isocost.report.drawing import draw_curves, save
-from isocost.report.marks import Curves, series_of, wants_log
-from isocost.report.scales import DASHES, KINDS, MARKS
+from isocost.report.frontiers import frontiers_side_by_side
+from isocost.report.marks import Curves
 from isocost.report.summary import escaped
 from isocost.store import write_atomically
 
@@ -20,24 +20,9 @@ FIGURE = "which_study_is_best_at_equal_cost"
 
 
 def frontier_curves(table: pd.DataFrame, metric: str, cost: str) -> Curves:
-    """The frontier of every study: the best score within each cost."""
-    axis = cost_of(cost)
-    lines = []
-    for at, study in enumerate(dict.fromkeys(table["study"])):
-        frontier = pareto(table[table["study"] == study], cost, metric)
-        color, mark, dash = KINDS[at % len(KINDS)], MARKS[at % len(MARKS)], list(DASHES)[at % len(DASHES)]
-        lines.append(series_of(str(study), frontier, cost, metric, f"{{}} {axis.unit}", color, mark, dash))
-    return Curves(
-        question="Which study is best at equal cost?",
-        setting="the best size, steps, guidance and sampler within its cost",
-        x_label=axis.axis,
-        y_label=metric_of(metric).axis,
-        series=tuple(lines),
-        frontier=None,
-        floor=None,
-        log_y=wants_log(table, metric, None),
-        is_staircase=True,
-    )
+    """The frontier of every study of a united table."""
+    groups = {str(study): table[table["study"] == study] for study in dict.fromkeys(table["study"])}
+    return frontiers_side_by_side(groups, metric, cost, "Which study is best at equal cost?", table, None)
 
 
 def markdown_comparison(table: pd.DataFrame, told: Sequence[Standing]) -> str:

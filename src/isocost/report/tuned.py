@@ -18,16 +18,15 @@ from isocost.analysis.distillation import VARIANTS, teacher_of
 from isocost.analysis.frontier import (
     best_in_each,
     configuration_words,
-    cost_of,
     finals,
     format_score,
     metric_of,
     metric_words,
-    pareto,
 )
 from isocost.errors import RequestError
+from isocost.report.frontiers import frontiers_side_by_side
 from isocost.report.marks import Curves, series_of, wants_log
-from isocost.report.scales import DASHES, KINDS, MARKS
+from isocost.report.scales import kind_style
 
 UNDISTILLED = "undistilled"
 DISTILLED = "Does distillation change the frontier?"
@@ -76,8 +75,7 @@ def pretraining_curves(table: pd.DataFrame, metric: str, pretrained: Pretrained,
         own = best[best["_kind"] == kind]
         if own.empty:
             continue
-        mark, dash = MARKS[at % len(MARKS)], list(DASHES)[at % len(DASHES)]
-        line = series_of(label, own, "_pretrained", metric, f"pretrained: {words} {{}}", KINDS[at % len(KINDS)], mark, dash)
+        line = series_of(label, own, "_pretrained", metric, f"pretrained: {words} {{}}", *kind_style(at))
         notes = tuple(
             f"{note}\npretrained: {_words(by_width[int(width)], pretrained.metric)}"
             for note, width in zip(line.notes, own["width"], strict=True)
@@ -105,30 +103,12 @@ def distillation_curves(table: pd.DataFrame, metric: str, cost: str, floor: floa
     Raises:
         RequestError: there is no student, or no undistilled point, that carries the metric and the cost.
     """
-    axis = cost_of(cost)
     kinds = table["size"].map(lambda size: teacher_of(str(size))[1])
     present = [kind for kind in ("", *VARIANTS) if (kinds == kind).any()]
     if present == [""] or "" not in present:
         raise RequestError("students and undistilled were not both scored, so no frontier can change")
-    lines = []
-    for at, kind in enumerate(("", *VARIANTS)):
-        if kind not in present:
-            continue
-        frontier = pareto(table[kinds == kind], cost, metric)
-        color, mark, dash = KINDS[at % len(KINDS)], MARKS[at % len(MARKS)], list(DASHES)[at % len(DASHES)]
-        lines.append(series_of(kind or UNDISTILLED, frontier, cost, metric, f"{{}} {axis.unit}", color, mark, dash))
-    competing = finals(table, metric, cost)
-    return Curves(
-        question=DISTILLED,
-        setting="the best size, steps, guidance and sampler within its cost",
-        x_label=axis.axis,
-        y_label=metric_of(metric).axis,
-        series=tuple(lines),
-        frontier=None,
-        floor=floor,
-        log_y=wants_log(competing, metric, floor),
-        is_staircase=True,
-    )
+    groups = {kind or UNDISTILLED: table[kinds == kind] for kind in ("", *VARIANTS)}
+    return frontiers_side_by_side(groups, metric, cost, DISTILLED, finals(table, metric, cost), floor)
 
 
 def _words(row: Mapping[Any, Any], metric: str) -> str:
