@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/isocost demo --out runs/demo
 
 reference-report: $(READY)
-	$(BIN)/isocost report docs/reference
+	for study in docs/reference docs/reference/*/study.yaml; do $(BIN)/isocost report $${study%/study.yaml} || exit 1; done
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile

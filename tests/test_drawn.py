@@ -22,6 +22,8 @@ from isocost.report.gather import report
 from isocost.sweep.ledger import DRAWN_FROM, Ledger
 
 REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "reference"
+PARTS = sorted(file.parent for file in REFERENCE.glob("*/study.yaml"))
+"""Studies that stand beside it: the grid, emoji."""
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,8 @@ def test_bad_folders_are_one_line(reported: Pipeline, tmp_path: Path) -> None:
 
 
 def test_the_reference_study_is_drawn_again_from_its_table(tmp_path: Path) -> None:
-    shutil.copytree(REFERENCE, tmp_path / "reference", ignore=shutil.ignore_patterns("artefacts", "report"))
+    left_out = shutil.ignore_patterns("artefacts", "report", *(part.name for part in PARTS))
+    shutil.copytree(REFERENCE, tmp_path / "reference", ignore=left_out)
     redraw(tmp_path / "reference")
     drawn, told = pages_of(tmp_path / "reference"), pages_of(REFERENCE)
     assert kept_in_the_repository(drawn) == kept_in_the_repository(told)
@@ -113,12 +116,26 @@ def kept_in_the_repository(pages: dict[str, bytes]) -> set[str]:
     return {name for name in pages if not fnmatch(name, "report/*/index.html") and not fnmatch(name, "report/*/figures/*")}
 
 
-def test_every_point_of_the_reference_study_is_a_row_of_its_ledger(tmp_path: Path) -> None:
-    shutil.copy(REFERENCE / "ledger.sqlite", tmp_path)
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+def test_its_parts_are_drawn_again_from_their_tables(part: Path, tmp_path: Path) -> None:
+    shutil.copytree(part, tmp_path / "part", ignore=shutil.ignore_patterns("artefacts", "report"))
+    redraw(tmp_path / "part")
+    drawn, told = pages_of(tmp_path / "part"), pages_of(part)
+    texts = [name for name in told if name.endswith(".md")]
+    assert "report/summary.md" in texts
+    for name in texts:
+        assert drawn[name] == told[name], f"{name}: make reference-report, and look at what changed"
+
+
+@pytest.mark.parametrize("part", [REFERENCE, *PARTS], ids=lambda part: part.name)
+def test_every_point_of_the_reference_study_is_a_row_of_its_ledger(part: Path, tmp_path: Path) -> None:
+    shutil.copy(part / "ledger.sqlite", tmp_path)
     known = Ledger(tmp_path / "ledger.sqlite").table().set_index("point")
-    table = pd.read_parquet(REFERENCE / "table.parquet").set_index("point")
+    table = pd.read_parquet(part / "table.parquet").set_index("point")
     assert set(table.index) <= set(known.index)
-    for column in ("kernel_efficientnet", "kernel_efficientnet_low", "alignment", "guidance", "gflop", "num_pictures"):
+    scores = [name for name in ("kernel_efficientnet", "kernel_efficientnet_low", "alignment") if name in table.columns]
+    for column in (*scores, "guidance", "gflop", "num_pictures"):
         pd.testing.assert_series_equal(table[column], known.loc[table.index, column])
 
 
