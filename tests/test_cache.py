@@ -321,3 +321,15 @@ def test_a_full_disk_is_one_clear_line_and_the_same_call_goes_on(
     write_index(place, write_cache(place, pictures.read, codec, text, max_bad_share=0.5, progress=encoded.append))
     assert encoded[:3] == [8, 8, 1]
     assert len(LatentCache(place)) == NUM_PICTURES
+
+
+def test_a_fair_draw_of_a_sorted_source_has_all_its_kinds() -> None:
+    levels = torch.arange(400) // 200  # the first half of one kind, the second of another
+    some = PictureSet(
+        levels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2), [("a",)] * 400, [f"{i:04d}" for i in range(400)], None
+    )
+    drawn = some.fair_draw(100)
+    assert drawn.shape == (100, 3, 2, 2)
+    assert 30 < int(drawn[:, 0, 0, 0].sum()) < 70
+    assert torch.equal(drawn, some.fair_draw(100))
+    assert len(some.fair_draw(1000)) == 400

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -22,12 +23,14 @@ from isocost.merging import keep, merge, take_artefacts
 from isocost.pipeline import Pipeline
 from isocost.planning import plan
 from isocost.report.gather import report
-from isocost.score.kept import read_measured
+from isocost.score.kept import Measured, read_measured
+from isocost.score.score import score
 from isocost.store import Store
 from isocost.study_file import load_study
 from isocost.sweep import shards
 from isocost.sweep.ledger import Ledger
 from isocost.sweep.tables import OF_THE_MACHINE
+from small import save, scenes
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +239,25 @@ def test_the_papers_study_runs_tiny_to_its_laws(tmp_path: Path) -> None:
     assert set(table["width"]) == {8, 16, 24}
     assert len(table[~table["is_final"]]) >= 9
     assert "quality against training compute" in (tmp_path / "out" / "report" / "index.html").read_text()
+
+
+def test_the_floor_of_sorted_pictures_is_that_of_all_of_them(tmp_path: Path) -> None:
+    """A folder of scenes, then noise, beside a reference of both: real pictures are not far from real pictures."""
+    made, noise = scenes(192, 32), torch.from_numpy(np.random.default_rng(0).integers(0, 256, (192, 3, 32, 32), np.uint8))
+    for part, first, count in (("train", 0, 64), ("reference", 64, 32)):
+        pictures = torch.cat([made[first : first + count], noise[first : first + count]])
+        save(tmp_path / part, pictures, [f"{place:04d}" for place in range(len(pictures))])
+        for place in range(len(pictures)):
+            (tmp_path / part / f"{place:04d}.txt").write_text(f"picture {place}")
+    data = {
+        "resolution": 32,
+        "train": {"kind": "folder", "path": str(tmp_path / "train")},
+        "reference": {"kind": "folder", "path": str(tmp_path / "reference")},
+    }
+    protocol = {"num_pictures": 64, "num_reference": 64, "num_bootstrap": 20, "alignment": "none"}
+    materials = Pipeline(tiny_study(data=data, protocol=protocol), tmp_path / "out").materials
+    scenes_alone = {
+        name: extractor(materials.pictures("train").pictures[:64]).numpy() for name, extractor in materials.extractors.items()
+    }
+    one_kind = score(Measured(scenes_alone), materials.reference, ("kernel",))["kernel_efficientnet"]
+    assert abs(materials.floors()["real"]["kernel_efficientnet"]) < one_kind.value / 10

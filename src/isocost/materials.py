@@ -42,7 +42,7 @@ from isocost.study import StudySpec
 from isocost.train.codec import fit_codec
 
 CODEC_VERSION = 1
-FLOOR_VERSION = 2
+FLOOR_VERSION = 3
 NUM_CODEC_PICTURES = 2000
 NUM_KEPT = 12
 
@@ -324,8 +324,8 @@ class Materials:
     def floors(self) -> dict[str, dict[str, float]]:
         """Scores of real pictures after the codec (`decoded`) and before it (`real`): what no model is expected to pass.
 
-        Distances take the first training pictures against the reference; alignment and caption scores take the reference
-        pictures with their own labels and captions, so alignment's `real` is the probe's accuracy.
+        Distances take training pictures, a fair draw of them, against the reference; alignment and caption scores take the
+        reference pictures with their own labels and captions, so alignment's `real` is the probe's accuracy.
         """
         spec, reference = self.study.protocol, self.reference
         stage = {"stage": "floor", "version": FLOOR_VERSION, "codec": self.codec_digest, "protocol": reference.protocol.id}
@@ -334,7 +334,8 @@ class Materials:
             say(f"the floor: {spec.num_pictures} real pictures scored as they are and after the codec")
             with self.store.create("floor", name, manifest := _manifest()):
                 for title in ("decoded", "real"):
-                    training, held_out = (self.pictures(part).pictures[: spec.num_pictures] for part in ("train", "reference"))
+                    training = self.pictures("train").fair_draw(spec.num_pictures)
+                    held_out = self.pictures("reference").pictures[: spec.num_pictures]
                     if title == "decoded":
                         training, held_out = round_trip(self.codec, training), round_trip(self.codec, held_out)
                     aligned = None

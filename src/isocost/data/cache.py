@@ -78,6 +78,11 @@ class PictureSet:
                 yield Unread(name, captions)
         yield from self.bad
 
+    def fair_draw(self, num: int) -> Tensor:
+        """Pictures uint8 [num, 3, R, R], fewer if there are fewer, by a hash of the names: sources may be sorted by kind."""
+        order = sorted(range(len(self)), key=lambda position: place_of(self.names[position]))
+        return self.pictures[order[:num]]
+
     def fingerprint(self) -> str:
         """Content hash of pictures and captions."""
         sha = hashlib.sha256(self.pictures.numpy().tobytes())
