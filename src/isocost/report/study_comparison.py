@@ -15,7 +15,6 @@ from isocost.report.marks import Curves
 from isocost.report.summary import escaped
 from isocost.store import write_atomically
 
-MARKDOWN = "comparison.md"
 FIGURE = "which_study_is_best_at_equal_cost"
 
 
@@ -62,7 +61,7 @@ def write_comparison(out: Path, table: pd.DataFrame, told: Sequence[Standing]) -
     """Write the Markdown and the figure, as PNG and PDF, into a folder; returns the files."""
     out.mkdir(parents=True, exist_ok=True)
     cost, metric = told[0].cost, told[0].metric
-    write_atomically(out / MARKDOWN, markdown_comparison(table, told))
-    name = f"{FIGURE}-{cost}"
+    markdown, name = out / f"comparison-{cost}.md", f"{FIGURE}-{cost}"
+    write_atomically(markdown, markdown_comparison(table, told))
     save(draw_curves(frontier_curves(table, metric, cost)), out, name)
-    return [out / MARKDOWN, out / f"{name}.png", out / f"{name}.pdf"]
+    return [markdown, out / f"{name}.png", out / f"{name}.pdf"]
