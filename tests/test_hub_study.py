@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from safetensors.torch import save_file
 
 import given
 from conftest import plain_study
-from isocost.cli import main
 from isocost.data.given import ReducedCodec
 from isocost.errors import RequestError
 from isocost.models.checkpoint import load_checkpoint
@@ -60,16 +57,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture
-def isocost(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+def isocost(isocost: Any) -> Any:
     """Run a command in this process; gives its answer, or the line of its mistake."""
 
     def command(*arguments: object) -> Any:
-        monkeypatch.setattr(sys, "argv", ["isocost", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        return json.loads(out.splitlines()[-1]) if not ended.value.code else err.strip().splitlines()[-1]
+        outcome = isocost(*arguments)
+        return outcome.line if outcome.status else outcome.answer
 
     return command
 

@@ -34,8 +34,8 @@ def compare(
 ) -> Compared:
     """Output folders on one axis, each as its last report left it.
 
-    Differences are paired, since under one protocol all studies draw the same captions from the same noise, where every folder
-    still has its points' features and the data of the study can be read; else they are those of independent scores, and say so.
+    Differences of text2image are paired where every folder still has its points' features, since under one protocol picture i
+    has the same caption and seed in all studies; else they are those of independent scores, and say so.
 
     Args:
         outs: output folders, two or more, each with a table.

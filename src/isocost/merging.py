@@ -69,9 +69,8 @@ def keep(
         kept.take_over(ledger)
     for kind in KEPT_KINDS:
         for artefact in sorted((source / "artefacts" / kind).glob("[!.]*")):
-            final = target / "artefacts" / kind / artefact.name
-            if artefact not in left_behind and not final.exists() and (artefact / MANIFEST).is_file():
-                copy_artefact(artefact, final, target / "artefacts" / ".partial")
+            if artefact not in left_behind and (artefact / MANIFEST).is_file():
+                _take(artefact, target)
     _keep_drawn(source, target)
     return {"artefacts": len(list(target.glob("artefacts/[!.]*/*"))), "bytes": _num_bytes(target)}
 
@@ -101,10 +100,8 @@ def merge(out: str | Path, others: list[Path]) -> dict[str, int]:
     for other in others:
         say(f"taking over what {other} has")
         for folder in sorted((other / "artefacts").glob("[!.]*/*")):
-            final = target / "artefacts" / folder.parent.name / folder.name
-            if not final.exists() and ((folder / MANIFEST).is_file() or any(folder.glob("state-*"))):
-                copy_artefact(folder, final, target / "artefacts" / ".partial")
-                came["artefacts"] += 1
+            if (folder / MANIFEST).is_file() or any(folder.glob("state-*")):
+                came["artefacts"] += _take(folder, target)
         if not (target / DRAWN_FROM).exists():
             _keep_drawn(other, target)
         came["points"] += ledger.take_over(Ledger(other / LEDGER_FILE))
@@ -128,29 +125,31 @@ def take_artefacts(out: str | Path, others: list[Path]) -> int:
     for other in others:
         say(f"taking artefacts of {other}")
         for folder in (each for kind in SHARED_KINDS for each in sorted((other / "artefacts" / kind).glob("[!.]*"))):
-            final = target / "artefacts" / folder.parent.name / folder.name
-            if not final.exists() and (folder / MANIFEST).is_file():
-                copy_artefact(folder, final, target / "artefacts" / ".partial")
-                came += 1
+            if (folder / MANIFEST).is_file():
+                came += _take(folder, target)
     return came
+
+
+def _take(artefact: Path, target: Path) -> bool:
+    """Copy an artefact into an output folder that lacks it; whether it came."""
+    final = target / "artefacts" / artefact.parent.name / artefact.name
+    if final.exists():
+        return False
+    copy_artefact(artefact, final, target / "artefacts" / ".partial")
+    return True
 
 
 def _left_behind(out: Path, checkpoint_mib: float | None, tasks: Collection[TaskName] | None) -> set[Path]:
     """Checkpoints of an output folder that are of other tasks, or not the last of their training, or larger."""
-    if checkpoint_mib is None and tasks is None:
-        return set()
     infos = {folder: read_info(folder) for folder in (out / "artefacts" / "checkpoint").glob("[!.]*")}
-    others = {folder for folder, info in infos.items() if tasks is not None and info.task not in tasks}
-    if checkpoint_mib is None:
-        return others
     last: dict[str, int] = {}
     for info in infos.values():
         last[info.run] = max(info.images_seen, last.get(info.run, 0))
-    return others | {
-        folder
-        for folder, info in infos.items()
-        if (info.run and info.images_seen < last[info.run]) or _num_bytes(folder) > checkpoint_mib * 2**20
-    }
+    left = {folder for folder, info in infos.items() if tasks is not None and info.task not in tasks}
+    if checkpoint_mib is not None:
+        left |= {folder for folder, info in infos.items() if info.run and info.images_seen < last[info.run]}
+        left |= {folder for folder in infos if _num_bytes(folder) > checkpoint_mib * 2**20}
+    return left
 
 
 def _num_bytes(folder: Path) -> int:

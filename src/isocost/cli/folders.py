@@ -60,11 +60,14 @@ def compare(
     out: Annotated[Path | None, typer.Option("--out", help="a folder for the answer as Markdown and its figure")] = None,
 ) -> None:
     """Which of several studies is best at equal cost: families, codecs, recipes, given checkpoints."""
+    from isocost.analysis.hardware import untimed_in_words
     from isocost.analysis.study_comparison import moral
     from isocost.comparing import compare as compare_studies
     from isocost.report.study_comparison import write_comparison
 
     compared = compare_studies(outs, metric, cost, budgets or (), task)
+    if untimed := untimed_in_words(compared.table):
+        print(f"note: milliseconds {untimed}", file=sys.stderr)
     for line in (*compared.standings, moral(compared.standings)):
         print(line, file=sys.stderr)
     files = [] if out is None else write_comparison(out, compared.table, compared.standings)
