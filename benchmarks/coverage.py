@@ -16,8 +16,7 @@ from collections.abc import Callable
 import numpy as np
 from results import print_results
 
-from isocost.metrics.distances import Moments, frechet_distance, frechet_from_moments, frechet_infinity
-from isocost.score.intervals import (
+from isocost.evaluation.confidence_intervals import (
     Interval,
     KernelReference,
     frechet_infinity_interval,
@@ -26,6 +25,7 @@ from isocost.score.intervals import (
     paired_frechet_difference,
     paired_kernel_difference,
 )
+from isocost.metrics.frechet import Moments, frechet_distance, frechet_from_moments, frechet_infinity
 
 POPULATION, WIDTH = 4000, 24
 NUM, NUM_REFERENCE = 160, 240

@@ -25,20 +25,21 @@ import torch
 from results import print_results
 from torch import Tensor, nn
 
-from isocost.data.cache import Cache
-from isocost.diffusion.network import guidance_embedding
-from isocost.diffusion.noise import Schedule, x0_coefficients
-from isocost.diffusion.samplers import build_table
-from isocost.downstream import DistillSpec
-from isocost.stages import SamplerSpec, TrainSpec
-from isocost.train.distill import (
+from isocost.config.finetune import DistillSpec
+from isocost.config.sampling import SamplerSpec
+from isocost.config.training import TrainSpec
+from isocost.data.latent_cache import Cache
+from isocost.diffusion.noise_schedule import Schedule, x0_coefficients
+from isocost.diffusion.solvers import build_table
+from isocost.models.guidance_embedding import guidance_embedding
+from isocost.training.distillation import (
     ConditionalConsistencyDistillation,
     ConsistencyDistillation,
     Distillation,
     ProgressiveDistillation,
 )
-from isocost.train.loop import train
-from isocost.train.tasks import TextToImage
+from isocost.training.objectives import TextToImage
+from isocost.training.trainer import train
 
 NUM_CLASSES, NUM_MODES, SPREAD = 3, 3, 0.5
 NUM_DATA, NUM_DRAWN, NUM_SLICES = 100_000, 10_000, 64

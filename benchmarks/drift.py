@@ -21,17 +21,17 @@ import torch
 from results import print_results
 from torch import Tensor
 
-from isocost.data.codec import Codec
-from isocost.diffusion.generate import generate, make_engine, schedule_of
-from isocost.diffusion.rows import Row
-from isocost.diffusion.samplers import build_table
+from isocost.config.base import parse_spec
+from isocost.config.sampling import SamplerSpec
+from isocost.config.study import StudySpec
+from isocost.diffusion.solvers import build_table
+from isocost.evaluation.confidence_intervals import KernelReference, paired_frechet_difference, paired_kernel_difference
+from isocost.evaluation.evaluator import Measuring
+from isocost.models.autoencoder import Codec
 from isocost.models.checkpoint import Checkpoint, load_checkpoint
-from isocost.pipeline import Pipeline
-from isocost.score.intervals import KernelReference, paired_frechet_difference, paired_kernel_difference
-from isocost.score.score import Measuring
-from isocost.spec import parse_spec
-from isocost.stages import SamplerSpec
-from isocost.study import StudySpec
+from isocost.pipeline.pipeline import Pipeline
+from isocost.sampling.generate import generate, make_engine, schedule_of
+from isocost.sampling.request import Row
 
 STUDY = {
     "name": "drift",

@@ -28,15 +28,18 @@ from gpu_training import training_rows, training_targets
 from results import print_results
 from torch import Tensor, nn
 
-from isocost.diffusion.engine import Engine
-from isocost.diffusion.network import SamplingNetwork
-from isocost.diffusion.noise import Schedule, normal_noise, philox4x32
-from isocost.diffusion.rows import Row
-from isocost.diffusion.samplers import build_table
-from isocost.models.cost import model_cost
-from isocost.models.paper import PAPER_CONTEXT_WIDTH, PAPER_NUM_TOKENS, TABLE_1
+from isocost.config.model import ModelSpec
+from isocost.config.sampling import SamplerSpec
+from isocost.config.types import Precision
+from isocost.diffusion.noise_schedule import Schedule
+from isocost.diffusion.philox import normal_noise, philox4x32
+from isocost.diffusion.solvers import build_table
+from isocost.models.flops import model_cost
+from isocost.models.paper_table import PAPER_CONTEXT_WIDTH, PAPER_NUM_TOKENS, TABLE_1
 from isocost.models.unet import build_unet
-from isocost.stages import ModelSpec, Precision, SamplerSpec
+from isocost.sampling.denoiser import SamplingNetwork
+from isocost.sampling.engine import Engine
+from isocost.sampling.request import Row
 
 NUM_STEPS, GUIDANCE, LOOP_BATCH, BUCKET_SIZE, TURNS = 10, 7.5, 16, 64, 3
 SMALL, LARGE = {"over_loop": 3.0}, {"over_loop": 1.5, "over_tuned_loop": 1.0}

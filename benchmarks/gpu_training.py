@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from results import Row, at_least, print_results, row
 
+from isocost.config.model import ModelSpec
+from isocost.config.training import TrainSpec
 from isocost.errors import RequestError
-from isocost.models.cost import model_cost
-from isocost.models.paper import PAPER_CONTEXT_WIDTH, PAPER_NUM_TOKENS, TABLE_1
+from isocost.models.flops import model_cost
+from isocost.models.paper_table import PAPER_CONTEXT_WIDTH, PAPER_NUM_TOKENS, TABLE_1
 from isocost.models.unet import build_unet
-from isocost.stages import ModelSpec, TrainSpec
-from isocost.train.forecast import RandomTask
-from isocost.train.loop import Trainer, make_accelerator
+from isocost.training.throughput_estimate import RandomTask
+from isocost.training.trainer import Trainer, make_accelerator
 
 WIDTHS = tuple(row.width for row in TABLE_1)
 SIDES = (32, 64)

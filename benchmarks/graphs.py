@@ -22,12 +22,13 @@ import torch
 from results import print_results, row
 from torch import nn
 
-from isocost.models.cost import model_cost
-from isocost.models.graphs import GraphedNetwork
+from isocost.config.model import ModelSpec
+from isocost.config.training import TrainSpec
+from isocost.models.cuda_graph import GraphedNetwork
+from isocost.models.flops import model_cost
 from isocost.models.unet import build_unet
-from isocost.stages import ModelSpec, TrainSpec
-from isocost.train.forecast import RandomTask
-from isocost.train.loop import Trainer, make_accelerator
+from isocost.training.throughput_estimate import RandomTask
+from isocost.training.trainer import Trainer, make_accelerator
 
 NUM_TOKENS, CONTEXT_WIDTH, CHANNELS = 16, 384, 8
 BATCH, ROWS, TURNS, STEPS, PASSES = 64, 512, 5, 20, 20

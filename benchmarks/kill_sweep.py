@@ -28,13 +28,13 @@ import pandas as pd
 import psutil
 from results import print_results
 
-from isocost.joining import run_on_ray
-from isocost.pipeline import Pipeline
-from isocost.spec import parse_spec
-from isocost.study import StudySpec
-from isocost.sweep import workers
-from isocost.sweep.ledger import Ledger
-from isocost.sweep.tables import OF_THE_MACHINE
+from isocost.config.base import parse_spec
+from isocost.config.study import StudySpec
+from isocost.pipeline.pipeline import Pipeline
+from isocost.pipeline.workers import run_on_ray
+from isocost.sweep import worker as workers
+from isocost.sweep.results_db import Ledger
+from isocost.sweep.schema import OF_THE_MACHINE
 
 NOTES = "ISOCOST_SHARDS_MADE"
 LEAST_S, MOST_S = 0.2, 6.0

@@ -23,14 +23,14 @@ from typing import Any
 from results import print_results
 from sqlalchemy.orm import Session
 
+from isocost.config.base import parse_spec
+from isocost.config.study import StudySpec
+from isocost.evaluation.confidence_intervals import Interval
 from isocost.models.checkpoint import describe, load_checkpoint
-from isocost.pipeline import Pipeline
-from isocost.planning import plan
-from isocost.report.gather import report
-from isocost.score.intervals import Interval
-from isocost.spec import parse_spec
-from isocost.study import StudySpec
-from isocost.sweep.tables import PointRow, ProtocolRow, ScoreRow
+from isocost.pipeline.dry_run import plan
+from isocost.pipeline.pipeline import Pipeline
+from isocost.report.build import report
+from isocost.sweep.schema import PointRow, ProtocolRow, ScoreRow
 
 SAMPLERS = ("ddim", "dpmsolver++2m", "euler", "unipc")
 MOST_SECONDS = 60.0

@@ -21,10 +21,10 @@ from results import Row, print_results, row
 from torch import Tensor
 from torch.nn import Module
 
-from isocost.metrics.distances import Moments, frechet_from_moments
-from isocost.metrics.features import EfficientNetLite0
+from isocost.config.model import ModelSpec
+from isocost.metrics.efficientnet import EfficientNetLite0
+from isocost.metrics.frechet import Moments, frechet_from_moments
 from isocost.models.unet import build_unet
-from isocost.stages import ModelSpec
 
 WIDTH, NUM = 2048, 6000
 DEMO_WIDTHS, DEMO_STEPS, DEMO_BATCH = (8, 16, 24), 16, 64
@@ -138,7 +138,7 @@ def random_clip() -> Callable[[Tensor], Tensor]:
     """CLIP ViT-B/32's picture tower without its weights."""
     from transformers import CLIPConfig, CLIPModel
 
-    from isocost.metrics.pictures import CLIP_MEAN, CLIP_STD, normalise, resize_shorter_side
+    from isocost.metrics.preprocessing import CLIP_MEAN, CLIP_STD, normalise, resize_shorter_side
 
     network = CLIPModel(CLIPConfig()).eval()
     return lambda pictures: (

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from results import print_results
 from scipy.integrate import solve_ivp
 
-from isocost.diffusion.noise import Schedule
-from isocost.diffusion.samplers import SamplerTable, build_table
-from isocost.stages import SamplerSpec
+from isocost.config.sampling import SamplerSpec
+from isocost.diffusion.noise_schedule import Schedule
+from isocost.diffusion.solvers import SamplerTable, build_table
 
 Floats = NDArray[np.float64]
 FINE = Schedule.scaled_linear(0.00085 / 100, 0.012 / 100, 100_000)

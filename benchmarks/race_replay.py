@@ -20,16 +20,16 @@ import numpy as np
 import pandas as pd
 from results import print_results, row
 
-from isocost.metrics.distances import POLYNOMIAL
-from isocost.pipeline import Pipeline
-from isocost.score.intervals import KernelReference, generated_counts
-from isocost.score.kept import Measured, read_measured
-from isocost.score.resamples import resamples
-from isocost.spec import parse_spec
-from isocost.study import StudySpec
-from isocost.study_file import load_study
-from isocost.sweep.race import Found, Race, Rules, Wish, race, value_at
-from isocost.sweep.racing import rungs_for
+from isocost.config.base import parse_spec
+from isocost.config.study import StudySpec
+from isocost.config.study_yaml import load_study
+from isocost.evaluation.bootstrap import resamples
+from isocost.evaluation.confidence_intervals import KernelReference, generated_counts
+from isocost.evaluation.feature_store import Measured, read_measured
+from isocost.metrics.mmd import POLYNOMIAL
+from isocost.pipeline.pipeline import Pipeline
+from isocost.sweep.guidance_search import Found, Race, Rules, Wish, race, value_at
+from isocost.sweep.guidance_search_runner import rungs_for
 
 PLACES = range(1, 25)
 METRIC = "kernel_efficientnet"

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from results import Row, print_results, row
 
-from isocost.report.page import write_report
+from isocost.report.html import write_report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from browser import CHROMIUM, Page, browser

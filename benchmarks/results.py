@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from isocost.provenance import provenance
+from isocost.utils.environment import provenance
 
 Row = dict[str, Any]
 

@@ -27,18 +27,21 @@ import torch
 from diffusers import StableDiffusionPipeline
 from results import at_least, print_results, row
 
-from isocost.data.cache import load_pictures
-from isocost.data.codec import TextCodec, load_codec
-from isocost.diffusion.generate import CaptionStates, generate, make_engine
-from isocost.diffusion.noise import Schedule
-from isocost.diffusion.rows import Row
-from isocost.diffusion.samplers import build_table
-from isocost.exporting import export
+from isocost.config.data import ScenesSource
+from isocost.config.model import ModelSpec, TextSpec
+from isocost.config.sampling import SamplerSpec
+from isocost.data.latent_cache import load_pictures
+from isocost.diffusion.noise_schedule import Schedule
+from isocost.diffusion.solvers import build_table
+from isocost.models.autoencoder import load_codec
 from isocost.models.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint, save_networks
-from isocost.models.cost import model_cost
+from isocost.models.export_diffusers import export
+from isocost.models.flops import model_cost
+from isocost.models.text_encoder import TextCodec
 from isocost.models.unet import build_unet
-from isocost.stages import ModelSpec, SamplerSpec, ScenesSource, TextSpec
-from isocost.store import Store
+from isocost.sampling.generate import CaptionStates, generate, make_engine
+from isocost.sampling.request import Row
+from isocost.utils.artifact_store import Store
 
 WIDTHS = (16, 64)
 NUM_STEPS, GUIDANCE = 20, 4.0

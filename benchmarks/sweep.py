@@ -28,13 +28,13 @@ from results import at_least, print_results, row
 from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from isocost.exporting import export
-from isocost.metrics.features import EfficientNetLite0
-from isocost.pipeline import Pipeline
-from isocost.score.differences import Pairing
-from isocost.spec import parse_spec
-from isocost.study import StudySpec
-from isocost.sweep.race import nearest_place, value_at
+from isocost.config.base import parse_spec
+from isocost.config.study import StudySpec
+from isocost.evaluation.paired import Pairing
+from isocost.metrics.efficientnet import EfficientNetLite0
+from isocost.models.export_diffusers import export
+from isocost.pipeline.pipeline import Pipeline
+from isocost.sweep.guidance_search import nearest_place, value_at
 
 METRIC = "kernel_efficientnet"
 BATCH = 16

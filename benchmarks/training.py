@@ -37,16 +37,19 @@ from results import at_least, print_results, row
 from torch import Tensor
 from torchvision import transforms
 
-from isocost.data.cache import LatentCache, load_pictures, write_cache, write_index
-from isocost.data.codec import AutoencoderCodec, TextCodec
-from isocost.data.shards import Place
-from isocost.data.sources import Sample
-from isocost.models.cost import model_cost
+from isocost.config.data import ScenesSource
+from isocost.config.model import ModelSpec, TextSpec, TrainedCodecSpec
+from isocost.config.training import TrainSpec
+from isocost.data.datasets import Sample
+from isocost.data.latent_cache import LatentCache, load_pictures, write_cache, write_index
+from isocost.data.row_store import Place
+from isocost.models.autoencoder import AutoencoderCodec
+from isocost.models.flops import model_cost
+from isocost.models.text_encoder import TextCodec
 from isocost.models.unet import build_unet
-from isocost.stages import ModelSpec, ScenesSource, TextSpec, TrainedCodecSpec, TrainSpec
-from isocost.train.codec import build_autoencoder
-from isocost.train.loop import Trainer, make_accelerator
-from isocost.train.tasks import TextToImage, training_schedule
+from isocost.training.autoencoder import build_autoencoder
+from isocost.training.objectives import TextToImage, training_schedule
+from isocost.training.trainer import Trainer, make_accelerator
 
 WIDTHS, RESOLUTION, NUM_PICTURES = (16, 64), 64, 128
 CODEC = TrainedCodecSpec(kind="kl", block_widths=(16, 32, 64, 64), num_channels=16, num_images=1)

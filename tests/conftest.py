@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from isocost.cli import main
-from isocost.spec import parse_spec
-from isocost.study import StudySpec
+from isocost.config.base import parse_spec
+from isocost.config.study import StudySpec
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "assets"
 

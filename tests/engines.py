@@ -6,10 +6,10 @@ Shape letters: C H W latent, L D caption states.
 import torch
 from diffusers import UNet2DConditionModel
 
-from isocost.diffusion.noise import Schedule
-from isocost.diffusion.rows import Row
-from isocost.diffusion.samplers import build_table
-from isocost.stages import SAMPLER_NAMES, SamplerSpec
+from isocost.config.sampling import SAMPLER_NAMES, SamplerSpec
+from isocost.diffusion.noise_schedule import Schedule
+from isocost.diffusion.solvers import build_table
+from isocost.sampling.request import Row
 
 SCHEDULE = Schedule.scaled_linear()
 SHAPE = (4, 8, 8)

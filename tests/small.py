@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from isocost.data.cache import load_pictures
-from isocost.stages import ScenesSource
+from isocost.config.data import ScenesSource
+from isocost.data.latent_cache import load_pictures
 
 
 class Thumbnail:

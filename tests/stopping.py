@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from isocost.pipeline import Pipeline
-from isocost.study import StudySpec
-from isocost.sweep import workers
-from isocost.train import loop
+from isocost.config.study import StudySpec
+from isocost.pipeline.pipeline import Pipeline
+from isocost.sweep import worker as workers
+from isocost.training import trainer as loop
 
 
 def stop_twice(study: StudySpec, out: Path, monkeypatch: pytest.MonkeyPatch, at_step: int, at_record: int) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isocost.analysis.bands import DECIDED, Bands, bands_in_words, frontier_bands, in_order, running_best
-from isocost.analysis.frontier import COSTS
+from isocost.analysis.costs import COSTS
+from isocost.analysis.frontier_ci import DECIDED, Bands, bands_in_words, frontier_bands, in_order, running_best
 from isocost.errors import RequestError
 from planted import exact, measured, paper_table, planted_table
 

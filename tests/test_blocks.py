@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from isocost.config.evaluation import ProtocolSpec
 from isocost.errors import WorkError
-from isocost.metrics.features import EfficientNetLite0
-from isocost.score import blocks
-from isocost.score.blocks import BLOCK, Blocks
-from isocost.score.gallery import Picture
-from isocost.score.protocol import make_protocol
-from isocost.score.reference import Reference
-from isocost.score.score import Measuring
-from isocost.score.statistics import take
-from isocost.stages import ProtocolSpec
+from isocost.evaluation import feature_batches as blocks
+from isocost.evaluation.evaluator import Measuring
+from isocost.evaluation.feature_batches import BLOCK, Blocks
+from isocost.evaluation.image_sources import Picture
+from isocost.evaluation.protocol import make_protocol
+from isocost.evaluation.reference_set import Reference
+from isocost.evaluation.reference_stats import take
+from isocost.metrics.efficientnet import EfficientNetLite0
 from small import scenes
 
 NUM = 3 * BLOCK + 9

@@ -20,14 +20,25 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor
 
-from isocost.data import cache
-from isocost.data.cache import LatentCache, Part, PictureSet, count, forecast_bytes, load_pictures, write_cache, write_index
-from isocost.data.codec import LinearCodec, TextCodec, minilm_path
-from isocost.data.order import picture_order
-from isocost.data.shards import Place
-from isocost.data.sources import Bad
+from isocost.config.data import ScenesSource
+from isocost.config.model import TextSpec
+from isocost.data import latent_cache as cache
+from isocost.data.datasets import Bad
+from isocost.data.latent_cache import (
+    LatentCache,
+    Part,
+    PictureSet,
+    count,
+    forecast_bytes,
+    load_pictures,
+    write_cache,
+    write_index,
+)
+from isocost.data.row_store import Place
+from isocost.data.shuffle import picture_order
 from isocost.errors import WorkError
-from isocost.stages import ScenesSource, TextSpec
+from isocost.models.autoencoder import LinearCodec
+from isocost.models.text_encoder import TextCodec, minilm_path
 
 R, PATCH, CHANNELS, TOKENS = 32, 8, 4, 12
 NUM_PICTURES = 25

@@ -12,9 +12,9 @@ import yaml
 from PIL import Image
 
 from conftest import Outcome, plain_study
-from isocost.score.intervals import Interval
-from isocost.sweep.ledger import Ledger
-from isocost.sweep.tables import PointRow
+from isocost.evaluation.confidence_intervals import Interval
+from isocost.sweep.results_db import Ledger
+from isocost.sweep.schema import PointRow
 from planted import planted_table
 
 KERNEL = "kernel_efficientnet"

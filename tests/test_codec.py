@@ -11,12 +11,14 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from conftest import tiny_study
-from isocost.data.cache import load_pictures
-from isocost.data.codec import AutoencoderCodec, LinearCodec, TextCodec, load_codec, to_uint8, to_unit
+from isocost.config.data import ScenesSource
+from isocost.config.model import TextSpec, TrainedCodecSpec
+from isocost.data.latent_cache import load_pictures
 from isocost.errors import RequestError
-from isocost.metrics.likeness import psnr
-from isocost.stages import ScenesSource, TextSpec, TrainedCodecSpec
-from isocost.train.codec import build_autoencoder, normalise_latents, train_codec
+from isocost.metrics.image_similarity import psnr
+from isocost.models.autoencoder import AutoencoderCodec, LinearCodec, load_codec, to_uint8, to_unit
+from isocost.models.text_encoder import TextCodec
+from isocost.training.autoencoder import build_autoencoder, normalise_latents, train_codec
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,15 @@ import pytest
 import yaml
 
 from conftest import plain_study, tiny_study
-from isocost.analysis.frontier import COSTS
+from isocost.analysis.costs import COSTS
 from isocost.analysis.study_comparison import moral, standings, united
-from isocost.comparing import compare
+from isocost.config.study_yaml import load_study
 from isocost.errors import RequestError
-from isocost.pipeline import Pipeline
-from isocost.report.gather import report
+from isocost.evaluation.paired import Pairing, paired_differences
+from isocost.pipeline.compare import compare
+from isocost.pipeline.pipeline import Pipeline
+from isocost.report.build import report
 from isocost.report.study_comparison import markdown_comparison, write_comparison
-from isocost.score.differences import Pairing, paired_differences
-from isocost.study_file import load_study
 from planted import measured, planted_table
 
 KERNEL = "kernel_efficientnet"

@@ -15,13 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from isocost.data.cache import LatentCache, load_pictures, write_cache, write_index
-from isocost.data.codec import LinearCodec, TextCodec
-from isocost.data.shards import Place
+from isocost.config.data import ScenesSource
+from isocost.config.model import TextSpec
+from isocost.data.latent_cache import LatentCache, load_pictures, write_cache, write_index
+from isocost.data.row_store import Place
 from isocost.errors import WorkError
-from isocost.stages import ScenesSource, TextSpec
-from isocost.train import state
-from isocost.train.state import newest_state
+from isocost.models.autoencoder import LinearCodec
+from isocost.models.text_encoder import TextCodec
+from isocost.training import state_checkpoint as state
+from isocost.training.state_checkpoint import newest_state
 from train_worker import run_job
 
 WORKER = Path(__file__).with_name("kill_worker.py")

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from isocost.config.model import ModelSpec
+from isocost.config.training import TrainSpec
 from isocost.errors import RequestError
+from isocost.models.cuda_graph import GraphedNetwork
 from isocost.models.dit import build_dit
-from isocost.models.graphs import GraphedNetwork
 from isocost.models.unet import build_unet
-from isocost.stages import ModelSpec, TrainSpec
-from isocost.train.forecast import RandomTask
-from isocost.train.loop import Trainer, make_accelerator
+from isocost.training.throughput_estimate import RandomTask
+from isocost.training.trainer import Trainer, make_accelerator
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 MODEL = ModelSpec(width=8, latent_channels=4, latent_side=8, context_width=16)

@@ -12,17 +12,17 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from isocost.metrics.features import EfficientNetLite0
-from isocost.metrics.likeness import psnr, ssim
+from isocost.config.evaluation import ProtocolSpec
+from isocost.evaluation.confidence_intervals import Interval
+from isocost.evaluation.evaluator import score
+from isocost.evaluation.feature_store import Measured
+from isocost.evaluation.image_sources import Picture, samples_of
+from isocost.evaluation.protocol import make_protocol
+from isocost.evaluation.reference_set import Reference
+from isocost.evaluation.reference_stats import take
+from isocost.metrics.efficientnet import EfficientNetLite0
+from isocost.metrics.image_similarity import psnr, ssim
 from isocost.metrics.lpips import load_lpips
-from isocost.score.gallery import Picture, samples_of
-from isocost.score.intervals import Interval
-from isocost.score.kept import Measured
-from isocost.score.protocol import make_protocol
-from isocost.score.reference import Reference
-from isocost.score.score import score
-from isocost.score.statistics import take
-from isocost.stages import ProtocolSpec
 
 NUM, NUM_REFERENCE, NUM_PAIRS, NUM_FEATURES, SIDE = 128, 384, 16, 64, 128
 NAME = "efficientnet-lite0"

@@ -11,11 +11,11 @@ from PIL import Image
 from pydantic import ValidationError
 from torch.nn.functional import conv2d, pad
 
-from isocost.data import degrade as degrading
-from isocost.data.degrade import check_scale, degrade, resize
-from isocost.downstream import DegradationSpec, DegradationStage
+from isocost.config.finetune import DegradationSpec, DegradationStage
+from isocost.data import degradations as degrading
+from isocost.data.degradations import check_scale, degrade, resize
 from isocost.errors import RequestError
-from isocost.metrics.likeness import psnr
+from isocost.metrics.image_similarity import psnr
 from small import scenes
 
 BICUBIC = DegradationSpec(kind="bicubic")

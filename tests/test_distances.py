@@ -9,16 +9,10 @@ import pytest
 import scipy.linalg
 import torch
 
-from isocost.metrics import distances
-from isocost.metrics.distances import (
-    Moments,
-    frechet_distance,
-    frechet_from_moments,
-    frechet_influence,
-    kernel_distance,
-    polynomial_kernel,
-)
-from isocost.metrics.likeness import psnr
+from isocost.metrics import mmd as distances
+from isocost.metrics.frechet import Moments, frechet_distance, frechet_from_moments, frechet_influence
+from isocost.metrics.image_similarity import psnr
+from isocost.metrics.mmd import kernel_distance, polynomial_kernel
 
 
 def mixing(width: int) -> np.ndarray:

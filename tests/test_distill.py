@@ -14,18 +14,21 @@ import torch
 from diffusers import DDIMScheduler, LCMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from isocost.data.cache import Cache
-from isocost.diffusion.network import guidance_embedding
-from isocost.diffusion.noise import Schedule
-from isocost.diffusion.samplers import build_table
-from isocost.downstream import DistillSpec
-from isocost.models.adapted import AdaptedUNet
+from isocost.config.finetune import DistillSpec
+from isocost.config.model import ModelSpec
+from isocost.config.sampling import SamplerSpec
+from isocost.config.training import TrainSpec
+from isocost.config.types import PredictionType
+from isocost.data.latent_cache import Cache
+from isocost.diffusion.noise_schedule import Schedule
+from isocost.diffusion.solvers import build_table
 from isocost.models.checkpoint import scheduler_for
-from isocost.models.cost import model_cost
-from isocost.models.networks import build_network, guidance_width, read_network
+from isocost.models.codi_unet import AdaptedUNet
+from isocost.models.factory import build_network, guidance_width, read_network
+from isocost.models.flops import model_cost
+from isocost.models.guidance_embedding import guidance_embedding
 from isocost.models.unet import build_unet, embed_guidance
-from isocost.stages import ModelSpec, PredictionType, SamplerSpec, TrainSpec
-from isocost.train.distill import (
+from isocost.training.distillation import (
     ConditionalConsistencyDistillation,
     ConsistencyDistillation,
     Distillation,
@@ -33,8 +36,8 @@ from isocost.train.distill import (
     ProgressiveDistillation,
     grid_places,
 )
-from isocost.train.loop import OutOfTime, train
-from isocost.train.tasks import TextToImage
+from isocost.training.objectives import TextToImage
+from isocost.training.trainer import OutOfTime, train
 
 SCHEDULE = Schedule.scaled_linear()
 MODEL = ModelSpec(width=8, latent_channels=4, latent_side=8, context_width=16, layers_per_block=1, num_levels=2)

@@ -16,22 +16,22 @@ from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 from conftest import plain_study
 from isocost.analysis.distillation import acceleration, against_teacher, comparisons, steps_to_reach, teacher_of
 from isocost.cli import main
-from isocost.data.codec import load_codec
-from isocost.diffusion.noise import START_NOISE, normal_noise
+from isocost.config.base import parse_spec
+from isocost.config.study import StudySpec
+from isocost.diffusion.philox import START_NOISE, normal_noise
 from isocost.errors import RequestError
-from isocost.experiments.distill import DistillExperiment, StudentRun
-from isocost.exporting import export
-from isocost.merging import keep, merge
+from isocost.evaluation.confidence_intervals import Interval
+from isocost.experiments.distillation import DistillExperiment, StudentRun
+from isocost.models.autoencoder import load_codec
 from isocost.models.checkpoint import load_checkpoint
-from isocost.pipeline import Pipeline
-from isocost.planning import plan
-from isocost.report.gather import report
-from isocost.sampling import sample
-from isocost.score.intervals import Interval
-from isocost.spec import parse_spec
-from isocost.study import StudySpec
-from isocost.sweep.tables import OF_THE_MACHINE
-from isocost.upscaling import upscale
+from isocost.models.export_diffusers import export
+from isocost.pipeline.dry_run import plan
+from isocost.pipeline.merge import keep, merge
+from isocost.pipeline.pipeline import Pipeline
+from isocost.report.build import report
+from isocost.sampling.sample import sample
+from isocost.sampling.upscale import upscale
+from isocost.sweep.schema import OF_THE_MACHINE
 from planted import planted_table
 from stopping import stop_twice
 
@@ -221,7 +221,7 @@ def test_diffusers_draws_what_a_consistency_student_draws(
     codec, decoded = load_codec("scenes"), []
     decode = codec.decode
     monkeypatch.setattr(codec, "decode", lambda latents: decoded.append(latents.clone()) or decode(latents))
-    monkeypatch.setattr("isocost.sampling.codec_of", lambda *_: codec)
+    monkeypatch.setattr("isocost.sampling.sample.codec_of", lambda *_: codec)
     sample(folder, prompts, num_steps=num_steps, guidance=guidance, num_pictures=1, seed=5)
     ours = decoded[0][:2]
     pipeline = LatentConsistencyModelPipeline.from_pretrained(export(folder, tmp_path / "exported"), use_safetensors=True)

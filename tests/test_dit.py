@@ -15,29 +15,25 @@ from transformers import AutoModel, AutoTokenizer
 
 from conftest import plain_study, tiny_study
 from engines import NUM_CAPTIONS, SD_SCHEDULER, SHAPE, STATE_WIDTH, caption_states, table
-from isocost.diffusion.engine import Engine
-from isocost.diffusion.network import SamplingNetwork, guidance_embedding
-from isocost.diffusion.noise import START_NOISE, normal_noise
-from isocost.diffusion.rows import Row
+from isocost.config.base import digest
+from isocost.config.model import FamilySpec, ModelSpec
+from isocost.config.sampling import SamplerSpec
+from isocost.config.training import TrainSpec
+from isocost.diffusion.philox import START_NOISE, normal_noise
 from isocost.errors import RequestError
-from isocost.exporting import export
 from isocost.models.checkpoint import load_checkpoint, save_networks
-from isocost.models.cost import model_cost
 from isocost.models.dit import PUBLISHED, GuidedTransformer, Transformer, check_dit_width, depth_of, head_width, patch_of
-from isocost.models.networks import (
-    build_network,
-    folder_of,
-    guidance_width,
-    read_network,
-    with_guidance,
-    with_wider_input,
-)
-from isocost.pipeline import Pipeline
-from isocost.report.gather import report
-from isocost.sampling import sample
-from isocost.spec import digest
-from isocost.stages import FamilySpec, ModelSpec, SamplerSpec, TrainSpec
-from isocost.train.memory import training_memory
+from isocost.models.export_diffusers import export
+from isocost.models.factory import build_network, folder_of, guidance_width, read_network, with_guidance, with_wider_input
+from isocost.models.flops import model_cost
+from isocost.models.guidance_embedding import guidance_embedding
+from isocost.pipeline.pipeline import Pipeline
+from isocost.report.build import report
+from isocost.sampling.denoiser import SamplingNetwork
+from isocost.sampling.engine import Engine
+from isocost.sampling.request import Row
+from isocost.sampling.sample import sample
+from isocost.training.memory_estimate import training_memory
 
 SMALL = ModelSpec(kind="dit", width=32, latent_side=8, context_width=STATE_WIDTH)
 CAPTIONS = {"kind": "pretrained", "path": "scenes"}

@@ -15,8 +15,8 @@ import yaml
 
 import isocost
 from isocost.cli import app
-from isocost.spec import parse_spec
-from isocost.study import StudySpec
+from isocost.config.base import parse_spec
+from isocost.config.study import StudySpec
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

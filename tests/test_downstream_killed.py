@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from isocost.pipeline import Pipeline
-from isocost.report.gather import report
-from isocost.study_file import dump_study
-from isocost.sweep.tables import OF_THE_MACHINE
+from isocost.config.study_yaml import dump_study
+from isocost.pipeline.pipeline import Pipeline
+from isocost.report.build import report
+from isocost.sweep.schema import OF_THE_MACHINE
 from test_distilled import distill_study
 from test_dreambooth import dreambooth_study
 from test_pipeline import start

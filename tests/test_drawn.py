@@ -13,13 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 from conftest import tiny_study
+from isocost.analysis.results_table import DRAWN_FROM
 from isocost.cli import app
 from isocost.errors import RequestError
-from isocost.merging import keep, merge
-from isocost.pipeline import Pipeline
-from isocost.report.drawn import _read_strip, _write_strip, redraw
-from isocost.report.gather import report
-from isocost.sweep.ledger import DRAWN_FROM, Ledger
+from isocost.pipeline.merge import keep, merge
+from isocost.pipeline.pipeline import Pipeline
+from isocost.report.build import report
+from isocost.report.report_data import _read_strip, _write_strip, redraw
+from isocost.sweep.results_db import Ledger
 
 REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "reference"
 PARTS = sorted(file.parent for file in REFERENCE.glob("*/study.yaml"))

@@ -13,32 +13,35 @@ import torch
 from PIL import Image
 
 from conftest import plain_study
-from isocost.data import subjects as making
-from isocost.data.cache import MemoryCache
-from isocost.data.codec import LinearCodec, TextCodec
-from isocost.data.scenes import BACKGROUNDS, scene
-from isocost.data.subjects import ASKED_ON, LOOKS, TAUGHT_ON, drawn, planted_subjects, read_prompts, read_subjects
-from isocost.diffusion.noise import Schedule
+from isocost.config.base import parse_spec
+from isocost.config.evaluation import ProtocolSpec
+from isocost.config.model import ModelSpec, TextSpec
+from isocost.config.study import StudySpec
+from isocost.config.training import TrainSpec
+from isocost.data import dreambooth as making
+from isocost.data.dreambooth import ASKED_ON, LOOKS, TAUGHT_ON, drawn, planted_subjects, read_prompts, read_subjects
+from isocost.data.latent_cache import MemoryCache
+from isocost.data.synthetic.scenes import BACKGROUNDS, scene
+from isocost.diffusion.noise_schedule import Schedule
 from isocost.errors import RequestError
+from isocost.evaluation.feature_store import Measured, read_measured, write_measured
+from isocost.evaluation.protocol import make_protocol
+from isocost.evaluation.reference_set import Reference
 from isocost.experiments.dreambooth import UNTUNED, DreamboothExperiment
-from isocost.experiments.subject_scores import SubjectScores
-from isocost.metrics.likeness import mean_cosine_to_set
+from isocost.experiments.dreambooth_scores import SubjectScores
+from isocost.metrics.image_similarity import mean_cosine_to_set
+from isocost.models.autoencoder import LinearCodec
 from isocost.models.checkpoint import load_checkpoint
-from isocost.models.joint import JointNetwork
+from isocost.models.text_encoder import TextCodec
 from isocost.models.unet import build_unet
-from isocost.pipeline import Pipeline
-from isocost.planning import plan
-from isocost.report.gather import report
-from isocost.sampling import sample
-from isocost.score.kept import Measured, read_measured, write_measured
-from isocost.score.protocol import make_protocol
-from isocost.score.reference import Reference
-from isocost.spec import parse_spec
-from isocost.stages import ModelSpec, ProtocolSpec, TextSpec, TrainSpec
-from isocost.store import Store
-from isocost.study import StudySpec
-from isocost.sweep.tables import OF_THE_MACHINE
-from isocost.train.tasks import Dreambooth, TextToImage
+from isocost.models.unet_with_text_encoder import JointNetwork
+from isocost.pipeline.dry_run import plan
+from isocost.pipeline.pipeline import Pipeline
+from isocost.report.build import report
+from isocost.sampling.sample import sample
+from isocost.sweep.schema import OF_THE_MACHINE
+from isocost.training.objectives import Dreambooth, TextToImage
+from isocost.utils.artifact_store import Store
 from small import Talking, Thumbnail, scenes
 from stopping import stop_twice
 
@@ -319,7 +322,7 @@ def test_a_forecast_names_each_tuning_and_measures_each_network_once(
         measured.append(model.width)
         return 0.01, 0.0
 
-    monkeypatch.setattr("isocost.train.forecast.measure", measure)
+    monkeypatch.setattr("isocost.training.throughput_estimate.measure", measure)
     sizes = [one.size for one in finished.forecast()]
     assert sizes[:3] == ["0.8M", "2.6M", "0.8M dreambooth planted-0"]
     assert len(sizes) == 6

@@ -24,12 +24,13 @@ from engines import (
     small_unet,
     table,
 )
-from isocost.diffusion.engine import Engine
-from isocost.diffusion.noise import Schedule, normal_noise
-from isocost.diffusion.rows import Row
-from isocost.diffusion.samplers import build_table
+from isocost.config.sampling import SamplerSpec
+from isocost.diffusion.noise_schedule import Schedule
+from isocost.diffusion.philox import normal_noise
+from isocost.diffusion.solvers import build_table
 from isocost.errors import RequestError, WorkError
-from isocost.stages import SamplerSpec
+from isocost.sampling.engine import Engine
+from isocost.sampling.request import Row
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,22 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isocost.analysis.frontier import COSTS, best_at_budgets, finals, pareto
+from isocost.analysis.costs import COSTS
+from isocost.analysis.pareto import best_at_budgets, pareto
 from isocost.analysis.recommend import recommend
+from isocost.analysis.results_table import finals
 from isocost.errors import RequestError
-from isocost.models.paper import TABLE_1
-from isocost.report import charts, drawing, figures, marks, scales
-from isocost.report.explorer import NOT_RECORDED, explorer, stops
-from isocost.report.page import write_report
-from isocost.report.parts import CHARTS, Chart, raced_by
-from isocost.report.pictures import ENCODINGS, album
-from isocost.report.points import point_columns
+from isocost.models.paper_table import TABLE_1
+from isocost.report import figures
+from isocost.report import matplotlib_backend as drawing
+from isocost.report import plot_data as marks
+from isocost.report import plot_style as scales
+from isocost.report import plotly_backend as charts
+from isocost.report.budget_slider import NOT_RECORDED, explorer, stops
+from isocost.report.chart_panels import CHARTS, Chart, raced_by
+from isocost.report.html import write_report
+from isocost.report.image_embedding import ENCODINGS, album
+from isocost.report.results_table import point_columns
 from planted import BEST_GUIDANCE, PARAMETERS, planted_table
 
 KERNEL = "kernel_efficientnet"

@@ -11,11 +11,11 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from conftest import plain_study, tiny_study
-from isocost.diffusion.noise import START_NOISE, normal_noise
+from isocost.diffusion.philox import START_NOISE, normal_noise
 from isocost.errors import RequestError
-from isocost.exporting import export
-from isocost.pipeline import Pipeline
-from isocost.sampling import sample
+from isocost.models.export_diffusers import export
+from isocost.pipeline.pipeline import Pipeline
+from isocost.sampling.sample import sample
 
 
 def trained(out: Path, **changes: object) -> Path:

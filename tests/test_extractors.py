@@ -31,15 +31,16 @@ from transformers import (
     ViTModel,
 )
 
-from isocost.data.cache import load_pictures
+from isocost.config.data import ScenesSource
+from isocost.config.evaluation import DistanceName, FeatureName
+from isocost.data.latent_cache import load_pictures
 from isocost.errors import RequestError
-from isocost.metrics.extractors import EXTRACTOR_NAMES, make_extractor
+from isocost.metrics.download import file_sha256, find_weights, read_tensors
+from isocost.metrics.feature_extractors import EXTRACTOR_NAMES, make_extractor
 from isocost.metrics.lpips import load_lpips, lpips_of_maps
-from isocost.metrics.names import METRICS, check_distances, metrics_of
-from isocost.metrics.pictures import check_pictures, resize_shorter_side
-from isocost.metrics.towers import TOWERS, ClipTower, PictureTower
-from isocost.metrics.weights import file_sha256, find_weights, read_tensors
-from isocost.stages import DistanceName, FeatureName, ScenesSource
+from isocost.metrics.preprocessing import check_pictures, resize_shorter_side
+from isocost.metrics.registry import METRICS, check_distances, metrics_of
+from isocost.metrics.vit import TOWERS, ClipTower, PictureTower
 
 
 @pytest.fixture(scope="module")

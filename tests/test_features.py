@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models import AlexNet, AlexNet_Weights
 
-from isocost.data.cache import load_pictures
+from isocost.config.data import ScenesSource
+from isocost.data.latent_cache import load_pictures
 from isocost.errors import RequestError
-from isocost.metrics.features import EfficientNetLite0
+from isocost.metrics.efficientnet import EfficientNetLite0
 from isocost.metrics.lpips import Lpips, load_lpips
-from isocost.stages import ScenesSource
 
 MILITARY_UNIFORM = 652
 DREAMBOOTH_CLASSES = {

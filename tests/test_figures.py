@@ -14,11 +14,16 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from isocost.analysis.frontier import COSTS, best_at_budgets, metric_words
+from isocost.analysis.costs import COSTS
+from isocost.analysis.formatting import metric_words
+from isocost.analysis.pareto import best_at_budgets
 from isocost.errors import RequestError
-from isocost.report import drawing, figures, marks, tuned
-from isocost.report.parts import CHARTS, Chart, Missing, tuned_charts
-from isocost.report.sheets import contact_cells
+from isocost.report import figures
+from isocost.report import matplotlib_backend as drawing
+from isocost.report import plot_data as marks
+from isocost.report import plot_data_finetune as tuned
+from isocost.report.chart_panels import CHARTS, Chart, Missing, tuned_charts
+from isocost.report.image_grids import contact_cells
 from planted import BEST_GUIDANCE, PARAMETERS, planted_students, planted_superres, planted_table
 from test_explorer import raced_table
 from test_report import CAPTIONS, KERNEL, plain_pictures

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from conftest import tiny_study
-from isocost.models.cost import model_cost
+from isocost.config.model import ModelSpec
+from isocost.config.training import TrainSpec
+from isocost.models.flops import model_cost
 from isocost.models.unet import build_unet
-from isocost.pipeline import Pipeline
-from isocost.stages import ModelSpec, TrainSpec
-from isocost.train import forecast
-from isocost.train.forecast import Forecaster, RandomTask, disk_bytes
-from isocost.train.loop import Trainer, make_accelerator
-from isocost.train.memory import training_memory
-from isocost.train.state import newest_state
+from isocost.pipeline.pipeline import Pipeline
+from isocost.training import throughput_estimate as forecast
+from isocost.training.memory_estimate import training_memory
+from isocost.training.state_checkpoint import newest_state
+from isocost.training.throughput_estimate import Forecaster, RandomTask, disk_bytes
+from isocost.training.trainer import Trainer, make_accelerator
 
 SMALL = ModelSpec(width=16, latent_side=8, context_width=64, layers_per_block=1, num_levels=2)
 SPEC = TrainSpec(num_images=3_600, batch_size=4, ema_half_life_images=(10, 20), keep_last_states=2)

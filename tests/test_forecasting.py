@@ -15,20 +15,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import plain_study, tiny_study
 from isocost.cli import main
+from isocost.config.base import parse_spec
+from isocost.config.evaluation import ProtocolSpec
+from isocost.config.model import ModelSpec, TextSpec
+from isocost.config.study import RepeatsSpec, StudySpec
+from isocost.config.study_yaml import load_study
+from isocost.config.training import TrainSpec
 from isocost.errors import RequestError
-from isocost.forecasting import room
-from isocost.forecasting.devices import DEVICES, Cluster, Device, Work, parse_cluster
-from isocost.forecasting.disk import point_bytes
-from isocost.forecasting.forecast import PaperForecast, SizeForecast, forecast_on_paper
-from isocost.forecasting.shapes import EXTRACTOR_GFLOP, Transformer, codec_shape, extractor_gflop, text_shape
-from isocost.models.paper import TABLE_1
-from isocost.pipeline import Pipeline
-from isocost.planning import plan
-from isocost.spec import parse_spec
-from isocost.stages import ModelSpec, ProtocolSpec, TextSpec, TrainSpec
-from isocost.study import RepeatsSpec, StudySpec
-from isocost.study_file import load_study
-from isocost.train.memory import Memory, training_memory
+from isocost.estimate import estimator as room
+from isocost.estimate.accelerators import DEVICES, Cluster, Device, Work, parse_cluster
+from isocost.estimate.component_shapes import EXTRACTOR_GFLOP, Transformer, codec_shape, extractor_gflop, text_shape
+from isocost.estimate.estimator import PaperForecast, SizeForecast, forecast_on_paper, point_bytes
+from isocost.models.paper_table import TABLE_1
+from isocost.pipeline.dry_run import plan
+from isocost.pipeline.pipeline import Pipeline
+from isocost.training.memory_estimate import Memory, training_memory
 
 PAPER = Path(__file__).resolve().parents[1] / "studies" / "paper.yaml"
 ONE_H200 = Cluster(1, DEVICES["H200"])

@@ -6,16 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isocost.analysis.frontier import (
-    COSTS,
-    best_at_budgets,
-    best_guidance,
-    default_budgets,
-    finals,
-    format_score,
-    pareto,
-    sizes_in_order,
-)
+from isocost.analysis.costs import COSTS
+from isocost.analysis.formatting import format_score
+from isocost.analysis.pareto import best_at_budgets, best_guidance, default_budgets, pareto
+from isocost.analysis.results_table import finals, sizes_in_order
 from isocost.errors import RequestError
 from planted import BEST_GUIDANCE, TABLE_1, paper_table, planted_table
 

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isocost.analysis.frontier_laws import frontier_law, predict_held_out
-from isocost.analysis.laws import fit_frontier, fit_law
+from isocost.analysis.joint_scaling_law import frontier_law, predict_held_out
+from isocost.analysis.power_laws import fit_frontier, fit_law
 from isocost.errors import RequestError
 from planted import PARAMETERS, exact, measured, paper_table, planted_table
 

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from isocost.diffusion.generate import DECODE_BATCH, generate
-from isocost.diffusion.noise import Schedule
-from isocost.diffusion.rows import FinishedRow, Row
-from isocost.diffusion.samplers import build_table
-from isocost.stages import SamplerSpec
+from isocost.config.sampling import SamplerSpec
+from isocost.diffusion.noise_schedule import Schedule
+from isocost.diffusion.solvers import build_table
+from isocost.sampling.generate import DECODE_BATCH, generate
+from isocost.sampling.request import FinishedRow, Row
 
 TABLE = build_table(SamplerSpec(), 1, Schedule.scaled_linear())
 

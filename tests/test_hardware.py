@@ -11,12 +11,13 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import tiny_study
-from isocost.analysis.frontier import of_task, pareto
-from isocost.analysis.hardware import timed_on, timed_on_one_device, untimed_in_words
+from isocost.analysis.pareto import pareto
+from isocost.analysis.results_table import of_task
+from isocost.analysis.timings import timed_on, timed_on_one_device, untimed_in_words
 from isocost.cli import app
-from isocost.pipeline import Pipeline
-from isocost.provenance import processor_name
-from isocost.report.gather import _provenance, study_table
+from isocost.pipeline.pipeline import Pipeline
+from isocost.report.build import _provenance, study_table
+from isocost.utils.environment import processor_name
 
 
 def table_of(*devices: str | None) -> pd.DataFrame:

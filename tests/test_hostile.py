@@ -16,12 +16,12 @@ from PIL import Image
 
 from conftest import tiny_study
 from isocost.analysis.recommend import recommend
-from isocost.data.cache import load_pictures
+from isocost.config.data import WebdatasetSource
+from isocost.data.latent_cache import load_pictures
 from isocost.errors import RequestError
-from isocost.joining import run_on_ray
-from isocost.score.intervals import Interval
-from isocost.stages import WebdatasetSource
-from isocost.sweep.ledger import Ledger
+from isocost.evaluation.confidence_intervals import Interval
+from isocost.pipeline.workers import run_on_ray
+from isocost.sweep.results_db import Ledger
 from planted import planted_table
 
 NASTY = "'); DROP TABLE points; --"

@@ -12,17 +12,18 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 from diffusers.schedulers import scheduling_lcm
 
 import given
-from isocost.data.given import codec_of, text_of
-from isocost.diffusion.generate import CaptionStates, make_engine, schedule_of
-from isocost.diffusion.noise import START_NOISE, Schedule, normal_noise
-from isocost.diffusion.rows import Row
-from isocost.diffusion.samplers import build_table
+from isocost.config.pretrained import NoiseSpec
+from isocost.config.sampling import SamplerSpec
+from isocost.diffusion.noise_schedule import Schedule
+from isocost.diffusion.philox import START_NOISE, normal_noise
+from isocost.diffusion.solvers import build_table
 from isocost.models.checkpoint import load_checkpoint, read_info
-from isocost.models.hub.facts import NoiseSpec
-from isocost.models.hub.kinds import KINDS, count
-from isocost.models.published import PUBLISHED
-from isocost.sampling import sample
-from isocost.stages import SamplerSpec
+from isocost.models.components import codec_of, text_of
+from isocost.models.pretrained.architectures import KINDS, count
+from isocost.models.pretrained.published_configs import PUBLISHED
+from isocost.sampling.generate import CaptionStates, make_engine, schedule_of
+from isocost.sampling.request import Row
+from isocost.sampling.sample import sample
 
 STEPS, SEED = 4, 5
 DDIM, DPM = SamplerSpec(name="ddim"), SamplerSpec(name="dpmsolver++2m")

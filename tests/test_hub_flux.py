@@ -14,14 +14,14 @@ from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 import given
-from isocost.diffusion.generate import schedule_of
-from isocost.diffusion.noise import START_NOISE, normal_noise
-from isocost.diffusion.samplers import build_table
+from isocost.config.sampling import SamplerSpec
+from isocost.diffusion.philox import START_NOISE, normal_noise
+from isocost.diffusion.solvers import build_table
 from isocost.errors import RequestError
 from isocost.models.checkpoint import read_info
-from isocost.models.hub.packed import from_places, to_places
-from isocost.sampling import sample
-from isocost.stages import SamplerSpec
+from isocost.models.pretrained.wrappers import from_places, to_places
+from isocost.sampling.generate import schedule_of
+from isocost.sampling.sample import sample
 from test_hub import SEED, STEPS, assert_equal, ours
 
 EULER = SamplerSpec(name="euler", spacing="trailing")

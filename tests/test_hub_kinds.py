@@ -10,10 +10,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 import given
+from isocost.config.sampling import SamplerSpec
 from isocost.models.checkpoint import read_info
-from isocost.models.hub.packed import pack_mask, pack_pooled, unpack_pooled
-from isocost.stages import SamplerSpec
-from isocost.timing import latency
+from isocost.models.pretrained.wrappers import pack_mask, pack_pooled, unpack_pooled
+from isocost.sampling.latency import latency
 from test_hub import DDIM, DPM, assert_equal, ours, theirs
 
 FLOW = SamplerSpec(name="euler", spacing="linspace")

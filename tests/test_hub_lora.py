@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 import given
 import test_hub_flux
-from isocost.diffusion.noise import normal_noise
+from isocost.config.sampling import SamplerSpec
+from isocost.diffusion.philox import normal_noise
 from isocost.errors import RequestError
 from isocost.models.checkpoint import load_checkpoint, read_info
-from isocost.models.hub.folder import content_digest
-from isocost.models.hub.lora import Lora, read_lora, split_loras
-from isocost.models.hub.reading import source_digest
-from isocost.models.published import PUBLISHED
-from isocost.stages import SamplerSpec
+from isocost.models.pretrained.files import content_digest
+from isocost.models.pretrained.lora import Lora, read_lora, split_loras
+from isocost.models.pretrained.pipeline_config import source_digest
+from isocost.models.pretrained.published_configs import PUBLISHED
 from test_hub import DDIM, SEED, assert_equal, ours, theirs
 
 ADAPTED = (
@@ -229,7 +229,7 @@ def test_a_checkpoint_and_its_loras_by_name(base: Path, tmp_path: Path, monkeypa
 
 
 def test_an_id_of_a_lora_is_asked_of_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from isocost.models.hub import lora
+    from isocost.models.pretrained import lora
 
     file = file_of(in_peft(products(given.unet()), "unet"), tmp_path / "style")
     asked = []

@@ -13,10 +13,10 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import given
-from isocost.data.given import load_tokenizer
 from isocost.errors import RequestError
 from isocost.models.checkpoint import load_checkpoint, read_info
-from isocost.models.hub.folder import content_digest, find_folder
+from isocost.models.pretrained.files import content_digest, find_folder
+from isocost.models.pretrained.prompt_encoder import load_tokenizer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 UNET, VAE = Path("unet") / "config.json", Path("vae") / "config.json"
@@ -145,14 +145,14 @@ def test_weights_that_do_not_fill_the_network_are_not_drawn_at_random(folder: Pa
         save_file({key: value for key, value in weights.items() if key != name}, folder / part / file, {"format": "pt"})
     with pytest.raises(RequestError, match="unet: 1 weights are missing or of another shape"):
         load_checkpoint(folder)
-    from isocost.data.given import load_encoder
+    from isocost.models.pretrained.prompt_encoder import load_encoder
 
     with pytest.raises(RequestError, match="text_encoder: 1 weights are missing"):
         load_encoder(folder / "text_encoder", "CLIPTextModel")
 
 
 def test_states_that_do_not_fit_the_denoiser(tmp_path: Path) -> None:
-    from isocost.sampling import sample
+    from isocost.sampling.sample import sample
 
     folder = given.written(given.stable_diffusion(unet_changes={"cross_attention_dim": 40}), tmp_path / "folder")
     with pytest.raises(RequestError, match="states are 32 wide, the denoiser takes 40"):

@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 
 import given
 from conftest import plain_study
-from isocost.data.given import ReducedCodec
+from isocost.config.base import parse_spec
+from isocost.config.study import StudySpec
+from isocost.config.study_yaml import dump_study
 from isocost.errors import RequestError
 from isocost.models.checkpoint import load_checkpoint
-from isocost.pipeline import Pipeline
-from isocost.spec import parse_spec
-from isocost.study import StudySpec
-from isocost.study_file import dump_study
+from isocost.models.components import ReducedCodec
+from isocost.pipeline.pipeline import Pipeline
 
 
 def plain(paths: list[Path], **changes: Any) -> dict[str, Any]:

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from isocost.metrics.distances import Moments, frechet_distance, frechet_from_moments, kernel_distance
-from isocost.score import intervals
-from isocost.score.intervals import (
+from isocost.evaluation import confidence_intervals as intervals
+from isocost.evaluation.confidence_intervals import (
     Interval,
     KernelReference,
     difference_of_independent,
@@ -19,6 +18,8 @@ from isocost.score.intervals import (
     mean_interval,
     paired_kernel_difference,
 )
+from isocost.metrics.frechet import Moments, frechet_distance, frechet_from_moments
+from isocost.metrics.mmd import kernel_distance
 
 REPEATS = 200
 POPULATION = 500

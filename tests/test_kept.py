@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from isocost.errors import WorkError
-from isocost.score import kept
-from isocost.score.kept import Measured, read_features, read_measured, write_features, write_measured
+from isocost.evaluation import feature_store as kept
+from isocost.evaluation.feature_store import Measured, read_features, read_measured, write_features, write_measured
 
 NAMES = ("inception", "clip-vit-b-32")
 

@@ -18,19 +18,21 @@ import pytest
 import torch
 
 from isocost.cli import main
-from isocost.data.codec import TextCodec, load_codec
-from isocost.diffusion.instruments import HostInstruments, Nvml, Reading, open_nvml
-from isocost.diffusion.latency import BatchWork, Prepared, Summary, time_pass, time_passes
-from isocost.diffusion.network import SamplingNetwork
-from isocost.diffusion.noise import Schedule
-from isocost.diffusion.samplers import build_table
+from isocost.config.model import ModelSpec, TextSpec
+from isocost.config.sampling import SamplerSpec
+from isocost.diffusion.noise_schedule import Schedule
+from isocost.diffusion.solvers import build_table
 from isocost.errors import RequestError
+from isocost.models.autoencoder import load_codec
 from isocost.models.checkpoint import CheckpointInfo, load_checkpoint, save_networks
-from isocost.models.networks import build_network
-from isocost.sampling import sample
-from isocost.stages import ModelSpec, SamplerSpec, TextSpec
-from isocost.store import publish
-from isocost.timing import BatchLatency, Memory, latency, notes_of_load
+from isocost.models.factory import build_network
+from isocost.models.text_encoder import TextCodec
+from isocost.sampling.denoiser import SamplingNetwork
+from isocost.sampling.latency import BatchLatency, Memory, latency, notes_of_load
+from isocost.sampling.latency_stages import BatchWork, Prepared, Summary, time_pass, time_passes
+from isocost.sampling.sample import sample
+from isocost.utils.artifact_store import publish
+from isocost.utils.device import HostInstruments, Nvml, Reading, open_nvml
 
 GIVEN_MS = [5.0, 1.0, 2.0, 4.0, 3.0, 100.0, 7.0, 6.0, 9.0, 8.0]
 PRECISE_MS = [1.0000001, 1.0000002, 1.0000004]
@@ -387,7 +389,7 @@ def test_nothing_said_is_what_sample_and_upscale_take(
     guidance: float,
     passes: int,
 ) -> None:
-    monkeypatch.setattr("isocost.timing.NUM_WARM_UP", 1)
+    monkeypatch.setattr("isocost.sampling.latency.NUM_WARM_UP", 1)
     found = latency(folders[kind], batches=[1], repeats=3, device="cpu").document()
     settings = found["settings"]
     assert (settings["sampler"], settings["num_steps"]) == (sampler, steps)

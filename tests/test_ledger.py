@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from isocost.analysis.results_table import read_table
 from isocost.errors import RequestError
-from isocost.score.intervals import Interval
-from isocost.sweep.ledger import Ledger, read_table
+from isocost.evaluation.confidence_intervals import Interval
+from isocost.sweep.results_db import Ledger
 
 
 def row(point: str, **changes: object) -> dict[str, object]:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from isocost.config.model import ModelSpec
 from isocost.errors import RequestError
-from isocost.models.cost import family_table, model_cost
-from isocost.models.paper import BY_SIZE, TABLE_1
+from isocost.models.flops import family_table, model_cost
+from isocost.models.paper_table import BY_SIZE, TABLE_1
 from isocost.models.unet import build_unet, check_width, num_groups, num_heads, size_name, width_of
-from isocost.stages import ModelSpec
 
 PARAMETERS_MILLION = (38.8, 83.4, 144.8, 223.0, 318.0, 429.8, 558.3, 703.7, 865.9, 2191.7, 4900.2)
 

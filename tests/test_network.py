@@ -9,11 +9,12 @@ from diffusers import LCMScheduler
 from diffusers.schedulers import scheduling_lcm
 
 from engines import SAMPLERS, SD_SCHEDULER, SHAPE, by_picture, caption_states, mixed_rows, small_unet, table
-from isocost.diffusion.engine import Engine
-from isocost.diffusion.network import SamplingNetwork, guidance_embedding
-from isocost.diffusion.noise import normal_noise
-from isocost.diffusion.rows import Row
-from isocost.stages import SamplerSpec
+from isocost.config.sampling import SamplerSpec
+from isocost.diffusion.philox import normal_noise
+from isocost.models.guidance_embedding import guidance_embedding
+from isocost.sampling.denoiser import SamplingNetwork
+from isocost.sampling.engine import Engine
+from isocost.sampling.request import Row
 
 
 @pytest.fixture(scope="module")

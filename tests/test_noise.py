@@ -12,7 +12,8 @@ import torch
 from diffusers import DDPMScheduler
 from scipy import stats
 
-from isocost.diffusion.noise import Schedule, normal_noise, philox4x32, x0_coefficients
+from isocost.diffusion.noise_schedule import Schedule, x0_coefficients
+from isocost.diffusion.philox import normal_noise, philox4x32
 from isocost.errors import RequestError
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")

@@ -16,11 +16,12 @@ import pandas as pd
 import pytest
 
 from browser import CHROMIUM, Page, browser
-from isocost.analysis.frontier import best_at_budgets, configuration_words
-from isocost.analysis.paper_findings import FINDINGS
-from isocost.analysis.verdicts import Points, judge
-from isocost.report.explorer import stops
-from isocost.report.page import write_report
+from isocost.analysis.claims import Points, judge
+from isocost.analysis.formatting import configuration_words
+from isocost.analysis.paper_claims import FINDINGS
+from isocost.analysis.pareto import best_at_budgets
+from isocost.report.budget_slider import stops
+from isocost.report.html import write_report
 from planted import planted_table
 from test_explorer import raced_table, with_fid
 from test_report import CAPTIONS, KERNEL, plain_pictures

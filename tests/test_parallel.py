@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from isocost.data.cache import LatentCache, load_pictures, write_cache, write_index
-from isocost.data.codec import LinearCodec, TextCodec
-from isocost.data.shards import Place
+from isocost.config.data import ScenesSource
+from isocost.config.model import TextSpec
+from isocost.data.latent_cache import LatentCache, load_pictures, write_cache, write_index
+from isocost.data.row_store import Place
 from isocost.errors import RequestError
-from isocost.stages import ScenesSource, TextSpec
+from isocost.models.autoencoder import LinearCodec
+from isocost.models.text_encoder import TextCodec
 from train_worker import run_job
 
 WORKER = Path(__file__).with_name("train_worker.py")
@@ -161,8 +163,8 @@ def test_another_number_of_processes_goes_on_with_exactly_the_next_images(runs: 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     from types import SimpleNamespace
 
-    from isocost.stages import TrainSpec
-    from isocost.train.parallel import rows_of
+    from isocost.config.training import TrainSpec
+    from isocost.training.distributed import rows_of
 
     three = SimpleNamespace(num_processes=3, process_index=1)
     assert list(rows_of(TrainSpec(num_images=9, batch_size=9), three)) == [3, 4, 5]  # type: ignore[arg-type]

@@ -15,17 +15,17 @@ import torch
 from PIL import Image
 
 from isocost.cli import app, main
+from isocost.config.evaluation import ProtocolSpec
 from isocost.errors import RequestError
-from isocost.metrics.distances import kernel_distance
-from isocost.metrics.features import EfficientNetLite0
-from isocost.metrics.weights import file_sha256
-from isocost.score import named
-from isocost.score.captions import captions_sha256
-from isocost.score.folders import make_reference, score_folder
-from isocost.score.gallery import pictures_of
-from isocost.score.named import PROTOCOLS, CaptionList
-from isocost.score.statistics import read_statistics
-from isocost.stages import ProtocolSpec
+from isocost.evaluation import protocol_presets as named
+from isocost.evaluation.caption_lists import captions_sha256
+from isocost.evaluation.image_sources import pictures_of
+from isocost.evaluation.protocol_presets import PROTOCOLS, CaptionList
+from isocost.evaluation.reference_stats import read_statistics
+from isocost.evaluation.score_folder import make_reference, score_folder
+from isocost.metrics.download import file_sha256
+from isocost.metrics.efficientnet import EfficientNetLite0
+from isocost.metrics.mmd import kernel_distance
 from small import save, scenes
 
 # --- coco30k-fid-clip in small ----------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_verify_fails_with_status_1_where_an_anchor_is_missed(monkeypatch: pytes
     from typer.testing import CliRunner
 
     from isocost.errors import WorkError
-    from isocost.score import verify
+    from isocost.evaluation import self_check as verify
 
     sound = CliRunner().invoke(app, ["verify", "--json"])
     answer = json.loads(sound.stdout.splitlines()[-1])

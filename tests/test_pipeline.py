@@ -17,19 +17,19 @@ import torch
 import yaml
 
 from conftest import plain_study, tiny_study
-from isocost.diffusion.generate import CaptionStates
+from isocost.config.study_yaml import load_study
 from isocost.errors import RequestError, WorkError
-from isocost.merging import keep, merge, take_artefacts
-from isocost.pipeline import Pipeline
-from isocost.planning import plan
-from isocost.report.gather import report
-from isocost.score.kept import Measured, read_measured
-from isocost.score.score import score
-from isocost.store import Store
-from isocost.study_file import load_study
-from isocost.sweep import shards
-from isocost.sweep.ledger import Ledger
-from isocost.sweep.tables import OF_THE_MACHINE
+from isocost.evaluation.evaluator import score
+from isocost.evaluation.feature_store import Measured, read_measured
+from isocost.pipeline.dry_run import plan
+from isocost.pipeline.merge import keep, merge, take_artefacts
+from isocost.pipeline.pipeline import Pipeline
+from isocost.report.build import report
+from isocost.sampling.generate import CaptionStates
+from isocost.sweep import image_shards as shards
+from isocost.sweep.results_db import Ledger
+from isocost.sweep.schema import OF_THE_MACHINE
+from isocost.utils.artifact_store import Store
 from small import save, scenes
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isocost.errors import RequestError
-from isocost.metrics.probe import BATCH_SIZE, Probe, ProbeNetwork, fit_probe
+from isocost.metrics.attribute_classifier import BATCH_SIZE, Probe, ProbeNetwork, fit_probe
 
 COLOURS = torch.tensor([[220, 40, 40], [40, 200, 60], [50, 70, 230]], dtype=torch.uint8)
 HEADS = (3, 2, 2)

@@ -13,19 +13,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from isocost.analysis.frontier import best_guidance
+from isocost.analysis.pareto import best_guidance
+from isocost.config.evaluation import ProtocolSpec
 from isocost.errors import RequestError
-from isocost.metrics.features import Extractor
-from isocost.metrics.likeness import psnr, ssim
-from isocost.score import folders
-from isocost.score.captions import captions_sha256, read_captions
-from isocost.score.folders import make_reference, score_folder
-from isocost.score.gallery import key_of, pictures_of
-from isocost.score.named import PROTOCOLS, CaptionList, Crops, NamedProtocol
-from isocost.score.protocol import Protocol, difference, make_protocol
-from isocost.score.reference import Reference
-from isocost.score.score import Measuring, score
-from isocost.stages import ProtocolSpec
+from isocost.evaluation import score_folder as folders
+from isocost.evaluation.caption_lists import captions_sha256, read_captions
+from isocost.evaluation.evaluator import Measuring, score
+from isocost.evaluation.image_sources import key_of, pictures_of
+from isocost.evaluation.protocol import Protocol, difference, make_protocol
+from isocost.evaluation.protocol_presets import PROTOCOLS, CaptionList, Crops, NamedProtocol
+from isocost.evaluation.reference_set import Reference
+from isocost.evaluation.score_folder import make_reference, score_folder
+from isocost.metrics.extractor_base import Extractor
+from isocost.metrics.image_similarity import psnr, ssim
 from planted import planted_table
 from small import Talking, Thumbnail, save, scenes
 
@@ -38,7 +38,7 @@ def thumbnails(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name: Talking() if name.startswith("clip") else Thumbnail() for name in spec.features}
 
     monkeypatch.setattr(folders, "make_extractors", make)
-    monkeypatch.setattr("isocost.score.pairs.ClipTower", Talking)
+    monkeypatch.setattr("isocost.evaluation.paired_images.ClipTower", Talking)
 
 
 def register(monkeypatch: pytest.MonkeyPatch, protocol: NamedProtocol) -> str:
@@ -213,7 +213,7 @@ class Pointing(Talking):
 
 
 def test_a_picture_is_compared_with_its_own_caption_where_others_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isocost.score.reference.ClipTower", Pointing)
+    monkeypatch.setattr("isocost.evaluation.reference_set.ClipTower", Pointing)
     drawn, captions, name = scenes(40, 32), ["x" * number for number in range(40)], "clip-vit-b-32"
     protocol = make_protocol(
         ProtocolSpec(num_pictures=40), resolution=32, extractor="", reference="", num_reference=40, captions=captions

@@ -11,19 +11,21 @@ import pandas as pd
 import pytest
 
 from conftest import tiny_study
+from isocost.config.model import ModelSpec, TextSpec
+from isocost.config.sampling import SamplerSpec
+from isocost.config.sweep import PointSpec, RaceSpec
 from isocost.errors import RequestError
-from isocost.merging import keep, merge
+from isocost.evaluation.bootstrap import check_resampled
+from isocost.evaluation.confidence_intervals import generated_counts, mean_resamples
+from isocost.evaluation.protocol import Protocol
 from isocost.models.checkpoint import CheckpointInfo
-from isocost.pipeline import Pipeline
-from isocost.planning import plan
-from isocost.score.intervals import generated_counts, mean_resamples
-from isocost.score.protocol import Protocol
-from isocost.score.resamples import check_resampled
-from isocost.stages import ModelSpec, PointSpec, RaceSpec, SamplerSpec, TextSpec
-from isocost.sweep.points import Cell, cells_of
-from isocost.sweep.race import Found, Rules, _Known, nearest_place, race, value_at
-from isocost.sweep.racing import Contender, rungs_for, stopped, tolerance_for
-from isocost.sweep.tables import OF_THE_MACHINE
+from isocost.pipeline.dry_run import plan
+from isocost.pipeline.merge import keep, merge
+from isocost.pipeline.pipeline import Pipeline
+from isocost.sweep.grid import Cell, cells_of
+from isocost.sweep.guidance_search import Found, Rules, _Known, nearest_place, race, value_at
+from isocost.sweep.guidance_search_runner import Contender, rungs_for, stopped, tolerance_for
+from isocost.sweep.schema import OF_THE_MACHINE
 
 N = 8000
 RULES = Rules(rungs_for(N), 1.5, 8.0)

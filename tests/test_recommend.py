@@ -9,8 +9,10 @@ from dataclasses import asdict
 import pandas as pd
 import pytest
 
-from isocost.analysis.frontier import COSTS, best_at_budgets, of_task
+from isocost.analysis.costs import COSTS
+from isocost.analysis.pareto import best_at_budgets
 from isocost.analysis.recommend import answer, recommend, sample_command
+from isocost.analysis.results_table import of_task
 from isocost.errors import RequestError
 from planted import planted_table
 

@@ -13,16 +13,16 @@ import pandas as pd
 import pytest
 
 from conftest import plain_study, tiny_study
-from isocost.analysis.paper_findings import FINDINGS
-from isocost.analysis.repeats import Luck, TrainingSpread, side_by_side, training_luck, training_of
-from isocost.analysis.verdicts import Points, judge, with_luck
+from isocost.analysis.claims import Points, judge, with_luck
+from isocost.analysis.paper_claims import FINDINGS
+from isocost.analysis.seed_variance import Luck, TrainingSpread, side_by_side, training_luck, training_of
 from isocost.errors import RequestError
-from isocost.merging import keep, merge
 from isocost.models.checkpoint import load_checkpoint
-from isocost.pipeline import Pipeline
-from isocost.planning import plan
-from isocost.report.drawn import redraw
-from isocost.report.gather import report
+from isocost.pipeline.dry_run import plan
+from isocost.pipeline.merge import keep, merge
+from isocost.pipeline.pipeline import Pipeline
+from isocost.report.build import report
+from isocost.report.report_data import redraw
 from planted import planted_table
 
 KERNEL = "kernel_efficientnet"

@@ -12,12 +12,17 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from isocost.analysis.frontier import COSTS
-from isocost.analysis.paper_findings import FINDINGS
-from isocost.analysis.verdicts import Points, judge
+from isocost.analysis.claims import Points, judge
+from isocost.analysis.costs import COSTS
+from isocost.analysis.paper_claims import FINDINGS
 from isocost.errors import RequestError
-from isocost.report import charts, drawing, figures, marks, scales, sheets
-from isocost.report.page import metrics_in, write_report
+from isocost.report import figures
+from isocost.report import image_grids as sheets
+from isocost.report import matplotlib_backend as drawing
+from isocost.report import plot_data as marks
+from isocost.report import plot_style as scales
+from isocost.report import plotly_backend as charts
+from isocost.report.html import metrics_in, write_report
 from planted import BEST_GUIDANCE, planted_table
 
 KERNEL = "kernel_efficientnet"

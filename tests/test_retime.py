@@ -8,9 +8,9 @@ import pytest
 
 from conftest import tiny_study
 from isocost.errors import RequestError
-from isocost.pipeline import Pipeline
-from isocost.provenance import provenance
-from isocost.sweep.workers import Worker
+from isocost.pipeline.pipeline import Pipeline
+from isocost.sweep.worker import Worker
+from isocost.utils.environment import provenance
 
 LOADED_MS = 1e6
 

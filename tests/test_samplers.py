@@ -33,11 +33,11 @@ from diffusers.schedulers import (
     scheduling_unipc_multistep,
 )
 
-from isocost.diffusion.noise import Schedule, x0_coefficients
-from isocost.diffusion.samplers import SAMPLERS, build_table, num_evaluations
+from isocost.config.base import parse_spec
+from isocost.config.sampling import SAMPLER_NAMES, SPACING_NAMES, SamplerSpec
+from isocost.diffusion.noise_schedule import Schedule, x0_coefficients
+from isocost.diffusion.solvers import SAMPLERS, build_table, num_evaluations
 from isocost.errors import RequestError
-from isocost.spec import parse_spec
-from isocost.stages import SAMPLER_NAMES, SPACING_NAMES, SamplerSpec
 
 SCHEDULE = Schedule.scaled_linear()
 STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 20, 50, 100)
@@ -434,7 +434,7 @@ def test_tables_are_shared_and_read_only():
 def test_the_sampler_of_the_documentation(monkeypatch):
     """docs/samplers.md's ten lines run as they stand, and are right on a point of data."""
     page = (Path(__file__).parents[1] / "docs" / "samplers.md").read_text()
-    monkeypatch.setattr("isocost.diffusion.samplers.SAMPLERS", dict(SAMPLERS))
+    monkeypatch.setattr("isocost.diffusion.solvers.SAMPLERS", dict(SAMPLERS))
     scope = {}
     exec(page.split("```python")[1].split("```")[0], scope)
     table = scope["half_fresh"](SamplerSpec(), 12, SCHEDULE)

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isocost.analysis.bands import frontier_points
-from isocost.analysis.laws import fit_law
-from isocost.analysis.scaling import compute_curves, scaling
+from isocost.analysis.frontier_ci import frontier_points
+from isocost.analysis.power_laws import fit_law
+from isocost.analysis.scaling_laws import compute_curves, scaling
 from isocost.errors import RequestError
 from planted import planted_table
 

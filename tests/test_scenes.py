@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, ImageCms
 from scipy import ndimage
 
-from isocost.data import scenes
-from isocost.data.scenes import Group, Scene
+from isocost.data.synthetic import scenes
+from isocost.data.synthetic.scenes import Group, Scene
 from isocost.errors import RequestError
 
 MANY = [scenes.scene(11, index) for index in range(10_000)]

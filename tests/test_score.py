@@ -16,17 +16,14 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from conftest import tiny_study
-from isocost.data.cache import PictureSet, load_pictures
+from isocost.config.data import ScenesSource
+from isocost.config.evaluation import LEAST_PICTURES, ProtocolSpec
+from isocost.data.latent_cache import PictureSet, load_pictures
 from isocost.errors import RequestError
-from isocost.materials import Materials
-from isocost.metrics.distances import frechet_distance, kernel_distance
-from isocost.metrics.features import EfficientNetLite0, Extractor
-from isocost.metrics.names import METRICS
-from isocost.metrics.probe import Probe, ProbeNetwork
-from isocost.score.folders import PROTOCOLS, FolderScore, score_folder
-from isocost.score.kept import Measured
-from isocost.score.protocol import Protocol, make_protocol
-from isocost.score.reference import (
+from isocost.evaluation.evaluator import Measuring, frechet_is_flagged, score
+from isocost.evaluation.feature_store import Measured
+from isocost.evaluation.protocol import Protocol, make_protocol
+from isocost.evaluation.reference_set import (
     Reference,
     captions_to_draw,
     classes_of,
@@ -36,9 +33,15 @@ from isocost.score.reference import (
     train_probe,
     write_features,
 )
-from isocost.score.score import Measuring, frechet_is_flagged, score
-from isocost.stages import LEAST_PICTURES, ProtocolSpec, ScenesSource
-from isocost.store import Store
+from isocost.evaluation.score_folder import PROTOCOLS, FolderScore, score_folder
+from isocost.experiments.study_assets import Materials
+from isocost.metrics.attribute_classifier import Probe, ProbeNetwork
+from isocost.metrics.efficientnet import EfficientNetLite0
+from isocost.metrics.extractor_base import Extractor
+from isocost.metrics.frechet import frechet_distance
+from isocost.metrics.mmd import kernel_distance
+from isocost.metrics.registry import METRICS
+from isocost.utils.artifact_store import Store
 
 KERNEL = "kernel-efficientnet-64"
 LITE = "efficientnet-lite0"

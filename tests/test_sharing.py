@@ -18,17 +18,17 @@ from sqlalchemy.orm import Session
 
 from conftest import plain_study, tiny_study
 from isocost.errors import RequestError, WorkError
-from isocost.joining import run_on_ray, work
-from isocost.merging import merge
-from isocost.pipeline import Pipeline
-from isocost.report.gather import report
-from isocost.score.kept import read_measured
-from isocost.sweep import claims as claiming
-from isocost.sweep import workers
-from isocost.sweep.claims import Claims
-from isocost.sweep.ledger import Ledger
-from isocost.sweep.shards import shards_of
-from isocost.sweep.tables import OF_THE_MACHINE, ClaimRow
+from isocost.evaluation.feature_store import read_measured
+from isocost.pipeline.merge import merge
+from isocost.pipeline.pipeline import Pipeline
+from isocost.pipeline.workers import run_on_ray, work
+from isocost.report.build import report
+from isocost.sweep import leases as claiming
+from isocost.sweep import worker as workers
+from isocost.sweep.image_shards import shards_of
+from isocost.sweep.leases import Claims
+from isocost.sweep.results_db import Ledger
+from isocost.sweep.schema import OF_THE_MACHINE, ClaimRow
 
 
 def small(**changes: Any) -> dict[str, Any]:

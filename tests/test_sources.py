@@ -25,11 +25,11 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from isocost.data import scenes
-from isocost.data.cache import load_pictures
-from isocost.data.sources import Bad, Sample, num_classes, read_source, source_fingerprint
+from isocost.config.data import FolderSource, HubSource, ScenesSource, SourceSpec, WebdatasetSource
+from isocost.data.datasets import Bad, Sample, num_classes, read_source, source_fingerprint
+from isocost.data.latent_cache import load_pictures
+from isocost.data.synthetic import scenes
 from isocost.errors import RequestError, WorkError
-from isocost.stages import FolderSource, HubSource, ScenesSource, SourceSpec, WebdatasetSource
 
 R = 8
 WHITE, GREY, RED = (255, 255, 255), (128, 128, 128), (255, 0, 0)

@@ -20,13 +20,13 @@ from typer.testing import CliRunner
 
 from conftest import plain_study, tiny_study
 from isocost.cli import app
-from isocost.cli.standing import drawn, duration
+from isocost.cli.status import drawn, duration
+from isocost.config.base import parse_spec
+from isocost.config.study import StudySpec
 from isocost.errors import RequestError
-from isocost.pipeline import Pipeline
-from isocost.spec import parse_spec
-from isocost.status import PlannedPoint, read_status, seconds_left, size_status
-from isocost.study import StudySpec
-from isocost.sweep.ledger import Ledger
+from isocost.pipeline.pipeline import Pipeline
+from isocost.pipeline.status import PlannedPoint, read_status, seconds_left, size_status
+from isocost.sweep.results_db import Ledger
 
 METRIC = "kernel_efficientnet"
 
@@ -112,7 +112,7 @@ def test_progress_counts_what_is_done_in_whatever_order(tmp_path: Path, monkeypa
     def watched(title: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int, str], None]]:
         yield lambda completed, note: told.setdefault(f"{title}, {total}", []).append(completed)
 
-    monkeypatch.setattr("isocost.sweeping.progress_bar", watched)
+    monkeypatch.setattr("isocost.pipeline.sweep_runner.progress_bar", watched)
     Pipeline(tiny_study(family={"widths": [8]}), tmp_path / "grid").run()
     raced = {"num_steps": [1, 2], "guidance": [1, 4], "search": "race", "bucket_size": 16, "marks_num_steps": 2}
     Pipeline(tiny_study(family={"widths": [8]}, sweep=raced), tmp_path / "raced").run()

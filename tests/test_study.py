@@ -9,11 +9,13 @@ import pytest
 import yaml
 
 from conftest import plain_study, tiny_study
+from isocost.config.base import digest, parse_spec
+from isocost.config.evaluation import ProtocolSpec
+from isocost.config.sampling import SamplerSpec
+from isocost.config.study import StudySpec
+from isocost.config.study_yaml import dump_study, load_study
+from isocost.config.training import TrainSpec
 from isocost.errors import RequestError
-from isocost.spec import digest, parse_spec
-from isocost.stages import ProtocolSpec, SamplerSpec, TrainSpec
-from isocost.study import StudySpec
-from isocost.study_file import dump_study, load_study
 
 
 def test_yaml_out_and_in_is_the_same_study(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import pytest
 from markdown_it import MarkdownIt
 
 import isocost
-from isocost.analysis.frontier import best_at_budgets, configuration_words, default_budgets, format_score, pareto
+from isocost.analysis.formatting import configuration_words, format_score
+from isocost.analysis.pareto import best_at_budgets, default_budgets, pareto
 from isocost.errors import RequestError
-from isocost.report.summary import MOST_ROWS, SPACE, escaped, markdown_summary, moral
+from isocost.report.markdown import MOST_ROWS, SPACE, escaped, markdown_summary, moral
 from planted import exact, planted_superres, planted_table
 from test_report import KERNEL
 

@@ -17,32 +17,33 @@ from torch import Tensor
 
 from conftest import plain_study, tiny_study
 from isocost.cli import main
-from isocost.data.degrade import degrade, encode_enlarged, resize
-from isocost.diffusion.engine import Engine
-from isocost.diffusion.noise import Schedule
-from isocost.diffusion.rows import Row
-from isocost.diffusion.samplers import build_table
-from isocost.diffusion.tiles import Tiling
+from isocost.config.base import parse_spec
+from isocost.config.model import ModelSpec
+from isocost.config.sampling import SamplerSpec
+from isocost.config.study import StudySpec
+from isocost.data.degradations import degrade, encode_enlarged, resize
+from isocost.diffusion.noise_schedule import Schedule
+from isocost.diffusion.solvers import build_table
 from isocost.errors import RequestError, WorkError
-from isocost.experiments.experiment import Experiment, Run
-from isocost.merging import keep
-from isocost.metrics.likeness import psnr, ssim
+from isocost.evaluation.feature_store import Measured, read_measured
+from isocost.evaluation.paired import paired_differences
+from isocost.evaluation.reference_set import Reference
+from isocost.experiments.base import Experiment, Run
+from isocost.metrics.image_similarity import psnr, ssim
 from isocost.models.checkpoint import load_checkpoint
 from isocost.models.unet import build_unet, widen_input
-from isocost.pipeline import Pipeline
-from isocost.planning import plan
-from isocost.report.drawn import redraw
-from isocost.report.gather import report
-from isocost.score.differences import paired_differences
-from isocost.score.kept import Measured, read_measured
-from isocost.score.reference import Reference
-from isocost.spec import parse_spec
-from isocost.stages import ModelSpec, SamplerSpec
-from isocost.study import StudySpec
-from isocost.sweep import shards
-from isocost.sweep.tables import OF_THE_MACHINE
-from isocost.train.tasks import Superres
-from isocost.upscaling import upscale
+from isocost.pipeline.dry_run import plan
+from isocost.pipeline.merge import keep
+from isocost.pipeline.pipeline import Pipeline
+from isocost.report.build import report
+from isocost.report.report_data import redraw
+from isocost.sampling.engine import Engine
+from isocost.sampling.request import Row
+from isocost.sampling.tiling import Tiling
+from isocost.sampling.upscale import upscale
+from isocost.sweep import image_shards as shards
+from isocost.sweep.schema import OF_THE_MACHINE
+from isocost.training.objectives import Superres
 from stopping import stop_twice
 
 LPIPS_FREE = ["psnr", "ssim"]
@@ -347,8 +348,8 @@ def test_mistakes_are_one_line(finished: Pipeline, tmp_path: Path) -> None:
         upscale(tuned, np.zeros((8, 2**24, 3), dtype=np.uint8))
     with pytest.raises(RequestError, match="overlap = 1"):
         upscale(tuned, picture, overlap=1)
-    from isocost.exporting import export
-    from isocost.sampling import sample
+    from isocost.models.export_diffusers import export
+    from isocost.sampling.sample import sample
 
     with pytest.raises(RequestError, match="isocost upscale"):
         sample(tuned, ["a red circle"])
@@ -403,7 +404,7 @@ def test_tuning_without_a_parent_names_the_remedy(tmp_path: Path) -> None:
 
 def test_pictures_that_equal_their_originals_stop_the_score(finished: Pipeline) -> None:
     experiment, _ = runs_of(finished)
-    from isocost.score.score import Measuring, score
+    from isocost.evaluation.evaluator import Measuring, score
 
     reference: Reference = experiment.reference
     measuring = Measuring(reference)

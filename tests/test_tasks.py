@@ -17,17 +17,18 @@ from diffusers.training_utils import compute_snr
 from scipy import stats
 from torch import Tensor
 
-from isocost.data.cache import LatentCache, PictureSet, write_cache, write_index
-from isocost.data.codec import TextCodec
-from isocost.data.order import picture_order
-from isocost.data.shards import Place
-from isocost.diffusion.noise import Schedule
+from isocost.config.base import parse_spec
+from isocost.config.model import TextSpec
+from isocost.config.training import TrainSpec
+from isocost.data.latent_cache import LatentCache, PictureSet, write_cache, write_index
+from isocost.data.row_store import Place
+from isocost.data.shuffle import picture_order
+from isocost.diffusion.noise_schedule import Schedule
 from isocost.errors import RequestError
 from isocost.models.checkpoint import scheduler_for
-from isocost.spec import parse_spec
-from isocost.stages import TextSpec, TrainSpec
-from isocost.train.schedules import learning_rate
-from isocost.train.tasks import Batch, TextToImage, choices, loss_weights, training_key, training_schedule
+from isocost.models.text_encoder import TextCodec
+from isocost.training.lr_schedule import learning_rate
+from isocost.training.objectives import Batch, TextToImage, choices, loss_weights, training_key, training_schedule
 
 NUM_PICTURES, STDS = 10, torch.tensor([0.5, 2.0])
 CPU = torch.device("cpu")

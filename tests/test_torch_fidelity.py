@@ -16,15 +16,16 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from isocost.data.cache import load_pictures
+from isocost.config.data import ScenesSource
+from isocost.data.latent_cache import load_pictures
 from isocost.errors import RequestError
-from isocost.metrics import compat, inception
-from isocost.metrics.distances import frechet_distance
+from isocost.evaluation.self_check import anchors
+from isocost.metrics import inception
+from isocost.metrics import torch_fidelity_compat as compat
+from isocost.metrics.download import file_sha256
+from isocost.metrics.frechet import frechet_distance
+from isocost.metrics.image_similarity import inception_score
 from isocost.metrics.inception import Inception
-from isocost.metrics.likeness import inception_score
-from isocost.metrics.weights import file_sha256
-from isocost.score.verify import anchors
-from isocost.stages import ScenesSource
 
 
 def features(num: int, width: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -213,7 +214,7 @@ def test_weights_that_cannot_be_fetched_name_the_remedy(monkeypatch: pytest.Monk
 
 
 def test_every_anchor_holds(inception_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isocost.score.verify.NUM_INCEPTION_PICTURES", 4)
+    monkeypatch.setattr("isocost.evaluation.self_check.NUM_INCEPTION_PICTURES", 4)
     found = anchors(stated(inception_file))
     assert [one.what for one in found if not one.passed] == []
     assert len(found) == 17

@@ -12,21 +12,24 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 
-from isocost.data.cache import LatentCache, load_pictures, write_cache, write_index
-from isocost.data.codec import LinearCodec, TextCodec
-from isocost.data.shards import Place
-from isocost.diffusion.noise import Schedule
+from isocost.config.data import ScenesSource
+from isocost.config.model import ModelSpec, TextSpec
+from isocost.config.training import TrainSpec
+from isocost.data.latent_cache import LatentCache, load_pictures, write_cache, write_index
+from isocost.data.row_store import Place
+from isocost.diffusion.noise_schedule import Schedule
 from isocost.errors import RequestError, WorkError
-from isocost.experiments.experiment import make_run
+from isocost.experiments.base import make_run
+from isocost.models.autoencoder import LinearCodec
 from isocost.models.checkpoint import WEIGHTS, load_checkpoint, save_networks
-from isocost.models.networks import read_network
+from isocost.models.factory import read_network
+from isocost.models.text_encoder import TextCodec
 from isocost.models.unet import build_unet
-from isocost.stages import ModelSpec, ScenesSource, TextSpec, TrainSpec
-from isocost.train.ema import Ema
-from isocost.train.loop import OutOfTime, train
-from isocost.train.schedules import learning_rate
-from isocost.train.state import newest_state
-from isocost.train.tasks import TextToImage
+from isocost.training.ema import Ema
+from isocost.training.lr_schedule import learning_rate
+from isocost.training.objectives import TextToImage
+from isocost.training.state_checkpoint import newest_state
+from isocost.training.trainer import OutOfTime, train
 
 MODEL = ModelSpec(width=8, latent_channels=4, latent_side=8, context_width=384, layers_per_block=1, num_levels=2)
 SPEC = TrainSpec(num_images=192, marks=(64, 100), batch_size=16, lr=2e-3, warmup_images=64, state_every_images=48)

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isocost.analysis.paper_findings import FINDINGS
-from isocost.analysis.verdicts import Case, Points, Tables, Verdict, judge
-from isocost.report.verdicts import markdown_verdicts, verdict_rows
+from isocost.analysis.claims import Case, Points, Tables, Verdict, judge
+from isocost.analysis.paper_claims import FINDINGS
+from isocost.report.claims_table import markdown_verdicts, verdict_rows
 from planted import exact, planted_table
 
 KERNEL = "kernel_efficientnet"

@@ -15,15 +15,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from isocost.data.cache import LatentCache
-from isocost.diffusion.noise import Schedule
+from isocost.config.model import ModelSpec
+from isocost.config.training import TrainSpec
+from isocost.data.latent_cache import LatentCache
+from isocost.diffusion.noise_schedule import Schedule
 from isocost.models.unet import build_unet
-from isocost.stages import ModelSpec, TrainSpec
-from isocost.train.forecast import RandomTask
-from isocost.train.loop import Trainer, backward, make_accelerator, train
-from isocost.train.memory import training_memory
-from isocost.train.parallel import this_part
-from isocost.train.tasks import Batch, TextToImage
+from isocost.training.distributed import this_part
+from isocost.training.memory_estimate import training_memory
+from isocost.training.objectives import Batch, TextToImage
+from isocost.training.throughput_estimate import RandomTask
+from isocost.training.trainer import Trainer, backward, make_accelerator, train
 
 MODEL = ModelSpec(width=8, latent_channels=4, latent_side=8, context_width=384, layers_per_block=1, num_levels=2)
 

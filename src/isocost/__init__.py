@@ -15,38 +15,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from isocost.analysis.frontier import best_guidance, pareto
+    from isocost.analysis.pareto import best_guidance, pareto
     from isocost.analysis.recommend import recommend
+    from isocost.analysis.results_table import read_table
+    from isocost.config.study import StudySpec
+    from isocost.config.study_yaml import load_study
     from isocost.errors import RequestError, WorkError
-    from isocost.exporting import export
+    from isocost.evaluation.score_folder import score_folder
     from isocost.models.checkpoint import load_checkpoint
-    from isocost.models.cost import family_table
-    from isocost.pipeline import Pipeline
-    from isocost.report.gather import run
-    from isocost.report.summary import markdown_summary
-    from isocost.sampling import sample
-    from isocost.score.folders import score_folder
-    from isocost.study import StudySpec
-    from isocost.study_file import load_study
-    from isocost.sweep.ledger import read_table
+    from isocost.models.export_diffusers import export
+    from isocost.models.flops import family_table
+    from isocost.pipeline.pipeline import Pipeline
+    from isocost.report.build import run
+    from isocost.report.markdown import markdown_summary
+    from isocost.sampling.sample import sample
 
 _HOMES = {
-    "Pipeline": "isocost.pipeline",
+    "Pipeline": "isocost.pipeline.pipeline",
     "RequestError": "isocost.errors",
-    "StudySpec": "isocost.study",
+    "StudySpec": "isocost.config.study",
     "WorkError": "isocost.errors",
-    "best_guidance": "isocost.analysis.frontier",
-    "export": "isocost.exporting",
-    "family_table": "isocost.models.cost",
+    "best_guidance": "isocost.analysis.pareto",
+    "export": "isocost.models.export_diffusers",
+    "family_table": "isocost.models.flops",
     "load_checkpoint": "isocost.models.checkpoint",
-    "load_study": "isocost.study_file",
-    "markdown_summary": "isocost.report.summary",
-    "pareto": "isocost.analysis.frontier",
-    "read_table": "isocost.sweep.ledger",
+    "load_study": "isocost.config.study_yaml",
+    "markdown_summary": "isocost.report.markdown",
+    "pareto": "isocost.analysis.pareto",
+    "read_table": "isocost.analysis.results_table",
     "recommend": "isocost.analysis.recommend",
-    "run": "isocost.report.gather",
-    "sample": "isocost.sampling",
-    "score_folder": "isocost.score.folders",
+    "run": "isocost.report.build",
+    "sample": "isocost.sampling.sample",
+    "score_folder": "isocost.evaluation.score_folder",
 }
 
 __all__ = [

@@ -14,17 +14,12 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
-from isocost.analysis.equal_cost import Pairs, at_budget, in_words, less, verdict
-from isocost.analysis.frontier import (
-    COSTS,
-    best_first,
-    best_in_each,
-    finals,
-    format_number,
-    metric_of,
-    sizes_in_order,
-)
-from isocost.downstream import DistillVariant
+from isocost.analysis.costs import COSTS
+from isocost.analysis.formatting import format_number
+from isocost.analysis.iso_cost import Pairs, at_budget, in_words, less, verdict
+from isocost.analysis.pareto import metric_of
+from isocost.analysis.results_table import best_first, best_in_each, finals, sizes_in_order
+from isocost.config.finetune import DistillVariant
 
 VARIANTS = get_args(DistillVariant)
 STUDENT_STEPS = 4

@@ -9,18 +9,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from isocost.analysis.frontier import (
-    BudgetChoice,
-    Configuration,
-    best_at_budgets,
-    best_first,
-    cost_of,
-    finals,
-    intervals_overlap,
-    metric_of,
-    metric_words,
-)
-from isocost.analysis.limits import Kept, Limit, check_measured, holding, in_words, kept, limits_of, why_nothing
+from isocost.analysis.constraints import Kept, Limit, check_measured, holding, in_words, kept, limits_of, why_nothing
+from isocost.analysis.costs import cost_of
+from isocost.analysis.formatting import metric_words
+from isocost.analysis.pareto import BudgetChoice, Configuration, best_at_budgets, intervals_overlap, metric_of
+from isocost.analysis.results_table import best_first, finals
 from isocost.errors import RequestError
 
 

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from isocost.analysis.equal_cost import Comparison, Pairs, at_budget
-from isocost.analysis.frontier import best_first, cost_of, default_budgets, finals, fits, format_score, scored
-from isocost.analysis.hardware import timed_on_one_device
+from isocost.analysis.costs import cost_of
+from isocost.analysis.formatting import format_score
+from isocost.analysis.iso_cost import Comparison, Pairs, at_budget
+from isocost.analysis.pareto import default_budgets
+from isocost.analysis.results_table import best_first, finals, fits, scored
+from isocost.analysis.timings import timed_on_one_device
 from isocost.errors import RequestError
 
 NUM_BUDGETS = 6

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 import warnings
 
-from isocost.cli import family, folders, latency, pictures, scores, studies
 from isocost.cli.app import app
 from isocost.errors import RequestError, WorkError
 

@@ -21,30 +21,32 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from isocost.data.cache import MemoryCache
-from isocost.data.codec import TextCodec
-from isocost.data.subjects import Subject, planted_subjects, read_subjects
-from isocost.device import best_device
-from isocost.diffusion.generate import CaptionStates, generate, make_engine, schedule_of
-from isocost.diffusion.rows import Row
-from isocost.diffusion.samplers import build_table
-from isocost.downstream import DreamboothSpec, PhotographedSubjects
+from isocost.config.base import digest
+from isocost.config.evaluation import ProtocolSpec
+from isocost.config.finetune import DreamboothSpec, PhotographedSubjects
+from isocost.config.model import TextSpec
+from isocost.config.sampling import SamplerSpec
+from isocost.data.dreambooth import Subject, planted_subjects, read_subjects
+from isocost.data.latent_cache import MemoryCache
+from isocost.diffusion.solvers import build_table
 from isocost.errors import RequestError, WorkError
-from isocost.experiments.experiment import Bench, Experiment, Job, Run, make_run
-from isocost.experiments.subject_scores import SubjectScores
-from isocost.experiments.text2image import TextToImageExperiment
-from isocost.materials import Materials
+from isocost.evaluation.protocol import make_protocol
+from isocost.evaluation.reference_set import Reference, captions_to_draw, make_extractors
+from isocost.experiments.base import Bench, Experiment, Job, Run, make_run
+from isocost.experiments.dreambooth_scores import SubjectScores
+from isocost.experiments.pretrain import TextToImageExperiment
+from isocost.experiments.study_assets import Materials
 from isocost.models.checkpoint import load_checkpoint
-from isocost.models.cost import model_cost
-from isocost.models.joint import TEXT_FOLDER, JointNetwork
-from isocost.models.networks import build_network
-from isocost.progress import say
-from isocost.score.protocol import make_protocol
-from isocost.score.reference import Reference, captions_to_draw, make_extractors
-from isocost.spec import digest
-from isocost.stages import ProtocolSpec, SamplerSpec, TextSpec
-from isocost.sweep.points import Point, grid_points, run_points
-from isocost.train.tasks import Dreambooth, Task, training_schedule
+from isocost.models.factory import build_network
+from isocost.models.flops import model_cost
+from isocost.models.text_encoder import TextCodec
+from isocost.models.unet_with_text_encoder import TEXT_FOLDER, JointNetwork
+from isocost.sampling.generate import CaptionStates, generate, make_engine, schedule_of
+from isocost.sampling.request import Row
+from isocost.sweep.grid import Point, grid_points, run_points
+from isocost.training.objectives import Dreambooth, Task, training_schedule
+from isocost.utils.device import best_device
+from isocost.utils.progress import say
 
 VERSION = 1
 UNTUNED = "untuned"

@@ -15,32 +15,33 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from isocost.analysis.frontier import best_in_each, finals, format_score
-from isocost.data.degrade import check_scale, degrade, encode_enlarged, resize
-from isocost.device import best_device
-from isocost.diffusion.generate import CaptionStates
-from isocost.diffusion.rows import ByPicture
-from isocost.downstream import SuperresSpec
+from isocost.analysis.formatting import format_score
+from isocost.analysis.results_table import best_in_each, finals
+from isocost.config.base import digest
+from isocost.config.finetune import SuperresSpec
+from isocost.config.model import ModelSpec
+from isocost.data.degradations import check_scale, degrade, encode_enlarged, resize
 from isocost.errors import RequestError
-from isocost.experiments.experiment import Bench, Experiment, Job, Run, make_run
-from isocost.experiments.text2image import TextToImageExperiment
-from isocost.materials import Materials, pictures_to_keep
-from isocost.metrics.features import Extractor
+from isocost.evaluation.confidence_intervals import Interval
+from isocost.evaluation.evaluator import Measuring, score
+from isocost.evaluation.feature_store import Measured, read_measured, write_measured
+from isocost.evaluation.paired import Pairing
+from isocost.evaluation.paired_images import PairScore, pair_score
+from isocost.evaluation.protocol import Protocol
+from isocost.evaluation.reconstruction import round_trip
+from isocost.evaluation.reference_set import Reference, make_extractors
+from isocost.experiments.base import Bench, Experiment, Job, Run, make_run
+from isocost.experiments.pretrain import TextToImageExperiment
+from isocost.experiments.study_assets import Materials, pictures_to_keep
+from isocost.metrics.extractor_base import Extractor
 from isocost.models.checkpoint import load_checkpoint
-from isocost.models.cost import model_cost
-from isocost.models.networks import build_network, with_wider_input
-from isocost.progress import say
-from isocost.score.codec import round_trip
-from isocost.score.differences import Pairing
-from isocost.score.intervals import Interval
-from isocost.score.kept import Measured, read_measured, write_measured
-from isocost.score.pairs import PairScore, pair_score
-from isocost.score.protocol import Protocol
-from isocost.score.reference import Reference, make_extractors
-from isocost.score.score import Measuring, score
-from isocost.spec import digest
-from isocost.stages import ModelSpec
-from isocost.train.tasks import Superres, Task, training_schedule
+from isocost.models.factory import build_network, with_wider_input
+from isocost.models.flops import model_cost
+from isocost.sampling.generate import CaptionStates
+from isocost.sampling.request import ByPicture
+from isocost.training.objectives import Superres, Task, training_schedule
+from isocost.utils.device import best_device
+from isocost.utils.progress import say
 
 VERSION = 1
 SCRATCH = "from scratch"

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from isocost.errors import RequestError
-from isocost.metrics.pictures import in_buckets
-from isocost.metrics.weights import find_weights, load_into, read_tensors
+from isocost.metrics.download import find_weights, load_into, read_tensors
+from isocost.metrics.preprocessing import in_buckets
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

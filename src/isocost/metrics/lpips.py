@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from isocost.errors import RequestError
-from isocost.metrics.pictures import exact_fp32
-from isocost.metrics.weights import tensors_sha256
+from isocost.metrics.download import tensors_sha256
+from isocost.metrics.preprocessing import exact_fp32
 
 LpipsNetwork = Literal["alex", "vgg"]
 _TITLES = {"alex": "AlexNet", "vgg": "VGG16"}

@@ -19,19 +19,21 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerM
 from safetensors import SafetensorError
 from torch import Tensor
 
+from isocost.config.base import Spec
+from isocost.config.model import ModelSpec, TextSpec
+from isocost.config.pretrained import GivenSpec
+from isocost.config.sampling import SamplerSpec
+from isocost.config.types import PredictionType, TaskName
 from isocost.errors import RequestError
-from isocost.models.cost import paper_gflop
-from isocost.models.hub.facts import GivenSpec
-from isocost.models.hub.folder import is_given
-from isocost.models.hub.kinds import load_network
-from isocost.models.hub.lora import split_loras
-from isocost.models.hub.packed import PackedNetwork
-from isocost.models.hub.reading import find_base, kind_at, read_pipeline, source_digest
-from isocost.models.networks import NETWORK_FOLDERS, Network, folder_of, read_network, write_config
-from isocost.models.weights import Plan, write_streamed
-from isocost.spec import Spec
-from isocost.stages import ModelSpec, PredictionType, SamplerSpec, TaskName, TextSpec
-from isocost.store import MANIFEST, read_manifest
+from isocost.models.factory import NETWORK_FOLDERS, Network, folder_of, read_network, write_config
+from isocost.models.flops import paper_gflop
+from isocost.models.pretrained.architectures import load_network
+from isocost.models.pretrained.files import is_given
+from isocost.models.pretrained.lora import split_loras
+from isocost.models.pretrained.pipeline_config import find_base, kind_at, read_pipeline, source_digest
+from isocost.models.pretrained.wrappers import PackedNetwork
+from isocost.models.streaming_safetensors import Plan, write_streamed
+from isocost.utils.artifact_store import MANIFEST, read_manifest
 
 CONSISTENT = frozenset({"consistency", "codi", "codi-efficient"})
 """Ways of distilling whose students are sampled by consistency."""

@@ -29,9 +29,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
+from isocost.config.model import ModelSpec
 from isocost.errors import RequestError
 from isocost.models.unet import plain_config, widened
-from isocost.stages import ModelSpec
 
 PUBLISHED = ((384, 12), (768, 12), (1024, 24), (1152, 28))
 """Width and depth of DiT-S, B, L and XL."""

@@ -18,9 +18,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from isocost.config.model import ModelSpec
 from isocost.errors import RequestError
-from isocost.models.paper import BY_SIZE, BY_WIDTH, PAPER_CONTEXT_WIDTH
-from isocost.stages import ModelSpec
+from isocost.models.paper_table import BY_SIZE, BY_WIDTH, PAPER_CONTEXT_WIDTH
 
 _MAX_GROUPS, _CHANNELS_PER_GROUP = 32, 2
 _MAX_HEADS, _CHANNELS_PER_HEAD = 8, 8

@@ -19,10 +19,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from isocost.analysis.frontier import COSTS, finals, sizes_in_order
+from isocost.analysis.costs import COSTS
+from isocost.analysis.results_table import finals, sizes_in_order
 from isocost.errors import RequestError
-from isocost.report.drawing import FORMATS, draw_curves, draw_panels, draw_sheet, draw_strips, save
-from isocost.report.marks import (
+from isocost.report.image_grids import contact_cells
+from isocost.report.matplotlib_backend import FORMATS, draw_curves, draw_panels, draw_sheet, draw_strips, save
+from isocost.report.plot_data import (
     COMPUTE_AXES,
     check_guidance,
     compute_curves,
@@ -31,8 +33,7 @@ from isocost.report.marks import (
     guidance_panels,
     sampler_curves,
 )
-from isocost.report.sheets import contact_cells
-from isocost.report.tuned import Pretrained, distillation_curves, pretraining_curves
+from isocost.report.plot_data_finetune import Pretrained, distillation_curves, pretraining_curves
 
 
 def which_size_is_best_at_equal_cost(

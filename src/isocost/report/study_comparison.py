@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from isocost.analysis.frontier import cost_of, format_number, metric_of, metric_words
+from isocost.analysis.costs import cost_of
+from isocost.analysis.formatting import format_number, metric_words
+from isocost.analysis.pareto import metric_of
 from isocost.analysis.study_comparison import Standing, moral
-from isocost.report.drawing import draw_curves, save
-from isocost.report.frontiers import frontiers_side_by_side
-from isocost.report.marks import Curves
-from isocost.report.summary import escaped
-from isocost.store import write_atomically
+from isocost.report.markdown import escaped
+from isocost.report.matplotlib_backend import draw_curves, save
+from isocost.report.plot_data import Curves, frontiers_side_by_side
+from isocost.utils.artifact_store import write_atomically
 
 FIGURE = "which_study_is_best_at_equal_cost"
 

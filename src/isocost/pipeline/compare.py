@@ -1,0 +1,81 @@
+"""Output folders of several studies compared: their tables united, their differences paired where both keep their features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from isocost.analysis.results_table import read_table
+from isocost.analysis.study_comparison import Standing, standings, united
+from isocost.config.study_yaml import load_study
+from isocost.errors import RequestError
+from isocost.evaluation.paired import Pairing
+from isocost.pipeline.pipeline import STUDY_FILE, Pipeline
+from isocost.utils.artifact_store import Store
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The united table, and how the studies stand at each budget."""
+
+    table: pd.DataFrame
+    standings: list[Standing]
+
+
+def compare(
+    outs: Sequence[str | Path],
+    metric: str = "kernel_efficientnet",
+    cost: str = "gflop",
+    budgets: Sequence[float] = (),
+    task: str = "text2image",
+) -> Compared:
+    """Output folders on one axis, each as its last report left it.
+
+    Differences of text2image are paired where every folder still has its points' features, since under one protocol picture i
+    has the same caption and seed in all studies; else they are those of independent scores, and say so.
+
+    Args:
+        outs: output folders, two or more, each with a table.
+        cost: a name of `isocost.analysis.frontier.COSTS`.
+        budgets: of that cost; spread over the points where empty.
+
+    Raises:
+        RequestError: a folder has no table, two are the same, or their numbers cannot be compared.
+    """
+    folders = [Path(out) for out in outs]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise RequestError("an output folder was given twice: give each once")
+    names = _names(folders)
+    table = united({name: read_table(folder, task) for name, folder in zip(names, folders, strict=True)}, metric)
+    return Compared(table, standings(table, metric, cost, _pairs(folders, task), budgets))
+
+
+class _Unpaired:
+    def of_points(self, first: str, second: str, metric: str) -> None:
+        return None
+
+
+def _pairs(folders: Sequence[Path], task: str) -> Pairing | _Unpaired:
+    """Paired differences where every folder keeps features of points, by the reference of the first."""
+    stores = tuple(Store(folder) for folder in folders)
+    if task != "text2image" or not all(any((store.root / "point").glob("[!.]*")) for store in stores):
+        return _Unpaired()
+    pipeline = Pipeline(load_study(folders[0] / STUDY_FILE), folders[0])
+    return Pairing(stores, pipeline.materials.reference, pipeline.study.protocol.distances)
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The studies' names; a folder's own where two studies share one."""
+    names = []
+    for folder in folders:
+        file = folder / STUDY_FILE
+        if not file.is_file():
+            raise RequestError(f"{folder}: no {STUDY_FILE}, so it is no output folder of a study")
+        names.append(load_study(file).name)
+    if len(set(names)) == len(names):
+        return names
+    by_folder = [folder.resolve().name for folder in folders]
+    return by_folder if len(set(by_folder)) == len(by_folder) else [str(folder) for folder in folders]

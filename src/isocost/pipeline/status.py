@@ -1,0 +1,156 @@
+"""How a study stands, for whoever waits for it: `OUT/status.json`, written by the processes that work at it.
+
+Everything is told from the ledger, so whichever process writes last tells of all. Points of races that are not over are not
+counted yet; milliseconds of sampling that is to come are foretold from what was measured, and are None where nothing was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from isocost.errors import RequestError
+from isocost.metrics.registry import metric_of
+from isocost.utils.artifact_store import write_atomically
+
+STATUS_FILE = "status.json"
+SECONDS_BETWEEN = 10.0
+
+
+@dataclass(frozen=True)
+class PlannedPoint:
+    """A point that is asked for, and what its pictures cost in all."""
+
+    digest: str
+    gflop: float
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best point so far."""
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    size: str
+    sampler: str
+    num_steps: int
+    guidance: float
+
+
+@dataclass(frozen=True)
+class SizeStatus:
+    """One training and its sweep. `best` is None where nothing is scored yet."""
+
+    title: str
+    size: str
+    images_seen: int
+    num_images: int
+    points_done: int
+    num_points: int
+    open_races: int
+    spent_s: float
+    best: Best | None
+
+
+@dataclass(frozen=True)
+class Status:
+    """A study. `left_s` is of sampling alone, by as many workers as are at it now."""
+
+    study: str
+    stage: str
+    updated: str
+    num_workers: int
+    spent_s: float
+    left_s: float | None
+    sizes: Sequence[SizeStatus]
+
+
+def size_status(
+    title: str,
+    size: str,
+    images_seen: int,
+    num_images: int,
+    points: Sequence[PlannedPoint],
+    open_races: int,
+    scored: Mapping[str, Mapping[str, Any]],
+    metric: str,
+) -> SizeStatus:
+    """How one training stands; `scored` are the ledger's points by digest, with `metric`, its interval, and `seconds`."""
+    done = [scored[point.digest] for point in points if point.digest in scored]
+    sign = -1.0 if metric_of(metric).better == "higher" else 1.0
+    told = [row for row in done if row.get(metric) is not None and row[metric] == row[metric]]
+    best = min(told, key=lambda row: sign * row[metric], default=None)
+    return SizeStatus(
+        title,
+        size,
+        images_seen,
+        num_images,
+        len(done),
+        len(points),
+        open_races,
+        sum(row["seconds"] for row in done),
+        None
+        if best is None
+        else Best(
+            metric,
+            best[metric],
+            best[f"{metric}_low"],
+            best[f"{metric}_high"],
+            best["size"],
+            best["sampler"],
+            int(best["num_steps"]),
+            best["guidance"],
+        ),
+    )
+
+
+def seconds_left(points: Sequence[PlannedPoint], scored: Mapping[str, Mapping[str, Any]], num_workers: int) -> float | None:
+    """Seconds that the points to come take at the rate of those that are done; None where there are none."""
+    done = [point for point in points if point.digest in scored]
+    gflop = sum(point.gflop for point in done)
+    if not gflop:
+        return None
+    rate = sum(scored[point.digest]["seconds"] for point in done) / gflop
+    return rate * sum(point.gflop for point in points if point.digest not in scored) / max(num_workers, 1)
+
+
+class StatusFile:
+    """`OUT/status.json`, written at most every `SECONDS_BETWEEN` seconds."""
+
+    def __init__(self, out: Path) -> None:
+        self.file, self.last = out / STATUS_FILE, -SECONDS_BETWEEN
+
+    def is_due(self) -> bool:
+        """Whether it is time to write again."""
+        return time.monotonic() - self.last >= SECONDS_BETWEEN
+
+    def write(self, status: Status) -> None:
+        """Replace the file in one step."""
+        self.last = time.monotonic()
+        write_atomically(self.file, json.dumps(asdict(status), ensure_ascii=False, indent=1) + "\n")
+
+
+def read_status(out: Path) -> Status:
+    """What an output folder's status says.
+
+    Raises:
+        RequestError: there is none.
+    """
+    file = out / STATUS_FILE
+    if not file.is_file():
+        raise RequestError(f"{out}: no {STATUS_FILE}; `isocost run` writes one while it works")
+    plain = json.loads(file.read_text(encoding="utf-8"))
+    sizes = [SizeStatus(**{**size, "best": Best(**size["best"]) if size["best"] else None}) for size in plain["sizes"]]
+    return Status(**{**plain, "sizes": sizes})
+
+
+def now() -> str:
+    """The time, to the second, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,194 @@
+"""The figures of the page: plotly draws what `marks.py` gathers, and hovering tells the configuration."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from matplotlib.colors import to_hex
+
+from isocost.analysis.formatting import format_number
+from isocost.report.plot_data import Curves, HeatPanel, Series, all_series, panel_colors, x_ticks, y_range
+from isocost.report.plot_style import HAIRLINE, INK, MUTED, OPTIMUM, log_ticks, some_places
+
+PUBLISHED = "published"
+"""Name (`meta`) of the trace that the page shows only where it is asked for."""
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+
+def plotly_curves(curves: Curves) -> go.Figure:
+    """`draw_curves` for the page: hovering tells the configuration, a click on the legend hides a size."""
+    figure = go.Figure()
+    for series in () if curves.bars else curves.series:
+        known = ~(np.isnan(series.low) | np.isnan(series.high))
+        band_x, low, high = series.x[known], series.low[known], series.high[known]
+        if curves.is_staircase:
+            band_x, low, high = np.repeat(band_x, 2)[1:], np.repeat(low, 2)[:-1], np.repeat(high, 2)[:-1]
+        figure.add_scatter(
+            x=[*band_x, *band_x[::-1]],
+            y=[*high, *low[::-1]],
+            fill="toself",
+            fillcolor=_with_alpha(series.color, 0.16),
+            line={"width": 0},
+            mode="lines",
+            hoverinfo="skip",
+            legendgroup=series.label,
+            showlegend=False,
+            name=f"{html.escape(series.label)} 95 % interval",
+        )
+    dearest = max(float(series.x.max()) for series in curves.series)
+    for series in curves.series:
+        line = _plotly_line(series) | (_plotly_bars(series) if curves.bars else {})
+        marker = {"symbol": series.mark[1], "size": 10, "line": {"color": "white", "width": 0.5}}
+        shape = "hv" if curves.is_staircase else "linear"
+        figure.add_scatter(**line, marker=marker, line={"color": series.color, "width": 2, "dash": series.dash, "shape": shape})
+        if curves.is_staircase:
+            rest = {"x": [float(series.x[-1]), dearest], "y": [float(series.y[-1])] * 2, "legendgroup": series.label}
+            look = {"color": series.color, "width": 2, "dash": series.dash}
+            figure.add_scatter(**rest, mode="lines", line=look, showlegend=False, hoverinfo="skip")
+    for series in curves.beside:
+        marker = {"symbol": series.mark[1], "size": 10, "color": series.color, "line": {"color": "white", "width": 0.5}}
+        alone = {"mode": "markers", "name": f"{html.escape(series.label)}, off its line"}
+        figure.add_scatter(**_plotly_line(series) | alone, marker=marker, showlegend=False)
+    if curves.frontier is not None:
+        line = {"color": INK, "width": 1.2, "shape": "hv"}
+        marker = {"symbol": "circle-open", "size": 15, "color": INK, "line": {"width": 1.2}}
+        figure.add_scatter(**_plotly_line(curves.frontier), marker=marker, line=line)
+    xs, ys = [series.x for series in all_series(curves)], y_range(curves)
+    ends = [float(min(x.min() for x in xs)), float(max(x.max() for x in xs))]
+    for label, value, dash in curves.dashed:
+        figure.add_scatter(
+            x=ends,
+            y=[value] * 2,
+            mode="lines",
+            line={"color": MUTED, "width": 1.5, "dash": dash},
+            name=html.escape(label),
+            hovertemplate=f"{html.escape(label)}: {format_number(value)}<extra></extra>",
+        )
+    if curves.published is not None:
+        layer = curves.published
+        look = {"symbol": layer.mark[1], "size": 9, "color": layer.color, "line": {"width": 1.4}}
+        line = {"color": layer.color, "width": 1.2, "dash": layer.dash}
+        figure.add_scatter(**_plotly_line(layer), marker=look, line=line, meta=PUBLISHED, visible=False)
+        ticks = {"xaxis": _plotly_ticks(*x_ticks(curves, with_published=True))}
+        if curves.log_y:
+            ticks["yaxis"] = _plotly_ticks(*log_ticks(*y_range(curves, with_published=True)))
+        figure.update_layout(meta={PUBLISHED: ticks})
+    x_axis = _plotly_axis(curves.x_label) | (_plotly_log(*x_ticks(curves)) if curves.log_x else {})
+    y_axis = _plotly_axis(curves.y_label.split(",")[0].split(" (")[0]) | (_plotly_log(*log_ticks(*ys)) if curves.log_y else {})
+    legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemwidth": 30}
+    figure.update_layout(
+        **_plotly_look(), xaxis=x_axis, yaxis=y_axis, legend=legend, hovermode="closest", height=400 if curves.bars else 520
+    )
+    figure.update_layout(margin={"l": 62, "r": 12, "t": 10, "b": 56})
+    return figure
+
+
+def _plotly_bars(series: Series) -> dict[str, Any]:
+    """Intervals as bars, none where there is no interval."""
+    up, down = (np.nan_to_num(side).tolist() for side in (series.high - series.y, series.y - series.low))
+    return {"error_y": {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "width": 5, "thickness": 1.4}}
+
+
+def plotly_heat(panel: HeatPanel) -> go.Figure:
+    """One panel of `draw_panels` for the page."""
+    colors, scale = panel_colors(panel)
+    texts = [
+        [
+            ""
+            if np.isnan(value) or not panel.is_labelled
+            else ("★ " if (row, column) == panel.optimum else "") + format_number(value)
+            for column, value in enumerate(values)
+        ]
+        for row, values in enumerate(panel.values)
+    ]
+    guidance, steps = [format_number(value) for value in panel.guidance], [str(value) for value in panel.num_steps]
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=panel.values,
+        zmin=scale.vmin,
+        zmax=scale.vmax,
+        colorscale=[[place, to_hex(colors(place))] for place in np.linspace(0, 1, 11).tolist()],
+        showscale=False,
+        text=texts,
+        texttemplate="%{text}",
+        textfont={"size": 10},
+        customdata=[[[steps, at] for at in guidance] for steps in panel.num_steps],
+        hovertemplate="%{customdata[0]} steps, guidance %{customdata[1]}: %{z:.4g}<extra></extra>",
+        xgap=1,
+        ygap=1,
+    )
+    frame = {"type": "rect", "line": {"color": OPTIMUM, "width": 2.5}}
+    figure.layout.shapes = [
+        {**frame, "x0": column - 0.48, "x1": column + 0.48, "y0": row - 0.46, "y1": row + 0.46}
+        for row, column in enumerate(panel.best)
+    ]
+    for row, interval in enumerate(panel.found):
+        if interval is not None:
+            low, high = (panel.across(end) for end in interval)
+            figure.add_scatter(
+                x=[low, high],
+                y=[row + 0.36] * 2,
+                mode="lines+markers",
+                line={"color": OPTIMUM, "width": 2.5},
+                marker={"symbol": "line-ns-open", "size": 8, "color": OPTIMUM, "line": {"width": 2}},
+                showlegend=False,
+                hovertemplate=f"best guidance {format_number(interval[0])} to {format_number(interval[1])}<extra>race</extra>",
+            )
+    x_axis = _plotly_axis("guidance") | _plotly_places(guidance) | {"range": [-0.5, len(guidance) - 0.5]}
+    y_axis = _plotly_axis("steps") | _plotly_places(steps) | {"range": [len(steps) - 0.5, -0.5]}
+    figure.update_layout(
+        **_plotly_look(), xaxis=x_axis, yaxis=y_axis, height=110 + (30 if panel.is_labelled else 10) * len(steps)
+    )
+    figure.update_layout(margin={"l": 48, "r": 6, "t": 34, "b": 44})
+    figure.update_layout(title={"text": html.escape(panel.size), "font": {"size": 14}, "x": 0, "xref": "paper", "y": 0.96})
+    return figure
+
+
+def _plotly_line(series: Series) -> dict[str, Any]:
+    notes = [html.escape(note).replace("\n", "<br>") for note in series.notes]
+    name = html.escape(series.label)
+    plain = {"x": series.x.tolist(), "y": series.y.tolist(), "text": notes, "name": name, "legendgroup": series.label}
+    if not series.names:
+        return plain | {"mode": "lines+markers", "hovertemplate": "%{text}<extra></extra>"}
+    beside = [html.escape(name) for name in series.names]
+    shown = {"text": beside, "textposition": "top right", "hovertext": notes, "hovertemplate": "%{hovertext}<extra></extra>"}
+    return plain | shown | {"mode": "lines+markers+text", "cliponaxis": False}
+
+
+def _plotly_look() -> dict[str, Any]:
+    font = {"family": FONT, "size": 13, "color": INK}
+    hover = {"bgcolor": "white", "bordercolor": HAIRLINE, "font": font}
+    return {"template": "none", "font": font, "paper_bgcolor": "white", "plot_bgcolor": "white", "hoverlabel": hover}
+
+
+def _plotly_axis(title: str) -> dict[str, Any]:
+    return {
+        "title": {"text": html.escape(title), "font": {"size": 13, "color": INK}},
+        "tickfont": {"size": 12, "color": MUTED},
+        "gridcolor": HAIRLINE,
+        "zeroline": False,
+        "fixedrange": True,
+        "automargin": True,
+        "ticks": "",
+    }
+
+
+def _plotly_log(ticks: list[float], labels: list[str]) -> dict[str, Any]:
+    return {"type": "log", "tickmode": "array"} | _plotly_ticks(ticks, labels)
+
+
+def _plotly_ticks(ticks: list[float], labels: list[str]) -> dict[str, Any]:
+    return {"tickvals": ticks, "ticktext": labels}
+
+
+def _plotly_places(labels: list[str]) -> dict[str, Any]:
+    shown = some_places(len(labels))
+    return {"tickmode": "array", "tickvals": shown, "ticktext": [labels[at] for at in shown], "showgrid": False}
+
+
+def _with_alpha(color: str, alpha: float) -> str:
+    red, green, blue = (int(color[at : at + 2], 16) for at in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha})"
