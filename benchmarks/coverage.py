@@ -2,9 +2,9 @@
 
     python benchmarks/coverage.py [--quick] [--json]
 
-Pictures are draws from two finite populations of features, so kernel truths are plain sums. A Frechet distance is biased at
-N pictures, and its interval is about its own expectation at that N and M: the truth is the mean over further draws. The
-extrapolated distance is about that of infinitely many generated pictures against M real ones. The last line is JSON.
+Images are draws from two finite populations of features, so kernel truths are plain sums. A Frechet distance is biased at
+N images, and its interval is about its own expectation at that N and M: the truth is the mean over further draws. The
+extrapolated distance is about that of infinitely many generated images against M real ones. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Array = np.ndarray
 
 
 def population(seed: int, shift: float) -> Array:
-    """Every picture there is: skewed features [POPULATION, WIDTH] with correlations, above zero as pooled features are."""
+    """Every image there is: skewed features [POPULATION, WIDTH] with correlations, above zero as pooled features are."""
     mixing = np.random.default_rng(99).standard_normal((WIDTH, WIDTH)) / np.sqrt(WIDTH)
     return np.maximum(shift + np.random.default_rng(seed).standard_normal((POPULATION, WIDTH)) @ mixing, 0)
 
@@ -43,7 +43,7 @@ def population(seed: int, shift: float) -> Array:
 REAL = population(2, 0.3)
 POOR = population(1, 0.7)
 POORER = np.maximum(POOR + 0.4 * population(7, 0.0) - 0.1, 0)
-"""Picture i of POORER is picture i of POOR with something done to it: two points that share noise and caption."""
+"""Image i of POORER is image i of POOR with something done to it: two points that share noise and caption."""
 
 
 def drawn(generator: np.random.Generator) -> tuple[Array, Array, Array]:
@@ -85,11 +85,11 @@ def main() -> None:
         return frechet_from_moments(of_poor, Moments.of(real))
 
     cases: dict[str, tuple[Callable[[Array, Array, Array, int], Interval], float]] = {
-        "kernel distance, percentile bootstrap": (
+        "squared MMD, percentile bootstrap": (
             lambda poor, _, real, seed: kernel_interval(poor, KernelReference.of(real, seed=seed)),
             kernel_truth(POOR, REAL),
         ),
-        "paired difference of kernel distances, percentile bootstrap": (
+        "paired difference of squared MMD, percentile bootstrap": (
             lambda poor, poorer, real, seed: paired_kernel_difference(poorer, poor, KernelReference.of(real, seed=seed)),
             kernel_truth(POORER, REAL) - kernel_truth(POOR, REAL),
         ),
@@ -126,7 +126,7 @@ def main() -> None:
     fitted = float(np.mean([frechet_infinity(poor, Moments.of(real)).value for poor, _, real in samples])) - truth
     for what, value in (("bias of the Frechet distance at N", plain), ("bias left at infinite N", fitted)):
         rows.append({"what": what, "value": value, "unit": f"of {truth:.3f}", "low": value, "high": value})
-    told = {"simulations": num_simulations, "pictures": NUM, "reference": NUM_REFERENCE, "features": WIDTH}
+    told = {"simulations": num_simulations, "images": NUM, "reference": NUM_REFERENCE, "features": WIDTH}
     print_results("coverage", rows, targets, **told)
 
 

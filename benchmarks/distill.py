@@ -4,7 +4,7 @@
 
 Three classes of three modes each, on Stable Diffusion's schedule; the class is the caption. A small network is first fitted
 to the data, as a family is trained before it is distilled; then each variant's student starts from it, is trained by the
-same loop and the same losses as U-Nets are (train/distill.py), and draws with its own sampler at w = 1. Distances are
+same loop and the same losses as U-Nets are (train/distill.py), and draws with its own solver at w = 1. Distances are
 sliced Wasserstein distances to the truth, class by class, against those of the teacher in 50 steps of DDIM. At w = 3, where
 no truth is known, students are compared with the teacher's own samples. The last line is JSON.
 """
@@ -26,11 +26,11 @@ from results import print_results
 from torch import Tensor, nn
 
 from isocost.config.finetune import DistillSpec
-from isocost.config.sampling import SamplerSpec
+from isocost.config.sampling import SolverSpec
 from isocost.config.training import TrainSpec
 from isocost.data.latent_cache import Cache
-from isocost.diffusion.noise_schedule import Schedule, x0_coefficients
-from isocost.diffusion.solvers import build_table
+from isocost.diffusion.noise_schedule import NoiseSchedule, x0_coefficients
+from isocost.diffusion.solvers import solver_coefficients
 from isocost.models.guidance_embedding import guidance_embedding
 from isocost.training.distillation import (
     ConditionalConsistencyDistillation,
@@ -46,7 +46,7 @@ NUM_DATA, NUM_DRAWN, NUM_SLICES = 100_000, 10_000, 64
 HIDDEN, EMBEDDING, GUIDANCE_WIDTH = 256, 64, 32
 SOLVER_STEPS, TEACHER_STEPS = 50, 50
 VARIANTS = ("consistency", "codi", "codi-efficient", "progressive")
-SCHEDULE = Schedule.scaled_linear()
+SCHEDULE = NoiseSchedule.scaled_linear()
 
 
 class Mixture:
@@ -86,13 +86,13 @@ class MixtureCache(Cache):
         return NUM_DATA
 
     null_caption = NUM_CLASSES  # type: ignore[assignment]
-    has_states = True  # type: ignore[assignment]
+    has_prompt_embeds = True  # type: ignore[assignment]
 
-    def moments(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        return self.latents[pictures], torch.zeros_like(self.latents[pictures])
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.latents[images], torch.zeros_like(self.latents[images])
 
-    def captions(self, pictures: Tensor) -> Tensor:
-        return self.classes[pictures][:, None]
+    def captions(self, images: Tensor) -> Tensor:
+        return self.classes[images][:, None]
 
     def states(self, captions: Tensor) -> Tensor:
         return self.said[captions]
@@ -101,15 +101,15 @@ class MixtureCache(Cache):
 class Analytic(nn.Module):
     """The exact denoiser as a network of either prediction type."""
 
-    def __init__(self, mixture: Mixture, prediction: Any) -> None:
+    def __init__(self, mixture: Mixture, prediction_type: Any) -> None:
         super().__init__()
-        self.mixture, self.prediction = mixture, prediction
+        self.mixture, self.prediction_type = mixture, prediction_type
         self.config = SimpleNamespace(time_cond_proj_dim=None)
 
     def forward(self, z: Tensor, timesteps: Tensor, states: Tensor) -> Any:
         at = timesteps.long().numpy()
         alpha, sigma = SCHEDULE.alpha[at], SCHEDULE.sigma[at]
-        from_z, from_output = (torch.from_numpy(c)[:, None] for c in x0_coefficients(self.prediction, alpha, sigma))
+        from_z, from_output = (torch.from_numpy(c)[:, None] for c in x0_coefficients(self.prediction_type, alpha, sigma))
         flat = z.flatten(1).double()
         mean = self.mixture.posterior_mean(
             flat, torch.from_numpy(alpha)[:, None], torch.from_numpy(sigma)[:, None], states[:, 0]
@@ -193,16 +193,16 @@ def trained(spec: TrainSpec, task: Any, network: Network, title: str) -> Network
 
 @torch.no_grad()
 def drawn(
-    network: nn.Module, prediction: Any, sampler: SamplerSpec, num_steps: int, classes: Tensor, guidance: float, embeds: bool
+    network: nn.Module, prediction_type: Any, solver: SolverSpec, num_steps: int, classes: Tensor, guidance: float, embeds: bool
 ) -> Tensor:
-    """Samples [N, 2] of classes [N], by the sampler's table; two passes where w is not an input."""
-    table = build_table(sampler, num_steps, SCHEDULE)
+    """Samples [N, 2] of classes [N], by the solver's table; two passes where w is not an input."""
+    table = solver_coefficients(solver, num_steps, SCHEDULE)
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(len(classes), 2, 1, 1, generator=generator)
     states = torch.eye(NUM_CLASSES)[classes][:, None]
     null, before = torch.ones_like(states), torch.zeros_like(x)
     weight = torch.full((len(classes),), guidance)
-    for i in range(table.num_evaluations):
+    for i in range(table.num_function_evaluations):
         timesteps = torch.full((len(classes),), float(table.timesteps[i]))
         if embeds:
             output = network(x, timesteps, states, timestep_cond=guidance_embedding(weight, GUIDANCE_WIDTH)).sample
@@ -211,7 +211,7 @@ def drawn(
             if guidance != 1:
                 without = network(x, timesteps, null).sample
                 output = without + guidance * (output - without)
-        p, q = (float(c[0]) for c in x0_coefficients(prediction, table.alpha[i : i + 1], table.sigma[i : i + 1]))
+        p, q = (float(c[0]) for c in x0_coefficients(prediction_type, table.alpha[i : i + 1], table.sigma[i : i + 1]))
         x0 = p * x + q * output
         x = table.a[i] * x + table.b[i] * x0 + table.c[i] * before + table.s[i] * torch.randn(x.shape, generator=generator)
         x, before = x.float(), x0
@@ -222,16 +222,16 @@ def sliced(one: Tensor, other: Tensor, classes: Tensor) -> float:
     """Mean over classes of the sliced 1-Wasserstein distance between samples [N, 2] of the same numbers."""
     angles = math.pi * torch.arange(NUM_SLICES) / NUM_SLICES
     slices = torch.stack([angles.cos(), angles.sin()])
-    distances = []
+    metrics = []
     for each in range(NUM_CLASSES):
         a, b = ((samples[classes == each] @ slices).sort(0).values for samples in (one, other))
-        distances.append((a - b).abs().mean())
-    return float(torch.stack(distances).mean())
+        metrics.append((a - b).abs().mean())
+    return float(torch.stack(metrics).mean())
 
 
 def students(
     variant: str, spec: DistillSpec, of: TextToImage, teacher: Analytic, network: Network, images: int
-) -> dict[int, tuple[Network, SamplerSpec]]:
+) -> dict[int, tuple[Network, SolverSpec]]:
     """The variant's students by the number of steps that each is for."""
     own = spec.train.model_copy(update={"num_images": images})
     if variant != "progressive":
@@ -239,20 +239,20 @@ def students(
         kind: type[Distillation] = ConsistencyDistillation if variant == "consistency" else ConditionalConsistencyDistillation
         task = kind(spec, of, teacher, start)
         student = trained(own, task, start, variant)
-        return {steps: (student, SamplerSpec(name="lcm")) for steps in (1, 2, 4, 8)}
-    made: dict[int, tuple[Network, SamplerSpec]] = {}
+        return {steps: (student, SolverSpec(name="lcm")) for steps in (1, 2, 4, 8)}
+    made: dict[int, tuple[Network, SolverSpec]] = {}
     current, taught = network.taught(), teacher
     for number, steps in enumerate(spec.stages):
         share = spec.train.model_copy(update={"num_images": images // len(spec.stages)})
         task = ProgressiveDistillation(spec, of, taught, current, steps, is_first=number == 0)
         current = trained(share, task, current, f"progressive {steps}")
-        made[steps] = (current, SamplerSpec())
+        made[steps] = (current, SolverSpec())
         taught = current
         current = copy.deepcopy(current).requires_grad_(True)
     return made
 
 
-def measure(variants: list[str], prediction: Any, images: int, told: Callable[[str], None]) -> tuple[list[Any], list[Any]]:
+def measure(variants: list[str], prediction_type: Any, images: int, told: Callable[[str], None]) -> tuple[list[Any], list[Any]]:
     """Rows and targets."""
     mixture = Mixture()
     cache = MixtureCache(mixture)
@@ -262,16 +262,16 @@ def measure(variants: list[str], prediction: Any, images: int, told: Callable[[s
         lr=1e-3,
         lr_schedule="cosine",
         caption_dropout=0.2,
-        prediction=prediction,
+        prediction_type=prediction_type,
         ema_half_life_images=images // 50,
         state_every_images=10**9,
     )
-    teacher = Analytic(mixture, prediction)
+    teacher = Analytic(mixture, prediction_type)
     network = trained(base, TextToImage(base, cache, SCHEDULE), Network(), "network")
     target = 20_000
     spec = DistillSpec(
         guidance_range=(1.0, 3.0),
-        guidance_width=GUIDANCE_WIDTH,
+        guidance_embed_dim=GUIDANCE_WIDTH,
         solver_steps=SOLVER_STEPS,
         target_half_life_images=target,
         stages=(64, 32, 16, 8, 4, 2, 1),
@@ -282,13 +282,13 @@ def measure(variants: list[str], prediction: Any, images: int, told: Callable[[s
     classes = torch.arange(NUM_DRAWN * NUM_CLASSES) % NUM_CLASSES
     truth = mixture.draw(classes, seed=2)
     floor = sliced(mixture.draw(classes, seed=3), truth, classes)
-    far = {w: drawn(teacher, prediction, SamplerSpec(), TEACHER_STEPS, classes, w, False) for w in (1.0, 3.0)}
+    far = {w: drawn(teacher, prediction_type, SolverSpec(), TEACHER_STEPS, classes, w, False) for w in (1.0, 3.0)}
     of_teacher = sliced(far[1.0], truth, classes)
     rows = [_row("truth against truth", floor), _row("teacher, 50 steps", of_teacher)]
     for steps in (1, 4):
-        few = drawn(teacher, prediction, SamplerSpec(), steps, classes, 1.0, False)
+        few = drawn(teacher, prediction_type, SolverSpec(), steps, classes, 1.0, False)
         rows.append(_row(f"teacher, {steps} steps", sliced(few, truth, classes)))
-    fitted = drawn(network, prediction, SamplerSpec(), TEACHER_STEPS, classes, 1.0, False)
+    fitted = drawn(network, prediction_type, SolverSpec(), TEACHER_STEPS, classes, 1.0, False)
     rows.append(_row("network, 50 steps", sliced(fitted, truth, classes)))
     targets = []
     for variant in variants:
@@ -296,9 +296,9 @@ def measure(variants: list[str], prediction: Any, images: int, told: Callable[[s
         made = students(variant, spec, of, teacher, copy.deepcopy(network).requires_grad_(True), images)
         rows.append(_row(f"{variant}, training", time.monotonic() - begun, "s"))
         for steps in (1, 2, 4, 8):
-            student, sampler = made[steps]
-            at_one = sliced(drawn(student, prediction, sampler, steps, classes, 1.0, True), truth, classes)
-            at_three = sliced(drawn(student, prediction, sampler, steps, classes, 3.0, True), far[3.0], classes)
+            student, solver = made[steps]
+            at_one = sliced(drawn(student, prediction_type, solver, steps, classes, 1.0, True), truth, classes)
+            at_three = sliced(drawn(student, prediction_type, solver, steps, classes, 3.0, True), far[3.0], classes)
             rows += [
                 _row(f"{variant}, {steps} steps", at_one),
                 _row(f"{variant}, {steps} steps, w = 3, to the teacher", at_three),
@@ -330,7 +330,7 @@ def main() -> None:
             print(line, flush=True)
 
     images = asked.images // 50 if asked.quick else asked.images
-    rows, targets = measure(list(asked.variant or VARIANTS), asked.prediction, images, told)
+    rows, targets = measure(list(asked.variant or VARIANTS), asked.prediction_type, images, told)
     for row in rows[:6]:
         told(f"{row['what']}: {row['value']:.4g}")
     print_results("distill", rows, targets)

@@ -1,10 +1,10 @@
-"""Do bf16 and compilation move the scores? One trained checkpoint, the same pictures in three ways of computing.
+"""Do bf16 and compilation move the scores? One trained checkpoint, the same images in three ways of computing.
 
-    python benchmarks/drift.py [--json] [--out FOLDER] [--pictures 256] [--skip-compile]
+    python benchmarks/drift.py [--json] [--out FOLDER] [--images 256] [--skip-compile]
 
-Trains a small size on the embedded scenes (kept in FOLDER, so a second run goes straight on), draws the same pictures in fp32
-eager, bf16 eager and fp32 compiled, and states how far pictures, kernel and Frechet distance move, with the paired interval
-of each difference. Holds where the interval of the kernel distance's difference contains 0. The last line is JSON.
+Trains a small size on the embedded scenes (kept in FOLDER, so a second run goes straight on), draws the same images in fp32
+eager, bf16 eager and fp32 compiled, and states how far images, kernel and Frechet distance move, with the paired interval
+of each difference. Holds where the interval of the squared MMD's difference contains 0. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -22,50 +22,50 @@ from results import print_results
 from torch import Tensor
 
 from isocost.config.base import parse_spec
-from isocost.config.sampling import SamplerSpec
+from isocost.config.sampling import SolverSpec
 from isocost.config.study import StudySpec
-from isocost.diffusion.solvers import build_table
+from isocost.diffusion.solvers import solver_coefficients
 from isocost.evaluation.confidence_intervals import KernelReference, paired_frechet_difference, paired_kernel_difference
-from isocost.evaluation.evaluator import Measuring
-from isocost.models.autoencoder import Codec
+from isocost.evaluation.evaluator import FeatureCollector
+from isocost.models.autoencoder import Autoencoder
 from isocost.models.checkpoint import Checkpoint, load_checkpoint
 from isocost.pipeline.pipeline import Pipeline
 from isocost.sampling.generate import generate, make_engine, schedule_of
-from isocost.sampling.request import Row
+from isocost.sampling.request import SampleRequest
 
 STUDY = {
     "name": "drift",
     "data": {
         "resolution": 32,
-        "train": {"kind": "scenes", "num_pictures": 2000, "seed": 0},
-        "reference": {"kind": "scenes", "num_pictures": 1000, "seed": 1},
+        "train": {"kind": "scenes", "num_images": 2000, "seed": 0},
+        "reference": {"kind": "scenes", "num_images": 1000, "seed": 1},
     },
-    "codec": {"kind": "pretrained", "path": "scenes"},
-    "text": {"path": "minilm", "max_tokens": 32},
+    "autoencoder": {"kind": "pretrained", "path": "scenes"},
+    "text_encoder": {"path": "minilm", "max_tokens": 32},
     "family": {"widths": [8]},
     "train": {"num_images": 6400, "batch_size": 64, "lr": 2e-3, "warmup_images": 1000, "ema_half_life_images": 1000},
     "sweep": {"num_steps": [8], "guidance": [2]},
-    "protocol": {"num_pictures": 256, "num_reference": 1000},
+    "protocol": {"num_images": 256, "num_reference": 1000},
 }
 WAYS: dict[str, dict[str, Any]] = {
     "fp32 eager": {},
-    "bf16 eager": {"precision": "bf16"},
+    "bf16 eager": {"dtype": "bf16"},
     "fp32 compiled": {"compiled": True},
 }
 
 
-def drawn(checkpoint: Checkpoint, codec: Codec, pipeline: Pipeline, num_pictures: int, **options: Any) -> Tensor:
-    """Pictures uint8 [N, 3, R, R], 8 steps of DDIM with guidance 2."""
+def drawn(checkpoint: Checkpoint, autoencoder: Autoencoder, pipeline: Pipeline, num_images: int, **options: Any) -> Tensor:
+    """Images uint8 [N, 3, R, R], 8 steps of DDIM with guidance 2."""
     network = copy.deepcopy(checkpoint.network)
-    engine = make_engine(network, checkpoint.info, pipeline.materials.caption_states, bucket_size=64, **options)
-    table = build_table(SamplerSpec(), 8, schedule_of(checkpoint.info))
-    rows = [Row(i, i, table, 2.0) for i in range(num_pictures)]
+    engine = make_engine(network, checkpoint.info, pipeline.assets.prompt_embeds, batch_size=64, **options)
+    table = solver_coefficients(SolverSpec(), 8, schedule_of(checkpoint.info))
+    rows = [SampleRequest(i, i, table, 2.0) for i in range(num_images)]
     side = checkpoint.info.resolution
-    pictures = torch.empty(num_pictures, 3, side, side, dtype=torch.uint8)
-    for part in generate(engine, codec, rows):
+    images = torch.empty(num_images, 3, side, side, dtype=torch.uint8)
+    for part in generate(engine, autoencoder, rows):
         assert not part.broken
-        pictures[[row.row.picture_id for row in part.rows]] = part.pictures
-    return pictures
+        images[[row.row.sample_index for row in part.rows]] = part.images
+    return images
 
 
 def main() -> None:
@@ -73,14 +73,14 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--json", action="store_true", help="the JSON line alone")
     options.add_argument("--out", type=Path, default=None)
-    options.add_argument("--pictures", type=int, default=256)
+    options.add_argument("--images", type=int, default=256)
     options.add_argument("--skip-compile", action="store_true", help="leave minutes of compiling out")
     asked = options.parse_args()
     pipeline = Pipeline(parse_spec(StudySpec, STUDY, "drift"), asked.out or tempfile.mkdtemp())
     (run,) = pipeline.runs
     pipeline.train(run)
     checkpoint = load_checkpoint(pipeline.store.folder("checkpoint", run.final))
-    reference = pipeline.materials.reference
+    reference = pipeline.assets.reference
     (extractor,) = reference.extractors
     real = reference.features[extractor]
     kernel = KernelReference.of(real, num_bootstrap=200)
@@ -90,21 +90,21 @@ def main() -> None:
         if asked.skip_compile and numerics.get("compiled"):
             continue
         started = time.perf_counter()
-        pictures = drawn(checkpoint, pipeline.materials.codec, pipeline, asked.pictures, **numerics)
+        images = drawn(checkpoint, pipeline.assets.autoencoder, pipeline, asked.images, **numerics)
         seconds = time.perf_counter() - started
-        measuring = Measuring(reference)
-        measuring.add(list(range(len(pictures))), pictures)
+        measuring = FeatureCollector(reference)
+        measuring.add(list(range(len(images))), images)
         features = measuring.measured().features[extractor]
         if not plain:
-            plain = {"pictures": pictures, "features": features}
-        apart = (pictures.int() - plain["pictures"].int()).abs()
+            plain = {"images": images, "features": features}
+        apart = (images.int() - plain["images"].int()).abs()
         moved = paired_kernel_difference(features, plain["features"], kernel)
         moved_frechet = paired_frechet_difference(features, plain["features"], real)
         rows.append(
             {
                 "what": way,
                 "value": moved.value,
-                "unit": "kernel distance less that of fp32 eager",
+                "unit": "squared MMD less that of fp32 eager",
                 "low": moved.low,
                 "high": moved.high,
                 "frechet": [moved_frechet.value, moved_frechet.low, moved_frechet.high],

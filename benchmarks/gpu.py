@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py [--json] [--widths 64 96 ...] [--side 64] [--device cuda]
 
-First correctness: the counter-based integers bit for bit and the normals to one ulp as on the CPU, a picture's bits whatever
-shares its batch, and pictures near the CPU's. Then, in turns within one process, latents a second of (a) a DDIM loop over
+First correctness: the counter-based integers bit for bit and the normals to one ulp as on the CPU, an image's bits whatever
+shares its batch, and images near the CPU's. Then, in turns within one process, latents a second of (a) a DDIM loop over
 diffusers' U-Net and scheduler at batch 16, eager, (b) the same compiled and channels_last, and (c) the engine, compiled, all
 in bf16 on the same random weights: time, never quality. The share of peak counts the network's FLOPs against dense bf16.
 Everything runs on a CPU too (`--device cpu --widths 16 --side 8 --precision fp32 --eager`), to test the script. The last
@@ -29,17 +29,17 @@ from results import print_results
 from torch import Tensor, nn
 
 from isocost.config.model import ModelSpec
-from isocost.config.sampling import SamplerSpec
-from isocost.config.types import Precision
-from isocost.diffusion.noise_schedule import Schedule
-from isocost.diffusion.philox import normal_noise, philox4x32
-from isocost.diffusion.solvers import build_table
+from isocost.config.sampling import SolverSpec
+from isocost.config.types import DTypeName
+from isocost.diffusion.noise_schedule import NoiseSchedule
+from isocost.diffusion.philox import philox4x32, philox_normal
+from isocost.diffusion.solvers import solver_coefficients
 from isocost.models.flops import model_cost
-from isocost.models.paper_table import PAPER_CONTEXT_WIDTH, PAPER_NUM_TOKENS, TABLE_1
+from isocost.models.paper_table import PAPER_CROSS_ATTENTION_DIM, PAPER_NUM_TOKENS, TABLE_1
 from isocost.models.unet import build_unet
-from isocost.sampling.denoiser import SamplingNetwork
+from isocost.sampling.denoiser import Denoiser
 from isocost.sampling.engine import Engine
-from isocost.sampling.request import Row
+from isocost.sampling.request import SampleRequest
 
 NUM_STEPS, GUIDANCE, LOOP_BATCH, BUCKET_SIZE, TURNS = 10, 7.5, 16, 64, 3
 SMALL, LARGE = {"over_loop": 3.0}, {"over_loop": 1.5, "over_tuned_loop": 1.0}
@@ -50,12 +50,12 @@ PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 
 def spec_of(width: int, side: int) -> ModelSpec:
     """A member of the family at latents of 4 x side x side, with the paper's context."""
-    return ModelSpec(width=width, latent_channels=4, latent_side=side, context_width=PAPER_CONTEXT_WIDTH)
+    return ModelSpec(width=width, latent_channels=4, latent_size=side, cross_attention_dim=PAPER_CROSS_ATTENTION_DIM)
 
 
-def engine_of(network: nn.Module, side: int, states: Tensor, precision: Precision, compiled: bool) -> Engine:
+def engine_of(network: nn.Module, side: int, states: Tensor, dtype: DTypeName, compiled: bool) -> Engine:
     """The engine around a copy of the network; `states` [N + 1, L, D], the last one null."""
-    prepared = SamplingNetwork(copy.deepcopy(network), precision, compiled)
+    prepared = Denoiser(copy.deepcopy(network), dtype, compiled)
     projected = prepared.project(states)
     return Engine(
         prepared.denoise(),
@@ -70,8 +70,8 @@ def engine_of(network: nn.Module, side: int, states: Tensor, precision: Precisio
 
 def rows_forever(num_captions: int) -> Any:
     """Guided DDIM rows without end."""
-    table = build_table(SamplerSpec(), NUM_STEPS, Schedule.scaled_linear())
-    return (Row(i, i % num_captions, table, GUIDANCE) for i in itertools.count())
+    table = solver_coefficients(SolverSpec(), NUM_STEPS, NoiseSchedule.scaled_linear())
+    return (SampleRequest(i, i % num_captions, table, GUIDANCE) for i in itertools.count())
 
 
 def correctness(device: str) -> list[dict[str, Any]]:
@@ -80,25 +80,25 @@ def correctness(device: str) -> list[dict[str, Any]]:
     key = torch.tensor([[7], [11]])
     integers = torch.equal(philox4x32(counter, key), philox4x32(counter.to(device), key.to(device)).cpu())
     ids = torch.arange(512)
-    here, there = normal_noise(3, ids, 1, (4, 8, 8), "cpu"), normal_noise(3, ids, 1, (4, 8, 8), device).cpu()
+    here, there = philox_normal(3, ids, 1, (4, 8, 8), "cpu"), philox_normal(3, ids, 1, (4, 8, 8), device).cpu()
     ulps = float(((here - there).abs() / torch.from_numpy(np.spacing(here.abs().numpy()))).max())
     torch.manual_seed(0)
     network = build_unet(spec_of(16, 8)).eval().requires_grad_(False)
-    states = torch.randn(6, PAPER_NUM_TOKENS, PAPER_CONTEXT_WIDTH)
+    states = torch.randn(6, PAPER_NUM_TOKENS, PAPER_CROSS_ATTENTION_DIM)
     rows = list(itertools.islice(rows_forever(5), 40))
     made = {}
     for where in ("cpu", device):
         engine = engine_of(network.to(where), 8, states, "fp32", False)
-        made[where] = {done.row.picture_id: done.latent.cpu() for done in engine.run(rows)}
-    alone = {done.row.picture_id: done.latent.cpu() for row in rows[:5] for done in engine.run([row])}
+        made[where] = {done.row.sample_index: done.latent.cpu() for done in engine.run(rows)}
+    alone = {done.row.sample_index: done.latent.cpu() for row in rows[:5] for done in engine.run([row])}
     same = all(torch.equal(alone[i], made[device][i]) for i in alone)
     apart = max(float((made[device][i] - made["cpu"][i]).norm() / made["cpu"][i].norm()) for i in made["cpu"])
     return [
         {"what": "counter-based integers as on the CPU", "value": integers, "target": "bit for bit", "met": integers},
         {"what": "normals against the CPU's", "value": ulps, "target": "<= 1 ulp", "met": ulps <= 1},
-        {"what": "a picture alone and in a full batch", "value": same, "target": "bit for bit", "met": same},
+        {"what": "an image alone and in a full batch", "value": same, "target": "bit for bit", "met": same},
         {
-            "what": "fp32 pictures against the CPU's",
+            "what": "fp32 images against the CPU's",
             "value": apart,
             "target": "<= 1e-2 relative (TF32 off)",
             "met": apart <= 1e-2,
@@ -143,16 +143,16 @@ class Stream:
         return BUCKET_SIZE
 
 
-def speed(width: int, side: int, device: str, precision: Precision, compiled: bool) -> dict[str, Any]:
+def speed(width: int, side: int, device: str, dtype: DTypeName, compiled: bool) -> dict[str, Any]:
     """Latents a second of each way, the median of `TURNS` turns, and their ratios."""
     torch.manual_seed(0)
     network = build_unet(spec_of(width, side)).to(device).eval().requires_grad_(False)
-    states = torch.randn(6, PAPER_NUM_TOKENS, PAPER_CONTEXT_WIDTH)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    ways: dict[str, Callable[[], int]] = {"loop": Loop(network, side, states, dtype, False)}
+    states = torch.randn(6, PAPER_NUM_TOKENS, PAPER_CROSS_ATTENTION_DIM)
+    loop_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+    ways: dict[str, Callable[[], int]] = {"loop": Loop(network, side, states, loop_dtype, False)}
     if compiled:
-        ways["tuned loop"] = Loop(network, side, states, dtype, True)
-    ways["engine"] = Stream(engine_of(network, side, states, precision, compiled), 5)
+        ways["tuned loop"] = Loop(network, side, states, loop_dtype, True)
+    ways["engine"] = Stream(engine_of(network, side, states, dtype, compiled), 5)
     for run in ways.values():
         run()
     rates: dict[str, list[float]] = {way: [] for way in ways}
@@ -173,7 +173,7 @@ def speed(width: int, side: int, device: str, precision: Precision, compiled: bo
         "unit": f"latents/s at {NUM_STEPS} guided steps",
         "ms_per_evaluation": 1000 / (middle["engine"] * 2 * NUM_STEPS),
         "tflops": tflops,
-        "share_of_peak": tflops / peak if peak and precision == "bf16" else None,
+        "share_of_peak": tflops / peak if peak and dtype == "bf16" else None,
         **{f"over_{way.replace(' ', '_')}": middle["engine"] / middle[way] for way in ways if way != "engine"},
     }
 
@@ -198,7 +198,7 @@ def main() -> None:
         sys.exit("no GPU here; --device cpu --widths 16 --side 8 --precision fp32 --eager tests the script")
     targets, rows = correctness(asked.device), []
     for width in asked.widths:
-        rows.append(speed(width, asked.side, asked.device, asked.precision, not asked.eager))
+        rows.append(speed(width, asked.side, asked.device, asked.dtype, not asked.eager))
         if not asked.json:
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         for ratio, bound in LEAST_RATIOS.get((width, asked.side), {}).items():

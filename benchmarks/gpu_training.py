@@ -21,9 +21,9 @@ from results import Row, at_least, print_results, row
 
 from isocost.config.model import ModelSpec
 from isocost.config.training import TrainSpec
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 from isocost.models.flops import model_cost
-from isocost.models.paper_table import PAPER_CONTEXT_WIDTH, PAPER_NUM_TOKENS, TABLE_1
+from isocost.models.paper_table import PAPER_CROSS_ATTENTION_DIM, PAPER_NUM_TOKENS, TABLE_1
 from isocost.models.unet import build_unet
 from isocost.training.throughput_estimate import RandomTask
 from isocost.training.trainer import Trainer, make_accelerator
@@ -50,13 +50,13 @@ def training_rows(
 
 
 def _rows_of(device: str, width: int, side: int, batch: int, compiled: bool) -> list[dict[str, Any]]:
-    model = ModelSpec(width=width, latent_side=side, context_width=PAPER_CONTEXT_WIDTH)
+    model = ModelSpec(width=width, latent_size=side, cross_attention_dim=PAPER_CROSS_ATTENTION_DIM)
     cost = model_cost(model, PAPER_NUM_TOKENS)
     name = f"training {cost.size}, {side} x {side}"
-    spec = TrainSpec(num_images=1 << 40, batch_size=batch, precision="fp32" if device == "cpu" else "bf16", compile=compiled)
+    spec = TrainSpec(num_images=1 << 40, batch_size=batch, dtype="fp32" if device == "cpu" else "bf16", compile=compiled)
     try:
         rates = _images_per_second(model, spec)
-    except (torch.OutOfMemoryError, RequestError) as error:
+    except (torch.OutOfMemoryError, ConfigError) as error:
         return [{"what": name, "value": None, "unit": f"does not fit: {str(error).splitlines()[0][:120]}"}]
     rows = [row(name, rates, "images/s")]
     peak = next(

@@ -24,7 +24,7 @@ from torch import nn
 
 from isocost.config.model import ModelSpec
 from isocost.config.training import TrainSpec
-from isocost.models.cuda_graph import GraphedNetwork
+from isocost.models.cuda_graph import CudaGraphModule
 from isocost.models.flops import model_cost
 from isocost.models.unet import build_unet
 from isocost.training.throughput_estimate import RandomTask
@@ -57,10 +57,10 @@ def training(model: ModelSpec, cuda_graphs: bool, folder: Path) -> Callable[[], 
 
 def sampling(network: nn.Module, model: ModelSpec, played_back: bool) -> Callable[[], int]:
     """Passes of a network, warm."""
-    x = torch.randn(ROWS, model.latent_channels, model.latent_side, model.latent_side, device="cuda")
+    x = torch.randn(ROWS, model.latent_channels, model.latent_size, model.latent_size, device="cuda")
     x = x.contiguous(memory_format=torch.channels_last)
     times, states = torch.full((ROWS,), 500.0, device="cuda"), torch.randn(ROWS, NUM_TOKENS, CONTEXT_WIDTH, device="cuda")
-    call: Any = GraphedNetwork(network) if played_back else network
+    call: Any = CudaGraphModule(network) if played_back else network
 
     @torch.inference_mode()
     def run() -> int:
@@ -87,7 +87,7 @@ def in_turns(ways: dict[str, Callable[[], int]]) -> dict[str, list[float]]:
 
 def rows_of(width: int, side: int) -> list[dict[str, Any]]:
     """Rates and ratios of one width."""
-    model = ModelSpec(width=width, latent_channels=CHANNELS, latent_side=side, context_width=CONTEXT_WIDTH)
+    model = ModelSpec(width=width, latent_channels=CHANNELS, latent_size=side, cross_attention_dim=CONTEXT_WIDTH)
     size = model_cost(model, NUM_TOKENS).size
     with tempfile.TemporaryDirectory() as folder:
         trained = in_turns({way: training(model, way == "played back", Path(folder) / way) for way in ("plain", "played back")})

@@ -2,9 +2,9 @@
 
     python benchmarks/kill_sweep.py [--quick] [--json] [--kills 100] [--way sqlite|postgresql|ray]
 
-A network of width 8 is trained for seconds on the embedded scenes; its sweep of 24 points, two shards of 64 pictures each, is
+A network of width 8 is trained for seconds on the embedded scenes; its sweep of 24 points, two shards of 64 images each, is
 killed (kill -9) again and again, and begun again by the same command; a new sweep begins when it is at its end. `postgresql`
-keeps the ledger in a server that is restarted meanwhile; `ray` kills one of two actors instead. Every picture that enters the
+keeps the results database in a server that is restarted meanwhile; `ray` kills one of two actors instead. Every image that enters the
 engine and every shard that is made is noted, so what was done twice can be counted, warm-ups included; not in Ray's actors,
 whose processes are not of this file. The last line is JSON.
 """
@@ -33,8 +33,8 @@ from isocost.config.study import StudySpec
 from isocost.pipeline.pipeline import Pipeline
 from isocost.pipeline.workers import run_on_ray
 from isocost.sweep import worker as workers
-from isocost.sweep.results_db import Ledger
-from isocost.sweep.schema import OF_THE_MACHINE
+from isocost.sweep.results_db import ResultsDB
+from isocost.sweep.schema import HARDWARE_COLUMNS
 
 NOTES = "ISOCOST_SHARDS_MADE"
 LEAST_S, MOST_S = 0.2, 6.0
@@ -42,19 +42,19 @@ STUDY: dict[str, Any] = {
     "name": "killed",
     "data": {
         "resolution": 32,
-        "train": {"kind": "scenes", "num_pictures": 256, "seed": 0},
-        "reference": {"kind": "scenes", "num_pictures": 128, "seed": 1},
+        "train": {"kind": "scenes", "num_images": 256, "seed": 0},
+        "reference": {"kind": "scenes", "num_images": 128, "seed": 1},
     },
-    "codec": {"kind": "linear", "patch": 4, "num_channels": 4, "num_fit_pictures": 64},
-    "text": {"path": "minilm", "max_tokens": 8},
+    "autoencoder": {"kind": "pca", "patch": 4, "num_channels": 4, "num_fit_images": 64},
+    "text_encoder": {"path": "minilm", "max_tokens": 8},
     "family": {"widths": [8]},
     "train": {"num_images": 256, "batch_size": 16, "lr": 1e-3},
-    "sweep": {"num_steps": [2, 4, 6, 8], "guidance": [1, 1.5, 2, 3, 4, 5], "bucket_size": 16, "shard_size": 64},
-    "protocol": {"num_pictures": 128, "num_reference": 128, "num_bootstrap": 50, "alignment": "scenes"},
+    "sweep": {"num_steps": [2, 4, 6, 8], "guidance": [1, 1.5, 2, 3, 4, 5], "batch_size": 16, "shard_size": 64},
+    "protocol": {"num_images": 128, "num_reference": 128, "num_bootstrap": 50, "alignment": "scenes"},
 }
 
 
-def work(out: str, ledger: str | None) -> None:
+def work(out: str, results_db: str | None) -> None:
     """One process at the study; notes every shard that it has made."""
     keep = workers.Worker._keep
 
@@ -70,26 +70,26 @@ def work(out: str, ledger: str | None) -> None:
 
     def noted_rows(shard: Any, schedule: Any) -> Iterator[Any]:
         for row in entering(shard, schedule):
-            note("entered", f"{shard.digest}-{row.picture_id}")
+            note("entered", f"{shard.digest}-{row.sample_index}")
             yield row
 
     workers.Worker._keep = noted  # type: ignore[method-assign]
     workers._rows = noted_rows
-    Pipeline(parse_spec(StudySpec, STUDY, "study"), out, ledger).run()
+    Pipeline(parse_spec(StudySpec, STUDY, "study"), out, results_db).run()
 
 
-def start(out: Path, ledger: str | None, notes: Path) -> subprocess.Popen[bytes]:
+def start(out: Path, results_db: str | None, notes: Path) -> subprocess.Popen[bytes]:
     """`work` as a process of its own."""
-    command = [sys.executable, __file__, "--work", str(out), *(["--ledger", ledger] if ledger else [])]
+    command = [sys.executable, __file__, "--work", str(out), *(["--database", results_db] if results_db else [])]
     environment = {**os.environ, NOTES: str(notes), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
 
 
-def killed(out: Path, ledger: str | None, notes: Path, kills: int, told: Callable[[str], None], restart: Any = None) -> int:
+def killed(out: Path, results_db: str | None, notes: Path, kills: int, told: Callable[[str], None], restart: Any = None) -> int:
     """Kill and begin again; returns how many kills there were before it came to its end."""
     moments = random.Random(str(out))
     for number in range(kills):
-        process = start(out, ledger, notes)
+        process = start(out, results_db, notes)
         begun = _ready(out, process)
         try:
             process.wait(moments.uniform(LEAST_S, MOST_S) if begun else None)
@@ -100,7 +100,7 @@ def killed(out: Path, ledger: str | None, notes: Path, kills: int, told: Callabl
         if restart is not None and number % 5 == 2:
             restart()
         told(f"kill {number + 1}: {len(list((out / 'artefacts').glob('point/*')))} of 24 points")
-    last = start(out, ledger, notes)
+    last = start(out, results_db, notes)
     assert last.wait(1200) == 0, "the last run failed"
     return kills
 
@@ -175,9 +175,9 @@ def disturbed(way: str, root: Path, kills: int, told: Callable[[str], None]) -> 
     if way == "postgresql":
         with postgresql(root / "pg") as (address, restart):
             count = killed(out, address, notes, kills, told, restart)
-            return count, Ledger(address).table().drop(columns=OF_THE_MACHINE)
+            return count, ResultsDB(address).table().drop(columns=HARDWARE_COLUMNS)
     count = on_ray(out, kills) if way == "ray" else killed(out, None, notes, kills, told)
-    return count, Ledger(out / "ledger.sqlite").table().drop(columns=OF_THE_MACHINE)
+    return count, ResultsDB(out / "results.sqlite").table().drop(columns=HARDWARE_COLUMNS)
 
 
 def measure(way: str, kills: int, told: Callable[[str], None]) -> tuple[list[Any], list[Any]]:
@@ -187,7 +187,7 @@ def measure(way: str, kills: int, told: Callable[[str], None]) -> tuple[list[Any
         root.chmod(0o755)
         alone_notes = root / "alone.txt"
         assert start(root / "alone", None, alone_notes).wait(1200) == 0, "the undisturbed run failed"
-        alone = Ledger(root / "alone" / "ledger.sqlite").table().drop(columns=OF_THE_MACHINE)
+        alone = ResultsDB(root / "alone" / "results.sqlite").table().drop(columns=HARDWARE_COLUMNS)
         num_shards = len(_noted(alone_notes, "made"))
         started = time.monotonic()
         count, sweeps, twice, again, leftovers, same = 0, 0, 0, 0, 0, True
@@ -204,7 +204,7 @@ def measure(way: str, kills: int, told: Callable[[str], None]) -> tuple[list[Any
     numbers = {"kills": count, "sweeps": sweeps, "seconds with kills": seconds, "shards of a sweep": num_shards}
     is_noted = way != "ray"
     if is_noted:
-        numbers |= {"shards made durable twice": twice, "pictures begun again": again}
+        numbers |= {"shards made durable twice": twice, "images begun again": again}
     rows = [{"what": what, "value": value, "unit": "", "low": None, "high": None} for what, value in numbers.items()]
     targets = [
         {"what": "tables identical to an undisturbed run's", "value": same, "target": "true", "met": same},
@@ -213,7 +213,7 @@ def measure(way: str, kills: int, told: Callable[[str], None]) -> tuple[list[Any
     if is_noted:
         targets += [
             {"what": "durable shards made again", "value": twice, "target": "0", "met": twice == 0},
-            {"what": "pictures begun again a kill, in shards", "value": lost, "target": "<= 1", "met": lost <= 1},
+            {"what": "images begun again a kill, in shards", "value": lost, "target": "<= 1", "met": lost <= 1},
         ]
     return rows, targets
 
@@ -239,10 +239,10 @@ def main() -> None:
     options.add_argument("--kills", type=int, default=100, help="over as many sweeps as it takes")
     options.add_argument("--way", default="sqlite", choices=("sqlite", "postgresql", "ray"))
     options.add_argument("--work", help=argparse.SUPPRESS)
-    options.add_argument("--ledger", help=argparse.SUPPRESS)
+    options.add_argument("--database", help=argparse.SUPPRESS)
     asked = options.parse_args()
     if asked.work:
-        work(asked.work, asked.ledger)
+        work(asked.work, asked.results_db)
         return
 
     def told(line: str) -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/many_points.py [--quick] [--json]
 
-A network of width 8 is trained for seconds; its grid's points are recorded in the ledger with planted scores, so that nothing
+A network of width 8 is trained for seconds; its grid's points are recorded in the results database with planted scores, so that nothing
 is drawn. Then the plan, the sweep that finds all of them done, and the report are timed, each number of points in a process of
 its own. The last line is JSON.
 """
@@ -26,39 +26,39 @@ from sqlalchemy.orm import Session
 from isocost.config.base import parse_spec
 from isocost.config.study import StudySpec
 from isocost.evaluation.confidence_intervals import Interval
-from isocost.models.checkpoint import describe, load_checkpoint
+from isocost.models.checkpoint import load_checkpoint, summary_columns
 from isocost.pipeline.dry_run import plan
 from isocost.pipeline.pipeline import Pipeline
 from isocost.report.build import report
-from isocost.sweep.schema import PointRow, ProtocolRow, ScoreRow
+from isocost.sweep.schema import PointRecord, ProtocolRecord, ScoreRecord
 
-SAMPLERS = ("ddim", "dpmsolver++2m", "euler", "unipc")
+SOLVERS = ("ddim", "dpmsolver++2m", "euler", "unipc")
 MOST_SECONDS = 60.0
 MOST_GROWTH = 2.0
 
 
 def study(num_points: int) -> StudySpec:
-    """A grid of so many points: four samplers, a quarter of them each."""
-    side = math.isqrt(num_points // len(SAMPLERS))
+    """A grid of so many points: four solvers, a quarter of them each."""
+    side = math.isqrt(num_points // len(SOLVERS))
     return parse_spec(
         StudySpec,
         {
             "name": "many",
             "data": {
                 "resolution": 32,
-                "train": {"kind": "scenes", "num_pictures": 128, "seed": 0},
-                "reference": {"kind": "scenes", "num_pictures": 64, "seed": 1},
+                "train": {"kind": "scenes", "num_images": 128, "seed": 0},
+                "reference": {"kind": "scenes", "num_images": 64, "seed": 1},
             },
-            "codec": {"kind": "linear", "patch": 4, "num_channels": 4, "num_fit_pictures": 64},
-            "text": {"path": "minilm", "max_tokens": 8},
+            "autoencoder": {"kind": "pca", "patch": 4, "num_channels": 4, "num_fit_images": 64},
+            "text_encoder": {"path": "minilm", "max_tokens": 8},
             "family": {"widths": [8]},
             "train": {"num_images": 64, "batch_size": 16, "lr": 1e-3},
             "sweep": {
-                "samplers": [{"name": name} for name in SAMPLERS],
+                "solvers": [{"name": name} for name in SOLVERS],
                 "num_steps": list(range(1, side + 1)),
                 "guidance": [round(1 + 8 * k / side, 4) for k in range(side)],
             },
-            "protocol": {"num_pictures": 32, "num_reference": 64, "num_bootstrap": 20},
+            "protocol": {"num_images": 32, "num_reference": 64, "num_bootstrap": 20},
         },
         "many",
     )
@@ -68,16 +68,16 @@ def plant(pipeline: Pipeline) -> int:
     """Record every point of the study with a score that has its best at guidance 3."""
     (run,) = pipeline.runs
     info = load_checkpoint(pipeline.store.folder("checkpoint", run.final)).info
-    protocol = pipeline.materials.reference.protocol
+    protocol = pipeline.assets.reference.protocol
     points = pipeline.points(run)
-    same = {"protocol": protocol.id, "num_not_finite": 0, "least_bucket_size": 64, "ms_per_picture": 1.0, "seconds": 1.0}
-    with Session(pipeline.ledger.engine) as session, session.begin():
-        session.merge(ProtocolRow(protocol=protocol.id, parts=json.dumps(protocol.parts)))
+    same = {"protocol": protocol.id, "num_nonfinite": 0, "min_batch_size": 64, "ms_per_image": 1.0, "seconds": 1.0}
+    with Session(pipeline.results_db.engine) as session, session.begin():
+        session.merge(ProtocolRecord(protocol=protocol.id, parts=json.dumps(protocol.parts)))
         for point in points:
-            row = {**point.coordinate(), **point.costs(info), **describe(info), **same, "flagged": False}
-            session.add(PointRow(**row, created="2026-01-01T00:00:00+00:00", provenance="{}"))
+            row = {**point.coordinate(), **point.costs(info), **summary_columns(info), **same, "has_too_few_samples": False}
+            session.add(PointRecord(**row, created="2026-01-01T00:00:00+00:00", provenance="{}"))
             value = 1 + 1 / point.spec.num_steps + 0.1 * math.log(point.spec.guidance / 3) ** 2
-            session.add(ScoreRow.of(point.digest, "kernel_efficientnet", Interval(value, value - 0.05, value + 0.05)))
+            session.add(ScoreRecord.of(point.digest, "mmd_efficientnet", Interval(value, value - 0.05, value + 0.05)))
     return len(points)
 
 

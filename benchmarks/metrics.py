@@ -53,7 +53,7 @@ def by_sqrtm(a: Moments, b: Moments) -> float:
 
 
 def frechet(turns: int) -> list[Row]:
-    """2048 features, covariances of 6,000 pictures at hand on both sides."""
+    """2048 features, covariances of 6,000 images at hand on both sides."""
     generator = np.random.default_rng(0)
     drawn = [
         generator.standard_normal((NUM, WIDTH)) @ (generator.standard_normal((WIDTH, WIDTH)) / WIDTH**0.5) + shift
@@ -82,42 +82,42 @@ def frechet(turns: int) -> list[Row]:
 
 @torch.inference_mode()
 def demo_shares(turns: int) -> list[Row]:
-    """EfficientNet-lite0 at 64 pixels on 32 x 32 pictures beside 16 guided steps of the demo's sizes."""
-    pictures = torch.randint(0, 256, (DEMO_BATCH, 3, 32, 32), dtype=torch.uint8)
+    """EfficientNet-lite0 at 64 pixels on 32 x 32 images beside 16 guided steps of the demo's sizes."""
+    images = torch.randint(0, 256, (DEMO_BATCH, 3, 32, 32), dtype=torch.uint8)
     extractor, rows = EfficientNetLite0(side=64), []
     for width in DEMO_WIDTHS:
-        spec = ModelSpec(width=width, latent_channels=4, latent_side=8, context_width=384)
+        spec = ModelSpec(width=width, latent_channels=4, latent_size=8, cross_attention_dim=384)
         passes = passes_of(build_unet(spec).eval(), spec, 2 * DEMO_BATCH, 32)
-        seconds(passes), seconds(lambda: extractor(pictures))
-        shares = [seconds(lambda: extractor(pictures)) / (DEMO_STEPS * seconds(passes)) for _ in range(turns)]
+        seconds(passes), seconds(lambda: extractor(images))
+        shares = [seconds(lambda: extractor(images)) / (DEMO_STEPS * seconds(passes)) for _ in range(turns)]
         rows.append(row(f"features over sampling, demo width {width}, {DEMO_STEPS} guided steps", shares, "share"))
     return rows
 
 
 @torch.inference_mode()
 def paper_shares(turns: int) -> list[Row]:
-    """Inception and CLIP ViT-B/32 of one 512 x 512 picture beside one pass of the 866M network, in fp32 on this machine."""
-    spec = ModelSpec(width=PAPER_WIDTH, latent_channels=4, latent_side=64, context_width=1024)
+    """Inception and CLIP ViT-B/32 of one 512 x 512 image beside one pass of the 866M network, in fp32 on this machine."""
+    spec = ModelSpec(width=PAPER_WIDTH, latent_channels=4, latent_size=64, cross_attention_dim=1024)
     passes = passes_of(build_unet(spec).eval(), spec, 1, 77)
-    picture = torch.randint(0, 256, (1, 3, 512, 512), dtype=torch.uint8)
+    image = torch.randint(0, 256, (1, 3, 512, 512), dtype=torch.uint8)
     inception, clip = random_inception(), random_clip()
-    seconds(passes), seconds(lambda: inception(picture)), seconds(lambda: clip(picture))
+    seconds(passes), seconds(lambda: inception(image)), seconds(lambda: clip(image))
     both, sampling = [], []
     for _ in range(turns):
         sampling.append(PAPER_STEPS * seconds(passes))
-        both.append(seconds(lambda: inception(picture)) + seconds(lambda: clip(picture)))
+        both.append(seconds(lambda: inception(image)) + seconds(lambda: clip(image)))
     shares = [features / steps for features, steps in zip(both, sampling, strict=True)]
     return [
-        row(f"sampling, 866M, {PAPER_STEPS} steps of one pass, one picture", sampling, "s"),
-        row("Inception and CLIP ViT-B/32, one picture", both, "s"),
+        row(f"sampling, 866M, {PAPER_STEPS} steps of one pass, one image", sampling, "s"),
+        row("Inception and CLIP ViT-B/32, one image", both, "s"),
         row(f"features over sampling, 866M, {PAPER_STEPS} steps of one pass", shares, "share"),
     ]
 
 
 def passes_of(network: Module, spec: ModelSpec, batch: int, num_tokens: int) -> Callable[[], Tensor]:
     """One network call on `batch` rows."""
-    latents = torch.randn(batch, spec.latent_channels, spec.latent_side, spec.latent_side)
-    states = torch.randn(batch, num_tokens, spec.context_width)
+    latents = torch.randn(batch, spec.latent_channels, spec.latent_size, spec.latent_size)
+    states = torch.randn(batch, num_tokens, spec.cross_attention_dim)
     return lambda: network(latents, torch.full((batch,), 500), states).sample
 
 
@@ -135,15 +135,15 @@ def random_inception() -> Callable[[Tensor], Tensor]:
 
 
 def random_clip() -> Callable[[Tensor], Tensor]:
-    """CLIP ViT-B/32's picture tower without its weights."""
+    """CLIP ViT-B/32's image tower without its weights."""
     from transformers import CLIPConfig, CLIPModel
 
-    from isocost.metrics.preprocessing import CLIP_MEAN, CLIP_STD, normalise, resize_shorter_side
+    from isocost.metrics.preprocessing import CLIP_MEAN, CLIP_STD, normalize, resize_shorter_side
 
     network = CLIPModel(CLIPConfig()).eval()
-    return lambda pictures: (
+    return lambda images: (
         network.vision_model(
-            pixel_values=normalise(resize_shorter_side(pictures.float(), 224), CLIP_MEAN, CLIP_STD)
+            pixel_values=normalize(resize_shorter_side(images.float(), 224), CLIP_MEAN, CLIP_STD)
         ).pooler_output
     )
 

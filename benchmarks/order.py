@@ -1,12 +1,12 @@
-"""Orders of convergence of the samplers where the denoiser is known exactly, and the moments of the ancestral ones.
+"""Orders of convergence of the solvers where the denoiser is known exactly, and the moments of the ancestral ones.
 
     python benchmarks/order.py [--json]
 
 A Gaussian and a mixture of two, in one dimension and float64, on Stable Diffusion's schedule made a hundred times finer.
-Deterministic samplers: the error of the state at a tenth of the schedule, against the closed form (Gaussian) or the
+Deterministic solvers: the error of the state at a tenth of the schedule, against the closed form (Gaussian) or the
 probability flow ODE solved to 1e-12 (mixture), as the number of steps doubles. That time lies on every grid, and away from
 the clean end, where a step in log-SNR does not shrink with the grid. UniPC's corrector adds an order to its second (arXiv
-2302.04867, theorem 3.1). Ancestral samplers: mean, variance and the weight of a
+2302.04867, theorem 3.1). Ancestral solvers: mean, variance and the weight of a
 mode of 100,000 samples at 1,000 steps, as deviations in standard errors. The last line is JSON.
 """
 
@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from results import print_results
 from scipy.integrate import solve_ivp
 
-from isocost.config.sampling import SamplerSpec
-from isocost.diffusion.noise_schedule import Schedule
-from isocost.diffusion.solvers import SamplerTable, build_table
+from isocost.config.sampling import SolverSpec
+from isocost.diffusion.noise_schedule import NoiseSchedule
+from isocost.diffusion.solvers import SolverCoefficients, solver_coefficients
 
 Floats = NDArray[np.float64]
-FINE = Schedule.scaled_linear(0.00085 / 100, 0.012 / 100, 100_000)
+FINE = NoiseSchedule.scaled_linear(0.00085 / 100, 0.012 / 100, 100_000)
 AT_TIMESTEP = 9_999
 STEPS = (640, 1280, 2560, 5120)
 ORDERS = {"ddim": 1, "euler": 1, "heun": 2, "dpmsolver++2m": 2, "unipc": 3}
@@ -52,17 +52,17 @@ class Mixture:
         weight /= weight.sum(axis=1, keepdims=True)
         return np.sum(weight * (self.means + alpha * self.variances / spread * offset), axis=1)
 
-    def flowed(self, x: Floats, alpha: float, sigma: float, alpha_to: float, sigma_to: float) -> Floats:
+    def flowed(self, x: Floats, alpha: float, sigma: float, alpha_next: float, sigma_next: float) -> Floats:
         """The probability flow ODE `dx/dk = (x - x0) / k`, x in units of alpha, k = sigma / alpha, solved to 1e-12."""
 
         def slope(log_k: float, scaled: Floats) -> Floats:
             alpha_here = 1 / math.sqrt(1 + math.exp(2 * log_k))
             return scaled - self.posterior_mean(alpha_here * scaled, alpha_here, alpha_here * math.exp(log_k))
 
-        span = (math.log(sigma / alpha), math.log(sigma_to / alpha_to))
+        span = (math.log(sigma / alpha), math.log(sigma_next / alpha_next))
         solved = solve_ivp(slope, span, x / alpha, method="DOP853", rtol=1e-12, atol=1e-12)
         assert solved.success, solved.message
-        return alpha_to * np.asarray(solved.y[:, -1])
+        return alpha_next * np.asarray(solved.y[:, -1])
 
 
 DATA = {
@@ -71,7 +71,9 @@ DATA = {
 }
 
 
-def states(table: SamplerTable, data: Mixture, x: Floats, num_lines: int, noise: np.random.Generator | None = None) -> Floats:
+def states(
+    table: SolverCoefficients, data: Mixture, x: Floats, num_lines: int, noise: np.random.Generator | None = None
+) -> Floats:
     """x [N] after the first `num_lines` lines of a table."""
     previous = before = np.zeros_like(x)
     for i in range(num_lines):
@@ -87,7 +89,7 @@ def slopes(name: str, data: Mixture) -> Floats:
     """log2 of the error's fall at each doubling of the steps."""
     errors = []
     for num_steps in STEPS:
-        table = build_table(SamplerSpec(name=name), num_steps, FINE)
+        table = solver_coefficients(SolverSpec(name=name), num_steps, FINE)
         line = int(np.flatnonzero(table.timesteps == AT_TIMESTEP)[0])
         # A multistep method's state at a line is corrected, or read, by that line's own evaluation.
         num_lines = line + 1 if name == "heun" else line
@@ -98,10 +100,10 @@ def slopes(name: str, data: Mixture) -> Floats:
 
 def deviations(name: str, data: Mixture) -> dict[str, float]:
     """Mean, variance and weight of the negative half-line, as deviations from the truth in standard errors."""
-    table = build_table(SamplerSpec(name=name), NUM_ANCESTRAL_STEPS, Schedule.scaled_linear())
+    table = solver_coefficients(SolverSpec(name=name), NUM_ANCESTRAL_STEPS, NoiseSchedule.scaled_linear())
     generator = np.random.default_rng(0)
     start = generator.standard_normal(NUM_SAMPLES)
-    made = states(table, data, start, table.num_evaluations, generator)
+    made = states(table, data, start, table.num_function_evaluations, generator)
     mean = float(data.weights @ data.means)
     variance = float(data.weights @ (data.variances + (data.means - mean) ** 2))
     centred = (made - mean) ** 2

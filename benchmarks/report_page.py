@@ -2,7 +2,7 @@
 
     python benchmarks/report_page.py [--quick] [--json]
 
-A grid of planted scores, four samplers and five sizes, with pictures of every point. Each opening is a browser of its own;
+A grid of planted scores, four solvers and five sizes, with images of every point. Each opening is a browser of its own;
 seconds count from the request to the load event (the answer, the slider and the table are there), and until every chart is
 drawn. The last line is JSON.
 """
@@ -23,27 +23,27 @@ from isocost.report.html import write_report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from browser import CHROMIUM, Page, browser
-from planted import PARAMETERS, planted_table
+from synthetic_results import PARAMETERS, planted_table
 
-METRIC = "kernel_efficientnet"
-SAMPLERS = ("ddim/trailing", "dpmsolver++2m/trailing", "euler/trailing", "unipc/trailing")
+METRIC = "mmd_efficientnet"
+SOLVERS = ("ddim/trailing", "dpmsolver++2m/trailing", "euler/trailing", "unipc/trailing")
 MOST_SECONDS, MOST_MEGABYTES, MOST_ANSWER_MS = 3.0, 15.0, 200.0
 
 
 def table_of(num_points: int) -> pd.DataFrame:
-    """So many planted points: steps by guidance, for every size and sampler."""
-    side = round((num_points / len(SAMPLERS) / len(PARAMETERS)) ** 0.5)
+    """So many planted points: steps by guidance, for every size and solver."""
+    side = round((num_points / len(SOLVERS) / len(PARAMETERS)) ** 0.5)
     guidance = [round(1 + 7 * place / side, 3) for place in range(side)]
-    table = planted_table(num_steps=range(1, side + 1), guidance=guidance, samplers=SAMPLERS, marks=(), noise=0.004)
+    table = planted_table(num_steps=range(1, side + 1), guidance=guidance, solvers=SOLVERS, snapshots=(), noise=0.004)
     return table.assign(point=[f"{number * 2654435761 % 2**64:016x}" for number in range(len(table))], task="text2image")
 
 
-def pictures_of(table: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Eight pictures of every point, the same arrays again and again, uint8 [8, 32, 32, 3]."""
+def iter_images(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Eight images of every point, the same arrays again and again, uint8 [8, 32, 32, 3]."""
     across = np.linspace(0, 255, 32)
     some = [np.clip(np.add.outer(across, across)[..., None] / 2 + np.arange(3) * k, 0, 255) for k in range(8)]
-    pictures = np.stack(some).astype(np.uint8)
-    return dict.fromkeys(table["point"], pictures)
+    images = np.stack(some).astype(np.uint8)
+    return dict.fromkeys(table["point"], images)
 
 
 def answers(page: Page) -> dict[str, list[float]]:
@@ -72,7 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         captions = [f"a shape, number {number}" for number in range(8)]
-        path = write_report(Path(folder) / "report", "many", table, METRIC, {}, {METRIC: 0.01}, pictures_of(table), captions)
+        path = write_report(Path(folder) / "report", "many", table, METRIC, {}, {METRIC: 0.01}, iter_images(table), captions)
         rows.append(row("written, figures beside it included", [time.perf_counter() - began], "s"))
         rows.append(row("size of the page", [path.stat().st_size / 1e6], "MB"))
         loaded, drawn = [], []

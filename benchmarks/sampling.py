@@ -1,11 +1,11 @@
-"""Pictures a second: diffusers' pipeline in a loop against the engine, prompts to pictures, the same network and steps.
+"""Images a second: diffusers' pipeline in a loop against the engine, prompts to images, the same network and steps.
 
     python benchmarks/sampling.py [--quick] [--json] [--compile] [--mixed]
 
 Three ways, in turns within one process: (a) StableDiffusionPipeline prompt by prompt, (b) the same 16 prompts at a time, both
 eager as diffusers' documentation shows them, (c) the engine at steady state, captions encoded once before as in a sweep.
 Two sizes of the family at latents of 4 x 8 x 8, shipped autoencoder and text encoder. A last part compares network
-evaluations a second of a mixed grid (guidance x steps x samplers) with a uniform stream. Random weights: this measures time,
+evaluations a second of a mixed grid (guidance x steps x solvers) with a uniform stream. Random weights: this measures time,
 never quality. The last line is JSON.
 """
 
@@ -28,36 +28,36 @@ from diffusers import StableDiffusionPipeline
 from results import at_least, print_results, row
 
 from isocost.config.data import ScenesSource
-from isocost.config.model import ModelSpec, TextSpec
-from isocost.config.sampling import SamplerSpec
-from isocost.data.latent_cache import load_pictures
-from isocost.diffusion.noise_schedule import Schedule
-from isocost.diffusion.solvers import build_table
-from isocost.models.autoencoder import load_codec
+from isocost.config.model import ModelSpec, TextEncoderSpec
+from isocost.config.sampling import SolverSpec
+from isocost.data.latent_cache import load_images
+from isocost.diffusion.noise_schedule import NoiseSchedule
+from isocost.diffusion.solvers import solver_coefficients
+from isocost.models.autoencoder import load_autoencoder
 from isocost.models.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint, save_networks
 from isocost.models.export_diffusers import export
 from isocost.models.flops import model_cost
-from isocost.models.text_encoder import TextCodec
+from isocost.models.text_encoder import MiniLMTextEncoder
 from isocost.models.unet import build_unet
-from isocost.sampling.generate import CaptionStates, generate, make_engine
-from isocost.sampling.request import Row
+from isocost.sampling.generate import PromptEmbeds, generate, make_engine
+from isocost.sampling.request import SampleRequest
 from isocost.utils.artifact_store import Store
 
 WIDTHS = (16, 64)
 NUM_STEPS, GUIDANCE = 20, 4.0
 BUCKET_SIZE = 64
-TEXT = TextSpec(max_tokens=16)
+TEXT = TextEncoderSpec(max_tokens=16)
 MIXED = {
     "guidance": (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0),
     "num_steps": (2, 4, 6, 8, 10, 20),
-    "sampler": ("ddim", "ddpm", "dpmsolver++2m"),
+    "solver": ("ddim", "ddpm", "dpmsolver++2m"),
 }
 
 
 def random_checkpoint(out: Path, width: int) -> Path:
     """A checkpoint folder of random weights at 4 x 8 x 8 latents."""
     torch.manual_seed(0)
-    spec = ModelSpec(width=width, latent_channels=4, latent_side=8, context_width=384)
+    spec = ModelSpec(width=width, latent_channels=4, latent_size=8, cross_attention_dim=384)
     cost = model_cost(spec, TEXT.max_tokens)
     info = CheckpointInfo(
         model=spec,
@@ -65,9 +65,9 @@ def random_checkpoint(out: Path, width: int) -> Path:
         num_parameters=cost.num_parameters,
         images_seen=0,
         gflop_per_forward=cost.gflop_per_forward,
-        normalised_cost=cost.normalised_cost,
-        prediction="v_prediction",
-        codec="scenes",
+        normalized_cost_per_step=cost.normalized_cost_per_step,
+        prediction_type="v_prediction",
+        autoencoder="scenes",
         text=TEXT,
         resolution=32,
     )
@@ -91,15 +91,15 @@ class Loop:
 
 
 class Stream:
-    """The engine, never drained between two turns: a turn is as many pictures as are in flight."""
+    """The engine, never drained between two turns: a turn is as many images as are in flight."""
 
-    def __init__(self, checkpoint: Checkpoint, captions: CaptionStates, **options: Any) -> None:
+    def __init__(self, checkpoint: Checkpoint, captions: PromptEmbeds, **options: Any) -> None:
         network = copy.deepcopy(checkpoint.network)
-        engine = make_engine(network, checkpoint.info, captions, bucket_size=BUCKET_SIZE, **options)
-        table = build_table(SamplerSpec(), NUM_STEPS, Schedule.scaled_linear())
-        rows = (Row(i, i % len(captions.number), table, GUIDANCE) for i in itertools.count())
+        engine = make_engine(network, checkpoint.info, captions, batch_size=BUCKET_SIZE, **options)
+        table = solver_coefficients(SolverSpec(), NUM_STEPS, NoiseSchedule.scaled_linear())
+        rows = (SampleRequest(i, i % len(captions.number), table, GUIDANCE) for i in itertools.count())
         self.in_flight = engine.lanes.num_places // 2
-        self.drawn = generate(engine, load_codec("scenes"), rows)
+        self.drawn = generate(engine, load_autoencoder("scenes"), rows)
 
     def __call__(self, num_calls: int) -> int:
         done = 0
@@ -108,17 +108,17 @@ class Stream:
         return done
 
 
-def evaluations_per_second(checkpoint: Checkpoint, captions: CaptionStates, mixed: bool, seconds: float) -> Iterator[float]:
+def evaluations_per_second(checkpoint: Checkpoint, captions: PromptEmbeds, mixed: bool, seconds: float) -> Iterator[float]:
     """Network evaluations a second of the engine in windows of `seconds`; nothing shared, decoding left out."""
-    engine = make_engine(copy.deepcopy(checkpoint.network), checkpoint.info, captions, bucket_size=BUCKET_SIZE)
-    settings = list(itertools.product(MIXED["guidance"], MIXED["num_steps"], MIXED["sampler"])) if mixed else [(4.0, 8, "ddim")]
+    engine = make_engine(copy.deepcopy(checkpoint.network), checkpoint.info, captions, batch_size=BUCKET_SIZE)
+    settings = list(itertools.product(MIXED["guidance"], MIXED["num_steps"], MIXED["solver"])) if mixed else [(4.0, 8, "ddim")]
     order = np.random.default_rng(0)
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[SampleRequest]:
         for i in itertools.count():
-            guidance, num_steps, sampler = settings[order.integers(len(settings))]
-            table = build_table(SamplerSpec(name=sampler), num_steps, Schedule.scaled_linear())
-            yield Row(i, i % len(captions.number), table, guidance)
+            guidance, num_steps, solver = settings[order.integers(len(settings))]
+            table = solver_coefficients(SolverSpec(name=solver), num_steps, NoiseSchedule.scaled_linear())
+            yield SampleRequest(i, i % len(captions.number), table, guidance)
 
     finished = engine.run(rows())
     evaluations, started = 0, time.perf_counter()
@@ -131,7 +131,7 @@ def evaluations_per_second(checkpoint: Checkpoint, captions: CaptionStates, mixe
 
 
 def rate(run: Callable[[int], int], num_calls: int) -> float:
-    """Pictures a second."""
+    """Images a second."""
     started = time.perf_counter()
     done = run(num_calls)
     return done / (time.perf_counter() - started)
@@ -139,15 +139,15 @@ def rate(run: Callable[[int], int], num_calls: int) -> float:
 
 def measure(width: int, turns: int, quick: bool, compiled: bool, told: Callable[[str], None]) -> list[dict[str, Any]]:
     """Rates of the three ways at one width, and their ratios turn by turn."""
-    pictures = load_pictures(ScenesSource(kind="scenes", num_pictures=256, seed=1), 32, 0.0)
-    prompts = [captions[0] for captions in pictures.captions]
+    images = load_images(ScenesSource(kind="scenes", num_images=256, seed=1), 32, 0.0)
+    prompts = [captions[0] for captions in images.captions]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = load_checkpoint(random_checkpoint(Path(folder), width))
         exported = export(checkpoint.folder, Path(folder) / "exported")
         pipeline = StableDiffusionPipeline.from_pretrained(exported, use_safetensors=True)
         pipeline.set_progress_bar_config(disable=True)
         started = time.perf_counter()
-        captions = CaptionStates.of(prompts, TextCodec(TEXT))
+        captions = PromptEmbeds.of(prompts, MiniLMTextEncoder(TEXT))
         encoding = time.perf_counter() - started
         ways: dict[str, Callable[[int], int]] = {
             "a": Loop(pipeline, prompts, 1),
@@ -175,7 +175,7 @@ def measure(width: int, turns: int, quick: bool, compiled: bool, told: Callable[
         "c": "(c) engine, eager fp32",
         "d": "(d) engine, compiled fp32",
     }
-    rows += [row(f"width {width}: {titles[way]}", values, "pictures/s") for way, values in rates.items()]
+    rows += [row(f"width {width}: {titles[way]}", values, "images/s") for way, values in rates.items()]
     for way in ("c", "d") if compiled else ("c",):
         for other in ("a", "b"):
             ratios = [mine / theirs for mine, theirs in zip(rates[way], rates[other], strict=True)]
@@ -185,14 +185,14 @@ def measure(width: int, turns: int, quick: bool, compiled: bool, told: Callable[
         gain = 1 / eager - 1 / quick_rate
         if gain > 0:
             paid = compile_seconds / gain * NUM_STEPS
-            rows.append(row(f"width {width}: compiling is paid back after", [paid], "pictures x steps"))
+            rows.append(row(f"width {width}: compiling is paid back after", [paid], "images x steps"))
     return rows
 
 
 def mixed_against_uniform(width: int, windows: int, seconds: float, told: Callable[[str], None]) -> dict[str, Any]:
     """Evaluations a second of a mixed grid over those of a uniform stream, window by window."""
-    prompts = [f"a picture of {number}" for number in range(64)]
-    captions = CaptionStates.of(prompts, TextCodec(TEXT))
+    prompts = [f"an image of {number}" for number in range(64)]
+    captions = PromptEmbeds.of(prompts, MiniLMTextEncoder(TEXT))
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = load_checkpoint(random_checkpoint(Path(folder), width))
         streams = [evaluations_per_second(checkpoint, captions, mixed, seconds) for mixed in (True, False)]

@@ -3,7 +3,7 @@
     python benchmarks/sweep.py [--quick] [--json] [--out DIR]
 
 A size is trained on the embedded scenes (minutes, kept in DIR); then 8 guidance values at 4 steps are drawn and scored, as many
-pictures each: (a) diffusers' pipeline at batch 16, PNG files, torch-fidelity's KID on the same features, real features cached;
+images each: (a) diffusers' pipeline at batch 16, PNG files, torch-fidelity's KID on the same features, real features cached;
 (b) `search: grid`; (c) `search: race`. The three take turns. Their best guidance for every size and step count are set against
 each other. The last line is JSON.
 """
@@ -30,33 +30,33 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from isocost.config.base import parse_spec
 from isocost.config.study import StudySpec
-from isocost.evaluation.paired import Pairing
+from isocost.evaluation.paired import PairedComparer
 from isocost.metrics.efficientnet import EfficientNetLite0
 from isocost.models.export_diffusers import export
 from isocost.pipeline.pipeline import Pipeline
-from isocost.sweep.guidance_search import nearest_place, value_at
+from isocost.sweep.guidance_search import nearest_grid_index, value_at
 
-METRIC = "kernel_efficientnet"
+METRIC = "mmd_efficientnet"
 BATCH = 16
 GUIDANCE = [value_at(place) for place in (2, 5, 8, 11, 14, 17, 20, 23)]
 STUDY: dict[str, Any] = {
     "name": "small",
     "data": {
         "resolution": 32,
-        "train": {"kind": "scenes", "num_pictures": 8192, "seed": 0},
-        "reference": {"kind": "scenes", "num_pictures": 2048, "seed": 1},
+        "train": {"kind": "scenes", "num_images": 8192, "seed": 0},
+        "reference": {"kind": "scenes", "num_images": 2048, "seed": 1},
     },
-    "codec": {"kind": "pretrained", "path": "scenes"},
-    "text": {"path": "minilm", "max_tokens": 16},
+    "autoencoder": {"kind": "pretrained", "path": "scenes"},
+    "text_encoder": {"path": "minilm", "max_tokens": 16},
     "family": {"widths": [8]},
     "train": {
         **{"num_images": 32768, "batch_size": 64, "lr": 2e-3, "warmup_images": 2048, "adam_betas": [0.9, 0.99]},
-        **{"prediction": "v_prediction", "ema_half_life_images": 4096},
+        **{"prediction_type": "v_prediction", "ema_half_life_images": 4096},
     },
     "sweep": {"num_steps": [4], "guidance": GUIDANCE},
-    "protocol": {"num_pictures": 2048, "num_reference": 2048},
+    "protocol": {"num_images": 2048, "num_reference": 2048},
 }
-QUICK: dict[str, Any] = {"train.num_images": 1024, "protocol.num_pictures": 64, "sweep.num_steps": [2]}
+QUICK: dict[str, Any] = {"train.num_images": 1024, "protocol.num_images": 64, "sweep.num_steps": [2]}
 
 
 class Features(FeatureExtractorBase):
@@ -82,8 +82,8 @@ class Features(FeatureExtractorBase):
     def get_dummy_input_for_compile() -> Tensor:
         return torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor]:
-        return (self.network(pictures),)
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        return (self.network(images),)
 
 
 def study_of(search: str, width: int, quick: bool) -> StudySpec:
@@ -105,7 +105,7 @@ def by_hand(trained: Path, width: int, quick: bool, folder: Path) -> Found:
     """diffusers' pipeline in a loop, PNG files, torch-fidelity."""
     pipeline = Pipeline(study_of("grid", width, quick), trained)
     (run,) = pipeline.runs
-    study, captions = pipeline.study, pipeline.materials.reference.captions
+    study, captions = pipeline.study, pipeline.assets.reference.captions
     drawer = StableDiffusionPipeline.from_pretrained(
         export(pipeline.store.folder("checkpoint", run.final), folder / "exported"), use_safetensors=True
     )
@@ -115,20 +115,20 @@ def by_hand(trained: Path, width: int, quick: bool, folder: Path) -> Found:
         for guidance in study.sweep.guidance:
             place = folder / f"{num_steps}-{guidance}"
             place.mkdir()
-            for start in range(0, study.protocol.num_pictures, BATCH):
+            for start in range(0, study.protocol.num_images, BATCH):
                 some = captions[start : start + BATCH]
                 drawn = drawer(some, num_inference_steps=num_steps, guidance_scale=guidance, height=32, width=32)
-                for number, picture in enumerate(drawn.images):
-                    picture.save(place / f"{start + number:05d}.png")
+                for number, image in enumerate(drawn.images):
+                    image.save(place / f"{start + number:05d}.png")
             found = torch_fidelity.calculate_metrics(
                 input1=str(place),
                 input2=str(trained / "real"),
-                input2_cache_name=f"real-{study.protocol.num_pictures}",
+                input2_cache_name=f"real-{study.protocol.num_images}",
                 cache_root=str(trained / "cache"),
                 feature_extractor="isocost-benchmark",
                 kid=True,
                 kid_subsets=20,
-                kid_subset_size=study.protocol.num_pictures // 2,
+                kid_subset_size=study.protocol.num_images // 2,
                 cuda=False,
                 verbose=False,
             )
@@ -143,8 +143,8 @@ def by_us(search: str) -> Callable[[Path, int, bool, Path], Found]:
         pipeline = Pipeline(study_of(search, width, quick), folder / "out")
         assert pipeline.run()
         if search == "race":
-            return {row["num_steps"]: row["guidance"] for row in pipeline.ledger.races().values()}
-        table = pipeline.ledger.table()
+            return {row["num_steps"]: row["guidance"] for row in pipeline.results_db.races().values()}
+        table = pipeline.results_db.table()
         best = table.sort_values(METRIC).drop_duplicates("num_steps")
         return dict(zip(best["num_steps"], best["guidance"], strict=True))
 
@@ -152,13 +152,13 @@ def by_us(search: str) -> Callable[[Path, int, bool, Path], Found]:
 
 
 def agrees(pipeline: Pipeline, num_steps: int, raced: float, best: float) -> bool:
-    """Whether the raced guidance is the grid's best, or one that the grid's pictures do not set apart from it."""
-    near = min(GUIDANCE, key=lambda value: abs(nearest_place(value) - nearest_place(raced)))
+    """Whether the raced guidance is the grid's best, or one that the grid's images do not set apart from it."""
+    near = min(GUIDANCE, key=lambda value: abs(nearest_grid_index(value) - nearest_grid_index(raced)))
     if near == best:
         return True
     (run,) = pipeline.runs
     digest = {p.spec.guidance: p.digest for p in pipeline.points(run) if p.spec.num_steps == num_steps}
-    pairing = Pairing((pipeline.store,), pipeline.materials.reference, pipeline.study.protocol.distances)
+    pairing = PairedComparer((pipeline.store,), pipeline.assets.reference, pipeline.study.protocol.metrics)
     apart = pairing.of_points(digest[near], digest[best], METRIC)
     return apart is not None and apart.low <= 0
 
@@ -176,9 +176,9 @@ def measure(out: Path, quick: bool, told: Callable[[str], None]) -> tuple[list[A
         trained.prepare()
         for run in trained.runs:
             trained.train(run)
-        reference = trained.materials.reference
+        reference = trained.assets.reference
         _save_real(trained, out / "real")
-        by_hand_warm = trained.materials.caption_states, reference.kernel("efficientnet-lite0")
+        by_hand_warm = trained.assets.prompt_embeds, reference.kernel("efficientnet-lite0")
         del by_hand_warm
         for way, do in ways.items():
             with tempfile.TemporaryDirectory() as folder:
@@ -211,17 +211,17 @@ def measure(out: Path, quick: bool, told: Callable[[str], None]) -> tuple[list[A
 
 
 def _save_real(pipeline: Pipeline, folder: Path) -> None:
-    """The reference pictures as files, once."""
+    """The reference images as files, once."""
     if folder.is_dir():
         return
     folder.mkdir(parents=True)
-    for number, picture in enumerate(pipeline.materials.pictures("reference").pictures.permute(0, 2, 3, 1).numpy()):
-        Image.fromarray(picture).save(folder / f"{number:05d}.png")
+    for number, image in enumerate(pipeline.assets.images("reference").images.permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image).save(folder / f"{number:05d}.png")
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--quick", action="store_true", help="one size, one step count, 64 pictures a point")
+    options.add_argument("--quick", action="store_true", help="one size, one step count, 64 images a point")
     options.add_argument("--json", action="store_true", help="the JSON line alone")
     options.add_argument("--out", type=Path, default=None, help="where trained networks are kept; runs/sweep where absent")
     asked = options.parse_args()

@@ -124,7 +124,7 @@ class Page:
             f" select.dispatchEvent(new Event('change', {{bubbles: true}})); }})(document.querySelector({place}))"
         )
 
-    def picture(self, path: Path, whole: bool = True) -> None:
+    def image(self, path: Path, whole: bool = True) -> None:
         """Photograph the page, all of its length or the window, as PNG."""
         told = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **self._clip(whole))
         path.write_bytes(base64.b64decode(told["data"]))

@@ -17,20 +17,20 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "assets"
 
 
 def plain_study(**changes: Any) -> dict[str, Any]:
-    """A whole study in seconds: the linear codec, two sizes, scenes. `changes` replaces top-level parts."""
+    """A whole study in seconds: the linear autoencoder, two sizes, scenes. `changes` replaces top-level parts."""
     return {
         "name": "tiny",
         "data": {
             "resolution": 32,
-            "train": {"kind": "scenes", "num_pictures": 192, "seed": 0},
-            "reference": {"kind": "scenes", "num_pictures": 64, "seed": 1},
+            "train": {"kind": "scenes", "num_images": 192, "seed": 0},
+            "reference": {"kind": "scenes", "num_images": 64, "seed": 1},
         },
-        "codec": {"kind": "linear", "patch": 4, "num_channels": 4, "num_fit_pictures": 64},
-        "text": {"path": "minilm", "max_tokens": 8},
+        "autoencoder": {"kind": "pca", "patch": 4, "num_channels": 4, "num_fit_images": 64},
+        "text_encoder": {"path": "minilm", "max_tokens": 8},
         "family": {"widths": [8, 16]},
-        "train": {"num_images": 256, "marks": [128], "batch_size": 16, "lr": 1e-3, "state_every_images": 64},
-        "sweep": {"num_steps": [1, 2], "guidance": [1, 2], "bucket_size": 16, "marks_num_steps": 2, "marks_guidance": 2},
-        "protocol": {"num_pictures": 32, "num_reference": 64, "num_bootstrap": 20, "alignment": "scenes"},
+        "train": {"num_images": 256, "snapshots": [128], "batch_size": 16, "lr": 1e-3, "state_every_images": 64},
+        "sweep": {"num_steps": [1, 2], "guidance": [1, 2], "batch_size": 16, "snapshot_num_steps": 2, "snapshot_guidance": 2},
+        "protocol": {"num_images": 32, "num_reference": 64, "num_bootstrap": 20, "alignment": "scenes"},
         **changes,
     }
 

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from isocost.config.data import ScenesSource
-from isocost.config.model import TextSpec
-from isocost.data.latent_cache import LatentCache, load_pictures, write_cache, write_index
-from isocost.data.row_store import Place
-from isocost.errors import WorkError
-from isocost.models.autoencoder import LinearCodec
-from isocost.models.text_encoder import TextCodec
+from isocost.config.model import TextEncoderSpec
+from isocost.data.latent_cache import LatentCache, load_images, write_cache, write_index
+from isocost.data.row_store import ShardStore
+from isocost.errors import RunError
+from isocost.models.autoencoder import PCAAutoencoder
+from isocost.models.text_encoder import MiniLMTextEncoder
 from isocost.training import state_checkpoint as state
 from isocost.training.state_checkpoint import newest_state
 from train_worker import run_job
@@ -33,15 +33,15 @@ SPEC = {"num_images": 160, "batch_size": 16, "microbatch": 16, "lr": 1e-3, "stat
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
     """Latents are means of patches: no eigenvector's sign, which is the processor's to choose."""
-    place = Place(tmp_path_factory.mktemp("cache"))
-    pictures = load_pictures(ScenesSource(kind="scenes", num_pictures=48), 32, 0)
-    text = TextCodec(TextSpec(max_tokens=8))
+    place = ShardStore(tmp_path_factory.mktemp("cache"))
+    images = load_images(ScenesSource(kind="scenes", num_images=48), 32, 0)
+    text = MiniLMTextEncoder(TextEncoderSpec(max_tokens=8))
     basis = torch.zeros(4, 48)
     for channel in range(3):
         basis[channel, 16 * channel : 16 * channel + 16] = 0.25
     basis[3, :16] = torch.tensor([0.25, -0.25]).repeat_interleave(8)
-    codec = LinearCodec(torch.zeros(48), basis, torch.full((4,), 2.0), 4)
-    write_index(place, write_cache(place, pictures.read, codec, text))
+    autoencoder = PCAAutoencoder(torch.zeros(48), basis, torch.full((4,), 2.0), 4)
+    write_index(place, write_cache(place, images.read, autoencoder, text))
     return LatentCache(place)
 
 
@@ -92,7 +92,7 @@ def test_a_full_disk_stops_with_one_line_and_keeps_the_last_state(
 
     with monkeypatch.context() as patch:
         patch.setattr(state, "write_streamed", full)
-        with pytest.raises(WorkError, match=r"No space left on device.*the last whole one stays") as caught:
+        with pytest.raises(RunError, match=r"No space left on device.*the last whole one stays") as caught:
             run_job({**job, "spec": SPEC})
     assert "\n" not in str(caught.value)
     assert newest_state(tmp_path) == 32
@@ -107,7 +107,7 @@ def test_a_truncated_shard_is_named_before_the_first_step(cache: LatentCache, tm
     whole = shard.read_bytes()
     try:
         shard.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(WorkError, match=r"latents-00000\.safetensors: the shard holds .* bytes, its index says") as caught:
+        with pytest.raises(RunError, match=r"latents-00000\.safetensors: the shard holds .* bytes, its index says") as caught:
             run_job({"spec": SPEC, "cache": cache.place.url, "folder": str(tmp_path)})
         assert "\n" not in str(caught.value)
         assert newest_state(tmp_path) == 0

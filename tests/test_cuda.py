@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from isocost.config.model import ModelSpec
 from isocost.config.training import TrainSpec
-from isocost.errors import RequestError
-from isocost.models.cuda_graph import GraphedNetwork
+from isocost.errors import ConfigError
+from isocost.models.cuda_graph import CudaGraphModule
 from isocost.models.dit import build_dit
 from isocost.models.unet import build_unet
 from isocost.training.throughput_estimate import RandomTask
 from isocost.training.trainer import Trainer, make_accelerator
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-MODEL = ModelSpec(width=8, latent_channels=4, latent_side=8, context_width=16)
+MODEL = ModelSpec(width=8, latent_channels=4, latent_size=8, cross_attention_dim=16)
 
 
 def inputs(seed: int, rows: int = 6) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,7 +33,7 @@ def test_a_pass_played_back_has_the_bits_of_a_plain_one(network: nn.Module) -> N
     network = network.cuda().eval().requires_grad_(False)
     for parameter in network.parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))  # a fresh transformer says zero
-    graphed = GraphedNetwork(network)
+    graphed = CudaGraphModule(network)
     with torch.inference_mode():
         for seed, rows in ((0, 6), (1, 6), (2, 3), (3, 6)):
             given = inputs(seed, rows)
@@ -44,7 +44,7 @@ def test_a_pass_played_back_has_the_bits_of_a_plain_one(network: nn.Module) -> N
 
 
 def trained(folder: Path, **changes: object) -> list[Tensor]:
-    spec = TrainSpec(num_images=64, batch_size=8, lr=1e-3, precision="fp32", **changes)  # type: ignore[arg-type]
+    spec = TrainSpec(num_images=64, batch_size=8, lr=1e-3, dtype="fp32", **changes)  # type: ignore[arg-type]
     torch.manual_seed(0)
     network = build_unet(MODEL)
     trainer = Trainer(spec, RandomTask(MODEL, 5), network, folder, make_accelerator(spec, folder, "test"))
@@ -71,5 +71,5 @@ def test_a_training_played_back_learns_what_a_plain_one_learns(tmp_path: Path, m
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_graphs_without_a_device_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"train\.cuda_graphs: for one process with a CUDA device"):
+    with pytest.raises(ConfigError, match=r"train\.cuda_graphs: for one process with a CUDA device"):
         trained(tmp_path, cuda_graphs=True)

@@ -14,28 +14,35 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from conftest import plain_study, tiny_study
-from engines import NUM_CAPTIONS, SD_SCHEDULER, SHAPE, STATE_WIDTH, caption_states, table
+from engine_fixtures import NUM_CAPTIONS, SD_SCHEDULER, SHAPE, STATE_WIDTH, prompt_embeds, table
 from isocost.config.base import digest
 from isocost.config.model import FamilySpec, ModelSpec
-from isocost.config.sampling import SamplerSpec
+from isocost.config.sampling import SolverSpec
 from isocost.config.training import TrainSpec
-from isocost.diffusion.philox import START_NOISE, normal_noise
-from isocost.errors import RequestError
+from isocost.diffusion.philox import INITIAL_NOISE, philox_normal
+from isocost.errors import ConfigError
 from isocost.models.checkpoint import load_checkpoint, save_networks
 from isocost.models.dit import PUBLISHED, GuidedTransformer, Transformer, check_dit_width, depth_of, head_width, patch_of
 from isocost.models.export_diffusers import export
-from isocost.models.factory import build_network, folder_of, guidance_width, read_network, with_guidance, with_wider_input
+from isocost.models.factory import (
+    build_network,
+    component_name,
+    expand_in_channels,
+    guidance_embed_dim,
+    read_network,
+    with_guidance,
+)
 from isocost.models.flops import model_cost
 from isocost.models.guidance_embedding import guidance_embedding
 from isocost.pipeline.pipeline import Pipeline
 from isocost.report.build import report
-from isocost.sampling.denoiser import SamplingNetwork
+from isocost.sampling.denoiser import Denoiser
 from isocost.sampling.engine import Engine
-from isocost.sampling.request import Row
+from isocost.sampling.request import SampleRequest
 from isocost.sampling.sample import sample
 from isocost.training.memory_estimate import training_memory
 
-SMALL = ModelSpec(kind="dit", width=32, latent_side=8, context_width=STATE_WIDTH)
+SMALL = ModelSpec(kind="dit", width=32, latent_size=8, cross_attention_dim=STATE_WIDTH)
 CAPTIONS = {"kind": "pretrained", "path": "scenes"}
 
 
@@ -71,14 +78,14 @@ def num_parameters(spec: ModelSpec) -> int:
 
 def test_parameters_are_those_of_the_published_weights() -> None:
     """PixArt-XL-2-512x512 has 610,856,096, 4 of its 8 output channels for a variance that ours does not predict."""
-    ours = num_parameters(ModelSpec(kind="dit", width=1152, context_width=4096))
+    ours = num_parameters(ModelSpec(kind="dit", width=1152, cross_attention_dim=4096))
     assert ours + 4 * 2 * 2 * (1152 + 1) == 610_856_096
 
 
 @pytest.mark.parametrize("patch", [1, 2])
 def test_parameters_and_gflop_follow_from_a_formula(patch: int) -> None:
     c, depth, channels, side, tokens, context = 96, 4, 4, 8, 5, 24
-    spec = ModelSpec(kind="dit", width=c, latent_side=side, context_width=context, extra_input_channels=4, patch=patch)
+    spec = ModelSpec(kind="dit", width=c, latent_size=side, cross_attention_dim=context, extra_input_channels=4, patch=patch)
     cost = model_cost(spec, tokens)
     n, area = (side // patch) ** 2, patch * patch
     of_block = 16 * c * c + 19 * c  # two attentions, a feed-forward layer of 4c, and six vectors of adaLN-single
@@ -88,14 +95,14 @@ def test_parameters_and_gflop_follow_from_a_formula(patch: int) -> None:
     around = 3 * channels * area * c * n + 256 * c + 7 * c * c + tokens * (context * c + c * c)
     assert cost.gflop_per_forward == pytest.approx(2 * (depth * in_block + around) / 1e9, rel=1e-12)
     assert cost.size == f"DiT-{cost.num_parameters / 1e3:.0f}K"
-    unet = model_cost(ModelSpec(width=320, latent_side=side, context_width=context), tokens)
-    assert unet.normalised_cost == 1  # both families are measured by the paper's U-Net
-    assert cost.normalised_cost == cost.gflop_per_forward / unet.gflop_per_forward
+    unet = model_cost(ModelSpec(width=320, latent_size=side, cross_attention_dim=context), tokens)
+    assert unet.normalized_cost_per_step == 1  # both families are measured by the paper's U-Net
+    assert cost.normalized_cost_per_step == cost.gflop_per_forward / unet.gflop_per_forward
 
 
 def test_a_token_is_a_square_of_2_where_the_latent_is_large() -> None:
-    assert [patch_of(ModelSpec(kind="dit", width=16, latent_side=side)) for side in (4, 8, 15, 16, 64)] == [1, 1, 1, 2, 2]
-    assert patch_of(ModelSpec(kind="dit", width=16, latent_side=8, patch=4)) == 4
+    assert [patch_of(ModelSpec(kind="dit", width=16, latent_size=side)) for side in (4, 8, 15, 16, 64)] == [1, 1, 1, 2, 2]
+    assert patch_of(ModelSpec(kind="dit", width=16, latent_size=8, patch=4)) == 4
 
 
 def test_a_unets_digests_hold_still() -> None:
@@ -106,7 +113,7 @@ def test_a_unets_digests_hold_still() -> None:
 
 def test_memory_of_a_training_is_known_and_checkpointing_takes_less() -> None:
     plain, lean = (TrainSpec(num_images=8, gradient_checkpointing=on) for on in (False, True))
-    model = ModelSpec(kind="dit", width=64, latent_side=16, context_width=32)
+    model = ModelSpec(kind="dit", width=64, latent_size=16, cross_attention_dim=32)
     assert training_memory(model, lean, 8, 6).step < training_memory(model, plain, 8, 6).step
     assert training_memory(model, plain, 8, 6).state == 4 * 4 * num_parameters(model)
 
@@ -114,40 +121,40 @@ def test_memory_of_a_training_is_known_and_checkpointing_takes_less() -> None:
 # --- the network ------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_those_of_a_plain_ddim_loop_in_diffusers() -> None:
+def test_images_are_those_of_a_plain_ddim_loop_in_diffusers() -> None:
     """Classifier-free guidance by two passes of diffusers' own class, against projected captions in shared calls."""
     plain = PixArtTransformer2DModel.from_config(small_dit().config)
     plain.load_state_dict(small_dit().state_dict())
-    states = caption_states()
-    prepared = SamplingNetwork(small_dit())
+    states = prompt_embeds()
+    prepared = Denoiser(small_dit())
     null = prepared.project(states[-1:])[0]
     engine = Engine(prepared.denoise(), "epsilon", lambda some: prepared.project(states[some]), null, SHAPE, 8)
-    steps = table(SamplerSpec(), 8)
-    rows = [Row(i, i % NUM_CAPTIONS, steps, (1.0, 2.0, 7.5)[i % 3], seed=3) for i in range(9)]
-    made = {done.row.picture_id: done for done in engine.run(rows)}
+    steps = table(SolverSpec(), 8)
+    rows = [SampleRequest(i, i % NUM_CAPTIONS, steps, (1.0, 2.0, 7.5)[i % 3], seed=3) for i in range(9)]
+    made = {done.row.sample_index: done for done in engine.run(rows)}
     for row in rows:
         scheduler = DDIMScheduler(
             **SD_SCHEDULER, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing", prediction_type="epsilon"
         )
         scheduler.set_timesteps(8)
-        x = normal_noise(3, torch.tensor([row.picture_id]), START_NOISE, SHAPE, "cpu")
+        x = philox_normal(3, torch.tensor([row.sample_index]), INITIAL_NOISE, SHAPE, "cpu")
         for timestep in scheduler.timesteps:
-            both = torch.stack([states[row.caption], states[-1]])
+            both = torch.stack([states[row.prompt], states[-1]])
             with torch.inference_mode():
                 output = plain(x.expand(2, -1, -1, -1), encoder_hidden_states=both, timestep=timestep.expand(2)).sample
             conditional, without = output.split(1)
             x = scheduler.step(without + row.guidance * (conditional - without), timestep, x).prev_sample
-        done = made[row.picture_id]
+        done = made[row.sample_index]
         assert done.nfe == (8 if row.guidance == 1 else 16)
         assert float((done.latent - x[0]).norm() / x.norm()) < 1e-4
 
 
 def test_projected_captions_change_nothing_and_company_changes_no_bit() -> None:
-    states = caption_states()
+    states = prompt_embeds()
     x, timesteps = seen(6)
     with torch.inference_mode():
         plain = small_dit()(x, timesteps, states).sample
-        prepared = SamplingNetwork(small_dit())
+        prepared = Denoiser(small_dit())
         projected = prepared.project(states)
         ours = prepared.denoise()(x, timesteps, projected, torch.ones(6))
         others = torch.arange(6) != 2
@@ -156,17 +163,17 @@ def test_projected_captions_change_nothing_and_company_changes_no_bit() -> None:
         in_company = prepared.denoise()(x, timesteps, elsewhere, torch.ones(6))
     assert float(plain.std()) > 0.01
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
-    assert prepared.context_width == projected.shape[-1] == 2 * 32 * depth_of(32)
+    assert prepared.cross_attention_dim == projected.shape[-1] == 2 * 32 * depth_of(32)
     for i in range(6):
         assert torch.equal(prepared.project(states[i : i + 1])[0], projected[i])
     assert torch.equal(in_company[2], ours[2])
 
 
 def test_bfloat16_is_near() -> None:
-    states, (x, timesteps) = caption_states(), seen(6)
+    states, (x, timesteps) = prompt_embeds(), seen(6)
     made = []
-    for precision in ("fp32", "bf16"):
-        prepared = SamplingNetwork(small_dit(), precision)
+    for dtype in ("fp32", "bf16"):
+        prepared = Denoiser(small_dit(), dtype)
         with torch.inference_mode():
             made.append(prepared.denoise()(x, timesteps, prepared.project(states), torch.ones(6)).float())
     assert 0 < float((made[1] - made[0]).norm() / made[0].norm()) < 0.1
@@ -174,32 +181,34 @@ def test_bfloat16_is_near() -> None:
 
 @pytest.mark.slow
 def test_compiled_is_near() -> None:
-    states, (x, timesteps) = caption_states(), seen(6)
+    states, (x, timesteps) = prompt_embeds(), seen(6)
     made = []
     for compiled in (False, True):
-        prepared = SamplingNetwork(with_guidance(small_dit(), 12), compiled=compiled)
+        prepared = Denoiser(with_guidance(small_dit(), 12), compiled=compiled)
         with torch.inference_mode():
             made.append(prepared.denoise()(x, timesteps, prepared.project(states), torch.full((6,), 3.0)))
     torch.testing.assert_close(made[1], made[0], rtol=0, atol=1e-5)
 
 
 def test_a_student_begins_as_its_teacher_whatever_the_guidance() -> None:
-    states, (x, timesteps) = caption_states(), seen(6)
+    states, (x, timesteps) = prompt_embeds(), seen(6)
     teacher, student = small_dit(), with_guidance(small_dit(), 12)
     assert isinstance(student, GuidedTransformer)
-    assert (guidance_width(teacher), guidance_width(student)) == (None, 12)
+    assert (guidance_embed_dim(teacher), guidance_embed_dim(student)) == (None, 12)
     embedded = guidance_embedding(torch.linspace(1, 8, 6), 12)
     with torch.inference_mode():
         told = teacher(x, timesteps, states).sample
         assert torch.equal(student(x, timesteps, states, timestep_cond=embedded).sample, told)
         student.transformer.adaln_single.emb.timestep_embedder.cond_proj.weight.normal_()
         assert not torch.allclose(student(x, timesteps, states, timestep_cond=embedded).sample, told, atol=1e-3)
-    assert num_parameters(SMALL.model_copy(update={"guidance_width": 12})) == sum(one.numel() for one in student.parameters())
+    assert num_parameters(SMALL.model_copy(update={"guidance_embed_dim": 12})) == sum(
+        one.numel() for one in student.parameters()
+    )
 
 
 def test_a_wider_input_is_not_looked_at_yet() -> None:
-    states, (x, timesteps) = caption_states(), seen(6)
-    wide = with_wider_input(small_dit(), 4)
+    states, (x, timesteps) = prompt_embeds(), seen(6)
+    wide = expand_in_channels(small_dit(), 4)
     with torch.inference_mode():
         told = small_dit()(x, timesteps, states).sample
         torch.testing.assert_close(wide(torch.cat([x, 5 * x], 1), timesteps, states).sample, told, rtol=0, atol=1e-5)
@@ -211,12 +220,12 @@ def test_a_folder_is_that_of_diffusers_and_comes_back_as_it_was(tmp_path: Path, 
     network = with_guidance(small_dit(), 12) if embeds else small_dit()
     save_networks(tmp_path, network, "epsilon")
     assert {file.name for file in tmp_path.iterdir()} == {"transformer", "scheduler"}
-    again = read_network(tmp_path / folder_of(network))
+    again = read_network(tmp_path / component_name(network))
     assert type(again) is type(network)
     for name, value in network.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
     if not embeds:
-        states, (x, timesteps) = caption_states(), seen(6)
+        states, (x, timesteps) = prompt_embeds(), seen(6)
         theirs = PixArtTransformer2DModel.from_pretrained(tmp_path / "transformer", use_safetensors=True)
         with torch.inference_mode():
             told = theirs(x, encoder_hidden_states=states, timestep=timesteps).sample
@@ -224,14 +233,14 @@ def test_a_folder_is_that_of_diffusers_and_comes_back_as_it_was(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    "spec", [SMALL, ModelSpec(width=8, latent_side=8, context_width=STATE_WIDTH)], ids=lambda spec: spec.kind
+    "spec", [SMALL, ModelSpec(width=8, latent_size=8, cross_attention_dim=STATE_WIDTH)], ids=lambda spec: spec.kind
 )
 def test_a_folder_names_the_class_that_opens_it_whatever_fsdp_made_of_it(tmp_path: Path, spec: ModelSpec) -> None:
     """FSDP2 gives a module a class of its own, `FSDP` before the name."""
     network = build_network(spec)
     network.__class__ = type(f"FSDP{type(network).__name__}", (type(network),), {})
     save_networks(tmp_path, network, "epsilon")
-    again = read_network(tmp_path / folder_of(network))
+    again = read_network(tmp_path / component_name(network))
     assert type(again) is type(build_network(spec))
 
 
@@ -239,45 +248,51 @@ def test_a_folder_names_the_class_that_opens_it_whatever_fsdp_made_of_it(tmp_pat
 
 STUDY = {
     "family": {"kind": "dit", "widths": [16]},
-    "train": {"num_images": 320, "marks": [160], "batch_size": 16, "lr": 3e-3},
+    "train": {"num_images": 320, "snapshots": [160], "batch_size": 16, "lr": 3e-3},
     "superres": {
         "scale": 4,
         "train": {"num_images": 32, "microbatch": 8},
-        "sweep": {"num_steps": [2], "bucket_size": 16},
-        "protocol": {"num_pictures": 32, "num_reference": 64, "num_bootstrap": 20, "distances": ["kernel"], "pairs": ["psnr"]},
+        "sweep": {"num_steps": [2], "batch_size": 16},
+        "protocol": {
+            "num_images": 32,
+            "num_reference": 64,
+            "num_bootstrap": 20,
+            "metrics": ["mmd"],
+            "paired_metrics": ["psnr"],
+        },
         "metric": "psnr",
     },
     "distill": {
         "variants": ["consistency"],
         "guidance_range": [1, 4],
-        "guidance_width": 16,
+        "guidance_embed_dim": 16,
         "stages": [2, 1],
         "train": {"num_images": 32, "lr": 1e-4},
-        "sweep": {"num_steps": [2], "guidance": [2], "bucket_size": 16},
+        "sweep": {"num_steps": [2], "guidance": [2], "batch_size": 16},
     },
 }
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    pipeline = Pipeline(tiny_study(codec=CAPTIONS, **STUDY), tmp_path_factory.mktemp("dit"))
+    pipeline = Pipeline(tiny_study(autoencoder=CAPTIONS, **STUDY), tmp_path_factory.mktemp("dit"))
     assert pipeline.run()
     return pipeline
 
 
 def rows_of(pipeline: Pipeline, task: str) -> pd.DataFrame:
-    rows = pipeline.ledger.table()
+    rows = pipeline.results_db.table()
     return rows[rows["task"] == task]
 
 
-def test_a_study_goes_from_pictures_to_table(finished: Pipeline) -> None:
+def test_a_study_goes_from_images_to_table(finished: Pipeline) -> None:
     rows = rows_of(finished, "text2image")
-    finals = rows[rows["is_final"]]
-    assert len(finals) == 2 * 2
+    final_points = rows[rows["is_final"]]
+    assert len(final_points) == 2 * 2
     assert set(rows["images_seen"]) == {160, 320}
     assert set(rows["size"]) == {"DiT-30K"}
-    assert (finals["nfe"] == finals["num_steps"] * finals["guidance"]).all()
-    assert (rows["kernel_efficientnet_low"] <= rows["kernel_efficientnet_high"]).all()
+    assert (final_points["nfe"] == final_points["num_steps"] * final_points["guidance"]).all()
+    assert (rows["mmd_efficientnet_low"] <= rows["mmd_efficientnet_high"]).all()
     assert not any((finished.out / "artefacts" / "checkpoint").glob("*/unet"))
 
 
@@ -297,15 +312,15 @@ def test_a_larger_study_of_every_part_ends_in_a_report(tmp_path: Path) -> None:
     distill["sweep"] = {"num_steps": [1, 2], "guidance": [1, 4], "search": "race", "race": {"rungs": [16, 32]}}
     superres = {**STUDY["superres"], "distill": {"train": {"num_images": 32}, "sweep": {"num_steps": [2]}}}
     subjects = {"kind": "scenes", "num_subjects": 1, "num_prompts": 2}
-    dreambooth = {"subjects": subjects, "prior": {"num_pictures": 4, "num_steps": 2}, "num_prior_pictures": 32}
-    dreambooth |= {"num_pictures": 16, "train": {"num_images": 32}, "sweep": {"num_steps": [2], "guidance": [2]}}
-    sweep = {**plain_study()["sweep"], "samplers": [{"name": "ddim"}, {"name": "dpmsolver++2m"}, {"name": "ddpm"}]}
+    dreambooth = {"subjects": subjects, "prior": {"num_images": 4, "num_steps": 2}, "num_prior_images": 32}
+    dreambooth |= {"num_images": 16, "train": {"num_images": 32}, "sweep": {"num_steps": [2], "guidance": [2]}}
+    sweep = {**plain_study()["sweep"], "solvers": [{"name": "ddim"}, {"name": "dpmsolver++2m"}, {"name": "ddpm"}]}
     parts = {"distill": distill, "superres": superres, "dreambooth": dreambooth, "sweep": sweep}
     pipeline = Pipeline(tiny_study(**{**STUDY, **parts, "family": {"kind": "dit", "widths": [16, 32]}}), tmp_path)
     assert pipeline.run()
     report(pipeline)
     assert (tmp_path / "report" / "index.html").is_file()
-    table = pipeline.ledger.table()
+    table = pipeline.results_db.table()
     assert set(table["task"]) == {"text2image", "superres", "superres-distill", "dreambooth", "distill"}
     assert {"DiT-30K", "DiT-97K", "DiT-30K progressive"} <= set(table["size"])
 
@@ -317,10 +332,10 @@ def test_it_learns(finished: Pipeline) -> None:
     assert losses.iloc[-1] < 0.8 * losses.iloc[0] < 0.9
 
 
-def test_diffusers_draws_the_same_pictures_from_the_states(finished: Pipeline, tmp_path: Path) -> None:
+def test_diffusers_draws_the_same_images_from_the_states(finished: Pipeline, tmp_path: Path) -> None:
     checkpoint = finished.store.folder("checkpoint", finished.runs[0].final)
     prompts = ["a red circle on a white background", "two blue squares"]
-    ours = sample(checkpoint, prompts, num_steps=4, guidance=3.0, num_pictures=1, seed=5).pictures[:, 0]
+    ours = sample(checkpoint, prompts, num_steps=4, guidance=3.0, num_images=1, seed=5).images[:, 0]
     folder = export(checkpoint, tmp_path / "exported")
     pipeline = PixArtAlphaPipeline.from_pretrained(folder, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
@@ -338,7 +353,7 @@ def test_diffusers_draws_the_same_pictures_from_the_states(finished: Pipeline, t
         negative_prompt_attention_mask=ones,
         num_inference_steps=4,
         guidance_scale=3.0,
-        latents=normal_noise(5, torch.arange(2), START_NOISE, SHAPE, "cpu"),
+        latents=philox_normal(5, torch.arange(2), INITIAL_NOISE, SHAPE, "cpu"),
         height=32,
         width=32,
         use_resolution_binning=False,
@@ -354,7 +369,7 @@ PARTS = ((AutoTokenizer, "tokenizer"), (AutoModel, "text_encoder"))
 
 def test_a_student_that_takes_guidance_has_no_pipeline(finished: Pipeline, tmp_path: Path) -> None:
     run = finished.experiments["distill"].runs[0]
-    with pytest.raises(RequestError, match="takes the guidance as an input, which diffusers has no form for"):
+    with pytest.raises(ConfigError, match="takes the guidance as an input, which diffusers has no form for"):
         export(finished.store.folder("checkpoint", run.final), tmp_path / "exported")
 
 
@@ -365,15 +380,15 @@ def test_a_student_that_takes_guidance_has_no_pipeline(finished: Pipeline, tmp_p
     ("width", "remedy"), [(8, "16 or 32"), (0, "16 or 32"), (40, "32 or 48"), (72, "64 or 96"), (400, "384 or 416")]
 )
 def test_a_width_that_does_not_fit_is_refused_with_neighbours(width: int, remedy: str, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=f"width {width}: no transformer has it.*such as {remedy}"):
+    with pytest.raises(ConfigError, match=f"width {width}: no transformer has it.*such as {remedy}"):
         check_dit_width(width)
-    with pytest.raises(RequestError, match=f"width {width}"):
+    with pytest.raises(ConfigError, match=f"width {width}"):
         Pipeline(tiny_study(family={"kind": "dit", "widths": [width]}), tmp_path)
 
 
 def test_a_latent_that_the_patches_do_not_fill_is_refused() -> None:
-    with pytest.raises(RequestError, match=r"latent side 18: patches of 4 x 4 do not fill it; family\.patch: 2 does"):
-        build_network(ModelSpec(kind="dit", width=16, latent_side=18, patch=4))
+    with pytest.raises(ConfigError, match=r"latent side 18: patches of 4 x 4 do not fill it; family\.patch: 2 does"):
+        build_network(ModelSpec(kind="dit", width=16, latent_size=18, patch=4))
 
 
 @pytest.mark.parametrize(
@@ -389,6 +404,6 @@ def test_a_latent_that_the_patches_do_not_fill_is_refused() -> None:
     ],
 )
 def test_what_does_not_go_together_is_one_line(changes: dict, said: str) -> None:
-    with pytest.raises(RequestError, match=said) as caught:
+    with pytest.raises(ConfigError, match=said) as caught:
         tiny_study(**{**plain_study(), **changes})
     assert "\n" not in str(caught.value)

@@ -32,21 +32,21 @@ from transformers import (
 )
 
 from isocost.config.data import ScenesSource
-from isocost.config.evaluation import DistanceName, FeatureName
-from isocost.data.latent_cache import load_pictures
-from isocost.errors import RequestError
+from isocost.config.evaluation import ExtractorName, MetricGroupName
+from isocost.data.latent_cache import load_images
+from isocost.errors import ConfigError
 from isocost.metrics.download import file_sha256, find_weights, read_tensors
 from isocost.metrics.feature_extractors import EXTRACTOR_NAMES, make_extractor
 from isocost.metrics.lpips import load_lpips, lpips_of_maps
-from isocost.metrics.preprocessing import check_pictures, resize_shorter_side
+from isocost.metrics.preprocessing import check_images, resize_shorter_side
 from isocost.metrics.registry import METRICS, check_distances, metrics_of
-from isocost.metrics.vit import TOWERS, ClipTower, PictureTower
+from isocost.metrics.vit import VIT_EXTRACTORS, CLIPFeatureExtractor, ViTFeatureExtractor
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Tensor:
+def images() -> Tensor:
     """uint8 [5, 3, 80, 80]"""
-    return load_pictures(ScenesSource(kind="scenes", num_pictures=5), 80, 0).pictures
+    return load_images(ScenesSource(kind="scenes", num_images=5), 80, 0).images
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -91,17 +91,17 @@ def stated(folder: Path, file: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[ClipTower, CLIPModel]:
+def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[CLIPFeatureExtractor, CLIPModel]:
     folder = tmp_path_factory.mktemp("towers") / "clip"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = save_clip(folder)
     made = make_extractor("clip-vit-b-32", weights={"clip-vit-b-32": stated(folder, "pytorch_model.bin")})
-    assert isinstance(made, ClipTower)
+    assert isinstance(made, CLIPFeatureExtractor)
     return made, network
 
 
-def tower(kind: str, folder: Path) -> tuple[PictureTower, nn.Module]:
+def tower(kind: str, folder: Path) -> tuple[ViTFeatureExtractor, nn.Module]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         network = save_vit(folder, kind)
@@ -110,7 +110,7 @@ def tower(kind: str, folder: Path) -> tuple[PictureTower, nn.Module]:
         "dinov2": ("dinov2-vit-b-14", "model.safetensors"),
     }[kind]
     made = make_extractor(name, weights={name: stated(folder, file)})
-    assert isinstance(made, PictureTower)
+    assert isinstance(made, ViTFeatureExtractor)
     return made, network
 
 
@@ -118,8 +118,8 @@ def tower(kind: str, folder: Path) -> tuple[PictureTower, nn.Module]:
 
 
 def test_the_study_knows_the_extractors_and_distances_that_there_are() -> None:
-    assert get_args(FeatureName) == EXTRACTOR_NAMES
-    for distance in get_args(DistanceName):
+    assert get_args(ExtractorName) == EXTRACTOR_NAMES
+    for distance in get_args(MetricGroupName):
         assert any(metrics_of(distance, name) for name in EXTRACTOR_NAMES)
         for name in EXTRACTOR_NAMES:
             assert set(metrics_of(distance, name)) <= set(METRICS)
@@ -127,30 +127,30 @@ def test_the_study_knows_the_extractors_and_distances_that_there_are() -> None:
 
 def test_only_inception_makes_fid_and_kid() -> None:
     for short in ("fid", "kid", "fid_infinity", "inception_score"):
-        made_by = {name for name in EXTRACTOR_NAMES for d in get_args(DistanceName) if short in metrics_of(d, name)}
+        made_by = {name for name in EXTRACTOR_NAMES for d in get_args(MetricGroupName) if short in metrics_of(d, name)}
         assert made_by == {"inception"}
     assert all("FID" not in one.label and "KID" not in one.label for name, one in METRICS.items() if "id" not in name)
 
 
 def test_a_distance_without_fitting_features_names_them() -> None:
-    check_distances(("kernel", "caption"), ("efficientnet-lite0", "pickscore"))
+    check_distances(("mmd", "prompt_similarity"), ("efficientnet-lite0", "pickscore"))
     check_distances(("inception_score",), ("efficientnet-lite0",))
-    with pytest.raises(RequestError, match=r"inception_score needs one of protocol\.features: efficientnet-lite0, inception$"):
-        check_distances(("kernel", "inception_score"), ("dinov2-vit-b-14",))
+    with pytest.raises(ConfigError, match=r"inception_score needs one of protocol\.features: efficientnet-lite0, inception$"):
+        check_distances(("mmd", "inception_score"), ("dinov2-vit-b-14",))
 
 
 def test_an_unknown_extractor_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(RequestError, match=r"no extractor is called 'vgg'.*dinov2-vit-l-14"):
+    with pytest.raises(ConfigError, match=r"no extractor is called 'vgg'.*dinov2-vit-l-14"):
         make_extractor("vgg")
-    with pytest.raises(RequestError, match="takes no other weights"):
+    with pytest.raises(ConfigError, match="takes no other weights"):
         make_extractor("efficientnet-lite0", weights={"efficientnet-lite0": "x"})
 
 
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("name", VIT_EXTRACTORS)
 def test_a_tower_that_cannot_be_had_names_the_remedy(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(RequestError, match=r"neither in the Hub's cache nor to be fetched; give a local folder") as refused:
+    with pytest.raises(ConfigError, match=r"neither in the Hub's cache nor to be fetched; give a local folder") as refused:
         make_extractor(name)
     assert "\n" not in str(refused.value)
 
@@ -167,25 +167,27 @@ def test_what_the_hub_lists_is_what_is_checked(monkeypatch: pytest.MonkeyPatch, 
     found = {"org/sound": sound, "org/other": other}
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, revision: str(found[name] / file))
     assert find_weights("hub:org/sound@main", known_sha256=None, title="it").path == sound / "model.safetensors"
-    with pytest.raises(RequestError, match=r"it: model\.safetensors: SHA-256 .*expected"):
+    with pytest.raises(ConfigError, match=r"it: model\.safetensors: SHA-256 .*expected"):
         find_weights("hub:org/other", known_sha256=None, title="it")
 
 
 # --- towers -----------------------------------------------------------------------------------------------------------
 
 
-def seen_by_clip(pictures: Tensor, side: int) -> Tensor:
+def seen_by_clip(images: Tensor, side: int) -> Tensor:
     processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    images = [Image.fromarray(one) for one in pictures.permute(0, 2, 3, 1).numpy()]
-    return processor(images, return_tensors="pt")["pixel_values"]
+    opened = [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy()]
+    return processor(opened, return_tensors="pt")["pixel_values"]
 
 
-def test_clip_sees_what_transformers_own_processor_shows_it(clip: tuple[ClipTower, CLIPModel], pictures: Tensor) -> None:
+def test_clip_sees_what_transformers_own_processor_shows_it(
+    clip: tuple[CLIPFeatureExtractor, CLIPModel], images: Tensor
+) -> None:
     ours, network = clip
     with torch.inference_mode():
-        seen = network.vision_model(pixel_values=seen_by_clip(pictures, 48)).pooler_output
+        seen = network.vision_model(pixel_values=seen_by_clip(images, 48)).pooler_output
         theirs = network.visual_projection(seen)
-    found = ours(pictures)
+    found = ours(images)
     assert found.shape == (5, 24)
     apart = (found - theirs).norm(dim=1) / theirs.norm(dim=1)
     assert float(apart.max()) < 0.01
@@ -193,14 +195,14 @@ def test_clip_sees_what_transformers_own_processor_shows_it(clip: tuple[ClipTowe
 
 
 @pytest.mark.parametrize("side", [32, 48, 64])
-def test_a_resize_is_pillows_within_a_level(pictures: Tensor, side: int) -> None:
-    found = resize_shorter_side(pictures.float(), side)
-    for one, picture in zip(found, pictures.permute(0, 2, 3, 1).numpy(), strict=True):
-        theirs = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC)).astype(int)
+def test_a_resize_is_pillows_within_a_level(images: Tensor, side: int) -> None:
+    found = resize_shorter_side(images.float(), side)
+    for one, image in zip(found, images.permute(0, 2, 3, 1).numpy(), strict=True):
+        theirs = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)).astype(int)
         assert np.abs(one.permute(1, 2, 0).numpy() - theirs).max() <= 1
 
 
-def test_captions_are_embedded_as_transformers_embeds_them(clip: tuple[ClipTower, CLIPModel]) -> None:
+def test_captions_are_embedded_as_transformers_embeds_them(clip: tuple[CLIPFeatureExtractor, CLIPModel]) -> None:
     ours, network = clip
     said = ["red", "blue square", "a"]
     tokens = CLIPTokenizer.from_pretrained(ours._folder)(said, padding="max_length", max_length=12, return_tensors="pt")
@@ -208,43 +210,45 @@ def test_captions_are_embedded_as_transformers_embeds_them(clip: tuple[ClipTower
         theirs = network.text_projection(
             network.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
         )
-    found = ours.captions(said)
+    found = ours.encode_text(said)
     torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-5)
-    assert torch.equal(ours.captions(said[1:2])[0], found[1])
-    assert ours.captions(["red " * 40]).shape == (1, 24)
+    assert torch.equal(ours.encode_text(said[1:2])[0], found[1])
+    assert ours.encode_text(["red " * 40]).shape == (1, 24)
     assert ours.scale == pytest.approx(network.logit_scale.exp().item())
 
 
 @pytest.mark.parametrize("kind", ["dino", "dinov2"])
-def test_dino_and_dinov2_give_the_class_token(kind: str, pictures: Tensor, tmp_path: Path) -> None:
+def test_dino_and_dinov2_give_the_class_token(kind: str, images: Tensor, tmp_path: Path) -> None:
     ours, network = tower(kind, tmp_path / kind)
     resize, side = {"dino": (54, 48), "dinov2": (224, 224)}[kind]
     assert (ours.resize, ours.side, ours.width) == (resize, side, 32)
     mean, std = (torch.tensor(one).reshape(1, 3, 1, 1) for one in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    images = [
-        Image.fromarray(one).resize((resize, resize), Image.Resampling.BICUBIC) for one in pictures.permute(0, 2, 3, 1).numpy()
+    opened = [
+        Image.fromarray(one).resize((resize, resize), Image.Resampling.BICUBIC) for one in images.permute(0, 2, 3, 1).numpy()
     ]
     start = (resize - side) // 2
-    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float()
+    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in opened])).permute(0, 3, 1, 2).float()
     seen = (stacked[..., start : start + side, start : start + side] / 255 - mean) / std
     with torch.inference_mode():
         theirs = network(pixel_values=seen).last_hidden_state[:, 0]
-    found = ours(pictures)
+    found = ours(images)
     assert float(((found - theirs).norm(dim=1) / theirs.norm(dim=1)).max()) < 0.01
 
 
 def test_a_towers_features_are_the_same_bits_in_any_company_at_its_row(
-    clip: tuple[ClipTower, CLIPModel], pictures: Tensor
+    clip: tuple[CLIPFeatureExtractor, CLIPModel], images: Tensor
 ) -> None:
     ours, _ = clip
-    whole = ours(pictures)
-    many = torch.cat([pictures.flip(0)] * 5)
-    many[ours.BUCKET + 3] = pictures[3]
+    whole = ours(images)
+    many = torch.cat([images.flip(0)] * 5)
+    many[ours.BUCKET + 3] = images[3]
     assert torch.equal(ours(many)[ours.BUCKET + 3], whole[3])
-    assert torch.equal(ours(pictures[[1, 1, 1, 3]])[3], whole[3])
+    assert torch.equal(ours(images[[1, 1, 1, 3]])[3], whole[3])
 
 
-def test_an_id_fixes_weights_resize_crop_normalisation_and_precision(clip: tuple[ClipTower, CLIPModel], tmp_path: Path) -> None:
+def test_an_id_fixes_weights_resize_crop_normalisation_and_precision(
+    clip: tuple[CLIPFeatureExtractor, CLIPModel], tmp_path: Path
+) -> None:
     ours, _ = clip
     assert ours.id == (
         f"clip-vit-b-32:{file_sha256(ours._folder / 'pytorch_model.bin')[:16]}"
@@ -256,8 +260,8 @@ def test_an_id_fixes_weights_resize_crop_normalisation_and_precision(clip: tuple
 
 def test_the_published_towers_have_their_published_shapes() -> None:
     widths = {"clip-vit-b-32": 512, "clip-vit-l-14": 768, "dinov2-vit-b-14": 768, "dinov2-vit-l-14": 1024, "dino-vit-s-16": 384}
-    assert {name: TOWERS[name].width for name in widths} == widths
-    assert all(one.sha256 is None or len(one.sha256) == 64 for one in TOWERS.values())
+    assert {name: VIT_EXTRACTORS[name].width for name in widths} == widths
+    assert all(one.sha256 is None or len(one.sha256) == 64 for one in VIT_EXTRACTORS.values())
 
 
 @pytest.mark.slow
@@ -269,32 +273,30 @@ def test_the_published_towers_have_their_published_shapes() -> None:
         ("dino-vit-s-16", ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536)),
     ],
 )
-def test_a_tower_of_the_true_shape_loads_from_its_true_file(
-    name: str, config: object, tmp_path: Path, pictures: Tensor
-) -> None:
-    network = {"clip": CLIPModel, "dinov2": Dinov2Model, "dino": ViTModel}[TOWERS[name].kind](config)
-    file = tmp_path / TOWERS[name].file
+def test_a_tower_of_the_true_shape_loads_from_its_true_file(name: str, config: object, tmp_path: Path, images: Tensor) -> None:
+    network = {"clip": CLIPModel, "dinov2": Dinov2Model, "dino": ViTModel}[VIT_EXTRACTORS[name].kind](config)
+    file = tmp_path / VIT_EXTRACTORS[name].file
     network.config.save_pretrained(tmp_path)
     if file.suffix == ".safetensors":
         save_file({key: value.contiguous() for key, value in network.state_dict().items()}, file)
     else:
         torch.save(network.state_dict(), file)
     made = make_extractor(name, weights={name: stated(tmp_path, file.name)})
-    assert made(pictures[:2]).shape == (2, TOWERS[name].width)
+    assert made(images[:2]).shape == (2, VIT_EXTRACTORS[name].width)
 
 
-def test_weights_of_another_tower_are_refused(clip: tuple[ClipTower, CLIPModel], tmp_path: Path) -> None:
+def test_weights_of_another_tower_are_refused(clip: tuple[CLIPFeatureExtractor, CLIPModel], tmp_path: Path) -> None:
     _, network = tower("dino", tmp_path / "dino")
     file = tmp_path / "dino" / "pytorch_model.bin"
     state = network.state_dict()
     torch.save({name: tensor for name, tensor in state.items() if "layernorm.weight" not in name}, file)
-    with pytest.raises(RequestError, match=r"no tensor layernorm\.weight; these are weights of another network"):
+    with pytest.raises(ConfigError, match=r"no tensor layernorm\.weight; these are weights of another network"):
         make_extractor("dino-vit-s-16", weights={"dino-vit-s-16": stated(tmp_path / "dino", file.name)})
     torch.save({**state, "layernorm.weight": torch.ones(5)}, file)
-    with pytest.raises(RequestError, match=r"layernorm\.weight is \[5\], not \[32\]"):
+    with pytest.raises(ConfigError, match=r"layernorm\.weight is \[5\], not \[32\]"):
         make_extractor("dino-vit-s-16", weights={"dino-vit-s-16": stated(tmp_path / "dino", file.name)})
     (tmp_path / "dino" / "config.json").unlink()
-    with pytest.raises(RequestError, match=r"config\.json: no such file"):
+    with pytest.raises(ConfigError, match=r"config\.json: no such file"):
         make_extractor("dino-vit-s-16", weights={"dino-vit-s-16": stated(tmp_path / "dino", file.name)})
 
 
@@ -323,7 +325,7 @@ def test_a_truncated_file_of_weights_is_one_line(tmp_path: Path, suffix: str) ->
     whole = file.read_bytes()
     for length in (len(whole) - 100, len(whole) // 2, 5, 0):
         file.write_bytes(whole[:length])
-        with pytest.raises(RequestError, match=r"cut short|refused") as refused:
+        with pytest.raises(ConfigError, match=r"cut short|refused") as refused:
             read_tensors(file)
         assert "\n" not in str(refused.value)
     file.write_bytes(whole)
@@ -337,11 +339,11 @@ def test_pickles_are_refused_and_never_run(tmp_path: Path) -> None:
         "named.safetensors": lambda file: file.write_bytes(pickle.dumps(Evil())),
     }.items():
         write(tmp_path / name)
-        with pytest.raises(RequestError, match="refused") as refused:
+        with pytest.raises(ConfigError, match="refused") as refused:
             read_tensors(tmp_path / name)
         assert "\n" not in str(refused.value)
     torch.save({"epoch": 3, "state": {"a": torch.ones(1)}}, tmp_path / "nested.pth")
-    with pytest.raises(RequestError, match="not a plain table of tensors"):
+    with pytest.raises(ConfigError, match="not a plain table of tensors"):
         read_tensors(tmp_path / "nested.pth")
 
 
@@ -349,12 +351,12 @@ def test_a_file_of_unknown_hash_must_state_it(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     save_file({"a": torch.ones(3)}, file)
     sha256 = file_sha256(file)
-    with pytest.raises(RequestError, match=f"write .*#sha256={sha256} if weights.safetensors is meant"):
+    with pytest.raises(ConfigError, match=f"write .*#sha256={sha256} if weights.safetensors is meant"):
         find_weights(str(file), known_sha256=None, title="it")
     assert find_weights(f"{file}#sha256={sha256.upper()}", known_sha256=None, title="it").sha256 == sha256
-    with pytest.raises(RequestError, match=f"expected ffffffffffffffff.*#sha256={sha256}"):
+    with pytest.raises(ConfigError, match=f"expected ffffffffffffffff.*#sha256={sha256}"):
         find_weights(str(file), known_sha256="f" * 64, title="it")
-    with pytest.raises(RequestError, match="no such file of weights"):
+    with pytest.raises(ConfigError, match="no such file of weights"):
         find_weights(str(tmp_path / "absent.pth"), known_sha256=None, title="it")
 
 
@@ -368,7 +370,7 @@ def test_a_url_is_fetched_once_and_whole(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     sha256 = "9b7f5d0ef67f6d5e9f9b3fdc1ac8c4d9b1b3ecf0d8a0ad1d8a84a1c3f67a0a30"
-    with pytest.raises(RequestError, match="expected 9b7f5d0ef67f6d5e"):
+    with pytest.raises(ConfigError, match="expected 9b7f5d0ef67f6d5e"):
         find_weights("https://example.org/w.pth", known_sha256=sha256, title="it")
     found = tmp_path / "checkpoints" / "w.pth"
     assert find_weights("https://example.org/w.pth", known_sha256=file_sha256(found), title="it").path == found
@@ -376,31 +378,31 @@ def test_a_url_is_fetched_once_and_whole(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(found.parent.iterdir()) == [found]
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("pictures", "said"),
+    ("images", "said"),
     [
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "grey"),
         (torch.zeros(2, 4, 8, 8, dtype=torch.uint8), "RGBA"),
-        (torch.full((2, 3, 8, 8), torch.nan), "2 pictures hold NaN"),
+        (torch.full((2, 3, 8, 8), torch.nan), "2 images hold NaN"),
         (torch.zeros(2, 3, 8, 8), "float32"),
         (torch.zeros(3, 8, 8, dtype=torch.uint8), r"\[3, 8, 8\]"),
     ],
     ids=["grey", "rgba", "nan", "float", "one"],
 )
-def test_what_is_no_batch_of_byte_pictures_is_one_line(pictures: Tensor, said: str) -> None:
-    with pytest.raises(RequestError, match=said) as refused:
-        check_pictures(pictures)
+def test_what_is_no_batch_of_byte_images_is_one_line(images: Tensor, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as refused:
+        check_images(images)
     assert "\n" not in str(refused.value)
 
 
 # --- LPIPS ------------------------------------------------------------------------------------------------------------
 
 
-def unit(pictures: Tensor) -> Tensor:
-    return pictures.float() / 127.5 - 1
+def unit(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1
 
 
 @pytest.fixture(scope="module")
@@ -413,11 +415,11 @@ def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_lpips_on_vgg_is_the_packages_own_given_the_same_weights(vgg_file: Path, pictures: Tensor) -> None:
+def test_lpips_on_vgg_is_the_packages_own_given_the_same_weights(vgg_file: Path, images: Tensor) -> None:
     theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
     weights = load_file(vgg_file)
     theirs.net.load_state_dict({name: weights["features." + name.partition(".")[2]] for name in theirs.net.state_dict()})
-    a, b = unit(pictures[:2]), unit(pictures[2:4])
+    a, b = unit(images[:2]), unit(images[2:4])
     ours = load_lpips(vgg_file, network="vgg")
     with torch.inference_mode():
         torch.testing.assert_close(ours(a, b), theirs(a, b).flatten(), rtol=1e-6, atol=1e-9)
@@ -426,7 +428,7 @@ def test_lpips_on_vgg_is_the_packages_own_given_the_same_weights(vgg_file: Path,
     assert float(ours(a, b).min()) > 0
 
 
-def test_lpips_from_maps_is_lpips_with_trained_weights(shared: Path, pictures: Tensor) -> None:
+def test_lpips_from_maps_is_lpips_with_trained_weights(shared: Path, images: Tensor) -> None:
     ours = load_lpips(shared / "lpips" / "alexnet.safetensors")
-    a, b = unit(pictures[:2]), unit(pictures[2:4])
+    a, b = unit(images[:2]), unit(images[2:4])
     torch.testing.assert_close(lpips_of_maps(ours.maps(a), ours.maps(b)), ours(a, b), rtol=1e-5, atol=1e-8)

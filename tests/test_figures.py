@@ -15,30 +15,29 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from isocost.analysis.costs import COSTS
-from isocost.analysis.formatting import metric_words
+from isocost.analysis.formatting import format_metric
 from isocost.analysis.pareto import best_at_budgets
-from isocost.errors import RequestError
-from isocost.report import figures
+from isocost.errors import ConfigError
+from isocost.report import figures, plot_data
 from isocost.report import matplotlib_backend as drawing
-from isocost.report import plot_data as marks
 from isocost.report import plot_data_finetune as tuned
-from isocost.report.chart_panels import CHARTS, Chart, Missing, tuned_charts
+from isocost.report.chart_panels import CHARTS, Chart, Unavailable, tuned_charts
 from isocost.report.image_grids import contact_cells
-from planted import BEST_GUIDANCE, PARAMETERS, planted_students, planted_superres, planted_table
-from test_explorer import raced_table
-from test_report import CAPTIONS, KERNEL, plain_pictures
+from synthetic_results import BEST_GUIDANCE, PARAMETERS, planted_students, planted_superres, planted_table
+from test_budget_slider import raced_table
+from test_report import CAPTIONS, KERNEL, plain_images
 
 SIZES = list(PARAMETERS)
-Lines = dict[str, tuple[np.ndarray, np.ndarray]]
+CoefficientBank = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def drawn_lines(figure: Figure) -> Lines:
+def drawn_lines(figure: Figure) -> CoefficientBank:
     """Label -> x and y of every line of a figure with one pair of axes."""
     (axes,) = figure.axes
     return {str(line.get_label()): (np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in axes.get_lines()}
 
 
-def charted_lines(figure: Any) -> Lines:
+def charted_lines(figure: Any) -> CoefficientBank:
     """The same of a figure of plotly, bands left out."""
     lines = [trace for trace in figure.data if "markers" in (trace.mode or "")]
     return {trace.name: (np.asarray(trace.x, float), np.asarray(trace.y, float)) for trace in lines}
@@ -56,7 +55,7 @@ def at(line: tuple[np.ndarray, np.ndarray], x: float) -> float:
 # --- size at equal cost -----------------------------------------------------------------------------------------------
 
 
-def check_crossing(lines: Lines, sign: float) -> None:
+def check_crossing(lines: CoefficientBank, sign: float) -> None:
     """Small sizes win where only they can be afforded or are as far along, large ones in the end."""
     small, large = lines["0.2M"], lines["12.6M"]
     assert small[0][0] < large[0][0]
@@ -67,13 +66,13 @@ def check_crossing(lines: Lines, sign: float) -> None:
 @pytest.mark.parametrize("cost", [cost for cost in COSTS if cost != "nfe"])
 def test_which_size_is_best_at_equal_cost(cost: str) -> None:
     table = planted_table()
-    lines = drawn_lines(figures.which_size_is_best_at_equal_cost(table, KERNEL, cost))
+    lines = drawn_lines(figures.plot_quality_vs_cost(table, KERNEL, cost))
     check_crossing(lines, 1.0)
     chart = planted_chart("cost")
     (costs, _, qualities) = chart.controls
     for place, words in enumerate(qualities.choices):
         (drawn,) = chart.drawings[f"{costs.keys.index(cost)}|0|{place}"]
-        check_crossing(charted_lines(drawn), -1.0 if words == metric_words("alignment") else 1.0)
+        check_crossing(charted_lines(drawn), -1.0 if words == format_metric("alignment") else 1.0)
 
 
 def test_at_equal_evaluations_the_largest_size_is_best_throughout() -> None:
@@ -81,34 +80,34 @@ def test_at_equal_evaluations_the_largest_size_is_best_throughout() -> None:
     table = planted_table()
     chart = planted_chart("cost")
     (charted,) = chart.drawings[f"{chart.controls[0].keys.index('nfe')}|0|0"]
-    for lines in (drawn_lines(figures.which_size_is_best_at_equal_cost(table, KERNEL, "nfe")), charted_lines(charted)):
+    for lines in (drawn_lines(figures.plot_quality_vs_cost(table, KERNEL, "nfe")), charted_lines(charted)):
         values = np.array([lines[size][1] for size in SIZES])
         assert (np.diff(values, axis=0) < 0).all()
 
 
 @pytest.mark.parametrize("position", [1, 2])
-def test_a_sampler_singled_out_in_the_chart_is_the_one_that_is_drawn(position: int) -> None:
+def test_a_solver_singled_out_in_the_chart_is_the_one_that_is_drawn(position: int) -> None:
     chart = planted_chart("cost")
-    sampler = chart.controls[1].choices[position]
+    solver = chart.controls[1].choices[position]
     (drawn,) = chart.drawings[f"0|{position}|0"]
     notes = [note for trace in drawn.data if trace.name in SIZES for note in trace.text]
-    assert all(sampler in note for note in notes)
+    assert all(solver in note for note in notes)
     (best,) = chart.drawings["0|0|0"]
     worse = charted_lines(drawn)["3.2M"][1] - charted_lines(best)["3.2M"][1]
-    assert (worse > 0).all() if sampler.startswith("ddim") else (worse == 0).all()
+    assert (worse > 0).all() if solver.startswith("ddim") else (worse == 0).all()
 
 
 # --- training compute -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("axis", ["training_gflop", "paper_compute"])
+@pytest.mark.parametrize("axis", ["training_gflop", "normalized_training_compute"])
 def test_does_compute_alone_decide(axis: str) -> None:
     """Planted: at equal compute a size 63 times larger is ahead by 19 % of what training gains, so compute nearly decides."""
-    table = planted_table().assign(paper_compute=lambda rows: rows["training_gflop"] / (3 * 32))
+    table = planted_table().assign(normalized_training_compute=lambda rows: rows["training_gflop"] / (3 * 32))
     chart = CHARTS["compute"](table, KERNEL, {}, lambda _: {})
-    place = [words for words, _ in marks.COMPUTE_AXES.values()].index(marks.COMPUTE_AXES[axis][0])
+    place = [words for words, _ in plot_data.COMPUTE_AXES.values()].index(plot_data.COMPUTE_AXES[axis][0])
     (charted,) = chart.drawings[f"0|{place}"]
-    for lines in (drawn_lines(figures.does_compute_alone_decide(table, KERNEL, axis)), charted_lines(charted)):
+    for lines in (drawn_lines(figures.plot_quality_vs_compute(table, KERNEL, axis)), charted_lines(charted)):
         assert list(lines) == SIZES
         rest = 0.02 + 0.5 / 16**1.3
         scaled = {}
@@ -121,20 +120,20 @@ def test_does_compute_alone_decide(axis: str) -> None:
             np.testing.assert_allclose(scaled[size] / scaled["0.2M"], (PARAMETERS[size] / 2e5) ** -0.05, rtol=1e-6)
 
 
-# --- samplers ---------------------------------------------------------------------------------------------------------
+# --- solvers ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [None, *SIZES])
-def test_which_sampler_is_best_at_equal_steps(size: str | None) -> None:
+def test_which_solver_is_best_at_equal_steps(size: str | None) -> None:
     table = planted_table()
-    chart = planted_chart("samplers")
+    chart = planted_chart("solvers")
     (sizes, across, qualities) = chart.controls
     place = sizes.choices.index(size or "best of all")
-    drawn = [(drawn_lines(figures.which_sampler_is_best_at_equal_steps(table, KERNEL, size=size)), 1.0)]
+    drawn = [(drawn_lines(figures.plot_solvers(table, KERNEL, size=size)), 1.0)]
     for a in range(len(across.choices)):
         for c, words in enumerate(qualities.choices):
             (charted,) = chart.drawings[f"{place}|{a}|{c}"]
-            drawn.append((charted_lines(charted), -1.0 if words == metric_words("alignment") else 1.0))
+            drawn.append((charted_lines(charted), -1.0 if words == format_metric("alignment") else 1.0))
     for lines, sign in drawn:
         first, second = lines["ddim/trailing"], lines["dpmsolver++2m/trailing"]
         assert first[0].tolist() == second[0].tolist()
@@ -148,9 +147,9 @@ def test_which_sampler_is_best_at_equal_steps(size: str | None) -> None:
 
 def test_which_guidance_is_best() -> None:
     table = planted_table()
-    grid = [axes for axes in figures.which_guidance_is_best(table, KERNEL).axes if axes.images]
+    grid = [axes for axes in figures.plot_guidance(table, KERNEL).axes if axes.images]
     assert [axes.get_title(loc="left") for axes in grid] == [
-        f"{size}, {sampler}" for sampler in ("ddim/trailing", "dpmsolver++2m/trailing") for size in SIZES
+        f"{size}, {solver}" for solver in ("ddim/trailing", "dpmsolver++2m/trailing") for size in SIZES
     ]
     column = (1.0, 1.5, 2.0, 3.0, 5.0).index(BEST_GUIDANCE)
     for axes in grid:
@@ -168,19 +167,19 @@ def test_which_guidance_is_best() -> None:
 
 
 def test_one_guidance_is_no_best_one() -> None:
-    with pytest.raises(RequestError, match="nothing to choose"):
-        figures.which_guidance_is_best(planted_superres(), KERNEL)
+    with pytest.raises(ConfigError, match="nothing to choose"):
+        figures.plot_guidance(planted_superres(), KERNEL)
 
 
 def test_does_the_best_guidance_change_with_steps() -> None:
     """Not on the planted grid, and by the planted intervals where it was raced for."""
     table = planted_table()
     for lines in (
-        drawn_lines(figures.does_the_best_guidance_change_with_steps(table, KERNEL)),
+        drawn_lines(figures.plot_guidance_heatmap(table, KERNEL)),
         *(charted_lines(one) for (one,) in planted_chart("found").drawings.values()),
     ):
         assert all((y == BEST_GUIDANCE).all() for _, y in lines.values())
-    raced = figures.does_the_best_guidance_change_with_steps(raced_table(), KERNEL)
+    raced = figures.plot_guidance_heatmap(raced_table(), KERNEL)
     bars = [np.asarray(bar.get_segments()) for bar in raced.axes[0].collections]
     for (x, y), segments in zip(drawn_lines(raced).values(), bars, strict=True):
         assert (np.diff(y) < 0).all(), "planted to fall"
@@ -188,19 +187,19 @@ def test_does_the_best_guidance_change_with_steps() -> None:
         np.testing.assert_allclose(segments[:, :, 1], np.column_stack([y / 1.2, y * 1.3]))
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 def test_what_does_each_budget_buy() -> None:
     """Each cell of the sheet, and each place in the figure, is the best point of its size within the budget."""
     table, budgets = planted_table(), [0.5, 6.0, 100.0]
-    pictures = plain_pictures(table)
-    sheet = contact_cells(table, KERNEL, pictures, CAPTIONS, "paper_cost", budgets)
-    figure = figures.what_does_each_budget_buy(table, KERNEL, pictures, CAPTIONS, budgets)
+    images = plain_images(table)
+    sheet = contact_cells(table, KERNEL, images, CAPTIONS, "normalized_cost", budgets)
+    figure = figures.plot_budget_grid(table, KERNEL, images, CAPTIONS, budgets)
     mosaic = np.asarray(figure.axes[1].images[0].get_array())
     for row, size in enumerate(sheet.rows):
         for column, budget in enumerate(budgets):
-            (choice,) = best_at_budgets(table[table["size"] == size], "paper_cost", KERNEL, [budget])
+            (choice,) = best_at_budgets(table[table["size"] == size], "normalized_cost", KERNEL, [budget])
             cell = sheet.cells[row][column]
             seen = mosaic[int(figure.axes[1].get_yticks()[row]), int(figure.axes[1].get_xticks()[column])]
             if choice.best is None:
@@ -209,9 +208,9 @@ def test_what_does_each_budget_buy() -> None:
             else:
                 assert cell is not None
                 assert cell.point == choice.best.point
-                assert (seen == pictures[choice.best.point][1, 0, 0]).all()
-    with pytest.raises(RequestError, match="no budget"):
-        figures.what_does_each_budget_buy(table, KERNEL, pictures, CAPTIONS, [])
+                assert (seen == images[choice.best.point][1, 0, 0]).all()
+    with pytest.raises(ConfigError, match="no budget"):
+        figures.plot_budget_grid(table, KERNEL, images, CAPTIONS, [])
 
 
 def test_what_is_made_of_what_was_given() -> None:
@@ -219,14 +218,14 @@ def test_what_is_made_of_what_was_given() -> None:
         title: np.stack([np.full((8, 8, 3), (40 * place, 60 * number, 7), np.uint8) for number in range(3)])
         for place, title in enumerate(("low resolution", "2.6M", "truth"))
     }
-    figure = figures.what_is_made_of_what_was_given(strips, CAPTIONS)
+    figure = figures.plot_inputs_outputs(strips, CAPTIONS)
     assert [axes.get_title(loc="left") for axes in figure.axes[:3]] == ["low\nresolution", "2.6M", "truth"]
     for number in range(3):
         for place in range(3):
             shown = np.asarray(figure.axes[3 * number + place].images[0].get_array())
             assert (shown == (40 * place, 60 * number, 7)).all()
-    with pytest.raises(RequestError, match="nothing was given"):
-        figures.what_is_made_of_what_was_given({}, CAPTIONS)
+    with pytest.raises(ConfigError, match="nothing was given"):
+        figures.plot_inputs_outputs({}, CAPTIONS)
 
 
 # --- what was tuned ---------------------------------------------------------------------------------------------------
@@ -241,8 +240,8 @@ def started(task: str = "superres") -> tuned.Pretrained:
 )
 def test_does_super_resolution_follow_pretraining(metric: str, follows: float, sign: int) -> None:
     table = planted_superres(follows)
-    best = planted_table(marks=()).groupby("size")[KERNEL].min()
-    figure = figures.does_super_resolution_follow_pretraining(table, metric, started())
+    best = planted_table(snapshots=()).groupby("size")[KERNEL].min()
+    figure = figures.plot_superres_vs_pretraining(table, metric, started())
     (chart,) = tuned_charts(table, metric, {}, lambda _: {}, started()).values()
     assert isinstance(chart, Chart)
     for lines in (drawn_lines(figure), charted_lines(chart.drawings["0"][0])):
@@ -257,7 +256,7 @@ def test_does_super_resolution_follow_pretraining(metric: str, follows: float, s
     assert f"{kept} of 10 pairs of sizes keep their order" in said.setting
     for note, size in zip(said.series[0].notes, SIZES[::-1], strict=True):
         assert note.startswith(f"{size}, 8 steps")
-        assert f"pretrained: {size}, 32 steps, guidance 2, dpmsolver++2m/trailing, kernel distance" in note
+        assert f"pretrained: {size}, 32 steps, guidance 2, dpmsolver++2m/trailing, squared MMD" in note
     low, high = (getattr(said.series[0], side) for side in ("low", "high"))
     np.testing.assert_allclose(high - low, 0.02 if metric == KERNEL else 1.0)
 
@@ -267,14 +266,14 @@ def test_sizes_are_matched_by_width_and_one_alone_follows_nothing() -> None:
     fewer = tuned.Pretrained("superres", planted_table(sizes=SIZES[:2]), KERNEL)
     assert [len(series.x) for series in tuned.pretraining_curves(table, KERNEL, fewer).series] == [2, 2]
     one = tuned.Pretrained("superres", planted_table(sizes=SIZES[:1]), KERNEL)
-    with pytest.raises(RequestError, match="fewer than two sizes"):
-        figures.does_super_resolution_follow_pretraining(table, KERNEL, one)
-    assert isinstance(tuned_charts(table, KERNEL, {}, lambda _: {}, one)["following"], Missing)
+    with pytest.raises(ConfigError, match="fewer than two sizes"):
+        figures.plot_superres_vs_pretraining(table, KERNEL, one)
+    assert isinstance(tuned_charts(table, KERNEL, {}, lambda _: {}, one)["following"], Unavailable)
 
 
 def test_does_dreambooth_follow_pretraining() -> None:
     table = planted_superres().replace({"size": {f"{size} from scratch": f"{size} untuned" for size in SIZES}})
-    lines = drawn_lines(figures.does_dreambooth_follow_pretraining(table, KERNEL, started("dreambooth")))
+    lines = drawn_lines(figures.plot_dreambooth_vs_pretraining(table, KERNEL, started("dreambooth")))
     assert list(lines) == ["tuned", "untuned"]
     assert (np.diff(lines["tuned"][1]) > 0).all()
 
@@ -286,7 +285,7 @@ def test_does_distillation_change_the_frontier(cost: str) -> None:
     chart = tuned_charts(table, KERNEL, {}, lambda _: {}, None)["distilled"]
     assert isinstance(chart, Chart)
     (charted,) = chart.drawings[f"{list(COSTS).index(cost)}|0"]
-    figure = figures.does_distillation_change_the_frontier(table, KERNEL, cost)
+    figure = figures.plot_distillation_frontier(table, KERNEL, cost)
     assert {line.get_drawstyle() for line in figure.axes[0].get_lines()} == {"steps-post"}
     assert {trace.line.shape for trace in charted.data if trace.name in ("undistilled", "codi")} == {"hv"}
     is_student = table["size"].str.endswith(" codi")
@@ -307,11 +306,11 @@ def test_does_distillation_change_the_frontier(cost: str) -> None:
 
 
 def test_without_students_no_frontier_can_change() -> None:
-    with pytest.raises(RequestError, match="not both scored"):
-        figures.does_distillation_change_the_frontier(planted_table(), KERNEL)
+    with pytest.raises(ConfigError, match="not both scored"):
+        figures.plot_distillation_frontier(planted_table(), KERNEL)
     assert tuned_charts(planted_table(), KERNEL, {}, lambda _: {}, None) == {}
     students = planted_students()
-    with pytest.raises(RequestError, match="not both scored"):
+    with pytest.raises(ConfigError, match="not both scored"):
         tuned.distillation_curves(students[students["size"].str.endswith("codi")], KERNEL, "nfe")
 
 
@@ -327,23 +326,23 @@ def test_every_figure_is_a_function_by_the_name_of_its_file(tmp_path: Path) -> N
     public = {
         name for name, one in vars(figures).items() if getattr(one, "__module__", "") == figures.__name__ and name[0] != "_"
     }
-    assert names == public - {"every_figure", "save_figures"}
+    assert names == {name.removeprefix("plot_") for name in public if name.startswith("plot_")}
     superres = every(planted_superres(), started())
-    only = {name: superres[name] for name in ("does_super_resolution_follow_pretraining", "does_dreambooth_follow_pretraining")}
-    assert figures.save_figures(tmp_path, only) == ["does_super_resolution_follow_pretraining"]
+    only = {name: superres[name] for name in ("superres_vs_pretraining", "dreambooth_vs_pretraining")}
+    assert figures.save_figures(tmp_path, only) == ["superres_vs_pretraining"]
     assert {file.suffix for file in tmp_path.iterdir()} == {".png", ".pdf"}
 
 
 def test_a_figure_has_the_same_bytes_whenever_it_is_written(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         figures.save_figures(
-            tmp_path / folder, {"a": lambda: drawing.draw_curves(marks.sampler_curves(planted_table(), KERNEL))}
+            tmp_path / folder, {"a": lambda: drawing.draw_curves(plot_data.solver_curves(planted_table(), KERNEL))}
         )
     for ending in drawing.FORMATS:
         assert (tmp_path / "one" / f"a.{ending}").read_bytes() == (tmp_path / "two" / f"a.{ending}").read_bytes()
 
 
 def test_names_are_not_taken_for_formulas(tmp_path: Path) -> None:
-    table = planted_table(marks=()).replace({"size": {"3.2M": r"3.2M $\frac{$"}})
+    table = planted_table(snapshots=()).replace({"size": {"3.2M": r"3.2M $\frac{$"}})
     figures.save_figures(tmp_path, {name: make for name, make in every(table).items() if "equal" in name or "guidance" in name})
     assert matplotlib.rcParams["text.parse_math"], "settings of the caller stay"

@@ -1,4 +1,4 @@
-"""Captions, names and paths of data sets and ledgers are data everywhere; addresses are used as they are given."""
+"""Captions, names and paths of data sets and results databases are data everywhere; addresses are used as they are given."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from PIL import Image
 from conftest import tiny_study
 from isocost.analysis.recommend import recommend
 from isocost.config.data import WebdatasetSource
-from isocost.data.latent_cache import load_pictures
-from isocost.errors import RequestError
+from isocost.data.latent_cache import load_images
+from isocost.errors import ConfigError
 from isocost.evaluation.confidence_intervals import Interval
 from isocost.pipeline.workers import run_on_ray
-from isocost.sweep.results_db import Ledger
-from planted import planted_table
+from isocost.sweep.results_db import ResultsDB
+from synthetic_results import planted_table
 
 NASTY = "'); DROP TABLE points; --"
 SHELL = "$(touch owned); `touch owned`; 'x\" | touch owned"
 
 
 def test_names_in_a_ledger_are_parameters_never_sql(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.sqlite")
-    ledger.set_events("data.train", [(NASTY, "<script>alert(1)</script>")])
-    ledger.add_shard(NASTY, NASTY, range(4))
+    results_db = ResultsDB(tmp_path / "results.sqlite")
+    results_db.set_events("data.train", [(NASTY, "<script>alert(1)</script>")])
+    results_db.add_shard(NASTY, NASTY, range(4))
     row = {
-        **{"point": "a", "checkpoint": NASTY, "protocol": "p", "task": NASTY, "size": NASTY, "sampler": NASTY},
+        **{"point": "a", "checkpoint": NASTY, "protocol": "p", "task": NASTY, "size": NASTY, "solver": NASTY},
         **{"width": 8, "num_parameters": 1, "images_seen": 1, "training_gflop": 1.0, "num_steps": 1, "guidance": 1.0},
-        **{"num_pictures": 32, "num_not_finite": 0, "seed": 0, "precision": "fp32", "compiled": False, "bucket_size": 1},
-        **{"least_bucket_size": 1, "paper_cost": 1.0, "nfe": 1.0, "gflop": 1.0, "ms_per_picture": 1.0, "seconds": 1.0},
-        "flagged": False,
+        **{"num_images": 32, "num_nonfinite": 0, "seed": 0, "dtype": "fp32", "compiled": False, "batch_size": 1},
+        **{"min_batch_size": 1, "normalized_cost": 1.0, "nfe": 1.0, "gflop": 1.0, "ms_per_image": 1.0, "seconds": 1.0},
+        "has_too_few_samples": False,
     }
-    ledger.add_point(row, {NASTY: Interval(1.0, 0.5, 1.5)}, {}, {"captions": NASTY})
-    table = ledger.table()
+    results_db.add_point(row, {NASTY: Interval(1.0, 0.5, 1.5)}, {}, {"captions": NASTY})
+    table = results_db.table()
     assert table.loc[0, "size"] == NASTY
     assert table.loc[0, NASTY] == 1.0
-    assert ledger.points() == {"a"}
-    assert ledger.events()[0]["subject"] == NASTY
-    with sqlite3.connect(tmp_path / "ledger.sqlite") as plain:
+    assert results_db.points() == {"a"}
+    assert results_db.events()[0]["subject"] == NASTY
+    with sqlite3.connect(tmp_path / "results.sqlite") as plain:
         assert plain.execute("SELECT count(*) FROM points").fetchone() == (1,)
 
 
@@ -73,37 +73,37 @@ def test_tar_members_never_leave_their_shard(tmp_path: Path) -> None:
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
     before = set(tmp_path.rglob("*"))
-    pictures = load_pictures(WebdatasetSource(kind="webdataset", path=str(folder / "*.tar")), 16, 0.5)
-    assert len(pictures.pictures) == 4
-    assert {captions[0] for captions in pictures.captions} == {NASTY}
+    images = load_images(WebdatasetSource(kind="webdataset", path=str(folder / "*.tar")), 16, 0.5)
+    assert len(images.images) == 4
+    assert {captions[0] for captions in images.captions} == {NASTY}
     assert set(tmp_path.rglob("*")) == before
     assert not (tmp_path.parent / "outside.png").exists()
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", "x; rm -rf", "-option", "ü"])
 def test_a_studys_name_is_a_plain_word(name: str) -> None:
-    with pytest.raises(RequestError, match="name"):
+    with pytest.raises(ConfigError, match="name"):
         tiny_study(name=name)
 
 
 def test_addresses_are_used_as_given_and_passwords_are_not_told(tmp_path: Path) -> None:
-    with pytest.raises(RequestError) as refused:
-        Ledger("postgresql://user:secret@127.0.0.1:9/none")
+    with pytest.raises(ConfigError) as refused:
+        ResultsDB("postgresql://user:secret@127.0.0.1:9/none")
     assert "secret" not in str(refused.value)
     assert "127.0.0.1" in str(refused.value)
     assert "\n" not in str(refused.value)
-    with pytest.raises(RequestError, match="no cluster answers there") as refused:
+    with pytest.raises(ConfigError, match="no cluster answers there") as refused:
         run_on_ray("127.0.0.1:9", tmp_path, None, 1, None, None)
     assert "\n" not in str(refused.value)
 
 
 def test_a_ledger_of_a_newer_version_is_one_line(tmp_path: Path) -> None:
-    file = tmp_path / "ledger.sqlite"
-    Ledger(file).engine.dispose()
+    file = tmp_path / "results.sqlite"
+    ResultsDB(file).engine.dispose()
     with sqlite3.connect(file) as plain:
         plain.execute("UPDATE schema SET version = 99")
-    with pytest.raises(RequestError, match=r"version 99.*upgrade isocost"):
-        Ledger(file)
+    with pytest.raises(ConfigError, match=r"version 99.*upgrade isocost"):
+        ResultsDB(file)
 
 
 def test_what_a_table_says_is_json_and_csv_not_code(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_files_stay_small() -> None:
 def test_the_package_names_what_it_says() -> None:
     for name in isocost.__all__:
         assert getattr(isocost, name).__doc__, name
-    with pytest.raises(AttributeError, match="it has Pipeline"):
+    with pytest.raises(AttributeError, match="it has ConfigError"):
         isocost.absent  # noqa: B018
 
 
@@ -90,7 +90,7 @@ def test_what_refuses_says_so_in_its_docstring(file: Path) -> None:
     silent = [
         name
         for name, function in public_functions(ast.parse(file.read_text(encoding="utf-8")))
-        for error in raised_in(function) & {"RequestError", "WorkError"}
+        for error in raised_in(function) & {"ConfigError", "RunError"}
         if not is_said(error, ast.get_docstring(function) or "")
     ]
     assert not silent

@@ -18,21 +18,21 @@ import pytest
 import torch
 
 from isocost.cli import main
-from isocost.config.model import ModelSpec, TextSpec
-from isocost.config.sampling import SamplerSpec
-from isocost.diffusion.noise_schedule import Schedule
-from isocost.diffusion.solvers import build_table
-from isocost.errors import RequestError
-from isocost.models.autoencoder import load_codec
+from isocost.config.model import ModelSpec, TextEncoderSpec
+from isocost.config.sampling import SolverSpec
+from isocost.diffusion.noise_schedule import NoiseSchedule
+from isocost.diffusion.solvers import solver_coefficients
+from isocost.errors import ConfigError
+from isocost.models.autoencoder import load_autoencoder
 from isocost.models.checkpoint import CheckpointInfo, load_checkpoint, save_networks
 from isocost.models.factory import build_network
-from isocost.models.text_encoder import TextCodec
-from isocost.sampling.denoiser import SamplingNetwork
+from isocost.models.text_encoder import MiniLMTextEncoder
+from isocost.sampling.denoiser import Denoiser
 from isocost.sampling.latency import BatchLatency, Memory, latency, notes_of_load
-from isocost.sampling.latency_stages import BatchWork, Prepared, Summary, time_pass, time_passes
+from isocost.sampling.latency_stages import BatchedPipeline, LoadedModel, Summary, time_pass, time_passes
 from isocost.sampling.sample import sample
 from isocost.utils.artifact_store import publish
-from isocost.utils.device import HostInstruments, Nvml, Reading, open_nvml
+from isocost.utils.device import DeviceSample, HostMonitor, Nvml, open_nvml
 
 GIVEN_MS = [5.0, 1.0, 2.0, 4.0, 3.0, 100.0, 7.0, 6.0, 9.0, 8.0]
 PRECISE_MS = [1.0000001, 1.0000002, 1.0000004]
@@ -40,8 +40,15 @@ STUDENT = {"distilled": "consistency", "task": "distill", "guidance_range": (1.0
 
 
 def write_checkpoint(folder: Path, model: dict[str, Any] | None = None, **facts: Any) -> Path:
-    """A shallow checkpoint of random weights for the shipped codec: 32 x 32 pixels, 4 x 8 x 8 latents."""
-    shape = {"width": 8, "latent_channels": 4, "latent_side": 8, "context_width": 384, "layers_per_block": 1, "num_levels": 2}
+    """A shallow checkpoint of random weights for the shipped autoencoder: 32 x 32 pixels, 4 x 8 x 8 latents."""
+    shape = {
+        "width": 8,
+        "latent_channels": 4,
+        "latent_size": 8,
+        "cross_attention_dim": 384,
+        "layers_per_block": 1,
+        "num_levels": 2,
+    }
     spec = ModelSpec(**shape | (model or {}))
     torch.manual_seed(0)
     network = build_network(spec)
@@ -54,10 +61,10 @@ def write_checkpoint(folder: Path, model: dict[str, Any] | None = None, **facts:
         num_parameters=sum(one.numel() for one in network.parameters()),
         images_seen=0,
         gflop_per_forward=0.125,
-        normalised_cost=0.5,
-        prediction="v_prediction",
-        codec="scenes",
-        text=TextSpec(path="minilm", max_tokens=8),
+        normalized_cost_per_step=0.5,
+        prediction_type="v_prediction",
+        autoencoder="scenes",
+        text_encoder=TextEncoderSpec(path="minilm", max_tokens=8),
         resolution=32,
         **facts,
     )
@@ -69,7 +76,7 @@ def write_checkpoint(folder: Path, model: dict[str, Any] | None = None, **facts:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One checkpoint of every kind."""
     root = tmp_path_factory.mktemp("checkpoints")
-    embeds, beside = {"guidance_width": 16}, {"extra_input_channels": 4}
+    embeds, beside = {"guidance_embed_dim": 16}, {"extra_input_channels": 4}
     return {
         "base": write_checkpoint(root / "base"),
         "student": write_checkpoint(root / "student", embeds, **STUDENT),
@@ -103,7 +110,7 @@ def test_summaries_of_known_times() -> None:
     assert found.raw_ms == tuple(GIVEN_MS)
     assert Summary.of([4.0, 4.0, 4.0]) == Summary(4.0, 0.0, 4.0, (4.0, 4.0, 4.0))
     assert Summary.of(PRECISE_MS).median_ms == PRECISE_MS[1]
-    with pytest.raises(RequestError, match="at least 3"):
+    with pytest.raises(ConfigError, match="at least 3"):
         Summary.of([1.0, 2.0])
 
 
@@ -119,10 +126,10 @@ class PlantedClock:
     def wait(self) -> None:
         self.num_waits += 1
 
-    def mark(self) -> float:
+    def record(self) -> float:
         return self.now_ms
 
-    def between_ms(self, first: float, last: float) -> float:
+    def elapsed_ms(self, first: float, last: float) -> float:
         return last - first
 
 
@@ -142,7 +149,7 @@ def test_stages_are_the_time_between_their_ends() -> None:
 
 def planted_batch(*loads: float | None) -> BatchLatency:
     summary = Summary.of(GIVEN_MS)
-    before, after = (Reading(load_average_1m=load) for load in loads)
+    before, after = (DeviceSample(load_average_1m=load) for load in loads)
     memory = Memory(None, None, None, None)
     return BatchLatency(1, {"whole": summary}, 5.5, 5.5, 1, 1, 1, (5.5,), memory, None, None, before, after)
 
@@ -157,19 +164,19 @@ def test_a_busy_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @lru_cache
-def prepared_of(folder: Path) -> Prepared:
+def prepared_of(folder: Path) -> LoadedModel:
     opened = load_checkpoint(folder)
-    return Prepared(opened.info, SamplingNetwork(opened.network), load_codec("scenes"), text_codec(opened.text))
+    return LoadedModel(opened.info, Denoiser(opened.network), load_autoencoder("scenes"), text_autoencoder(opened.text_encoder))
 
 
 @lru_cache
-def text_codec(spec: TextSpec) -> TextCodec:
-    return TextCodec(spec)
+def text_autoencoder(spec: TextEncoderSpec) -> MiniLMTextEncoder:
+    return MiniLMTextEncoder(spec)
 
 
-def batch_of(folder: Path, guidance: float, size: int, num_steps: int = 3, name: str = "ddim") -> BatchWork:
-    table = build_table(SamplerSpec(name=name), num_steps, Schedule.scaled_linear())
-    return BatchWork(prepared_of(folder), table, guidance, size)
+def batch_of(folder: Path, guidance: float, size: int, num_steps: int = 3, name: str = "ddim") -> BatchedPipeline:
+    table = solver_coefficients(SolverSpec(name=name), num_steps, NoiseSchedule.scaled_linear())
+    return BatchedPipeline(prepared_of(folder), table, guidance, size)
 
 
 @pytest.mark.parametrize(
@@ -197,48 +204,48 @@ def test_every_pass_is_a_row_of_a_counted_call(
         assert (work.calls.num_calls, work.calls.num_rows) == (calls, rows)
     assert ended == ["text", *(["encoder"] if kind == "superres" else []), "denoiser", "decoder"]
     assert [done.nfe * size for done in work.finished] == [rows] * size
-    assert work.pictures.shape == (size, 3, 32, 32)
+    assert work.images.shape == (size, 3, 32, 32)
     work.check()
 
 
-def test_the_pictures_are_those_of_sample(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is timed is what is made elsewhere: the same captions, noise and sampler give the same pictures."""
+def test_the_images_are_those_of_sample(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed is what is made elsewhere: the same captions, noise and solver give the same images."""
     work = batch_of(folders["base"], 2.0, 3)
     work(lambda _: None)
-    drawn = sample(folders["base"], work.captions, num_steps=3, guidance=2.0, num_pictures=1).pictures[:, 0]
-    apart = work.pictures.permute(0, 2, 3, 1).int() - torch.from_numpy(drawn).int()
+    drawn = sample(folders["base"], work.prompts, num_steps=3, guidance=2.0, num_images=1).images[:, 0]
+    apart = work.images.permute(0, 2, 3, 1).int() - torch.from_numpy(drawn).int()
     assert apart.abs().max() <= 1
-    assert work.pictures.float().std() > 1
+    assert work.images.float().std() > 1
 
 
-def test_each_pass_encodes_its_captions_and_small_pictures_anew(folders: dict[str, Path]) -> None:
+def test_each_pass_encodes_its_captions_and_small_images_anew(folders: dict[str, Path]) -> None:
     work = batch_of(folders["superres"], 1.0, 2)
     work(lambda _: None)
-    first = work.pictures
+    first = work.images
     work.small = 255 - work.small
     work(lambda _: None)
-    assert not torch.equal(work.pictures, first)
+    assert not torch.equal(work.images, first)
     told = batch_of(folders["base"], 1.0, 1)
     told(lambda _: None)
     before = told.finished[0].latent
-    told.captions = ["something else"]
+    told.prompts = ["something else"]
     told(lambda _: None)
     assert not torch.equal(told.finished[0].latent, before)
 
 
 def test_stages_add_up_to_the_whole(folders: dict[str, Path]) -> None:
     work = batch_of(folders["base"], 2.0, 2)
-    clock = HostInstruments().clock
+    clock = HostMonitor().clock
     times = [time_pass(work, clock) for _ in range(4)]
     shares = [sum(value for stage, value in one.items() if stage != "whole") / one["whole"] for one in times]
     assert max(shares) <= 1
     assert statistics.median(shares) > 0.95
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_student_takes_its_guidance_in_every_precision(folders: dict[str, Path], precision: Any) -> None:
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_student_takes_its_guidance_in_every_precision(folders: dict[str, Path], dtype: Any) -> None:
     opened = load_checkpoint(folders["student"])
-    network = SamplingNetwork(opened.network, precision)
+    network = Denoiser(opened.network, dtype)
     projected = network.project(torch.zeros(2, 8, 384))
     with torch.inference_mode():
         output = network.denoise()(torch.zeros(2, 4, 8, 8), torch.tensor([5.0, 9.0]), projected, torch.tensor([1.0, 4.0]))
@@ -252,7 +259,7 @@ def test_numbers_that_are_not_finite_are_refused(folders: dict[str, Path]) -> No
     prepared_of.cache_clear()
     next(work.prepared.network.network.parameters()).fill_(torch.nan)
     work(lambda _: None)
-    with pytest.raises(RequestError, match="picture 0 of 2 is not finite numbers"):
+    with pytest.raises(ConfigError, match="image 0 of 2 is not finite numbers"):
         work.check()
 
 
@@ -260,18 +267,18 @@ def test_numbers_that_are_not_finite_are_refused(folders: dict[str, Path]) -> No
 
 
 def test_the_peak_of_memory_is_of_the_batch_and_not_of_before() -> None:
-    instruments = HostInstruments()
-    if instruments.memory_kind is None:
+    monitor = HostMonitor()
+    if monitor.memory_kind is None:
         pytest.skip("this system does not let a process reset its peak")
     size = 2**27
     torch.ones(size, dtype=torch.uint8)
     gc.collect()
-    instruments.reset_peak()
-    loaded = instruments.memory_bytes()
+    monitor.reset_peak()
+    loaded = monitor.memory_bytes()
     assert loaded is not None
-    assert instruments.peak_bytes() - loaded < size / 4  # type: ignore[operator]
+    assert monitor.peak_bytes() - loaded < size / 4  # type: ignore[operator]
     held = torch.ones(size, dtype=torch.uint8)
-    assert 0.9 * size < instruments.peak_bytes() - loaded < 1.5 * size  # type: ignore[operator]
+    assert 0.9 * size < monitor.peak_bytes() - loaded < 1.5 * size  # type: ignore[operator]
     del held
 
 
@@ -319,7 +326,7 @@ def test_without_nvml_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("kind", ["base", "student", "superres"])
 def test_a_cuda_device_is_timed_by_its_events(folders: dict[str, Path], kind: str) -> None:
-    found = latency(folders[kind], num_steps=2, batches=[2], repeats=5, precision="fp16", device="cuda").document()
+    found = latency(folders[kind], num_steps=2, batches=[2], repeats=5, dtype="fp16", device="cuda").document()
     assert found["settings"]["timer"] == {"stages": "cuda_events", "whole": "perf_counter"}
     one = found["batches"][0]
     parts = sum(times["median_ms"] for stage, times in one["stages"].items() if stage != "whole")
@@ -340,12 +347,12 @@ def test_the_command_says_everything(folders: dict[str, Path], isocost: Any, tmp
     assert json.loads(out.read_text()) == found
     assert (found["checkpoint"]["digest"], found["checkpoint"]["size"]) == ("base", "0.2M")
     settings = found["settings"]
-    assert (settings["sampler"], settings["num_steps"], settings["num_evaluations"]) == ("ddim/trailing", 2, 2)
+    assert (settings["solver"], settings["num_steps"], settings["num_function_evaluations"]) == ("ddim/trailing", 2, 2)
     assert (settings["guidance"], settings["passes_per_evaluation"]) == (2.0, 2)
-    assert settings["precision"] == {"text": "fp32", "denoiser": "fp32", "decoder": "fp32"}
+    assert settings["dtype"] == {"text": "fp32", "denoiser": "fp32", "decoder": "fp32"}
     assert (settings["compiled"], settings["repeats"], settings["warm_up"]) == (False, 5, 3)
     assert settings["timer"] == {"stages": "perf_counter", "whole": "perf_counter"}
-    assert settings["gflop_per_picture"] == 4 * 0.125
+    assert settings["gflop_per_image"] == 4 * 0.125
     assert found["device"]["name"]
     assert found["device"]["num_threads"] == torch.get_num_threads()
     assert found["notes"]
@@ -359,20 +366,20 @@ def test_the_command_says_everything(folders: dict[str, Path], isocost: Any, tmp
             assert times["median_ms"] <= times["p90_ms"] <= max(times["raw_ms"])
         whole = one["stages"]["whole"]
         assert any(value != round(value, 3) for value in whole["raw_ms"])
-        assert (one["network_calls"], one["network_rows"], one["nfe_per_picture"]) == (2, 4 * size, 4)
-        assert one["ms_per_picture"] == whole["median_ms"] / size == found["ms_per_picture_by_batch"][str(size)]
+        assert (one["network_calls"], one["network_rows"], one["nfe_per_image"]) == (2, 4 * size, 4)
+        assert one["ms_per_image"] == whole["median_ms"] / size == found["ms_per_image_by_batch"][str(size)]
         assert one["ms_per_evaluation"] == one["stages"]["denoiser"]["median_ms"] / 2
         assert len(one["warm_up_ms"]) == 3
         memory = one["memory"]
         assert memory["growth_bytes"] is None or memory["growth_bytes"] == memory["peak_bytes"] - memory["loaded_bytes"]
-        assert (one["energy_j"], one["energy_j_per_picture"]) == (None, None)
+        assert (one["energy_j"], one["energy_j_per_image"]) == (None, None)
         assert set(one["before"]) == set(one["after"])
-    for words in ("text", "denoiser", "decoder", "whole", "2 passes each", "ms a picture"):
+    for words in ("text", "denoiser", "decoder", "whole", "2 passes each", "ms an image"):
         assert words in progress
 
 
 @pytest.mark.parametrize(
-    ("kind", "sampler", "steps", "guidance", "passes"),
+    ("kind", "solver", "steps", "guidance", "passes"),
     [
         ("base", "ddim/trailing", 16, 2.0, 2),
         ("student", "lcm/trailing", 4, 2.0, 1),
@@ -384,7 +391,7 @@ def test_nothing_said_is_what_sample_and_upscale_take(
     folders: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
-    sampler: str,
+    solver: str,
     steps: int,
     guidance: float,
     passes: int,
@@ -392,10 +399,10 @@ def test_nothing_said_is_what_sample_and_upscale_take(
     monkeypatch.setattr("isocost.sampling.latency.NUM_WARM_UP", 1)
     found = latency(folders[kind], batches=[1], repeats=3, device="cpu").document()
     settings = found["settings"]
-    assert (settings["sampler"], settings["num_steps"]) == (sampler, steps)
+    assert (settings["solver"], settings["num_steps"]) == (solver, steps)
     assert (settings["guidance"], settings["passes_per_evaluation"]) == (guidance, passes)
     assert found["batches"][0]["network_calls"] == steps
-    assert found["batches"][0]["nfe_per_picture"] == steps * passes
+    assert found["batches"][0]["nfe_per_image"] == steps * passes
 
 
 @pytest.mark.slow
@@ -418,10 +425,10 @@ def test_every_batch_size_is_compiled(folders: dict[str, Path]) -> None:
         ("base", ["--batch", 0], "batch = 0: give one or more sizes of at least 1"),
         ("base", ["--batch", 4, "--batch", -1], "batch = -1"),
         ("base", ["--repeats", 2], "repeats = 2: a median and its spread take at least 3"),
-        ("base", ["--steps", 0], "num_steps = 0: a sampler takes at least one step"),
-        ("base", ["--sampler", "huen"], "'ddim', 'ddpm', 'euler'"),
+        ("base", ["--steps", 0], "num_steps = 0: a solver takes at least one step"),
+        ("base", ["--solver", "huen"], "unknown solver 'huen'; did you mean heun?"),
         ("base", ["--guidance", -1], "give a finite number that is not negative"),
-        ("base", ["--precision", "fp16", "--device", "cpu"], "on a CPU take --precision fp32 or bf16"),
+        ("base", ["--dtype", "fp16", "--device", "cpu"], "on a CPU take --dtype fp32 or bf16"),
         ("base", ["--device", "tpu"], "device = tpu: cpu or cuda"),
         ("base", ["--out", "times.txt"], "times.txt: give a file that ends in .json"),
         ("student", ["--guidance", 7.5], "this student was taught 1 to 4"),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from isocost.config.model import ModelSpec
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 from isocost.models.flops import family_table, model_cost
 from isocost.models.paper_table import BY_SIZE, TABLE_1
 from isocost.models.unet import build_unet, check_width, num_groups, num_heads, size_name, width_of
@@ -33,18 +33,18 @@ def test_gflop_are_within_three_percent_of_the_papers_column(family: list[dict])
             assert ours["gflop_per_forward"] == pytest.approx(0.07 * BY_SIZE["866M"].gflop, rel=0.06)
         else:
             assert ours["gflop_per_forward"] == pytest.approx(paper.gflop, rel=0.03)
-            assert ours["normalised_cost"] == pytest.approx(paper.normalised_cost, rel=0.05)
+            assert ours["normalized_cost_per_step"] == pytest.approx(paper.normalized_cost_per_step, rel=0.05)
 
 
 def test_the_papers_figures_stand_only_beside_the_papers_shape() -> None:
-    (row,) = family_table([64], ModelSpec(width=64, latent_side=8, context_width=384), 16)
-    assert row["paper_gflop"] is None
+    (row,) = family_table([64], ModelSpec(width=64, latent_size=8, cross_attention_dim=384), 16)
+    assert row["reference_gflop"] is None
     assert row["size"] != "39M"
 
 
 def test_gflop_are_what_the_layers_multiply() -> None:
     """Convolutions and linear layers counted from their own shapes by hooks; attention products from its sequence lengths."""
-    spec, tokens = ModelSpec(width=16, latent_side=8, context_width=32), 5
+    spec, tokens = ModelSpec(width=16, latent_size=8, cross_attention_dim=32), 5
     network = build_unet(spec).eval()
     total = 0.0
 
@@ -76,7 +76,7 @@ def test_gflop_are_what_the_layers_multiply() -> None:
 
 @pytest.mark.parametrize("width", [8, 16, 24, 32, 48])
 def test_small_members_are_built_and_run(width: int) -> None:
-    network = build_unet(ModelSpec(width=width, latent_channels=4, latent_side=8, context_width=32))
+    network = build_unet(ModelSpec(width=width, latent_channels=4, latent_size=8, cross_attention_dim=32))
     assert tuple(network.config.block_out_channels) == (width, 2 * width, 4 * width, 4 * width)
     out = network(torch.zeros(2, 4, 8, 8), torch.tensor([0, 999]), torch.zeros(2, 3, 32)).sample
     assert out.shape == (2, 4, 8, 8)
@@ -96,7 +96,7 @@ def test_one_rule_gives_the_papers_groups_and_heads_from_64_on() -> None:
 
 def test_the_smallest_member_takes_a_forward_pass() -> None:
     check_width(4)
-    network = build_unet(ModelSpec(width=4, latent_channels=8, latent_side=8, context_width=384))
+    network = build_unet(ModelSpec(width=4, latent_channels=8, latent_size=8, cross_attention_dim=384))
     assert sum(parameter.numel() for parameter in network.parameters()) == 257_172
     made = network(torch.zeros(2, 8, 8, 8), torch.tensor([1.0, 500.0]), torch.ones(2, 16, 384), return_dict=False)[0]
     assert made.shape == (2, 8, 8, 8)
@@ -109,13 +109,13 @@ def test_the_smallest_member_takes_a_forward_pass() -> None:
     [(12, "8 or 16"), (2, "8 or 16"), (0, "8 or 16"), (-8, "8 or 16"), (72, "64 or 96"), (100, "96 or 128")],
 )
 def test_a_width_that_no_group_rule_fits_is_refused_with_neighbours(width: int, remedy: str) -> None:
-    with pytest.raises(RequestError, match=f"width {width}: no group rule fits.*{remedy}"):
+    with pytest.raises(ConfigError, match=f"width {width}: no group rule fits.*{remedy}"):
         check_width(width)
 
 
 def test_a_latent_side_that_cannot_be_halved_is_refused() -> None:
-    with pytest.raises(RequestError, match="latent side 12"):
-        build_unet(ModelSpec(width=8, latent_side=12))
+    with pytest.raises(ConfigError, match="latent side 12"):
+        build_unet(ModelSpec(width=8, latent_size=12))
 
 
 def test_sizes_are_named_as_in_the_paper_and_by_parameters_elsewhere() -> None:
@@ -123,5 +123,5 @@ def test_sizes_are_named_as_in_the_paper_and_by_parameters_elsewhere() -> None:
     assert size_name(128, 144_800_000, 1024) == "145M"
     assert size_name(128, 137_000_000, 384) == "137M"
     assert [size_name(1, n, 384) for n in (777_000, 9_400_000, 35_600_000, 2_190_000_000)] == ["0.8M", "9.4M", "36M", "2.2B"]
-    with pytest.raises(RequestError, match="39M, 83M"):
+    with pytest.raises(ConfigError, match="39M, 83M"):
         width_of("40M")

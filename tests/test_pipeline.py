@@ -1,4 +1,4 @@
-"""The whole way: pictures to report; what exists is skipped; a killed run ends with the same table."""
+"""The whole way: images to report; what exists is skipped; a killed run ends with the same table."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ import yaml
 
 from conftest import plain_study, tiny_study
 from isocost.config.study_yaml import load_study
-from isocost.errors import RequestError, WorkError
+from isocost.errors import ConfigError, RunError
 from isocost.evaluation.evaluator import score
-from isocost.evaluation.feature_store import Measured, read_measured
+from isocost.evaluation.feature_store import SampleFeatures, read_measured
 from isocost.pipeline.dry_run import plan
-from isocost.pipeline.merge import keep, merge, take_artefacts
+from isocost.pipeline.merge import archive, merge, take_artefacts
 from isocost.pipeline.pipeline import Pipeline
 from isocost.report.build import report
-from isocost.sampling.generate import CaptionStates
+from isocost.sampling.generate import PromptEmbeds
 from isocost.sweep import image_shards as shards
-from isocost.sweep.results_db import Ledger
-from isocost.sweep.schema import OF_THE_MACHINE
+from isocost.sweep.results_db import ResultsDB
+from isocost.sweep.schema import HARDWARE_COLUMNS
 from isocost.utils.artifact_store import Store
-from small import save, scenes
+from tiny_configs import save, scenes
 
 
 @pytest.fixture(scope="module")
@@ -44,27 +44,27 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def table_of(out: Path) -> pd.DataFrame:
-    return pd.read_parquet(out / "table.parquet").drop(columns=OF_THE_MACHINE)
+    return pd.read_parquet(out / "table.parquet").drop(columns=HARDWARE_COLUMNS)
 
 
 def test_the_table_holds_the_grid_and_the_marks(finished: Path) -> None:
     table = table_of(finished)
-    finals = table[table["is_final"]]
-    assert len(finals) == 2 * 2 * 2
+    final_points = table[table["is_final"]]
+    assert len(final_points) == 2 * 2 * 2
     assert len(table[~table["is_final"]]) == 2
     assert set(table["images_seen"]) == {128, 256}
-    for metric in ("kernel_efficientnet", "alignment"):
+    for metric in ("mmd_efficientnet", "alignment"):
         assert (table[f"{metric}_low"] <= table[f"{metric}_high"]).all()
     peaks = pd.read_parquet(finished / "table.parquet")["peak_memory_mib"]
     assert peaks.isna().all() if sys.platform != "linux" else (peaks > 100).all()
-    one_pass = finals[finals["guidance"] == 1]
+    one_pass = final_points[final_points["guidance"] == 1]
     assert (one_pass["nfe"] == one_pass["num_steps"]).all()
-    two_passes = finals[finals["guidance"] == 2]
+    two_passes = final_points[final_points["guidance"] == 2]
     assert (two_passes["nfe"] == 2 * two_passes["num_steps"]).all()
 
 
 def test_the_output_folder_is_whole(finished: Path) -> None:
-    for name in ("study.yaml", "ledger.sqlite", "table.csv", "report/index.html", "report/summary.md"):
+    for name in ("study.yaml", "results.sqlite", "table.csv", "report/index.html", "report/summary.md"):
         assert (finished / name).is_file(), name
     page = (finished / "report" / "index.html").read_text()
     assert "0.8M" in page
@@ -89,19 +89,19 @@ def test_a_wider_grid_reuses_what_stands(finished: Path, tmp_path: Path) -> None
 
 
 def test_more_images_go_on_from_the_last_state(finished: Path) -> None:
-    longer = {**plain_study()["train"], "num_images": 320, "marks": [128, 256]}
+    longer = {**plain_study()["train"], "num_images": 320, "snapshots": [128, 256]}
     pipeline = Pipeline(tiny_study(train=longer), finished)
     assert [size["images_to_train"] for size in plan(pipeline)["sizes"]] == [64, 64]
 
 
 def test_a_mark_behind_the_state_is_refused(finished: Path) -> None:
-    pipeline = Pipeline(tiny_study(train={**plain_study()["train"], "marks": [64, 128]}), finished)
-    with pytest.raises(RequestError, match=r"train\.marks: 64 images were passed"):
+    pipeline = Pipeline(tiny_study(train={**plain_study()["train"], "snapshots": [64, 128]}), finished)
+    with pytest.raises(ConfigError, match=r"train\.snapshots: 64 images were passed"):
         pipeline.train(pipeline.runs[0])
 
 
 def test_scored_marks_need_not_be_kept(finished: Path, tmp_path: Path) -> None:
-    keep(finished, tmp_path / "kept", checkpoint_mib=100)
+    archive(finished, tmp_path / "kept", checkpoint_mib=100)
     merge(tmp_path / "out", [tmp_path / "kept"])
     again = Pipeline(tiny_study(), tmp_path / "out")
     checkpoints = {folder.name for folder in (again.out / "artefacts" / "checkpoint").iterdir()}
@@ -110,31 +110,31 @@ def test_scored_marks_need_not_be_kept(finished: Path, tmp_path: Path) -> None:
     report(again)
     pd.testing.assert_frame_equal(table_of(again.out), table_of(finished))
     assert not (again.out / "artefacts" / "run").exists()
-    other_marks = tiny_study(sweep={**plain_study()["sweep"], "marks_num_steps": 2, "marks_guidance": 1.5})
+    other_marks = tiny_study(sweep={**plain_study()["sweep"], "snapshot_num_steps": 2, "snapshot_guidance": 1.5})
     assert [size["images_to_train"] for size in plan(Pipeline(other_marks, again.out))["sizes"]] == [256, 256]
 
 
 def test_large_checkpoints_stay_behind(finished: Path, tmp_path: Path) -> None:
-    keep(finished, tmp_path / "kept", checkpoint_mib=0.1)
+    archive(finished, tmp_path / "kept", checkpoint_mib=0.1)
     assert not (tmp_path / "kept" / "artefacts" / "checkpoint").exists()
-    assert len(Ledger(tmp_path / "kept" / "ledger.sqlite").points()) == 10
+    assert len(ResultsDB(tmp_path / "kept" / "results.sqlite").points()) == 10
 
 
 def test_another_protocol_goes_on_from_the_artefacts(finished: Path, tmp_path: Path) -> None:
-    protocol = {**plain_study()["protocol"], "num_pictures": 48}
+    protocol = {**plain_study()["protocol"], "num_images": 48}
     assert take_artefacts(tmp_path / "out", [finished]) > 4
     other = Pipeline(tiny_study(protocol=protocol), tmp_path / "out")
     assert all(size["images_to_train"] == 0 and size["points_to_make"] > 0 for size in plan(other)["sizes"])
-    codec = other.store.folder("codec", other.materials.codec_digest) / "isocost.json"
-    before = codec.stat().st_mtime_ns
+    autoencoder = other.store.folder("autoencoder", other.assets.autoencoder_digest) / "isocost.json"
+    before = autoencoder.stat().st_mtime_ns
     assert other.run()
-    assert codec.stat().st_mtime_ns == before
+    assert autoencoder.stat().st_mtime_ns == before
     assert not (other.out / "artefacts" / "run").exists()
-    assert set(other.ledger.table()["num_pictures"]) == {48}
+    assert set(other.results_db.table()["num_images"]) == {48}
 
 
 def test_artefacts_of_what_is_no_output_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="no artefacts there"):
+    with pytest.raises(ConfigError, match="no artefacts there"):
         take_artefacts(tmp_path / "out", [tmp_path])
     assert not (tmp_path / "out").exists()
 
@@ -143,43 +143,43 @@ def test_artefacts_of_what_is_no_output_folder_are_refused(tmp_path: Path) -> No
     ("part", "change", "key"),
     [
         ("train", {"lr": 2e-3}, "train.lr"),
-        ("codec", {"num_channels": 8}, "codec.num_channels"),
-        ("protocol", {"num_pictures": 48}, "protocol.num_pictures"),
+        ("autoencoder", {"num_channels": 8}, "autoencoder.num_channels"),
+        ("protocol", {"num_images": 48}, "protocol.num_images"),
         ("data", {"resolution": 64}, "data.resolution"),
     ],
 )
 def test_a_conflicting_study_is_refused_and_writes_nothing(finished: Path, part: str, change: dict, key: str) -> None:
     before = (finished / "study.yaml").read_bytes()
-    with pytest.raises(RequestError, match=key):
+    with pytest.raises(ConfigError, match=key):
         Pipeline(tiny_study(**{part: {**plain_study()[part], **change}}), finished)
     assert (finished / "study.yaml").read_bytes() == before
 
 
-def test_a_picture_that_is_not_finite_is_named_and_never_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_that_is_not_finite_is_named_and_never_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoilt: list[int] = []
-    encode = CaptionStates.of.__func__
+    encode = PromptEmbeds.of.__func__
 
-    def spoil(cls: type[CaptionStates], captions: list[str], text: object) -> CaptionStates:
+    def spoil(cls: type[PromptEmbeds], captions: list[str], text: object) -> PromptEmbeds:
         states = encode(cls, captions, text)
         states.distinct[states.number[3]] = float("nan")
         spoilt[:] = (states.number[:32] == states.number[3]).nonzero().flatten().tolist()
         return states
 
-    monkeypatch.setattr(CaptionStates, "of", classmethod(spoil))
-    small = {"num_steps": [2], "guidance": [2], "bucket_size": 16}
+    monkeypatch.setattr(PromptEmbeds, "of", classmethod(spoil))
+    small = {"num_steps": [2], "guidance": [2], "batch_size": 16}
     pipeline = Pipeline(
-        tiny_study(family={"widths": [8]}, sweep=small, train={**plain_study()["train"], "marks": []}), tmp_path
+        tiny_study(family={"widths": [8]}, sweep=small, train={**plain_study()["train"], "snapshots": []}), tmp_path
     )
-    with pytest.raises(WorkError, match=r"pictures are not finite numbers \(picture 3 first\)"):
+    with pytest.raises(RunError, match=r"images are not finite numbers \(image 3 first\)"):
         pipeline.run()
     assert not any((tmp_path / "artefacts").glob("point/*"))
-    monkeypatch.setattr(shards, "MAX_NOT_FINITE_SHARE", 0.5)
+    monkeypatch.setattr(shards, "MAX_NONFINITE_FRACTION", 0.5)
     assert pipeline.run()
     store = Store(tmp_path)
     (folder,) = (tmp_path / "artefacts").glob("point/*")
     manifest = store.manifest("point", folder.name)
     assert 3 in spoilt
-    assert manifest["not_finite"] == spoilt
+    assert manifest["nonfinite"] == spoilt
     measured = read_measured(folder, ("efficientnet-lite0",))
     assert measured.ids is not None
     assert measured.ids.tolist() == [i for i in range(32) if i not in spoilt]
@@ -241,23 +241,23 @@ def test_the_papers_study_runs_tiny_to_its_laws(tmp_path: Path) -> None:
     assert "quality against training compute" in (tmp_path / "out" / "report" / "index.html").read_text()
 
 
-def test_the_floor_of_sorted_pictures_is_that_of_all_of_them(tmp_path: Path) -> None:
-    """A folder of scenes, then noise, beside a reference of both: real pictures are not far from real pictures."""
+def test_the_floor_of_sorted_images_is_that_of_all_of_them(tmp_path: Path) -> None:
+    """A folder of scenes, then noise, beside a reference of both: real images are not far from real images."""
     made, noise = scenes(192, 32), torch.from_numpy(np.random.default_rng(0).integers(0, 256, (192, 3, 32, 32), np.uint8))
     for part, first, count in (("train", 0, 64), ("reference", 64, 32)):
-        pictures = torch.cat([made[first : first + count], noise[first : first + count]])
-        save(tmp_path / part, pictures, [f"{place:04d}" for place in range(len(pictures))])
-        for place in range(len(pictures)):
-            (tmp_path / part / f"{place:04d}.txt").write_text(f"picture {place}")
+        images = torch.cat([made[first : first + count], noise[first : first + count]])
+        save(tmp_path / part, images, [f"{place:04d}" for place in range(len(images))])
+        for place in range(len(images)):
+            (tmp_path / part / f"{place:04d}.txt").write_text(f"image {place}")
     data = {
         "resolution": 32,
         "train": {"kind": "folder", "path": str(tmp_path / "train")},
         "reference": {"kind": "folder", "path": str(tmp_path / "reference")},
     }
-    protocol = {"num_pictures": 64, "num_reference": 64, "num_bootstrap": 20, "alignment": "none"}
-    materials = Pipeline(tiny_study(data=data, protocol=protocol), tmp_path / "out").materials
+    protocol = {"num_images": 64, "num_reference": 64, "num_bootstrap": 20, "alignment": "none"}
+    assets = Pipeline(tiny_study(data=data, protocol=protocol), tmp_path / "out").assets
     scenes_alone = {
-        name: extractor(materials.pictures("train").pictures[:64]).numpy() for name, extractor in materials.extractors.items()
+        name: extractor(assets.images("train").images[:64]).numpy() for name, extractor in assets.extractors.items()
     }
-    one_kind = score(Measured(scenes_alone), materials.reference, ("kernel",))["kernel_efficientnet"]
-    assert abs(materials.floors()["real"]["kernel_efficientnet"]) < one_kind.value / 10
+    one_kind = score(SampleFeatures(scenes_alone), assets.reference, ("mmd",))["mmd_efficientnet"]
+    assert abs(assets.reconstruction_floors()["real"]["mmd_efficientnet"]) < one_kind.value / 10

@@ -15,34 +15,34 @@ from torch import Tensor
 
 from isocost.analysis.pareto import best_guidance
 from isocost.config.evaluation import ProtocolSpec
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 from isocost.evaluation import score_folder as folders
-from isocost.evaluation.caption_lists import captions_sha256, read_captions
-from isocost.evaluation.evaluator import Measuring, score
-from isocost.evaluation.image_sources import key_of, pictures_of
+from isocost.evaluation.evaluator import FeatureCollector, score
+from isocost.evaluation.image_sources import image_id, iter_images
+from isocost.evaluation.prompt_lists import prompts_sha256, read_prompt_list
 from isocost.evaluation.protocol import Protocol, difference, make_protocol
-from isocost.evaluation.protocol_presets import PROTOCOLS, CaptionList, Crops, NamedProtocol
-from isocost.evaluation.reference_set import Reference
+from isocost.evaluation.protocol_presets import PRESETS, Crops, PromptList, ProtocolPreset
+from isocost.evaluation.reference_set import ReferenceSet
 from isocost.evaluation.score_folder import make_reference, score_folder
-from isocost.metrics.extractor_base import Extractor
+from isocost.metrics.extractor_base import FeatureExtractor
 from isocost.metrics.image_similarity import psnr, ssim
-from planted import planted_table
-from small import Talking, Thumbnail, save, scenes
+from synthetic_results import planted_table
+from tiny_configs import Talking, Thumbnail, save, scenes
 
 
 @pytest.fixture
 def thumbnails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every extractor is a thumbnail."""
 
-    def make(spec: ProtocolSpec, device: str = "cpu") -> dict[str, Extractor]:
+    def make(spec: ProtocolSpec, device: str = "cpu") -> dict[str, FeatureExtractor]:
         return {name: Talking() if name.startswith("clip") else Thumbnail() for name in spec.features}
 
     monkeypatch.setattr(folders, "make_extractors", make)
-    monkeypatch.setattr("isocost.evaluation.paired_images.ClipTower", Talking)
+    monkeypatch.setattr("isocost.evaluation.paired_images.CLIPFeatureExtractor", Talking)
 
 
-def register(monkeypatch: pytest.MonkeyPatch, protocol: NamedProtocol) -> str:
-    monkeypatch.setitem(PROTOCOLS, protocol.name, protocol)
+def register(monkeypatch: pytest.MonkeyPatch, protocol: ProtocolPreset) -> str:
+    monkeypatch.setitem(PRESETS, protocol.name, protocol)
     return protocol.name
 
 
@@ -50,31 +50,31 @@ def register(monkeypatch: pytest.MonkeyPatch, protocol: NamedProtocol) -> str:
 
 
 def test_the_protocols_that_are_promised_are_there() -> None:
-    assert {"coco30k-fid-clip", "div2k-sr", "dreambooth-30x25", "aerial-fd", "demo"} <= set(PROTOCOLS)
-    for name, protocol in PROTOCOLS.items():
+    assert {"coco30k-fid-clip", "div2k-sr", "dreambooth-30x25", "aerial-fd", "demo"} <= set(PRESETS)
+    for name, protocol in PRESETS.items():
         assert protocol.name == name
         assert protocol.version >= 1
-        assert protocol.captions is None or len(protocol.captions.sha256) == 64
+        assert protocol.prompts is None or len(protocol.prompts.sha256) == 64
 
 
 def test_the_page_of_protocols_names_each_with_its_version_and_hash() -> None:
     page = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text(encoding="utf-8")
-    for protocol in PROTOCOLS.values():
+    for protocol in PRESETS.values():
         assert f"`{protocol.name}`" in page
-        if protocol.captions is not None:
-            assert protocol.captions.sha256 in page
+        if protocol.prompts is not None:
+            assert protocol.prompts.sha256 in page
             assert f"`{protocol.title}`" in page
 
 
-def test_the_demo_protocol_runs_from_nothing_but_pictures(tmp_path: Path) -> None:
+def test_the_demo_protocol_runs_from_nothing_but_images(tmp_path: Path) -> None:
     drawn = scenes(256, 32, seed=1)
     np.save(tmp_path / "made.npy", drawn.permute(0, 2, 3, 1).numpy())
     found = score_folder(tmp_path / "made.npy", "scenes:2000", "demo")
-    assert (found.num_pictures, found.num_reference) == (256, 2000)
-    assert abs(found.scores["kernel_efficientnet"].value) < 0.5
+    assert (found.num_images, found.num_reference) == (256, 2000)
+    assert abs(found.scores["mmd_efficientnet"].value) < 0.5
     assert (
-        found.parts["captions"]
-        != make_protocol(ProtocolSpec(), resolution=32, extractor="", reference="", num_reference=1, captions=[]).captions
+        found.parts["prompts"]
+        != make_protocol(ProtocolSpec(), resolution=32, extractor="", reference="", num_reference=1, prompts=[]).prompts
     )
 
 
@@ -87,17 +87,17 @@ def test_the_demo_protocol_runs_from_nothing_but_pictures(tmp_path: Path) -> Non
     ],
 )
 def test_the_published_lists_are_the_ones_that_the_protocols_fix(shared: Path, name: str, place: str) -> None:
-    listed = PROTOCOLS[name].captions
+    listed = PRESETS[name].prompts
     assert listed is not None
-    assert len(read_captions(str(shared / place), listed)) == listed.num
+    assert len(read_prompt_list(str(shared / place), listed)) == listed.num
 
 
-def test_ids_of_pictures() -> None:
+def test_ids_of_images() -> None:
     for said in ("COCO_val2014_000000203564.jpg", "a/000000203564.png", "203564", "x/203564.WEBP"):
-        assert key_of(said) == "203564"
-    assert key_of("test-000.tar/airport_348") == "airport_348"
-    assert key_of("scene-1-0") == "scene-1-0"
-    assert key_of("00.7.png") == "00.7"
+        assert image_id(said) == "203564"
+    assert image_id("test-000.tar/airport_348") == "airport_348"
+    assert image_id("scene-1-0") == "scene-1-0"
+    assert image_id("00.7.png") == "00.7"
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -105,15 +105,15 @@ def test_ids_of_pictures() -> None:
 
 @pytest.fixture
 def super_resolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thumbnails: None) -> tuple[str, Path, Path]:
-    """div2k-sr in small: 12 crops of 32 pixels from 4 pictures; name, originals, statistics."""
+    """div2k-sr in small: 12 crops of 32 pixels from 4 images; name, originals, statistics."""
     small = dataclasses.replace(
-        PROTOCOLS["div2k-sr"],
+        PRESETS["div2k-sr"],
         name="sr12",
-        spec=ProtocolSpec(num_pictures=32, distances=("kernel",)),
+        spec=ProtocolSpec(num_images=32, metrics=("mmd",)),
         resolution=32,
-        num_pictures=12,
+        num_images=12,
         num_reference=12,
-        pair_scores=("psnr", "ssim"),
+        paired_image_metrics=("psnr", "ssim"),
         crops=Crops(12, 32, 4),
     )
     originals = save(tmp_path / "HR", scenes(4, 90), [f"080{number}" for number in range(4)])
@@ -123,7 +123,7 @@ def super_resolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thumbnails
 def test_crops_are_a_function_of_their_number(super_resolution: tuple[str, Path, Path]) -> None:
     name, originals, out = super_resolution
     make_reference(originals, out, name)
-    files = sorted((out / "pictures").iterdir())
+    files = sorted((out / "images").iterdir())
     assert [file.name for file in files] == [f"{number:05d}.png" for number in range(12)]
     crops = Crops(12, 32, 4)
     whole = scenes(4, 90).permute(0, 2, 3, 1).numpy()
@@ -133,36 +133,36 @@ def test_crops_are_a_function_of_their_number(super_resolution: tuple[str, Path,
     for number, (file, (top, left)) in enumerate(zip(files, corners, strict=True)):
         expected = whole[number % 4][top : top + 32, left : left + 32]
         assert np.array_equal(np.asarray(Image.open(file)), expected)
-    assert PROTOCOLS["div2k-sr"].crops == Crops(3000, 512, 100)
+    assert PRESETS["div2k-sr"].crops == Crops(3000, 512, 100)
     assert Crops(3000, 512, 100).corner(17, 1356, 2040) == (160, 861)
 
 
 def test_pairs_are_scored_by_id(super_resolution: tuple[str, Path, Path], tmp_path: Path) -> None:
     name, originals, out = super_resolution
     make_reference(originals, out, name)
-    real = torch.stack([one.pixels for one in pictures_of(str(out / "pictures"), side=32, exact=True)])
+    real = torch.stack([one.pixels for one in iter_images(str(out / "images"), side=32, exact=True)])
     made = (real.int() + 1 + torch.arange(12).reshape(12, 1, 1, 1)).clamp(0, 255).to(torch.uint8)
-    pictures = save(tmp_path / "made", made.flip(0), [str(number) for number in reversed(range(12))])
-    found = score_folder(pictures, out, name)
+    images = save(tmp_path / "made", made.flip(0), [str(number) for number in reversed(range(12))])
+    found = score_folder(images, out, name)
     assert found.scores["psnr"].value == pytest.approx(psnr(made.numpy(), real.numpy()).mean(), rel=1e-12)
     assert found.scores["ssim"].value == pytest.approx(ssim(made, real).mean(), rel=1e-12)
-    save(pictures, (255 - real[:1]), ["0"])
-    found = score_folder(pictures, out, name)
+    save(images, (255 - real[:1]), ["0"])
+    found = score_folder(images, out, name)
     changed = torch.cat([255 - real[:1], made[1:]])
     assert found.scores["psnr"].value == pytest.approx(psnr(changed.numpy(), real.numpy()).mean(), rel=1e-12)
     assert found.scores["psnr"].low < found.scores["psnr"].value < found.scores["psnr"].high
-    save(pictures, real[:1], ["0"])
-    with pytest.raises(RequestError, match="1 pictures equal their originals"):
-        score_folder(pictures, out, name)
-    save(pictures, real[:1], ["99"])
-    (pictures / "0.png").unlink()
-    with pytest.raises(RequestError, match="have no original in the reference; the first is 99"):
-        score_folder(pictures, out, name)
-    save(out / "pictures", real[:1], ["again/00001"])
-    with pytest.raises(RequestError, match="id 1 came twice in the reference"):
-        score_folder(pictures, out, name)
+    save(images, real[:1], ["0"])
+    with pytest.raises(ConfigError, match="1 images equal their originals"):
+        score_folder(images, out, name)
+    save(images, real[:1], ["99"])
+    (images / "0.png").unlink()
+    with pytest.raises(ConfigError, match="have no original in the reference; the first is 99"):
+        score_folder(images, out, name)
+    save(out / "images", real[:1], ["again/00001"])
+    with pytest.raises(ConfigError, match="id 1 came twice in the reference"):
+        score_folder(images, out, name)
     (originals / "0803.png").unlink()
-    with pytest.raises(RequestError, match="3 pictures; this protocol takes 4"):
+    with pytest.raises(ConfigError, match="3 images; this protocol takes 4"):
         make_reference(originals, tmp_path / "other", name)
 
 
@@ -174,32 +174,32 @@ def test_dreambooth_compares_with_the_subject_and_the_prompt(
 ) -> None:
     prompts = {f"{subject}/{number:02d}": f"a {subject} {'x' * number}" for subject in ("dog", "vase") for number in range(2)}
     small = dataclasses.replace(
-        PROTOCOLS["dreambooth-30x25"],
+        PRESETS["dreambooth-30x25"],
         name="dreams",
-        num_pictures=8,
-        captions=CaptionList(4, captions_sha256(prompts), "four prompts"),
+        num_images=8,
+        prompts=PromptList(4, prompts_sha256(prompts), "four prompts"),
     )
     listed = tmp_path / "prompts.csv"
     listed.write_text("id,caption\n" + "".join(f"{key},{said}\n" for key, said in prompts.items()))
-    monkeypatch.setattr(folders, "read_captions", lambda place, wanted: prompts)
+    monkeypatch.setattr(folders, "read_prompt_list", lambda place, wanted: prompts)
     name = register(monkeypatch, small)
     made = scenes(8, 40)
     keys = [f"{subject}/{number:02d}_{copy}" for subject in ("dog", "vase") for number in range(2) for copy in range(2)]
-    pictures = save(tmp_path / "made", made, keys)
+    images = save(tmp_path / "made", made, keys)
     reference = save(tmp_path / "real", scenes(5, 48, seed=1), ["dog/00", "dog/01", "vase/00", "vase/01", "vase/02"])
-    found = score_folder(pictures, reference, name, captions=str(listed))
-    assert (found.num_pictures, found.num_reference) == (8, 5)
+    found = score_folder(images, reference, name, prompts=str(listed))
+    assert (found.num_images, found.num_reference) == (8, 5)
     thumbnail, real = Thumbnail(), scenes(5, 48, seed=1)
     unit_made, unit_real = (torch.nn.functional.normalize(thumbnail(one).double()) for one in (made, real))
     expected = torch.cat([(unit_made[:4] @ unit_real[:2].T).mean(1), (unit_made[4:] @ unit_real[2:].T).mean(1)]).mean()
     assert found.scores["dino"].value == found.scores["clip_i"].value == pytest.approx(float(expected), rel=1e-6)
     assert found.scores["clip_t"].value == pytest.approx(float((unit_made.sum(1) / 48**0.5).mean()), rel=1e-6)
-    save(pictures, made[:1], ["dog/07_0"])
-    with pytest.raises(RequestError, match=r"07_0\.png: names no subject and prompt"):
-        score_folder(pictures, reference, name, captions=str(listed))
-    (pictures / "dog" / "07_0.png").rename(pictures / "dog" / "00_7.png")
-    with pytest.raises(RequestError, match="9 pictures; this protocol takes 8"):
-        score_folder(pictures, reference, name, captions=str(listed))
+    save(images, made[:1], ["dog/07_0"])
+    with pytest.raises(ConfigError, match=r"07_0\.png: names no subject and prompt"):
+        score_folder(images, reference, name, prompts=str(listed))
+    (images / "dog" / "07_0.png").rename(images / "dog" / "00_7.png")
+    with pytest.raises(ConfigError, match="9 images; this protocol takes 8"):
+        score_folder(images, reference, name, prompts=str(listed))
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------
@@ -208,23 +208,23 @@ def test_dreambooth_compares_with_the_subject_and_the_prompt(
 class Pointing(Talking):
     """Each caption has a direction of its own, by its length."""
 
-    def captions(self, captions: list[str]) -> Tensor:
+    def encode_text(self, captions: list[str]) -> Tensor:
         return torch.eye(48)[[len(caption) for caption in captions]]
 
 
-def test_a_picture_is_compared_with_its_own_caption_where_others_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isocost.evaluation.reference_set.ClipTower", Pointing)
+def test_a_image_is_compared_with_its_own_caption_where_others_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isocost.evaluation.reference_set.CLIPFeatureExtractor", Pointing)
     drawn, captions, name = scenes(40, 32), ["x" * number for number in range(40)], "clip-vit-b-32"
     protocol = make_protocol(
-        ProtocolSpec(num_pictures=40), resolution=32, extractor="", reference="", num_reference=40, captions=captions
+        ProtocolSpec(num_images=40), resolution=32, extractor="", reference="", num_reference=40, prompts=captions
     )
-    reference = Reference(protocol, {name: Pointing()}, {name: Thumbnail()(drawn).numpy()}, captions)
-    measuring = Measuring(reference)
+    reference = ReferenceSet(protocol, {name: Pointing()}, {name: Thumbnail()(drawn).numpy()}, captions)
+    measuring = FeatureCollector(reference)
     there = [number for number in range(40) if number not in (0, 7, 33)]
     measuring.add(there, drawn[there])
     unit = torch.nn.functional.normalize(Thumbnail()(drawn).double())
     expected = float(unit[there, there].mean())
-    found = score(measuring.measured(), reference, ("caption",))["clip_score_b32"]
+    found = score(measuring.measured(), reference, ("prompt_similarity",))["clip_score_b32"]
     assert found.value == pytest.approx(expected, rel=1e-6)
 
 
@@ -237,9 +237,9 @@ PLAIN = Protocol(100, 200, 32, "net:aaaa/resize=bicubic/side=64/fp32", "real", "
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_pictures": 300}, "N (100, 300)"),
+        ({"num_images": 300}, "N (100, 300)"),
         ({"reference": "other"}, "reference (real, other)"),
-        ({"captions": "more"}, "prompts (said, more)"),
+        ({"prompts": "more"}, "prompts (said, more)"),
         ({"resolution": 64}, "resolution (32, 64)"),
         ({"extractor": "net:bbbb/resize=bicubic/side=64/fp32"}, "weights of net (aaaa, bbbb)"),
         ({"extractor": "net:aaaa/resize=bilinear/side=64/fp32"}, "resize of net (bicubic, bilinear)"),
@@ -254,12 +254,12 @@ def test_what_differs_between_two_protocols_is_told(changes: dict[str, object], 
 
 def test_points_of_two_protocols_are_refused_with_what_differs() -> None:
     table = planted_table()
-    other = dataclasses.replace(PLAIN, num_pictures=300, extractor="net:aaaa/resize=bilinear/side=64/fp32")
+    other = dataclasses.replace(PLAIN, num_images=300, extractor="net:aaaa/resize=bilinear/side=64/fp32")
     parts = {PLAIN.id: json.dumps(PLAIN.parts), other.id: json.dumps(other.parts)}
     table["protocol"] = np.where(np.arange(len(table)) % 2 == 0, PLAIN.id, other.id)
     table["protocol_parts"] = table["protocol"].map(parts)
-    with pytest.raises(RequestError, match="points that differ in protocol cannot be compared") as refused:
-        best_guidance(table, "kernel_efficientnet")
+    with pytest.raises(ConfigError, match="points that differ in protocol cannot be compared") as refused:
+        best_guidance(table, "mmd_efficientnet")
     assert "; they differ in N (" in str(refused.value)
     assert "resize of net (" in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -267,7 +267,7 @@ def test_points_of_two_protocols_are_refused_with_what_differs() -> None:
 
 
 def test_features_kept_in_less_precision_are_another_protocol() -> None:
-    parts = {"resolution": 32, "extractor": ["e:1/fp32"], "reference": "r", "num_reference": 9, "captions": []}
-    plain, half = (make_protocol(ProtocolSpec(kept=kept), **parts) for kept in ("fp32", "fp16"))  # type: ignore[arg-type]
+    parts = {"resolution": 32, "extractor": ["e:1/fp32"], "reference": "r", "num_reference": 9, "prompts": []}
+    plain, half = (make_protocol(ProtocolSpec(feature_dtype=dtype), **parts) for dtype in ("fp32", "fp16"))  # type: ignore[arg-type]
     assert plain.id != half.id
-    assert difference(plain.parts, half.parts) == "kept of e (none, fp16)"
+    assert difference(plain.parts, half.parts) == "dtype of e (none, fp16)"

@@ -12,28 +12,27 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from isocost.analysis.claims import Points, judge
+from isocost.analysis.claims import TaskResults, evaluate_claims
 from isocost.analysis.costs import COSTS
 from isocost.analysis.paper_claims import FINDINGS
-from isocost.errors import RequestError
-from isocost.report import figures
+from isocost.errors import ConfigError
+from isocost.report import figures, plot_data
 from isocost.report import image_grids as sheets
 from isocost.report import matplotlib_backend as drawing
-from isocost.report import plot_data as marks
 from isocost.report import plot_style as scales
 from isocost.report import plotly_backend as charts
 from isocost.report.html import metrics_in, write_report
-from planted import BEST_GUIDANCE, planted_table
+from synthetic_results import BEST_GUIDANCE, planted_table
 
-KERNEL = "kernel_efficientnet"
+KERNEL = "mmd_efficientnet"
 CAPTIONS = ["a red circle", "</script><script>alert('caption')</script>", '"><img src=x onerror=alert(1)> costs $5 or $6']
 
 
-def plain_pictures(table: pd.DataFrame) -> dict[str, np.ndarray]:
-    """For every final point three pictures [3, 8, 8, 3] whose colour tells the point and the caption."""
+def plain_images(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """For every final point three images [3, 8, 8, 3] whose colour tells the point and the caption."""
     points = table.loc[table["is_final"], "point"]
     return {
-        point: np.stack([np.full((8, 8, 3), (number % 256, number // 256, picture), np.uint8) for picture in range(3)])
+        point: np.stack([np.full((8, 8, 3), (number % 256, number // 256, image), np.uint8) for image in range(3)])
         for number, point in enumerate(points)
     }
 
@@ -42,7 +41,7 @@ def plain_pictures(table: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def test_cost_curves_show_the_planted_crossing_and_order() -> None:
-    curves = marks.cost_curves(planted_table(), KERNEL, "paper_cost")
+    curves = plot_data.cost_curves(planted_table(), KERNEL, "normalized_cost")
     assert [series.label for series in curves.series] == ["0.2M", "0.8M", "3.2M", "7.1M", "12.6M"]
     small, large = curves.series[0], curves.series[-1]
     assert np.interp(small.x[-1], small.x, small.y) < np.interp(small.x[-1], large.x, large.y), (
@@ -59,7 +58,7 @@ def test_cost_curves_show_the_planted_crossing_and_order() -> None:
 
 def test_the_frontier_lies_under_every_mark() -> None:
     table = planted_table(noise=0.01)
-    frontier = marks.cost_curves(table, KERNEL, "gflop").frontier
+    frontier = plot_data.cost_curves(table, KERNEL, "gflop").frontier
     assert frontier is not None
     finished = table[table["is_final"]]
     for cost, value in zip(finished["gflop"], finished[KERNEL], strict=True):
@@ -69,69 +68,69 @@ def test_the_frontier_lies_under_every_mark() -> None:
 def test_every_point_of_the_frontier_has_the_mark_of_its_size() -> None:
     table = planted_table(guidance=(1.0, 2.0))
     free = table["guidance"] == 1.0  # one pass: half the evaluations of the better ones, so both are on the frontier
-    curves = marks.cost_curves(table, KERNEL, "nfe")
+    curves = plot_data.cost_curves(table, KERNEL, "nfe")
     frontier = curves.frontier
     assert frontier is not None
-    marked = {(x, y) for series in (*curves.series, *curves.beside) for x, y in zip(series.x, series.y, strict=True)}
-    assert set(zip(frontier.x, frontier.y, strict=True)) <= marked
+    snapshot_points = {(x, y) for series in (*curves.series, *curves.beside) for x, y in zip(series.x, series.y, strict=True)}
+    assert set(zip(frontier.x, frontier.y, strict=True)) <= snapshot_points
     beside = {(x, y) for series in curves.beside for x, y in zip(series.x, series.y, strict=True)}
     assert beside
     assert beside <= set(zip(table[free]["nfe"], table[free][KERNEL], strict=True))
-    assert curves.setting.endswith("; off the lines: other guidance or sampler")
+    assert curves.setting.endswith("; off the lines: other guidance or solver")
     drawn = drawing.draw_curves(curves).axes[0].lines
     assert {(x, y) for line in drawn for x, y in line.get_xydata()} >= beside  # type: ignore[attr-defined]
     shown = [trace for trace in charts.plotly_curves(curves).data if trace.mode == "markers"]
     assert {(x, y) for trace in shown for x, y in zip(trace.x, trace.y, strict=True)} == beside
-    assert not marks.cost_curves(table[~free], KERNEL, "nfe").beside
+    assert not plot_data.cost_curves(table[~free], KERNEL, "nfe").beside
 
 
-def test_a_sampler_can_be_singled_out() -> None:
+def test_a_solver_can_be_singled_out() -> None:
     table = planted_table()
-    both, ddim = (marks.cost_curves(table, KERNEL, "nfe", sampler=sampler) for sampler in (None, "ddim/trailing"))
+    both, ddim = (plot_data.cost_curves(table, KERNEL, "nfe", solver=solver) for solver in (None, "ddim/trailing"))
     assert all("ddim/trailing" in note for series in ddim.series for note in series.notes)
     assert (ddim.series[0].y > both.series[0].y).all(), "first order is planted worse"
-    with pytest.raises(RequestError, match="no point of sampler 'euler'"):
-        marks.cost_curves(table, KERNEL, "nfe", sampler="euler")
+    with pytest.raises(ConfigError, match="no point of solver 'euler'"):
+        plot_data.cost_curves(table, KERNEL, "nfe", solver="euler")
 
 
 def test_compute_curves_take_one_setting_and_end_at_the_final_point() -> None:
     table = planted_table()
-    curves = marks.compute_curves(table, KERNEL, floor=0.01)
+    curves = plot_data.compute_curves(table, KERNEL, floor=0.01)
     assert curves.setting == "ddim/trailing, 16 steps, guidance 2"
     for series in curves.series:
         rows = table[table["size"] == series.label]
         assert series.x.tolist() == sorted(rows["training_gflop"].unique())
         assert (np.diff(series.y) < 0).all()
-    with pytest.raises(RequestError, match=r"train\.marks"):
-        marks.compute_curves(table[table["is_final"]], KERNEL)
+    with pytest.raises(ConfigError, match=r"train\.snapshots"):
+        plot_data.compute_curves(table[table["is_final"]], KERNEL)
 
 
 @pytest.mark.parametrize(("metric", "pick"), [(KERNEL, np.nanargmin), ("alignment", np.nanargmax)])
 def test_heat_panels_mark_the_planted_optimum(metric: str, pick: object) -> None:
     table = planted_table(noise=0.01)
     table["alignment"] = 1 - table[KERNEL]
-    panels = marks.guidance_panels(table, metric)
-    assert [(panel.sampler, panel.size) for panel in panels][:6][-1] == ("dpmsolver++2m/trailing", "0.2M")
+    panels = plot_data.guidance_panels(table, metric)
+    assert [(panel.solver, panel.size) for panel in panels][:6][-1] == ("dpmsolver++2m/trailing", "0.2M")
     for panel in panels:
         assert [int(pick(row)) for row in panel.values] == list(panel.best)  # type: ignore[operator]
         assert np.ravel_multi_index(panel.optimum, panel.values.shape) == pick(panel.values)  # type: ignore[operator]
-    noiseless = marks.guidance_panels(planted_table(), KERNEL)
+    noiseless = plot_data.guidance_panels(planted_table(), KERNEL)
     assert all(panel.guidance[column] == BEST_GUIDANCE for panel in noiseless for column in panel.best)
 
 
 def test_heat_panels_bear_holes_in_the_grid() -> None:
     table = planted_table()
     hole = table["is_final"] & (table["num_steps"] == 8) & (table["guidance"] == 3.0)
-    panel = marks.guidance_panels(table[~hole], KERNEL)[0]
+    panel = plot_data.guidance_panels(table[~hole], KERNEL)[0]
     assert np.argwhere(np.isnan(panel.values)).tolist() == [[2, 3]]
-    assert figures.which_guidance_is_best(table[~hole], KERNEL).axes
+    assert figures.plot_guidance(table[~hole], KERNEL).axes
     assert charts.plotly_heat(panel).data[0].text[2][3] == ""
 
 
 def test_contact_cells_show_the_best_point_of_each_cell() -> None:
     table = planted_table()
-    pictures = plain_pictures(table)
-    sheet = sheets.contact_cells(table, KERNEL, pictures, CAPTIONS)
+    images = plain_images(table)
+    sheet = sheets.contact_cells(table, KERNEL, images, CAPTIONS)
     finished = table[table["is_final"]]
     best = finished.loc[finished.groupby(["size", "num_steps"])[KERNEL].idxmin()].set_index(["size", "num_steps"])["point"]
     assert (sheet.rows[0], sheet.rows[-1], sheet.columns) == ("0.2M", "12.6M", ("2", "4", "8", "16", "32"))
@@ -139,35 +138,35 @@ def test_contact_cells_show_the_best_point_of_each_cell() -> None:
         for steps, cell in zip(sheet.columns, cells, strict=True):
             assert cell is not None
             assert cell.point == best[size, int(steps)]
-            assert (cell.pictures == pictures[cell.point]).all()
+            assert (cell.images == images[cell.point]).all()
 
 
 def test_contact_cells_by_budget_leave_out_what_does_not_fit() -> None:
     table = planted_table()
-    sheet = sheets.contact_cells(table, KERNEL, plain_pictures(table), CAPTIONS, "paper_cost", [0.1, 6])
+    sheet = sheets.contact_cells(table, KERNEL, plain_images(table), CAPTIONS, "normalized_cost", [0.1, 6])
     assert sheet.columns == ("0.1", "6")
     assert [cells[0] is not None for cells in sheet.cells] == [True, False, False, False, False]
     assert sheet.cells[0][1] is not None
     assert "32 steps" in sheet.cells[0][1].label
 
 
-def test_pictures_stand_where_the_sheet_says() -> None:
+def test_images_stand_where_the_sheet_says() -> None:
     table = planted_table()
-    sheet = sheets.contact_cells(table, KERNEL, plain_pictures(table), CAPTIONS)
-    axes = figures.what_do_more_steps_look_like(table, KERNEL, plain_pictures(table), CAPTIONS).axes[1]
+    sheet = sheets.contact_cells(table, KERNEL, plain_images(table), CAPTIONS)
+    axes = figures.plot_steps_grid(table, KERNEL, plain_images(table), CAPTIONS).axes[1]
     mosaic = np.asarray(axes.images[0].get_array())
     for row, top in enumerate(axes.get_yticks()):
         for column, left in enumerate(axes.get_xticks()):
             cell = sheet.cells[row][column]
             assert cell is not None
-            assert (mosaic[int(top), int(left)] == cell.pictures[1, 0, 0]).all()
+            assert (mosaic[int(top), int(left)] == cell.images[1, 0, 0]).all()
 
 
-def test_pictures_must_match_the_captions() -> None:
+def test_images_must_match_the_captions() -> None:
     table = planted_table()
-    with pytest.raises(RequestError, match="2 captions"):
-        sheets.contact_cells(table, KERNEL, plain_pictures(table), CAPTIONS[:2])
-    with pytest.raises(RequestError, match="no pictures were kept"):
+    with pytest.raises(ConfigError, match="2 captions"):
+        sheets.contact_cells(table, KERNEL, plain_images(table), CAPTIONS[:2])
+    with pytest.raises(ConfigError, match="no images were kept"):
         sheets.contact_cells(table, KERNEL, {}, CAPTIONS)
 
 
@@ -186,7 +185,7 @@ def test_ticks_of_logarithmic_axes(low: float, high: float, labels: list[str]) -
 
 
 def test_both_ways_of_drawing_put_the_marks_where_the_data_is() -> None:
-    curves = marks.cost_curves(planted_table(), KERNEL, "paper_cost", floor=0.013)
+    curves = plot_data.cost_curves(planted_table(), KERNEL, "normalized_cost", floor=0.013)
     (axes,) = drawing.draw_curves(curves).axes
     lines = {line.get_label(): line for line in axes.get_lines()}
     traces = {trace.name: trace for trace in charts.plotly_curves(curves).data}
@@ -195,8 +194,8 @@ def test_both_ways_of_drawing_put_the_marks_where_the_data_is() -> None:
         assert list(traces[series.label].x) == series.x.tolist()
         assert list(traces[series.label].y) == series.y.tolist()
         assert lines[series.label].get_color() == traces[series.label].line.color == series.color
-    assert lines["decoded real pictures"].get_ydata()[0] == 0.013
-    assert set(traces["decoded real pictures"].y) == {0.013}
+    assert lines["decoded real images"].get_ydata()[0] == 0.013
+    assert set(traces["decoded real images"].y) == {0.013}
     assert axes.get_xscale() == "log"
     assert len({series.color for series in curves.series}) == len({series.mark for series in curves.series}) == 5
 
@@ -210,10 +209,10 @@ def test_wide_ranges_get_a_logarithmic_axis_unless_something_is_not_positive() -
     table = planted_table()
     values = table[KERNEL].to_numpy(copy=True)
     wide = table.assign(**{KERNEL: values**3, f"{KERNEL}_low": values**3 * 0.9, f"{KERNEL}_high": values**3 * 1.1})
-    assert marks.cost_curves(wide, KERNEL, "nfe").log_y
-    assert not marks.cost_curves(wide, KERNEL, "nfe", floor=-1e-5).log_y
-    assert not marks.cost_curves(wide.assign(**{f"{KERNEL}_low": -1e-6}), KERNEL, "nfe").log_y
-    assert drawing.draw_curves(marks.cost_curves(wide, KERNEL, "nfe")).axes[0].get_yscale() == "log"
+    assert plot_data.cost_curves(wide, KERNEL, "nfe").log_y
+    assert not plot_data.cost_curves(wide, KERNEL, "nfe", floor=-1e-5).log_y
+    assert not plot_data.cost_curves(wide.assign(**{f"{KERNEL}_low": -1e-6}), KERNEL, "nfe").log_y
+    assert drawing.draw_curves(plot_data.cost_curves(wide, KERNEL, "nfe")).axes[0].get_yscale() == "log"
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -256,18 +255,18 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = planted_table(noise=0.004)
     table.loc[table["size"] == "3.2M", "size"] = "3.2M <b>&"
     origin = {"commit": "abc", "hours": {"training": 0.5}, "study_yaml": "name: </pre><script>alert('yaml')</script>\n"}
-    floors = {KERNEL: 0.013, "alignment": 0.95}
+    reconstruction_floors = {KERNEL: 0.013, "alignment": 0.95}
     folder = tmp_path_factory.mktemp("page") / "report"
-    return write_report(folder, "planted", table, KERNEL, origin, floors, plain_pictures(table), CAPTIONS)
+    return write_report(folder, "planted", table, KERNEL, origin, reconstruction_floors, plain_images(table), CAPTIONS)
 
 
 def test_the_answer_comes_first_and_the_parts_in_order(written: Path) -> None:
     page = read(written)
     sections = [attributes["id"] for tag, attributes in page.elements if tag == "section"]
-    assert sections == ["answer", "explore", "cost", "compute", "samplers", "guidance", "pictures", "points", "origin"]
-    assert "The best size moves from 0.2M at 0.32 to 12.6M at 81 units of paper cost" in page.text
+    assert sections == ["answer", "explore", "cost", "compute", "solvers", "guidance", "images", "points", "origin"]
+    assert "The best size moves from 0.2M at 0.32 to 12.6M at 81 units of normalized cost" in page.text
     for line in (
-        "For 0.32 units of paper cost",
+        "For 0.32 units of normalized cost",
         "0.2M, 8 steps, guidance 2, dpmsolver++2m/trailing",
         "runner-up 0.8M, 2 steps",
     ):
@@ -278,7 +277,7 @@ def test_the_answer_comes_first_and_the_parts_in_order(written: Path) -> None:
 def test_the_papers_findings_stand_behind_the_answer(tmp_path: Path) -> None:
     table = planted_table(sizes=("0.2M", "0.8M", "3.2M"))
     table.loc[table["size"] == "3.2M", "size"] = "3.2M <b>&"
-    verdicts = judge(FINDINGS, {"text2image": Points(table, KERNEL)})
+    verdicts = evaluate_claims(FINDINGS, {"text2image": TaskResults(table, KERNEL)})
     page = read(write_report(tmp_path, "planted", table, KERNEL, {}, {}, {}, [], verdicts=verdicts))
     sections = [attributes["id"] for tag, attributes in page.elements if tag == "section"]
     assert sections[:3] == ["answer", "explore", "verdicts"]
@@ -295,7 +294,7 @@ def test_names_and_captions_stay_text(written: Path) -> None:
         assert text in page.text
     (size,) = (column for column in json.loads(page.scripts["rows"])["columns"] if column["name"] == "size")
     assert "3.2M <b>&" in size["texts"]
-    assert json.loads(page.scripts["data"])["captions"] == CAPTIONS
+    assert json.loads(page.scripts["data"])["prompts"] == CAPTIONS
     drawn = json.loads(page.scripts["drawings"])["cost"]["drawings"]["0|0|0"][0]["data"]
     assert "3.2M &lt;b&gt;&amp;" in {trace["name"] for trace in drawn}, "plotly reads names as markup"
 
@@ -320,7 +319,7 @@ def test_every_choice_has_its_drawing(written: Path) -> None:
     drawings = json.loads(page.scripts["drawings"])
     assert len(drawings["cost"]["drawings"]) == 4 * 3 * 3
     assert len(drawings["compute"]["drawings"]) == 3
-    assert len(drawings["samplers"]["drawings"]) == (1 + 5) * 2 * 3
+    assert len(drawings["solvers"]["drawings"]) == (1 + 5) * 2 * 3
     assert len(drawings["guidance"]["drawings"]) == len(drawings["found"]["drawings"]) == 2 * 3
     axes = [drawings["cost"]["drawings"][f"{at}|0|0"][0]["layout"]["xaxis"]["title"]["text"] for at in range(4)]
     assert axes == [cost.axis for cost in COSTS.values()]
@@ -328,7 +327,7 @@ def test_every_choice_has_its_drawing(written: Path) -> None:
 
 def test_the_table_holds_every_point_best_first(written: Path) -> None:
     rows = json.loads(read(written).scripts["rows"])
-    place = [column["title"] for column in rows["columns"]].index("kernel distance")
+    place = [column["title"] for column in rows["columns"]].index("squared MMD")
     values = rows["columns"][place]["keys"]
     assert rows["rows"] == len(values) == len(planted_table())
     assert values == sorted(values)
@@ -338,19 +337,19 @@ def test_the_table_holds_every_point_best_first(written: Path) -> None:
 def test_figures_lie_beside_the_page(written: Path) -> None:
     folder = written.parent / "figures"
     names = {
-        *(f"which_size_is_best_at_equal_cost-{cost}" for cost in COSTS),
-        "does_compute_alone_decide-training_gflop",
-        "which_sampler_is_best_at_equal_steps",
-        "which_guidance_is_best",
-        "does_the_best_guidance_change_with_steps",
-        "what_do_more_steps_look_like",
-        "what_does_each_budget_buy",
+        *(f"quality_vs_cost-{cost}" for cost in COSTS),
+        "quality_vs_compute-training_gflop",
+        "solvers",
+        "guidance",
+        "guidance_heatmap",
+        "steps_grid",
+        "budget_grid",
     }
     assert {file.name for file in folder.iterdir()} == {f"{name}.{ending}" for name in names for ending in ("png", "pdf")}
     for file in folder.glob("*.png"):
-        with Image.open(file) as picture:
-            assert min(picture.size) > 300
-            assert len(picture.convert("RGB").getcolors(2**24)) > 20, f"{file.name} is blank"
+        with Image.open(file) as image:
+            assert min(image.size) > 300
+            assert len(image.convert("RGB").getcolors(2**24)) > 20, f"{file.name} is blank"
     for file in folder.glob("*.pdf"):
         data = file.read_bytes()
         assert data.startswith(b"%PDF-1.4")
@@ -360,15 +359,15 @@ def test_figures_lie_beside_the_page(written: Path) -> None:
 
 
 def test_missing_parts_are_said_and_the_rest_is_there(tmp_path: Path) -> None:
-    table = planted_table(samplers=("ddim/trailing",), marks=()).assign(ms_per_picture=np.nan, alignment=np.nan)
-    stale = [tmp_path / "figures" / f"which_size_is_best_at_equal_cost-ms_per_picture.{ending}" for ending in ("png", "pdf")]
+    table = planted_table(solvers=("ddim/trailing",), snapshots=()).assign(ms_per_image=np.nan, alignment=np.nan)
+    stale = [tmp_path / "figures" / f"quality_vs_cost-ms_per_image.{ending}" for ending in ("png", "pdf")]
     stale[0].parent.mkdir()
     for file in stale:
         file.write_bytes(b"of an earlier report")
     page = read(write_report(tmp_path, "bare", table, KERNEL, {}, {}, {}, []))
     for line in (
         "no checkpoint before the last was scored",
-        "no pictures were kept of any finished point",
+        "no images were kept of any finished point",
         "every point was made with ddim/trailing",
         "Not measured: milliseconds",
         "no floor is drawn",
@@ -378,7 +377,7 @@ def test_missing_parts_are_said_and_the_rest_is_there(tmp_path: Path) -> None:
         assert line in page.text
     assert metrics_in(table) == [KERNEL, "frechet_efficientnet"]
     assert set(json.loads(page.scripts["drawings"])) == {"cost", "guidance", "found"}
-    assert [axis["cost"] for axis in json.loads(page.scripts["data"])["explore"]["axes"]] == ["paper_cost", "nfe", "gflop"]
+    assert [axis["cost"] for axis in json.loads(page.scripts["data"])["explore"]["axes"]] == ["normalized_cost", "nfe", "gflop"]
     assert not any(file.exists() for file in stale)
     assert "For " in page.text
 
@@ -394,17 +393,17 @@ def test_an_unfinished_study_has_a_page_too(tmp_path: Path) -> None:
 def test_what_cannot_be_compared_is_not_written(tmp_path: Path) -> None:
     table = planted_table()
     table.loc[0, "protocol"] = "newer"
-    with pytest.raises(RequestError, match="differ in protocol"):
+    with pytest.raises(ConfigError, match="differ in protocol"):
         write_report(tmp_path / "report", "mixed", table, KERNEL, {}, {}, {}, [])
     assert not (tmp_path / "report").exists()
 
 
 def test_lines_across_are_the_floor_and_what_no_model_made() -> None:
-    curves = marks.cost_curves(planted_table(), KERNEL, "nfe", floor=0.013)
-    assert curves.dashed == [("decoded real pictures", 0.013, "dash")]
+    curves = plot_data.cost_curves(planted_table(), KERNEL, "nfe", floor=0.013)
+    assert curves.dashed == [("decoded real images", 0.013, "dash")]
     with_more = dataclasses.replace(curves, floor_label="photographs", levels=(("bicubic", 9.0),))
     assert [label for label, *_ in with_more.dashed] == ["photographs", "bicubic"]
-    assert marks.y_range(with_more)[1] == 9.0
+    assert plot_data.y_range(with_more)[1] == 9.0
     named = {trace.name: list(trace.y) for trace in charts.plotly_curves(with_more).data}
     assert named["bicubic"] == [9.0, 9.0]
     legend = drawing.draw_curves(with_more).axes[0].get_legend()

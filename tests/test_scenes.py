@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from isocost.data.synthetic import scenes
 from isocost.data.synthetic.scenes import Group, Scene
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 
 MANY = [scenes.scene(11, index) for index in range(10_000)]
 PRINT_DIGEST = "import test_scenes; print(test_scenes.digest_of_some())"
@@ -70,7 +70,7 @@ def test_seed_and_index_both_count():
 
 @pytest.mark.parametrize(("seed", "index"), [(-1, 0), (0, -1), (2**64, 0), (0, 2**64)])
 def test_keys_out_of_range_are_refused(seed, index):
-    with pytest.raises(RequestError, match="must lie between"):
+    with pytest.raises(ConfigError, match="must lie between"):
         scenes.scene(seed, index)
 
 
@@ -98,8 +98,8 @@ def test_scenes_hardly_repeat():
     labels = [tuple(scenes.attribute_labels(one)) for one in MANY if one.relation]
     assert 4800 < len(labels) < 5200  # about half of the scenes have two groups
     assert len(labels) - len(set(labels)) < 13
-    pictures = {scenes.render(one, 32).tobytes() for one in MANY[:1000]}
-    assert len(pictures) == 1000
+    images = {scenes.render(one, 32).tobytes() for one in MANY[:1000]}
+    assert len(images) == 1000
 
 
 def test_every_class_occurs():
@@ -115,8 +115,8 @@ def test_every_class_occurs():
 
 
 @pytest.mark.parametrize("resolution", [32, 64])
-def test_finer_is_the_same_picture(resolution):
-    """A picture at twice the resolution, averaged by Pillow over 2 x 2 pixels, is the picture."""
+def test_finer_is_the_same_image(resolution):
+    """An image at twice the resolution, averaged by Pillow over 2 x 2 pixels, is the image."""
     for one in MANY[:150]:
         fine = Image.fromarray(scenes.render(one, 2 * resolution)).resize((resolution, resolution), Image.Resampling.BOX)
         difference = np.abs(np.asarray(fine, dtype=float) - scenes.render(one, resolution))
@@ -143,9 +143,9 @@ AREAS = {  # of shapes of diameter 12
 def test_area_is_that_of_the_shape(shape, resolution):
     """Analytic anti-aliasing keeps the area, wherever the object stands between the pixels."""
     for centre in ((16.0, 16.0), (15.37, 16.81)):
-        picture = scenes.render(Scene((group(shape, "white", centres=(centre,)),), "black", None), resolution)
+        image = scenes.render(Scene((group(shape, "white", centres=(centre,)),), "black", None), resolution)
         ground = float(backdrop("black", resolution)[0, 0, 0])
-        cover = (picture[..., 0].astype(float) - ground) / (255 - ground)
+        cover = (image[..., 0].astype(float) - ground) / (255 - ground)
         assert cover.sum() * (32 / resolution) ** 2 == pytest.approx(AREAS[shape], rel=0.025)
 
 
@@ -153,12 +153,12 @@ def test_objects_stand_apart_and_are_as_many_as_the_labels_say():
     """Connected components of what is not background, assigned to a group by colour: number, order and size."""
     resolution, pixel = 96, 32 / 96
     for one in MANY[:250]:
-        picture, ground = (a.astype(int) for a in (scenes.render(one, resolution), backdrop(one.background, resolution)))
-        components, number = ndimage.label(np.abs(picture - ground).sum(axis=-1) > 30, structure=np.ones((3, 3)))
+        image, ground = (a.astype(int) for a in (scenes.render(one, resolution), backdrop(one.background, resolution)))
+        components, number = ndimage.label(np.abs(image - ground).sum(axis=-1) > 30, structure=np.ones((3, 3)))
         inks = np.array([scenes.COLOURS[each.colour][0] for each in one.by_position()])
         boxes = [[] for _ in inks]
         for label, box in enumerate(ndimage.find_objects(components), start=1):
-            colours = picture[components == label]
+            colours = image[components == label]
             counts = [(np.abs(colours - ink).sum(axis=-1) < 12).sum() for ink in inks]
             boxes[int(np.argmax(counts))].append([(extent.start * pixel, extent.stop * pixel) for extent in box[::-1]])
         assert number == sum(each.count for each in one.groups), one
@@ -181,7 +181,7 @@ def test_left_of_does_not_look_like_above():
             assert across < 0.75 * along, one
 
 
-def test_nothing_leaves_the_picture():
+def test_nothing_leaves_the_image():
     for one in MANY:
         for each in one.groups:
             assert np.min(each.centres) - each.diameter / 2 > 0
@@ -210,8 +210,8 @@ def test_textures_can_be_told_apart_at_32(shape):
     """Each texture, at any place between the pixels, is nearer to its own drawing elsewhere than to the other textures'."""
 
     def spectrum(texture, x, y):
-        picture = scenes.render(Scene((group(shape, "black", texture=texture, centres=((x, y),)),), "white", None), 32)
-        return np.abs(np.fft.fft2(picture[..., 0].astype(float)))
+        image = scenes.render(Scene((group(shape, "black", texture=texture, centres=((x, y),)),), "white", None), 32)
+        return np.abs(np.fft.fft2(image[..., 0].astype(float)))
 
     drawn = {texture: [spectrum(texture, 16 + d, 16 + e) for d in (0, 0.5) for e in (0, 0.5)] for texture in scenes.TEXTURES}
     for texture in scenes.TEXTURES:
@@ -224,13 +224,13 @@ def test_textures_can_be_told_apart_at_32(shape):
 @pytest.mark.parametrize(("texture", "number", "aspect"), [("striped", 3, 5), ("dotted", 9, 1), ("checkered", 8, 1)])
 def test_textures_are_what_their_names_say(texture, number, aspect):
     """On a square: three bars, nine round dots, or every second one of sixteen cells."""
-    picture = scenes.render(Scene((group("square", "black", texture=texture),), "white", None), 256)[..., 0]
+    image = scenes.render(Scene((group("square", "black", texture=texture),), "white", None), 256)[..., 0]
     ink, shade = (pair[0] for pair in scenes.COLOURS["black"])
-    assert np.ptp(picture[84, 86:170]) == 0  # the outline is whole
-    patches, found = ndimage.label(np.abs(picture.astype(int) - shade) < 0.3 * (shade - ink))
+    assert np.ptp(image[84, 86:170]) == 0  # the outline is whole
+    patches, found = ndimage.label(np.abs(image.astype(int) - shade) < 0.3 * (shade - ink))
     sizes = np.array([[box[1].stop - box[1].start, box[0].stop - box[0].start] for box in ndimage.find_objects(patches)])
     sizes = sizes[sizes.min(axis=1) > 4]  # leaves out the line where the outer edge passes through the shade's grey
-    filled = ndimage.sum_labels(np.ones_like(picture), patches, range(1, found + 1)) / sizes.prod(axis=1)
+    filled = ndimage.sum_labels(np.ones_like(image), patches, range(1, found + 1)) / sizes.prod(axis=1)
     assert len(sizes) == number
     assert np.allclose(sizes[:, 0] / sizes[:, 1], aspect, rtol=0.45)
     assert np.all(filled < 0.85) if texture == "dotted" else np.all(filled > 0.95)
@@ -251,7 +251,7 @@ def test_backgrounds_differ():
 
 def test_too_few_pixels_are_refused():
     assert scenes.render(MANY[0], 8).shape == (8, 8, 3)
-    with pytest.raises(RequestError, match="use 8 or more"):
+    with pytest.raises(ConfigError, match="use 8 or more"):
         scenes.render(MANY[0], 7)
 
 

@@ -23,24 +23,24 @@ from isocost.cli import app
 from isocost.cli.status import drawn, duration
 from isocost.config.base import parse_spec
 from isocost.config.study import StudySpec
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 from isocost.pipeline.pipeline import Pipeline
 from isocost.pipeline.status import PlannedPoint, read_status, seconds_left, size_status
-from isocost.sweep.results_db import Ledger
+from isocost.sweep.results_db import ResultsDB
 
-METRIC = "kernel_efficientnet"
+METRIC = "mmd_efficientnet"
 
 
-def scored(value: float, seconds: float, num_steps: int) -> dict[str, Any]:
+def with_metric(value: float, seconds: float, num_steps: int) -> dict[str, Any]:
     return {
         **{METRIC: value, f"{METRIC}_low": value - 0.1, f"{METRIC}_high": value + 0.1, "seconds": seconds},
-        **{"size": "1M", "sampler": "ddim/trailing", "num_steps": num_steps, "guidance": 2.0},
+        **{"size": "1M", "solver": "ddim/trailing", "num_steps": num_steps, "guidance": 2.0},
     }
 
 
 def test_status_counts_what_is_done_and_foretells_the_rest() -> None:
     points = [PlannedPoint("a", 10.0), PlannedPoint("b", 30.0), PlannedPoint("c", 60.0)]
-    known = {"a": scored(3.0, 5.0, 4), "b": scored(2.0, 15.0, 8), "of another size": scored(1.0, 99.0, 1)}
+    known = {"a": with_metric(3.0, 5.0, 4), "b": with_metric(2.0, 15.0, 8), "of another size": with_metric(1.0, 99.0, 1)}
     status = size_status("width 8", "1M", 50, 100, points, 2, known, METRIC)
     assert (status.points_done, status.num_points, status.open_races, status.spent_s) == (2, 3, 2, 20.0)
     assert status.best is not None
@@ -54,7 +54,7 @@ def small_study(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     plain = plain_study(
         family={"widths": [8]},
         train={"num_images": 64, "batch_size": 16, "lr": 1e-3},
-        sweep={"num_steps": [8, 16, 24, 32], "guidance": [1.5, 2, 3, 4], "bucket_size": 16, "shard_size": 8},
+        sweep={"num_steps": [8, 16, 24, 32], "guidance": [1.5, 2, 3, 4], "batch_size": 16, "shard_size": 8},
     )
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(plain))
@@ -73,8 +73,8 @@ def test_sigterm_finishes_the_shard_and_the_same_command_goes_on(tmp_path: Path)
     told, _ = running.communicate(timeout=120)
     assert running.returncode == 0
     assert json.loads(told.splitlines()[-1])["finished"] is False
-    ledger = Ledger(out / "ledger.sqlite")
-    kept = ledger.num_shards() + 4 * len(ledger.points())
+    results_db = ResultsDB(out / "results.sqlite")
+    kept = results_db.num_shards() + 4 * len(results_db.points())
     assert 1 <= kept < 64  # what was in hand is kept, and no more was begun
     assert not list(out.glob("artefacts/.partial/*"))
     status = read_status(out)
@@ -83,14 +83,14 @@ def test_sigterm_finishes_the_shard_and_the_same_command_goes_on(tmp_path: Path)
     pipeline = Pipeline(parse_spec(StudySpec, plain, "study"), out)
     assert pipeline.claims.num_workers() == 0
     assert pipeline.sweep(pipeline.runs[0], deadline=None)
-    assert len(pipeline.ledger.points()) == 16
+    assert len(pipeline.results_db.points()) == 16
 
 
 def test_the_command_draws_a_table_and_ends_in_json(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"no status\.json"):
+    with pytest.raises(ConfigError, match=r"no status\.json"):
         read_status(tmp_path)
     _, plain = small_study(tmp_path)
-    study = parse_spec(StudySpec, {**plain, "sweep": {"num_steps": [1], "guidance": [1], "bucket_size": 16}}, "study")
+    study = parse_spec(StudySpec, {**plain, "sweep": {"num_steps": [1], "guidance": [1], "batch_size": 16}}, "study")
     assert Pipeline(study, tmp_path / "out").run()
     ended = CliRunner().invoke(app, ["status", str(tmp_path / "out"), "--follow"])
     assert ended.exit_code == 0
@@ -101,7 +101,7 @@ def test_the_command_draws_a_table_and_ends_in_json(tmp_path: Path) -> None:
     console = Console(width=140, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(drawn(read_status(tmp_path / "out")))
     text = console.export_text()
-    assert "kernel distance" in text
+    assert "squared MMD" in text
     assert "64/64" in text
 
 
@@ -114,7 +114,7 @@ def test_progress_counts_what_is_done_in_whatever_order(tmp_path: Path, monkeypa
 
     monkeypatch.setattr("isocost.pipeline.sweep_runner.progress_bar", watched)
     Pipeline(tiny_study(family={"widths": [8]}), tmp_path / "grid").run()
-    raced = {"num_steps": [1, 2], "guidance": [1, 4], "search": "race", "bucket_size": 16, "marks_num_steps": 2}
+    raced = {"num_steps": [1, 2], "guidance": [1, 4], "search": "race", "batch_size": 16, "snapshot_num_steps": 2}
     Pipeline(tiny_study(family={"widths": [8]}, sweep=raced), tmp_path / "raced").run()
     assert len(told) >= 4, list(told)
     for title, counts in told.items():

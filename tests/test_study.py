@@ -11,11 +11,11 @@ import yaml
 from conftest import plain_study, tiny_study
 from isocost.config.base import digest, parse_spec
 from isocost.config.evaluation import ProtocolSpec
-from isocost.config.sampling import SamplerSpec
+from isocost.config.sampling import SolverSpec
 from isocost.config.study import StudySpec
 from isocost.config.study_yaml import dump_study, load_study
 from isocost.config.training import TrainSpec
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 
 
 def test_yaml_out_and_in_is_the_same_study(tmp_path: Path) -> None:
@@ -25,33 +25,36 @@ def test_yaml_out_and_in_is_the_same_study(tmp_path: Path) -> None:
 
 
 def test_a_default_written_out_names_nothing_anew() -> None:
-    assert digest(SamplerSpec()) == digest(SamplerSpec(name="ddim", spacing="trailing", eta=0.0))
-    assert digest(SamplerSpec()) != digest(SamplerSpec(spacing="leading"))
+    assert digest(SolverSpec()) == digest(SolverSpec(name="ddim", timestep_spacing="trailing", eta=0.0))
+    assert digest(SolverSpec()) != digest(SolverSpec(timestep_spacing="leading"))
 
 
 def test_a_digest_is_the_sha256_of_canonical_json() -> None:
-    assert digest({"stage": "point"}, SamplerSpec(name="ddpm")) == "4c5068367771f898"
+    assert digest({"stage": "point"}, SolverSpec(name="ddpm")) == "4c5068367771f898"
 
 
 def test_how_long_and_how_often_is_no_part_of_the_recipe() -> None:
-    short, long = TrainSpec(num_images=10), TrainSpec(num_images=20, marks=(5,), state_every_images=7, tracker="tensorboard")
+    short, long = (
+        TrainSpec(num_images=10),
+        TrainSpec(num_images=20, snapshots=(5,), state_every_images=7, tracker="tensorboard"),
+    )
     assert short.recipe() == long.recipe()
     assert short.recipe() != TrainSpec(num_images=10, lr=2e-4).recipe()
 
 
 def test_marks_are_met_at_whole_batches() -> None:
     assert TrainSpec(num_images=100, batch_size=32).whole_batches(50) == 64
-    assert TrainSpec(num_images=100, marks=(50, 20)).all_marks(1.0) == (20, 50, 100)
-    by_compute = TrainSpec(num_images=100, marks=(50,), marks_gflop=(60.0, 240.0, 900.0))
-    assert by_compute.all_marks(1.0) == (20, 50, 80, 100)
-    assert by_compute.all_marks(2.0) == (10, 40, 50, 100)
+    assert TrainSpec(num_images=100, snapshots=(50, 20)).all_snapshots(1.0) == (20, 50, 100)
+    by_compute = TrainSpec(num_images=100, snapshots=(50,), snapshots_gflop=(60.0, 240.0, 900.0))
+    assert by_compute.all_snapshots(1.0) == (20, 50, 80, 100)
+    assert by_compute.all_snapshots(2.0) == (10, 40, 50, 100)
 
 
 def test_growing_a_study_is_no_conflict() -> None:
     grown = plain_study(family={"widths": [8, 16, 24]})
-    grown["sweep"] = {**grown["sweep"], "num_steps": [1, 2, 4], "guidance": [1, 2, 3], "samplers": [{"name": "ddpm"}]}
+    grown["sweep"] = {**grown["sweep"], "num_steps": [1, 2, 4], "guidance": [1, 2, 3], "solvers": [{"name": "ddpm"}]}
     grown["train"] = {**grown["train"], "num_images": 512}
-    assert parse_spec(StudySpec, grown, "grown").fixed_part() == tiny_study().fixed_part()
+    assert parse_spec(StudySpec, grown, "grown").immutable_fields() == tiny_study().immutable_fields()
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
@@ -67,25 +70,24 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("sweep.guidence", [1], "sweep.guidence: unknown key; allowed here: samplers, num_steps, guidance"),
-        ("trian", {}, "trian: unknown key; allowed here: name, data, codec"),
-        ("data.train.pth", "x", "data.train.pth: unknown key; allowed here: kind, num_pictures, first, seed"),
-        ("codec.patches", 4, "codec.patches: unknown key; allowed here: kind, patch, num_channels"),
-        ("codec.kind", "vq", "codec"),
+        ("sweep.guidence", [1], "sweep.guidence: unknown key; allowed here: solvers, num_steps, guidance"),
+        ("trian", {}, "trian: unknown key; allowed here: name, data, autoencoder"),
+        ("data.train.pth", "x", "data.train.pth: unknown key; allowed here: kind, num_images, first, seed"),
+        ("autoencoder.patches", 4, "autoencoder.patches: unknown key; allowed here: kind, patch, num_channels"),
+        ("autoencoder.kind", "vq", "autoencoder"),
         ("sweep.guidance", [-1], "sweep.guidance.0 = -1"),
         ("sweep.num_steps", [0], "sweep.num_steps.0 = 0"),
         ("sweep.num_steps", [], "sweep.num_steps"),
-        ("sweep.samplers", [{"name": "eular"}], "'ddim', 'ddpm', 'euler', 'euler-ancestral'"),
         ("family.widths", [8, 8], "widths must be given, each once"),
-        ("train.marks", [999], "marks must lie between 1 and num_images=256"),
+        ("train.snapshots", [999], "snapshots must lie between 1 and num_images=256"),
         ("train.num_images", "many", "train.num_images = 'many'"),
-        ("protocol.num_pictures", 1, "protocol.num_pictures = 1"),
+        ("protocol.num_images", 1, "protocol.num_images = 1"),
     ],
 )
 def test_a_mistake_is_one_line_with_file_key_value_and_remedy(path: str, value: Any, said: str, tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(changed(path, value)))
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(ConfigError) as caught:
         load_study(file)
     assert "\n" not in str(caught.value)
     assert str(file) in str(caught.value)
@@ -96,22 +98,22 @@ def test_overrides_reach_into_the_study(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(plain_study()))
     assert load_study(file, {"train.lr": 5e-4, "sweep.num_steps": [3]}).sweep.num_steps == (3,)
-    with pytest.raises(RequestError, match="'lr' is not a mapping"):
+    with pytest.raises(ConfigError, match="'lr' is not a mapping"):
         load_study(file, {"train.lr.x": 1})
 
 
 def test_a_file_that_is_no_study(tmp_path: Path) -> None:
     for text in ("a: [", "- 1", ""):
         (tmp_path / "study.yaml").write_text(text)
-        with pytest.raises(RequestError, match=r"study\.yaml"):
+        with pytest.raises(ConfigError, match=r"study\.yaml"):
             load_study(tmp_path / "study.yaml")
-    with pytest.raises(RequestError, match="no such study file"):
+    with pytest.raises(ConfigError, match="no such study file"):
         load_study(tmp_path / "absent.yaml")
 
 
 def test_a_frozen_spec_stays_as_it_is() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        ProtocolSpec().num_pictures = 3  # type: ignore[misc]
+        ProtocolSpec().num_images = 3  # type: ignore[misc]
 
 
 STUDIES = sorted((Path(__file__).resolve().parents[1] / "studies").glob("*.yaml"))
@@ -136,8 +138,8 @@ def test_the_paper_study_is_the_papers_recipe_and_has_a_tiny_form() -> None:
     assert (paper.train.num_images, paper.train.batch_size, paper.train.lr) == (500_000 * 2048, 2048, 1e-4)
     assert paper.sweep.num_steps == (4, 6, 8, 10, 20, 50)
     assert {1.5, 2, 3, 4, 5, 6, 7, 8} <= set(paper.sweep.guidance)
-    assert (paper.sweep.marks_num_steps, paper.sweep.marks_guidance, paper.sweep.samplers[0].name) == (50, 7.5, "ddim")
-    assert [len(paper.train.all_marks(gflop)) for gflop in (53.0, 4195.1)] == [6, 13]
+    assert (paper.sweep.snapshot_num_steps, paper.sweep.snapshot_guidance, paper.sweep.solvers[0].name) == (50, 7.5, "ddim")
+    assert [len(paper.train.all_snapshots(gflop)) for gflop in (53.0, 4195.1)] == [6, 13]
     assert tiny.family.widths == (8, 16, 24)
     assert tiny.train.num_images == 256
-    assert tiny.train.prediction == paper.train.prediction
+    assert tiny.train.prediction_type == paper.train.prediction_type

@@ -16,35 +16,35 @@ from PIL import Image
 from torch import Tensor
 
 from conftest import plain_study, tiny_study
+from interruptions import stop_twice
 from isocost.cli import main
 from isocost.config.base import parse_spec
 from isocost.config.model import ModelSpec
-from isocost.config.sampling import SamplerSpec
+from isocost.config.sampling import SolverSpec
 from isocost.config.study import StudySpec
 from isocost.data.degradations import degrade, encode_enlarged, resize
-from isocost.diffusion.noise_schedule import Schedule
-from isocost.diffusion.solvers import build_table
-from isocost.errors import RequestError, WorkError
-from isocost.evaluation.feature_store import Measured, read_measured
+from isocost.diffusion.noise_schedule import NoiseSchedule
+from isocost.diffusion.solvers import solver_coefficients
+from isocost.errors import ConfigError, RunError
+from isocost.evaluation.feature_store import SampleFeatures, read_measured
 from isocost.evaluation.paired import paired_differences
-from isocost.evaluation.reference_set import Reference
-from isocost.experiments.base import Experiment, Run
+from isocost.evaluation.reference_set import ReferenceSet
+from isocost.experiments.base import Experiment, TrainingRun
 from isocost.metrics.image_similarity import psnr, ssim
 from isocost.models.checkpoint import load_checkpoint
-from isocost.models.unet import build_unet, widen_input
+from isocost.models.unet import build_unet, expand_unet_in_channels
 from isocost.pipeline.dry_run import plan
-from isocost.pipeline.merge import keep
+from isocost.pipeline.merge import archive
 from isocost.pipeline.pipeline import Pipeline
 from isocost.report.build import report
 from isocost.report.report_data import redraw
 from isocost.sampling.engine import Engine
-from isocost.sampling.request import Row
+from isocost.sampling.request import SampleRequest
 from isocost.sampling.tiling import Tiling
 from isocost.sampling.upscale import upscale
 from isocost.sweep import image_shards as shards
-from isocost.sweep.schema import OF_THE_MACHINE
+from isocost.sweep.schema import HARDWARE_COLUMNS
 from isocost.training.objectives import Superres
-from stopping import stop_twice
 
 LPIPS_FREE = ["psnr", "ssim"]
 
@@ -53,13 +53,13 @@ def superres_study(**changes: Any) -> StudySpec:
     """The tiny study of one size with super-resolution behind it."""
     plain = plain_study(
         family={"widths": [8]},
-        train={"num_images": 64, "batch_size": 16, "lr": 1e-3, "prediction": "v_prediction", "state_every_images": 32},
-        sweep={"num_steps": [1], "guidance": [1], "bucket_size": 16},
+        train={"num_images": 64, "batch_size": 16, "lr": 1e-3, "prediction_type": "v_prediction", "state_every_images": 32},
+        sweep={"num_steps": [1], "guidance": [1], "batch_size": 16},
         superres={
             "starts": ["pretrained", "scratch"],
-            "train": {"num_images": 64, "marks": [32], "state_every_images": 32},
-            "sweep": {"num_steps": [1, 2], "bucket_size": 16, "marks_num_steps": 2},
-            "protocol": {"num_pictures": 32, "num_reference": 64, "num_bootstrap": 20, "pairs": LPIPS_FREE},
+            "train": {"num_images": 64, "snapshots": [32], "state_every_images": 32},
+            "sweep": {"num_steps": [1, 2], "batch_size": 16, "snapshot_num_steps": 2},
+            "protocol": {"num_images": 32, "num_reference": 64, "num_bootstrap": 20, "paired_metrics": LPIPS_FREE},
             "metric": "psnr",
             **changes,
         },
@@ -77,13 +77,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
 
 @pytest.mark.slow
 def test_its_pages_are_drawn_again_byte_by_byte(finished: Pipeline, tmp_path: Path) -> None:
-    keep(finished.out, tmp_path)
+    archive(finished.out, tmp_path)
     redraw(tmp_path)
     for page in ("report/index.html", "report/superres/index.html"):
         assert (tmp_path / page).read_bytes() == (finished.out / page).read_bytes()
 
 
-def runs_of(pipeline: Pipeline) -> tuple[Experiment, list[Run]]:
+def runs_of(pipeline: Pipeline) -> tuple[Experiment, list[TrainingRun]]:
     experiment = pipeline.experiments["superres"]
     return experiment, experiment.runs
 
@@ -93,16 +93,16 @@ def runs_of(pipeline: Pipeline) -> tuple[Experiment, list[Run]]:
 
 @pytest.mark.parametrize("width", [8, 64])
 def test_further_channels_change_nothing_at_first(width: int) -> None:
-    model = ModelSpec(width=width, latent_channels=4, latent_side=8, context_width=16)
+    model = ModelSpec(width=width, latent_channels=4, latent_size=8, cross_attention_dim=16)
     torch.manual_seed(0)
     parent = build_unet(model).eval()
     torch.manual_seed(0)
-    child = widen_input(build_unet(model).eval(), 4)
+    child = expand_unet_in_channels(build_unet(model).eval(), 4)
     assert child.config.in_channels == 8
-    x, beside, states = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.randn(3, 5, 16)
+    x, concat_cond, states = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.randn(3, 5, 16)
     with torch.no_grad():
         expected = parent(x, torch.tensor([1, 500, 999]), states).sample
-        found = child(torch.cat([x, beside], dim=1), torch.tensor([1, 500, 999]), states).sample
+        found = child(torch.cat([x, concat_cond], dim=1), torch.tensor([1, 500, 999]), states).sample
     assert torch.equal(found, expected)
     assert set(child.state_dict()) == set(build_unet(model.model_copy(update={"extra_input_channels": 4})).state_dict())
 
@@ -119,43 +119,43 @@ def test_the_first_forward_of_the_task_is_the_parents(finished: Pipeline) -> Non
     assert torch.equal(made, expected)
 
 
-def test_each_image_comes_with_its_own_degraded_picture(finished: Pipeline) -> None:
+def test_each_image_comes_with_its_own_degraded_image(finished: Pipeline) -> None:
     experiment, (run, _) = runs_of(finished)
-    materials = finished.materials
+    assets = finished.assets
     task = experiment.task(run, experiment.network(run))
     assert isinstance(task, Superres)
-    num_pictures = len(materials.cache)
+    num_images = len(assets.cache)
     ids, passes = torch.tensor([5, 7]), torch.tensor([0, 3])
-    pictures = materials.pictures("train").pictures[ids]
+    images = assets.images("train").images[ids]
     spec = finished.study.superres
     assert spec is not None
-    low = degrade(pictures, ids.tolist(), spec.degradation, 4, seed=0, draws=passes.tolist())
-    assert torch.equal(task.low_resolution(ids, passes), encode_enlarged(materials.codec, low, 32))
+    low = degrade(images, ids.tolist(), spec.degradation, 4, seed=0, draws=passes.tolist())
+    assert torch.equal(task.low_resolution(ids, passes), encode_enlarged(assets.autoencoder, low, 32))
     # The second pass over the data degrades anew; any rows of a batch are the rows of the whole one.
-    first, later = (task.batch(seen, range(16), torch.device("cpu")).noisy for seen in (0, num_pictures))
+    first, later = (task.batch(seen, range(16), torch.device("cpu")).noisy for seen in (0, num_images))
     assert not torch.equal(first[:, 4:], later[:, 4:])
     assert torch.equal(task.batch(0, range(4, 9), torch.device("cpu")).noisy, first[4:9])
     assert torch.equal(
         task.batch(0, range(16), torch.device("cpu")).states[0],
-        materials.cache.states(torch.tensor([materials.cache.null_caption]))[0],
+        assets.cache.states(torch.tensor([assets.cache.null_caption]))[0],
     )
 
 
 def test_captions_are_given_where_asked_for(tmp_path: Path) -> None:
-    pipeline = Pipeline(superres_study(captions="given", starts=["scratch"]), tmp_path / "out")
+    pipeline = Pipeline(superres_study(captions="dataset", starts=["scratch"]), tmp_path / "out")
     experiment, (run,) = runs_of(pipeline)
     pipeline.prepare()
     states = experiment.task(run, experiment.network(run)).batch(0, range(16), torch.device("cpu")).states
     assert len(torch.unique(states.flatten(1), dim=0)) > 8
-    assert len(set(experiment.reference.captions)) > 8
+    assert len(set(experiment.reference.prompts)) > 8
 
 
 # --- the engine ---
 
 
-def test_the_network_sees_what_stands_beside_each_picture() -> None:
-    beside = torch.arange(40.0)[:, None, None, None].expand(-1, 2, 4, 4)
-    starts = -torch.arange(40.0)[:, None, None, None].expand(-1, 3, 4, 4)
+def test_the_network_sees_what_stands_beside_each_image() -> None:
+    concat_cond = torch.arange(40.0)[:, None, None, None].expand(-1, 2, 4, 4)
+    initial_noise = -torch.arange(40.0)[:, None, None, None].expand(-1, 3, 4, 4)
     seen: list[Tensor] = []
 
     def denoise(x: Tensor, timesteps: Tensor, states: Tensor, guidance: Tensor) -> Tensor:
@@ -170,11 +170,11 @@ def test_the_network_sees_what_stands_beside_each_picture() -> None:
         states[0],
         (3, 4, 4),
         4,
-        beside=lambda i: beside[i],
-        starts=lambda i: starts[i],
+        concat_cond=lambda i: concat_cond[i],
+        initial_noise=lambda i: initial_noise[i],
     )
-    table = build_table(SamplerSpec(), 2, Schedule.scaled_linear())
-    rows = [Row(i, 0, table, (1.0, 3.0)[i % 2]) for i in range(40)]
+    table = solver_coefficients(SolverSpec(), 2, NoiseSchedule.scaled_linear())
+    rows = [SampleRequest(i, 0, table, (1.0, 3.0)[i % 2]) for i in range(40)]
     assert len(list(engine.run(rows))) == 40
     rows_seen = torch.cat(seen).flatten(2)
     busy = rows_seen[:, 0].any(1) | rows_seen[:, 3].any(1)
@@ -195,29 +195,29 @@ def test_the_ledger_holds_both_tasks_and_their_tables_are_apart(finished: Pipeli
     assert (table["guidance"] == 1).all()
     assert (table["nfe"] == table["num_steps"]).all()
     assert set(pd.read_parquet(finished.out / "table.parquet")["task"]) == {"text2image"}
-    assert {"psnr", "psnr_low", "ssim", "kernel_efficientnet", "frechet_efficientnet"} <= set(table.columns)
+    assert {"psnr", "psnr_low", "ssim", "mmd_efficientnet", "frechet_efficientnet"} <= set(table.columns)
     assert (table["images_seen"].isin([32, 64])).all()
 
 
-def test_pair_scores_are_those_of_the_kept_pictures(finished: Pipeline) -> None:
-    """A point's kept pictures and originals, scored again by the metrics themselves."""
+def test_pair_scores_are_those_of_the_kept_images(finished: Pipeline) -> None:
+    """A point's kept images and originals, scored again by the metrics themselves."""
     experiment, (run, _) = runs_of(finished)
     point = experiment.jobs(run)[-1].points[0]
     folder = finished.store.folder("point", point.digest)
     measured = read_measured(folder, ("efficientnet-lite0",))
-    made = shards.read_pictures(folder)
-    originals = finished.materials.pictures("reference").pictures[experiment.kept]
+    made = shards.read_images(folder)
+    originals = finished.assets.images("reference").images[experiment.saved_indices]
     mine = torch.from_numpy(made).permute(0, 3, 1, 2)
-    assert np.allclose(measured.pairs["psnr"][experiment.kept], psnr(mine.numpy(), originals.numpy()))
-    assert np.allclose(measured.pairs["ssim"][experiment.kept], ssim(mine, originals))
+    assert np.allclose(measured.paired_metrics["psnr"][experiment.saved_indices], psnr(mine.numpy(), originals.numpy()))
+    assert np.allclose(measured.paired_metrics["ssim"][experiment.saved_indices], ssim(mine, originals))
 
 
-def test_bicubic_and_the_codec_are_measured_by_the_same_protocol(finished: Pipeline) -> None:
+def test_bicubic_and_the_autoencoder_are_measured_by_the_same_protocol(finished: Pipeline) -> None:
     experiment, _ = runs_of(finished)
     baselines = experiment.baselines
     spec = finished.study.superres
     assert spec is not None
-    originals = finished.materials.pictures("reference").pictures[:32]
+    originals = finished.assets.images("reference").images[:32]
     low = degrade(originals, range(32), spec.degradation, 4, seed=0)
     assert baselines["bicubic"]["psnr"] == pytest.approx(float(psnr(resize(low, 32).numpy(), originals.numpy()).mean()))
     assert baselines["decoded"]["psnr"] > baselines["bicubic"]["psnr"]
@@ -229,7 +229,7 @@ def test_the_reports_name_each_other_and_show_strips(finished: Pipeline) -> None
         assert words in page
     assert "fewer than two sizes were scored both as pretrained and as tuned" in page, "one size follows nothing"
     assert "superres/index.html" in (finished.out / "report" / "index.html").read_text()
-    assert (finished.out / "report" / "superres" / "figures" / "what_is_made_of_what_was_given.pdf").is_file()
+    assert (finished.out / "report" / "superres" / "figures" / "inputs_outputs.pdf").is_file()
 
 
 @pytest.mark.slow
@@ -244,7 +244,7 @@ def test_a_run_that_was_killed_in_between_ends_with_the_same_table(
     assert pipeline.run()
     report(pipeline)
     left, right = (
-        pd.read_parquet(each.out / "table-superres.parquet").drop(columns=OF_THE_MACHINE) for each in (finished, pipeline)
+        pd.read_parquet(each.out / "table-superres.parquet").drop(columns=HARDWARE_COLUMNS) for each in (finished, pipeline)
     )
     pd.testing.assert_frame_equal(left, right)
 
@@ -253,13 +253,13 @@ def test_a_study_may_get_its_superres_later(finished: Pipeline, tmp_path: Path) 
     shutil.copytree(finished.out, tmp_path / "out")
     (tmp_path / "out" / "study.yaml").write_text("\n".join((finished.out / "study.yaml").read_text().split("superres:")[:1]))
     assert plan(Pipeline(superres_study(), tmp_path / "out"))["sizes"][1]["points_to_make"] == 0
-    with pytest.raises(RequestError, match=r"superres.scale = 4, now it says 2"):
+    with pytest.raises(ConfigError, match=r"superres.scale = 4, now it says 2"):
         Pipeline(superres_study(scale=2), finished.out)
 
 
-def test_paired_differences_take_the_same_pictures() -> None:
-    with pytest.raises(ValueError, match="the same pictures"):
-        paired_differences(Measured({}, ids=np.array([0])), Measured({}, ids=np.array([1])), None, ())  # type: ignore[arg-type]
+def test_paired_differences_take_the_same_images() -> None:
+    with pytest.raises(ValueError, match="the same images"):
+        paired_differences(SampleFeatures({}, ids=np.array([0])), SampleFeatures({}, ids=np.array([1])), None, ())  # type: ignore[arg-type]
 
 
 # --- tiles ---
@@ -271,11 +271,11 @@ def test_tiles_cover_and_overlap_and_join_to_what_they_were_cut_from(height: int
     whole = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
     assert torch.equal(tiling.join(tiling.cut(whole)), whole)
     for axis, length in ((0, height), (1, width)):
-        starts = sorted({corner[axis] for corner in tiling.corners})
-        assert starts[0] == 0
-        assert starts[-1] == length - 32
-        assert all(start % 4 == 0 for start in starts)
-        assert all(later - earlier <= 32 - overlap for earlier, later in pairwise(starts))
+        initial_noise = sorted({corner[axis] for corner in tiling.corners})
+        assert initial_noise[0] == 0
+        assert initial_noise[-1] == length - 32
+        assert all(start % 4 == 0 for start in initial_noise)
+        assert all(later - earlier <= 32 - overlap for earlier, later in pairwise(initial_noise))
     latents = torch.randn(4, height // 4, width // 4)
     assert torch.equal(tiling.cut(latents, 4)[-1], latents[:, -8:, -8:])
 
@@ -296,18 +296,18 @@ def checkpoint_of(pipeline: Pipeline, number: int = 0) -> Path:
 def test_any_size_is_upscaled(finished: Pipeline, height: int, width: int, num_tiles: int) -> None:
     given = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     done = upscale(checkpoint_of(finished), given, num_steps=2)
-    assert done.picture.shape == (4 * height, 4 * width, 3)
+    assert done.image.shape == (4 * height, 4 * width, 3)
     assert done.num_tiles == num_tiles
     assert done.nfe == 2
 
 
-def test_one_tile_is_the_sweeps_picture(finished: Pipeline) -> None:
-    """Picture 0 of a point starts from the same noise as the field of a picture of one tile."""
+def test_one_tile_is_the_sweeps_image(finished: Pipeline) -> None:
+    """Image 0 of a point starts from the same noise as the field of an image of one tile."""
     experiment, (run, _) = runs_of(finished)
     point = next(each for each in experiment.jobs(run)[-1].points if each.spec.num_steps == 2)
-    swept = shards.read_pictures(finished.store.folder("point", point.digest))[experiment.kept.index(0)]
+    swept = shards.read_images(finished.store.folder("point", point.digest))[experiment.saved_indices.index(0)]
     done = upscale(checkpoint_of(finished), experiment.low[0].permute(1, 2, 0).numpy(), num_steps=2)  # type: ignore[attr-defined]
-    assert np.abs(done.picture.astype(int) - swept).max() <= 1
+    assert np.abs(done.image.astype(int) - swept).max() <= 1
 
 
 def test_upscale_writes_the_file(
@@ -336,46 +336,46 @@ def test_upscale_writes_the_file(
 
 def test_mistakes_are_one_line(finished: Pipeline, tmp_path: Path) -> None:
     tuned, plain = checkpoint_of(finished), finished.store.folder("checkpoint", finished.runs[0].final)
-    picture = np.zeros((8, 8, 3), dtype=np.uint8)
-    with pytest.raises(RequestError, match="made for text2image"):
-        upscale(plain, picture)
-    with pytest.raises(RequestError, match="no such picture"):
+    image = np.zeros((8, 8, 3), dtype=np.uint8)
+    with pytest.raises(ConfigError, match="made for text2image"):
+        upscale(plain, image)
+    with pytest.raises(ConfigError, match="no such image"):
         upscale(tuned, tmp_path / "absent.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
-    with pytest.raises(RequestError, match="no picture can be read"):
+    with pytest.raises(ConfigError, match="no image can be read"):
         upscale(tuned, tmp_path / "broken.png")
-    with pytest.raises(RequestError, match="out, more than"):
+    with pytest.raises(ConfigError, match="out, more than"):
         upscale(tuned, np.zeros((8, 2**24, 3), dtype=np.uint8))
-    with pytest.raises(RequestError, match="overlap = 1"):
-        upscale(tuned, picture, overlap=1)
+    with pytest.raises(ConfigError, match="overlap = 1"):
+        upscale(tuned, image, overlap=1)
     from isocost.models.export_diffusers import export
     from isocost.sampling.sample import sample
 
-    with pytest.raises(RequestError, match="isocost upscale"):
+    with pytest.raises(ConfigError, match="isocost upscale"):
         sample(tuned, ["a red circle"])
-    with pytest.raises(RequestError, match="diffusers has no pipeline"):
+    with pytest.raises(ConfigError, match="diffusers has no pipeline"):
         export(tuned, tmp_path / "exported")
 
 
 def test_parents_must_fit(finished: Pipeline, tmp_path: Path) -> None:
     tuned, plain = checkpoint_of(finished), finished.store.folder("checkpoint", finished.runs[0].final)
 
-    def runs(parent: Path, study: StudySpec | None = None) -> list[Run]:
+    def runs(parent: Path, study: StudySpec | None = None) -> list[TrainingRun]:
         spec = study or superres_study(parents=[str(parent)], starts=["pretrained"])
         return Pipeline(spec, tmp_path / "other").experiments["superres"].runs
 
     (run,) = runs(plain)
     assert run.parent == plain
-    with pytest.raises(RequestError, match="has 4 further input channels already"):
+    with pytest.raises(ConfigError, match="has 4 further input channels already"):
         runs(tuned)
-    with pytest.raises(RequestError, match="no such checkpoint folder"):
+    with pytest.raises(ConfigError, match="no such checkpoint folder"):
         runs(tmp_path / "absent")
     other = tiny_study(
-        codec={"kind": "linear", "patch": 4, "num_channels": 3, "num_fit_pictures": 64},
-        train={"num_images": 64, "batch_size": 16, "prediction": "v_prediction"},
+        autoencoder={"kind": "pca", "patch": 4, "num_channels": 3, "num_fit_images": 64},
+        train={"num_images": 64, "batch_size": 16, "prediction_type": "v_prediction"},
         superres={"parents": [str(plain)], "train": {"num_images": 64}, "sweep": {"num_steps": [1]}},
     )
-    with pytest.raises(RequestError, match="latents of another codec"):
+    with pytest.raises(ConfigError, match="latents of another autoencoder"):
         runs(plain, other)
 
 
@@ -384,30 +384,30 @@ def test_parents_must_fit(finished: Pipeline, tmp_path: Path) -> None:
     [
         ({"scale": 5}, "superres.scale: 5 does not divide data.resolution 32"),
         (
-            {"train": {"num_images": 8, "prediction": "epsilon"}},
-            "superres.train.prediction: a network is tuned as it was trained",
+            {"train": {"num_images": 8, "prediction_type": "epsilon"}},
+            "superres.train.prediction_type: a network is tuned as it was trained",
         ),
         ({"starts": []}, "superres.starts"),
         ({"metric": "nothing"}, "no metric is called"),
     ],
 )
 def test_a_study_says_what_is_wrong(superres: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=said):
+    with pytest.raises(ConfigError, match=said):
         Pipeline(superres_study(**superres), tmp_path / "out")
 
 
 def test_tuning_without_a_parent_names_the_remedy(tmp_path: Path) -> None:
     pipeline = Pipeline(superres_study(), tmp_path / "out")
-    with pytest.raises(RequestError, match="no checkpoint to start from yet"):
+    with pytest.raises(ConfigError, match="no checkpoint to start from yet"):
         pipeline.train(runs_of(pipeline)[1][0])
 
 
-def test_pictures_that_equal_their_originals_stop_the_score(finished: Pipeline) -> None:
+def test_images_that_equal_their_originals_stop_the_score(finished: Pipeline) -> None:
     experiment, _ = runs_of(finished)
-    from isocost.evaluation.evaluator import Measuring, score
+    from isocost.evaluation.evaluator import FeatureCollector, score
 
-    reference: Reference = experiment.reference
-    measuring = Measuring(reference)
-    measuring.add(list(range(32)), finished.materials.pictures("reference").pictures[:32])
-    with pytest.raises(WorkError, match="32 pictures equal their originals"):
+    reference: ReferenceSet = experiment.reference
+    measuring = FeatureCollector(reference)
+    measuring.add(list(range(32)), finished.assets.images("reference").images[:32])
+    with pytest.raises(RunError, match="32 images equal their originals"):
         score(measuring.measured(), reference, ())

@@ -1,4 +1,4 @@
-"""The distances and Inception beside torch-fidelity 0.4: on the same features, and from the same pictures."""
+"""The distances and Inception beside torch-fidelity 0.4: on the same features, and from the same images."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from isocost.config.data import ScenesSource
-from isocost.data.latent_cache import load_pictures
-from isocost.errors import RequestError
-from isocost.evaluation.self_check import anchors
+from isocost.data.latent_cache import load_images
+from isocost.errors import ConfigError
+from isocost.evaluation.self_check import run_checks
 from isocost.metrics import inception
 from isocost.metrics import torch_fidelity_compat as compat
 from isocost.metrics.download import file_sha256
@@ -36,9 +36,9 @@ def features(num: int, width: int, seed: int, shift: float = 0.0) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Tensor:
+def images() -> Tensor:
     """uint8 [48, 3, 40, 40]"""
-    return load_pictures(ScenesSource(kind="scenes", num_pictures=48), 40, 0).pictures
+    return load_images(ScenesSource(kind="scenes", num_images=48), 40, 0).images
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_precision_and_recall_are_theirs(neighbour: int, part: bool) -> None:
     assert recall == pytest.approx(theirs["recall"], rel=1e-6)
 
 
-# --- the same pictures ------------------------------------------------------------------------------------------------
+# --- the same images ------------------------------------------------------------------------------------------------
 
 
 def test_the_weights_are_the_file_that_they_name() -> None:
@@ -131,12 +131,12 @@ def test_the_weights_are_the_file_that_they_name() -> None:
     assert inception.SHA256.startswith(Path(inception.URL).stem.rpartition("-")[2])
 
 
-def test_inception_features_are_theirs(ours: Inception, inception_file: Path, pictures: Tensor) -> None:
+def test_inception_features_are_theirs(ours: Inception, inception_file: Path, images: Tensor) -> None:
     theirs = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception_file), verbose=False
     )
-    pooled, logits = theirs(pictures[:6])
-    found = ours(pictures[:6])
+    pooled, logits = theirs(images[:6])
+    found = ours(images[:6])
     assert found.shape == (6, 2048)
     assert found.std() > 0
     torch.testing.assert_close(found, pooled, rtol=1e-4, atol=1e-6)
@@ -144,14 +144,14 @@ def test_inception_features_are_theirs(ours: Inception, inception_file: Path, pi
     assert file_sha256(inception_file)[:16] in ours.id
 
 
-def test_from_pictures_to_scores_is_their_whole_way(
-    ours: Inception, inception_file: Path, pictures: Tensor, tmp_path: Path
+def test_from_images_to_scores_is_their_whole_way(
+    ours: Inception, inception_file: Path, images: Tensor, tmp_path: Path
 ) -> None:
-    coarse = pictures[:, :, ::4, ::4].repeat_interleave(4, 2).repeat_interleave(4, 3)
-    for name, some in (("real", pictures[:10]), ("made", coarse[10:20])):
+    coarse = images[:, :, ::4, ::4].repeat_interleave(4, 2).repeat_interleave(4, 3)
+    for name, some in (("real", images[:10]), ("made", coarse[10:20])):
         (tmp_path / name).mkdir()
-        for number, picture in enumerate(some.permute(0, 2, 3, 1).numpy()):
-            Image.fromarray(picture).save(tmp_path / name / f"{number:03d}.png")
+        for number, image in enumerate(some.permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(image).save(tmp_path / name / f"{number:03d}.png")
     theirs = torch_fidelity.calculate_metrics(
         input1=str(tmp_path / "made"),
         input2=str(tmp_path / "real"),
@@ -169,7 +169,7 @@ def test_from_pictures_to_scores_is_their_whole_way(
         save_cpu_ram=True,
         feature_extractor_weights_path=str(inception_file),
     )
-    real, made = (ours(some).numpy() for some in (pictures[:10], coarse[10:20]))
+    real, made = (ours(some).numpy() for some in (images[:10], coarse[10:20]))
     assert frechet_distance(made, real) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     kid = compat.kid(made, real, num_subsets=5, subset_size=8)
     assert kid.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4, abs=1e-9)
@@ -179,10 +179,10 @@ def test_from_pictures_to_scores_is_their_whole_way(
     assert (precision, recall) == (pytest.approx(theirs["precision"], rel=1e-4), pytest.approx(theirs["recall"], rel=1e-4))
 
 
-def test_a_pictures_features_are_the_same_bits_in_any_company_at_its_row(ours: Inception, pictures: Tensor) -> None:
-    whole = ours(pictures[:6])
-    assert torch.equal(ours(pictures[[9, 5]])[1], whole[5])
-    assert torch.equal(ours(pictures[[4, 20, 7, 3]])[[0, 3]], whole[[4, 3]])
+def test_a_images_features_are_the_same_bits_in_any_company_at_its_row(ours: Inception, images: Tensor) -> None:
+    whole = ours(images[:6])
+    assert torch.equal(ours(images[[9, 5]])[1], whole[5])
+    assert torch.equal(ours(images[[4, 20, 7, 3]])[[0, 3]], whole[[4, 3]])
 
 
 def test_making_inception_leaves_the_stream_of_random_numbers_alone(inception_file: Path) -> None:
@@ -194,9 +194,9 @@ def test_making_inception_leaves_the_stream_of_random_numbers_alone(inception_fi
 
 
 def test_weights_of_another_hash_are_refused_unless_they_are_meant(inception_file: Path) -> None:
-    with pytest.raises(RequestError, match="expected 6726825d0af5f729"):
+    with pytest.raises(ConfigError, match="expected 6726825d0af5f729"):
         Inception(str(inception_file))
-    with pytest.raises(RequestError, match="expected 0000000000000000"):
+    with pytest.raises(ConfigError, match="expected 0000000000000000"):
         Inception(f"{inception_file}#sha256={'0' * 64}")
 
 
@@ -206,7 +206,7 @@ def test_weights_that_cannot_be_fetched_name_the_remedy(monkeypatch: pytest.Monk
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(RequestError, match=r"cannot be fetched \(no route\); put the file at .*6726825d.pth"):
+    with pytest.raises(ConfigError, match=r"cannot be fetched \(no route\); put the file at .*6726825d.pth"):
         Inception()
 
 
@@ -214,8 +214,8 @@ def test_weights_that_cannot_be_fetched_name_the_remedy(monkeypatch: pytest.Monk
 
 
 def test_every_anchor_holds(inception_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isocost.evaluation.self_check.NUM_INCEPTION_PICTURES", 4)
-    found = anchors(stated(inception_file))
+    monkeypatch.setattr("isocost.evaluation.self_check.NUM_INCEPTION_IMAGES", 4)
+    found = run_checks(stated(inception_file))
     assert [one.what for one in found if not one.passed] == []
     assert len(found) == 17
-    assert {"KID from pictures", "Inception score from pictures"} <= {one.what for one in found}
+    assert {"KID from images", "Inception score from images"} <= {one.what for one in found}

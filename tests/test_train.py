@@ -13,34 +13,34 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 
 from isocost.config.data import ScenesSource
-from isocost.config.model import ModelSpec, TextSpec
+from isocost.config.model import ModelSpec, TextEncoderSpec
 from isocost.config.training import TrainSpec
-from isocost.data.latent_cache import LatentCache, load_pictures, write_cache, write_index
-from isocost.data.row_store import Place
-from isocost.diffusion.noise_schedule import Schedule
-from isocost.errors import RequestError, WorkError
+from isocost.data.latent_cache import LatentCache, load_images, write_cache, write_index
+from isocost.data.row_store import ShardStore
+from isocost.diffusion.noise_schedule import NoiseSchedule
+from isocost.errors import ConfigError, RunError
 from isocost.experiments.base import make_run
-from isocost.models.autoencoder import LinearCodec
+from isocost.models.autoencoder import PCAAutoencoder
 from isocost.models.checkpoint import WEIGHTS, load_checkpoint, save_networks
 from isocost.models.factory import read_network
-from isocost.models.text_encoder import TextCodec
+from isocost.models.text_encoder import MiniLMTextEncoder
 from isocost.models.unet import build_unet
 from isocost.training.ema import Ema
 from isocost.training.lr_schedule import learning_rate
 from isocost.training.objectives import TextToImage
 from isocost.training.state_checkpoint import newest_state
-from isocost.training.trainer import OutOfTime, train
+from isocost.training.trainer import DeadlineReached, train
 
-MODEL = ModelSpec(width=8, latent_channels=4, latent_side=8, context_width=384, layers_per_block=1, num_levels=2)
-SPEC = TrainSpec(num_images=192, marks=(64, 100), batch_size=16, lr=2e-3, warmup_images=64, state_every_images=48)
+MODEL = ModelSpec(width=8, latent_channels=4, latent_size=8, cross_attention_dim=384, layers_per_block=1, num_levels=2)
+SPEC = TrainSpec(num_images=192, snapshots=(64, 100), batch_size=16, lr=2e-3, warmup_images=64, state_every_images=48)
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
-    place = Place(tmp_path_factory.mktemp("cache"))
-    pictures = load_pictures(ScenesSource(kind="scenes", num_pictures=96), 32, 0)
-    text = TextCodec(TextSpec(max_tokens=8))
-    write_index(place, write_cache(place, pictures.read, LinearCodec.fit(pictures.pictures, 4, 4), text))
+    place = ShardStore(tmp_path_factory.mktemp("cache"))
+    images = load_images(ScenesSource(kind="scenes", num_images=96), 32, 0)
+    text = MiniLMTextEncoder(TextEncoderSpec(max_tokens=8))
+    write_index(place, write_cache(place, images.read, PCAAutoencoder.fit(images.images, 4, 4), text))
     return LatentCache(place)
 
 
@@ -48,13 +48,13 @@ def run(spec: TrainSpec, cache: LatentCache, folder: Path, deadline: float | Non
     """Train from the folder's state; the weights published at each mark."""
     published: dict[int, dict[str, torch.Tensor]] = {}
 
-    def publish(network: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], mark: int) -> None:
-        published[mark] = {name: tensor.clone() for name, tensor in weights}
+    def publish(network: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], snapshot: int) -> None:
+        published[snapshot] = {name: tensor.clone() for name, tensor in weights}
 
     torch.manual_seed(spec.seed)
     network = build_unet(MODEL)
-    task = TextToImage(spec, cache, Schedule.scaled_linear())
-    train(spec, task, network, folder, publish, title="test", marks=spec.all_marks(1.0), deadline=deadline)
+    task = TextToImage(spec, cache, NoiseSchedule.scaled_linear())
+    train(spec, task, network, folder, publish, title="test", snapshots=spec.all_snapshots(1.0), deadline=deadline)
     return published
 
 
@@ -66,7 +66,7 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(cache: LatentCache,
     while 192 not in broken:
         try:
             broken |= run(SPEC, cache, tmp_path / "broken", deadline=time.monotonic() + (0 if stops < 4 else 600))
-        except OutOfTime:
+        except DeadlineReached:
             stops += 1
     assert stops == 4
     for name, tensor in whole[192].items():
@@ -77,54 +77,58 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(cache: LatentCache,
 
 
 def test_a_longer_training_begins_as_the_shorter_one(cache: LatentCache, tmp_path: Path) -> None:
-    short = run(SPEC.model_copy(update={"num_images": 64, "marks": ()}), cache, tmp_path / "run")
-    longer = run(SPEC.model_copy(update={"num_images": 128, "marks": ()}), cache, tmp_path / "run")
-    straight = run(SPEC.model_copy(update={"num_images": 128, "marks": (64,)}), cache, tmp_path / "straight")
+    short = run(SPEC.model_copy(update={"num_images": 64, "snapshots": ()}), cache, tmp_path / "run")
+    longer = run(SPEC.model_copy(update={"num_images": 128, "snapshots": ()}), cache, tmp_path / "run")
+    straight = run(SPEC.model_copy(update={"num_images": 128, "snapshots": (64,)}), cache, tmp_path / "straight")
     for name, tensor in straight[64].items():
         assert torch.equal(tensor, short[64][name])
         assert torch.equal(straight[128][name], longer[128][name])
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_loss_falls(cache: LatentCache, tmp_path: Path, prediction: str) -> None:
-    spec = SPEC.model_copy(update={"num_images": 960, "marks": (), "prediction": prediction, "state_every_images": 10_000})
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_loss_falls(cache: LatentCache, tmp_path: Path, prediction_type: str) -> None:
+    spec = SPEC.model_copy(
+        update={"num_images": 960, "snapshots": (), "prediction_type": prediction_type, "state_every_images": 10_000}
+    )
     run(spec, cache, tmp_path)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "loss.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.93 * losses[0]
 
 
 def test_bf16_trains_and_a_missing_tracker_is_named(cache: LatentCache, tmp_path: Path) -> None:
-    spec = SPEC.model_copy(update={"num_images": 32, "marks": (), "precision": "bf16"})
+    spec = SPEC.model_copy(update={"num_images": 32, "snapshots": (), "dtype": "bf16"})
     published = run(spec, cache, tmp_path / "bf16")
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in published[32].values())
-    with pytest.raises(RequestError, match="wandb is not installed"):
+    with pytest.raises(ConfigError, match="wandb is not installed"):
         run(spec.model_copy(update={"tracker": "wandb"}), cache, tmp_path / "tracked")
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(cache: LatentCache, tmp_path: Path) -> None:
-    good = SPEC.model_copy(update={"num_images": 48, "marks": ()})
+    good = SPEC.model_copy(update={"num_images": 48, "snapshots": ()})
     run(good, cache, tmp_path)
 
     class Broken(TextToImage):
         def loss(self, network: nn.Module, batch: object) -> torch.Tensor:
             return super().loss(network, batch) * float("nan")  # type: ignore[arg-type]
 
-    spec = SPEC.model_copy(update={"marks": ()})
-    with pytest.raises(WorkError, match="the loss is nan"):
-        train(spec, Broken(spec, cache, Schedule.scaled_linear()), build_unet(MODEL), tmp_path, lambda *_: None, title="test")
+    spec = SPEC.model_copy(update={"snapshots": ()})
+    with pytest.raises(RunError, match="the loss is nan"):
+        train(
+            spec, Broken(spec, cache, NoiseSchedule.scaled_linear()), build_unet(MODEL), tmp_path, lambda *_: None, title="test"
+        )
     assert newest_state(tmp_path) == 48
 
 
 def test_a_state_that_does_not_read_back_is_named(cache: LatentCache, tmp_path: Path) -> None:
-    run(SPEC.model_copy(update={"num_images": 48, "marks": ()}), cache, tmp_path)
+    run(SPEC.model_copy(update={"num_images": 48, "snapshots": ()}), cache, tmp_path)
     (state,) = tmp_path.glob("state-*")
     (state / "part-00000.safetensors").write_bytes(b"broken")
-    with pytest.raises(WorkError, match="does not read back"):
+    with pytest.raises(RunError, match="does not read back"):
         run(SPEC, cache, tmp_path)
 
 
 def test_a_half_written_state_is_not_seen(cache: LatentCache, tmp_path: Path) -> None:
-    run(SPEC.model_copy(update={"num_images": 48, "marks": ()}), cache, tmp_path)
+    run(SPEC.model_copy(update={"num_images": 48, "snapshots": ()}), cache, tmp_path)
     (tmp_path / ".state-000000000096").mkdir()
     run(SPEC, cache, tmp_path)
     assert not list(tmp_path.glob(".state-*"))
@@ -156,7 +160,7 @@ def test_a_checkpoint_loads_in_diffusers(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), loaded.parameters(), strict=True))
     scheduler = DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     assert torch.allclose(
-        scheduler.alphas_cumprod.double(), torch.from_numpy(Schedule.scaled_linear().alphas_cumprod.copy()), atol=1e-6
+        scheduler.alphas_cumprod.double(), torch.from_numpy(NoiseSchedule.scaled_linear().alphas_cumprod.copy()), atol=1e-6
     )
     assert scheduler.config.prediction_type == "v_prediction"
 
@@ -171,20 +175,20 @@ def test_a_checkpoint_in_bf16_is_half_as_large_and_another_one(tmp_path: Path) -
         assert torch.equal(own.bfloat16().float(), read)
     whole, half = ((tmp_path / name / "unet" / WEIGHTS).stat().st_size for name in ("whole", "half"))
     assert 0.5 <= half / whole < 0.6
-    runs = [make_run("text2image", MODEL, SPEC.model_copy(update={"publish_precision": p}), {}, 1.0) for p in ("fp32", "bf16")]
+    runs = [make_run("text2image", MODEL, SPEC.model_copy(update={"snapshot_dtype": p}), {}, 1.0) for p in ("fp32", "bf16")]
     assert runs[0].digest == runs[1].digest
     assert runs[0].checkpoints.keys() == runs[1].checkpoints.keys()
     assert set(runs[0].checkpoints.values()).isdisjoint(runs[1].checkpoints.values())
 
 
 def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="no such checkpoint folder"):
+    with pytest.raises(ConfigError, match="no such checkpoint folder"):
         load_checkpoint(tmp_path / "absent")
-    with pytest.raises(RequestError, match="not a checkpoint of isocost"):
+    with pytest.raises(ConfigError, match="not a checkpoint of isocost"):
         load_checkpoint(tmp_path)
     pickle = tmp_path / "model.ckpt"
     pickle.write_bytes(b"x")
-    with pytest.raises(RequestError, match="pickled weights are refused"):
+    with pytest.raises(ConfigError, match="pickled weights are refused"):
         load_checkpoint(pickle)
-    with pytest.raises(RequestError, match="pickled weights are refused"):
+    with pytest.raises(ConfigError, match="pickled weights are refused"):
         load_checkpoint(tmp_path)

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from isocost.config.model import ModelSpec
 from isocost.config.training import TrainSpec
 from isocost.data.latent_cache import LatentCache
-from isocost.diffusion.noise_schedule import Schedule
+from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.models.unet import build_unet
-from isocost.training.distributed import this_part
+from isocost.training.distributed import process_info
 from isocost.training.memory_estimate import training_memory
 from isocost.training.objectives import Batch, TextToImage
 from isocost.training.throughput_estimate import RandomTask
 from isocost.training.trainer import Trainer, backward, make_accelerator, train
 
-MODEL = ModelSpec(width=8, latent_channels=4, latent_side=8, context_width=384, layers_per_block=1, num_levels=2)
+MODEL = ModelSpec(width=8, latent_channels=4, latent_size=8, cross_attention_dim=384, layers_per_block=1, num_levels=2)
 
 
 class Noted(TextToImage):
@@ -59,7 +59,7 @@ def measure_memory(spec: TrainSpec, model: ModelSpec, folder: Path, rank: int) -
     A small network comes first: it loads what PyTorch loads once in a process.
     """
     accelerator = make_accelerator(spec, folder, "test")
-    small = ModelSpec(width=8, latent_side=8)
+    small = ModelSpec(width=8, latent_size=8)
     first = Trainer(spec, RandomTask(small, 77), build_unet(small), folder, accelerator)
     first.step(first.batch(0), 0)
     del first
@@ -85,23 +85,23 @@ def run_job(job: dict[str, Any]) -> list[float] | None:
     """
     spec, folder = TrainSpec.model_validate(job["spec"]), Path(job["folder"])
     dtype = torch.float64 if job.get("double") else torch.float32
-    rank = this_part().rank
+    rank = process_info().rank
 
-    def publish(network: nn.Module, weights: Iterable[tuple[str, Tensor]], mark: int) -> None:
-        save_file({name: tensor.clone().contiguous() for name, tensor in weights}, folder / f"weights-{mark}.safetensors")
+    def publish(network: nn.Module, weights: Iterable[tuple[str, Tensor]], snapshot: int) -> None:
+        save_file({name: tensor.clone().contiguous() for name, tensor in weights}, folder / f"weights-{snapshot}.safetensors")
 
     if "memory" in job:
         model = ModelSpec.model_validate(job["memory"])
         measure_memory(spec, model, folder, rank)
         return None
-    task = Noted(spec, LatentCache(job["cache"]), Schedule.scaled_linear())
+    task = Noted(spec, LatentCache(job["cache"]), NoiseSchedule.scaled_linear())
     if "losses" in job:
         trainer = Trainer(spec, task, network_of(spec, dtype), folder, make_accelerator(spec, folder, "test"))
         seen = range(0, job["losses"] * spec.batch_size, spec.batch_size)
         return [float(trainer.step(trainer.batch(images), images)) for images in seen]
     if job.get("gradients"):
         trainer = Trainer(spec, task, network_of(spec, dtype), folder, make_accelerator(spec, folder, "test"))
-        loss = backward(trainer.parallel, task, trainer.batch(0), trainer.microbatch, spec.precision)
+        loss = backward(trainer.parallel, task, trainer.batch(0), trainer.microbatch, spec.dtype)
         grads = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in trainer.parallel.network.parameters()]
         names = [name for name, _ in trainer.parallel.network.named_parameters()]
         whole = dict(zip(names, [grad.clone().contiguous() for grad in trainer.parallel.gather(grads)], strict=True))
@@ -109,8 +109,8 @@ def run_job(job: dict[str, Any]) -> list[float] | None:
         if rank == 0:
             save_file(whole, folder / "gradients.safetensors")
         return None
-    marks = tuple(job.get("marks", (spec.num_images,)))
-    train(spec, task, network_of(spec, dtype), folder, publish, title="test", marks=marks)
+    snapshots = tuple(job.get("snapshots", (spec.num_images,)))
+    train(spec, task, network_of(spec, dtype), folder, publish, title="test", snapshots=snapshots)
     (folder / f"seen-{rank}-{spec.num_images}.json").write_text(json.dumps(task.seen))
     return None
 
@@ -120,7 +120,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run_job(job)
-        this_part().wait()
+        process_info().wait()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""isocost: which diffusion model, sampler, steps and guidance give the best pictures for an inference budget.
+"""isocost: which diffusion model, solver, steps and guidance give the best images for an inference budget.
 
 The commands as functions, for scripts and notebooks:
 
     study = isocost.load_study("studies/fashion.yaml")
-    result = isocost.run(study, "runs/fashion")         # pictures to report; what exists is skipped
+    result = isocost.run(study, "runs/fashion")         # images to report; what exists is skipped
     result.table                                         # one row a point, a pandas DataFrame
     isocost.recommend(result.table, "nfe", 16)           # the best configuration within a budget
-    isocost.sample(checkpoint, ["a red bag"]).sheet()    # a PIL picture
+    isocost.sample(checkpoint, ["a red bag"]).sheet()    # a PIL image
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from isocost.analysis.results_table import read_table
     from isocost.config.study import StudySpec
     from isocost.config.study_yaml import load_study
-    from isocost.errors import RequestError, WorkError
+    from isocost.errors import ConfigError, RunError
     from isocost.evaluation.score_folder import score_folder
     from isocost.models.checkpoint import load_checkpoint
     from isocost.models.export_diffusers import export
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Pipeline": "isocost.pipeline.pipeline",
-    "RequestError": "isocost.errors",
+    "ConfigError": "isocost.errors",
     "StudySpec": "isocost.config.study",
-    "WorkError": "isocost.errors",
+    "RunError": "isocost.errors",
     "best_guidance": "isocost.analysis.pareto",
     "export": "isocost.models.export_diffusers",
     "family_table": "isocost.models.flops",
@@ -50,10 +50,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "ConfigError",
     "Pipeline",
-    "RequestError",
+    "RunError",
     "StudySpec",
-    "WorkError",
     "best_guidance",
     "export",
     "family_table",

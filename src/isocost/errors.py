@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 
-class RequestError(ValueError):
+class ConfigError(ValueError):
     """The request was wrong. The message is one line that says what, where, and the remedy; nothing was written."""
 
 
-class WorkError(RuntimeError):
+class RunError(RuntimeError):
     """The work failed for a reason outside the program (data, disk, numbers). The message is one line; finished work stays."""

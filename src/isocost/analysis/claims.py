@@ -15,17 +15,17 @@ import pandas as pd
 
 from isocost.analysis.costs import COSTS
 from isocost.analysis.formatting import format_score
-from isocost.analysis.seed_variance import Luck, training_luck
-from isocost.errors import RequestError
+from isocost.analysis.seed_variance import SeedVariance, estimate_seed_variance
+from isocost.errors import ConfigError
 from isocost.metrics.registry import metric_of
 
 Says = Literal["agrees", "contradicts", "open"]
-MOST_CASES = 3
+MAX_CASES = 3
 """Told of a verdict's evidence."""
 
 
 @dataclass(frozen=True)
-class Points:
+class TaskResults:
     """The table of a task (`isocost.analysis.frontier`) and the metric that its report leads with.
 
     `luck` is how far trainings that differ in their seed alone are apart in it, where that was measured.
@@ -33,15 +33,15 @@ class Points:
 
     table: pd.DataFrame
     metric: str
-    luck: Luck | None = None
+    seed_variance: SeedVariance | None = None
 
 
-Tables = Mapping[str, Points]
-"""By task: "text2image", "repeats", "superres", "distill", "dreambooth"."""
+Tables = Mapping[str, TaskResults]
+"""By task: "text2image", "seed-replicates", "superres", "distill", "dreambooth"."""
 
 
 @dataclass(frozen=True)
-class Case:
+class Evidence:
     """One comparison: what it says of the finding, and the two scores in words."""
 
     says: Says
@@ -49,29 +49,29 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Claim:
     """A statement of arXiv 2404.01367.
 
     Attributes:
         section: the experiment it belongs to, 1 to 6 in the order of the paper.
-        judge: its cases in the tables, under the cost called so; RequestError where the tables cannot say.
+        judge: its cases in the tables, under the cost called so; ConfigError where the tables cannot say.
         is_by_cost: whether the verdict depends on how cost is counted.
     """
 
     section: int
     statement: str
-    judge: Callable[[Tables, str], list[Case]]
+    evaluate_claims: Callable[[Tables, str], list[Evidence]]
     is_by_cost: bool = False
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ClaimVerdict:
     """What a study says of a finding; `cost` is empty where no cost enters, `why` says what is missing where nothing does."""
 
     section: int
     statement: str
     cost: str
-    cases: tuple[Case, ...]
+    cases: tuple[Evidence, ...]
     why: str = ""
 
     def count(self, says: Says) -> int:
@@ -104,53 +104,55 @@ class Verdict:
         """Some cases in words: those against first where it does not hold, else those for it."""
         first: tuple[Says, ...] = ("contradicts", "agrees") if self.verdict == "does not hold" else ("agrees", "contradicts")
         told = [case for says in (*first, "open") for case in spread([case for case in self.cases if case.says == says])]
-        return tuple(case.words for case in told[:MOST_CASES])
+        return tuple(case.words for case in told[:MAX_CASES])
 
 
-def spread(cases: Sequence[Case]) -> list[Case]:
+def spread(cases: Sequence[Evidence]) -> list[Evidence]:
     """The first, the last and the middle one of them in front."""
     order = dict.fromkeys([0, len(cases) - 1, len(cases) // 2, *range(len(cases))])
     return [cases[at] for at in order if 0 <= at < len(cases)]
 
 
-def judge(findings: Sequence[Finding], tables: Tables) -> list[Verdict]:
+def evaluate_claims(findings: Sequence[Claim], tables: Tables) -> list[ClaimVerdict]:
     """A verdict for every finding; under every cost where that enters."""
     told = []
     for finding in findings:
         for cost in COSTS if finding.is_by_cost else ("",):
             try:
-                cases, why = finding.judge(tables, cost), ""
-            except RequestError as error:
+                cases, why = finding.evaluate_claims(tables, cost), ""
+            except ConfigError as error:
                 cases, why = [], str(error)
-            told.append(Verdict(finding.section, finding.statement, cost, tuple(cases), why or "nothing to compare"))
+            told.append(ClaimVerdict(finding.section, finding.statement, cost, tuple(cases), why or "nothing to compare"))
     return told
 
 
-def points_of(tables: Tables, task: str) -> Points:
-    """The points of a task; RequestError where it was not done."""
+def points_of(tables: Tables, task: str) -> TaskResults:
+    """The points of a task; ConfigError where it was not done."""
     if task not in tables:
-        raise RequestError(f"{task} was not done")
+        raise ConfigError(f"{task} was not done")
     return tables[task]
 
 
-def with_luck(tables: Tables) -> dict[str, Points]:
+def with_seed_variance(tables: Tables) -> dict[str, TaskResults]:
     """The family's points, and those of its repeats, with what its repeats say of luck."""
     told = dict(tables)
-    if "repeats" not in tables:
+    if "seed-replicates" not in tables:
         return told
     try:
-        luck = training_luck(tables["repeats"].table, tables["repeats"].metric)
-    except RequestError:  # a further training that has no point yet, of which the page tells
+        seed_variance = estimate_seed_variance(tables["seed-replicates"].table, tables["seed-replicates"].metric)
+    except ConfigError:  # a further training that has no point yet, of which the page tells
         return told
-    return told | {task: replace(told[task], luck=luck) for task in ("text2image", "repeats") if task in told}
+    return told | {
+        task: replace(told[task], seed_variance=seed_variance) for task in ("text2image", "seed-replicates") if task in told
+    }
 
 
-def compare(one: Mapping[Any, Any], other: Mapping[Any, Any], metric: str, luck: Luck | None = None) -> str:
+def compare(one: Mapping[Any, Any], other: Mapping[Any, Any], metric: str, seed_variance: SeedVariance | None = None) -> str:
     """Whether the first row's score is "better" or "worse" than the other's, or "undecided".
 
     Their intervals must be apart; with `luck` scores of two sizes must also differ by more than two trainings may.
     """
-    if luck is not None and one["size"] != other["size"] and luck.explains(one, other, metric):
+    if seed_variance is not None and one["size"] != other["size"] and seed_variance.explains(one, other, metric):
         return "undecided"
     ends = [float(row[f"{metric}_{side}"]) for row in (one, other) for side in ("low", "high")]
     low, high, other_low, other_high = ends
@@ -166,6 +168,6 @@ def says(outcome: str, wanted: str = "better") -> Says:
     return "agrees" if outcome == wanted else "contradicts"
 
 
-def score_words(row: Mapping[Any, Any], metric: str) -> str:
+def format_metric_score(row: Mapping[Any, Any], metric: str) -> str:
     """A score with its interval."""
     return format_score(float(row[metric]), float(row[f"{metric}_low"]), float(row[f"{metric}_high"]))

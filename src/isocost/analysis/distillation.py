@@ -16,9 +16,9 @@ import pandas as pd
 
 from isocost.analysis.costs import COSTS
 from isocost.analysis.formatting import format_number
-from isocost.analysis.iso_cost import Pairs, at_budget, in_words, less, verdict
+from isocost.analysis.iso_cost import Pairs, best_at_budget, difference_between, format_text, verdict
 from isocost.analysis.pareto import metric_of
-from isocost.analysis.results_table import best_first, best_in_each, finals, sizes_in_order
+from isocost.analysis.results_table import best_in_each, final_points, rank_points, sizes_in_order
 from isocost.config.finetune import DistillVariant
 
 VARIANTS = get_args(DistillVariant)
@@ -59,7 +59,7 @@ def teacher_of(size: str) -> tuple[str, str]:
 
 def against_teacher(table: pd.DataFrame, metric: str, pairs: Pairs) -> dict[str, list[str]]:
     """By student: at each of its numbers of steps, its score less its teacher's, each at its best guidance, and the verdict."""
-    best = best_in_each(finals(table, metric), metric, ["size", "num_steps"])
+    best = best_in_each(final_points(table, metric), metric, ["size", "num_steps"])
     points = {(str(row["size"]), int(row["num_steps"])): row for row in best.to_dict("records")}
     told: dict[str, list[str]] = {}
     for size in sizes_in_order(best):
@@ -68,8 +68,8 @@ def against_teacher(table: pd.DataFrame, metric: str, pairs: Pairs) -> dict[str,
             continue
         for num_steps in sorted(steps for each, steps in points if each == size):
             if (teacher, num_steps) in points:
-                difference, is_paired = less(points[size, num_steps], points[teacher, num_steps], metric, pairs)
-                said = f"{in_words(difference, is_paired)}, {verdict(difference, metric)}"
+                difference, is_paired = difference_between(points[size, num_steps], points[teacher, num_steps], metric, pairs)
+                said = f"{format_text(difference, is_paired)}, {verdict(difference, metric)}"
             else:
                 said = f"its teacher was not scored there: add {num_steps} to sweep.num_steps"
             told.setdefault(size, []).append(f"{_steps(num_steps)}: {said}")
@@ -81,7 +81,7 @@ def acceleration(table: pd.DataFrame, metric: str) -> list[Acceleration]:
 
     The teacher's curve is its best score within so many steps, a line over the logarithm of the steps between those tried.
     """
-    rows = best_in_each(finals(table, metric), metric, ["size", "num_steps"])
+    rows = best_in_each(final_points(table, metric), metric, ["size", "num_steps"])
     sign = 1.0 if metric_of(metric).better == "lower" else -1.0
     curves = {size: group.sort_values("num_steps") for size, group in rows.groupby("size")}
     found = []
@@ -140,10 +140,10 @@ def comparisons(table: pd.DataFrame, metric: str, pairs: Pairs, num_steps: int =
     for cost in COSTS:
         if table.loc[table["is_final"].astype(bool), cost].isna().all():
             continue
-        rows = best_first(finals(table, metric, cost), metric, cost)
+        rows = rank_points(final_points(table, metric, cost), metric, cost)
         for variant in VARIANTS:
             for claim, one, other, budget in _claims(rows, cost, variant, num_steps):
-                compared = at_budget(rows, metric, pairs, cost, budget, one, other)
+                compared = best_at_budget(rows, metric, pairs, cost, budget, one, other)
                 told.append({"variant": variant, "claim": claim, **asdict(compared), "text": str(compared)})
     return pd.DataFrame(told)
 

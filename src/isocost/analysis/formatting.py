@@ -9,14 +9,14 @@ from isocost.metrics.registry import metric_of
 ROUNDING = 1e-9
 
 
-def configuration_words(size: str, num_steps: int, guidance: float, sampler: str) -> str:
+def format_configuration(size: str, num_steps: int, guidance: float, solver: str) -> str:
     """What to sample with in running text: "2.6M, 8 steps, guidance 2, ddim/trailing"."""
     steps = "1 step" if num_steps == 1 else f"{num_steps} steps"
-    return f"{size}, {steps}, guidance {guidance:g}, {sampler}"
+    return f"{size}, {steps}, guidance {guidance:g}, {solver}"
 
 
-def metric_words(name: str) -> str:
-    """The metric in running text: its label up to the first comma, "kernel distance"."""
+def format_metric(name: str) -> str:
+    """The metric in running text: its label up to the first comma, "squared MMD"."""
     return metric_of(name).label.split(",")[0]
 
 

@@ -1,7 +1,7 @@
 """The frontier with what is not known of it: bands, the best size at a budget, and the budgets at which the best size changes.
 
 Every point's score is drawn again from its own 95 % interval, taken as normal (deviation = width / 3.92) and apart from the
-others', and everything is found anew in each redraw, choices of guidance, steps and sampler included.
+others', and everything is found anew in each redraw, choices of guidance, steps and solver included.
 
 The least of several noisy scores flatters its point: it was chosen for its luck as well. In a redraw the truth is known, it is
 what was observed; so what a redraw's winner shows less what that point truly has is the winner's error, and the frontier is
@@ -33,8 +33,8 @@ from numpy.typing import NDArray
 from isocost.analysis.costs import COSTS, cost_of
 from isocost.analysis.formatting import ROUNDING, format_number, format_score
 from isocost.analysis.pareto import BEYOND, metric_of
-from isocost.analysis.results_table import best_first, deviations, finals, sizes_in_order
-from isocost.errors import RequestError
+from isocost.analysis.results_table import deviations, final_points, rank_points, sizes_in_order
+from isocost.errors import ConfigError
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -142,14 +142,14 @@ class Bands:
         """The best size with cost <= budget.
 
         Raises:
-            RequestError: the budget is not a positive number, or lies below every point.
+            ConfigError: the budget is not a positive number, or lies below every point.
         """
         if not (math.isfinite(budget) and budget > 0):
-            raise RequestError(f"a budget is a positive number, not {budget:g}")
+            raise ConfigError(f"a budget is a positive number, not {budget:g}")
         at = int(np.searchsorted(self.budgets, budget * (1 + ROUNDING), side="right")) - 1
         if at < 0:
             asked, least = (cost_of(self.cost).amount(value) for value in (budget, self.budgets[0]))
-            raise RequestError(f"a budget of {asked} is below every point; the cheapest costs {least}")
+            raise ConfigError(f"a budget of {asked} is below every point; the cheapest costs {least}")
         shares = self.shares[:, at]
         is_known = not bool(np.isnan(shares).any())
         low, high = float(self.low[at]), float(self.high[at])
@@ -188,26 +188,26 @@ class Bands:
         )
 
 
-def frontier_bands(table: pd.DataFrame, cost: str, metric: str, num_redraws: int = 1000, seed: int = 0) -> Bands:
+def frontier_bands(table: pd.DataFrame, cost: str, metric: str, num_replicates: int = 1000, seed: int = 0) -> Bands:
     """The frontier under a cost of `COSTS` with its bands, the best size at every budget, and the crossings.
 
     Args:
         table: points as in `isocost.analysis.frontier`, of one line of models: few-step students in a table of their own.
-        num_redraws: redraws of all scores, R; time and memory grow with it.
+        num_replicates: redraws of all scores, R; time and memory grow with it.
         seed: of the redraws.
 
     Raises:
-        RequestError: nothing competes, the points cannot be compared, or a cost is not above 0.
+        ConfigError: nothing competes, the points cannot be compared, or a cost is not above 0.
     """
-    rows = best_first(finals(table, metric, cost), metric, cost).sort_values(cost, kind="stable")
+    rows = rank_points(final_points(table, metric, cost), metric, cost).sort_values(cost, kind="stable")
     costs = rows[cost].to_numpy(dtype=float)
     if costs[0] <= 0:
-        raise RequestError(f"point {rows['point'].iloc[0]} has a {cost} of {costs[0]:g}: a cost is above 0; measure it again")
+        raise ConfigError(f"point {rows['point'].iloc[0]} has a {cost} of {costs[0]:g}: a cost is above 0; measure it again")
     sign = 1.0 if metric_of(metric).better == "lower" else -1.0
     values, spread = sign * rows[metric].to_numpy(dtype=float), deviations(rows, metric)
     by_name = np.argsort(rows["point"].to_numpy(dtype=str))  # the same redraws under every cost
-    redrawn = np.empty((num_redraws, len(values)))
-    redrawn[:, by_name] = redraw(values[by_name], spread[by_name], num_redraws, seed)
+    redrawn = np.empty((num_replicates, len(values)))
+    redrawn[:, by_name] = redraw(values[by_name], spread[by_name], num_replicates, seed)
     ends = _last_of_equals(costs)
     whole = running_best(values, redrawn)[:, ends]
     low, high = np.quantile(whole[1:], TAILS, axis=0)
@@ -249,7 +249,7 @@ def frontier_bands(table: pd.DataFrame, cost: str, metric: str, num_redraws: int
     )
 
 
-def bands_in_words(table: pd.DataFrame, metric: str) -> dict[str, Any]:
+def format_bands(table: pd.DataFrame, metric: str) -> dict[str, Any]:
     """For a report, by cost: where the best size changes, and at how many of the budgets it is told apart."""
     told: dict[str, Any] = {}
     for cost in COSTS.values():
@@ -266,9 +266,9 @@ def bands_in_words(table: pd.DataFrame, metric: str) -> dict[str, Any]:
     return told
 
 
-def redraw(values: Floats, spread: Floats, num_redraws: int, seed: int) -> Floats:
+def redraw(values: Floats, spread: Floats, num_replicates: int, seed: int) -> Floats:
     """Scores [R, N] drawn from normals about values [N] with deviations `spread` [N]; a score without one stays as it is."""
-    noise = np.random.default_rng(seed).standard_normal((num_redraws, len(values)))
+    noise = np.random.default_rng(seed).standard_normal((num_replicates, len(values)))
     return values + np.where(np.isfinite(spread), spread, 0.0) * noise
 
 
@@ -307,7 +307,7 @@ def in_order(curves: Sequence[Floats], widths: Floats) -> NDArray[np.int64]:
     return levels
 
 
-def frontier_points(x: Floats, values: Floats, spread: Floats, num_redraws: int, seed: int) -> tuple[Floats, Floats]:
+def frontier_points(x: Floats, values: Floats, spread: Floats, num_replicates: int, seed: int) -> tuple[Floats, Floats]:
     """The x at which the frontier falls, [M], and its values there, [1 + R, M]: row 0 itself, then its redraws.
 
     Only values above 0 count, for laws in logarithms. There are no redraws where a score has no interval.
@@ -317,7 +317,7 @@ def frontier_points(x: Floats, values: Floats, spread: Floats, num_redraws: int,
         values: of which less is better, [N].
         spread: their standard deviations, [N].
     """
-    draws = running_best(values, redraw(values, spread, num_redraws, seed))
+    draws = running_best(values, redraw(values, spread, num_replicates, seed))
     ends = _last_of_equals(x)
     draws = draws[: None if np.isfinite(spread).all() else 1, ends]
     falls = (np.diff(draws[0], prepend=np.inf) < 0) & (draws[0] > 0)

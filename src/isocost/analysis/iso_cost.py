@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 import pandas as pd
 
-from isocost.analysis.formatting import configuration_words, format_score
+from isocost.analysis.formatting import format_configuration, format_score
 from isocost.analysis.pareto import metric_of
 from isocost.analysis.results_table import fits
-from isocost.evaluation.confidence_intervals import Interval, difference_of_independent
+from isocost.evaluation.confidence_intervals import Interval, independent_difference
 
-UNPAIRED = " (not paired)"
+UNPAIRED_NOTE = " (not paired)"
 """Said of a difference of independent scores, a wider interval: features lie elsewhere, or the metric has no pairs."""
 
 
@@ -52,16 +52,16 @@ class Comparison:
     def __str__(self) -> str:
         if self.difference is None:
             return self.verdict
-        return f"{format_score(self.difference, self.low, self.high)}{'' if self.is_paired else UNPAIRED}: {self.verdict}"
+        return f"{format_score(self.difference, self.low, self.high)}{'' if self.is_paired else UNPAIRED_NOTE}: {self.verdict}"
 
 
-def at_budget(
+def best_at_budget(
     rows: pd.DataFrame, metric: str, pairs: Pairs, cost: str, budget: float, one: str, other: str, by: str = "size"
 ) -> Comparison:
     """`one` against `other`, two values of the column `by`, each at its best with cost <= budget.
 
     Args:
-        rows: competing points, best first (`isocost.analysis.frontier.best_first`).
+        rows: competing points, best first (`isocost.analysis.frontier.rank_points`).
     """
     within = rows[fits(rows[cost], budget)]
     first, second = (within[within[by] == value].head(1).to_dict("records") for value in (one, other))
@@ -69,12 +69,14 @@ def at_budget(
     if not first or not second:
         missing = one if not first else other
         return Comparison(cost, budget, one, other, words[0], words[1], None, None, None, f"no point of {missing} fits")
-    found, is_paired = less(first[0], second[0], metric, pairs)
+    found, is_paired = difference_between(first[0], second[0], metric, pairs)
     value, low, high = (None, None, None) if found is None else (found.value, found.low, found.high)
     return Comparison(cost, budget, one, other, words[0], words[1], value, low, high, verdict(found, metric), is_paired)
 
 
-def less(one: Mapping[Any, Any], other: Mapping[Any, Any], metric: str, pairs: Pairs) -> tuple[Interval | None, bool]:
+def difference_between(
+    one: Mapping[Any, Any], other: Mapping[Any, Any], metric: str, pairs: Pairs
+) -> tuple[Interval | None, bool]:
     """One row's score less the other's, and whether that is paired; None where a score has no interval either."""
     paired = pairs.of_points(str(one["point"]), str(other["point"]), metric)
     if paired is not None:
@@ -82,7 +84,7 @@ def less(one: Mapping[Any, Any], other: Mapping[Any, Any], metric: str, pairs: P
     alone = [Interval(*(float(row[f"{metric}{end}"]) for end in ("", "_low", "_high"))) for row in (one, other)]
     if any(math.isnan(end) for each in alone for end in (each.low, each.high)):
         return None, False
-    return difference_of_independent(*alone), False
+    return independent_difference(*alone), False
 
 
 def verdict(difference: Interval | None, metric: str) -> str:
@@ -92,14 +94,14 @@ def verdict(difference: Interval | None, metric: str) -> str:
     return "better" if (difference.value < 0) == (metric_of(metric).better == "lower") else "worse"
 
 
-def in_words(difference: Interval | None, is_paired: bool) -> str:
+def format_text(difference: Interval | None, is_paired: bool) -> str:
     """A difference with its interval."""
     if difference is None:
         return "this metric has no interval"
-    return format_score(difference.value, difference.low, difference.high) + ("" if is_paired else UNPAIRED)
+    return format_score(difference.value, difference.low, difference.high) + ("" if is_paired else UNPAIRED_NOTE)
 
 
 def _configuration(row: Mapping[Any, Any], by: str) -> str:
     if by == "size":
         return f"{row['num_steps']} steps, guidance {row['guidance']:g}"
-    return configuration_words(row["size"], row["num_steps"], row["guidance"], row["sampler"])
+    return format_configuration(row["size"], row["num_steps"], row["guidance"], row["solver"])

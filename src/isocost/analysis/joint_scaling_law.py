@@ -27,16 +27,16 @@ import pandas as pd
 from isocost.analysis.costs import COSTS, cost_of
 from isocost.analysis.formatting import format_number, format_score
 from isocost.analysis.frontier_ci import TAILS, Floats, frontier_points
-from isocost.analysis.power_laws import LEAST_MARKS, Law, fit_frontier, fit_terms, interval_of
-from isocost.analysis.results_table import deviations, finals, sizes_in_order
-from isocost.analysis.scaling_laws import check_law, shortfall
-from isocost.errors import RequestError
+from isocost.analysis.power_laws import MIN_SNAPSHOTS, Law, fit_frontier, fit_terms, interval_of
+from isocost.analysis.results_table import deviations, final_points, sizes_in_order
+from isocost.analysis.scaling_laws import check_law, loss_value
+from isocost.errors import ConfigError
 from isocost.evaluation.confidence_intervals import Interval
 
 SIZE = "num_parameters"
-LEAST_SIZES = 3
+MIN_SIZES = 3
 """As many as a law over size has numbers; one more is held out."""
-LEAST_STEPS = 3
+MIN_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutFit:
     """How well the law of the smaller sizes says the frontier of the largest.
 
     Attributes:
@@ -102,33 +102,33 @@ class HeldOut:
         return f"{told}; {self.num_covered} of {len(self.predictions)} intervals hold the measured score"
 
 
-def frontier_law(table: pd.DataFrame, metric: str, over: str, num_redraws: int = 200, seed: int = 0) -> Law:
+def frontier_law(table: pd.DataFrame, metric: str, over: str, num_replicates: int = 200, seed: int = 0) -> Law:
     """The law of the frontier over a cost of `COSTS`, or of every size at its best over `num_parameters`.
 
     The law's intervals have no width where a score has no interval.
 
     Raises:
-        RequestError: nothing is counted so, the metric has no law, or the frontier has fewer than four points.
+        ConfigError: nothing is counted so, the metric has no law, or the frontier has fewer than four points.
     """
     if over not in (*COSTS, SIZE):
         known = ", ".join((*COSTS, SIZE))
-        raise RequestError(f"no law over {over!r}; known: {known}, and training compute by isocost.analysis.scaling.scaling")
+        raise ConfigError(f"no law over {over!r}; known: {known}, and training compute by isocost.analysis.scaling.scaling")
     check_law(metric)
     if over == SIZE:
-        x, draws = _at_their_best(finals(table, metric), metric, num_redraws, seed)
+        x, draws = _at_their_best(final_points(table, metric), metric, num_replicates, seed)
         what = f"{len(x)} sizes have a value above 0"
     else:
-        x, draws = _frontier(finals(table, metric, over), metric, over, num_redraws, seed)
+        x, draws = _frontier(final_points(table, metric, over), metric, over, num_replicates, seed)
         what = f"the frontier over {over} has {len(x)} points above 0"
-    if len(x) < LEAST_MARKS:
+    if len(x) < MIN_SNAPSHOTS:
         remedy = "train more sizes" if over == SIZE else "sweep more numbers of steps"
-        raise RequestError(f"a law takes {LEAST_MARKS} points, but {what}: {remedy}")
+        raise ConfigError(f"a law takes {MIN_SNAPSHOTS} points, but {what}: {remedy}")
     return fit_frontier(over, x, draws)
 
 
 def predict_held_out(
-    table: pd.DataFrame, metric: str, cost: str = "paper_cost", num_redraws: int = 200, seed: int = 0
-) -> HeldOut:
+    table: pd.DataFrame, metric: str, cost: str = "normalized_cost", num_replicates: int = 200, seed: int = 0
+) -> HeldOutFit:
     """Fit the frontiers of all sizes but the largest, and set what they say of that one's against what it has.
 
     Args:
@@ -136,27 +136,27 @@ def predict_held_out(
         cost: a name of `COSTS`.
 
     Raises:
-        RequestError: the metric or cost has no law, or fewer than three sizes stay when one is held out.
+        ConfigError: the metric or cost has no law, or fewer than three sizes stay when one is held out.
     """
     check_law(metric)
-    rows = finals(table, metric, cost)
+    rows = final_points(table, metric, cost)
     *sizes, largest = sizes_in_order(rows)
-    if len(sizes) < LEAST_SIZES:
+    if len(sizes) < MIN_SIZES:
         left = "1 size" if len(sizes) == 1 else f"{len(sizes)} sizes"
-        raise RequestError(f"without {largest} there are {left}: a law over size takes {LEAST_SIZES}, so train more sizes")
+        raise ConfigError(f"without {largest} there are {left}: a law over size takes {MIN_SIZES}, so train more sizes")
     groups = {size: rows[rows["size"] == size] for size in (*sizes, largest)}
     frontiers = {
-        size: _frontier(group, metric, cost, num_redraws, seed + at) for at, (size, group) in enumerate(groups.items())
+        size: _frontier(group, metric, cost, num_replicates, seed + at) for at, (size, group) in enumerate(groups.items())
     }
     for size, (costs, _) in frontiers.items():
         if not len(costs):
-            raise RequestError(f"{size} has no {metric} above 0, and a law in logarithms needs one; take another metric")
+            raise ConfigError(f"{size} has no {metric} above 0, and a law in logarithms needs one; take another metric")
     fewest = min(len(draws) for _, draws in frontiers.values())  # 1 where some score has no interval
     coordinates = [_coordinates(groups[size], costs, cost) for size, (costs, _) in frontiers.items()]
     *known, asked = coordinates
     x = np.concatenate(known, axis=1)
     draws = np.concatenate([frontiers[size][1][:fewest] for size in sizes], axis=1)
-    variables = 2 if len(np.unique(x[1].round(6))) >= LEAST_STEPS else 1
+    variables = 2 if len(np.unique(x[1].round(6))) >= MIN_STEPS else 1
     middle = x.mean(1, keepdims=True)
     fits = fit_terms((x - middle)[:variables], draws)
     degrees = max(draws.shape[1] - fits.shape[1], 1)
@@ -164,7 +164,7 @@ def predict_held_out(
     logs = _predicted(fits, (asked - middle)[:variables])
     costs, measured = frontiers[largest]
     exponents = fits[:, variables : 2 * variables]
-    return HeldOut(
+    return HeldOutFit(
         metric=metric,
         cost=cost,
         size=largest,
@@ -177,22 +177,22 @@ def predict_held_out(
     )
 
 
-def _frontier(rows: pd.DataFrame, metric: str, cost: str, num_redraws: int, seed: int) -> tuple[Floats, Floats]:
+def _frontier(rows: pd.DataFrame, metric: str, cost: str, num_replicates: int, seed: int) -> tuple[Floats, Floats]:
     """Costs [M] at which the frontier of the rows falls, and its values there with redraws, [1 + R, M]."""
-    rows = rows.assign(_lacks=shortfall(rows, metric)).sort_values([cost, "_lacks", "point"], kind="stable")
+    rows = rows.assign(_lacks=loss_value(rows, metric)).sort_values([cost, "_lacks", "point"], kind="stable")
     if not (rows[cost] > 0).all():
-        raise RequestError(f"a {cost} of 0 has no logarithm; leave such points out, or measure them again")
+        raise ConfigError(f"a {cost} of 0 has no logarithm; leave such points out, or measure them again")
     costs, values = (rows[column].to_numpy(dtype=float) for column in (cost, "_lacks"))
-    return frontier_points(costs, values, deviations(rows, metric), num_redraws, seed)
+    return frontier_points(costs, values, deviations(rows, metric), num_replicates, seed)
 
 
-def _at_their_best(rows: pd.DataFrame, metric: str, num_redraws: int, seed: int) -> tuple[Floats, Floats]:
+def _at_their_best(rows: pd.DataFrame, metric: str, num_replicates: int, seed: int) -> tuple[Floats, Floats]:
     """Parameters [M] of the sizes, and the best value of each with redraws, [1 + R, M]; sizes without one above 0 left out."""
     parameters, columns = [], []
     for at, size in enumerate(sizes_in_order(rows)):
         own = rows[rows["size"] == size]
-        values = shortfall(own, metric)
-        _, draws = frontier_points(np.ones(len(own)), values, deviations(own, metric), num_redraws, seed + at)
+        values = loss_value(own, metric)
+        _, draws = frontier_points(np.ones(len(own)), values, deviations(own, metric), num_replicates, seed + at)
         if draws.shape[1]:
             parameters.append(float(own["num_parameters"].iloc[0]))
             columns.append(draws[:, 0])

@@ -1,7 +1,7 @@
 """The findings of "Bigger is not Always Better" (arXiv 2404.01367), each as a question to a study's own points.
 
 They are put as the paper states them, so that a study can contradict them. Sizes in the words of a case go by their names; a
-"best" is the best over samplers, steps and guidance within what the case allows. Each raises RequestError where the tables
+"best" is the best over solvers, steps and guidance within what the case allows. Each raises ConfigError where the tables
 cannot say, with what is missing.
 """
 
@@ -14,19 +14,19 @@ from typing import Any
 
 import pandas as pd
 
-from isocost.analysis.claims import Case, Finding, Points, Tables, compare, points_of, says, score_words
+from isocost.analysis.claims import Claim, Evidence, Tables, TaskResults, compare, format_metric_score, points_of, says
 from isocost.analysis.costs import COSTS
 from isocost.analysis.distillation import STUDENT_STEPS, acceleration, teacher_of
 from isocost.analysis.formatting import format_number
-from isocost.analysis.results_table import best_first, best_in_each, finals, fits, sizes_in_order
+from isocost.analysis.results_table import best_in_each, final_points, fits, rank_points, sizes_in_order
 from isocost.analysis.scaling_laws import compute_curves
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 
 FEW_STEPS = 10
-"""Up to which the paper's samplers differ most (figure 8)."""
+"""Up to which the paper's solvers differ most (figure 8)."""
 SUPERRES_STEPS = 20
 """Up to which small sizes win in super-resolution (section 4.6)."""
-SAMPLERS = ("ddpm", "ddim", "dpmsolver++2m")
+SOLVERS = ("ddpm", "ddim", "dpmsolver++2m")
 """In the paper's order with few steps, from worst to best."""
 MORE_COMPUTE = 2.0
 """Ratio from which one training took more compute than another."""
@@ -38,7 +38,7 @@ Row = dict[Any, Any]
 # --- experiment 1: training compute ---
 
 
-def more_images(tables: Tables, _: str) -> list[Case]:
+def more_images(tables: Tables, _: str) -> list[Evidence]:
     """Every size: its last mark against its first."""
     points = points_of(tables, "text2image")
     return [
@@ -47,15 +47,15 @@ def more_images(tables: Tables, _: str) -> list[Case]:
     ]
 
 
-def compute_decides(tables: Tables, _: str) -> list[Case]:
+def compute_decides(tables: Tables, _: str) -> list[Evidence]:
     """Marks of different sizes, one trained with at least twice the compute of the other: whether more compute is better."""
     return _more_compute(points_of(tables, "text2image"))
 
 
-def larger_is_better(tables: Tables, _: str) -> list[Case]:
+def larger_is_better(tables: Tables, _: str) -> list[Evidence]:
     """Neighbouring sizes, trained on the same images, at one setting."""
     points = points_of(tables, "text2image")
-    last = [(size, marks[-1]) for size, marks in _marks(points, least=1)]
+    last = [(size, snapshots[-1]) for size, snapshots in _marks(points, least=1)]
     return [
         _case(large, small, points, f"{name} ", f"{other} ")
         for (other, small), (name, large) in pairwise(last)
@@ -66,158 +66,158 @@ def larger_is_better(tables: Tables, _: str) -> list[Case]:
 # --- experiment 2: downstream ---
 
 
-def superres_follows_size(tables: Tables, _: str) -> list[Case]:
+def superres_follows_size(tables: Tables, _: str) -> list[Evidence]:
     """A smaller size at the end of its fine-tuning against the largest at no more compute, or at its first mark."""
     points = _pretrained(points_of(tables, "superres"))
-    *smaller, (name, marks) = _marks(points, least=1)
+    *smaller, (name, snapshots) = _marks(points, least=1)
     cases = []
     for size, own in smaller:
         small = own[-1]
-        cheaper = [mark for mark in marks if mark["training_gflop"] <= small["training_gflop"]]
-        large = cheaper[-1] if cheaper else marks[0]
+        cheaper = [snapshot for snapshot in snapshots if snapshot["training_gflop"] <= small["training_gflop"]]
+        large = cheaper[-1] if cheaper else snapshots[0]
         cases.append(_case(large, small, points, f"{name} after {large['images_seen']:,} images ", f"{size} at its end "))
     return cases
 
 
-def lpips_follows_compute(tables: Tables, _: str) -> list[Case]:
+def lpips_follows_compute(tables: Tables, _: str) -> list[Evidence]:
     """Marks of different sizes: whether more fine-tuning compute gives the better LPIPS."""
     points = _pretrained(points_of(tables, "superres"))
-    return _more_compute(Points(points.table, "lpips"))
+    return _more_compute(TaskResults(points.table, "lpips"))
 
 
-def dreambooth_follows_size(tables: Tables, _: str) -> list[Case]:
+def dreambooth_follows_size(tables: Tables, _: str) -> list[Evidence]:
     """Neighbouring tuned sizes, each at its best."""
     points = _pretrained(points_of(tables, "dreambooth"))
-    best = best_in_each(finals(points.table, points.metric), points.metric, ["size"]).to_dict("records")
+    best = best_in_each(final_points(points.table, points.metric), points.metric, ["size"]).to_dict("records")
     return [_case(large, small, points, f"{large['size']} ", f"{small['size']} ") for small, large in pairwise(best)]
 
 
 # --- experiment 3: sampling cost ---
 
 
-def small_wins(tables: Tables, cost: str) -> list[Case]:
+def small_wins(tables: Tables, cost: str) -> list[Evidence]:
     """The best smaller size against the largest, at the costs of the lower half of the largest's numbers of steps."""
     points = points_of(tables, "text2image")
-    rows = finals(points.table, points.metric, cost)
+    rows = final_points(points.table, points.metric, cost)
     budgets = _budgets(rows, cost)
     return list(_smaller_against_largest(rows, points, cost, budgets[: math.ceil(len(budgets) / 2)]))
 
 
-def large_wins_in_the_end(tables: Tables, _: str) -> list[Case]:
+def large_wins_in_the_end(tables: Tables, _: str) -> list[Evidence]:
     """The largest at its best against every smaller size at its best, whatever that costs."""
     points = points_of(tables, "text2image")
-    *smaller, large = best_in_each(finals(points.table, points.metric), points.metric, ["size"]).to_dict("records")
+    *smaller, large = best_in_each(final_points(points.table, points.metric), points.metric, ["size"]).to_dict("records")
     return [_case(large, small, points, f"{large['size']} ", f"{small['size']} ") for small in smaller]
 
 
-def guidance_falls_with_size(tables: Tables, _: str) -> list[Case]:
-    """The best guidance of the largest against that of the smallest, by sampler and number of steps."""
+def guidance_falls_with_size(tables: Tables, _: str) -> list[Evidence]:
+    """The best guidance of the largest against that of the smallest, by solver and number of steps."""
     points = points_of(tables, "text2image")
-    rows = finals(points.table, points.metric)
+    rows = final_points(points.table, points.metric)
     sizes = sizes_in_order(rows)
-    return _guidance_cases(rows, points.metric, ["sampler", "num_steps"], "size", sizes[0], sizes[-1])
+    return _guidance_cases(rows, points.metric, ["solver", "num_steps"], "size", sizes[0], sizes[-1])
 
 
-def guidance_falls_with_steps(tables: Tables, _: str) -> list[Case]:
-    """The best guidance with the most steps against that with the fewest from two on, by size and sampler.
+def guidance_falls_with_steps(tables: Tables, _: str) -> list[Evidence]:
+    """The best guidance with the most steps against that with the fewest from two on, by size and solver.
 
     Raises:
-        RequestError: one number of steps was tried.
+        ConfigError: one number of steps was tried.
     """
     points = points_of(tables, "text2image")
-    rows = finals(points.table, points.metric)
+    rows = final_points(points.table, points.metric)
     rows = rows[rows["num_steps"] > 1]
     if rows["num_steps"].nunique() < 2:
-        raise RequestError("one number of steps from two on was tried")
+        raise ConfigError("one number of steps from two on was tried")
     steps = sorted(rows["num_steps"].unique())
-    return _guidance_cases(rows, points.metric, ["size", "sampler"], "num_steps", steps[0], steps[-1])
+    return _guidance_cases(rows, points.metric, ["size", "solver"], "num_steps", steps[0], steps[-1])
 
 
-# --- experiment 4: samplers ---
+# --- experiment 4: solvers ---
 
 
-def better_samplers_need_fewer_steps(tables: Tables, _: str) -> list[Case]:
+def better_solvers_need_fewer_steps(tables: Tables, _: str) -> list[Evidence]:
     """Neighbours in DDPM, DDIM, DPM-Solver++: whether the later one is better, by size and number of steps.
 
     Raises:
-        RequestError: fewer than two of them were tried.
+        ConfigError: fewer than two of them were tried.
     """
     points = points_of(tables, "text2image")
-    rows = finals(points.table, points.metric)
-    rows = rows.assign(_kind=rows["sampler"].str.partition("/")[0])
-    rows = rows[rows["num_steps"].between(2, FEW_STEPS) & rows["_kind"].isin(SAMPLERS)]
+    rows = final_points(points.table, points.metric)
+    rows = rows.assign(_kind=rows["solver"].str.partition("/")[0])
+    rows = rows[rows["num_steps"].between(2, FEW_STEPS) & rows["_kind"].isin(SOLVERS)]
     best = best_in_each(rows, points.metric, ["size", "_kind", "num_steps"])
     cases = []
     for (size, steps), group in best.groupby(["size", "num_steps"], sort=False):
         by_kind = {row["_kind"]: row for row in group.to_dict("records")}
-        present = [kind for kind in SAMPLERS if kind in by_kind]
+        present = [kind for kind in SOLVERS if kind in by_kind]
         for worse, better in pairwise(present):
             words = f"{size}, {steps} steps: {better} "
             cases.append(_case(by_kind[better], by_kind[worse], points, words, f"{worse} "))
     if not cases:
-        raise RequestError(f"fewer than two of {', '.join(SAMPLERS)} were tried with 2 to {FEW_STEPS} steps")
+        raise ConfigError(f"fewer than two of {', '.join(SOLVERS)} were tried with 2 to {FEW_STEPS} steps")
     return cases
 
 
-def small_wins_under_every_sampler(tables: Tables, cost: str) -> list[Case]:
-    """As `small_wins`, with the points of one sampler at a time."""
+def small_wins_under_every_solver(tables: Tables, cost: str) -> list[Evidence]:
+    """As `small_wins`, with the points of one solver at a time."""
     points = points_of(tables, "text2image")
-    rows = finals(points.table, points.metric, cost)
+    rows = final_points(points.table, points.metric, cost)
     cases = []
-    for sampler, own in rows.groupby("sampler"):
+    for solver, own in rows.groupby("solver"):
         budgets = _budgets(own, cost)
         few = budgets[: math.ceil(len(budgets) / 2)]
-        cases += list(_smaller_against_largest(own, points, cost, few, f"{sampler}, "))
+        cases += list(_smaller_against_largest(own, points, cost, few, f"{solver}, "))
     return cases
 
 
 # --- experiment 5: sampling cost downstream ---
 
 
-def small_wins_in_superres(tables: Tables, cost: str) -> list[Case]:
+def small_wins_in_superres(tables: Tables, cost: str) -> list[Evidence]:
     """As `small_wins`, in super-resolution, at the costs of the largest with up to twenty steps."""
     points = _pretrained(points_of(tables, "superres"))
-    rows = finals(points.table, points.metric, cost)
+    rows = final_points(points.table, points.metric, cost)
     few = _budgets(rows[rows["num_steps"] <= SUPERRES_STEPS], cost)
     return list(_smaller_against_largest(rows, points, cost, few))
 
 
-def large_wins_in_superres(tables: Tables, cost: str) -> list[Case]:
+def large_wins_in_superres(tables: Tables, cost: str) -> list[Evidence]:
     """In super-resolution, at the costs of the largest with more than twenty steps: whether it beats every smaller size.
 
     Raises:
-        RequestError: no such number of steps was tried.
+        ConfigError: no such number of steps was tried.
     """
     points = _pretrained(points_of(tables, "superres"))
-    rows = finals(points.table, points.metric, cost)
+    rows = final_points(points.table, points.metric, cost)
     many = rows[rows["num_steps"] > SUPERRES_STEPS]
     if many.empty:
-        raise RequestError(f"no number of steps above {SUPERRES_STEPS} was tried")
+        raise ConfigError(f"no number of steps above {SUPERRES_STEPS} was tried")
     return list(_smaller_against_largest(rows, points, cost, _budgets(many, cost), wanted="worse"))
 
 
 # --- experiment 6: distillation ---
 
 
-def students_beat_their_teachers(tables: Tables, cost: str) -> list[Case]:
+def students_beat_their_teachers(tables: Tables, cost: str) -> list[Evidence]:
     """A student against the undistilled of its own size, within what the student costs at four steps."""
     return _students(tables, cost, lambda student, other: teacher_of(student)[0] == other, "better")
 
 
-def small_undistilled_equals_large_student(tables: Tables, cost: str) -> list[Case]:
+def small_undistilled_equals_large_student(tables: Tables, cost: str) -> list[Evidence]:
     """The smallest undistilled size against every larger student, within what that costs at four steps: whether it is worse.
 
     Raises:
-        RequestError: no undistilled size stands beside the students.
+        ConfigError: no undistilled size stands beside the students.
     """
     points = points_of(tables, "distill")
     smallest = next((size for size in sizes_in_order(points.table) if not teacher_of(size)[1]), None)
     if smallest is None:
-        raise RequestError("no undistilled size stands beside the students")
+        raise ConfigError("no undistilled size stands beside the students")
     return _students(tables, cost, lambda student, other: other == smallest != teacher_of(student)[0], "worse")
 
 
-def students_save_steps(tables: Tables, _: str) -> list[Case]:
+def students_save_steps(tables: Tables, _: str) -> list[Evidence]:
     """How many of its teacher's steps one of a student's is worth, at four steps: whether half of the paper's or more."""
     points = points_of(tables, "distill")
     cases = []
@@ -226,28 +226,28 @@ def students_save_steps(tables: Tables, _: str) -> list[Case]:
             continue
         low, high = one.low / one.num_steps, one.high / one.num_steps
         outcome = "better" if low >= SPEED_UP / 2 else "worse" if high < SPEED_UP / 2 else "undecided"
-        cases.append(Case(says(outcome), f"{one.student}, {one}"))
+        cases.append(Evidence(says(outcome), f"{one.student}, {one}"))
     return cases
 
 
 FINDINGS = (
-    Finding(1, "More training gives better pictures, at every size", more_images),
-    Finding(1, "Training compute decides quality, whichever size it is spent on", compute_decides),
-    Finding(1, "Of sizes trained on the same images the larger is better", larger_is_better),
-    Finding(2, "Super-resolution follows size: a small one does not catch up with more fine-tuning", superres_follows_size),
-    Finding(2, "LPIPS of super-resolution follows fine-tuning compute, whatever the size", lpips_follows_compute),
-    Finding(2, "DreamBooth is better from larger sizes", dreambooth_follows_size),
-    Finding(3, "With little sampling cost a smaller size is better than the largest", small_wins, True),
-    Finding(3, "With any sampling cost allowed the largest size is the best", large_wins_in_the_end),
-    Finding(3, "The best guidance falls with size", guidance_falls_with_size),
-    Finding(3, "The best guidance falls with the number of steps", guidance_falls_with_steps),
-    Finding(4, "With few steps DPM-Solver++ is better than DDIM, and DDIM than DDPM", better_samplers_need_fewer_steps),
-    Finding(4, "Under every sampler a smaller size is better at little cost", small_wins_under_every_sampler, True),
-    Finding(5, "In super-resolution a smaller size is better at up to 20 steps' cost", small_wins_in_superres, True),
-    Finding(5, "In super-resolution the largest is better beyond 20 steps' cost", large_wins_in_superres, True),
-    Finding(6, "A student is better than the undistilled of its size at equal cost", students_beat_their_teachers, True),
-    Finding(6, "The smallest undistilled is no worse than larger students", small_undistilled_equals_large_student, True),
-    Finding(6, "Distillation to 4 steps is worth about 5 times as many, or half of that at least", students_save_steps),
+    Claim(1, "More training gives better images, at every size", more_images),
+    Claim(1, "Training compute decides quality, whichever size it is spent on", compute_decides),
+    Claim(1, "Of sizes trained on the same images the larger is better", larger_is_better),
+    Claim(2, "Super-resolution follows size: a small one does not catch up with more fine-tuning", superres_follows_size),
+    Claim(2, "LPIPS of super-resolution follows fine-tuning compute, whatever the size", lpips_follows_compute),
+    Claim(2, "DreamBooth is better from larger sizes", dreambooth_follows_size),
+    Claim(3, "With little sampling cost a smaller size is better than the largest", small_wins, True),
+    Claim(3, "With any sampling cost allowed the largest size is the best", large_wins_in_the_end),
+    Claim(3, "The best guidance falls with size", guidance_falls_with_size),
+    Claim(3, "The best guidance falls with the number of steps", guidance_falls_with_steps),
+    Claim(4, "With few steps DPM-Solver++ is better than DDIM, and DDIM than DDPM", better_solvers_need_fewer_steps),
+    Claim(4, "Under every solver a smaller size is better at little cost", small_wins_under_every_solver, True),
+    Claim(5, "In super-resolution a smaller size is better at up to 20 steps' cost", small_wins_in_superres, True),
+    Claim(5, "In super-resolution the largest is better beyond 20 steps' cost", large_wins_in_superres, True),
+    Claim(6, "A student is better than the undistilled of its size at equal cost", students_beat_their_teachers, True),
+    Claim(6, "The smallest undistilled is no worse than larger students", small_undistilled_equals_large_student, True),
+    Claim(6, "Distillation to 4 steps is worth about 5 times as many, or half of that at least", students_save_steps),
 )
 """In the paper's order."""
 
@@ -255,38 +255,38 @@ FINDINGS = (
 # --- what they share ---
 
 
-def _case(one: Row, other: Row, points: Points, name: str, other_name: str, wanted: str = "better") -> Case:
-    words = f"{name}{score_words(one, points.metric)}, {other_name}{score_words(other, points.metric)}"
-    return Case(says(compare(one, other, points.metric, points.luck), wanted), words)
+def _case(one: Row, other: Row, points: TaskResults, name: str, other_name: str, wanted: str = "better") -> Evidence:
+    words = f"{name}{format_metric_score(one, points.metric)}, {other_name}{format_metric_score(other, points.metric)}"
+    return Evidence(says(compare(one, other, points.metric, points.seed_variance), wanted), words)
 
 
-def _marks(points: Points, least: int = 2) -> list[tuple[str, list[Row]]]:
-    """Every size with its marks at one setting, by compute; sizes with fewer than `least` are left out."""
+def _marks(points: TaskResults, least: int = 2) -> list[tuple[str, list[Row]]]:
+    """Every size with its snapshots at one setting, by compute; sizes with fewer than `least` are left out."""
     curves = compute_curves(points.table, points.metric, 1)
     by_size = {size: curves[curves["size"] == size].to_dict("records") for size in sizes_in_order(curves)}
-    told = [(size, marks) for size, marks in by_size.items() if len(marks) >= least]
+    told = [(size, snapshots) for size, snapshots in by_size.items() if len(snapshots) >= least]
     if not told:
-        raise RequestError("no size was scored at two marks of its training: add train.marks")
+        raise ConfigError("no size was scored at two snapshots of its training: add train.snapshots")
     return told
 
 
-def _more_compute(points: Points) -> list[Case]:
-    marks = [(size, mark) for size, own in _marks(points, least=1) for mark in own]
+def _more_compute(points: TaskResults) -> list[Evidence]:
+    snapshots = [(size, snapshot) for size, own in _marks(points, least=1) for snapshot in own]
     cases = []
-    for size, mark in marks:
-        for other_size, other in marks:
-            if size != other_size and mark["training_gflop"] >= MORE_COMPUTE * other["training_gflop"]:
+    for size, snapshot in snapshots:
+        for other_size, other in snapshots:
+            if size != other_size and snapshot["training_gflop"] >= MORE_COMPUTE * other["training_gflop"]:
                 words = [
                     f"{name} at {format_number(row['training_gflop'])} GFLOP "
-                    for name, row in ((size, mark), (other_size, other))
+                    for name, row in ((size, snapshot), (other_size, other))
                 ]
-                cases.append(_case(mark, other, points, *words))
+                cases.append(_case(snapshot, other, points, *words))
     return cases
 
 
-def _pretrained(points: Points) -> Points:
+def _pretrained(points: TaskResults) -> TaskResults:
     """Without what started from scratch or was not tuned, whose names have a second word."""
-    return Points(points.table[~points.table["size"].str.contains(" ", regex=False)], points.metric)
+    return TaskResults(points.table[~points.table["size"].str.contains(" ", regex=False)], points.metric)
 
 
 def _budgets(rows: pd.DataFrame, cost: str) -> list[float]:
@@ -296,10 +296,10 @@ def _budgets(rows: pd.DataFrame, cost: str) -> list[float]:
 
 
 def _smaller_against_largest(
-    rows: pd.DataFrame, points: Points, cost: str, budgets: list[float], title: str = "", wanted: str = "better"
-) -> Iterator[Case]:
+    rows: pd.DataFrame, points: TaskResults, cost: str, budgets: list[float], title: str = "", wanted: str = "better"
+) -> Iterator[Evidence]:
     largest = sizes_in_order(rows)[-1]
-    ordered = best_first(rows, points.metric, cost)
+    ordered = rank_points(rows, points.metric, cost)
     for budget in budgets:
         within = ordered[fits(ordered[cost], budget)]
         others, own = (within[within["size"].eq(largest) == is_own].head(1).to_dict("records") for is_own in (False, True))
@@ -308,10 +308,10 @@ def _smaller_against_largest(
             yield _case(others[0], own[0], points, name, f"{largest} ", wanted)
 
 
-def _guidance_cases(rows: pd.DataFrame, metric: str, by: list[str], along: str, first: Any, last: Any) -> list[Case]:
+def _guidance_cases(rows: pd.DataFrame, metric: str, by: list[str], along: str, first: Any, last: Any) -> list[Evidence]:
     """Cells that differ in `along` alone: whether the best guidance at `last` is below that at `first`."""
     if first == last:
-        raise RequestError(f"only one {along} to compare")
+        raise ConfigError(f"only one {along} to compare")
     cases = []
     for key, group in rows.groupby(by):
         found = [_best_guidance(group[group[along] == value], metric) for value in (first, last)]
@@ -322,9 +322,9 @@ def _guidance_cases(rows: pd.DataFrame, metric: str, by: list[str], along: str, 
         where = ", ".join(_named(name, part) for name, part in zip(by, key, strict=True))
         ends = ((first, value, low, high), (last, other, other_low, other_high))
         words = f"{where}: {', '.join(f'{_guidance_words(*told)} for {_named(along, end)}' for end, *told in ends)}"
-        cases.append(Case(says(outcome), words))
+        cases.append(Evidence(says(outcome), words))
     if not cases:
-        raise RequestError("guidance was not chosen anew on both sides of any comparison")
+        raise ConfigError("guidance was not chosen anew on both sides of any comparison")
     return cases
 
 
@@ -348,7 +348,7 @@ def _best_guidance(rows: pd.DataFrame, metric: str) -> tuple[float, float, float
     """
     if rows.empty:
         return None
-    best = best_first(rows, metric).iloc[0]
+    best = rank_points(rows, metric).iloc[0]
     if "guidance_low" in rows.columns and pd.notna(best["guidance_low"]):
         low, high = float(best["guidance_low"]), float(best["guidance_high"])
     elif rows["guidance"].nunique() < 2:
@@ -356,15 +356,15 @@ def _best_guidance(rows: pd.DataFrame, metric: str) -> tuple[float, float, float
     else:
         near = [row["guidance"] for row in rows.to_dict("records") if compare(best.to_dict(), row, metric) == "undecided"]
         low, high = float(min(near)), float(max(near))
-    if best["guidance_at_edge"]:
+    if best["guidance_at_boundary"]:
         is_above_others, is_below_others = best["guidance"] > rows["guidance"].min(), best["guidance"] < rows["guidance"].max()
         low, high = low if is_above_others else -math.inf, high if is_below_others else math.inf
     return low, high, float(best["guidance"])
 
 
-def _students(tables: Tables, cost: str, is_pair: Callable[[str, str], bool], wanted: str) -> list[Case]:
+def _students(tables: Tables, cost: str, is_pair: Callable[[str, str], bool], wanted: str) -> list[Evidence]:
     points = points_of(tables, "distill")
-    rows = best_first(finals(points.table, points.metric, cost), points.metric, cost)
+    rows = rank_points(final_points(points.table, points.metric, cost), points.metric, cost)
     sizes = sizes_in_order(rows)
     cases = []
     for student in (size for size in sizes if teacher_of(size)[1]):

@@ -1,10 +1,10 @@
 """Questions to the table of points: best guidance, Pareto set, best configuration within a budget.
 
 A table is a DataFrame with one row a point. Its columns: point, checkpoint (digests), size, width, num_parameters,
-images_seen, training_gflop, is_final (last training mark), sampler, num_steps, guidance, num_pictures, seed, protocol,
+images_seen, training_gflop, is_final (last snapshot), solver, num_steps, guidance, num_images, seed, protocol,
 the four costs of `COSTS`, and for every metric m of `isocost.metrics.names.METRICS` m, m_low, m_high (95 % interval; NaN
 where absent).
-Only final points compete; the earlier training marks belong to the curve over training compute.
+Only final points compete; the earlier training snapshots belong to the curve over training compute.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 
 from isocost.analysis.costs import COSTS, cost_of
-from isocost.analysis.formatting import ROUNDING, _magnitude, configuration_words, format_score
-from isocost.analysis.results_table import CELL, best_first, best_in_each, finals, fits
-from isocost.errors import RequestError
+from isocost.analysis.formatting import ROUNDING, _magnitude, format_configuration, format_score
+from isocost.analysis.results_table import CELL, best_in_each, final_points, fits, rank_points
+from isocost.errors import ConfigError
 from isocost.metrics.registry import metric_of
 
 BEYOND = 1.1
@@ -32,14 +32,14 @@ class Configuration:
     point: str
     checkpoint: str
     size: str
-    sampler: str
+    solver: str
     num_steps: int
     guidance: float
     cost: float
     value: float
     low: float | None
     high: float | None
-    guidance_at_edge: bool
+    guidance_at_boundary: bool
 
     @property
     def score(self) -> str:
@@ -47,7 +47,7 @@ class Configuration:
         return format_score(self.value, self.low, self.high)
 
     def __str__(self) -> str:
-        return configuration_words(self.size, self.num_steps, self.guidance, self.sampler)
+        return format_configuration(self.size, self.num_steps, self.guidance, self.solver)
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,17 @@ class BudgetChoice:
 
 
 def best_guidance(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The row with the best guidance for every (size, sampler, num_steps), with the column `guidance_at_edge`.
+    """The row with the best guidance for every (size, solver, num_steps), with the column `guidance_at_boundary`.
 
     The paper's rule (arXiv 2404.01367, section on sampling efficiency). The value of the best of several noisy scores is
     optimistic; its interval does not cover that choice.
     """
-    return best_in_each(finals(table, metric), metric, CELL)
+    return best_in_each(final_points(table, metric), metric, CELL)
 
 
 def pareto(table: pd.DataFrame, cost: str, metric: str) -> pd.DataFrame:
     """The points that no point of lower or equal cost matches, from cheap to dear; each is better than all before it."""
-    rows = best_first(finals(table, metric, cost), metric, cost).sort_values(cost, kind="stable")
+    rows = rank_points(final_points(table, metric, cost), metric, cost).sort_values(cost, kind="stable")
     sign = 1.0 if metric_of(metric).better == "lower" else -1.0
     worse = sign * rows[metric].to_numpy(dtype=float)
     best_before = np.concatenate([[np.inf], np.minimum.accumulate(worse)[:-1]])
@@ -98,16 +98,16 @@ def best_at_budgets(
         points: those that may be chosen, all where None; the others count for `cheapest`, `dearest` and the edges of guidance.
 
     Raises:
-        RequestError: a budget is not a positive number, or there is nothing to choose from.
+        ConfigError: a budget is not a positive number, or there is nothing to choose from.
     """
-    rows = best_first(finals(table, metric, cost), metric, cost)
+    rows = rank_points(final_points(table, metric, cost), metric, cost)
     by_cost = rows.sort_values(cost, kind="stable")
     cheapest, dearest = (_configuration(by_cost.iloc[at], cost, metric) for at in (0, -1))
     allowed = rows if points is None else rows[rows["point"].isin(list(points))]
     choices = []
     for budget in budgets:
         if not (math.isfinite(budget) and budget > 0):
-            raise RequestError(f"a budget is a positive number, not {budget:g}")
+            raise ConfigError(f"a budget is a positive number, not {budget:g}")
         within = allowed[fits(allowed[cost], budget)]
         best = _configuration(within.iloc[0], cost, metric) if len(within) else None
         others = within[within["size"] != best.size] if best else within
@@ -142,11 +142,11 @@ def default_budgets(table: pd.DataFrame, cost: str, num_budgets: int = 5) -> lis
     Each is rounded up to two significant digits, so that it never falls below the point that it was meant to take in.
 
     Raises:
-        RequestError: no finished point was measured by this cost.
+        ConfigError: no finished point was measured by this cost.
     """
     costs = table.loc[table["is_final"].astype(bool), cost_of(cost).name].dropna()
     if costs.empty:
-        raise RequestError(f"no finished point carries a measured {cost}; choose another cost of {', '.join(COSTS)}")
+        raise ConfigError(f"no finished point carries a measured {cost}; choose another cost of {', '.join(COSTS)}")
     spread = np.geomspace(costs.min(), costs.max(), num_budgets + 1)[1:]
     return sorted({_round_up(float(value)) for value in spread})
 
@@ -157,14 +157,14 @@ def _configuration(row: pd.Series, cost: str, metric: str) -> Configuration:
         point=str(row["point"]),
         checkpoint=str(row["checkpoint"]),
         size=str(row["size"]),
-        sampler=str(row["sampler"]),
+        solver=str(row["solver"]),
         num_steps=int(row["num_steps"]),
         guidance=float(row["guidance"]),
         cost=float(row[cost]),
         value=float(row[metric]),
         low=low,
         high=high,
-        guidance_at_edge=bool(row["guidance_at_edge"]),
+        guidance_at_boundary=bool(row["guidance_at_boundary"]),
     )
 
 

@@ -27,13 +27,13 @@ from isocost.analysis.formatting import format_number
 from isocost.analysis.frontier_ci import TAILS, Floats
 from isocost.evaluation.confidence_intervals import Interval
 
-LEAST_MARKS = 4
+MIN_SNAPSHOTS = 4
 HUBER_DELTA = 1e-3
 _EXPONENTS = (0.01, 10.0)
 _NUM_TRIED, _NUM_ROUNDS = 32, 6
 _FIRST_EXPONENTS = (0.1, 0.3, 0.7, 1.5)
 _FIRST_FLOORS = (0.01, 0.5, 0.95)
-_LEAST_FLOOR = 1e-6
+_MIN_FLOOR = 1e-6
 """Of the least value of a curve, so that its logarithm has an end."""
 _NO_FLOOR = 1e-3
 """Of the same: a floor below it is as good as none."""
@@ -49,7 +49,7 @@ class Law:
     """
 
     name: str
-    num_marks: int
+    num_snapshots: int
     scale: Interval
     exponent: Interval
     floor: Interval
@@ -67,12 +67,12 @@ class Law:
 
     def __str__(self) -> str:
         if not self.is_found:
-            return f"{self.name}: no power law within its {self.num_marks} points"
+            return f"{self.name}: no power law within its {self.num_snapshots} points"
         falls = f"{self.name}: exponent {_in_words(self.exponent)}"
         if self.exponent.low == self.exponent.high:
             return f"{falls}, floor {format_number(self.floor.value)}; no intervals, since the scores have none"
         if self.saturation is None:
-            return f"{falls}, no saturation within its {self.num_marks} points"
+            return f"{falls}, no saturation within its {self.num_snapshots} points"
         return f"{falls}, saturates at {_in_words(self.saturation)} towards {_in_words(self.floor)}"
 
 
@@ -84,7 +84,7 @@ def fit_law(name: str, x: Floats, values: Floats, spread: Floats | None = None, 
         values: above 0, [M].
         spread: standard deviation of each value, [M]; without it values weigh by their size and intervals have no width.
     """
-    assert len(x) >= LEAST_MARKS, "too few marks for three numbers and a deviation"
+    assert len(x) >= MIN_SNAPSHOTS, "too few snapshots for three numbers and a deviation"
     known = spread is not None and bool(np.all(np.isfinite(spread) & (spread > 0)))
     weights = 1 / (spread if known and spread is not None else values)
     curves = values[None]
@@ -92,8 +92,8 @@ def fit_law(name: str, x: Floats, values: Floats, spread: Floats | None = None, 
         noise = np.random.default_rng(seed).standard_normal((num_bootstrap, len(values)))
         curves = np.concatenate([curves, values + spread * noise])
     middle = math.exp(float(np.log(x).mean()))
-    scales, exponents, floors = _fit(np.log(x / middle), curves, weights)
-    return _law(name, x, values, scales, exponents, floors, middle)
+    scales, exponents, reconstruction_floors = _fit(np.log(x / middle), curves, weights)
+    return _law(name, x, values, scales, exponents, reconstruction_floors, middle)
 
 
 def fit_frontier(name: str, x: Floats, draws: Floats) -> Law:
@@ -104,11 +104,11 @@ def fit_frontier(name: str, x: Floats, draws: Floats) -> Law:
         draws: row 0 the frontier itself, the others its redraws, [1 + R, M] (`isocost.analysis.bands.running_best`); a value
             that is not above 0 is left out of its row.
     """
-    assert len(x) >= LEAST_MARKS, "too few points for three numbers and a deviation"
+    assert len(x) >= MIN_SNAPSHOTS, "too few points for three numbers and a deviation"
     middle = math.exp(float(np.log(x).mean()))
     fits = fit_terms(np.log(x / middle)[None], draws)
-    scales, exponents, floors = np.exp(fits[:, 0]), fits[:, 1], np.exp(fits[:, 2])
-    return _law(name, x, draws[0], scales, exponents, floors, middle)
+    scales, exponents, reconstruction_floors = np.exp(fits[:, 0]), fits[:, 1], np.exp(fits[:, 2])
+    return _law(name, x, draws[0], scales, exponents, reconstruction_floors, middle)
 
 
 def fit_terms(x: Floats, draws: Floats) -> Floats:
@@ -144,7 +144,7 @@ def _descend(start: Floats, x: Floats, logs: Floats) -> tuple[float, Floats]:
     """Loss and parameters where L-BFGS ends."""
     usable = np.isfinite(logs)
     least = float(logs[usable].min())
-    bounds = [*[(None, None)] * len(x), *[_EXPONENTS] * len(x), (least + math.log(_LEAST_FLOOR), least)]
+    bounds = [*[(None, None)] * len(x), *[_EXPONENTS] * len(x), (least + math.log(_MIN_FLOOR), least)]
     options = {"maxiter": 300, "ftol": 1e-9, "gtol": 1e-7}
     found = minimize(_loss, start, (x[:, usable], logs[usable]), method="L-BFGS-B", jac=True, bounds=bounds, options=options)
     return float(found.fun), np.asarray(found.x)
@@ -165,17 +165,19 @@ def _loss(parameters: Floats, x: Floats, logs: Floats) -> tuple[float, Floats]:
     return float(slope @ deviation - HUBER_DELTA / 2 * (slope @ slope)), gradient
 
 
-def _law(name: str, x: Floats, values: Floats, scales: Floats, exponents: Floats, floors: Floats, middle: float) -> Law:
+def _law(
+    name: str, x: Floats, values: Floats, scales: Floats, exponents: Floats, reconstruction_floors: Floats, middle: float
+) -> Law:
     """A law from the fits of a curve and its redraws, [1 + R] each, scales at x = `middle`."""
     with np.errstate(divide="ignore", over="ignore"):
-        saturations = middle * (scales / floors) ** (1 / exponents)
-    floor = interval_of(floors)
-    is_floor = len(floors) > 1 and floor.low > _NO_FLOOR * values.min()
+        saturations = middle * (scales / reconstruction_floors) ** (1 / exponents)
+    floor = interval_of(reconstruction_floors)
+    is_floor = len(reconstruction_floors) > 1 and floor.low > _NO_FLOOR * values.min()
     is_certain = is_floor and _is_inside(exponents[0]) and x.min() <= saturations[0] <= x.max()
-    fitted = floors[0] + scales[0] * (x / middle) ** -exponents[0]
+    fitted = reconstruction_floors[0] + scales[0] * (x / middle) ** -exponents[0]
     return Law(
         name=name,
-        num_marks=len(x),
+        num_snapshots=len(x),
         scale=interval_of(scales * middle**exponents),
         exponent=interval_of(exponents),
         floor=floor,

@@ -6,9 +6,9 @@ halved, and that C is called the saturation. A size's own curve and the family's
 fitted each in its way (`isocost.analysis.laws`). Two axes count C:
 
 training_gflop   3 x forward x images: a backward pass costs two forward ones (Kaplan et al., arXiv 2001.08361, sec. 2.1)
-paper_compute    GFLOP of one forward x iterations, the axis of arXiv 2404.01367, fig. 3; the batch is not in it
+normalized_training_compute    GFLOP of one forward x iterations, the axis of arXiv 2404.01367, fig. 3; the batch is not in it
 
-Shapes: M marks of a curve.
+Shapes: M snapshots of a curve.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import numpy as np
 import pandas as pd
 
 from isocost.analysis.frontier_ci import Floats, frontier_points
-from isocost.analysis.power_laws import LEAST_MARKS, Law, fit_frontier, fit_law
-from isocost.analysis.results_table import deviations, scored, sizes_in_order
-from isocost.errors import RequestError
+from isocost.analysis.power_laws import MIN_SNAPSHOTS, Law, fit_frontier, fit_law
+from isocost.analysis.results_table import deviations, sizes_in_order, with_metric
+from isocost.errors import ConfigError
 from isocost.metrics.registry import metric_of
 
 FORWARDS_A_STEP = 3
-SETTING = ("sampler", "num_steps", "guidance")
+SETTING = ("solver", "num_steps", "guidance")
 FAMILY = "family"
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """The laws of a study: one for each size with enough marks, and that of the best size at each compute."""
+    """The laws of a study: one for each size with enough snapshots, and that of the best size at each compute."""
 
     metric: str
     axis: str
@@ -42,23 +42,23 @@ class Scaling:
 
 
 def compute_curves(table: pd.DataFrame, metric: str, batch_size: int) -> pd.DataFrame:
-    """The points of quality against compute: one setting for all sizes and marks, with `paper_compute` beside `training_gflop`.
+    """The points of quality against compute: one setting for all sizes and snapshots, with `normalized_training_compute` beside `training_gflop`.
 
-    The setting is the one that most marks were scored at; ties go to more steps, then less guidance.
+    The setting is the one that most snapshots were scored at; ties go to more steps, then less guidance.
 
     Raises:
-        RequestError: no point carries the metric, or the points cannot be compared.
+        ConfigError: no point carries the metric, or the points cannot be compared.
     """
-    rows = scored(table, metric)
-    settings = rows.groupby(list(SETTING), as_index=False).agg(marks=("images_seen", "count"))
-    order = ["marks", "num_steps", "guidance", "sampler"]
+    rows = with_metric(table, metric)
+    settings = rows.groupby(list(SETTING), as_index=False).agg(snapshots=("images_seen", "count"))
+    order = ["snapshots", "num_steps", "guidance", "solver"]
     chosen = settings.sort_values(order, ascending=[False, False, True, True]).iloc[0]
     rows = rows[(rows[list(SETTING)] == chosen[list(SETTING)]).all(axis=1)]
-    compute = paper_compute(rows["training_gflop"], batch_size)
-    return rows.assign(paper_compute=compute).sort_values(["num_parameters", "training_gflop"])
+    compute = normalized_training_compute(rows["training_gflop"], batch_size)
+    return rows.assign(normalized_training_compute=compute).sort_values(["num_parameters", "training_gflop"])
 
 
-def paper_compute(training_gflop: pd.Series, batch_size: int) -> pd.Series:
+def normalized_training_compute(training_gflop: pd.Series, batch_size: int) -> pd.Series:
     """GFLOP of one forward x iterations, from 3 x forward x images."""
     return training_gflop / (FORWARDS_A_STEP * batch_size)
 
@@ -66,21 +66,21 @@ def paper_compute(training_gflop: pd.Series, batch_size: int) -> pd.Series:
 def scaling(
     table: pd.DataFrame, metric: str, batch_size: int, axis: str = "training_gflop", num_bootstrap: int = 200, seed: int = 0
 ) -> Scaling:
-    """Fit every size with `LEAST_MARKS` marks or more, and the family.
+    """Fit every size with `MIN_SNAPSHOTS` snapshots or more, and the family.
 
     Args:
         batch_size: images a step of the training, for the paper's axis.
-        axis: `training_gflop` or `paper_compute`.
+        axis: `training_gflop` or `normalized_training_compute`.
 
     Raises:
-        RequestError: the axis or metric has no law, or there are no points to compare.
+        ConfigError: the axis or metric has no law, or there are no points to compare.
     """
-    if axis not in ("training_gflop", "paper_compute"):
-        raise RequestError(f"axis {axis!r}: compute is counted as training_gflop or paper_compute")
+    if axis not in ("training_gflop", "normalized_training_compute"):
+        raise ConfigError(f"axis {axis!r}: compute is counted as training_gflop or normalized_training_compute")
     check_law(metric)
     curves = compute_curves(table, metric, batch_size)
     first = curves.iloc[0]
-    setting = f"{first['sampler']}, {first['num_steps']} steps, guidance {first['guidance']:g}"
+    setting = f"{first['solver']}, {first['num_steps']} steps, guidance {first['guidance']:g}"
     laws, left_out = [], []
     for size in sizes_in_order(curves):
         rows = curves[curves["size"] == size]
@@ -92,28 +92,28 @@ def scaling(
 
 
 def check_law(metric: str) -> None:
-    """Raise RequestError where a metric has no end that a law could fall towards."""
+    """Raise ConfigError where a metric has no end that a law could fall towards."""
     if metric_of(metric).better == "higher" and metric != "alignment":
-        raise RequestError(f"{metric}: no law for a quality without an upper end; take a distance or alignment")
+        raise ConfigError(f"{metric}: no law for a quality without an upper end; take a distance or alignment")
 
 
-def shortfall(rows: pd.DataFrame, metric: str) -> Floats:
+def loss_value(rows: pd.DataFrame, metric: str) -> Floats:
     """What a law is fitted to: a distance itself, of a share what it lacks of 1, [rows]."""
     values = rows[metric].to_numpy(dtype=float)
     return values if metric_of(metric).better == "lower" else 1 - values
 
 
 def _law_of(name: str, rows: pd.DataFrame, metric: str, axis: str, num_bootstrap: int, seed: int) -> Law | None:
-    values, compute = shortfall(rows, metric), rows[axis].to_numpy(dtype=float)
+    values, compute = loss_value(rows, metric), rows[axis].to_numpy(dtype=float)
     usable = values > 0
-    if len(np.unique(compute[usable])) < LEAST_MARKS:
+    if len(np.unique(compute[usable])) < MIN_SNAPSHOTS:
         return None
     return fit_law(name, compute[usable], values[usable], deviations(rows, metric)[usable], num_bootstrap, seed)
 
 
 def _family(curves: pd.DataFrame, metric: str, axis: str, num_bootstrap: int, seed: int) -> Law | None:
     """The law of the points that no point of lower or equal compute matches."""
-    rows = curves.assign(_lacks=shortfall(curves, metric)).sort_values([axis, "_lacks"], kind="stable")
+    rows = curves.assign(_lacks=loss_value(curves, metric)).sort_values([axis, "_lacks"], kind="stable")
     compute, values = (rows[column].to_numpy(dtype=float) for column in (axis, "_lacks"))
     compute, draws = frontier_points(compute, values, deviations(rows, metric), num_bootstrap, seed)
-    return fit_frontier(FAMILY, compute, draws) if len(compute) >= LEAST_MARKS else None
+    return fit_frontier(FAMILY, compute, draws) if len(compute) >= MIN_SNAPSHOTS else None

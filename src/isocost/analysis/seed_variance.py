@@ -1,7 +1,7 @@
 """How much of a difference between two trainings is luck: sizes trained again from other seeds, scored at the same settings.
 
 A further training is a row of the table whose size ends in its seed ("2.6M seed 1"); the first one is the row of the rest
-("2.6M"). Guidance is chosen anew for each training, sampler and number of steps.
+("2.6M"). Guidance is chosen anew for each training, solver and number of steps.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import pandas as pd
 from scipy import stats
 
 from isocost.analysis.formatting import format_number, format_score
-from isocost.analysis.results_table import best_in_each, finals
-from isocost.errors import RequestError
+from isocost.analysis.results_table import best_in_each, final_points
+from isocost.errors import ConfigError
 
-SEED_WORD = "seed"
-SETTING = ("sampler", "num_steps")
+SEED_SUFFIX = "seed"
+SETTING = ("solver", "num_steps")
 
 
 @dataclass(frozen=True)
 class TrainingSpread:
     """Standard deviation of a score between trainings that differ in their seed alone, as a share of the score.
 
-    The pictures' own noise is part of it. All settings of a size rest on the same few trainings, so they count as one
+    The images' own noise is part of it. All settings of a size rest on the same few trainings, so they count as one
     observation for each training beyond the first.
 
     Attributes:
@@ -55,7 +55,7 @@ class TrainingSpread:
 
 
 @dataclass(frozen=True)
-class Luck:
+class SeedVariance:
     """The spread between trainings, size by size: small networks may have far more of it than large ones.
 
     Attributes:
@@ -99,15 +99,15 @@ def _margin(one: TrainingSpread, other: TrainingSpread) -> float:
 
 def training_of(size: str) -> tuple[str, str]:
     """The size and what sets a further training of it apart: ("2.6M", "seed 1"); the latter empty of the first one."""
-    name, _, seed = size.rpartition(f" {SEED_WORD} ")
-    return (name, f"{SEED_WORD} {seed}") if name else (size, "")
+    name, _, seed = size.rpartition(f" {SEED_SUFFIX} ")
+    return (name, f"{SEED_SUFFIX} {seed}") if name else (size, "")
 
 
-def training_luck(table: pd.DataFrame, metric: str) -> Luck:
+def estimate_seed_variance(table: pd.DataFrame, metric: str) -> SeedVariance:
     """From logarithms of the scores of last checkpoints, at settings that all trainings of a size share.
 
     Raises:
-        RequestError: no size was scored after two trainings.
+        ConfigError: no size was scored after two trainings.
     """
     squares: dict[str, float] = {}
     degrees: dict[str, int] = {}
@@ -115,9 +115,9 @@ def training_luck(table: pd.DataFrame, metric: str) -> Luck:
         degrees[size] = len(trainings) - 1
         squares[size] = degrees[size] * float(np.log(trainings).var(axis=0, ddof=1).mean())
     if not squares:
-        raise RequestError("no size was scored after two trainings: add repeats.seeds")
+        raise ConfigError("no size was scored after two trainings: add seed_replicates.seeds")
     by_size = {size: _spread(squares[size], degrees[size], (size,)) for size in squares}
-    return Luck(by_size, _spread(sum(squares.values()), sum(degrees.values()), tuple(squares)))
+    return SeedVariance(by_size, _spread(sum(squares.values()), sum(degrees.values()), tuple(squares)))
 
 
 def _spread(sums: float, degrees: int, sizes: tuple[str, ...]) -> TrainingSpread:
@@ -129,12 +129,12 @@ def side_by_side(table: pd.DataFrame, metric: str) -> dict[str, list[str]]:
     """By size: at every setting, the score of each training at its best guidance."""
     rows = _best(table, metric)
     told: dict[str, list[str]] = {}
-    for (size, sampler, num_steps), group in rows.groupby(["_size", *SETTING], sort=False):
+    for (size, solver, num_steps), group in rows.groupby(["_size", *SETTING], sort=False):
         if len(group) < 2:
             continue
         scores = [_score(row, metric) for row in group.to_dict("records")]
         steps = "1 step" if num_steps == 1 else f"{num_steps} steps"
-        told.setdefault(str(size), []).append(f"{sampler}, {steps}: {', '.join(scores)}")
+        told.setdefault(str(size), []).append(f"{solver}, {steps}: {', '.join(scores)}")
     return told
 
 
@@ -154,6 +154,6 @@ def _trained_again(table: pd.DataFrame, metric: str) -> Iterator[tuple[str, pd.D
 
 def _best(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Last checkpoints at the best guidance of each setting, with the size and the training of each."""
-    rows = best_in_each(finals(table, metric), metric, ["size", *SETTING])
+    rows = best_in_each(final_points(table, metric), metric, ["size", *SETTING])
     names = rows["size"].map(training_of)
     return rows.assign(_size=names.str[0], _training=names.str[1])

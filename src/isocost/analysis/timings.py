@@ -7,12 +7,12 @@ from typing import Any
 
 import pandas as pd
 
-TIMED = "ms_per_picture"
+TIMED = "ms_per_image"
 
 
 def timed_on(provenance: Any) -> str:
     """The device that a point's milliseconds were taken on, out of its row's `provenance` (JSON): that of its sweep, or of
-    `isocost retime`; empty where it is not recorded."""
+    `isocost remeasure`; empty where it is not recorded."""
     told = json.loads(provenance) if isinstance(provenance, str) else {}
     return str(told.get("timed_with", told).get("device", ""))
 
@@ -28,14 +28,14 @@ def timed_on_one_device(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{TIMED: table[TIMED].where(table["provenance"].map(timed_on) == counts.idxmax())})
 
 
-def untimed_in_words(table: pd.DataFrame) -> str | None:
+def format_untimed(table: pd.DataFrame) -> str | None:
     """What a reader must know of a table that `timed_on_one_device` has taken milliseconds from; None where it took none."""
     counts = _devices(table)
     if len(counts) < 2:
         return None
     return (
         f"on {counts.idxmax()}; {counts.sum() - counts.max()} of {len(table)} points were timed on another device and carry "
-        "none here (`isocost retime` measures them again)"
+        "none here (`isocost remeasure` measures them again)"
     )
 
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 import sys
 import warnings
 
+from isocost.cli import benchmark, checkpoint, evaluate, model_family, output_dir, study
 from isocost.cli.app import app
-from isocost.errors import RequestError, WorkError
+from isocost.errors import ConfigError, RunError
 
 ORDER = (
-    *("demo", "family", "run", "codec", "train", "sweep", "retime", "work", "status", "merge", "keep", "report"),
+    *("demo", "family", "run", "autoencoder", "train", "sweep", "remeasure", "worker", "status", "merge", "archive", "report"),
     *("dreambooth", "recommend", "compare"),
     *("sample", "upscale", "latency", "export", "score", "reference", "verify"),
 )
 """As `isocost --help` lists the commands: studies, then checkpoints, then scores."""
 app.registered_commands.sort(key=lambda command: ORDER.index(command.callback.__name__))  # type: ignore[union-attr]
 
-__all__ = ["app", "family", "folders", "latency", "main", "pictures", "scores", "studies"]
+__all__ = ["app", "benchmark", "checkpoint", "evaluate", "main", "model_family", "output_dir", "study"]
 
 
 def main() -> None:
@@ -27,9 +28,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         app(standalone_mode=True)
-    except RequestError as error:
+    except ConfigError as error:
         print(f"isocost: {error}", file=sys.stderr)
         sys.exit(2)
-    except WorkError as error:
+    except RunError as error:
         print(f"isocost: {error}", file=sys.stderr)
         sys.exit(1)

@@ -9,14 +9,14 @@ from typing import Any
 import typer
 
 app = typer.Typer(
-    help="Which diffusion model, sampler, steps and guidance give the best pictures for an inference budget.",
+    help="Which diffusion model, solver, steps and guidance give the best images for an inference budget.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
-def answer_json(value: Any) -> None:
+def print_json(value: Any) -> None:
     """Print `value` as one line of JSON; of several processes the first one speaks."""
     if os.environ.get("RANK", "0") != "0":
         return

@@ -8,17 +8,17 @@ from typing import Annotated
 
 import typer
 
-from isocost.cli.app import answer_json, app
+from isocost.cli.app import app, print_json
 from isocost.config.base import parse_spec
-from isocost.config.sampling import SAMPLER_NAMES, SamplerSpec
-from isocost.config.types import Precision
-from isocost.errors import RequestError
+from isocost.config.sampling import SolverSpec
+from isocost.config.types import DTypeName
+from isocost.errors import ConfigError
 
 Steps = Annotated[int | None, typer.Option(help="solver steps; 16 where absent, 4 for a few-step student")]
-Sampler = Annotated[str | None, typer.Option(help=f"{', '.join(SAMPLER_NAMES)}; the checkpoint's own where absent")]
+Solver = Annotated[str | None, typer.Option(help="a name of `isocost list solvers`; default: the checkpoint's own")]
 Spacing = Annotated[str, typer.Option(help="trailing, leading, linspace or karras")]
 Eta = Annotated[float, typer.Option(help="DDIM's share of ancestral noise")]
-ComputesIn = Annotated[Precision, typer.Option(help="what the network computes in")]
+ComputesIn = Annotated[DTypeName, typer.Option(help="what the network computes in")]
 
 
 @app.command()
@@ -30,89 +30,89 @@ def sample(
     prompt: Annotated[list[str], typer.Option("--prompt", help="a caption; may be given several times")],
     steps: Steps = None,
     guidance: Annotated[float, typer.Option(help="w in uncond + w (cond - uncond); 1 is one pass")] = 2.0,
-    sampler: Sampler = None,
-    spacing: Spacing = "trailing",
+    solver: Solver = None,
+    timestep_spacing: Spacing = "trailing",
     eta: Eta = 0.0,
-    negative: Annotated[str | None, typer.Option(help="a caption to lead away from, in place of the empty one")] = None,
-    precision: ComputesIn = "fp32",
-    num: Annotated[int, typer.Option("--num", help="pictures of each prompt")] = 4,
-    seed: Annotated[int, typer.Option(help="what the noise is a function of, with the picture's number")] = 0,
+    negative_prompt: Annotated[str | None, typer.Option(help="a caption to lead away from, in place of the empty one")] = None,
+    dtype: ComputesIn = "fp32",
+    num_images: Annotated[int, typer.Option("--num-images", help="images of each prompt")] = 4,
+    seed: Annotated[int, typer.Option(help="what the noise is a function of, with the image's number")] = 0,
     out: Annotated[Path, typer.Option("--out", help="folder for the PNGs and sheet.png")] = Path("samples"),
 ) -> None:
-    """Pictures from one checkpoint."""
+    """Images from one checkpoint."""
     from PIL import Image
 
     from isocost.sampling.sample import sample as draw
 
-    spec = _sampler(sampler, spacing, eta)
+    spec = _solver(solver, timestep_spacing, eta)
     drawn = draw(
         checkpoint,
         prompt,
-        sampler=spec,
+        solver=spec,
         num_steps=steps,
         guidance=guidance,
-        num_pictures=num,
+        num_images=num_images,
         seed=seed,
-        negative=negative,
-        precision=precision,
+        negative_prompt=negative_prompt,
+        dtype=dtype,
     )
     out.mkdir(parents=True, exist_ok=True)
     files = []
-    for p, pictures in enumerate(drawn.pictures):
-        for k, picture in enumerate(pictures):
+    for p, images in enumerate(drawn.images):
+        for k, image in enumerate(images):
             files.append(str(out / f"{p:02d}-{k:02d}.png"))
-            Image.fromarray(picture).save(files[-1])
+            Image.fromarray(image).save(files[-1])
     drawn.sheet().save(out / "sheet.png")
-    cost = {"nfe": drawn.nfe, "gflop_per_picture": drawn.gflop, "seconds": drawn.seconds}
-    answer_json({"prompts": list(drawn.prompts), "files": files, "sheet": str(out / "sheet.png"), **cost})
+    cost = {"nfe": drawn.nfe, "gflop_per_image": drawn.gflop, "seconds": drawn.seconds}
+    print_json({"prompts": list(drawn.prompts), "files": files, "sheet": str(out / "sheet.png"), **cost})
 
 
 @app.command()
 def upscale(
     checkpoint: Annotated[Path, typer.Argument(help="a super-resolution checkpoint: OUT/artefacts/checkpoint/DIGEST")],
-    picture: Annotated[Path, typer.Argument(help="a picture of any size")],
+    image: Annotated[Path, typer.Argument(help="an image of any size")],
     out: Annotated[Path, typer.Argument(help="the file to write, .png")],
     steps: Steps = None,
-    caption: Annotated[str, typer.Option(help="for checkpoints that were tuned with captions")] = "",
+    prompt: Annotated[str, typer.Option(help="for checkpoints that were tuned with captions")] = "",
     guidance: Annotated[float, typer.Option(help="1 is one pass")] = 1.0,
-    sampler: Sampler = None,
-    spacing: Spacing = "trailing",
+    solver: Solver = None,
+    timestep_spacing: Spacing = "trailing",
     eta: Eta = 0.0,
     overlap: Annotated[float, typer.Option(help="share of a tile that its neighbours share at least")] = 0.25,
-    precision: ComputesIn = "fp32",
+    dtype: ComputesIn = "fp32",
     seed: Annotated[int, typer.Option(help="what the noise is a function of")] = 0,
 ) -> None:
-    """A picture made larger by a super-resolution checkpoint, in overlapping tiles."""
+    """An image made larger by a super-resolution checkpoint, in overlapping tiles."""
     from PIL import Image
 
     from isocost.sampling.upscale import upscale as enlarge
 
     if out.suffix.lower() != ".png":
-        raise RequestError(f"{out}: give a file that ends in .png")
-    spec = _sampler(sampler, spacing, eta)
+        raise ConfigError(f"{out}: give a file that ends in .png")
+    spec = _solver(solver, timestep_spacing, eta)
     done = enlarge(
         checkpoint,
-        picture,
-        caption=caption,
-        sampler=spec,
+        image,
+        prompt=prompt,
+        solver=spec,
         num_steps=steps,
         guidance=guidance,
         overlap=overlap,
         seed=seed,
-        precision=precision,
+        dtype=dtype,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(done.picture).save(out)
-    height, width, _ = done.picture.shape
+    Image.fromarray(done.image).save(out)
+    height, width, _ = done.image.shape
     cost = {"nfe_per_tile": done.nfe, "gflop": done.gflop, "seconds": done.seconds}
-    answer_json({"file": str(out), "height": height, "width": width, "num_tiles": done.num_tiles, **cost})
+    print_json({"file": str(out), "height": height, "width": width, "num_tiles": done.num_tiles, **cost})
 
 
-def _sampler(name: str | None, spacing: str, eta: float) -> SamplerSpec | None:
+def _solver(name: str | None, timestep_spacing: str, eta: float) -> SolverSpec | None:
     """What is asked for; None where nothing is, which takes the checkpoint's own."""
-    if name is None and (spacing, eta) == ("trailing", 0.0):
+    if name is None and (timestep_spacing, eta) == ("trailing", 0.0):
         return None
-    return parse_spec(SamplerSpec, {"name": name or "ddim", "spacing": spacing, "eta": eta}, "--sampler")
+    return parse_spec(SolverSpec, {"name": name or "ddim", "timestep_spacing": timestep_spacing, "eta": eta}, "--solver")
 
 
 @app.command()
@@ -125,4 +125,4 @@ def export(
 
     written = write(checkpoint, folder)
     pipeline = json.loads((written / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    answer_json({"folder": str(written), "load": f"{pipeline}.from_pretrained({str(written)!r})"})
+    print_json({"folder": str(written), "load": f"{pipeline}.from_pretrained({str(written)!r})"})

@@ -5,47 +5,47 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from isocost.cli.app import answer_json
+from isocost.cli.app import print_json
 from isocost.config.study import StudySpec
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 
 if TYPE_CHECKING:
-    from isocost.estimate.estimator import PaperForecast, SizeForecast
+    from isocost.estimate.estimator import SizeEstimate, StudyEstimate
 
-WIDTH_OF_A_LOG = 132
+LOG_WIDTH = 132
 
 
-def answer_plan(plan: dict[str, Any]) -> None:
+def print_plan(plan: dict[str, Any]) -> None:
     """The totals of a plan in a line, and the plan as JSON."""
     total = plan["total"]
     print(
-        f"{total['points']:,} points of {total['pictures']:,} pictures, {total['points_to_make']:,} of "
-        f"{total['pictures_to_make']:,} to make; {_bytes(total['disk_bytes'])} of disk. Hours: `isocost train STUDY "
+        f"{total['points']:,} points of {total['images']:,} images, {total['points_to_make']:,} of "
+        f"{total['images_to_make']:,} to make; {_bytes(total['disk_bytes'])} of disk. Hours: `isocost train STUDY "
         "--forecast` measures, --devices NxNAME computes",
         file=sys.stderr,
     )
-    answer_json(plan)
+    print_json(plan)
 
 
-def answer_forecast(study: StudySpec, devices: str | None, utilisation: float | None, dry_run: bool) -> None:
+def print_estimate(study: StudySpec, devices: str | None, utilisation: float | None, dry_run: bool) -> None:
     """A forecast on paper as a table with its assumptions, and as JSON.
 
     Raises:
-        RequestError: the options do not go together, or the forecast cannot be made.
+        ConfigError: the options do not go together, or the forecast cannot be made.
     """
     if not dry_run:
-        raise RequestError("--devices and --utilisation are for a forecast on paper: give --dry-run as well")
+        raise ConfigError("--devices and --utilisation are for a forecast on paper: give --dry-run as well")
     if devices is None:
-        raise RequestError("--utilisation: give --devices as well, such as --devices 64xH200")
+        raise ConfigError("--utilisation: give --devices as well, such as --devices 64xH200")
     from isocost.estimate.accelerators import DEFAULT_UTILISATION, parse_cluster
-    from isocost.estimate.estimator import forecast_on_paper
+    from isocost.estimate.estimator import estimate_study
 
-    made = forecast_on_paper(study, parse_cluster(devices), DEFAULT_UTILISATION if utilisation is None else utilisation)
+    made = estimate_study(study, parse_cluster(devices), DEFAULT_UTILISATION if utilisation is None else utilisation)
     _print(made)
-    answer_json(made.plain())
+    print_json(made.plain())
 
 
-def _print(made: PaperForecast) -> None:
+def _print(made: StudyEstimate) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -56,14 +56,26 @@ def _print(made: PaperForecast) -> None:
         title_justify="left",
         box=box.SIMPLE,
     )
-    for title in ("", "GFLOP", "images", "train", "prepare", "points", "pictures", "sweep", "all", "GB of disk", "GB held"):
+    for title in (
+        "",
+        "GFLOP",
+        "trained on",
+        "train",
+        "prepare",
+        "points",
+        "images",
+        "sweep",
+        "all",
+        "GB of disk",
+        "GB held",
+    ):
         table.add_column(title, justify="left" if not title else "right", no_wrap=True)
-    materials = made.materials
-    if materials.codec_gflop:
-        table.add_row("codec", "", "", "", _hours(materials.codec_device_hours))
-    if materials.cache_pictures is not None and materials.cache_device_hours is not None:
-        encoding, disk = _hours(materials.cache_device_hours / cluster.number), _gb(materials.cache_bytes or 0)
-        table.add_row("latent cache", "", _count(materials.cache_pictures), "", encoding, "", "", "", encoding, disk)
+    assets = made.assets
+    if assets.autoencoder_gflop:
+        table.add_row("autoencoder", "", "", "", _hours(assets.autoencoder_device_hours))
+    if assets.cache_images is not None and assets.cache_device_hours is not None:
+        encoding, disk = _hours(assets.cache_device_hours / cluster.number), _gb(assets.cache_bytes or 0)
+        table.add_row("latent cache", "", _count(assets.cache_images), "", encoding, "", "", "", encoding, disk)
     for size in made.sizes:
         parts = (size.training_device_hours, size.preparing_device_hours, size.sweep_device_hours)
         train, prepare, sweep = (_hours(part / cluster.number) for part in parts)
@@ -71,11 +83,11 @@ def _print(made: PaperForecast) -> None:
         table.add_row(
             _title(size),
             _gflop(size.gflop_per_forward),
-            _count(size.images),
+            _count(size.training_images),
             train,
             prepare,
             _count(size.points),
-            _count(size.pictures),
+            _count(size.images),
             sweep,
             _hours(size.hours),
             _gb(size.disk_bytes),
@@ -85,23 +97,23 @@ def _print(made: PaperForecast) -> None:
     table.add_row(
         "in all",
         "",
-        _count(total["images"]),
+        _count(total["training_images"]),
         _hours(total["training_device_hours"] / cluster.number),
         _hours((total["preparing_device_hours"] + total["materials_device_hours"]) / cluster.number),
         _count(total["points"]),
-        _count(total["pictures"]),
+        _count(total["images"]),
         _hours(total["sweep_device_hours"] / cluster.number),
         _hours(total["hours"]),
         _gb(total["disk_bytes"]),
     )
     console = Console(stderr=True, highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = WIDTH_OF_A_LOG
+        console.width = LOG_WIDTH
     console.print(table)
     days = f" ({total['hours'] / 24:,.1f} days)" if total["hours"] >= 24 else ""
     hours = f"{_hours(total['hours'])} hours{days} of {cluster}, {_hours(total['device_hours'])} device hours"
     disk = f"{_bytes(total['disk_bytes'])} of disk"
-    console.print(f"{total['points']:,} points, {total['pictures']:,} pictures, {hours}, {disk}.", soft_wrap=True)
+    console.print(f"{total['points']:,} points, {total['images']:,} images, {hours}, {disk}.", soft_wrap=True)
     remedies: dict[str, list[str]] = {}
     for size in made.sizes:
         if size.remedy:
@@ -116,7 +128,7 @@ def _print(made: PaperForecast) -> None:
         console.print(f"- {part}", soft_wrap=True)
 
 
-def _title(size: SizeForecast) -> str:
+def _title(size: SizeEstimate) -> str:
     return size.size if size.task == "text2image" else f"{size.task} {size.size}"
 
 

@@ -6,21 +6,21 @@ from typing import Annotated, Any
 
 import typer
 
-from isocost.cli.app import answer_json, app
-from isocost.errors import RequestError
+from isocost.cli.app import app, print_json
+from isocost.errors import ConfigError
 
 
 @app.command()
 def family(
     widths: Annotated[str, typer.Option(help="widths c, or the paper's names of U-Nets: 64,96 or 39M,83M")] = "",
-    context: Annotated[int, typer.Option(help="width of the caption states")] = 1024,
+    context: Annotated[int, typer.Option(help="width of the prompt embeddings")] = 1024,
     latent: Annotated[str, typer.Option(help="latent shape, channels x side")] = "4x64",
     tokens: Annotated[int, typer.Option(help="caption tokens")] = 77,
     kind: Annotated[str, typer.Option(help="unet, or dit: diffusion transformers")] = "unet",
     patch: Annotated[int | None, typer.Option(help="dit: side of a token in the latent")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="no table, the JSON line alone")] = False,
 ) -> None:
-    """Sizes: parameters, GFLOP per forward pass, normalised cost, and the paper's figures beside."""
+    """Sizes: parameters, GFLOP per forward pass, normalized cost, and the paper's figures beside."""
     from isocost.config.base import parse_spec
     from isocost.config.model import FamilySpec, ModelSpec
     from isocost.models.dit import SIZES
@@ -32,10 +32,10 @@ def family(
     try:
         channels, side = (int(part) for part in latent.lower().split("x"))
     except ValueError as error:
-        raise RequestError(f"--latent {latent}: give channels x side, such as 4x64") from error
+        raise ConfigError(f"--latent {latent}: give channels x side, such as 4x64") from error
     names = [part.strip() for part in widths.split(",") if part.strip()]
     if kind == "dit" and (unknown := [name for name in names if not name.isdigit()]):
-        raise RequestError(f"--widths {unknown[0]}: transformers go by their width alone, such as 384")
+        raise ConfigError(f"--widths {unknown[0]}: transformers go by their width alone, such as 384")
     chosen = [int(name) if name.isdigit() else width_of(name) for name in names]
     chosen = chosen or (list(SIZES) if kind == "dit" else [row.width for row in TABLE_1])
     asked = parse_spec(FamilySpec, {"kind": kind, "widths": chosen, "patch": patch}, "family")
@@ -44,16 +44,16 @@ def family(
         kind=asked.kind,
         width=chosen[0],
         latent_channels=channels,
-        latent_side=side,
-        context_width=context,
+        latent_size=side,
+        cross_attention_dim=context,
         patch=asked.patch,
     )
     rows = family_table(chosen, spec, tokens)
     unit = "c = 320" if kind == "unet" else "the U-Net of c = 320"
-    reference = f"normalised cost 1 is {unit} at latent {channels}x{side}x{side}, {tokens} tokens, context {context}"
+    reference = f"normalized cost 1 is {unit} at latent {channels}x{side}x{side}, {tokens} tokens, context {context}"
     if not as_json:
         _print_family(rows, reference)
-    answer_json({"family": rows, "reference": reference})
+    print_json({"family": rows, "reference": reference})
 
 
 COLUMNS = {
@@ -63,9 +63,9 @@ COLUMNS = {
     "heads": "heads",
     "parameters_million": "M param.",
     "gflop_per_forward": "GFLOP",
-    "normalised_cost": "cost",
-    "paper_gflop": "paper GFLOP",
-    "paper_normalised_cost": "paper cost",
+    "normalized_cost_per_step": "cost",
+    "reference_gflop": "paper GFLOP",
+    "paper_normalized_cost_per_step": "normalized cost",
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.live import Live
 from rich.table import Table
 
-from isocost.analysis.formatting import format_score, metric_words
+from isocost.analysis.formatting import format_metric, format_score
 from isocost.pipeline.status import SizeStatus, Status, read_status
 from isocost.utils.progress import console
 
@@ -56,9 +56,9 @@ def _best(size: SizeStatus) -> str:
     best = size.best
     if best is None:
         return ""
-    score = f"{metric_words(best.metric)} {format_score(best.value, best.low, best.high)}"
+    score = f"{format_metric(best.metric)} {format_score(best.value, best.low, best.high)}"
     steps = "1 step" if best.num_steps == 1 else f"{best.num_steps} steps"
-    return f"{score} ({steps}, guidance {best.guidance:g}, {best.sampler})"
+    return f"{score} ({steps}, guidance {best.guidance:g}, {best.solver})"
 
 
 def _whole(status: Status) -> str:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 
 S = TypeVar("S", bound="Spec")
 
@@ -45,17 +45,17 @@ def parse_spec(spec_type: type[S], plain: Mapping[str, Any], where: str) -> S:
     """Validate `plain` as `spec_type`; a mistake is one line with `where`, key, value and what is allowed.
 
     Raises:
-        RequestError: that line.
+        ConfigError: that line.
     """
     try:
         return spec_type.model_validate(plain)
     except ValidationError as error:
-        raise RequestError(_one_line(error, spec_type, where)) from error
+        raise ConfigError(_one_line(error, spec_type, where)) from error
 
 
 def _one_line(error: ValidationError, spec_type: type[Spec], where: str) -> str:
     problem = error.errors()[0]
-    tags = {"folder", "webdataset", "hub", "scenes", "linear", "kl", "pretrained"}
+    tags = {"folder", "webdataset", "hub", "scenes", "pca", "kl", "pretrained"}
     location = [part for part in problem["loc"] if part not in tags or part == problem["loc"][-1]]
     key = ".".join(str(part) for part in location) or "(whole)"
     if problem["type"] == "extra_forbidden":

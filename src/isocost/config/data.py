@@ -12,15 +12,15 @@ from isocost.config.base import Spec
 
 
 class FileSource(Spec):
-    """What sources of files have in common. A picture's name alone decides whether it is held out, one in ten."""
+    """What sources of files have in common. An image's name alone decides whether it is held out, one in ten."""
 
     path: str
     limit: int | None = Field(None, ge=1)
-    part: Literal["all", "train", "held_out"] = Field("all", description="for one set of pictures as both train and reference")
+    subset: Literal["all", "train", "test"] = Field("all", description="for one set of images as both train and reference")
 
 
 class FolderSource(FileSource):
-    """Pictures in a folder with `captions.jsonl` ({"file", "caption" or "captions"}) or one .txt/.json beside each picture."""
+    """Images in a folder with `captions.jsonl` ({"file", "caption" or "captions"}) or one .txt/.json beside each image."""
 
     kind: Literal["folder"]
 
@@ -42,10 +42,10 @@ class HubSource(FileSource):
 
 
 class ScenesSource(Spec):
-    """The embedded procedural pictures: scene `index` of `seed`, for `first <= index < first + num_pictures`."""
+    """The embedded procedural images: scene `index` of `seed`, for `first <= index < first + num_images`."""
 
     kind: Literal["scenes"]
-    num_pictures: int = Field(ge=1)
+    num_images: int = Field(ge=1)
     first: int = Field(0, ge=0)
     seed: int = 0
 
@@ -54,9 +54,9 @@ SourceSpec = Annotated[FolderSource | WebdatasetSource | HubSource | ScenesSourc
 
 
 class DataSpec(Spec):
-    """Pictures with captions: what is trained on, and what generated pictures are compared with."""
+    """Images with captions: what is trained on, and what generated images are compared with."""
 
     train: SourceSpec | None = Field(None, description="a study of given checkpoints has none")
     reference: SourceSpec
-    resolution: int = Field(ge=8, description="side of the square pictures, pixels")
-    max_bad_share: float = Field(0.01, ge=0, lt=1, description="unreadable share above which the run stops")
+    resolution: int = Field(ge=8, description="side of the square images, pixels")
+    max_unreadable_fraction: float = Field(0.01, ge=0, lt=1, description="unreadable share above which the run stops")

@@ -8,9 +8,9 @@ from pydantic import Field, field_validator
 
 from isocost.config.base import Spec
 
-LEAST_PICTURES = 32
-"""Fewer pictures on either side than this give a distance whose interval says nothing."""
-FeatureName = Literal[
+MIN_IMAGES = 32
+"""Fewer images on either side than this give a distance whose interval says nothing."""
+ExtractorName = Literal[
     "efficientnet-lite0",
     "inception",
     "clip-vit-b-32",
@@ -22,36 +22,38 @@ FeatureName = Literal[
     "pickscore",
     "hpsv2",
 ]
-PairName = Literal["psnr", "ssim", "lpips"]
-DistanceName = Literal[
-    "kernel",
+PairedMetricName = Literal["psnr", "ssim", "lpips"]
+MetricGroupName = Literal[
+    "mmd",
     "frechet",
     "frechet_infinity",
     "precision_recall",
     "density_coverage",
     "inception_score",
     "cmmd",
-    "caption",
-    "subject",
+    "prompt_similarity",
+    "subject_similarity",
 ]
 
 
 class ProtocolSpec(Spec):
-    """What makes two numbers comparable: pictures, captions, features, reference."""
+    """What makes two numbers comparable: images, captions, features, reference."""
 
-    num_pictures: int = Field(1000, ge=LEAST_PICTURES)
-    num_reference: int | None = Field(None, ge=LEAST_PICTURES, description="reference pictures used; all where absent")
-    features: tuple[FeatureName, ...] = Field(
-        ("efficientnet-lite0",), min_length=1, description="one extractor or several, in one pass over the pictures"
+    num_images: int = Field(1000, ge=MIN_IMAGES)
+    num_reference: int | None = Field(None, ge=MIN_IMAGES, description="reference images used; all where absent")
+    features: tuple[ExtractorName, ...] = Field(
+        ("efficientnet-lite0",), min_length=1, description="one extractor or several, in one pass over the images"
     )
-    weights: dict[FeatureName, str] = Field(
+    weights: dict[ExtractorName, str] = Field(
         default_factory=dict, description="where an extractor's weights lie: PATH, URL or hub:NAME@REVISION, #sha256=HEX behind"
     )
-    feature_side: int = Field(64, ge=32, description="side that EfficientNet-lite0 sees, pixels; the others have their own")
-    kept: Literal["fp32", "fp16"] = Field("fp32", description="precision in which a point keeps its features, and is scored")
+    feature_size: int = Field(64, ge=32, description="side that EfficientNet-lite0 sees, pixels; the others have their own")
+    feature_dtype: Literal["fp32", "fp16"] = Field(
+        "fp32", description="precision in which a point keeps its features, and is scored"
+    )
     alignment: Literal["scenes", "class", "none"] = "none"
-    distances: tuple[DistanceName, ...] = ("kernel",)
-    pairs: tuple[PairName, ...] = Field((), description="super-resolution: each picture against its original")
+    metrics: tuple[MetricGroupName, ...] = ("mmd",)
+    paired_metrics: tuple[PairedMetricName, ...] = Field((), description="super-resolution: each image against its original")
     lpips: str | None = Field(None, description="AlexNet as a safetensors file for LPIPS; torchvision's where absent")
     num_bootstrap: int = Field(200, ge=20)
     seed: int = 0
@@ -63,7 +65,7 @@ class ProtocolSpec(Spec):
 
     @field_validator("features")
     @classmethod
-    def _each_once(cls, names: tuple[FeatureName, ...]) -> tuple[FeatureName, ...]:
+    def _each_once(cls, names: tuple[ExtractorName, ...]) -> tuple[ExtractorName, ...]:
         if len(set(names)) != len(names):
             raise ValueError("each extractor once")
         return names

@@ -11,36 +11,36 @@ from isocost.config.base import Spec
 FamilyKind = Literal["unet", "dit"]
 
 
-# --- codec and captions -----------------------------------------------------------------------------------------------
+# --- autoencoder and captions -----------------------------------------------------------------------------------------------
 
 
-class LinearCodecSpec(Spec):
+class PCAAutoencoderSpec(Spec):
     """Patch PCA fitted in seconds: `patch` x `patch` pixels to `num_channels` components. The baseline."""
 
-    kind: Literal["linear"]
+    kind: Literal["pca"]
     patch: int = Field(ge=2)
     num_channels: int = Field(ge=1)
-    num_fit_pictures: int = Field(2000, ge=16)
+    num_fit_images: int = Field(2000, ge=16)
 
 
-class TrainedCodecSpec(Spec):
-    """A diffusers AutoencoderKL trained on the study's own pictures: L1 + perceptual + KL."""
+class TrainedAutoencoderSpec(Spec):
+    """A diffusers AutoencoderKL trained on the study's own images: L1 + perceptual + KL."""
 
     kind: Literal["kl"]
     block_widths: tuple[int, ...] = Field(description="channels by level; each level after the first halves the side")
     num_channels: int = Field(ge=1)
-    num_images: int = Field(ge=1, description="pictures shown in training")
+    num_images: int = Field(ge=1, description="images shown in training")
     batch_size: int = Field(32, ge=1)
     lr: float = Field(1e-3, gt=0)
     layers_per_block: int = Field(1, ge=1)
     kl_weight: float = Field(1e-4, ge=0)
     perceptual_weight: float = Field(0.1, ge=0)
-    perceptual_share: float = Field(1.0, gt=0, le=1, description="share of each batch that the perceptual term sees")
+    perceptual_fraction: float = Field(1.0, gt=0, le=1, description="share of each batch that the perceptual term sees")
     perceptual: str = Field("efficientnet-lite0", description="that, or a safetensors file of AlexNet for LPIPS")
     seed: int = 0
 
 
-class PretrainedCodecSpec(Spec):
+class PretrainedAutoencoderSpec(Spec):
     """Any diffusers autoencoder: a Hub id, a local folder, or `scenes` (shipped with isocost)."""
 
     kind: Literal["pretrained"]
@@ -48,16 +48,18 @@ class PretrainedCodecSpec(Spec):
     subfolder: str | None = None
 
 
-CodecSpec = Annotated[LinearCodecSpec | TrainedCodecSpec | PretrainedCodecSpec, Field(discriminator="kind")]
+AutoencoderSpec = Annotated[
+    PCAAutoencoderSpec | TrainedAutoencoderSpec | PretrainedAutoencoderSpec, Field(discriminator="kind")
+]
 
 
-class TextSpec(Spec):
+class TextEncoderSpec(Spec):
     """Captions to states through a transformers text encoder: a Hub id, a local folder, or `minilm` (extra `demo`)."""
 
     path: str = "minilm"
     max_tokens: int = Field(32, ge=4)
     subfolder: str | None = None
-    cache_states: bool = Field(True, description="keep the states of every distinct caption; else encode in each step")
+    cache_prompt_embeds: bool = Field(True, description="keep the states of every distinct caption; else encode in each step")
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -93,21 +95,23 @@ class FamilySpec(Spec):
 
 
 class ModelSpec(Spec):
-    """One network: width, depth, latent shape [channels, side, side], width of the caption states."""
+    """One network: width, depth, latent shape [channels, side, side], width of the prompt embeddings."""
 
     kind: FamilyKind = "unet"
     width: int
     latent_channels: int = 4
-    latent_side: int = 64
-    context_width: int = 1024
+    latent_size: int = 64
+    cross_attention_dim: int = 1024
     extra_input_channels: int = 0
     layers_per_block: int = 2
     num_levels: int = 4
-    guidance_width: int | None = Field(None, description="of the guidance embedding, for students that take w; 1 is w itself")
-    adapter: Literal["none", "noisy", "beside"] = Field("none", description="a second encoder, and what it sees")
+    guidance_embed_dim: int | None = Field(
+        None, description="of the guidance embedding, for students that take w; 1 is w itself"
+    )
+    adapter: Literal["none", "noisy", "concat_cond"] = Field("none", description="a second encoder, and what it sees")
     patch: int | None = Field(None, description="of a transformer; by the latent side where absent")
 
     @property
     def embeds_guidance(self) -> bool:
         """True for a student that takes w as an input: one pass is enough."""
-        return self.guidance_width is not None
+        return self.guidance_embed_dim is not None

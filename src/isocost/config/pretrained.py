@@ -7,36 +7,36 @@ from typing import Literal
 from pydantic import Field
 
 from isocost.config.base import Spec
-from isocost.config.sampling import SamplerSpec
+from isocost.config.sampling import SolverSpec
 
-KindName = Literal["sd", "sdxl", "pixart", "sd3", "flux"]
+FamilyName = Literal["sd", "sdxl", "pixart", "sd3", "flux"]
 
 
 class NoiseSpec(Spec):
     """A noise schedule by the fields of diffusers' scheduler configurations.
 
-    `ends_clean` is `set_alpha_to_one`: where DDIM's last step leads to. `shift` is a flow's.
+    `set_alpha_to_one` is `set_alpha_to_one`: where DDIM's last step leads to. `shift` is a flow's.
     """
 
     kind: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "flow"]
     beta_start: float = Field(0.0001, gt=0, lt=1)
     beta_end: float = Field(0.02, gt=0, lt=1)
     num_timesteps: int = Field(1000, ge=1)
-    zero_terminal_snr: bool = False
-    ends_clean: bool = False
+    rescale_betas_zero_snr: bool = False
+    set_alpha_to_one: bool = False
     shift: float = Field(1.0, gt=0)
 
 
-class GivenSpec(Spec):
+class PretrainedSpec(Spec):
     """A pipeline folder or Hub id with LoRAs or without (`FOLDER + LORA:SCALE`), and how it is sampled.
 
-    `sampler` is what its own scheduler comes nearest to. `null_is_zero` says that guidance leads away from zeros in place of
+    `solver` is what its own scheduler comes nearest to. `null_is_zero` says that guidance leads away from zeros in place of
     the empty caption's states.
     """
 
     path: str
-    kind: KindName
+    kind: FamilyName
     noise: NoiseSpec
-    sampler: SamplerSpec
+    solver: SolverSpec
     max_tokens: int
     null_is_zero: bool = False

@@ -10,20 +10,22 @@ from isocost.config.base import Spec
 from isocost.config.data import DataSpec, SourceSpec
 from isocost.config.evaluation import ProtocolSpec
 from isocost.config.finetune import ADAPTED_VARIANTS, NO_ADAPTER, DistillSpec, DreamboothSpec, SuperresSpec
-from isocost.config.model import CodecSpec, FamilySpec, TextSpec
+from isocost.config.model import AutoencoderSpec, FamilySpec, TextEncoderSpec
 from isocost.config.sweep import SweepSpec
 from isocost.config.training import TrainSpec
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 
 
 class ReportSpec(Spec):
     """What the report leads with."""
 
-    metric: str = "kernel_efficientnet"
-    budgets: tuple[float, ...] = Field((), description="paper cost budgets for the answer; chosen from the data where empty")
+    metric: str = "mmd_efficientnet"
+    budgets: tuple[float, ...] = Field(
+        (), description="normalized cost budgets for the answer; chosen from the data where empty"
+    )
 
 
-class RepeatsSpec(Spec):
+class SeedReplicatesSpec(Spec):
     """Sizes of the family trained again from other seeds: how much of a difference between two trainings is luck."""
 
     seeds: tuple[int, ...] = Field(description="of the further trainings; train.seed is the first one's")
@@ -40,31 +42,31 @@ class RepeatsSpec(Spec):
 DOWNSTREAM = ("superres", "dreambooth", "distill")
 """Parts of a study that start from what `train` made; `superres` may have a `distill` of its own."""
 
-OWN_TO_A_TRAINING = frozenset({"num_images", "marks", "marks_gflop", "warmup_images"})
+PER_RUN_FIELDS = frozenset({"num_images", "snapshots", "snapshots_gflop", "warmup_images"})
 
 
-class OwnParts(NamedTuple):
-    """What a study has that trains: its networks, their training, its codec, and the pictures of `data.train`."""
+class TrainingParts(NamedTuple):
+    """What a study has that trains: its networks, their training, its autoencoder, and the images of `data.train`."""
 
     family: FamilySpec
     train: TrainSpec
-    codec: CodecSpec
-    pictures: SourceSpec
+    autoencoder: AutoencoderSpec
+    images: SourceSpec
 
 
 class StudySpec(Spec):
     """A whole study: one YAML file.
 
-    A study of `checkpoints` scores what others have trained: it has no family, train and codec, and no `data.train`.
+    A study of `checkpoints` scores what others have trained: it has no family, train and autoencoder, and no `data.train`.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     data: DataSpec
-    codec: CodecSpec | None = None
-    text: TextSpec = TextSpec()
+    autoencoder: AutoencoderSpec | None = None
+    text_encoder: TextEncoderSpec = TextEncoderSpec()
     family: FamilySpec | None = None
     train: TrainSpec | None = None
-    repeats: RepeatsSpec | None = None
+    seed_replicates: SeedReplicatesSpec | None = None
     checkpoints: tuple[str, ...] = Field(
         (), description="pipelines of diffusers: folders or Hub ids (OWNER/NAME[@REVISION]), with ` + LORA[:SCALE]` or without"
     )
@@ -77,16 +79,16 @@ class StudySpec(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _tuned_like_trained(cls, plain: Any) -> Any:
+    def _inherit_train(cls, plain: Any) -> Any:
         """What the training of a downstream task does not say is as in `train`."""
         if not isinstance(plain, dict) or not isinstance(plain.get("train"), dict):
             return plain
-        tuned = {name: _like(plain[name], plain["train"], name) for name in DOWNSTREAM if name in plain}
+        tuned = {name: _inherit(plain[name], plain["train"], name) for name in DOWNSTREAM if name in plain}
         return {**plain, **tuned}
 
     @model_validator(mode="after")
-    def _trains_or_is_given(self) -> StudySpec:
-        trained = {"codec": self.codec, "family": self.family, "train": self.train, "data.train": self.data.train}
+    def _check_source_of_models(self) -> StudySpec:
+        trained = {"autoencoder": self.autoencoder, "family": self.family, "train": self.train, "data.train": self.data.train}
         if not self.checkpoints:
             missing = [name for name, part in trained.items() if part is None]
             if missing:
@@ -95,8 +97,8 @@ class StudySpec(Spec):
         if len(set(self.checkpoints)) != len(self.checkpoints):
             raise ValueError("checkpoints: each once")
         unused = [name for name, part in trained.items() if part is not None] + list(self.tuned())
-        unused += ["repeats"] if self.repeats is not None else []
-        unused += ["text"] if self.text != TextSpec() else []
+        unused += ["seed_replicates"] if self.seed_replicates is not None else []
+        unused += ["text_encoder"] if self.text_encoder != TextEncoderSpec() else []
         if unused:
             raise ValueError(f"{unused[0]}: has no place beside checkpoints, which bring their own; leave it out")
         if self.protocol.alignment != "none":
@@ -104,20 +106,20 @@ class StudySpec(Spec):
         return self
 
     @model_validator(mode="after")
-    def _repeats_what_it_trains(self) -> StudySpec:
-        if self.repeats is None or self.family is None or self.train is None:
+    def _check_seed_replicates(self) -> StudySpec:
+        if self.seed_replicates is None or self.family is None or self.train is None:
             return self
-        if self.train.seed in self.repeats.seeds:
-            raise ValueError(f"repeats.seeds: {self.train.seed} is train.seed, of the first training; take it out")
-        unknown = [width for width in self.repeats.widths if width not in self.family.widths]
+        if self.train.seed in self.seed_replicates.seeds:
+            raise ValueError(f"seed_replicates.seeds: {self.train.seed} is train.seed, of the first training; take it out")
+        unknown = [width for width in self.seed_replicates.widths if width not in self.family.widths]
         if unknown:
-            raise ValueError(f"repeats.widths: {unknown[0]} is not in family.widths; leave it out")
+            raise ValueError(f"seed_replicates.widths: {unknown[0]} is not in family.widths; leave it out")
         return self
 
     @model_validator(mode="after")
-    def _tuned_as_it_predicts(self) -> StudySpec:
+    def _check_finetune_parts(self) -> StudySpec:
         for name, tuned in self.tuned().items():
-            for field in ("prediction", "zero_terminal_snr"):
+            for field in ("prediction_type", "rescale_betas_zero_snr"):
                 own = getattr(self.train, field)
                 if getattr(tuned.train, field) != own:
                     raise ValueError(
@@ -131,15 +133,15 @@ class StudySpec(Spec):
         return self
 
     @property
-    def own(self) -> OwnParts:
+    def own(self) -> TrainingParts:
         """What a study that trains has.
 
         Raises:
-            RequestError: it is one of given checkpoints.
+            ConfigError: it is one of given checkpoints.
         """
-        if self.family is None or self.train is None or self.codec is None or self.data.train is None:
-            raise RequestError(f"{self.name}: its checkpoints are given: it trains nothing, and has no codec of its own")
-        return OwnParts(self.family, self.train, self.codec, self.data.train)
+        if self.family is None or self.train is None or self.autoencoder is None or self.data.train is None:
+            raise ConfigError(f"{self.name}: its checkpoints are given: it trains nothing, and has no autoencoder of its own")
+        return TrainingParts(self.family, self.train, self.autoencoder, self.data.train)
 
     def tuned(self) -> dict[str, SuperresSpec | DreamboothSpec | DistillSpec]:
         """The parts that start from what `train` made, by where they stand in the file."""
@@ -148,43 +150,43 @@ class StudySpec(Spec):
             parts["superres.distill"] = self.superres.distill
         return {name: part for name, part in parts.items() if part is not None}
 
-    def fixed_part(self) -> dict[str, Any]:
-        """What may not change in an output folder. Sizes, steps, guidance, samplers, marks and images seen may grow."""
+    def immutable_fields(self) -> dict[str, Any]:
+        """What may not change in an output folder. Sizes, steps, guidance, solvers, snapshots and images seen may grow."""
         plain = self.model_dump(mode="json")
         return {
             "data": plain["data"],
-            "codec": plain["codec"],
-            "text": plain["text"],
+            "autoencoder": plain["autoencoder"],
+            "text_encoder": plain["text_encoder"],
             "train": None if self.train is None else self.train.fixed(),
             "protocol": _fixed(plain["protocol"]),
-            **{name: _fixed_tuned(part) for name, part in self.tuned().items()},
+            **{name: _immutable_finetune_fields(part) for name, part in self.tuned().items()},
         }
 
 
-FREE_WHERE_TUNED = frozenset(
-    {"sweep", "starts", "parents", "teachers", "variants", "metric", "subjects", "num_prior_pictures", "distill"}
+GROWABLE_FIELDS = frozenset(
+    {"sweep", "starts", "parents", "teachers", "variants", "metric", "subjects", "num_prior_images", "distill"}
 )
 """What may change of a part that starts from what `train` made."""
 
 
-def _fixed_tuned(part: SuperresSpec | DreamboothSpec | DistillSpec) -> dict[str, Any]:
+def _immutable_finetune_fields(part: SuperresSpec | DreamboothSpec | DistillSpec) -> dict[str, Any]:
     plain = part.model_dump(mode="json")
-    kept = {key: value for key, value in plain.items() if key not in FREE_WHERE_TUNED}
+    kept = {key: value for key, value in plain.items() if key not in GROWABLE_FIELDS}
     protocol = {"protocol": _fixed(plain["protocol"])} if "protocol" in plain else {}
     return {**kept, "train": part.train.fixed(), **protocol}
 
 
-def _like(part: Any, train: dict[str, Any], name: str) -> Any:
+def _inherit(part: Any, train: dict[str, Any], name: str) -> Any:
     """A part of the file whose training takes from `train` what it does not say."""
     if not isinstance(part, dict) or not isinstance(part.get("train"), dict):
         return part
-    shared = {key: value for key, value in train.items() if key not in OWN_TO_A_TRAINING}
+    shared = {key: value for key, value in train.items() if key not in PER_RUN_FIELDS}
     without = {"caption_dropout": 0.0} if name == "dreambooth" else {}
     whole = {**part, "train": {**shared, **without, **part["train"]}}
     if name == "superres" and "distill" in part:
-        whole["distill"] = _like(part["distill"], whole["train"], "distill")
+        whole["distill"] = _inherit(part["distill"], whole["train"], "distill")
     return whole
 
 
 def _fixed(protocol: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in protocol.items() if key not in {"distances", "weights", "lpips"}}
+    return {key: value for key, value in protocol.items() if key not in {"metrics", "weights", "lpips"}}

@@ -10,7 +10,7 @@ import yaml
 
 from isocost.config.base import parse_spec
 from isocost.config.study import StudySpec
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 
 
 def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> StudySpec:
@@ -19,17 +19,17 @@ def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     A file may hold smaller forms of itself, `scales: {tiny: {train.num_images: 400, ...}}`; the key `scale` chooses one.
 
     Raises:
-        RequestError: the file is missing, is not YAML, or a key or value is wrong; one line names file, key and remedy.
+        ConfigError: the file is missing, is not YAML, or a key or value is wrong; one line names file, key and remedy.
     """
     file = Path(path)
     if not file.is_file():
-        raise RequestError(f"{file}: no such study file; `isocost demo` runs the one that is built in")
+        raise ConfigError(f"{file}: no such study file; `isocost demo` runs the one that is built in")
     try:
         plain = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RequestError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(plain, dict):
-        raise RequestError(f"{file}: a study is a mapping of keys (name, data, codec, family, train, sweep, ...)")
+        raise ConfigError(f"{file}: a study is a mapping of keys (name, data, autoencoder, family, train, sweep, ...)")
     given = dict(overrides or {})
     scales, scale = plain.pop("scales", {}), given.pop("scale", plain.pop("scale", None))
     for key, value in {**_scaled(scales, scale, file), **given}.items():
@@ -48,7 +48,7 @@ def _scaled(scales: Any, scale: Any, file: Path) -> dict[str, Any]:
         return {}
     if not isinstance(scales, dict) or not isinstance(scales.get(scale), dict):
         known = ", ".join(map(str, scales)) if isinstance(scales, dict) and scales else "the file has no `scales:` block"
-        raise RequestError(f"{file}: scale = {scale!r}: known here: {known}")
+        raise ConfigError(f"{file}: scale = {scale!r}: known here: {known}")
     return dict(scales[scale])
 
 
@@ -58,5 +58,5 @@ def _set_dotted(plain: dict[str, Any], key: str, value: Any, file: Path) -> None
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise RequestError(f"{file}: --set {key}: '{parent}' is not a mapping")
+            raise ConfigError(f"{file}: --set {key}: '{parent}' is not a mapping")
     node[last] = value

@@ -5,6 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 NUM_TRAIN_TIMESTEPS = 1000
-Precision = Literal["fp32", "bf16"]
+DTypeName = Literal["fp32", "bf16"]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
-TaskName = Literal["text2image", "repeats", "superres", "dreambooth", "distill", "superres-distill"]
+TaskName = Literal["text2image", "seed-replicates", "superres", "dreambooth", "distill", "superres-distill"]

@@ -1,6 +1,6 @@
-"""Pictures with captions, from wherever they lie: folder, tar shards, a `datasets` data set, or the embedded scenes.
+"""Images with captions, from wherever they lie: folder, tar shards, a `datasets` data set, or the embedded scenes.
 
-A source is read in one fixed order, so the position of a picture is its id. What cannot be read is yielded as `Bad` with
+A source is read in one fixed order, so the position of an image is its id. What cannot be read is yielded as `Bad` with
 its name and reason, never dropped in silence; the caller counts.
 
 Shapes: H = W resolution, pixels.
@@ -28,34 +28,34 @@ from PIL import Image, UnidentifiedImageError
 
 from isocost.config.data import FolderSource, HubSource, ScenesSource, SourceSpec, WebdatasetSource
 from isocost.data.synthetic import scenes
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-HELD_OUT_OF_256 = 26
-"""First bytes of a name's hash that `part: held_out` takes: one in ten."""
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+TEST_OF_256 = 26
+"""First bytes of a name's hash that `subset: test` takes: one in ten."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture uint8 [H, W, 3] with its captions, and its labels int64 [A] where the source knows attributes."""
+    """One image uint8 [H, W, 3] with its captions, and its labels int64 [A] where the source knows attributes."""
 
     name: str
-    picture: np.ndarray
+    image: np.ndarray
     captions: tuple[str, ...]
     labels: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
-class Bad:
-    """A picture or caption that could not be read."""
+class UnreadableSample:
+    """An image or caption that could not be read."""
 
     name: str
     reason: str
 
 
 @dataclass(frozen=True)
-class Unread:
-    """A picture that was not asked for, with its captions."""
+class SkippedSample:
+    """An image that was not asked for, with its captions."""
 
     name: str
     captions: tuple[str, ...]
@@ -63,45 +63,45 @@ class Unread:
 
 def read_source(
     source: SourceSpec, resolution: int, wanted: Callable[[int], bool] = lambda position: True
-) -> Iterator[Sample | Bad | Unread]:
-    """Read a source in its fixed order; pictures are cropped to the centre square and resized to `resolution`.
+) -> Iterator[Sample | UnreadableSample | SkippedSample]:
+    """Read a source in its fixed order; images are cropped to the centre square and resized to `resolution`.
 
-    Pictures at positions that are not `wanted` are not decoded.
+    Images at positions that are not `wanted` are not decoded.
 
     Raises:
-        RequestError: the source itself is missing or its caption file is broken.
+        ConfigError: the source itself is missing or its caption file is broken.
     """
     if isinstance(source, ScenesSource):
         yield from _read_scenes(source, resolution, wanted)
         return
     readers = {"folder": _raw_folder, "webdataset": _raw_webdataset, "hub": _raw_hub}
-    kept = (raw for raw in readers[source.kind](source) if _belongs(raw, source))  # type: ignore[operator]
+    kept = (raw for raw in readers[source.kind](source) if _in_split(raw, source))  # type: ignore[operator]
     for position, raw in enumerate(kept):
         if source.limit is not None and position >= source.limit:
             return
-        if isinstance(raw, Bad):
+        if isinstance(raw, UnreadableSample):
             yield raw
         else:
-            yield _decode(raw, resolution) if wanted(position) else Unread(raw.name, raw.captions)
+            yield _decode(raw, resolution) if wanted(position) else SkippedSample(raw.name, raw.captions)
 
 
-def place_of(name: str) -> bytes:
-    """Where a picture stands among all by a hash of its name: what is held out comes first, in an order that is none."""
+def name_hash(name: str) -> bytes:
+    """Where an image stands among all by a hash of its name: what is held out comes first, in an order that is none."""
     return hashlib.sha256(name.encode()).digest()
 
 
-def _belongs(raw: _Raw | Bad, source: FolderSource | WebdatasetSource | HubSource) -> bool:
-    """Whether a picture is in the source's part, by its name alone; a shard that cannot be read is missing from every part."""
-    if source.part == "all" or (source.kind == "webdataset" and "/" not in raw.name):
+def _in_split(raw: _Raw | UnreadableSample, source: FolderSource | WebdatasetSource | HubSource) -> bool:
+    """Whether an image is in the source's part, by its name alone; a shard that cannot be read is missing from every part."""
+    if source.subset == "all" or (source.kind == "webdataset" and "/" not in raw.name):
         return True
-    return (place_of(raw.name)[0] < HELD_OUT_OF_256) == (source.part == "held_out")
+    return (name_hash(raw.name)[0] < TEST_OF_256) == (source.subset == "test")
 
 
 def source_fingerprint(source: SourceSpec) -> str:
     """Content hash of what a source holds: names and bytes of its files; for a Hub id its name and split.
 
     Raises:
-        RequestError: the files are missing.
+        ConfigError: the files are missing.
     """
     if isinstance(source, ScenesSource):
         return f"scenes-v{scenes.VERSION}"
@@ -133,14 +133,14 @@ class _Raw:
     label: int | None = None
 
 
-def _read_scenes(source: ScenesSource, resolution: int, wanted: Callable[[int], bool]) -> Iterator[Sample | Unread]:
-    for position, index in enumerate(range(source.first, source.first + source.num_pictures)):
+def _read_scenes(source: ScenesSource, resolution: int, wanted: Callable[[int], bool]) -> Iterator[Sample | SkippedSample]:
+    for position, index in enumerate(range(source.first, source.first + source.num_images)):
         scene, name = scenes.scene(source.seed, index), f"scene-{source.seed}-{index}"
         captions = scenes.captions(scene)[:1]
         if wanted(position):
             yield Sample(name, scenes.render(scene, resolution), captions, scenes.attribute_labels(scene))
         else:
-            yield Unread(name, captions)
+            yield SkippedSample(name, captions)
 
 
 def _files_of(source: FolderSource | WebdatasetSource | HubSource) -> list[Path]:
@@ -150,48 +150,48 @@ def _files_of(source: FolderSource | WebdatasetSource | HubSource) -> list[Path]
             [path] if path.is_file() else []
         )
         if not files:
-            raise RequestError(f"{source.path}: no such tar shard; give a path or a glob like data/train-*.tar")
+            raise ConfigError(f"{source.path}: no such tar shard; give a path or a glob like data/train-*.tar")
         return files
     if not path.exists():
-        raise RequestError(f"{source.path}: no such file or folder; paths in a study are relative to where isocost is started")
+        raise ConfigError(f"{source.path}: no such file or folder; paths in a study are relative to where isocost is started")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     if isinstance(source, HubSource) and path.is_dir():
         word = re.compile(rf"(?<![A-Za-z]){re.escape(source.split)}(?![A-Za-z])")
         files = [file for file in files if file.suffix == ".parquet" and word.search(file.stem)]
         if not files:
-            raise RequestError(f"{source.path}: no Parquet file whose name holds the split '{source.split}'")
-    if isinstance(source, FolderSource) and not any(file.suffix.lower() in PICTURE_SUFFIXES for file in files):
-        raise RequestError(f"{source.path}: holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+            raise ConfigError(f"{source.path}: no Parquet file whose name holds the split '{source.split}'")
+    if isinstance(source, FolderSource) and not any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+        raise ConfigError(f"{source.path}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return files
 
 
-def _raw_folder(source: FolderSource) -> Iterator[_Raw | Bad]:
+def _raw_folder(source: FolderSource) -> Iterator[_Raw | UnreadableSample]:
     root = Path(source.path)
     if not root.is_dir():
-        raise RequestError(f"{source.path}: no such folder of pictures")
-    pictures = [file for file in _files_of(source) if file.suffix.lower() in PICTURE_SUFFIXES]
+        raise ConfigError(f"{source.path}: no such folder of images")
+    images = [file for file in _files_of(source) if file.suffix.lower() in IMAGE_SUFFIXES]
     listed = root / "captions.jsonl"
     if listed.is_file():
         captions = _caption_lines(listed)
-        unlisted = {str(file.relative_to(root)) for file in pictures} - captions.keys()
+        unlisted = {str(file.relative_to(root)) for file in images} - captions.keys()
         for name in sorted(captions.keys() | unlisted):
             file = root / name
             if name in unlisted:
-                yield Bad(name, "no line in captions.jsonl")
+                yield UnreadableSample(name, "no line in captions.jsonl")
             elif not file.resolve().is_relative_to(root.resolve()):
-                yield Bad(name, "captions.jsonl names a file outside its folder")
+                yield UnreadableSample(name, "captions.jsonl names a file outside its folder")
             elif not file.is_file():
-                yield Bad(name, "named in captions.jsonl but not there")
-            elif not _all_said(captions[name]):
-                yield Bad(name, "empty caption")
+                yield UnreadableSample(name, "named in captions.jsonl but not there")
+            elif not _captions_nonempty(captions[name]):
+                yield UnreadableSample(name, "empty caption")
             else:
                 yield _Raw(name, file.read_bytes(), captions[name])
         return
-    for file in pictures:
+    for file in images:
         name = str(file.relative_to(root))
         sidecars = [side for suffix in (".txt", ".json") if (side := file.with_suffix(suffix)).is_file()]
         if not sidecars:
-            yield Bad(name, "no caption: neither captions.jsonl nor a .txt or .json beside it")
+            yield UnreadableSample(name, "no caption: neither captions.jsonl nor a .txt or .json beside it")
             continue
         yield _with_sidecar(name, file.read_bytes(), sidecars[0].name, sidecars[0].read_bytes())
 
@@ -206,20 +206,20 @@ def _caption_lines(file: Path) -> dict[str, tuple[str, ...]]:
             captions[str(entry["file"])] = _captions_of(entry)
         except (ValueError, KeyError, TypeError) as error:
             remedy = 'each line is {"file": NAME, "caption": TEXT} or {"file": NAME, "captions": [TEXT, ...]}'
-            raise RequestError(f"{file}: line {number} is broken; {remedy}") from error
+            raise ConfigError(f"{file}: line {number} is broken; {remedy}") from error
     return captions
 
 
-def _raw_webdataset(source: WebdatasetSource) -> Iterator[_Raw | Bad]:
+def _raw_webdataset(source: WebdatasetSource) -> Iterator[_Raw | UnreadableSample]:
     for shard in _files_of(source):
         try:
             with tarfile.open(shard) as archive:
                 yield from _raw_tar(shard.name, archive)
         except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-            yield Bad(shard.name, f"tar shard cannot be read: {' '.join(str(error).split())}")
+            yield UnreadableSample(shard.name, f"tar shard cannot be read: {' '.join(str(error).split())}")
 
 
-def _raw_tar(shard: str, archive: tarfile.TarFile) -> Iterator[_Raw | Bad]:
+def _raw_tar(shard: str, archive: tarfile.TarFile) -> Iterator[_Raw | UnreadableSample]:
     group: dict[str, tuple[str, bytes]] = {}
     current = ""
     for member in archive:
@@ -239,15 +239,15 @@ def _raw_tar(shard: str, archive: tarfile.TarFile) -> Iterator[_Raw | Bad]:
         yield _from_group(f"{shard}/{current}", group)
 
 
-def _from_group(name: str, group: dict[str, tuple[str, bytes]]) -> _Raw | Bad:
-    pictures = [suffix for suffix in group if suffix in PICTURE_SUFFIXES]
+def _from_group(name: str, group: dict[str, tuple[str, bytes]]) -> _Raw | UnreadableSample:
+    images = [suffix for suffix in group if suffix in IMAGE_SUFFIXES]
     sidecars = [suffix for suffix in (".json", ".txt") if suffix in group]
-    if not pictures or not sidecars:
-        return Bad(name, "needs a picture and a .json or .txt of the same name")
-    return _with_sidecar(name, group[pictures[0]][1], *group[sidecars[0]])
+    if not images or not sidecars:
+        return UnreadableSample(name, "needs an image and a .json or .txt of the same name")
+    return _with_sidecar(name, group[images[0]][1], *group[sidecars[0]])
 
 
-def _raw_hub(source: HubSource) -> Iterator[_Raw | Bad]:
+def _raw_hub(source: HubSource) -> Iterator[_Raw | UnreadableSample]:
     import datasets
     import pyarrow as pa
 
@@ -257,19 +257,19 @@ def _raw_hub(source: HubSource) -> Iterator[_Raw | Bad]:
         try:
             table = datasets.load_dataset("parquet", data_files={source.split: files}, split=source.split)
         except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
-            raise RequestError(f"{source.path}: not readable as Parquet: {' '.join(str(error).split())[:200]}") from error
+            raise ConfigError(f"{source.path}: not readable as Parquet: {' '.join(str(error).split())[:200]}") from error
     else:
         try:
             table = datasets.load_dataset(source.path, split=source.split)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise RequestError(
+            raise ConfigError(
                 f"{source.path}: neither a local path nor a data set that loads from the Hub: {reason}"
             ) from error
     wanted = [source.image_column, source.caption_column] + ([source.label_column] if source.label_column else [])
     missing = [column for column in wanted if column not in table.column_names]
     if missing:
-        raise RequestError(f"{source.path}: no column '{missing[0]}'; there are: {', '.join(table.column_names)}")
+        raise ConfigError(f"{source.path}: no column '{missing[0]}'; there are: {', '.join(table.column_names)}")
     if isinstance(table.features[source.image_column], datasets.Image):
         table = table.cast_column(source.image_column, datasets.Image(decode=False))
     for position, row in enumerate(table.select_columns(wanted)):
@@ -279,25 +279,29 @@ def _raw_hub(source: HubSource) -> Iterator[_Raw | Bad]:
         captions = [captions] if isinstance(captions, str) else captions
         label = row[source.label_column] if source.label_column else None
         if not data:
-            yield Bad(name, "no picture bytes in the image column")
+            yield UnreadableSample(name, "no image bytes in the image column")
         elif not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-            yield Bad(name, "no caption, or an empty one")
+            yield UnreadableSample(name, "no caption, or an empty one")
         elif source.label_column and label is None:
-            yield Bad(name, "no label")
+            yield UnreadableSample(name, "no label")
         else:
             yield _Raw(name, data, tuple(captions), None if label is None else int(label))
 
 
-# --- one picture ------------------------------------------------------------------------------------------------------
+# --- one image ------------------------------------------------------------------------------------------------------
 
 
-def _with_sidecar(name: str, data: bytes, sidecar_name: str, sidecar: bytes) -> _Raw | Bad:
+def _with_sidecar(name: str, data: bytes, sidecar_name: str, sidecar: bytes) -> _Raw | UnreadableSample:
     try:
         text = sidecar.decode("utf-8-sig")
         captions = _captions_of(json.loads(text)) if sidecar_name.endswith(".json") else _captions_of({"caption": text.strip()})
     except (ValueError, KeyError, TypeError) as error:
-        return Bad(name, f"caption file {sidecar_name} cannot be read: {' '.join(str(error).split())}")
-    return _Raw(name, data, captions) if _all_said(captions) else Bad(name, f"caption file {sidecar_name} is empty")
+        return UnreadableSample(name, f"caption file {sidecar_name} cannot be read: {' '.join(str(error).split())}")
+    return (
+        _Raw(name, data, captions)
+        if _captions_nonempty(captions)
+        else UnreadableSample(name, f"caption file {sidecar_name} is empty")
+    )
 
 
 def _captions_of(entry: dict[str, Any]) -> tuple[str, ...]:
@@ -308,20 +312,20 @@ def _captions_of(entry: dict[str, Any]) -> tuple[str, ...]:
     return tuple(captions)
 
 
-def _all_said(captions: tuple[str, ...]) -> bool:
+def _captions_nonempty(captions: tuple[str, ...]) -> bool:
     return bool(captions) and all(caption.strip() for caption in captions)
 
 
-def _decode(raw: _Raw, resolution: int) -> Sample | Bad:
+def _decode(raw: _Raw, resolution: int) -> Sample | UnreadableSample:
     try:
         with Image.open(io.BytesIO(raw.data)) as opened:
-            picture = square_rgb(opened, resolution)
+            image = square_rgb(opened, resolution)
     except UnidentifiedImageError:
-        return Bad(raw.name, "picture cannot be read: no known format")
+        return UnreadableSample(raw.name, "image cannot be read: no known format")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return Bad(raw.name, f"picture cannot be read: {' '.join(str(error).split())[:120]}")
+        return UnreadableSample(raw.name, f"image cannot be read: {' '.join(str(error).split())[:120]}")
     labels = None if raw.label is None else np.array([raw.label], dtype=np.int64)
-    return Sample(raw.name, picture, raw.captions, labels)
+    return Sample(raw.name, image, raw.captions, labels)
 
 
 _TURNS = {
@@ -335,8 +339,8 @@ _TURNS = {
 }
 
 
-def _upright(opened: Image.Image) -> Image.Image:
-    """Turned by its EXIF orientation; a broken EXIF block is not worth losing the picture."""
+def _apply_exif_orientation(opened: Image.Image) -> Image.Image:
+    """Turned by its EXIF orientation; a broken EXIF block is not worth losing the image."""
     try:
         turn = _TURNS.get(opened.getexif().get(0x0112, 1))
     except (ValueError, TypeError, SyntaxError, OSError, KeyError, struct.error):
@@ -345,8 +349,8 @@ def _upright(opened: Image.Image) -> Image.Image:
 
 
 def square_rgb(opened: Image.Image, resolution: int) -> np.ndarray:
-    """Centre square of a picture, on white where it is transparent, as uint8 [resolution, resolution, 3] (Lanczos)."""
-    opened = _upright(opened)
+    """Centre square of an image, on white where it is transparent, as uint8 [resolution, resolution, 3] (Lanczos)."""
+    opened = _apply_exif_orientation(opened)
     if opened.mode.startswith("I;16"):
         opened = Image.fromarray((np.asarray(opened) / 257).round().astype(np.uint8))
     if opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
@@ -362,15 +366,15 @@ def square_rgb(opened: Image.Image, resolution: int) -> np.ndarray:
 
 
 def read_photograph(file: Path) -> Image.Image:
-    """A picture that a person names, RGB, turned as its EXIF says.
+    """An image that a person names, RGB, turned as its EXIF says.
 
     Raises:
-        RequestError: there is none, or it cannot be read.
+        ConfigError: there is none, or it cannot be read.
     """
     if not file.is_file():
-        raise RequestError(f"{file}: no such picture")
+        raise ConfigError(f"{file}: no such image")
     try:
         with Image.open(file) as image:
-            return _upright(image).convert("RGB")
+            return _apply_exif_orientation(image).convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{file}: no picture can be read from it ({error}); take it out, or give another") from error
+        raise ConfigError(f"{file}: no image can be read from it ({error}); take it out, or give another") from error

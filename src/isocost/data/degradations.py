@@ -1,9 +1,9 @@
-"""Low-resolution pictures for super-resolution, every random choice a function of (seed, picture id, draw).
+"""Low-resolution images for super-resolution, every random choice a function of (seed, image id, draw).
 
-`bicubic` shrinks; `real-esrgan` does what arXiv 2107.10833 (section 3, figure 2) does to a picture: twice blur, resize, noise
+`bicubic` shrinks; `real-esrgan` does what arXiv 2107.10833 (section 3, figure 2) does to an image: twice blur, resize, noise
 and JPEG, the second time with a final sinc filter, in the ranges of the spec.
 
-Shapes: N pictures, R their side, S scale, H x W a picture on its way, K side of a kernel.
+Shapes: N images, R their side, S scale, H x W an image on its way, K side of a kernel.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from torchvision.io import decode_jpeg, encode_jpeg
 
 from isocost.config.finetune import DegradationSpec, DegradationStage
-from isocost.errors import RequestError
-from isocost.models.autoencoder import Codec
+from isocost.errors import ConfigError
+from isocost.models.autoencoder import Autoencoder
 
 Kernel = NDArray[np.float32]
 _KERNEL_SIDES = tuple(range(7, 22, 2))
@@ -30,25 +30,25 @@ _RESIZES = ("area", "bilinear", "bicubic")
 
 
 def check_scale(resolution: int, scale: int, factor: int) -> None:
-    """Whether pictures and latents of this size have a low-resolution form of this scale.
+    """Whether images and latents of this size have a low-resolution form of this scale.
 
-    `factor` is the pixels a latent's place takes: the low-resolution picture must itself be one that the codec could encode.
+    `factor` is the pixels a latent's place takes: the low-resolution image must itself be one that the autoencoder could encode.
 
     Raises:
-        RequestError: the scale does not divide the side, or what is left is none that the codec encodes.
+        ConfigError: the scale does not divide the side, or what is left is none that the autoencoder encodes.
     """
     if resolution % scale:
-        raise RequestError(f"superres.scale: {scale} does not divide data.resolution {resolution}")
+        raise ConfigError(f"superres.scale: {scale} does not divide data.resolution {resolution}")
     if (resolution // scale) % factor:
         low = resolution // scale
-        raise RequestError(
+        raise ConfigError(
             f"superres.scale: {low} x {low} pixels are no whole places of the autoencoder, which takes {factor} x {factor} "
             f"each; take a scale that leaves a multiple of {factor}"
         )
 
 
 def degrade(
-    pictures: Tensor,
+    images: Tensor,
     ids: Sequence[int],
     spec: DegradationSpec,
     scale: int,
@@ -56,42 +56,42 @@ def degrade(
     seed: int,
     draws: Sequence[int] | None = None,
 ) -> Tensor:
-    """uint8 [N, 3, R, R] -> uint8 [N, 3, R / S, R / S]; picture i of them is degraded as (seed, ids[i], draws[i]) say.
+    """uint8 [N, 3, R, R] -> uint8 [N, 3, R / S, R / S]; image i of them is degraded as (seed, ids[i], draws[i]) say.
 
     A training gives its passes over the data as `draws`, so that each pass sees other degradations; they are 0 where absent.
     """
     if spec.kind == "bicubic":
-        return resize(pictures, pictures.shape[-1] // scale)
-    keyed = zip(pictures, ids, draws or [0] * len(pictures), strict=True)
-    return torch.stack([_real_esrgan(picture, spec, scale, _generator(seed, i, draw)) for picture, i, draw in keyed])
+        return resize(images, images.shape[-1] // scale)
+    keyed = zip(images, ids, draws or [0] * len(images), strict=True)
+    return torch.stack([_real_esrgan(image, spec, scale, _generator(seed, i, draw)) for image, i, draw in keyed])
 
 
-def encode_enlarged(codec: Codec, low: Tensor, resolution: int) -> Tensor:
-    """What a network sees of low-resolution pictures uint8 [N, 3, r, r]: mean latents float32 of their bicubic enlargement."""
-    return codec.encode(resize(low, resolution))[0].float().cpu()
+def encode_enlarged(autoencoder: Autoencoder, low: Tensor, resolution: int) -> Tensor:
+    """What a network sees of low-resolution images uint8 [N, 3, r, r]: mean latents float32 of their bicubic enlargement."""
+    return autoencoder.encode(resize(low, resolution))[0].float().cpu()
 
 
-def resize(pictures: Tensor, side: int | tuple[int, int]) -> Tensor:
+def resize(images: Tensor, side: int | tuple[int, int]) -> Tensor:
     """Bicubic (a = -0.5, with antialiasing where it shrinks), uint8 [N, 3, ...] -> uint8 [N, 3, H, W]: PIL's and MATLAB's."""
     size = (side, side) if isinstance(side, int) else side
-    return functional.interpolate(pictures.float(), size, mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
+    return functional.interpolate(images.float(), size, mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
 
 
-def _generator(seed: int, picture_id: int, draw: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, picture_id, draw])))
+def _generator(seed: int, sample_index: int, draw: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, sample_index, draw])))
 
 
 # --- Real-ESRGAN ------------------------------------------------------------------------------------------------------
 
 
-def _real_esrgan(picture: Tensor, spec: DegradationSpec, scale: int, random: np.random.Generator) -> Tensor:
+def _real_esrgan(image: Tensor, spec: DegradationSpec, scale: int, random: np.random.Generator) -> Tensor:
     """uint8 [3, R, R] -> uint8 [3, R / S, R / S]."""
-    side = picture.shape[-1]
-    values = picture.float() / 255
+    side = image.shape[-1]
+    values = image.float() / 255
     values = _stage(values, spec.first, side, random)
     values = _jpeg(values, _between(random, spec.first.jpeg_quality))
     values = _stage(values, spec.second, side / scale, random)
-    final = _sinc(random) if random.random() < spec.final_sinc_share else None
+    final = _sinc(random) if random.random() < spec.final_sinc_probability else None
     quality = _between(random, spec.second.jpeg_quality)
     mode = _RESIZES[random.integers(3)]
     sinc_first = random.random() < 0.5
@@ -106,9 +106,9 @@ def _real_esrgan(picture: Tensor, spec: DegradationSpec, scale: int, random: np.
 
 def _stage(values: Tensor, stage: DegradationStage, side: float, random: np.random.Generator) -> Tensor:
     """Blur, resize to a random share of `side`, noise; [3, H, W] in 0..1."""
-    if random.random() < stage.blur_share:
+    if random.random() < stage.blur_probability:
         values = _filtered(values, _kernel(stage, random))
-    up, down, _ = np.cumsum(stage.resize_shares)
+    up, down, _ = np.cumsum(stage.resize_probabilities)
     turn = random.random()
     low, high = stage.resize_range
     share = random.uniform(1, high) if turn < up else random.uniform(low, 1) if turn < down else 1.0
@@ -119,7 +119,7 @@ def _stage(values: Tensor, stage: DegradationStage, side: float, random: np.rand
 
 def _kernel(stage: DegradationStage, random: np.random.Generator) -> Kernel:
     """A blur kernel [K, K] of one of the six kinds of Real-ESRGAN, or a sinc filter."""
-    if random.random() < stage.sinc_share:
+    if random.random() < stage.sinc_probability:
         return _sinc(random)
     kind = random.choice(_KERNELS, p=_KERNEL_SHARES)
     side = int(random.choice(_KERNEL_SIDES))
@@ -153,7 +153,7 @@ def _sinc(random: np.random.Generator) -> Kernel:
 
 
 def _filtered(values: Tensor, kernel: Kernel) -> Tensor:
-    """[3, H, W] by [K, K], mirrored at the borders as often as a picture smaller than the kernel needs."""
+    """[3, H, W] by [K, K], mirrored at the borders as often as an image smaller than the kernel needs."""
     reach = len(kernel) // 2
     rows, columns = (_mirrored(length, reach) for length in values.shape[-2:])
     padded = values[:, rows][:, :, columns]
@@ -175,9 +175,9 @@ def _resized(values: Tensor, height: int, width: int, mode: str) -> Tensor:
 
 
 def _noisy(values: Tensor, stage: DegradationStage, random: np.random.Generator) -> Tensor:
-    """Gaussian or Poisson noise, in grey for some pictures; [3, H, W] in 0..1."""
-    is_gaussian = random.random() < stage.gaussian_share
-    channels = 1 if random.random() < stage.grey_noise_share else 3
+    """Gaussian or Poisson noise, in grey for some images; [3, H, W] in 0..1."""
+    is_gaussian = random.random() < stage.gaussian_probability
+    channels = 1 if random.random() < stage.grey_noise_probability else 3
     strength = _between(random, stage.noise_sigma if is_gaussian else stage.poisson_scale)
     if is_gaussian:
         noise = random.standard_normal((channels, *values.shape[1:])) * strength / 255
@@ -189,7 +189,7 @@ def _noisy(values: Tensor, stage: DegradationStage, random: np.random.Generator)
 
 
 def _jpeg(values: Tensor, quality: float) -> Tensor:
-    """Through the JPEG codec; [3, H, W] in 0..1."""
+    """Through the JPEG autoencoder; [3, H, W] in 0..1."""
     pixels = (values.clamp(0, 1) * 255).round().to(torch.uint8)
     return decode_jpeg(encode_jpeg(pixels, quality=round(quality))).float() / 255
 

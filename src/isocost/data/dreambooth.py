@@ -1,9 +1,9 @@
-"""Subjects that a network is to learn from a few pictures: photographs in folders, or objects that no caption can name.
+"""Subjects that a network is to learn from a few images: photographs in folders, or objects that no caption can name.
 
 A planted subject has a shape, a texture and a pair of colours that the scenes never draw, so what a network tuned on it makes
 can be compared with other drawings of the same thing. Lengths are those of `scenes.py`.
 
-Shapes: K pictures of a subject, M others of it to compare with, R resolution.
+Shapes: K images of a subject, M others of it to compare with, R resolution.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor
 from isocost.data.datasets import read_photograph, square_rgb
 from isocost.data.synthetic.scenes import BACKGROUNDS, MARGIN, RGB, SIDE, Scene, render, with_article
 from isocost.data.synthetic.shapes import Floats, cover
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 
 PROMPTS_FILE = "prompts_and_classes.txt"
 LIVE_CLASSES = ("cat", "dog")
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,15 +32,15 @@ class Subject:
     """One subject.
 
     Attributes:
-        pictures: what is learned from, uint8 [K, 3, R, R].
-        others: what generated pictures are compared with, uint8 [M, 3, R, R]: the same photographs, or other drawings.
+        images: what is learned from, uint8 [K, 3, R, R].
+        others: what generated images are compared with, uint8 [M, 3, R, R]: the same photographs, or other drawings.
         prompts: with places for the token and the class, "a {0} {1} in the snow".
         backgrounds: number of each prompt's background in the scenes' vocabulary; None for photographs.
     """
 
     name: str
     class_word: str
-    pictures: Tensor
+    images: Tensor
     others: Tensor
     prompts: tuple[str, ...]
     backgrounds: tuple[int, ...] | None = None
@@ -49,8 +49,8 @@ class Subject:
     def content(self) -> str:
         """Hash of everything that a training or a score takes from it."""
         sha = hashlib.sha256(repr((self.class_word, self.prompts)).encode())
-        for pictures in (self.pictures, self.others):
-            sha.update(pictures.numpy().tobytes())
+        for images in (self.images, self.others):
+            sha.update(images.numpy().tobytes())
         return sha.hexdigest()[:16]
 
 
@@ -61,16 +61,16 @@ def read_prompts(file: Path) -> tuple[dict[str, str], dict[str, tuple[str, ...]]
     """`prompts_and_classes.txt` of google/dreambooth: the class of each subject, and its prompt templates.
 
     Raises:
-        RequestError: no such file, or another one.
+        ConfigError: no such file, or another one.
     """
     if not file.is_file():
-        raise RequestError(f"{file}: no such file; the subjects of google/dreambooth come with one")
+        raise ConfigError(f"{file}: no such file; the subjects of google/dreambooth come with one")
     text = file.read_text(encoding="utf-8")
     classes = dict(re.findall(r"^(\w+),([\w ]+)$", text.partition("Prompts")[0], flags=re.MULTILINE))
     classes.pop("subject_name", None)
     lists = [tuple(re.findall(r"'([^']+)'\.format", block)) for block in text.split("prompt_list = [")[1:]]
     if len(lists) != 2 or not classes:
-        raise RequestError(f"{file}: not the {PROMPTS_FILE} of google/dreambooth")
+        raise ConfigError(f"{file}: not the {PROMPTS_FILE} of google/dreambooth")
     objects, live = lists
     return classes, {name: live if word in LIVE_CLASSES else objects for name, word in classes.items()}
 
@@ -79,24 +79,24 @@ def read_subjects(folder: Path, names: tuple[str, ...], resolution: int) -> list
     """Subjects from NAME/*.jpg beside `prompts_and_classes.txt`; all of them where `names` is empty.
 
     Raises:
-        RequestError: a name that the file does not list, a subject without pictures, or one that is no picture.
+        ConfigError: a name that the file does not list, a subject without images, or one that is no image.
     """
     classes, prompts = read_prompts(folder / PROMPTS_FILE)
     unknown = [name for name in names if name not in classes]
     if unknown:
-        raise RequestError(f"{folder}: no subject is called {unknown[0]}; there are {', '.join(sorted(classes))}")
+        raise ConfigError(f"{folder}: no subject is called {unknown[0]}; there are {', '.join(sorted(classes))}")
     subjects = []
     for name in names or tuple(classes):
         found = sorted(folder / name / file for file in _files(folder / name))
         if not found:
-            raise RequestError(f"{folder / name}: no pictures of the subject; put three to five there")
-        pictures = torch.stack([_square(file, resolution) for file in found])
-        subjects.append(Subject(name, classes[name], pictures, pictures, prompts[name]))
+            raise ConfigError(f"{folder / name}: no images of the subject; put three to five there")
+        images = torch.stack([_square(file, resolution) for file in found])
+        subjects.append(Subject(name, classes[name], images, images, prompts[name]))
     return subjects
 
 
 def _files(folder: Path) -> list[str]:
-    return [file.name for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES] if folder.is_dir() else []
+    return [file.name for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES] if folder.is_dir() else []
 
 
 def _square(file: Path, side: int) -> Tensor:
@@ -125,30 +125,37 @@ LOOKS = (
     _Look("heart", 4, 0.34, 1.8, ((255, 240, 60), (30, 60, 200))),
     _Look("diamond", 6, 0.20, 2.6, ((255, 90, 60), (0, 140, 140))),
 )
-TAUGHT_ON, ASKED_ON = ("white", "black", "olive", "beige"), ("grey", "navy", "sky", "sunset", "meadow")
-"""Backgrounds of the pictures that are learned from, and of the prompts."""
+TRAIN_BACKGROUNDS, PROMPT_BACKGROUNDS = ("white", "black", "olive", "beige"), ("grey", "navy", "sky", "sunset", "meadow")
+"""Backgrounds of the images that are learned from, and of the prompts."""
 DIAMETERS = (13.0, 16.0)
-NUM_OTHERS = 40
+NUM_CLASS_IMAGES = 40
 
 
-def planted_subjects(number: int, num_pictures: int, resolution: int) -> list[Subject]:
-    """The first `number` planted subjects, `num_pictures` of each to learn from.
+def synthetic_subjects(number: int, num_images: int, resolution: int) -> list[Subject]:
+    """The first `number` planted subjects, `num_images` of each to learn from.
 
     Raises:
-        RequestError: more than there are, or more pictures than a planted subject has.
+        ConfigError: more than there are, or more images than a planted subject has.
     """
-    if number > len(LOOKS) or num_pictures > len(TAUGHT_ON):
-        raise RequestError(
-            f"dreambooth.subjects: at most {len(LOOKS)} planted subjects of {len(TAUGHT_ON)} pictures, "
-            f"not {number} of {num_pictures}"
+    if number > len(LOOKS) or num_images > len(TRAIN_BACKGROUNDS):
+        raise ConfigError(
+            f"dreambooth.subjects: at most {len(LOOKS)} planted subjects of {len(TRAIN_BACKGROUNDS)} images, "
+            f"not {number} of {num_images}"
         )
     names = tuple(BACKGROUNDS)
-    prompts = tuple(f"a {{0}} {{1}} on {with_article(ground)} background" for ground in ASKED_ON)
+    prompts = tuple(f"a {{0}} {{1}} on {with_article(ground)} background" for ground in PROMPT_BACKGROUNDS)
     subjects = []
     for which, look in enumerate(LOOKS[:number]):
-        taught = torch.stack([drawn(which, ground, resolution, index) for index, ground in enumerate(TAUGHT_ON[:num_pictures])])
-        others = torch.stack([drawn(which, ASKED_ON[i % len(ASKED_ON)], resolution, 100 + i) for i in range(NUM_OTHERS)])
-        asked = tuple(names.index(ground) for ground in ASKED_ON)
+        taught = torch.stack(
+            [drawn(which, ground, resolution, index) for index, ground in enumerate(TRAIN_BACKGROUNDS[:num_images])]
+        )
+        others = torch.stack(
+            [
+                drawn(which, PROMPT_BACKGROUNDS[i % len(PROMPT_BACKGROUNDS)], resolution, 100 + i)
+                for i in range(NUM_CLASS_IMAGES)
+            ]
+        )
+        asked = tuple(names.index(ground) for ground in PROMPT_BACKGROUNDS)
         subjects.append(Subject(f"planted-{which}", look.class_word, taught, others, prompts, asked))
     return subjects
 

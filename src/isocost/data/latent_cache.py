@@ -1,15 +1,15 @@
-"""The latent cache: moments, captions and caption states of a whole data set, in tables of fixed-shape rows.
+"""The latent cache: moments, captions and prompt embeddings of a whole data set, in tables of fixed-shape rows.
 
-latents-*    mean, std  float16 [S, C, L, L]   a row for every picture of the source in its order; rows of bad ones are void
-captions-*   numbers    int32 [S, K]           which captions a picture has, -1 where there are no more
+latents-*    mean, std  float16 [S, C, L, L]   a row for every image of the source in its order; rows of bad ones are void
+captions-*   numbers    int32 [S, K]           which captions an image has, -1 where there are no more
 text-*       token_ids  int32 [S, T]           every distinct caption in sorted order, the empty one last
              states     float16 [S, T, D]      on request
 isocost.json           written last: a cache without it is not there
 
 Several processes write one cache together, and what a killed one left is not encoded again.
 
-Shapes: N pictures, S rows a shard, C latent channels, L latent side, U distinct captions, K most captions a picture has,
-T tokens, D width of the caption states, B batch.
+Shapes: N images, S rows a shard, C latent channels, L latent side, U distinct captions, K most captions an image has,
+T tokens, D width of the prompt embeddings, B batch.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from isocost.config.data import ScenesSource, SourceSpec
-from isocost.data.datasets import Bad, Sample, Unread, place_of, read_source
-from isocost.data.row_store import Place, Table, write_shard
-from isocost.errors import WorkError
-from isocost.models.autoencoder import Codec
-from isocost.models.text_encoder import TextCodec
+from isocost.data.datasets import Sample, SkippedSample, UnreadableSample, name_hash, read_source
+from isocost.data.row_store import RowTable, ShardStore, write_shard
+from isocost.errors import RunError
+from isocost.models.autoencoder import Autoencoder
+from isocost.models.text_encoder import MiniLMTextEncoder
 
 VERSION = 2
 SHARD_SIZE = 4096
@@ -40,12 +40,12 @@ NULL_CAPTION = ""
 INDEX = "isocost.json"
 
 Progress = Callable[[int], None]
-Read = Callable[[Callable[[int], bool]], Iterator[Sample | Bad | Unread]]
+Reader = Callable[[Callable[[int], bool]], Iterator[Sample | UnreadableSample | SkippedSample]]
 """Items of a source in order; those at whose position the question is answered False need not be decoded."""
 
 
 @dataclass(frozen=True)
-class Part:
+class ProcessInfo:
     """One process of several that write a cache together; `wait` returns when all have come to it."""
 
     rank: int = 0
@@ -58,130 +58,134 @@ class Part:
 
 
 @dataclass
-class PictureSet:
-    """Pictures in memory: uint8 [N, 3, R, R], captions of each, labels int64 [N, A] where known, what was skipped."""
+class ImageDataset:
+    """Images in memory: uint8 [N, 3, R, R], captions of each, labels int64 [N, A] where known, what was skipped."""
 
-    pictures: Tensor
+    images: Tensor
     captions: list[tuple[str, ...]]
     names: list[str]
     labels: Tensor | None
-    bad: list[Bad] = field(default_factory=list)
+    bad: list[UnreadableSample] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
-    def read(self, wanted: Callable[[int], bool]) -> Iterator[Sample | Bad | Unread]:
-        """The set as a source: its pictures, then what was skipped."""
+    def read(self, wanted: Callable[[int], bool]) -> Iterator[Sample | UnreadableSample | SkippedSample]:
+        """The set as a source: its images, then what was skipped."""
         for position, (name, captions) in enumerate(zip(self.names, self.captions, strict=True)):
             if wanted(position):
-                yield Sample(name, self.pictures[position].permute(1, 2, 0).numpy(), captions)
+                yield Sample(name, self.images[position].permute(1, 2, 0).numpy(), captions)
             else:
-                yield Unread(name, captions)
+                yield SkippedSample(name, captions)
         yield from self.bad
 
-    def fair_draw(self, num: int) -> Tensor:
-        """Pictures uint8 [num, 3, R, R], fewer if there are fewer, by a hash of the names: sources may be sorted by kind."""
-        order = sorted(range(len(self)), key=lambda position: place_of(self.names[position]))
-        return self.pictures[order[:num]]
+    def random_subset(self, num: int) -> Tensor:
+        """Images uint8 [num, 3, R, R], fewer if there are fewer, by a hash of the names: sources may be sorted by kind."""
+        order = sorted(range(len(self)), key=lambda position: name_hash(self.names[position]))
+        return self.images[order[:num]]
 
     def fingerprint(self) -> str:
-        """Content hash of pictures and captions."""
-        sha = hashlib.sha256(self.pictures.numpy().tobytes())
+        """Content hash of images and captions."""
+        sha = hashlib.sha256(self.images.numpy().tobytes())
         sha.update(json.dumps(self.captions, ensure_ascii=False).encode())
         return sha.hexdigest()[:16]
 
 
-def load_pictures(source: SourceSpec, resolution: int, max_bad_share: float, limit: int | None = None) -> PictureSet:
+def load_images(source: SourceSpec, resolution: int, max_unreadable_fraction: float, limit: int | None = None) -> ImageDataset:
     """Read a source into memory; what is held out by a hash of the names comes in the hash's order.
 
-    The first of them are then a fair draw, also where the names are sorted by what the pictures show.
+    The first of them are then a fair draw, also where the names are sorted by what the images show.
 
     Raises:
-        WorkError: more than `max_bad_share` of it cannot be read, or nothing can.
+        RunError: more than `max_unreadable_fraction` of it cannot be read, or nothing can.
     """
     samples: list[Sample] = []
-    bad: list[Bad] = []
+    bad: list[UnreadableSample] = []
     for item in islice(read_source(source, resolution), limit):
-        if isinstance(item, Bad):
+        if isinstance(item, UnreadableSample):
             bad.append(item)
         elif isinstance(item, Sample):
             samples.append(item)
-    _refuse_bad(len(samples), bad, max_bad_share)
-    if not isinstance(source, ScenesSource) and source.part == "held_out":
-        samples.sort(key=lambda sample: place_of(sample.name))
-    stacked = torch.from_numpy(np.stack([sample.picture for sample in samples])).permute(0, 3, 1, 2).contiguous()
+    _refuse_bad(len(samples), bad, max_unreadable_fraction)
+    if not isinstance(source, ScenesSource) and source.subset == "test":
+        samples.sort(key=lambda sample: name_hash(sample.name))
+    stacked = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2).contiguous()
     labels = None
     if all(sample.labels is not None for sample in samples):
         labels = torch.from_numpy(np.stack([sample.labels for sample in samples if sample.labels is not None]))
-    return PictureSet(stacked, [s.captions for s in samples], [s.name for s in samples], labels, bad)
+    return ImageDataset(stacked, [s.captions for s in samples], [s.name for s in samples], labels, bad)
 
 
-def _refuse_bad(num_good: int, bad: list[Bad], max_bad_share: float) -> None:
+def _refuse_bad(num_good: int, bad: list[UnreadableSample], max_unreadable_fraction: float) -> None:
     total = num_good + len(bad)
-    if not num_good or len(bad) > max_bad_share * total:
+    if not num_good or len(bad) > max_unreadable_fraction * total:
         first = f"; first: {bad[0].name}: {bad[0].reason}" if bad else ""
-        raise WorkError(f"{len(bad)} of {total} pictures cannot be read, more than data.max_bad_share={max_bad_share:g}{first}")
+        raise RunError(
+            f"{len(bad)} of {total} images cannot be read, more than data.max_unreadable_fraction={max_unreadable_fraction:g}{first}"
+        )
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def forecast_bytes(
-    num_pictures: int, latent_shape: tuple[int, int, int], num_captions: int, text: tuple[int, int], with_states: bool
+    num_images: int, latent_shape: tuple[int, int, int], num_captions: int, text: tuple[int, int], with_states: bool
 ) -> int:
     """Bytes that a cache will take, within its headers; `text` is (T, D)."""
-    latents = num_pictures * (4 * int(np.prod(latent_shape)) + 8)
+    latents = num_images * (4 * int(np.prod(latent_shape)) + 8)
     tokens = (num_captions + 1) * (4 * text[0] + 8 + (2 * text[0] * text[1] if with_states else 0))
-    return latents + tokens + 12 * num_pictures
+    return latents + tokens + 12 * num_images
 
 
-def count(read: Read) -> tuple[int, int]:
-    """Number of items of a source, readable or not, and of their distinct captions; no picture is decoded."""
+def count(read: Reader) -> tuple[int, int]:
+    """Number of items of a source, readable or not, and of their distinct captions; no image is decoded."""
     num_items = 0
     captions: set[str] = set()
     for item in read(lambda position: False):
         num_items += 1
-        captions.update(() if isinstance(item, Bad) else item.captions)
+        captions.update(() if isinstance(item, UnreadableSample) else item.captions)
     return num_items, len(captions)
 
 
 def write_cache(
-    place: Place,
-    read: Read,
-    codec: Codec,
-    text: TextCodec,
+    place: ShardStore,
+    read: Reader,
+    autoencoder: Autoencoder,
+    text: MiniLMTextEncoder,
     *,
     with_states: bool = True,
-    max_bad_share: float = 0.0,
-    part: Part = Part(),
+    max_unreadable_fraction: float = 0.0,
+    part: ProcessInfo = ProcessInfo(),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Encode every picture and every distinct caption once; returns what the index should say, which is not written here.
+    """Encode every image and every distinct caption once; returns what the index should say, which is not written here.
 
-    `progress` is told how many more pictures this process encoded, then how many more captions.
+    `progress` is told how many more images this process encoded, then how many more captions.
 
     Raises:
-        WorkError: more than `max_bad_share` of the source cannot be read, or nothing can; or the place is full.
+        RunError: more than `max_unreadable_fraction` of the source cannot be read, or nothing can; or the place is full.
     """
     try:
-        captions = _write_latents(place, read, codec, part, progress)
+        captions = _write_latents(place, read, autoencoder, part, progress)
         part.wait()
         shards = [json.loads(place.read(f"latents-{n:05d}.json")) for n in range(-(-len(captions) // SHARD_SIZE))]
-        bad = {int(item["position"]): Bad(item["name"], item["reason"]) for shard in shards for item in shard["bad"]}
+        bad = {
+            int(item["position"]): UnreadableSample(item["name"], item["reason"]) for shard in shards for item in shard["bad"]
+        }
         good = [captions[position] for position in range(len(captions)) if position not in bad]
-        _refuse_bad(len(good), list(bad.values()), max_bad_share)
+        _refuse_bad(len(good), list(bad.values()), max_unreadable_fraction)
         distinct = sorted({caption for several in good for caption in several})
         texts = _write_texts(place, [*distinct, NULL_CAPTION], text, with_states, part, progress)
         part.wait()
         numbers = _write_numbers(place, good, distinct) if part.rank == 0 else []
     except OSError as error:
-        raise WorkError(f"{place.url}: the latent cache cannot be written ({error}); what is written is kept") from error
+        raise RunError(f"{place.url}: the latent cache cannot be written ({error}); what is written is kept") from error
     return {
-        "num_pictures": len(good),
+        "num_images": len(good),
         "num_captions": len(distinct),
         "latent_shape": next(shard["latent_shape"] for shard in shards if shard["latent_shape"]),
         "num_tokens": text.max_tokens,
-        "context_width": text.context_width,
+        "cross_attention_dim": text.cross_attention_dim,
         "with_states": with_states,
         "num_bad": len(bad),
         "bad": [{"position": at, "name": item.name, "reason": item.reason} for at, item in sorted(bad.items())],
@@ -194,7 +198,9 @@ def write_cache(
     }
 
 
-def _write_latents(place: Place, read: Read, codec: Codec, part: Part, progress: Progress | None) -> list[tuple[str, ...]]:
+def _write_latents(
+    place: ShardStore, read: Reader, autoencoder: Autoencoder, part: ProcessInfo, progress: Progress | None
+) -> list[tuple[str, ...]]:
     """The shards of this process; returns the captions of every item of the source, none for those it found bad."""
     there = place.sizes()
     captions: list[tuple[str, ...]] = []
@@ -213,33 +219,35 @@ def _write_latents(place: Place, read: Read, codec: Codec, part: Part, progress:
             mine[shard] = part.has(shard) and not is_done(shard)
         return mine[shard]
 
-    shard: list[Sample | Bad] = []
+    shard: list[Sample | UnreadableSample] = []
     for item in read(wanted):
         position = len(captions)
-        captions.append(() if isinstance(item, Bad) else item.captions)
-        if wanted(position) and not isinstance(item, Unread):
+        captions.append(() if isinstance(item, UnreadableSample) else item.captions)
+        if wanted(position) and not isinstance(item, SkippedSample):
             shard.append(item)
         if len(captions) % SHARD_SIZE == 0 and shard:
-            _write_latent_shard(place, position // SHARD_SIZE, shard, codec, progress)
+            _write_latent_shard(place, position // SHARD_SIZE, shard, autoencoder, progress)
             shard = []
     if shard:
-        _write_latent_shard(place, (len(captions) - 1) // SHARD_SIZE, shard, codec, progress)
+        _write_latent_shard(place, (len(captions) - 1) // SHARD_SIZE, shard, autoencoder, progress)
     return captions
 
 
-def _write_latent_shard(place: Place, number: int, shard: list[Sample | Bad], codec: Codec, progress: Progress | None) -> None:
+def _write_latent_shard(
+    place: ShardStore, number: int, shard: list[Sample | UnreadableSample], autoencoder: Autoencoder, progress: Progress | None
+) -> None:
     good = [(row, item) for row, item in enumerate(shard) if isinstance(item, Sample)]
     bad = [
         {"position": number * SHARD_SIZE + row, "name": item.name, "reason": item.reason}
         for row, item in enumerate(shard)
-        if isinstance(item, Bad)
+        if isinstance(item, UnreadableSample)
     ]
     columns: dict[str, Tensor] = {}
     latent_shape: list[int] = []
     for start in range(0, len(good), ENCODE_BATCH):
         rows = [row for row, _ in good[start : start + ENCODE_BATCH]]
-        stacked = torch.from_numpy(np.stack([item.picture for _, item in good[start : start + ENCODE_BATCH]]))
-        for name, values in zip(("mean", "std"), codec.encode(stacked.permute(0, 3, 1, 2).contiguous()), strict=True):
+        stacked = torch.from_numpy(np.stack([item.image for _, item in good[start : start + ENCODE_BATCH]]))
+        for name, values in zip(("mean", "std"), autoencoder.encode(stacked.permute(0, 3, 1, 2).contiguous()), strict=True):
             latent_shape = list(values.shape[1:])
             if name not in columns:
                 columns[name] = torch.zeros(len(shard), *latent_shape, dtype=torch.float16)
@@ -252,7 +260,12 @@ def _write_latent_shard(place: Place, number: int, shard: list[Sample | Bad], co
 
 
 def _write_texts(
-    place: Place, captions: list[str], text: TextCodec, with_states: bool, part: Part, progress: Progress | None
+    place: ShardStore,
+    captions: list[str],
+    text: MiniLMTextEncoder,
+    with_states: bool,
+    part: ProcessInfo,
+    progress: Progress | None,
 ) -> list[dict[str, Any]]:
     files = []
     there = place.sizes()
@@ -275,7 +288,7 @@ def _write_texts(
     return [{"name": name, "bytes": place.size(name)} for name in files]
 
 
-def _write_numbers(place: Place, captions: list[tuple[str, ...]], distinct: list[str]) -> list[dict[str, Any]]:
+def _write_numbers(place: ShardStore, captions: list[tuple[str, ...]], distinct: list[str]) -> list[dict[str, Any]]:
     number_of = {caption: number for number, caption in enumerate(distinct)}
     most = max(len(several) for several in captions)
     files = []
@@ -289,7 +302,7 @@ def _write_numbers(place: Place, captions: list[tuple[str, ...]], distinct: list
     return files
 
 
-def write_index(place: Place, index: dict[str, Any]) -> None:
+def write_index(place: ShardStore, index: dict[str, Any]) -> None:
     """Make a cache exist."""
     place.write(INDEX, (json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode())
 
@@ -301,49 +314,49 @@ class Cache(Protocol):
     """What a training draws from."""
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
 
     @property
     def null_caption(self) -> int:
         """Number of the empty caption."""
 
     @property
-    def has_states(self) -> bool:
-        """Whether caption states are there, beside token ids."""
+    def has_prompt_embeds(self) -> bool:
+        """Whether prompt embeddings are there, beside token ids."""
 
-    def moments(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents of pictures int64 [B]: float32 [B, C, L, L] each."""
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of images int64 [B]: float32 [B, C, L, L] each."""
 
-    def captions(self, pictures: Tensor) -> Tensor:
-        """Caption numbers of pictures int64 [B]: int64 [B, K], -1 where a picture has no more."""
+    def captions(self, images: Tensor) -> Tensor:
+        """Caption numbers of images int64 [B]: int64 [B, K], -1 where an image has no more."""
 
     def token_ids(self, captions: Tensor) -> Tensor:
         """Token ids int32 [B, T] of caption numbers int64 [B]."""
 
     def states(self, captions: Tensor) -> Tensor:
-        """Caption states float32 [B, T, D] of caption numbers int64 [B]; needs `has_states`."""
+        """Prompt embeddings float32 [B, T, D] of caption numbers int64 [B]; needs `has_prompt_embeds`."""
 
 
 class LatentCache(Cache):
     """A cache opened for training.
 
     Raises:
-        WorkError: a shard is missing or cut off.
+        RunError: a shard is missing or cut off.
     """
 
-    def __init__(self, place: Place | str | Path) -> None:
-        self.place = place if isinstance(place, Place) else Place(place)
+    def __init__(self, place: ShardStore | str | Path) -> None:
+        self.place = place if isinstance(place, ShardStore) else ShardStore(place)
         index = self.index = json.loads(self.place.read(INDEX))
         tables, size = index["tables"], index["shard_size"]
         self._latents, self._captions, self._text = (
-            Table(self.place, tables[name], size) for name in ("latents", "captions", "text")
+            RowTable(self.place, tables[name], size) for name in ("latents", "captions", "text")
         )
         self.num_captions: int = index["num_captions"]
         bad = np.array(sorted(item["position"] for item in index["bad"]), dtype=np.int64)
         self._bad_before = bad - np.arange(len(bad))
 
     def __len__(self) -> int:
-        return int(self.index["num_pictures"])
+        return int(self.index["num_images"])
 
     @property
     def null_caption(self) -> int:
@@ -351,39 +364,39 @@ class LatentCache(Cache):
         return self.num_captions
 
     @property
-    def has_states(self) -> bool:
-        """Whether caption states are there, beside token ids."""
+    def has_prompt_embeds(self) -> bool:
+        """Whether prompt embeddings are there, beside token ids."""
         return bool(self.index["with_states"])
 
-    def moments(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents of pictures int64 [B]: float32 [B, C, L, L] each."""
-        numbers = pictures.numpy()
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of images int64 [B]: float32 [B, C, L, L] each."""
+        numbers = images.numpy()
         rows = self._latents.rows(torch.from_numpy(numbers + np.searchsorted(self._bad_before, numbers, side="right")))
         return rows["mean"].float(), rows["std"].float()
 
-    def captions(self, pictures: Tensor) -> Tensor:
-        """Caption numbers of pictures int64 [B]: int64 [B, K], -1 where a picture has no more."""
-        return self._captions.rows(pictures)["numbers"].long()
+    def captions(self, images: Tensor) -> Tensor:
+        """Caption numbers of images int64 [B]: int64 [B, K], -1 where an image has no more."""
+        return self._captions.rows(images)["numbers"].long()
 
     def token_ids(self, captions: Tensor) -> Tensor:
         """Token ids int32 [B, T] of caption numbers int64 [B]."""
         return self._text.rows(captions)["token_ids"]
 
     def states(self, captions: Tensor) -> Tensor:
-        """Caption states float32 [B, T, D] of caption numbers int64 [B]; needs `has_states`."""
+        """Prompt embeddings float32 [B, T, D] of caption numbers int64 [B]; needs `has_prompt_embeds`."""
         return self._text.rows(captions)["states"].float()
 
 
 class MemoryCache(Cache):
-    """A few pictures, one caption each, encoded on the spot."""
+    """A few images, one caption each, encoded on the spot."""
 
-    def __init__(self, pictures: Tensor, captions: list[str], codec: Codec, text: TextCodec) -> None:
-        """`pictures` uint8 [N, 3, R, R]."""
+    def __init__(self, images: Tensor, captions: list[str], autoencoder: Autoencoder, text: MiniLMTextEncoder) -> None:
+        """`images` uint8 [N, 3, R, R]."""
         distinct = sorted(set(captions))
         self._tokens = torch.from_numpy(text.tokenize([*distinct, NULL_CAPTION]))
         self._states = text.states(self._tokens.numpy()).clone().cpu()
         self._numbers = torch.tensor([[distinct.index(caption)] for caption in captions])
-        encoded = [codec.encode(batch) for batch in pictures.split(ENCODE_BATCH)]
+        encoded = [autoencoder.encode(batch) for batch in images.split(ENCODE_BATCH)]
         self._mean, self._std = (torch.cat([moments[i] for moments in encoded]).float().cpu() for i in range(2))
 
     def __len__(self) -> int:
@@ -394,14 +407,14 @@ class MemoryCache(Cache):
         return len(self._tokens) - 1
 
     @property
-    def has_states(self) -> bool:
+    def has_prompt_embeds(self) -> bool:
         return True
 
-    def moments(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        return self._mean[pictures], self._std[pictures]
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self._mean[images], self._std[images]
 
-    def captions(self, pictures: Tensor) -> Tensor:
-        return self._numbers[pictures]
+    def captions(self, images: Tensor) -> Tensor:
+        return self._numbers[images]
 
     def token_ids(self, captions: Tensor) -> Tensor:
         return self._tokens[captions]

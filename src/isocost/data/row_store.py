@@ -23,14 +23,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from isocost.errors import WorkError
+from isocost.errors import RunError
 from isocost.models.streaming_safetensors import raw_bytes
 
 _NUMPY = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32}
 _CRC = "crc32"
 
 
-class Place:
+class ShardStore:
     """A folder, local or of any store that fsspec knows (`s3://bucket/caches`)."""
 
     def __init__(self, url: str | Path) -> None:
@@ -83,7 +83,7 @@ class _Column:
     row_bytes: int
 
 
-def write_shard(place: Place, name: str, columns: Mapping[str, Tensor]) -> int:
+def write_shard(place: ShardStore, name: str, columns: Mapping[str, Tensor]) -> int:
     """Write the rows of one shard, columns [S, ...], with a checksum of each row; returns its bytes."""
     crcs = []
     for row in range(len(next(iter(columns.values())))):
@@ -96,14 +96,14 @@ def write_shard(place: Place, name: str, columns: Mapping[str, Tensor]) -> int:
     return len(data)
 
 
-class Table:
+class RowTable:
     """The shards of one table opened for reading.
 
     Raises:
-        WorkError: a shard is missing or has another size than the index says.
+        RunError: a shard is missing or has another size than the index says.
     """
 
-    def __init__(self, place: Place, files: Sequence[Mapping[str, Any]], shard_size: int) -> None:
+    def __init__(self, place: ShardStore, files: Sequence[Mapping[str, Any]], shard_size: int) -> None:
         """`files`: {"name", "bytes"} of every shard in order, all of `shard_size` rows but the last."""
         self.place, self.files, self.shard_size = place, list(files), shard_size
         self._maps: dict[int, np.memmap] = {}
@@ -113,7 +113,7 @@ class Table:
             name, expected = file["name"], file["bytes"]
             if found.get(name, 0) != expected:
                 held = "is not there" if name not in found else f"holds {found[name]} bytes"
-                raise WorkError(f"{place.url}/{name}: the shard {held}, its index says {expected} bytes; {self._remedy}")
+                raise RunError(f"{place.url}/{name}: the shard {held}, its index says {expected} bytes; {self._remedy}")
 
     @property
     def _remedy(self) -> str:
@@ -123,7 +123,7 @@ class Table:
         """The rows int64 [B] of the table: a tensor [B, ...] for every column, in the order asked for.
 
         Raises:
-            WorkError: a row is not what was written.
+            RunError: a row is not what was written.
         """
         places = numbers.numpy()
         shards, inside = places // self.shard_size, places % self.shard_size
@@ -150,7 +150,7 @@ class Table:
             else:
                 crc = zlib.crc32(block, crc)
         if crc != expected:
-            raise WorkError(
+            raise RunError(
                 f"{self.place.url}/{self.files[shard]['name']}: a row does not match its checksum: it was damaged after it was"
                 f" written; {self._remedy}"
             )

@@ -1,6 +1,6 @@
-"""Which picture is the n-th image of a training: a pure function of (seed, n), found without listing the others.
+"""Which image is the n-th image of a training: a pure function of (seed, n), found without listing the others.
 
-The same for every size of a family, every number of processes and after every resume; a pass over 600M pictures takes no
+The same for every size of a family, every number of processes and after every resume; a pass over 600M images takes no
 more memory than one over ten.
 
 Shapes: B images.
@@ -18,18 +18,18 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
-def picture_order(seed: int, first: int, count: int, num_pictures: int) -> Tensor:
-    """Which pictures are the images `first`, ..., `first + count - 1` of a training: int64 [count].
+def shuffled_indices(seed: int, first: int, count: int, num_images: int) -> Tensor:
+    """Which images are the images `first`, ..., `first + count - 1` of a training: int64 [count].
 
     Each pass over the data is a permutation of its own: a Feistel network over the least square of a power of two that
-    holds `num_pictures`, walked on from where it leaves them (Black & Rogaway, CT-RSA 2002, "cycle-walking cipher").
+    holds `num_images`, walked on from where it leaves them (Black & Rogaway, CT-RSA 2002, "cycle-walking cipher").
     """
     positions = np.arange(first, first + count, dtype=np.uint64)
-    passes, places = positions // np.uint64(num_pictures), positions % np.uint64(num_pictures)
-    half_bits = max(1, -(-(num_pictures - 1).bit_length() // 2))
+    passes, places = positions // np.uint64(num_images), positions % np.uint64(num_images)
+    half_bits = max(1, -(-(num_images - 1).bit_length() // 2))
     keys = _mixed(passes + _mixed(np.full_like(passes, seed % 2**64)))
     chosen = _feistel(places, keys, half_bits)
-    while (outside := chosen >= num_pictures).any():
+    while (outside := chosen >= num_images).any():
         chosen[outside] = _feistel(chosen[outside], keys[outside], half_bits)
     return torch.from_numpy(chosen.astype(np.int64))
 

@@ -1,4 +1,4 @@
-"""How noise mixes into latents, and the noise itself as a function of the picture.
+"""How noise mixes into latents, and the noise itself as a function of the image.
 
 The forward process is `x_t = alpha_t x0 + sigma_t noise`: variance preserving (Ho et al., arXiv 2006.11239, eq. 4:
 `alpha_t^2 + sigma_t^2 = 1`) or a straight flow (Lipman et al., arXiv 2210.02747: `alpha_t + sigma_t = 1`).
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from isocost.config.pretrained import NoiseSpec
 from isocost.config.types import NUM_TRAIN_TIMESTEPS, PredictionType
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule:
+class NoiseSchedule:
     """A discrete noise schedule, from nearly clean (index 0) to nearly pure noise (index T - 1).
 
     Two schedules are the same only if they are the same object; the constructors below give the same object for the same
@@ -35,13 +35,13 @@ class Schedule:
     Attributes:
         alpha, sigma: float64 [T], `x_t = alpha x0 + sigma noise`; alpha falls inside [0, 1), sigma rises inside (0, 1].
         timesteps: float64 [T], what the network is told at each index.
-        ends_clean: DDIM's last step leads to the clean latent (diffusers' `set_alpha_to_one`), not to index 0.
+        set_alpha_to_one: DDIM's last step leads to the clean latent (diffusers' `set_alpha_to_one`), not to index 0.
     """
 
     alpha: Floats
     sigma: Floats
     timesteps: Floats
-    ends_clean: bool = False
+    set_alpha_to_one: bool = False
 
     def __post_init__(self) -> None:
         for name in ("alpha", "sigma", "timesteps"):
@@ -51,19 +51,19 @@ class Schedule:
         falls = np.all(np.diff(self.alpha) < 0) and np.all(np.diff(self.sigma) > 0)
         inside = self.alpha.size and 0 <= self.alpha[-1] <= self.alpha[0] < 1 and 0 < self.sigma[0] <= self.sigma[-1] <= 1
         if not (falls and inside):
-            raise RequestError("a schedule's alpha must fall inside [0, 1) and its sigma rise inside (0, 1]")
+            raise ConfigError("a schedule's alpha must fall inside [0, 1) and its sigma rise inside (0, 1]")
 
     @staticmethod
-    def of_alphas_cumprod(alphas_cumprod: NDArray[np.floating], ends_clean: bool = False) -> Schedule:
+    def from_alphas_cumprod(alphas_cumprod: NDArray[np.floating], set_alpha_to_one: bool = False) -> NoiseSchedule:
         """The variance-preserving schedule of `alphas_cumprod` [T] (diffusers' name for alpha^2).
 
         Raises:
-            RequestError: they do not fall, or leave [0, 1).
+            ConfigError: they do not fall, or leave [0, 1).
         """
         values = np.asarray(alphas_cumprod, dtype=np.float64)
         if values.ndim != 1 or not values.size or np.any(np.diff(values) >= 0) or not 0 <= values[-1] <= values[0] < 1:
-            raise RequestError("alphas_cumprod must fall and stay inside [0, 1)")
-        return Schedule(np.sqrt(values), np.sqrt(1 - values), np.arange(len(values), dtype=np.float64), ends_clean)
+            raise ConfigError("alphas_cumprod must fall and stay inside [0, 1)")
+        return NoiseSchedule(np.sqrt(values), np.sqrt(1 - values), np.arange(len(values), dtype=np.float64), set_alpha_to_one)
 
     @staticmethod
     @lru_cache(maxsize=64)
@@ -71,43 +71,45 @@ class Schedule:
         beta_start: float = 0.00085,
         beta_end: float = 0.012,
         num_timesteps: int = NUM_TRAIN_TIMESTEPS,
-        zero_terminal_snr: bool = False,
-    ) -> Schedule:
+        rescale_betas_zero_snr: bool = False,
+    ) -> NoiseSchedule:
         """Stable Diffusion's schedule: the square roots of the betas rise linearly (arXiv 2112.10752, released configs).
 
-        With `zero_terminal_snr` alpha is shifted and scaled so that it ends at 0, and begins where it began (Lin et al.,
+        With `rescale_betas_zero_snr` alpha is shifted and scaled so that it ends at 0, and begins where it began (Lin et al.,
         arXiv 2305.08891, algorithm 1).
         """
         roots: Floats = np.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_timesteps)
         alphas_cumprod = np.cumprod(1 - roots**2, dtype=np.float64)
-        return Schedule.of_alphas_cumprod(_ending_at_zero(alphas_cumprod) if zero_terminal_snr else alphas_cumprod)
+        return NoiseSchedule.from_alphas_cumprod(
+            _rescale_zero_terminal_snr(alphas_cumprod) if rescale_betas_zero_snr else alphas_cumprod
+        )
 
     @staticmethod
     @lru_cache(maxsize=64)
-    def flow(shift: float = 1.0, num_timesteps: int = NUM_TRAIN_TIMESTEPS) -> Schedule:
+    def flow(shift: float = 1.0, num_timesteps: int = NUM_TRAIN_TIMESTEPS) -> NoiseSchedule:
         """Flow matching: sigma = s / T for s = 1 to T, shifted to `shift sigma / (1 + (shift - 1) sigma)` (SD3, arXiv
         2403.03206, eq. 23); the network is told T sigma.
 
         Raises:
-            RequestError: shift is not positive.
+            ConfigError: shift is not positive.
         """
         if not shift > 0:
-            raise RequestError(f"shift = {shift}: a flow's shift is above 0")
+            raise ConfigError(f"shift = {shift}: a flow's shift is above 0")
         sigma = shifted(np.arange(1, num_timesteps + 1) / num_timesteps, shift)
-        return Schedule(1 - sigma, sigma, sigma * num_timesteps)
+        return NoiseSchedule(1 - sigma, sigma, sigma * num_timesteps)
 
     @staticmethod
     @lru_cache(maxsize=64)
-    def of(noise: NoiseSpec) -> Schedule:
+    def of(noise: NoiseSpec) -> NoiseSchedule:
         """The schedule of a published checkpoint, as diffusers' schedulers make it of the same fields.
 
         `squaredcos_cap_v2` is the cosine schedule of arXiv 2102.09672, eq. 17, with betas up to 0.999.
 
         Raises:
-            RequestError: the fields make no schedule.
+            ConfigError: the fields make no schedule.
         """
         if noise.kind == "flow":
-            return Schedule.flow(noise.shift, noise.num_timesteps)
+            return NoiseSchedule.flow(noise.shift, noise.num_timesteps)
         start, end, number = noise.beta_start, noise.beta_end, noise.num_timesteps
         betas: Floats
         if noise.kind == "linear":
@@ -118,9 +120,9 @@ class Schedule:
             level = np.cos((np.arange(number + 1) / number + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = np.minimum(1 - level[1:] / level[:-1], 0.999)
         alphas_cumprod = np.cumprod(1 - betas, dtype=np.float64)
-        if noise.zero_terminal_snr:
-            alphas_cumprod = _ending_at_zero(alphas_cumprod)
-        return Schedule.of_alphas_cumprod(alphas_cumprod, noise.ends_clean)
+        if noise.rescale_betas_zero_snr:
+            alphas_cumprod = _rescale_zero_terminal_snr(alphas_cumprod)
+        return NoiseSchedule.from_alphas_cumprod(alphas_cumprod, noise.set_alpha_to_one)
 
     @property
     def num_timesteps(self) -> int:
@@ -137,7 +139,7 @@ class Schedule:
         return bool(np.allclose(self.alpha + self.sigma, 1, rtol=0, atol=1e-12))
 
     @property
-    def starts_pure(self) -> bool:
+    def has_zero_terminal_snr(self) -> bool:
         """True where the last index holds no trace of the data (zero terminal SNR, flows)."""
         return bool(self.alpha[-1] == 0)
 
@@ -151,34 +153,34 @@ class Schedule:
         alpha, sigma = _gather(self, indices, x0)
         return alpha * noise - sigma * x0
 
-    def training_target(self, prediction: PredictionType, x0: Tensor, noise: Tensor, indices: Tensor) -> Tensor:
+    def training_target(self, prediction_type: PredictionType, x0: Tensor, noise: Tensor, indices: Tensor) -> Tensor:
         """What a network of this prediction type is trained to say, [B, ...].
 
         Raises:
-            RequestError: unknown prediction type.
+            ConfigError: unknown prediction type.
         """
-        _check_prediction(prediction)
-        if prediction == "epsilon":
+        _check_prediction(prediction_type)
+        if prediction_type == "epsilon":
             return noise
-        if prediction == "flow_prediction":
+        if prediction_type == "flow_prediction":
             return noise - x0
-        return x0 if prediction == "sample" else self.velocity(x0, noise, indices)
+        return x0 if prediction_type == "sample" else self.velocity(x0, noise, indices)
 
-    def predicted_x0(self, prediction: PredictionType, output: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    def predicted_x0(self, prediction_type: PredictionType, output: Tensor, x: Tensor, indices: Tensor) -> Tensor:
         """The clean latent that a network's output stands for; output, x [B, ...], indices int64 [B].
 
         Raises:
-            RequestError: unknown prediction type.
+            ConfigError: unknown prediction type.
         """
         at = indices.cpu().numpy()
         from_x, from_output = (
             torch.from_numpy(values).to(x).view(-1, *[1] * (x.ndim - 1))
-            for values in x0_coefficients(prediction, self.alpha[at], self.sigma[at])
+            for values in x0_coefficients(prediction_type, self.alpha[at], self.sigma[at])
         )
         return from_x * x + from_output * output
 
 
-def _ending_at_zero(alphas_cumprod: Floats) -> Floats:
+def _rescale_zero_terminal_snr(alphas_cumprod: Floats) -> Floats:
     """alpha shifted and scaled so that it ends at 0 and begins where it began (arXiv 2305.08891, algorithm 1)."""
     alpha = np.sqrt(alphas_cumprod)
     values: Floats = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
@@ -190,33 +192,33 @@ def shifted(sigma: Floats, shift: float) -> Floats:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def x0_coefficients(prediction: PredictionType, alpha: Floats, sigma: Floats) -> tuple[Floats, Floats]:
+def x0_coefficients(prediction_type: PredictionType, alpha: Floats, sigma: Floats) -> tuple[Floats, Floats]:
     """Float64 (p, q), shaped as alpha, with `x0 = p x + q output` for a state `x = alpha x0 + sigma noise`.
 
     epsilon: arXiv 2006.11239, eq. 15; v: arXiv 2202.00512, section 4; flow (output = noise - x0): arXiv 2210.02747, eq. 23.
 
     Raises:
-        RequestError: unknown prediction type, or epsilon where alpha is 0 (noise alone says nothing of the data).
+        ConfigError: unknown prediction type, or epsilon where alpha is 0 (noise alone says nothing of the data).
     """
-    _check_prediction(prediction)
-    if prediction == "epsilon":
+    _check_prediction(prediction_type)
+    if prediction_type == "epsilon":
         if np.any(alpha == 0):
-            raise RequestError("prediction epsilon cannot start from zero terminal SNR; train and sample with v_prediction")
+            raise ConfigError("prediction epsilon cannot start from zero terminal SNR; train and sample with v_prediction")
         return 1 / alpha, -sigma / alpha
-    if prediction == "v_prediction":
+    if prediction_type == "v_prediction":
         scale = alpha**2 + sigma**2
         return alpha / scale, -sigma / scale
-    if prediction == "flow_prediction":
+    if prediction_type == "flow_prediction":
         return 1 / (alpha + sigma), -sigma / (alpha + sigma)
     return np.zeros_like(alpha), np.ones_like(alpha)
 
 
-def _check_prediction(prediction: str) -> None:
-    if prediction not in get_args(PredictionType):
-        raise RequestError(f"prediction type {prediction!r}: choose one of {', '.join(get_args(PredictionType))}")
+def _check_prediction(prediction_type: str) -> None:
+    if prediction_type not in get_args(PredictionType):
+        raise ConfigError(f"prediction type {prediction_type!r}: choose one of {', '.join(get_args(PredictionType))}")
 
 
-def _gather(schedule: Schedule, indices: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+def _gather(schedule: NoiseSchedule, indices: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     alpha, sigma = _on_device(schedule, like.device)
     shape = (-1,) + (1,) * (like.ndim - 1)
     at = indices.to(like.device)
@@ -224,5 +226,5 @@ def _gather(schedule: Schedule, indices: Tensor, like: Tensor) -> tuple[Tensor, 
 
 
 @lru_cache(maxsize=16)
-def _on_device(schedule: Schedule, device: torch.device) -> tuple[Tensor, Tensor]:
+def _on_device(schedule: NoiseSchedule, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(schedule.alpha, device=device), torch.tensor(schedule.sigma, device=device)

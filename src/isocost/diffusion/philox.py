@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-START_NOISE = 0
-"""The evaluation whose noise a picture starts from; table line i (from 0) adds the noise of evaluation i + 1."""
+INITIAL_NOISE = 0
+"""The evaluation whose noise an image starts from; table line i (from 0) adds the noise of evaluation i + 1."""
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -17,27 +17,31 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _NUM_ROUNDS = 10
 
 
-def normal_noise(
-    seed: int | Tensor, picture_ids: Tensor, evaluation: int | Tensor, shape: tuple[int, int, int], device: torch.device | str
+def philox_normal(
+    seed: int | Tensor,
+    sample_indices: Tensor,
+    evaluation: int | Tensor,
+    shape: tuple[int, int, int],
+    device: torch.device | str,
 ) -> Tensor:
-    """Standard normal noise that belongs to a picture: a pure function of (seed, picture id, evaluation, element).
+    """Standard normal noise that belongs to an image: a pure function of (seed, image id, evaluation, element).
 
     What else is in the call changes nothing. Philox4x32-10 with key = the seed's two 32-bit words (low, high) and
-    counter = (picture id low, picture id high, evaluation, block); the four words of block k make elements 4k to 4k + 3 of
+    counter = (image id low, image id high, evaluation, block); the four words of block k make elements 4k to 4k + 3 of
     the latent in C order by Box-Muller: (cos, sin) of words (0, 1), then of words (2, 3).
 
     Args:
         seed: int64, one or [B].
-        picture_ids: int64 [B].
-        evaluation: int64 in [0, 2^32), one or [B]. `START_NOISE` (0) is the start; table line i takes i + 1.
+        sample_indices: int64 [B].
+        evaluation: int64 in [0, 2^32), one or [B]. `INITIAL_NOISE` (0) is the start; table line i takes i + 1.
         shape: (C, H, W).
         device: where the numbers are made. Devices agree to float32 rounding.
 
     Returns:
         float32 [B, C, H, W].
     """
-    ids = picture_ids.to(device)
-    seeds, evaluations = _for_each(seed, ids), _for_each(evaluation, ids)
+    ids = sample_indices.to(device)
+    seeds, evaluations = _broadcast(seed, ids), _broadcast(evaluation, ids)
     num_elements = math.prod(shape)
     blocks = torch.arange(-(-num_elements // 4), device=device).expand(len(ids), -1)
     per_row = torch.stack([ids & _MASK, (ids >> 32) & _MASK, evaluations])[:, :, None].expand(-1, -1, blocks.shape[1])
@@ -79,7 +83,7 @@ def _philox_words(device: torch.device) -> tuple[Tensor, Tensor]:
         return torch.tensor(_MULTIPLIERS, device=device), torch.tensor(_KEY_STEPS, device=device)
 
 
-def _for_each(value: int | Tensor, ids: Tensor) -> Tensor:
+def _broadcast(value: int | Tensor, ids: Tensor) -> Tensor:
     """One value or as many as ids, int64 [B] beside them."""
     if isinstance(value, int):
         return torch.full_like(ids, value)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 
 Arithmetic = Literal["bf16", "tf32", "fp32"]
 DEFAULT_UTILISATION = 0.4
@@ -75,14 +75,14 @@ def parse_cluster(text: str) -> Cluster:
     """Devices as people write them: "64xH200", "1xrtx-4090".
 
     Raises:
-        RequestError: another form, or a device that is not in the table.
+        ConfigError: another form, or a device that is not in the table.
     """
     form = re.fullmatch(r"\s*(\d+)\s*[xX*]\s*(\S.*?)\s*", text)
     if form is None or int(form[1]) < 1:
-        raise RequestError(f"--devices {text}: give NUMBERxNAME, such as 64xH200; known: {', '.join(DEVICES)}")
+        raise ConfigError(f"--devices {text}: give NUMBERxNAME, such as 64xH200; known: {', '.join(DEVICES)}")
     by_name = {_plain(name): device for name, device in DEVICES.items()}
     if _plain(form[2]) not in by_name:
-        raise RequestError(f"--devices {text}: no device is called {form[2]}; known: {', '.join(DEVICES)}")
+        raise ConfigError(f"--devices {text}: no device is called {form[2]}; known: {', '.join(DEVICES)}")
     return Cluster(int(form[1]), by_name[_plain(form[2])])
 
 

@@ -1,9 +1,9 @@
-"""What can be known of a study's codec, caption encoder and extractors without their weights: shapes, and GFLOP.
+"""What can be known of a study's autoencoder, caption encoder and extractors without their weights: shapes, and GFLOP.
 
 A configuration that lies here is read: in a folder, or in the Hub's cache. What does not is looked up among well-known names,
 and the forecast says so; an unknown name is refused, for nothing is guessed.
 
-Shapes: R resolution, C latent channels, L latent side, T tokens, D width of the caption states.
+Shapes: R resolution, C latent channels, L latent side, T tokens, D width of the prompt embeddings.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from huggingface_hub import try_to_load_from_cache
 from torch.utils.flop_counter import FlopCounterMode
 
 from isocost.config.evaluation import ProtocolSpec
-from isocost.config.model import LinearCodecSpec, PretrainedCodecSpec, TextSpec, TrainedCodecSpec
+from isocost.config.model import PCAAutoencoderSpec, PretrainedAutoencoderSpec, TextEncoderSpec, TrainedAutoencoderSpec
 from isocost.config.study import StudySpec
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 from isocost.metrics.efficientnet import EfficientNetLite0
 from isocost.metrics.inception import Inception
-from isocost.metrics.vit import TOWERS
-from isocost.models.autoencoder import SHIPPED, AutoencoderCodec, LinearCodec
+from isocost.metrics.vit import VIT_EXTRACTORS
+from isocost.models.autoencoder import BUILTIN_AUTOENCODER, DiffusersVAE, PCAAutoencoder
 from isocost.training.autoencoder import build_autoencoder
 
-# --- codecs -----------------------------------------------------------------------------------------------------------
+# --- autoencoders -----------------------------------------------------------------------------------------------------------
 
 _LEVELS = 4
 STABLE_DIFFUSION: dict[str, Any] = {
@@ -45,7 +45,7 @@ STABLE_DIFFUSION: dict[str, Any] = {
 _SIXTEEN_CHANNELS = {**STABLE_DIFFUSION, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 _TINY = {"_class_name": "AutoencoderTiny"}
 
-KNOWN_CODECS: dict[str, tuple[str, dict[str, Any]]] = {
+KNOWN_AUTOENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     **dict.fromkeys(
         (
             *(
@@ -71,8 +71,8 @@ KNOWN_CODECS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class CodecShape:
-    """Latent channels, pixels a place of the latent is wide, GFLOP to encode and to decode one picture of the study."""
+class AutoencoderShape:
+    """Latent channels, pixels a place of the latent is wide, GFLOP to encode and to decode one image of the study."""
 
     latent_channels: int
     factor: int
@@ -81,38 +81,40 @@ class CodecShape:
     said: str
 
 
-def codec_shape(study: StudySpec) -> CodecShape:
-    """What is known of a study's codec.
+def autoencoder_shape(study: StudySpec) -> AutoencoderShape:
+    """What is known of a study's autoencoder.
 
     Raises:
-        RequestError: a pretrained one is neither here nor among the known.
+        ConfigError: a pretrained one is neither here nor among the known.
     """
-    spec, resolution = study.own.codec, study.data.resolution
-    if isinstance(spec, LinearCodecSpec):
-        return _linear(spec.num_channels, spec.patch, resolution, "the study's linear codec")
-    if isinstance(spec, TrainedCodecSpec):
+    spec, resolution = study.own.autoencoder, study.data.resolution
+    if isinstance(spec, PCAAutoencoderSpec):
+        return _linear(spec.num_channels, spec.patch, resolution, "the study's linear autoencoder")
+    if isinstance(spec, TrainedAutoencoderSpec):
         with torch.device("meta"):
             network = build_autoencoder(spec, resolution)
         return _counted(network, resolution, "the study's own autoencoder")
     folder = Path(spec.path) / (spec.subfolder or "")
-    if (folder / "linear_codec.safetensors").is_file():
-        codec = LinearCodec.load(folder)
-        return _linear(codec.latent_channels, codec.factor, resolution, f"{spec.path}, read here")
-    config = _codec_config(spec)
+    if (folder / "linear_autoencoder.safetensors").is_file():
+        autoencoder = PCAAutoencoder.load(folder)
+        return _linear(autoencoder.latent_channels, autoencoder.factor, resolution, f"{spec.path}, read here")
+    config = _autoencoder_config(spec)
     if config is not None:
         return _counted(_on_meta(config), resolution, f"{spec.path}, whose configuration was read here")
-    if spec.path not in KNOWN_CODECS:
-        raise RequestError(
-            f"codec.path: {spec.path} cannot be read here; for a forecast name one of its shape, --set codec.path=NAME of "
-            f"{', '.join(KNOWN_CODECS)}"
+    if spec.path not in KNOWN_AUTOENCODERS:
+        raise ConfigError(
+            f"autoencoder.path: {spec.path} cannot be read here; for a forecast name one of its shape, --set autoencoder.path=NAME of "
+            f"{', '.join(KNOWN_AUTOENCODERS)}"
         )
-    title, known = KNOWN_CODECS[spec.path]
+    title, known = KNOWN_AUTOENCODERS[spec.path]
     return _counted(_on_meta(known), resolution, f"{spec.path}, which was not read: taken for {title}")
 
 
-def _codec_config(spec: PretrainedCodecSpec) -> dict[str, Any] | None:
-    if spec.path == SHIPPED:
-        return json.loads((resources.files("isocost.assets") / "scenes-codec" / "config.json").read_text(encoding="utf-8"))
+def _autoencoder_config(spec: PretrainedAutoencoderSpec) -> dict[str, Any] | None:
+    if spec.path == BUILTIN_AUTOENCODER:
+        return json.loads(
+            (resources.files("isocost.assets") / "scenes-autoencoder" / "config.json").read_text(encoding="utf-8")
+        )
     file = _config_file(spec.path, spec.subfolder)
     return None if file is None else json.loads(file.read_text(encoding="utf-8"))
 
@@ -134,17 +136,19 @@ def _on_meta(config: dict[str, Any]) -> AutoencoderKL | AutoencoderTiny:
         return kind.from_config(config)
 
 
-def _linear(channels: int, patch: int, resolution: int, title: str) -> CodecShape:
+def _linear(channels: int, patch: int, resolution: int, title: str) -> AutoencoderShape:
     gflop = 2 * channels * 3 * resolution**2 / 1e9
-    return CodecShape(channels, patch, gflop, gflop, _codec_words(title, channels, patch))
+    return AutoencoderShape(channels, patch, gflop, gflop, _autoencoder_words(title, channels, patch))
 
 
-def _counted(network: AutoencoderKL | AutoencoderTiny, resolution: int, title: str) -> CodecShape:
-    codec = AutoencoderCodec(network, "meta")
-    channels, side = codec.latent_channels, resolution // codec.factor
+def _counted(network: AutoencoderKL | AutoencoderTiny, resolution: int, title: str) -> AutoencoderShape:
+    autoencoder = DiffusersVAE(network, "meta")
+    channels, side = autoencoder.latent_channels, resolution // autoencoder.factor
     encode = _gflop(network.encode, torch.empty(1, 3, resolution, resolution, device="meta"))
     decode = _gflop(network.decode, torch.empty(1, channels, side, side, device="meta"))
-    return CodecShape(channels, codec.factor, encode, decode, _codec_words(title, channels, codec.factor))
+    return AutoencoderShape(
+        channels, autoencoder.factor, encode, decode, _autoencoder_words(title, channels, autoencoder.factor)
+    )
 
 
 def _gflop(function: Callable[[torch.Tensor], Any], given: torch.Tensor) -> float:
@@ -153,8 +157,8 @@ def _gflop(function: Callable[[torch.Tensor], Any], given: torch.Tensor) -> floa
     return counter.get_total_flops() / 1e9
 
 
-def _codec_words(title: str, channels: int, factor: int) -> str:
-    return f"The codec is {title}: {channels} channels, {factor} x {factor} pixels a place."
+def _autoencoder_words(title: str, channels: int, factor: int) -> str:
+    return f"The autoencoder is {title}: {channels} channels, {factor} x {factor} pixels a place."
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------
@@ -178,7 +182,7 @@ class Transformer:
 
 
 _MINILM, _CLIP_L = Transformer(384, 6, 1536), Transformer(768, 12, 3072)
-KNOWN_TEXTS: dict[str, tuple[str, Transformer]] = {
+KNOWN_TEXT_ENCODERS: dict[str, tuple[str, Transformer]] = {
     **dict.fromkeys(("minilm", "sentence-transformers/all-MiniLM-L6-v2"), ("all-MiniLM-L6-v2", _MINILM)),
     "openai/clip-vit-base-patch32": ("CLIP ViT-B/32's text encoder", Transformer(512, 12, 2048)),
     **dict.fromkeys(
@@ -205,33 +209,33 @@ KNOWN_TEXTS: dict[str, tuple[str, Transformer]] = {
 
 
 @dataclass(frozen=True)
-class TextShape:
-    """Width of the caption states, and GFLOP of one caption; None where the kind of encoder is not one that is counted."""
+class TextEncoderShape:
+    """Width of the prompt embeddings, and GFLOP of one caption; None where the kind of encoder is not one that is counted."""
 
-    context_width: int
+    cross_attention_dim: int
     gflop: float | None
     said: str
 
 
-def text_shape(spec: TextSpec) -> TextShape:
+def text_encoder_shape(spec: TextEncoderSpec) -> TextEncoderShape:
     """What is known of a study's caption encoder.
 
     Raises:
-        RequestError: it is neither here nor among the known.
+        ConfigError: it is neither here nor among the known.
     """
     file = _config_file(spec.path, spec.subfolder)
     if file is not None:
         width, network = _read_text(file.parent, spec.path)
         gflop = None if network is None else network.gflop(spec.max_tokens)
-        return TextShape(width, gflop, _text_words(f"{spec.path}, whose configuration was read here", width))
-    if spec.path not in KNOWN_TEXTS:
-        raise RequestError(
+        return TextEncoderShape(width, gflop, _text_words(f"{spec.path}, whose configuration was read here", width))
+    if spec.path not in KNOWN_TEXT_ENCODERS:
+        raise ConfigError(
             f"text.path: {spec.path} cannot be read here; for a forecast name one whose states are as wide, --set "
-            f"text.path=NAME of {', '.join(f'{name} ({known.width})' for name, (_, known) in KNOWN_TEXTS.items())}"
+            f"text.path=NAME of {', '.join(f'{name} ({known.width})' for name, (_, known) in KNOWN_TEXT_ENCODERS.items())}"
         )
-    title, known = KNOWN_TEXTS[spec.path]
+    title, known = KNOWN_TEXT_ENCODERS[spec.path]
     of = f"{spec.path}, which was not read: taken for {title}"
-    return TextShape(known.width, known.gflop(spec.max_tokens), _text_words(of, known.width))
+    return TextEncoderShape(known.width, known.gflop(spec.max_tokens), _text_words(of, known.width))
 
 
 def _read_text(folder: Path, path: str) -> tuple[int, Transformer | None]:
@@ -241,7 +245,7 @@ def _read_text(folder: Path, path: str) -> tuple[int, Transformer | None]:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise RequestError(f"text.path: {path}: {' '.join(str(error).split())[:200]}") from error
+        raise ConfigError(f"text.path: {path}: {' '.join(str(error).split())[:200]}") from error
     config = config.text_config if config.model_type == "clip" else config
     if config.model_type == "t5":
         products = 3 if config.is_gated_act else 2
@@ -271,33 +275,33 @@ EXTRACTOR_GFLOP = {
     "pickscore": 334.59,
     "hpsv2": 334.59,
 }
-"""GFLOP of one picture at the side that the extractor has, counted on the meta device as `models/cost.py` counts."""
+"""GFLOP of one image at the side that the extractor has, counted on the meta device as `models/cost.py` counts."""
 
 
 def extractor_gflop(protocol: ProtocolSpec) -> float:
-    """GFLOP of the features of one picture, all extractors of a protocol together."""
-    efficientnet = _EFFICIENTNET_GFLOP_PER_PIXEL * protocol.feature_side**2
+    """GFLOP of the features of one image, all extractors of a protocol together."""
+    efficientnet = _EFFICIENTNET_GFLOP_PER_PIXEL * protocol.feature_size**2
     return sum(efficientnet if name == "efficientnet-lite0" else EXTRACTOR_GFLOP[name] for name in protocol.features)
 
 
 def feature_width(protocol: ProtocolSpec) -> int:
-    """Numbers that are kept of one picture, all extractors of a protocol together."""
+    """Numbers that are kept of one image, all extractors of a protocol together."""
     own = {"efficientnet-lite0": EfficientNetLite0.width, "inception": Inception.width}
-    return sum(own[name] if name in own else TOWERS[name].width for name in protocol.features)
+    return sum(own[name] if name in own else VIT_EXTRACTORS[name].width for name in protocol.features)
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a forecast goes by in place of a study's codec and captions."""
+    """What a forecast goes by in place of a study's autoencoder and captions."""
 
-    codec: CodecShape
-    text: TextShape
+    autoencoder: AutoencoderShape
+    text_encoder: TextEncoderShape
 
     @classmethod
     def of(cls, study: StudySpec) -> Shapes:
         """Of a study's own.
 
         Raises:
-            RequestError: codec or caption encoder are neither here nor known.
+            ConfigError: autoencoder or caption encoder are neither here nor known.
         """
-        return cls(codec_shape(study), text_shape(study.text))
+        return cls(autoencoder_shape(study), text_encoder_shape(study.text_encoder))

@@ -1,4 +1,4 @@
-"""What a study asks for, from its file alone: trainings of every size with their marks, and the points of their checkpoints.
+"""What a study asks for, from its file alone: trainings of every size with their snapshots, and the points of their checkpoints.
 
 The trainings are those of the experiments themselves, over materials of which nothing is known but their shapes. Every value of
 guidance in a sweep is a point here.
@@ -13,31 +13,31 @@ from typing import Any
 
 from isocost.config.evaluation import ProtocolSpec
 from isocost.config.finetune import DistillSpec, DreamboothSpec, PhotographedSubjects
-from isocost.config.sampling import SamplerSpec
+from isocost.config.sampling import SolverSpec
 from isocost.config.study import StudySpec
 from isocost.config.sweep import SweepSpec
 from isocost.config.types import TaskName
-from isocost.data.dreambooth import ASKED_ON
+from isocost.data.dreambooth import PROMPT_BACKGROUNDS
 from isocost.estimate.component_shapes import Shapes
 from isocost.evaluation.protocol import Protocol
-from isocost.experiments.base import Run, make_run
+from isocost.experiments.base import TrainingRun, make_run
 from isocost.experiments.distillation import DistillExperiment, StudentRun
-from isocost.experiments.pretrain import TextToImageExperiment
-from isocost.experiments.seed_replicates import RepeatsExperiment
-from isocost.experiments.study_assets import Materials
+from isocost.experiments.pretrain import PretrainExperiment
+from isocost.experiments.seed_replicates import SeedReplicatesExperiment
+from isocost.experiments.study_assets import StudyAssets
 from isocost.experiments.superres import SuperresExperiment
 from isocost.models.flops import ModelCost, model_cost
 from isocost.sampling.request import num_passes
-from isocost.sweep.grid import Point, grid_points, mark_point
+from isocost.sweep.grid import SweepPoint, grid_points, snapshot_point
 from isocost.utils.artifact_store import Store
 
 NUM_SUBJECTS, NUM_PROMPTS = 30, 25
 """Of google/dreambooth (arXiv 2208.12242, section 4.1)."""
 _UNSEEN = Protocol(0, 0, 0, "", "", "", "none", 0, 0)
-"""Of pictures that were not read: it names points apart from each other, and from no other protocol's."""
+"""Of images that were not read: it names points apart from each other, and from no other protocol's."""
 
 
-class OnPaper(Materials):
+class ShapeOnlyAssets(StudyAssets):
     """Materials of which shapes alone are known. No artefact has the digests that follow from them."""
 
     def __init__(self, study: StudySpec, shapes: Shapes) -> None:
@@ -45,47 +45,47 @@ class OnPaper(Materials):
         self.shapes = shapes
 
     def source_key(self, part: str) -> dict[str, Any]:
-        """Nothing of the pictures enters."""
+        """Nothing of the images enters."""
         return {"unseen": part}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, side, side."""
-        side = self.study.data.resolution // self.shapes.codec.factor
-        return self.shapes.codec.latent_channels, side, side
+        side = self.study.data.resolution // self.shapes.autoencoder.factor
+        return self.shapes.autoencoder.latent_channels, side, side
 
     @cached_property
-    def text(self) -> Any:
+    def text_encoder(self) -> Any:
         """Has the width of the states, and reads no caption."""
-        return self.shapes.text
+        return self.shapes.text_encoder
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlannedWork:
     """One size of one task.
 
     Attributes:
         run: its training, or one of several that are alike.
         cost: of the network.
         num_trainings: how many are alike.
-        gflop_per_image: of training, the captions' encoder and the codec left out.
+        gflop_per_image: of training, the captions' encoder and the autoencoder left out.
         points: by what they are scored by; of all trainings together.
-        drawn_before: evaluations and pictures of what is drawn before the training.
+        drawn_before: evaluations and images of what is drawn before the training.
         reads_captions: whether its images come with captions that may have to be encoded in each step.
-        encodes_pictures: whether each image of the training is encoded in its step.
+        encodes_images: whether each image of the training is encoded in its step.
     """
 
-    run: Run
+    run: TrainingRun
     cost: ModelCost
     gflop_per_image: float
-    points: Sequence[tuple[ProtocolSpec, Sequence[Point]]]
+    points: Sequence[tuple[ProtocolSpec, Sequence[SweepPoint]]]
     num_trainings: int = 1
     drawn_before: tuple[int, int] = (0, 0)
     reads_captions: bool = True
-    encodes_pictures: bool = False
+    encodes_images: bool = False
 
     @property
-    def images(self) -> int:
+    def training_images(self) -> int:
         """Of all trainings together."""
         return self.num_trainings * max(self.run.checkpoints)
 
@@ -99,7 +99,7 @@ class Asked:
 class Plan:
     """All that a study asks for; what had to be assumed, and which parts its file does not say enough of."""
 
-    asked: list[Asked] = field(default_factory=list)
+    asked: list[PlannedWork] = field(default_factory=list)
     assumptions: list[str] = field(default_factory=list)
     not_counted: list[str] = field(default_factory=list)
 
@@ -108,95 +108,97 @@ def plan(study: StudySpec, shapes: Shapes) -> Plan:
     """The study's sizes, text-to-image first.
 
     Raises:
-        RequestError: a width, a latent or a scale does not fit.
+        ConfigError: a width, a latent or a scale does not fit.
     """
     made = Plan()
-    materials = OnPaper(study, shapes)
-    tokens = study.text.max_tokens
-    family = TextToImageExperiment(study, materials)
+    assets = ShapeOnlyAssets(study, shapes)
+    tokens = study.text_encoder.max_tokens
+    family = PretrainExperiment(study, assets)
     for run in family.runs:
         cost = model_cost(run.model, tokens)
         points = _run_points(run, study.sweep, study.protocol)
-        made.asked.append(Asked(run, cost, 3 * cost.gflop_per_forward, [(study.protocol, points)]))
-    if study.repeats is not None:
-        for run in RepeatsExperiment(study.repeats, family).runs:
+        made.asked.append(PlannedWork(run, cost, 3 * cost.gflop_per_forward, [(study.protocol, points)]))
+    if study.seed_replicates is not None:
+        for run in SeedReplicatesExperiment(study.seed_replicates, family).runs:
             cost = model_cost(run.model, tokens)
             made.asked.append(
-                Asked(run, cost, 3 * cost.gflop_per_forward, [(study.protocol, _run_points(run, study.sweep, study.protocol))])
+                PlannedWork(
+                    run, cost, 3 * cost.gflop_per_forward, [(study.protocol, _run_points(run, study.sweep, study.protocol))]
+                )
             )
     if study.distill is not None:
-        _add_students(made, "distill", study.distill, materials, family)
+        _add_students(made, "distill", study.distill, assets, family)
     if study.superres is not None:
         if study.superres.parents:
             made.not_counted.append("superres: its parents are checkpoints whose networks the study does not say")
         else:
-            _add_superres(made, materials, family)
+            _add_superres(made, assets, family)
     if study.dreambooth is not None:
-        _add_dreambooth(made, study.dreambooth, materials, family)
+        _add_dreambooth(made, study.dreambooth, assets, family)
     return made
 
 
-def _run_points(run: Run, sweep: SweepSpec, protocol: ProtocolSpec) -> list[Point]:
-    """As of `sweep.points.run_points`, whatever the search: the grid at the last checkpoint, one point at every mark."""
+def _run_points(run: TrainingRun, sweep: SweepSpec, protocol: ProtocolSpec) -> list[SweepPoint]:
+    """As of `sweep.points.run_points`, whatever the search: the grid at the last checkpoint, one point at every snapshot."""
     names = tuple(run.checkpoints.values())
     points = grid_points(run.final, sweep, protocol, _UNSEEN)
     if len(names) > 1:
-        points += [mark_point(name, sweep, protocol, _UNSEEN) for name in names]
+        points += [snapshot_point(name, sweep, protocol, _UNSEEN) for name in names]
     return list({point.digest: point for point in points}.values())
 
 
-def _add_superres(made: Plan, materials: OnPaper, family: TextToImageExperiment) -> None:
-    spec = materials.study.superres
+def _add_superres(made: Plan, assets: ShapeOnlyAssets, family: PretrainExperiment) -> None:
+    spec = assets.study.superres
     assert spec is not None, "asked for by name"
-    tuned = SuperresExperiment(spec, materials, family)
+    tuned = SuperresExperiment(spec, assets, family)
     for run in tuned.runs:
-        cost = model_cost(run.model, materials.study.text.max_tokens)
+        cost = model_cost(run.model, assets.study.text_encoder.max_tokens)
         points = _run_points(run, spec.sweep, spec.protocol)
-        asked = Asked(run, cost, 3 * cost.gflop_per_forward, [(spec.protocol, points)], encodes_pictures=True)
+        asked = PlannedWork(run, cost, 3 * cost.gflop_per_forward, [(spec.protocol, points)], encodes_images=True)
         made.asked.append(asked)
     if spec.distill is not None:
-        _add_students(made, "superres-distill", spec.distill, materials, tuned)
-    made.not_counted.append("superres: its low-resolution pictures, which processors make, and scores in pairs")
+        _add_students(made, "superres-distill", spec.distill, assets, tuned)
+    made.not_counted.append("superres: its low-resolution images, which processors make, and scores in pairs")
 
 
 def _add_students(
-    made: Plan, name: TaskName, spec: DistillSpec, materials: OnPaper, of: TextToImageExperiment | SuperresExperiment
+    made: Plan, name: TaskName, spec: DistillSpec, assets: ShapeOnlyAssets, of: PretrainExperiment | SuperresExperiment
 ) -> None:
     if spec.teachers:
         made.not_counted.append(f"{name}: its teachers are checkpoints whose networks the study does not say")
         return
-    for run in DistillExperiment(name, spec, materials, of).runs:
+    for run in DistillExperiment(name, spec, assets, of).runs:
         assert isinstance(run, StudentRun), "students come from DistillExperiment"
-        cost = model_cost(run.model, materials.study.text.max_tokens)
+        cost = model_cost(run.model, assets.study.text_encoder.max_tokens)
         if run.num_steps is None:
             points = _run_points(run, spec.sweep, of.protocol_spec)
         else:  # a progressive stage is drawn at its own number of steps, the last one at fewer as well
             is_last = run.num_steps == spec.stages[-1]
             steps = tuple(n for n in spec.sweep.num_steps if n == run.num_steps or (is_last and n < run.num_steps))
-            own = spec.sweep.model_copy(update={"samplers": (SamplerSpec(),), "num_steps": steps})
+            own = spec.sweep.model_copy(update={"solvers": (SolverSpec(),), "num_steps": steps})
             points = grid_points(run.final, own, of.protocol_spec, _UNSEEN)
         beside = isinstance(of, SuperresExperiment)
         scored = [(of.protocol_spec, points)]
-        made.asked.append(Asked(run, cost, run.gflop_per_image, scored, encodes_pictures=beside))
+        made.asked.append(PlannedWork(run, cost, run.gflop_per_image, scored, encodes_images=beside))
 
 
-def _add_dreambooth(made: Plan, spec: DreamboothSpec, materials: OnPaper, family: TextToImageExperiment) -> None:
+def _add_dreambooth(made: Plan, spec: DreamboothSpec, assets: ShapeOnlyAssets, family: PretrainExperiment) -> None:
     """Every subject from every size; scored on its prompts and on the study's captions, before and after."""
-    study, subjects = materials.study, spec.subjects
+    study, subjects = assets.study, spec.subjects
     if isinstance(subjects, PhotographedSubjects):
         number, most = len(subjects.names) or NUM_SUBJECTS, NUM_PROMPTS
         said = "as google/dreambooth has" if not subjects.names else "the prompts as of google/dreambooth"
     else:
-        number, most, said = subjects.num_subjects, len(ASKED_ON), "as the embedded ones have"
+        number, most, said = subjects.num_subjects, len(PROMPT_BACKGROUNDS), "as the embedded ones have"
     num_prompts = min(subjects.num_prompts or most, most)
     made.assumptions.append(f"DreamBooth: {number} subjects of {num_prompts} prompts, {said}, each of a class of its own.")
-    if spec.tune_text:
-        made.not_counted.append("dreambooth.tune_text: what the caption encoder takes to learn")
-    of_subject = spec.protocol.model_copy(update={"num_pictures": num_prompts * spec.num_pictures})
-    of_study = study.protocol.model_copy(update={"num_pictures": spec.num_prior_pictures})
+    if spec.train_text_encoder:
+        made.not_counted.append("dreambooth.train_text_encoder: what the caption encoder takes to learn")
+    of_subject = spec.protocol.model_copy(update={"num_images": num_prompts * spec.num_images})
+    of_study = study.protocol.model_copy(update={"num_images": spec.num_prior_images})
     prior = spec.prior
     for parent in family.runs:
-        cost = model_cost(parent.model, study.text.max_tokens)
+        cost = model_cost(parent.model, study.text_encoder.max_tokens)
         run = make_run("dreambooth", parent.model, spec.train, {"task": "dreambooth"}, cost.gflop_per_forward)
         scored = [
             *[(of_subject, _run_points(run, spec.sweep, of_subject))] * number,
@@ -206,13 +208,13 @@ def _add_dreambooth(made: Plan, spec: DreamboothSpec, materials: OnPaper, family
         ]
         evaluations = prior.num_steps * num_passes(prior.guidance)
         made.asked.append(
-            Asked(
+            PlannedWork(
                 run,
                 cost,
                 3 * cost.gflop_per_forward,
                 scored,
                 num_trainings=number,
-                drawn_before=(evaluations, number * prior.num_pictures),
+                drawn_before=(evaluations, number * prior.num_images),
                 reads_captions=False,
             )
         )

@@ -1,10 +1,10 @@
-"""Intervals: how far a score would move if other pictures had been drawn.
+"""Intervals: how far a score would move if other images had been drawn.
 
-Every interval resamples (or differentiates by) whole pictures, generated and reference alike, and is a function of its
+Every interval resamples (or differentiates by) whole images, generated and reference alike, and is a function of its
 inputs and a seed. One KernelReference serves every point of a study, so all points see the same reference resamples.
 
-Legend: N generated pictures, M reference pictures, D features, R resamples; counts [1 + R, N] say how often each resample
-draws each picture, and row 0, all ones, is the sample itself.
+Legend: N generated images, M reference images, D features, R resamples; counts [1 + R, N] say how often each resample
+draws each image, and row 0, all ones, is the sample itself.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Interval:
     confidence: float = 0.95
 
 
-def difference_of_independent(one: Interval, other: Interval) -> Interval:
+def independent_difference(one: Interval, other: Interval) -> Interval:
     """One less other, of scores whose noise is their own (Zou & Donner 2008, doi 10.1002/sim.3095): wider than a paired one."""
     value = one.value - other.value
     below = math.hypot(one.value - one.low, other.high - other.value)
@@ -47,10 +47,10 @@ def difference_of_independent(one: Interval, other: Interval) -> Interval:
 
 
 def mean_interval(values: ArrayLike, *, num_bootstrap: int = 200, seed: int = 0, confidence: float = 0.95) -> Interval:
-    """Mean of one number a picture, [N], with its percentile bootstrap interval (Efron 1979).
+    """Mean of one number an image, [N], with its percentile bootstrap interval (Efron 1979).
 
-    For a paired difference of two points give the differences picture by picture. Values that are all equal give an
-    interval of no width: the pictures then say nothing about how rare the other outcome is.
+    For a paired difference of two points give the differences image by image. Values that are all equal give an
+    interval of no width: the images then say nothing about how rare the other outcome is.
     """
     sample = np.asarray(values, dtype=np.float64)
     return percentiles(mean_resamples(sample, generated_counts(len(sample), num_bootstrap, seed)), confidence)
@@ -61,7 +61,7 @@ def mean_resamples(values: Array, counts: Array) -> Array:
     return counts @ values / counts.sum(1)
 
 
-# --- kernel distance --------------------------------------------------------------------------------------------------
+# --- squared MMD --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class KernelReference:
 
     features: Array  # [M, D]
     counts: Array  # [1 + R, M]
-    within: Array  # [1 + R], mean kernel over pairs of different pictures
+    within: Array  # [1 + R], mean kernel over pairs of different images
     seed: int
     kernel: Kernel = POLYNOMIAL
 
@@ -87,7 +87,7 @@ class KernelReference:
 def kernel_interval(features: ArrayLike, reference: KernelReference, *, confidence: float = 0.95) -> Interval:
     """`kernel_distance` of features [N, D] to the reference, with its percentile bootstrap interval.
 
-    A resample holds some pictures twice, and k(x, x) would push its U-statistic up: pairs of one original are left out, so
+    A resample holds some images twice, and k(x, x) would push its U-statistic up: pairs of one original are left out, so
     the resamples centre on the value. Where the two sets are alike the statistic is degenerate and the interval too wide.
     """
     counts = generated_counts(len(np.asarray(features)), len(reference.within) - 1, reference.seed)
@@ -107,13 +107,13 @@ def kernel_resamples(features: ArrayLike, counts: Array, reference: KernelRefere
 def paired_kernel_difference(
     first: ArrayLike, second: ArrayLike, reference: KernelReference, *, confidence: float = 0.95
 ) -> Interval:
-    """Kernel distance of `first` less that of `second`, both [N, D], picture i of both from the same noise and caption.
+    """Squared MMD of `first` less that of `second`, both [N, D], image i of both from the same noise and caption.
 
-    Each resample draws the same picture ids for both and the same reference, so what the points share cancels.
+    Each resample draws the same image ids for both and the same reference, so what the points share cancels.
     """
     one, two = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if one.shape != two.shape:
-        raise ValueError(f"a paired difference needs the same pictures on both sides, not {one.shape} and {two.shape}")
+        raise ValueError(f"a paired difference needs the same images on both sides, not {one.shape} and {two.shape}")
     counts = generated_counts(len(one), len(reference.within) - 1, reference.seed)
     resamples = [kernel_resamples(matrix, counts, reference) for matrix in (one, two)]
     return percentiles(resamples[0] - resamples[1], confidence)
@@ -149,8 +149,8 @@ def frechet_interval(
 ) -> Interval:
     """`frechet_distance` of features [N, D] to reference [M, D], with a normal interval from its influence function.
 
-    The interval says how far the value at this N and M would move with other pictures. The bias stays: the value lies above
-    that of infinitely many pictures by about c/N, and neither end is corrected for it. Compare at equal N and M only.
+    The interval says how far the value at this N and M would move with other images. The bias stays: the value lies above
+    that of infinitely many images by about c/N, and neither end is corrected for it. Compare at equal N and M only.
     `reference_moments` saves the reference's decomposition where it is at hand.
     """
     value, of_features, of_reference = frechet_influence(features, reference, reference_moments)
@@ -185,14 +185,14 @@ def paired_frechet_difference(
     reference_moments: Moments | None = None,
     confidence: float = 0.95,
 ) -> Interval:
-    """Frechet distance of `first` less that of `second`, both [N, D], picture i of both from the same noise and caption.
+    """Frechet distance of `first` less that of `second`, both [N, D], image i of both from the same noise and caption.
 
-    A normal interval from the differences of the pictures' influences, so what the points share cancels; the two biases
+    A normal interval from the differences of the images' influences, so what the points share cancels; the two biases
     cancel as far as they are alike.
     """
     one, two = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if one.shape != two.shape:
-        raise ValueError(f"a paired difference needs the same pictures on both sides, not {one.shape} and {two.shape}")
+        raise ValueError(f"a paired difference needs the same images on both sides, not {one.shape} and {two.shape}")
     moments = reference_moments or Moments.of(reference)
     value_one, of_one, reference_one = frechet_influence(one, reference, moments)
     value_two, of_two, reference_two = frechet_influence(two, reference, moments)
@@ -205,8 +205,8 @@ def _standard_error(*influences: Array) -> float:
 
 
 def _normal(value: float, error: float, confidence: float) -> Interval:
-    reach = float(norm.ppf((1 + confidence) / 2) * error)
-    return Interval(value, value - reach, value + reach, confidence)
+    compute_prdc = float(norm.ppf((1 + confidence) / 2) * error)
+    return Interval(value, value - compute_prdc, value + compute_prdc, confidence)
 
 
 def frechet_resamples(
@@ -214,7 +214,7 @@ def frechet_resamples(
 ) -> Array:
     """`frechet_distance` of features [N, D] to reference [M, D] for every resample, to first order: [1 + R].
 
-    Each picture's influence takes the place of a decomposition for every resample. The bias of N pictures stays in all of them:
+    Each image's influence takes the place of a decomposition for every resample. The bias of N images stays in all of them:
     take differences at equal N only.
     """
     value, of_features, of_reference = frechet_influence(features, reference, reference_moments)
@@ -230,7 +230,7 @@ def inception_score_interval(
 ) -> Interval:
     """`inception_score` of logits [N, L], all in one part, with a bootstrap interval moved back onto the value.
 
-    A resample repeats pictures, so it shows fewer classes and its score lies lower; the interval is the resamples' spread
+    A resample repeats images, so it shows fewer classes and its score lies lower; the interval is the resamples' spread
     around their own mean, put around the value.
     """
     matrix = np.asarray(logits)
@@ -241,21 +241,21 @@ def inception_score_interval(
 # --- resampling -------------------------------------------------------------------------------------------------------
 
 
-def generated_counts(num_pictures: int, num_bootstrap: int, seed: int) -> Array:
-    """How often each resample draws each generated picture, [1 + R, N]; row 0, all ones, is the sample itself."""
-    return _resample(num_pictures, num_bootstrap, seed, _GENERATED)
+def generated_counts(num_images: int, num_bootstrap: int, seed: int) -> Array:
+    """How often each resample draws each generated image, [1 + R, N]; row 0, all ones, is the sample itself."""
+    return _resample(num_images, num_bootstrap, seed, _GENERATED)
 
 
-def reference_counts(num_pictures: int, num_bootstrap: int, seed: int) -> Array:
-    """The same of reference pictures, [1 + R, M]."""
-    return _resample(num_pictures, num_bootstrap, seed, _REFERENCE)
+def reference_counts(num_images: int, num_bootstrap: int, seed: int) -> Array:
+    """The same of reference images, [1 + R, M]."""
+    return _resample(num_images, num_bootstrap, seed, _REFERENCE)
 
 
-def _resample(num_pictures: int, num_bootstrap: int, seed: int, stream: int) -> Array:
-    """Counts [1 + R, N]: row 0 the sample itself, then multinomial draws of N pictures from N."""
+def _resample(num_images: int, num_bootstrap: int, seed: int, stream: int) -> Array:
+    """Counts [1 + R, N]: row 0 the sample itself, then multinomial draws of N images from N."""
     generator = np.random.Generator(np.random.Philox(seed).jumped(stream))
-    draws = generator.multinomial(num_pictures, np.full(num_pictures, 1 / num_pictures), size=num_bootstrap)
-    return np.concatenate([np.ones((1, num_pictures)), draws])
+    draws = generator.multinomial(num_images, np.full(num_images, 1 / num_images), size=num_bootstrap)
+    return np.concatenate([np.ones((1, num_images)), draws])
 
 
 def percentiles(statistics: Array, confidence: float = 0.95) -> Interval:

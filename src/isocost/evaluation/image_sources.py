@@ -1,6 +1,6 @@
-"""Pictures from wherever people keep them, with their ids: a folder, an array file, tar shards, a Hub set, the scenes.
+"""Images from wherever people keep them, with their ids: a folder, an array file, tar shards, a Hub set, the scenes.
 
-Shapes: N pictures, H x W pixels, R resolution.
+Shapes: N images, H x W pixels, R resolution.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from isocost.config.data import HubSource, ScenesSource, SourceSpec, WebdatasetSource
-from isocost.data.datasets import PICTURE_SUFFIXES, Bad, Sample, read_source, square_rgb
-from isocost.errors import RequestError
+from isocost.data.datasets import IMAGE_SUFFIXES, Sample, UnreadableSample, read_source, square_rgb
+from isocost.errors import ConfigError
 
 HUB, SCENES = "hub:", "scenes:"
 SCENES_SEED = 1
@@ -27,19 +27,19 @@ ARRAY_SUFFIXES = (".npy", ".npz")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture uint8 [3, H, W], its id (`key_of` its name), its name, and its captions where it has any."""
+class SourceImage:
+    """One image uint8 [3, H, W], its id (`image_id` its name), its name, and its captions where it has any."""
 
     key: str
     name: str
     pixels: Tensor
-    captions: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
 
 
-def key_of(name: str) -> str:
-    """A picture's id: its file's stem; of a stem that ends in a long number, that number without leading zeros.
+def image_id(name: str) -> str:
+    """An image's id: its file's stem; of a stem that ends in a long number, that number without leading zeros.
 
-    COCO_val2014_000000203564.jpg, 000000203564.png and 203564 are one picture; airport_348.jpg stays airport_348.
+    COCO_val2014_000000203564.jpg, 000000203564.png and 203564 are one image; airport_348.jpg stays airport_348.
     """
     stem = name.rsplit("/", 1)[-1]
     stem = re.sub(r"\.(jpe?g|png|webp|bmp)$", "", stem, flags=re.IGNORECASE)
@@ -52,80 +52,80 @@ def is_source(place: str) -> bool:
     return place.startswith((HUB, SCENES)) or place.endswith(".tar")
 
 
-def samples_of(place: str, resolution: int) -> Iterator[Sample]:
+def iter_samples(place: str, resolution: int) -> Iterator[Sample]:
     """The samples of tar shards, a Hub set or the scenes, cropped to the centre square and resized to `resolution`.
 
     Raises:
-        RequestError: something of it cannot be read.
+        ConfigError: something of it cannot be read.
     """
     for item in read_source(_source(place), resolution):
-        if isinstance(item, Bad):
-            raise RequestError(f"{place}: {item.name}: {item.reason}")
-        assert isinstance(item, Sample), "every picture is wanted"
+        if isinstance(item, UnreadableSample):
+            raise ConfigError(f"{place}: {item.name}: {item.reason}")
+        assert isinstance(item, Sample), "every image is wanted"
         yield item
 
 
-def pictures_of(place: str, *, side: int | None, exact: bool, ids: Sequence[str] | None = None) -> Iterator[Picture]:
-    """The pictures of a place in one fixed order; of a folder those of `ids` alone, in their order, where given.
+def iter_images(place: str, *, side: int | None, exact: bool, ids: Sequence[str] | None = None) -> Iterator[SourceImage]:
+    """The images of a place in one fixed order; of a folder those of `ids` alone, in their order, where given.
 
     Where `exact`, each must be RGB of `side` x `side`, as a generator makes them; otherwise each is its centre square,
     in RGB on white, at its own size (`side` None) or resized to `side` (Lanczos).
 
     Raises:
-        RequestError: the place is missing, or a picture cannot be read or is not what `exact` asks for.
+        ConfigError: the place is missing, or an image cannot be read or is not what `exact` asks for.
     """
     if is_source(place):
         if side is None:
-            raise RequestError(f"{place}: a protocol without a resolution takes folders and array files")
-        for sample in samples_of(place, side):
-            pixels = torch.from_numpy(sample.picture.copy()).permute(2, 0, 1)
-            yield Picture(key_of(sample.name), sample.name, pixels, sample.captions)
+            raise ConfigError(f"{place}: a protocol without a resolution takes folders and array files")
+        for sample in iter_samples(place, side):
+            pixels = torch.from_numpy(sample.image.copy()).permute(2, 0, 1)
+            yield SourceImage(image_id(sample.name), sample.name, pixels, sample.captions)
     elif place.endswith(ARRAY_SUFFIXES):
         yield from _of_array(Path(place), side if exact else None)
     else:
-        files = picture_files(Path(place))
+        files = image_files(Path(place))
         if ids is not None:
-            place_of = {key: number for number, key in enumerate(ids)}
-            wanted = (file for file in files if key_of(file.name) in place_of)
-            files = sorted(wanted, key=lambda file: place_of[key_of(file.name)])
+            name_hash = {key: number for number, key in enumerate(ids)}
+            wanted = (file for file in files if image_id(file.name) in name_hash)
+            files = sorted(wanted, key=lambda file: name_hash[image_id(file.name)])
         for file in files:
-            yield Picture(key_of(file.name), str(file), _read(file, side, exact))
+            yield SourceImage(image_id(file.name), str(file), _read(file, side, exact))
 
 
-def pictures_by_key(place: str, *, side: int | None, exact: bool) -> dict[str, Callable[[], Picture]]:
-    """The pictures of a folder or array file by id, each read when it is called for.
+def images_by_key(place: str, *, side: int | None, exact: bool) -> dict[str, Callable[[], SourceImage]]:
+    """The images of a folder or array file by id, each read when it is called for.
 
     Raises:
-        RequestError: the place is missing, or two pictures have one id.
+        ConfigError: the place is missing, or two images have one id.
     """
     if place.endswith(ARRAY_SUFFIXES):
-        return {picture.key: partial(_itself, picture) for picture in _of_array(Path(place), side if exact else None)}
+        return {image.key: partial(_identity, image) for image in _of_array(Path(place), side if exact else None)}
     by_key: dict[str, Path] = {}
-    for file in picture_files(Path(place)):
-        key = key_of(file.name)
+    for file in image_files(Path(place)):
+        key = image_id(file.name)
         if key in by_key:
-            raise RequestError(f"{file}: id {key} came twice; the other is {by_key[key]}")
+            raise ConfigError(f"{file}: id {key} came twice; the other is {by_key[key]}")
         by_key[key] = file
     return {key: partial(_open, key, file, side, exact) for key, file in by_key.items()}
 
 
-def picture_files(folder: Path) -> list[Path]:
-    """Every picture below a folder, by name.
+def image_files(folder: Path) -> list[Path]:
+    """Every image below a folder, by name.
 
     Raises:
-        RequestError: there is no such folder.
+        ConfigError: there is no such folder.
     """
     if not folder.is_dir():
-        raise RequestError(f"{folder}: no such folder of pictures")
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+        raise ConfigError(f"{folder}: no such folder of images")
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _source(place: str) -> SourceSpec:
     if place.startswith(SCENES):
         count = place.removeprefix(SCENES)
         if not count.isdigit() or int(count) < 1:
-            raise RequestError(f"{place}: give scenes:NUMBER, such as scenes:2000")
-        return ScenesSource(kind="scenes", num_pictures=int(count), seed=SCENES_SEED)
+            raise ConfigError(f"{place}: give scenes:NUMBER, such as scenes:2000")
+        return ScenesSource(kind="scenes", num_images=int(count), seed=SCENES_SEED)
     if place.startswith(HUB):
         path, *rest = place.removeprefix(HUB).split(":")
         columns = dict(zip(("split", "image_column", "caption_column"), rest, strict=False))
@@ -133,59 +133,59 @@ def _source(place: str) -> SourceSpec:
     return WebdatasetSource(kind="webdataset", path=place)
 
 
-def _itself(picture: Picture) -> Picture:
-    return picture
+def _identity(image: SourceImage) -> SourceImage:
+    return image
 
 
-def _open(key: str, file: Path, side: int | None, exact: bool) -> Picture:
-    return Picture(key, str(file), _read(file, side, exact))
+def _open(key: str, file: Path, side: int | None, exact: bool) -> SourceImage:
+    return SourceImage(key, str(file), _read(file, side, exact))
 
 
 def _read(file: Path, side: int | None, exact: bool) -> Tensor:
     try:
         with Image.open(file) as opened:
             if exact:
-                _demand(file, opened, side)
-            picture = square_rgb(opened, side or min(opened.size))
+                _check_image(file, opened, side)
+            image = square_rgb(opened, side or min(opened.size))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, RequestError):
+        if isinstance(error, ConfigError):
             raise
-        raise RequestError(f"{file}: cannot be read as a picture: {' '.join(str(error).split())[:120]}") from error
-    return torch.from_numpy(picture.copy()).permute(2, 0, 1)
+        raise ConfigError(f"{file}: cannot be read as an image: {' '.join(str(error).split())[:120]}") from error
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)
 
 
-def _demand(file: Path, opened: Image.Image, side: int | None) -> None:
+def _check_image(file: Path, opened: Image.Image, side: int | None) -> None:
     if opened.mode != "RGB":
         kind = {"L": "grey", "RGBA": "RGBA, with transparency", "P": "of a palette"}.get(opened.mode, opened.mode)
-        raise RequestError(f"{file}: is {kind}; this protocol takes RGB pictures: save it as RGB on the ground it stands on")
+        raise ConfigError(f"{file}: is {kind}; this protocol takes RGB images: save it as RGB on the ground it stands on")
     if side is not None and opened.size != (side, side):
-        raise RequestError(f"{file}: {opened.width} x {opened.height} pixels; this protocol takes {side} x {side}, not resized")
+        raise ConfigError(f"{file}: {opened.width} x {opened.height} pixels; this protocol takes {side} x {side}, not resized")
 
 
-def _of_array(file: Path, side: int | None) -> Iterator[Picture]:
-    """uint8 [N, H, W, 3] of a .npy, or of the first array of a .npz; a picture's id is its place."""
-    pictures = _load_array(file)
-    if pictures.dtype.kind == "f":
-        bad = int((~np.isfinite(pictures)).reshape(len(pictures), -1).any(1).sum())
-        what = f"{bad} pictures hold NaN or infinite pixels" if bad else "pixels are floating point"
-        raise RequestError(f"{file}: {what}; give whole levels, uint8 [N, H, W, 3]")
-    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
-        kind = {1: "grey", 4: "RGBA"}.get(pictures.shape[-1], "not RGB") if pictures.ndim == 4 else "no stack of pictures"
-        raise RequestError(f"{file}: {pictures.dtype} {list(pictures.shape)} ({kind}); pictures are uint8 [N, H, W, 3]")
-    if side is not None and pictures.shape[1:3] != (side, side):
-        height, width = pictures.shape[1:3]
-        raise RequestError(f"{file}: {width} x {height} pixels; this protocol takes {side} x {side}, not resized")
-    for place, picture in enumerate(pictures):
-        yield Picture(str(place), f"{file.name}[{place}]", torch.from_numpy(picture.copy()).permute(2, 0, 1))
+def _of_array(file: Path, side: int | None) -> Iterator[SourceImage]:
+    """uint8 [N, H, W, 3] of a .npy, or of the first array of a .npz; an image's id is its place."""
+    images = _load_array(file)
+    if images.dtype.kind == "f":
+        bad = int((~np.isfinite(images)).reshape(len(images), -1).any(1).sum())
+        what = f"{bad} images hold NaN or infinite pixels" if bad else "pixels are floating point"
+        raise ConfigError(f"{file}: {what}; give whole levels, uint8 [N, H, W, 3]")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        kind = {1: "grey", 4: "RGBA"}.get(images.shape[-1], "not RGB") if images.ndim == 4 else "no stack of images"
+        raise ConfigError(f"{file}: {images.dtype} {list(images.shape)} ({kind}); images are uint8 [N, H, W, 3]")
+    if side is not None and images.shape[1:3] != (side, side):
+        height, width = images.shape[1:3]
+        raise ConfigError(f"{file}: {width} x {height} pixels; this protocol takes {side} x {side}, not resized")
+    for place, image in enumerate(images):
+        yield SourceImage(str(place), f"{file.name}[{place}]", torch.from_numpy(image.copy()).permute(2, 0, 1))
 
 
 def _load_array(file: Path) -> np.ndarray:
     if not file.is_file():
-        raise RequestError(f"{file}: no such file of pictures")
+        raise ConfigError(f"{file}: no such file of images")
     try:
         loaded: Any = np.load(file, allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else loaded[loaded.files[0]]
     except ValueError as error:
-        raise RequestError(f"{file}: holds pickled objects, which are refused; save uint8 [N, H, W, 3]") from error
+        raise ConfigError(f"{file}: holds pickled objects, which are refused; save uint8 [N, H, W, 3]") from error
     except (OSError, EOFError, IndexError, KeyError) as error:
-        raise RequestError(f"{file}: cut short or not an array file ({' '.join(str(error).split())[:80]})") from error
+        raise ConfigError(f"{file}: cut short or not an array file ({' '.join(str(error).split())[:80]})") from error

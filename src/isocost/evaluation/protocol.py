@@ -1,6 +1,6 @@
 """What makes two numbers comparable, in one id.
 
-A protocol is the pictures' captions and number, the reference and its number, the resolution, and the feature extractors
+A protocol is the images' captions and number, the reference and its number, the resolution, and the feature extractors
 with their weights. Its id travels with every score; scores of different ids are never compared or drawn together.
 """
 
@@ -17,13 +17,13 @@ from isocost.config.evaluation import ProtocolSpec
 
 BETWEEN_EXTRACTORS = " + "
 _WORDS = {
-    "num_pictures": "N",
-    "num_reference": "number of reference pictures",
+    "num_images": "N",
+    "num_reference": "number of reference images",
     "resolution": "resolution",
     "reference": "reference",
-    "captions": "prompts",
+    "prompts": "prompts",
     "alignment": "alignment",
-    "given": "given pictures",
+    "inputs": "inputs images",
     "num_bootstrap": "bootstrap resamples",
     "seed": "seed",
 }
@@ -31,18 +31,18 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything that a score depends on besides the generated pictures."""
+    """Everything that a score depends on besides the generated images."""
 
-    num_pictures: int
+    num_images: int
     num_reference: int
     resolution: int
     extractor: str
     reference: str
-    captions: str
+    prompts: str
     alignment: str
     num_bootstrap: int
     seed: int
-    given: str = ""
+    inputs: str = ""
 
     @property
     def id(self) -> str:
@@ -51,14 +51,14 @@ class Protocol:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """The fields as plain data, as the ledger keeps them beside the id; `given` where pictures are made from pictures."""
-        return {name: value for name, value in asdict(self).items() if name != "given" or value}
+        """The fields as plain data, as the results database keeps them beside the id; `inputs` where images are made from images."""
+        return {name: value for name, value in asdict(self).items() if name != "inputs" or value}
 
     def sentence(self) -> str:
         """The protocol in words, for a report."""
         return (
-            f"{self.num_pictures} pictures of {self.resolution} x {self.resolution} pixels against {self.num_reference} "
-            f"reference pictures (content {self.reference}), captions {self.captions}, features {self.extractor}, alignment by "
+            f"{self.num_images} images of {self.resolution} x {self.resolution} pixels against {self.num_reference} "
+            f"reference images (content {self.reference}), captions {self.prompts}, features {self.extractor}, alignment by "
             f"{self.alignment}, {self.num_bootstrap} bootstrap resamples"
         )
 
@@ -70,29 +70,29 @@ def make_protocol(
     extractor: str | Sequence[str],
     reference: str,
     num_reference: int,
-    captions: Sequence[str],
+    prompts: Sequence[str],
     probe: str | None = None,
-    given: str = "",
+    inputs: str = "",
 ) -> Protocol:
     """Fix a protocol on a study's own reference (its content hash), its captions, and the digest of its probe.
 
-    `extractor` is the id of each extractor, and of what compares pictures with their originals; features kept in less than
-    float32 add how to it. `given` names the pictures that generated ones are made from.
+    `extractor` is the id of each extractor, and of what compares images with their originals; features kept in less than
+    float32 add how to it. `inputs` names the images that generated ones are made from.
     """
-    listed = hashlib.sha256(json.dumps(list(captions), ensure_ascii=False).encode()).hexdigest()[:12]
+    listed = hashlib.sha256(json.dumps(list(prompts), ensure_ascii=False).encode()).hexdigest()[:12]
     ids = [extractor] if isinstance(extractor, str) else list(extractor)
-    kept = "" if spec.kept == "fp32" else f"/kept={spec.kept}"
+    feature_dtype = "" if spec.feature_dtype == "fp32" else f"/dtype={spec.feature_dtype}"
     return Protocol(
-        spec.num_pictures,
+        spec.num_images,
         num_reference,
         resolution,
-        BETWEEN_EXTRACTORS.join(f"{one}{kept}" for one in ids),
+        BETWEEN_EXTRACTORS.join(f"{one}{feature_dtype}" for one in ids),
         reference,
         listed,
         spec.alignment if probe is None else f"{spec.alignment}/probe={probe}",
         spec.num_bootstrap,
         spec.seed,
-        given,
+        inputs,
     )
 
 

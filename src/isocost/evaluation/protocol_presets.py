@@ -1,6 +1,6 @@
-"""The named protocols: what is compared, on which pictures, by which features, so that two people's numbers compare.
+"""The named protocols: what is compared, on which images, by which features, so that two people's numbers compare.
 
-A protocol that fixes its captions holds the SHA-256 of the list of [id, caption]; one that fixes its pictures holds the ids.
+A protocol that fixes its captions holds the SHA-256 of the list of [id, caption]; one that fixes its images holds the ids.
 A change of what a name stands for raises its version, and numbers of two versions do not compare.
 """
 
@@ -12,11 +12,11 @@ from typing import Literal
 import numpy as np
 
 from isocost.config.evaluation import ProtocolSpec
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class CaptionList:
+class PromptList:
     """Captions with ids, in order: their number, the SHA-256 of the JSON of [[id, caption], ...], and where they are from."""
 
     num: int
@@ -26,26 +26,26 @@ class CaptionList:
 
 @dataclass(frozen=True)
 class Crops:
-    """`num` squares of `side` pixels from `num_sources` pictures in turn; where each lies is a function of its number."""
+    """`num` squares of `side` pixels from `num_sources` images in turn; where each lies is a function of its number."""
 
     num: int
     side: int
     num_sources: int
 
     def corner(self, number: int, height: int, width: int) -> tuple[int, int]:
-        """Top and left of crop `number` in a picture of `height` x `width`, by Philox keyed with the number."""
+        """Top and left of crop `number` in an image of `height` x `width`, by Philox keyed with the number."""
         generator = np.random.Generator(np.random.Philox(key=[0, number]))
         return int(generator.integers(height - self.side + 1)), int(generator.integers(width - self.side + 1))
 
 
 @dataclass(frozen=True)
-class NamedProtocol:
-    """One way to score a set of pictures.
+class ProtocolPreset:
+    """One way to score a set of images.
 
-    `compares` is `sets` (distances between two sets), `pairs` (each picture with the reference of its name, and the sets)
-    or `subjects` (DreamBooth: each picture with the photographs of its subject and with its prompt). `resolution` is the side
-    that pictures must have, `num_pictures` their number; None leaves it to the pictures. `reference_ids` says that the
-    reference's pictures are those of the caption list.
+    `compares` is `sets` (distances between two sets), `pairs` (each image with the reference of its name, and the sets)
+    or `subjects` (DreamBooth: each image with the photographs of its subject and with its prompt). `resolution` is the side
+    that images must have, `num_images` their number; None leaves it to the images. `reference_ids` says that the
+    reference's images are those of the caption list.
     """
 
     name: str
@@ -54,11 +54,11 @@ class NamedProtocol:
     compares: Literal["sets", "pairs", "subjects"]
     spec: ProtocolSpec
     resolution: int | None = None
-    num_pictures: int | None = None
+    num_images: int | None = None
     num_reference: int | None = None
-    captions: CaptionList | None = None
+    prompts: PromptList | None = None
     reference_ids: bool = False
-    pair_scores: tuple[Literal["psnr", "ssim", "lpips"], ...] = ()
+    paired_image_metrics: tuple[Literal["psnr", "ssim", "lpips"], ...] = ()
     crops: Crops | None = None
 
     @property
@@ -67,116 +67,116 @@ class NamedProtocol:
         return f"{self.name}@{self.version}"
 
 
-def _lite(distance: str, side: int) -> NamedProtocol:
-    distances = ("kernel",) if distance == "kernel" else ("kernel", "frechet")
-    return NamedProtocol(
+def _lite(distance: str, side: int) -> ProtocolPreset:
+    metrics = ("mmd",) if distance == "mmd" else ("mmd", "frechet")
+    return ProtocolPreset(
         f"{distance}-efficientnet-{side}",
         1,
-        f"any pictures at their own size, EfficientNet-lite0 at {side} pixels, no network needed",
+        f"any images at their own size, EfficientNet-lite0 at {side} pixels, no network needed",
         "sets",
-        ProtocolSpec(feature_side=side, distances=distances),
+        ProtocolSpec(feature_size=side, metrics=metrics),
     )
 
 
-COCO_30K = CaptionList(
+COCO_30K = PromptList(
     30_000,
     "416c9597605906c14d9ff05fb60fa91ed33600655c0d2db1b52a88583416588f",
-    "coco_30k.csv (columns image_id, prompt): COCO-2014 validation captions, one of each of 30,000 pictures",
+    "coco_30k.csv (columns image_id, prompt): COCO-2014 validation captions, one of each of 30,000 images",
 )
-RSICD_TEST = CaptionList(
+RSICD_TEST = PromptList(
     1_093,
     "95f856990b369d4ee045b298714b94829b0cb79ae8a3658d07dd7938db277254",
-    "the RSICD test split as tar shards: the first caption of each picture",
+    "the RSICD test split as tar shards: the first caption of each image",
 )
-DREAMBOOTH = CaptionList(
+DREAMBOOTH = PromptList(
     750,
     "dc123c81ff3e0b96048ad45aa0b3a0f4b511ffc41aacdea57a982f35e57f3e72",
     "prompts_and_classes.txt of google/dreambooth: 25 prompts of each of 30 subjects, id SUBJECT/00 to SUBJECT/24",
 )
-SCENES = CaptionList(
+SCENES = PromptList(
     256,
     "5e1696841e4ee74a1f8745f2ebffb42100bef0e07f035f7097690790c21c603f",
     "scenes:256: the first 256 scenes of seed 1, drawn on the spot",
 )
 
-PROTOCOLS: dict[str, NamedProtocol] = {
+PRESETS: dict[str, ProtocolPreset] = {
     protocol.name: protocol
     for protocol in (
-        NamedProtocol(
+        ProtocolPreset(
             "coco30k-fid-clip",
             1,
-            "arXiv 2404.01367: one picture of each of 30,000 COCO-2014 validation captions at 256 x 256, FID against those "
+            "arXiv 2404.01367: one image of each of 30,000 COCO-2014 validation captions at 256 x 256, FID against those "
             "captions' own photographs (centre square, Lanczos), CLIP score by ViT-B/32",
             "sets",
             ProtocolSpec(
-                num_pictures=30_000,
+                num_images=30_000,
                 features=("inception", "clip-vit-b-32"),
-                distances=("frechet", "kernel", "inception_score", "precision_recall", "caption"),
+                metrics=("frechet", "mmd", "inception_score", "precision_recall", "prompt_similarity"),
             ),
             resolution=256,
-            num_pictures=30_000,
+            num_images=30_000,
             num_reference=30_000,
-            captions=COCO_30K,
+            prompts=COCO_30K,
             reference_ids=True,
         ),
-        NamedProtocol(
+        ProtocolPreset(
             "div2k-sr",
             1,
-            "super-resolution to 512 x 512: 3,000 crops of the 100 DIV2K validation pictures as `isocost reference` cuts them; "
+            "super-resolution to 512 x 512: 3,000 crops of the 100 DIV2K validation images as `isocost reference` cuts them; "
             "PSNR (RGB), SSIM, LPIPS of pairs, FID and Inception score of the sets",
             "pairs",
-            ProtocolSpec(num_pictures=3_000, features=("inception",), distances=("frechet", "kernel", "inception_score")),
+            ProtocolSpec(num_images=3_000, features=("inception",), metrics=("frechet", "mmd", "inception_score")),
             resolution=512,
-            num_pictures=3_000,
+            num_images=3_000,
             num_reference=3_000,
-            pair_scores=("psnr", "ssim", "lpips"),
+            paired_image_metrics=("psnr", "ssim", "lpips"),
             crops=Crops(num=3_000, side=512, num_sources=100),
         ),
-        NamedProtocol(
+        ProtocolPreset(
             "dreambooth-30x25",
             1,
-            "arXiv 2208.12242: 30 subjects x 25 prompts x 4 pictures (SUBJECT/PP_K.png); CLIP-I and CLIP-T by "
+            "arXiv 2208.12242: 30 subjects x 25 prompts x 4 images (SUBJECT/PP_K.png); CLIP-I and CLIP-T by "
             "ViT-B/32, DINO by ViT-S/16",
             "subjects",
-            ProtocolSpec(num_pictures=3_000, features=("clip-vit-b-32", "dino-vit-s-16"), distances=()),
-            num_pictures=3_000,
-            captions=DREAMBOOTH,
+            ProtocolSpec(num_images=3_000, features=("clip-vit-b-32", "dino-vit-s-16"), metrics=()),
+            num_images=3_000,
+            prompts=DREAMBOOTH,
         ),
-        NamedProtocol(
+        ProtocolPreset(
             "aerial-fd",
             1,
-            "one picture of each of RSICD's 1,093 test captions at 128 x 128 against the 8,734 photographs of its training "
+            "one image of each of RSICD's 1,093 test captions at 128 x 128 against the 8,734 photographs of its training "
             "split; kernel and Frechet distance on EfficientNet-lite0 at 128 pixels, precision and recall",
             "sets",
             ProtocolSpec(
-                num_pictures=1_093,
-                feature_side=128,
-                distances=("kernel", "frechet", "precision_recall", "density_coverage"),
+                num_images=1_093,
+                feature_size=128,
+                metrics=("mmd", "frechet", "precision_recall", "density_coverage"),
             ),
             resolution=128,
-            num_pictures=1_093,
+            num_images=1_093,
             num_reference=8_734,
-            captions=RSICD_TEST,
+            prompts=RSICD_TEST,
         ),
-        NamedProtocol(
+        ProtocolPreset(
             "demo",
             1,
-            "the embedded scenes at 32 x 32: one picture of each of 256 captions against 2,000 scenes; kernel distance on "
+            "the embedded scenes at 32 x 32: one image of each of 256 captions against 2,000 scenes; squared MMD on "
             "EfficientNet-lite0 at 64 pixels",
             "sets",
-            ProtocolSpec(num_pictures=256, feature_side=64, distances=("kernel",)),
+            ProtocolSpec(num_images=256, feature_size=64, metrics=("mmd",)),
             resolution=32,
-            num_pictures=256,
+            num_images=256,
             num_reference=2_000,
-            captions=SCENES,
+            prompts=SCENES,
         ),
-        *(_lite(distance, side) for distance in ("kernel", "frechet") for side in (64, 224)),
+        *(_lite(distance, side) for distance in ("mmd", "frechet") for side in (64, 224)),
     )
 }
 
 
-def named_protocol(name: str) -> NamedProtocol:
-    """The protocol called `name`; RequestError with the known names where there is none."""
-    if name not in PROTOCOLS:
-        raise RequestError(f"protocol '{name}': choose one of {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[name]
+def protocol_preset(name: str) -> ProtocolPreset:
+    """The protocol called `name`; ConfigError with the known names where there is none."""
+    if name not in PRESETS:
+        raise ConfigError(f"protocol '{name}': choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

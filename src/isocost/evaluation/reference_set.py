@@ -1,6 +1,6 @@
-"""The reference side of a protocol: real pictures' features, the captions to draw, and the probe that reads pictures back.
+"""The reference side of a protocol: real images' features, the captions to draw, and the probe that reads images back.
 
-Shapes: M reference pictures, N generated pictures, D features, A attribute heads.
+Shapes: M reference images, N generated images, D features, A attribute heads.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from isocost.config.evaluation import ProtocolSpec
-from isocost.data.latent_cache import PictureSet
-from isocost.errors import RequestError
+from isocost.data.latent_cache import ImageDataset
+from isocost.errors import ConfigError
 from isocost.evaluation.confidence_intervals import KernelReference
 from isocost.evaluation.feature_batches import Function
 from isocost.evaluation.protocol import Protocol
-from isocost.metrics.attribute_classifier import Probe, fit_probe
+from isocost.metrics.attribute_classifier import AttributeClassifier, train_attribute_classifier
 from isocost.metrics.efficientnet import EfficientNetLite0
-from isocost.metrics.extractor_base import Extractor
+from isocost.metrics.extractor_base import FeatureExtractor
 from isocost.metrics.feature_extractors import make_extractor
 from isocost.metrics.frechet import Moments
 from isocost.metrics.inception import Inception
 from isocost.metrics.mmd import POLYNOMIAL, Kernel
 from isocost.metrics.precision_recall import radii
 from isocost.metrics.registry import check_distances
-from isocost.metrics.vit import ClipTower
+from isocost.metrics.vit import CLIPFeatureExtractor
 
 PROBE_EPOCHS = 6
 VERSION = 1
@@ -38,38 +38,38 @@ LABELS_NEEDED = "protocol.alignment needs labels in data.train and data.referenc
 
 
 @dataclass
-class Reference:
+class ReferenceSet:
     """A protocol with what it compares against.
 
     Attributes:
         extractors: by name, in the order of the protocol.
-        features: float32 [M, D] of the real pictures, by extractor.
-        captions: the N captions to draw, one a picture id.
-        said: what caption scores compare pictures with, where it is not what is drawn (DreamBooth leaves its token out).
+        features: float32 [M, D] of the real images, by extractor.
+        captions: the N captions to draw, one an image id.
+        said: what caption scores compare images with, where it is not what is drawn (DreamBooth leaves its token out).
         labels: int64 [N, A] of those captions, where alignment is measured; -1 where a caption does not say.
-        probe: reads labels from pictures; None where alignment is not measured.
-        originals: uint8 [N, 3, R, R], what picture i is compared with; None where there is no such thing.
-        pairs: what is compared, by score name: functions of a picture and its original in one, uint8 [N, 6, R, R] -> [N].
+        probe: reads labels from images; None where alignment is not measured.
+        originals: uint8 [N, 3, R, R], what image i is compared with; None where there is no such thing.
+        paired_metrics: what is compared, by score name: functions of an image and its original in one, uint8 [N, 6, R, R] -> [N].
         kept: precision in which a point keeps its features.
     """
 
     protocol: Protocol
-    extractors: dict[str, Extractor]
+    extractors: dict[str, FeatureExtractor]
     features: dict[str, np.ndarray]
-    captions: list[str]
+    prompts: list[str]
     labels: Tensor | None = None
-    probe: Probe | None = None
-    kept: str = "fp32"
+    probe: AttributeClassifier | None = None
+    feature_dtype: str = "fp32"
     said: list[str] | None = None
     originals: Tensor | None = None
-    pairs: dict[str, Function] = field(default_factory=dict)
+    paired_metrics: dict[str, Function] = field(default_factory=dict)
     _once: dict[tuple[str, ...], Any] = field(default_factory=dict, init=False, repr=False)
 
     def kernel(self, name: str, kernel: Kernel = POLYNOMIAL) -> KernelReference:
         """The reference side of every kernel interval on an extractor's features, resampled once."""
         of = self.protocol
         return self._made(
-            ("kernel", kernel.name, name),
+            ("mmd", kernel.name, name),
             lambda: KernelReference.of(self.features[name], num_bootstrap=of.num_bootstrap, seed=of.seed, kernel=kernel),
         )
 
@@ -78,17 +78,17 @@ class Reference:
         return self._made(("moments", name), lambda: Moments.of(self.features[name]))
 
     def radii(self, name: str, neighbour: int) -> Tensor:
-        """How far each real picture reaches among the others, float64 [M], made once."""
+        """How far each real image reaches among the others, float64 [M], made once."""
         return self._made(("radii", name, str(neighbour)), lambda: radii(self.features[name], neighbour))
 
-    def caption_features(self, name: str) -> np.ndarray:
+    def prompt_features(self, name: str) -> np.ndarray:
         """Embeddings of the captions to draw, float32 [N, D], made once."""
-        return self._made(("captions", name), lambda: self.clip(name).captions(self.said or self.captions).numpy())
+        return self._made(("prompts", name), lambda: self.clip(name).encode_text(self.said or self.prompts).numpy())
 
-    def clip(self, name: str) -> ClipTower:
+    def clip(self, name: str) -> CLIPFeatureExtractor:
         """The extractor called `name`, which reads captions."""
         extractor = self.extractors[name]
-        assert isinstance(extractor, ClipTower), name
+        assert isinstance(extractor, CLIPFeatureExtractor), name
         return extractor
 
     def logits(self, name: str, features: np.ndarray) -> np.ndarray:
@@ -103,37 +103,37 @@ class Reference:
         return self._once[key]
 
 
-def make_extractors(spec: ProtocolSpec, device: torch.device | str = "cpu") -> dict[str, Extractor]:
+def make_extractors(spec: ProtocolSpec, device: torch.device | str = "cpu") -> dict[str, FeatureExtractor]:
     """The extractors of a protocol by name, after a check that its distances have features to be taken on.
 
     Raises:
-        RequestError: a distance has none, or weights cannot be had.
+        ConfigError: a distance has none, or weights cannot be had.
     """
-    check_distances(spec.distances, spec.features)
+    check_distances(spec.metrics, spec.features)
     return {
-        name: make_extractor(name, feature_side=spec.feature_side, weights=spec.weights, device=device)
+        name: make_extractor(name, feature_size=spec.feature_size, weights=spec.weights, device=device)
         for name in spec.features
     }
 
 
-def captions_to_draw(reference: PictureSet, num_pictures: int) -> tuple[list[str], Tensor | None]:
-    """The first caption of each of the first reference pictures, with their labels int64 [N, A] where known.
+def select_prompts(reference: ImageDataset, num_images: int) -> tuple[list[str], Tensor | None]:
+    """The first caption of each of the first reference images, with their labels int64 [N, A] where known.
 
     Raises:
-        RequestError: there are fewer reference pictures than the protocol draws.
+        ConfigError: there are fewer reference images than the protocol draws.
     """
-    if num_pictures > len(reference):
-        raise RequestError(
-            f"protocol.num_pictures={num_pictures} exceeds the {len(reference)} captions of data.reference, and each is drawn "
+    if num_images > len(reference):
+        raise ConfigError(
+            f"protocol.num_images={num_images} exceeds the {len(reference)} captions of data.reference, and each is drawn "
             f"once: take {len(reference)} or fewer, or a larger reference"
         )
-    labels = None if reference.labels is None else reference.labels[:num_pictures]
-    return [captions[0] for captions in reference.captions[:num_pictures]], labels
+    labels = None if reference.labels is None else reference.labels[:num_images]
+    return [prompts[0] for prompts in reference.captions[:num_images]], labels
 
 
-def write_features(folder: Path, extractor: Extractor, pictures: Tensor) -> None:
+def write_features(folder: Path, extractor: FeatureExtractor, images: Tensor) -> None:
     """Features of uint8 [M, 3, R, R] as `features.safetensors`."""
-    save_file({"features": extractor(pictures).cpu()}, folder / "features.safetensors")
+    save_file({"features": extractor(images).cpu()}, folder / "features.safetensors")
 
 
 def read_features(folder: Path) -> np.ndarray:
@@ -141,21 +141,21 @@ def read_features(folder: Path) -> np.ndarray:
     return load_file(folder / "features.safetensors")["features"].numpy()
 
 
-def need_labels(train: PictureSet, held_out: PictureSet) -> None:
-    """Raise RequestError where alignment cannot be measured for want of labels."""
+def require_labels(train: ImageDataset, held_out: ImageDataset) -> None:
+    """Raise ConfigError where alignment cannot be measured for want of labels."""
     if train.labels is None or held_out.labels is None:
-        raise RequestError(LABELS_NEEDED)
+        raise ConfigError(LABELS_NEEDED)
 
 
-def train_probe(
-    folder: Path, train: PictureSet, held_out: PictureSet, num_classes: tuple[int, ...], seed: int
+def fit_attribute_classifier(
+    folder: Path, train: ImageDataset, held_out: ImageDataset, num_classes: tuple[int, ...], seed: int
 ) -> dict[str, object]:
-    """Fit the probe on real training pictures, save it, and return its accuracy on held-out real pictures for the manifest."""
-    assert train.labels is not None, "need_labels comes first"
-    assert held_out.labels is not None, "need_labels comes first"
-    probe = fit_probe(train.pictures, train.labels, num_classes, num_epochs=PROBE_EPOCHS, seed=seed)
+    """Fit the probe on real training images, save it, and return its accuracy on held-out real images for the manifest."""
+    assert train.labels is not None, "require_labels comes first"
+    assert held_out.labels is not None, "require_labels comes first"
+    probe = train_attribute_classifier(train.images, train.labels, num_classes, num_epochs=PROBE_EPOCHS, seed=seed)
     probe.save(folder)
-    accuracy = probe.accuracy(held_out.pictures, held_out.labels)
+    accuracy = probe.accuracy(held_out.images, held_out.labels)
     return {
         "accuracy": float(accuracy.mean()),
         "accuracy_by_head": [float(value) for value in accuracy],
@@ -163,7 +163,7 @@ def train_probe(
     }
 
 
-def classes_of(train: PictureSet) -> tuple[int, ...]:
+def num_label_classes(train: ImageDataset) -> tuple[int, ...]:
     """Number of classes of each head, from the labels themselves: one more than the largest."""
     assert train.labels is not None
     return tuple(int(value) + 1 for value in torch.amax(train.labels, dim=0))

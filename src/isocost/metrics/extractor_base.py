@@ -7,8 +7,8 @@ from typing import Protocol
 from torch import Tensor
 
 
-class Extractor(Protocol):
-    """Pictures to features. `id` tells exactly how the numbers are made; equal ids mean comparable features."""
+class FeatureExtractor(Protocol):
+    """Images to features. `id` tells exactly how the numbers are made; equal ids mean comparable features."""
 
     @property
     def id(self) -> str: ...
@@ -16,6 +16,6 @@ class Extractor(Protocol):
     @property
     def width(self) -> int: ...
 
-    def __call__(self, pictures: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] to float32 [N, width]."""
         ...

@@ -1,6 +1,6 @@
 """Distances between sets of features: pure functions in float64, on NumPy arrays or on tensors of any device.
 
-Legend: N, M pictures of the two sets, D features of a picture, r the rank of a covariance.
+Legend: N, M images of the two sets, D features of an image, r the rank of a covariance.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Moments:
         centred = matrix - mean
         moments = cls(mean, centred.T @ centred / (len(matrix) - 1))
         if len(matrix) <= matrix.shape[1]:
-            # Fewer pictures than features: the pictures themselves are the root, and no decomposition is needed.
+            # Fewer images than features: the images themselves are the root, and no decomposition is needed.
             moments.__dict__["root"] = centred / (len(matrix) - 1) ** 0.5
         return moments
 
@@ -50,7 +50,7 @@ class Moments:
 def frechet_distance(a: Features, b: Features) -> float:
     """Squared Frechet distance of Gaussians fitted to features [N, D] and [M, D] (arXiv 1706.08500, eq. 6).
 
-    Biased: at N pictures the value lies above the value at infinity by about c/N (arXiv 1911.07023), so compare at equal
+    Biased: at N images the value lies above the value at infinity by about c/N (arXiv 1911.07023), so compare at equal
     N only, or see `frechet_infinity`. Sets smaller than D are allowed.
     """
     return frechet_from_moments(Moments.of(a), Moments.of(b))
@@ -67,7 +67,7 @@ def frechet_from_moments(a: Moments, b: Moments) -> float:
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """A distance at infinitely many generated pictures: the intercept of a line in 1/N, with its standard error of fit."""
+    """A distance at infinitely many generated images: the intercept of a line in 1/N, with its standard error of fit."""
 
     value: float
     fit_error: float
@@ -101,9 +101,9 @@ def frechet_infinity(
 
 
 def frechet_influence(a: Features, b: Features, moments_b: Moments | None = None) -> tuple[float, Array, Array]:
-    """The Frechet distance with what each picture adds to it to first order: (distance, influence_a [N], influence_b [M]).
+    """The Frechet distance with what each image adds to it to first order: (distance, influence_a [N], influence_b [M]).
 
-    Each influence is the derivative of the distance when the picture's weight in its set rises (Hampel 1974), so
+    Each influence is the derivative of the distance when the image's weight in its set rises (Hampel 1974), so
     var(influence_a) / N + var(influence_b) / M is the distance's squared standard error. For the mean the derivative is
     2 (mean_a - mean_b); for the covariance it is I - T with T the optimal transport map from a's Gaussian to b's
     (T A T = B); b's side is the same with the inverse map. `moments_b` saves b's decomposition where it is at hand.

@@ -1,6 +1,6 @@
-"""Scores of single pictures, pairs of pictures and pictures with captions: one number a picture.
+"""Scores of single images, pairs of images and images with captions: one number an image.
 
-Legend: N pictures or pairs, H x W pixels, D features, L logits.
+Legend: N images or pairs, H x W pixels, D features, L logits.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ SSIM_K1, SSIM_K2 = 0.01, 0.03
 
 
 def psnr(a: ArrayLike, b: ArrayLike, *, peak: float = 255.0) -> Array:
-    """Peak signal-to-noise ratio of pictures in pairs, [N, ...] twice, in dB: [N]; infinite for equal pictures."""
+    """Peak signal-to-noise ratio of images in pairs, [N, ...] twice, in dB: [N]; infinite for equal images."""
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.shape != right.shape:
-        raise ValueError(f"pictures in pairs must have one shape, not {left.shape} and {right.shape}")
+        raise ValueError(f"images in pairs must have one shape, not {left.shape} and {right.shape}")
     error = np.square(left - right).reshape(len(left), -1).mean(1)
     with np.errstate(divide="ignore"):
         return 10 * np.log10(peak**2 / error)
 
 
 def ssim(a: Tensor, b: Tensor, *, peak: float = 255.0) -> Array:
-    """Structural similarity of pictures in pairs, [N, C, H, W] twice, in 0..peak: [N], the mean over channels and places.
+    """Structural similarity of images in pairs, [N, C, H, W] twice, in 0..peak: [N], the mean over channels and places.
 
     Wang et al. 2004, section III-B: Gaussian window of 11 pixels and deviation 1.5, K1 = 0.01, K2 = 0.03, places where the
     window fits whole. float64, on the device of `a`.
 
     Raises:
-        ValueError: the shapes differ, or a picture is smaller than the window.
+        ValueError: the shapes differ, or an image is smaller than the window.
     """
     if a.shape != b.shape or a.ndim != 4:
-        raise ValueError(f"pictures in pairs must have one shape [N, C, H, W], not {list(a.shape)} and {list(b.shape)}")
+        raise ValueError(f"images in pairs must have one shape [N, C, H, W], not {list(a.shape)} and {list(b.shape)}")
     if min(a.shape[-2:]) < SSIM_WINDOW:
-        raise ValueError(f"SSIM needs pictures of at least {SSIM_WINDOW} pixels, not {list(a.shape[-2:])}")
+        raise ValueError(f"SSIM needs images of at least {SSIM_WINDOW} pixels, not {list(a.shape[-2:])}")
     left, right = a.double(), b.to(a.device).double()
     mean_a, mean_b = _blur(left), _blur(right)
     var_a, var_b = _blur(left * left) - mean_a**2, _blur(right * right) - mean_b**2
@@ -51,7 +51,7 @@ def ssim(a: Tensor, b: Tensor, *, peak: float = 255.0) -> Array:
 def cosine(a: ArrayLike, b: ArrayLike) -> Array:
     """Cosine of features in pairs, [N, D] twice: [N].
 
-    With CLIP's embeddings of pictures and their captions the CLIP score of arXiv 2404.01367, without factor or clipping.
+    With CLIP's embeddings of images and their captions the CLIP score of arXiv 2404.01367, without factor or clipping.
     """
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     return (left * right).sum(1) / np.sqrt(np.square(left).sum(1) * np.square(right).sum(1))
@@ -67,10 +67,10 @@ def mean_cosine_to_set(features: ArrayLike, others: ArrayLike) -> Array:
 
 
 def inception_score(logits: ArrayLike, weights: ArrayLike | None = None) -> Array:
-    """exp of the mean KL divergence of each picture's classes from all pictures' (arXiv 1606.03498): [R].
+    """exp of the mean KL divergence of each image's classes from all images' (arXiv 1606.03498): [R].
 
-    Logits [N, L]; `weights` [R, N] says how often each of R resamples draws each picture, all once where absent. Biased
-    downwards at few pictures: compare at equal N only.
+    Logits [N, L]; `weights` [R, N] says how often each of R resamples draws each image, all once where absent. Biased
+    downwards at few images: compare at equal N only.
     """
     matrix = np.asarray(logits, dtype=np.float64)
     log_p = matrix - matrix.max(1, keepdims=True)
@@ -84,11 +84,11 @@ def inception_score(logits: ArrayLike, weights: ArrayLike | None = None) -> Arra
     return np.exp(shares @ (p * log_p).sum(1) - cross)
 
 
-def _blur(pictures: Tensor) -> Tensor:
+def _blur(images: Tensor) -> Tensor:
     """[N, C, H, W] by the Gaussian window, where it fits whole."""
-    places = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=pictures.device) - SSIM_WINDOW // 2
+    places = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=images.device) - SSIM_WINDOW // 2
     window = torch.exp(-(places**2) / (2 * SSIM_DEVIATION**2))
     window = window / window.sum()
-    channels = pictures.shape[1]
-    rows = functional.conv2d(pictures, window.reshape(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+    channels = images.shape[1]
+    rows = functional.conv2d(images, window.reshape(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
     return functional.conv2d(rows, window.reshape(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)

@@ -16,7 +16,7 @@ _BLOCK_ROWS = 1024
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel between pictures' features, and the factor that its distance is reported with.
+    """A kernel between images' features, and the factor that its distance is reported with.
 
     `between` maps features [N, D] and [M, D] to [N, M]; `own` maps [N, D] to k(x, x), [N].
     """
@@ -51,7 +51,7 @@ GAUSSIAN = Kernel("gaussian", gaussian_kernel, lambda features: features[:, 0] *
 """The kernel of CMMD: deviation 10, distance times 1000."""
 
 
-def kernel_distance(a: Features, b: Features, kernel: Kernel = POLYNOMIAL) -> float:
+def squared_mmd(a: Features, b: Features, kernel: Kernel = POLYNOMIAL) -> float:
     """Unbiased squared maximum mean discrepancy of features [N, D] and [M, D], times the kernel's factor.
 
     The U-statistic over the full sets (arXiv 1801.01401, eq. 4; no subsets are drawn), so the mean does not depend on N

@@ -1,6 +1,6 @@
-"""What every extractor shares: pictures are checked, run in buckets of one size, in plain float32.
+"""What every extractor shares: images are checked, run in buckets of one size, in plain float32.
 
-Legend: N pictures, B rows of a bucket, H x W pixels, D features of a picture.
+Legend: N images, B rows of a bucket, H x W pixels, D features of an image.
 """
 
 from __future__ import annotations
@@ -11,39 +11,39 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_KINDS = {1: "grey: repeat the channel", 4: "RGBA: put them on the ground they stand on"}
+_CHANNEL_HINTS = {1: "grey: repeat the channel", 4: "RGBA: put them on the ground they stand on"}
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def check_pictures(pictures: Tensor) -> None:
-    """Raise RequestError, which is a ValueError, where `pictures` are not uint8 [N, 3, H, W]."""
-    if pictures.dtype == torch.uint8 and pictures.ndim == 4 and pictures.shape[1] == 3:
+def check_images(images: Tensor) -> None:
+    """Raise ConfigError, which is a ValueError, where `images` are not uint8 [N, 3, H, W]."""
+    if images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3:
         return
     reason = ""
-    if pictures.is_floating_point() and not pictures.isfinite().all():
-        reason = f"; {int((~pictures.isfinite()).flatten(1).any(1).sum())} pictures hold NaN or infinite pixels"
-    elif pictures.ndim == 4 and pictures.shape[1] in _KINDS:
-        reason = f"; these are {_KINDS[pictures.shape[1]]}"
-    raise RequestError(f"pictures must be uint8 [N, 3, H, W], not {pictures.dtype} {list(pictures.shape)}{reason}")
+    if images.is_floating_point() and not images.isfinite().all():
+        reason = f"; {int((~images.isfinite()).flatten(1).any(1).sum())} images hold NaN or infinite pixels"
+    elif images.ndim == 4 and images.shape[1] in _CHANNEL_HINTS:
+        reason = f"; these are {_CHANNEL_HINTS[images.shape[1]]}"
+    raise ConfigError(f"images must be uint8 [N, 3, H, W], not {images.dtype} {list(images.shape)}{reason}")
 
 
 @torch.inference_mode()
-def in_buckets(
-    pictures: Tensor, forward: Callable[[Tensor], Tensor], *, bucket: int, width: int, device: torch.device
+def run_in_batches(
+    images: Tensor, forward: Callable[[Tensor], Tensor], *, bucket: int, width: int, device: torch.device
 ) -> Tensor:
     """Features of uint8 [N, 3, H, W]: float32 [N, width] on `device`.
 
-    `forward` sees uint8 [bucket, 3, H, W] every time, the last bucket filled up with black pictures, and gives
-    [bucket, width]: so a picture's features are the same, bit for bit, wherever it is in the same row of a bucket, whatever
-    else is in `pictures`. `score/blocks.py` keeps each picture in one row.
+    `forward` sees uint8 [bucket, 3, H, W] every time, the last bucket filled up with black images, and gives
+    [bucket, width]: so an image's features are the same, bit for bit, wherever it is in the same row of a bucket, whatever
+    else is in `images`. `score/blocks.py` keeps each image in one row.
     """
-    check_pictures(pictures)
-    features = torch.empty(len(pictures), width, device=device)
-    for start in range(0, len(pictures), bucket):
-        rows = pictures[start : start + bucket].to(device)
+    check_images(images)
+    features = torch.empty(len(images), width, device=device)
+    for start in range(0, len(images), bucket):
+        rows = images[start : start + bucket].to(device)
         count = len(rows)
         rows = functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, bucket - count))
         with exact_fp32(device):
@@ -51,32 +51,32 @@ def in_buckets(
     return features
 
 
-def resize_shorter_side(pictures: Tensor, side: int) -> Tensor:
+def resize_shorter_side(images: Tensor, side: int) -> Tensor:
     """Float [N, 3, H, W] in 0..255 so that the shorter side is `side`: bicubic, antialiased, in whole levels.
 
     Rows, then columns, each rounded and clipped: within one level of Pillow's bicubic on bytes, which CLIP, DINO and DINOv2
     were published with.
     """
-    height, width = pictures.shape[-2:]
+    height, width = images.shape[-2:]
     if min(height, width) == side:
-        return pictures
+        return images
     new_height, new_width = (side * length // min(height, width) for length in (height, width))
     for size in ((height, new_width), (new_height, new_width)):
-        pictures = functional.interpolate(pictures, size, mode="bicubic", antialias=True).round().clamp(0, 255)
-    return pictures
+        images = functional.interpolate(images, size, mode="bicubic", antialias=True).round().clamp(0, 255)
+    return images
 
 
-def centre_crop(pictures: Tensor, side: int) -> Tensor:
+def centre_crop(images: Tensor, side: int) -> Tensor:
     """The middle `side` x `side` of [N, 3, H, W]; the odd pixel goes to the right and below."""
-    top, left = ((length - side) // 2 for length in pictures.shape[-2:])
-    return pictures[..., top : top + side, left : left + side]
+    top, left = ((length - side) // 2 for length in images.shape[-2:])
+    return images[..., top : top + side, left : left + side]
 
 
-def normalise(pictures: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Values 0..255, [N, 3, H, W], to (x / 255 - mean) / std by channel."""
     shape = (1, 3, 1, 1)
-    shift, scale = (torch.tensor(values, device=pictures.device).reshape(shape) for values in (mean, std))
-    return (pictures / 255 - shift) / scale
+    shift, scale = (torch.tensor(values, device=images.device).reshape(shape) for values in (mean, std))
+    return (images / 255 - shift) / scale
 
 
 class exact_fp32:

@@ -1,4 +1,4 @@
-"""The names of the metrics: what a column of the ledger holds, how a figure labels it, and which way is better.
+"""The names of the metrics: what a column of the results database holds, how a figure labels it, and which way is better.
 
 FID and KID are names of Inception features alone; on other features the same distances are called after their features.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
 
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 
 _WORDS = {
     "efficientnet-lite0": ("efficientnet", "EfficientNet-lite0"),
@@ -26,23 +26,23 @@ _WORDS = {
 }
 PREFERENCE = ("pickscore", "hpsv2")
 SUBJECT = {"dino-vit-s-16": "dino", "clip-vit-b-32": "clip_i", "efficientnet-lite0": "subject_efficientnet"}
-"""DreamBooth's likeness to the subject's pictures (arXiv 2208.12242, section 4.2), and a stand-in that needs no download."""
+"""DreamBooth's likeness to the subject's images (arXiv 2208.12242, section 4.2), and a stand-in that needs no download."""
 CLASSIFIER_SCORE = "classifier_score_efficientnet"
 """The formula of the Inception score on another classifier's classes."""
 Better = Literal["lower", "higher"]
 _SAYING: dict[str, tuple[tuple[str, ...], Better, str]] = {
-    "kernel": (("kernel distance",), "lower", "unbiased MMD², lower is better"),
+    "mmd": (("squared MMD",), "lower", "unbiased MMD², lower is better"),
     "frechet": (("Fréchet distance",), "lower", "biased up by about 1/N, lower is better"),
     "frechet_infinity": (("Fréchet distance at infinite N",), "lower", "extrapolated, lower is better"),
-    "precision_recall": (("precision", "recall"), "higher", "share of pictures, higher is better"),
-    "density_coverage": (("density", "coverage"), "higher", "share of pictures, higher is better"),
+    "precision_recall": (("precision", "recall"), "higher", "share of images, higher is better"),
+    "density_coverage": (("density", "coverage"), "higher", "share of images, higher is better"),
     "inception_score": (("Inception score",), "higher", "higher is better"),
     "cmmd": (("CMMD",), "lower", "unbiased MMD² x 1000, lower is better"),
-    "caption": (("CLIP score",), "higher", "cosine, higher is better"),
-    "subject": (("likeness to the subject",), "higher", "cosine, higher is better"),
+    "prompt_similarity": (("CLIP score",), "higher", "cosine, higher is better"),
+    "subject_similarity": (("likeness to the subject",), "higher", "cosine, higher is better"),
 }
 """What the metrics of a distance are called, which way is better, and what their axis says."""
-_OF_INCEPTION = {"kernel distance": "KID", "Fréchet distance": "FID", "Fréchet distance at infinite N": "FID at infinite N"}
+_OF_INCEPTION = {"squared MMD": "KID", "Fréchet distance": "FID", "Fréchet distance at infinite N": "FID at infinite N"}
 
 
 @dataclass(frozen=True)
@@ -56,28 +56,30 @@ class Metric:
 
 
 def metrics_of(distance: str, features: str) -> tuple[str, ...]:
-    """Names of the metrics that a distance (`protocol.distances`) gives on features (`protocol.features`); maybe none."""
+    """Names of the metrics that a distance (`protocol.metrics`) gives on features (`protocol.features`); maybe none."""
     short, _ = _WORDS[features]
     is_inception, is_clip = features == "inception", features.startswith("clip")
     return {
-        "kernel": ("kid" if is_inception else f"kernel_{short}",),
+        "mmd": ("kid" if is_inception else f"mmd_{short}",),
         "frechet": ("fid" if is_inception else f"frechet_{short}",),
         "frechet_infinity": ("fid_infinity" if is_inception else f"frechet_infinity_{short}",),
         "precision_recall": (f"precision_{short}", f"recall_{short}"),
         "density_coverage": (f"density_{short}", f"coverage_{short}"),
         "inception_score": {"inception": ("inception_score",), "efficientnet-lite0": (CLASSIFIER_SCORE,)}.get(features, ()),
         "cmmd": (("cmmd" if features == "clip-vit-l-14-336" else f"cmmd_{short}"),) if is_clip else (),
-        "subject": (SUBJECT[features],) if features in SUBJECT else (),
-        "caption": (short,) if features in PREFERENCE else ((f"clip_score_{short.removeprefix('clip_')}",) if is_clip else ()),
+        "subject_similarity": (SUBJECT[features],) if features in SUBJECT else (),
+        "prompt_similarity": (short,)
+        if features in PREFERENCE
+        else ((f"clip_score_{short.removeprefix('clip_')}",) if is_clip else ()),
     }[distance]
 
 
-def check_distances(distances: Sequence[str], features: Sequence[str]) -> None:
-    """Raise RequestError where a distance has no features that it can be taken on."""
-    for distance in distances:
+def check_distances(metrics: Sequence[str], features: Sequence[str]) -> None:
+    """Raise ConfigError where a distance has no features that it can be taken on."""
+    for distance in metrics:
         if not any(metrics_of(distance, name) for name in features):
             fitting = [name for name in _WORDS if metrics_of(distance, name)]
-            raise RequestError(f"protocol.distances: {distance} needs one of protocol.features: {', '.join(fitting)}")
+            raise ConfigError(f"protocol.metrics: {distance} needs one of protocol.features: {', '.join(fitting)}")
 
 
 def _metrics(distance: str, features: str) -> list[Metric]:
@@ -87,7 +89,7 @@ def _metrics(distance: str, features: str) -> list[Metric]:
         words = tuple(_OF_INCEPTION.get(word, word) for word in words)
     if distance == "inception_score" and features != "inception":
         words = ("classifier score",)
-    if distance == "caption" and features in PREFERENCE:
+    if distance == "prompt_similarity" and features in PREFERENCE:
         words = (on,)
     return [
         Metric(name, word if word == on else f"{word}, {on} features", better, f"{word}, {on} ({note})")
@@ -116,7 +118,7 @@ def _fixed() -> list[Metric]:
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        *_metrics("kernel", "efficientnet-lite0"),
+        *_metrics("mmd", "efficientnet-lite0"),
         *_metrics("frechet", "efficientnet-lite0"),
         *_fixed(),
         *(metric for features in _WORDS for distance in _SAYING for metric in _metrics(distance, features)),
@@ -125,8 +127,8 @@ METRICS: dict[str, Metric] = {
 
 
 def metric_of(name: str) -> Metric:
-    """The metric called `name`; RequestError with the nearest names where there is none."""
+    """The metric called `name`; ConfigError with the nearest names where there is none."""
     if name not in METRICS:
         nearest = get_close_matches(name, METRICS, n=4, cutoff=0) or list(METRICS)[:4]
-        raise RequestError(f"no metric is called {name!r}; the nearest of {len(METRICS)}: {', '.join(nearest)}")
+        raise ConfigError(f"no metric is called {name!r}; the nearest of {len(METRICS)}: {', '.join(nearest)}")
     return METRICS[name]

@@ -1,8 +1,8 @@
 """torch-fidelity's numbers: KID, precision and recall, and the Inception score with its subsets, splits and seeds.
 
-For comparing with what others have published. isocost's own scores use every picture and draw no subsets.
+For comparing with what others have published. isocost's own scores use every image and draw no subsets.
 
-Legend: N, M pictures of the two sets, D features, L logits.
+Legend: N, M images of the two sets, D features, L logits.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from isocost.metrics.image_similarity import inception_score
-from isocost.metrics.mmd import kernel_distance
-from isocost.metrics.precision_recall import reach
+from isocost.metrics.mmd import squared_mmd
+from isocost.metrics.precision_recall import compute_prdc
 
 SEED = 2020
 """torch-fidelity's `rng_seed`."""
@@ -39,13 +39,13 @@ def kid(
     """
     one, other = np.asarray(generated), np.asarray(real)
     if min(len(one), len(other)) < subset_size:
-        raise ValueError(f"subsets of {subset_size} cannot be drawn from {len(one)} and {len(other)} pictures")
+        raise ValueError(f"subsets of {subset_size} cannot be drawn from {len(one)} and {len(other)} images")
     draws = np.random.RandomState(seed)
     values = []
     for _ in range(num_subsets):
         left = one[draws.choice(len(one), subset_size, replace=False)]
         right = other[draws.choice(len(other), subset_size, replace=False)]
-        values.append(kernel_distance(left, right))
+        values.append(squared_mmd(left, right))
     return MeanAndStd(float(np.mean(values)), float(np.std(values)))
 
 
@@ -61,5 +61,5 @@ def inception_score_of_splits(logits: ArrayLike, *, num_splits: int = 10, shuffl
 
 def precision_recall(generated: ArrayLike, real: ArrayLike, *, neighbour: int = 3) -> tuple[float, float]:
     """Precision and recall of features [N, D] against [M, D], as torch-fidelity 0.4 counts them."""
-    found = reach(generated, real, neighbour=neighbour)
+    found = compute_prdc(generated, real, neighbour=neighbour)
     return float(found.precision.mean()), float(found.recall.mean())

@@ -1,6 +1,6 @@
-"""Transformers that look at pictures: CLIP (with its captions), DINO, DINOv2 and the preference models built on CLIP.
+"""Transformers that look at images: CLIP (with its captions), DINO, DINOv2 and the preference models built on CLIP.
 
-Legend: N pictures, H x W pixels, K captions, D features.
+Legend: N images, H x W pixels, K captions, D features.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 from isocost.metrics.download import HUB, find_weights, load_into, read_tensors
 from isocost.metrics.preprocessing import (
     CLIP_MEAN,
@@ -22,17 +22,17 @@ from isocost.metrics.preprocessing import (
     IMAGENET_STD,
     centre_crop,
     exact_fp32,
-    in_buckets,
-    normalise,
+    normalize,
     resize_shorter_side,
+    run_in_batches,
 )
 
-CAPTION_BUCKET = 32
+TEXT_BATCH = 32
 
 
 @dataclass(frozen=True)
-class Tower:
-    """A published tower: where it lies, its file and that file's SHA-256, and how pictures are made ready for it.
+class ViTSpec:
+    """A published tower: where it lies, its file and that file's SHA-256, and how images are made ready for it.
 
     `resize` is the shorter side after a bicubic resize, `side` that of the centre square the network sees. Where no SHA-256
     is written here, the one that the Hub lists is demanded.
@@ -54,8 +54,8 @@ class Tower:
         return f"{HUB}{self.repository}@{self.revision}" if self.revision else f"{HUB}{self.repository}"
 
 
-TOWERS = {
-    "clip-vit-b-32": Tower(
+VIT_EXTRACTORS = {
+    "clip-vit-b-32": ViTSpec(
         "CLIP ViT-B/32",
         "clip",
         "openai/clip-vit-base-patch32",
@@ -66,7 +66,7 @@ TOWERS = {
         224,
         512,
     ),
-    "clip-vit-l-14": Tower(
+    "clip-vit-l-14": ViTSpec(
         "CLIP ViT-L/14",
         "clip",
         "openai/clip-vit-large-patch14",
@@ -77,7 +77,7 @@ TOWERS = {
         224,
         768,
     ),
-    "clip-vit-l-14-336": Tower(
+    "clip-vit-l-14-336": ViTSpec(
         "CLIP ViT-L/14 at 336",
         "clip",
         "openai/clip-vit-large-patch14-336",
@@ -88,7 +88,7 @@ TOWERS = {
         336,
         768,
     ),
-    "dinov2-vit-b-14": Tower(
+    "dinov2-vit-b-14": ViTSpec(
         "DINOv2 ViT-B/14",
         "dinov2",
         "facebook/dinov2-base",
@@ -99,7 +99,7 @@ TOWERS = {
         224,
         768,
     ),
-    "dinov2-vit-l-14": Tower(
+    "dinov2-vit-l-14": ViTSpec(
         "DINOv2 ViT-L/14",
         "dinov2",
         "facebook/dinov2-large",
@@ -110,25 +110,25 @@ TOWERS = {
         224,
         1024,
     ),
-    "dino-vit-s-16": Tower("DINO ViT-S/16", "dino", "facebook/dino-vits16", "", "pytorch_model.bin", None, 256, 224, 384),
-    "pickscore": Tower("PickScore", "clip", "yuvalkirstain/PickScore_v1", "", "model.safetensors", None, 224, 224, 1024),
-    "hpsv2": Tower("HPSv2", "clip", "adams-story/HPSv2-hf", "", "model.safetensors", None, 224, 224, 1024),
+    "dino-vit-s-16": ViTSpec("DINO ViT-S/16", "dino", "facebook/dino-vits16", "", "pytorch_model.bin", None, 256, 224, 384),
+    "pickscore": ViTSpec("PickScore", "clip", "yuvalkirstain/PickScore_v1", "", "model.safetensors", None, 224, 224, 1024),
+    "hpsv2": ViTSpec("HPSv2", "clip", "adams-story/HPSv2-hf", "", "model.safetensors", None, 224, 224, 1024),
 }
 """DINOv2 as in arXiv 2306.04675 (resized to 224 whole); DINO as in DreamBooth (arXiv 2208.12242: 256, then the middle 224)."""
 
 
-class PictureTower:
-    """Features of pictures by a tower: the projected embedding of CLIP, the class token of DINO and DINOv2, not normalised.
+class ViTFeatureExtractor:
+    """Features of images by a tower: the projected embedding of CLIP, the class token of DINO and DINOv2, not normalized.
 
     Raises:
-        RequestError: the weights or the configuration cannot be had, or belong to another network.
+        ConfigError: the weights or the configuration cannot be had, or belong to another network.
     """
 
     BUCKET = 16
 
     def __init__(self, name: str, weights: str | None = None, device: torch.device | str = "cpu") -> None:
         """`weights` is the Hub's or a local folder in the layout of transformers; by default the tower's own repository."""
-        self.tower = TOWERS[name]
+        self.tower = VIT_EXTRACTORS[name]
         self.device = torch.device(device)
         file = find_weights(weights or self.tower.place, known_sha256=self.tower.sha256, title=name, hub_file=self.tower.file)
         self._folder = file.path.parent
@@ -147,31 +147,31 @@ class PictureTower:
             f"/norm={norm}/pool={pooled}/fp32"
         )
 
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """uint8 [N, 3, H, W] to float32 [N, D], in buckets (`in_buckets`)."""
-        return in_buckets(pictures, self._features, bucket=self.BUCKET, width=self.width, device=self.device)
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] to float32 [N, D], in buckets (`run_in_batches`)."""
+        return run_in_batches(images, self._features, bucket=self.BUCKET, width=self.width, device=self.device)
 
     def _features(self, rows: Tensor) -> Tensor:
-        seen = normalise(centre_crop(resize_shorter_side(rows.float(), self.resize), self.side), self._mean, self._std)
+        seen = normalize(centre_crop(resize_shorter_side(rows.float(), self.resize), self.side), self._mean, self._std)
         if self.tower.kind == "clip":
             return self._network.visual_projection(self._network.vision_model(pixel_values=seen).pooler_output)
         return self._network(pixel_values=seen).last_hidden_state[:, 0]
 
 
-class ClipTower(PictureTower):
-    """A tower of CLIP, which reads captions as well."""
+class CLIPFeatureExtractor(ViTFeatureExtractor):
+    """A CLIP model, which also embeds text."""
 
     @torch.inference_mode()
-    def captions(self, captions: Sequence[str]) -> Tensor:
-        """Embeddings of captions, float32 [K, D], not normalised; each is cut at the tower's number of tokens."""
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings of texts, float32 [K, D], not normalized; each is cut at the tower's number of tokens."""
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
         most = self.config.text_config.max_position_embeddings
-        embedded = torch.empty(len(captions), self.width)
-        for start in range(0, len(captions), CAPTION_BUCKET):
-            some = list(captions[start : start + CAPTION_BUCKET])
-            filled = some + [""] * (CAPTION_BUCKET - len(some))
+        embedded = torch.empty(len(texts), self.width)
+        for start in range(0, len(texts), TEXT_BATCH):
+            some = list(texts[start : start + TEXT_BATCH])
+            filled = some + [""] * (TEXT_BATCH - len(some))
             tokens = tokenizer(filled, padding="max_length", truncation=True, max_length=most, return_tensors="pt")
             with exact_fp32(self.device):
                 inputs = {key: tokens[key].to(self.device) for key in ("input_ids", "attention_mask")}
@@ -194,12 +194,12 @@ def _build(config: Any, kind: str) -> nn.Module:
         return network_type(config, **options).eval().requires_grad_(False)
 
 
-def _config(folder: Path, tower: Tower, name: str) -> Any:
+def _config(folder: Path, tower: ViTSpec, name: str) -> Any:
     from transformers import CLIPConfig, Dinov2Config, ViTConfig
 
     file = folder / "config.json"
     if not file.is_file():
-        raise RequestError(f"{name}: {file}: no such file; a tower is a folder with config.json beside its weights")
+        raise ConfigError(f"{name}: {file}: no such file; a tower is a folder with config.json beside its weights")
     config_type = {"clip": CLIPConfig, "dinov2": Dinov2Config, "dino": ViTConfig}[tower.kind]
     return config_type.from_json_file(file)
 
@@ -211,7 +211,7 @@ def _width(config: Any, kind: str) -> int:
 def _side(config: Any, kind: str) -> int:
     """The side that the network sees. DINOv2 was trained at 518 and is asked at 224: its positions are interpolated."""
     if kind == "dinov2":
-        return TOWERS["dinov2-vit-b-14"].side
+        return VIT_EXTRACTORS["dinov2-vit-b-14"].side
     return config.vision_config.image_size if kind == "clip" else config.image_size
 
 

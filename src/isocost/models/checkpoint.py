@@ -3,7 +3,7 @@
 unet/          config.json, diffusion_pytorch_model.safetensors: the EMA weights, as diffusers reads them
                (transformer/ where the network is one)
 scheduler/     scheduler_config.json: noise schedule and prediction type, as diffusers reads them
-isocost.json   size, width, images seen, where codec and text encoder are, and what made them
+isocost.json   size, width, images seen, where autoencoder and text encoder are, and what made them
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from isocost.config.base import Spec
-from isocost.config.model import ModelSpec, TextSpec
-from isocost.config.pretrained import GivenSpec
-from isocost.config.sampling import SamplerSpec
+from isocost.config.model import ModelSpec, TextEncoderSpec
+from isocost.config.pretrained import PretrainedSpec
+from isocost.config.sampling import SolverSpec
 from isocost.config.types import PredictionType, TaskName
-from isocost.errors import RequestError
-from isocost.models.factory import NETWORK_FOLDERS, Network, folder_of, read_network, write_config
-from isocost.models.flops import paper_gflop
+from isocost.errors import ConfigError
+from isocost.models.factory import NETWORK_FOLDERS, Network, component_name, read_network, write_config
+from isocost.models.flops import reference_gflop
 from isocost.models.pretrained.architectures import load_network
-from isocost.models.pretrained.files import is_given
+from isocost.models.pretrained.files import is_pretrained
 from isocost.models.pretrained.lora import split_loras
 from isocost.models.pretrained.pipeline_config import find_base, kind_at, read_pipeline, source_digest
-from isocost.models.pretrained.wrappers import PackedNetwork
+from isocost.models.pretrained.wrappers import ConditionedDenoiser
 from isocost.models.streaming_safetensors import Plan, write_streamed
 from isocost.utils.artifact_store import MANIFEST, read_manifest
 
@@ -44,7 +44,7 @@ PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 class CheckpointInfo(Spec):
     """What `isocost.json` of a checkpoint says.
 
-    `codec` is a path beside the checkpoint, a folder, a Hub id or `scenes`. `parent` is the digest of the checkpoint that a
+    `autoencoder` is a path beside the checkpoint, a folder, a Hub id or `scenes`. `parent` is the digest of the checkpoint that a
     tuned one started from; `scale` that of super-resolution. A student says how it was `distilled` and, where it takes w as an
     input, the range that it learned. `training_gflop` is what the training took where that is not 3 x forward x images.
     `given` is of a published checkpoint: a pipeline folder of diffusers, which stays where it is.
@@ -55,12 +55,12 @@ class CheckpointInfo(Spec):
     num_parameters: int
     images_seen: int
     gflop_per_forward: float
-    normalised_cost: float
-    prediction: PredictionType
-    zero_terminal_snr: bool = False
-    codec: str
-    codec_subfolder: str | None = None
-    text: TextSpec
+    normalized_cost_per_step: float
+    prediction_type: PredictionType
+    rescale_betas_zero_snr: bool = False
+    autoencoder: str
+    autoencoder_subfolder: str | None = None
+    text_encoder: TextEncoderSpec
     resolution: int
     run: str = ""
     task: TaskName = "text2image"
@@ -70,14 +70,14 @@ class CheckpointInfo(Spec):
     distilled: str = ""
     guidance_range: tuple[float, float] | None = None
     training_gflop: float | None = None
-    given: GivenSpec | None = None
+    pretrained: PretrainedSpec | None = None
 
     @property
-    def sampler(self) -> SamplerSpec:
+    def solver(self) -> SolverSpec:
         """What it is sampled with where nothing else is asked for."""
-        if self.given is not None:
-            return self.given.sampler
-        return SamplerSpec(name="lcm") if self.distilled in CONSISTENT else SamplerSpec()
+        if self.pretrained is not None:
+            return self.pretrained.solver
+        return SolverSpec(name="lcm") if self.distilled in CONSISTENT else SolverSpec()
 
     @property
     def num_steps(self) -> int:
@@ -87,11 +87,11 @@ class CheckpointInfo(Spec):
     def check_guidance(self, guidance: float) -> None:
         """
         Raises:
-            RequestError: a student that takes w was not taught this one.
+            ConfigError: a student that takes w was not taught this one.
         """
         if self.guidance_range is not None and not self.guidance_range[0] <= guidance <= self.guidance_range[1]:
             low, high = self.guidance_range
-            raise RequestError(f"guidance = {guidance:g}: this student was taught {low:g} to {high:g}; take one of these")
+            raise ConfigError(f"guidance = {guidance:g}: this student was taught {low:g} to {high:g}; take one of these")
 
     @property
     def label(self) -> str:
@@ -106,27 +106,29 @@ class Checkpoint:
     folder: Path
     digest: str
     info: CheckpointInfo
-    network: Network | PackedNetwork
+    network: Network | ConditionedDenoiser
 
     @property
-    def codec_path(self) -> str:
-        """Where the codec is, with a path beside the checkpoint resolved."""
-        beside = self.folder / self.info.codec
-        return str(beside) if beside.is_dir() else self.info.codec
+    def autoencoder_path(self) -> str:
+        """Where the autoencoder is, with a path beside the checkpoint resolved."""
+        relative = self.folder / self.info.autoencoder
+        return str(relative) if relative.is_dir() else self.info.autoencoder
 
     @property
-    def text(self) -> TextSpec:
+    def text_encoder(self) -> TextEncoderSpec:
         """Its text encoder: one of its own where that was tuned, else the study's."""
-        beside = self.folder / self.info.text.path
-        return self.info.text.model_copy(update={"path": str(beside)}) if beside.is_dir() else self.info.text
+        relative = self.folder / self.info.text_encoder.path
+        return (
+            self.info.text_encoder.model_copy(update={"path": str(relative)}) if relative.is_dir() else self.info.text_encoder
+        )
 
 
-def scheduler_for(prediction: PredictionType, zero_terminal_snr: bool = False) -> SchedulerMixin:
+def scheduler_for(prediction_type: PredictionType, rescale_betas_zero_snr: bool = False) -> SchedulerMixin:
     """Stable Diffusion's noise schedule (scaled linear, 0.00085 to 0.012) as a diffusers scheduler, trailing spacing.
 
     A flow's is diffusers' Euler for flow matching.
     """
-    if prediction == "flow_prediction":
+    if prediction_type == "flow_prediction":
         return FlowMatchEulerDiscreteScheduler()
     return DDIMScheduler(
         beta_start=0.00085,
@@ -135,17 +137,17 @@ def scheduler_for(prediction: PredictionType, zero_terminal_snr: bool = False) -
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-        prediction_type=prediction,
+        prediction_type=prediction_type,
         timestep_spacing="trailing",
-        rescale_betas_zero_snr=zero_terminal_snr,
+        rescale_betas_zero_snr=rescale_betas_zero_snr,
     )
 
 
 def save_networks(
     folder: Path,
     network: Network,
-    prediction: PredictionType,
-    zero_terminal_snr: bool = False,
+    prediction_type: PredictionType,
+    rescale_betas_zero_snr: bool = False,
     weights: Iterable[tuple[str, Tensor]] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
@@ -156,75 +158,75 @@ def save_networks(
     """
     assert len(network.state_dict()) == len(list(network.parameters())), "a network with buffers needs them written too"
     plan: Plan = [(name, dtype, tuple(parameter.shape)) for name, parameter in network.named_parameters()]
-    part = folder / folder_of(network)
+    part = folder / component_name(network)
     write_config(network, part)
     tensors = (tensor.to(dtype) for _, tensor in (weights if weights is not None else network.named_parameters()))
     write_streamed(part / WEIGHTS, plan, tensors, {"format": "pt"})
-    scheduler_for(prediction, zero_terminal_snr).save_pretrained(folder / "scheduler")
+    scheduler_for(prediction_type, rescale_betas_zero_snr).save_pretrained(folder / "scheduler")
 
 
 def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Open a checkpoint folder: one of isocost, or a text-to-image pipeline of diffusers, by its folder or Hub id.
 
     Raises:
-        RequestError: no such folder, not a checkpoint, pickled or truncated weights, a pipeline that is not read here, or one
+        ConfigError: no such folder, not a checkpoint, pickled or truncated weights, a pipeline that is not read here, or one
             that has changed since it was entered into an output folder.
     """
     path = Path(folder)
     info = read_info(path)
-    if info.given is not None:
-        return _open_given(path, info, device)
+    if info.pretrained is not None:
+        return _open_pretrained(path, info, device)
     try:
         network = read_network(network_folder(path))
     except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
-        raise RequestError(f"{path}: the weights cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise ConfigError(f"{path}: the weights cannot be read: {' '.join(str(error).split())[:200]}") from error
     return Checkpoint(path, read_manifest(path)["digest"], info, network.to(device).eval().requires_grad_(False))
 
 
-def _open_given(path: Path, info: CheckpointInfo, device: torch.device | str) -> Checkpoint:
-    assert info.given is not None
-    source, name = find_base(info.given.path), source_digest(info.given.path)
+def _open_pretrained(path: Path, info: CheckpointInfo, device: torch.device | str) -> Checkpoint:
+    assert info.pretrained is not None
+    source, name = find_base(info.pretrained.path), source_digest(info.pretrained.path)
     if (path / MANIFEST).is_file() and read_manifest(path)["digest"] != name:
-        raise RequestError(f"{info.given.path}: has changed since it was scored as {path.name}; run the study again")
-    network = load_network(kind_at(source), source, info.resolution, split_loras(info.given.path)[1])
+        raise ConfigError(f"{info.pretrained.path}: has changed since it was scored as {path.name}; run the study again")
+    network = load_network(kind_at(source), source, info.resolution, split_loras(info.pretrained.path)[1])
     return Checkpoint(source, name, info, network.to(device).eval().requires_grad_(False))
 
 
-def given_info(path: str | Path) -> CheckpointInfo:
-    """What a pipeline folder of diffusers, or a Hub id, is as a checkpoint. Its normalised cost is by the paper's network.
+def pretrained_info(path: str | Path) -> CheckpointInfo:
+    """What a pipeline folder of diffusers, or a Hub id, is as a checkpoint. Its normalized cost is by the paper's network.
 
     Raises:
-        RequestError: the pipeline is not read here, is not whole, or lacks what must be known.
+        ConfigError: the pipeline is not read here, is not whole, or lacks what must be known.
     """
     facts = read_pipeline(path)
-    return CheckpointInfo(**facts, normalised_cost=facts["gflop_per_forward"] / paper_gflop())
+    return CheckpointInfo(**facts, normalized_cost_per_step=facts["gflop_per_forward"] / reference_gflop())
 
 
 def read_info(path: Path) -> CheckpointInfo:
     """What a checkpoint folder says of itself, without its weights.
 
     Raises:
-        RequestError: no such folder, not a checkpoint, or pickled weights.
+        ConfigError: no such folder, not a checkpoint, or pickled weights.
     """
-    if not (path / MANIFEST).is_file() and is_given(split_loras(path)[0]):
-        return given_info(path)
+    if not (path / MANIFEST).is_file() and is_pretrained(split_loras(path)[0]):
+        return pretrained_info(path)
     if path.is_file() and path.suffix in PICKLE_SUFFIXES:
-        raise RequestError(
+        raise ConfigError(
             f"{path}: pickled weights are refused (they can run code when loaded); convert to a safetensors folder"
         )
     if not path.is_dir():
-        raise RequestError(f"{path}: no such checkpoint folder; a run writes them to OUT/artefacts/checkpoint/")
-    if (path / MANIFEST).is_file() and (manifest := read_manifest(path)).get("info", {}).get("given") is not None:
+        raise ConfigError(f"{path}: no such checkpoint folder; a run writes them to OUT/artefacts/checkpoint/")
+    if (path / MANIFEST).is_file() and (manifest := read_manifest(path)).get("info", {}).get("pretrained") is not None:
         return CheckpointInfo.model_validate(manifest["info"])
     part = network_folder(path)
     refuse_pickles(path)
     refuse_pickles(part)
     if not (path / MANIFEST).is_file() or not (part / "config.json").is_file():
         needed = " or ".join(f"{name}/config.json" for name in NETWORK_FOLDERS)
-        raise RequestError(f"{path}: not a checkpoint of isocost (needs {MANIFEST} and {needed})")
+        raise ConfigError(f"{path}: not a checkpoint of isocost (needs {MANIFEST} and {needed})")
     manifest = read_manifest(path)
     if manifest.get("kind") != "checkpoint":
-        raise RequestError(f"{path}: a {manifest.get('kind', 'folder')}, not a checkpoint; see OUT/artefacts/checkpoint/")
+        raise ConfigError(f"{path}: a {manifest.get('kind', 'folder')}, not a checkpoint; see OUT/artefacts/checkpoint/")
     return CheckpointInfo.model_validate(manifest["info"])
 
 
@@ -234,14 +236,14 @@ def network_folder(path: Path) -> Path:
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Raise RequestError where a folder has pickled weights and no safetensors."""
+    """Raise ConfigError where a folder has pickled weights and no safetensors."""
     files = [file for file in folder.glob("*") if file.is_file()]
     pickles = [file for file in files if file.suffix in PICKLE_SUFFIXES]
     if pickles and not any(file.suffix == ".safetensors" for file in files):
-        raise RequestError(f"{pickles[0]}: pickled weights are refused (they can run code when loaded); convert to safetensors")
+        raise ConfigError(f"{pickles[0]}: pickled weights are refused (they can run code when loaded); convert to safetensors")
 
 
-def describe(info: CheckpointInfo) -> dict[str, Any]:
+def summary_columns(info: CheckpointInfo) -> dict[str, Any]:
     """The columns that every point of a checkpoint shares."""
     return {
         "task": info.task,

@@ -7,7 +7,7 @@ is the U-Net's own. `h_c` are the adapter's features of the condition c:
 - `beside` (super-resolution, the paper's own use): c is the latent that stands behind the noisy one.
 - `noisy` (text-to-image): c is the caption's states together with the noisy latent itself, all that the network is given.
 
-Shapes: B rows, C latent channels, L latent side, T tokens, D width of the caption states, G width of the guidance embedding.
+Shapes: B rows, C latent channels, L latent side, T tokens, D width of the prompt embeddings, G width of the guidance embedding.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from isocost.models.unet import plain_config
 ADAPTER_PARTS = ("time_embedding", "conv_in", "down_blocks", "mid_block")
 
 
-class AdaptedUNet(ModelMixin, ConfigMixin):
+class CoDiUNet(ModelMixin, ConfigMixin):
     """What a U-Net sees and says; its decoder reads a mixture of its own encoder's features and the adapter's."""
 
     _supports_gradient_checkpointing = True
 
     @register_to_config
-    def __init__(self, unet_config: dict[str, Any], condition: Literal["noisy", "beside"]) -> None:
+    def __init__(self, unet_config: dict[str, Any], condition: Literal["noisy", "concat_cond"]) -> None:
         """`unet_config` is that of the U-Net itself, which takes C channels."""
         super().__init__()
         self.unet = UNet2DConditionModel.from_config(unet_config)
@@ -41,9 +41,9 @@ class AdaptedUNet(ModelMixin, ConfigMixin):
         self.mu = nn.Parameter(torch.zeros(num_maps))
 
     @staticmethod
-    def of(unet: UNet2DConditionModel, condition: Literal["noisy", "beside"]) -> AdaptedUNet:
+    def of(unet: UNet2DConditionModel, condition: Literal["noisy", "concat_cond"]) -> CoDiUNet:
         """Around a trained U-Net, which is not changed; the adapter begins as its encoder."""
-        adapted = AdaptedUNet(plain_config(unet), condition).to(next(unet.parameters()).device)
+        adapted = CoDiUNet(plain_config(unet), condition).to(next(unet.parameters()).device)
         weights = unet.state_dict()
         adapted.unet.load_state_dict(weights)
         encoder = {name: value for name, value in weights.items() if name.split(".")[0] in ADAPTER_PARTS}
@@ -59,7 +59,7 @@ class AdaptedUNet(ModelMixin, ConfigMixin):
     ) -> UNet2DConditionOutput:
         """[B, C or 2C, L, L], [B], [B, T, D], [B, G] -> raw output [B, C, L, L]."""
         noisy, condition = sample, sample
-        if self.config.condition == "beside":
+        if self.config.condition == "concat_cond":
             noisy, condition = sample.chunk(2, dim=1)
         embedded = self.unet.get_time_embed(sample=noisy, timestep=timestep)
         own_time = self.unet.time_embedding(embedded, timestep_cond)

@@ -18,7 +18,7 @@ WARM_UPS = 3
 Shape = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
-class GraphedNetwork:
+class CudaGraphModule:
     """A network's forward pass without gradients, played back; a set of shapes that is new takes a few passes to record."""
 
     def __init__(self, network: nn.Module) -> None:

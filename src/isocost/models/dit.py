@@ -30,25 +30,25 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
 from isocost.config.model import ModelSpec
-from isocost.errors import RequestError
-from isocost.models.unet import plain_config, widened
+from isocost.errors import ConfigError
+from isocost.models.unet import expand_conv_in, plain_config
 
 PUBLISHED = ((384, 12), (768, 12), (1024, 24), (1152, 28))
 """Width and depth of DiT-S, B, L and XL."""
 SIZES = (64, 96, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1152)
 """Widths that stand for the family where none are asked for."""
-_LEAST_DEPTH = 4
+_MIN_DEPTH = 4
 _MAX_HEAD_WIDTH, _LEAST_HEADS = 64, 4
 _TIME_FEATURES = 256
 
 
 def check_dit_width(width: int) -> None:
-    """Raise RequestError for a width that the rule of heads does not fit."""
+    """Raise ConfigError for a width that the rule of heads does not fit."""
     multiple = 16 if width < 64 else 32
     if width < 16 or width % multiple:
         below = max(16, width - width % multiple)
         rule = "a multiple of 16 below 64, a multiple of 32 from 64 on (heads must divide it)"
-        raise RequestError(f"width {width}: no transformer has it; take {rule}, such as {below} or {below + multiple}")
+        raise ConfigError(f"width {width}: no transformer has it; take {rule}, such as {below} or {below + multiple}")
 
 
 def depth_of(width: int) -> int:
@@ -56,7 +56,7 @@ def depth_of(width: int) -> int:
     widths, depths = zip((0, 0), *PUBLISHED, strict=True)
     if width > widths[-1]:
         return round(width * depths[-1] / widths[-1])
-    return max(_LEAST_DEPTH, round(float(np.interp(width, widths, depths))))
+    return max(_MIN_DEPTH, round(float(np.interp(width, widths, depths))))
 
 
 def head_width(width: int) -> int:
@@ -69,12 +69,12 @@ def patch_of(spec: ModelSpec) -> int:
     """Side of a token's square.
 
     Raises:
-        RequestError: it does not divide the latent's side.
+        ConfigError: it does not divide the latent's side.
     """
-    patch = spec.patch or (2 if spec.latent_side >= 16 else 1)
-    if spec.latent_side % patch:
-        side, fitting = spec.latent_side, math.gcd(spec.latent_side, patch)
-        raise RequestError(f"latent side {side}: patches of {patch} x {patch} do not fill it; family.patch: {fitting} does")
+    patch = spec.patch or (2 if spec.latent_size >= 16 else 1)
+    if spec.latent_size % patch:
+        side, fitting = spec.latent_size, math.gcd(spec.latent_size, patch)
+        raise ConfigError(f"latent side {side}: patches of {patch} x {patch} do not fill it; family.patch: {fitting} does")
     return patch
 
 
@@ -96,12 +96,12 @@ class GuidedTransformer(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
 
     @register_to_config
-    def __init__(self, transformer_config: dict[str, Any], guidance_width: int) -> None:
+    def __init__(self, transformer_config: dict[str, Any], guidance_embed_dim: int) -> None:
         """`transformer_config` is that of the transformer itself."""
         super().__init__()
         self.transformer = PixArtTransformer2DModel.from_config(transformer_config)
         time = self.transformer.adaln_single
-        time.emb = _GuidedTime(time.emb.time_proj, self.transformer.inner_dim, guidance_width)
+        time.emb = _GuidedTime(time.emb.time_proj, self.transformer.inner_dim, guidance_embed_dim)
 
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor | None = None
@@ -118,10 +118,10 @@ class GuidedTransformer(ModelMixin, ConfigMixin):
 class _GuidedTime(nn.Module):
     """PixArt's embedding of the timestep, [B] and [B, G] -> [B, c], in the place where diffusers calls it."""
 
-    def __init__(self, features: nn.Module, width: int, guidance_width: int) -> None:
+    def __init__(self, features: nn.Module, width: int, guidance_embed_dim: int) -> None:
         super().__init__()
         self.time_proj = features
-        self.timestep_embedder = TimestepEmbedding(_TIME_FEATURES, width, cond_proj_dim=guidance_width)
+        self.timestep_embedder = TimestepEmbedding(_TIME_FEATURES, width, cond_proj_dim=guidance_embed_dim)
         nn.init.zeros_(self.timestep_embedder.cond_proj.weight)
 
     def forward(self, timestep: Tensor, guidance: Tensor | None, batch_size: int, hidden_dtype: torch.dtype) -> Tensor:
@@ -132,7 +132,7 @@ def build_dit(spec: ModelSpec, device: str | torch.device = "cpu") -> Transforme
     """The network of a spec; on device "meta" it takes no memory.
 
     Raises:
-        RequestError: the width does not fit the rule, or the latent side the patches.
+        ConfigError: the width does not fit the rule, or the latent side the patches.
     """
     check_dit_width(spec.width)
     assert spec.adapter == "none", "students that need one are refused"
@@ -145,15 +145,15 @@ def build_dit(spec: ModelSpec, device: str | torch.device = "cpu") -> Transforme
             out_channels=spec.latent_channels,
             num_layers=depth_of(spec.width),
             cross_attention_dim=spec.width,
-            sample_size=spec.latent_side,
+            sample_size=spec.latent_size,
             patch_size=patch_of(spec),
             use_additional_conditions=False,
-            caption_channels=spec.context_width,
+            caption_channels=spec.cross_attention_dim,
         )
         _initialise(network)
-        if spec.guidance_width is None:
+        if spec.guidance_embed_dim is None:
             return network
-        return GuidedTransformer(plain_config(network), spec.guidance_width)
+        return GuidedTransformer(plain_config(network), spec.guidance_embed_dim)
 
 
 def _initialise(network: Transformer) -> None:
@@ -176,9 +176,9 @@ def _initialise(network: Transformer) -> None:
     nn.init.zeros_(network.proj_out.weight)
 
 
-def widen_dit_input(network: PixArtTransformer2DModel, num_channels: int) -> PixArtTransformer2DModel:
+def expand_dit_in_channels(network: PixArtTransformer2DModel, num_channels: int) -> PixArtTransformer2DModel:
     """The network with `num_channels` further input channels that it does not look at yet: their weights are zero."""
-    network.pos_embed.proj = widened(network.pos_embed.proj, num_channels)
+    network.pos_embed.proj = expand_conv_in(network.pos_embed.proj, num_channels)
     network.register_to_config(in_channels=network.pos_embed.proj.in_channels)
     return network
 
@@ -199,7 +199,7 @@ def as_in_diffusers(network: Transformer) -> PixArtTransformer2DModel:
 
 
 def take_caption_projection(network: nn.Module) -> nn.Module | None:
-    """The layers that a transformer puts caption states through before its blocks, taken out of it; None of a U-Net."""
+    """The layers that a transformer puts prompt embeddings through before its blocks, taken out of it; None of a U-Net."""
     for module in network.modules():
         if isinstance(module, PixArtTransformer2DModel):
             projection: nn.Module | None = module.caption_projection

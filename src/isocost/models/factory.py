@@ -11,15 +11,22 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from isocost.config.model import FamilySpec, ModelSpec
-from isocost.models.codi_unet import AdaptedUNet
-from isocost.models.dit import GuidedTransformer, Transformer, build_dit, check_dit_width, embed_dit_guidance, widen_dit_input
-from isocost.models.pretrained.wrappers import PackedNetwork
-from isocost.models.unet import build_unet, check_width, embed_guidance, plain_config, widen_input
+from isocost.models.codi_unet import CoDiUNet
+from isocost.models.dit import (
+    GuidedTransformer,
+    Transformer,
+    build_dit,
+    check_dit_width,
+    embed_dit_guidance,
+    expand_dit_in_channels,
+)
+from isocost.models.pretrained.wrappers import ConditionedDenoiser
+from isocost.models.unet import build_unet, check_width, embed_guidance, expand_unet_in_channels, plain_config
 
-Network: TypeAlias = UNet2DConditionModel | AdaptedUNet | Transformer | GuidedTransformer
+Network: TypeAlias = UNet2DConditionModel | CoDiUNet | Transformer | GuidedTransformer
 _CLASSES: dict[str, type[Network]] = {
     "UNet2DConditionModel": UNet2DConditionModel,
-    "AdaptedUNet": AdaptedUNet,
+    "CoDiUNet": CoDiUNet,
     "PixArtTransformer2DModel": Transformer,
     "GuidedTransformer": GuidedTransformer,
 }
@@ -28,7 +35,7 @@ NETWORK_FOLDERS = ("unet", "transformer")
 
 
 def check_widths(family: FamilySpec) -> None:
-    """Raise RequestError for a width that the family's rule does not fit."""
+    """Raise ConfigError for a width that the family's rule does not fit."""
     for width in family.widths:
         (check_width if family.kind == "unet" else check_dit_width)(width)
 
@@ -37,7 +44,7 @@ def build_network(spec: ModelSpec, device: str | torch.device = "cpu") -> Networ
     """Random weights; on device "meta" it takes no memory.
 
     Raises:
-        RequestError: the width or the latent side does not fit the family.
+        ConfigError: the width or the latent side does not fit the family.
     """
     if spec.kind == "dit":
         return build_dit(spec, device)
@@ -45,7 +52,7 @@ def build_network(spec: ModelSpec, device: str | torch.device = "cpu") -> Networ
     if spec.adapter == "none":
         return unet
     with torch.device(device):
-        return AdaptedUNet(plain_config(unet), spec.adapter)
+        return CoDiUNet(plain_config(unet), spec.adapter)
 
 
 def read_network(folder: Path) -> Network:
@@ -67,17 +74,17 @@ def write_config(network: Network, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def folder_of(network: nn.Module) -> str:
+def component_name(network: nn.Module) -> str:
     """Which of `NETWORK_FOLDERS` is the network's."""
     return "transformer" if isinstance(network, Transformer | GuidedTransformer) else "unet"
 
 
-def with_wider_input(network: Network, num_channels: int) -> Network:
+def expand_in_channels(network: Network, num_channels: int) -> Network:
     """The network with `num_channels` further input channels that it does not look at yet: their weights are zero."""
     if isinstance(network, Transformer):
-        return widen_dit_input(network, num_channels)
+        return expand_dit_in_channels(network, num_channels)
     assert isinstance(network, UNet2DConditionModel), "adapted networks and students are not widened"
-    return widen_input(network, num_channels)
+    return expand_unet_in_channels(network, num_channels)
 
 
 def with_guidance(network: Network, width: int) -> Network:
@@ -88,11 +95,11 @@ def with_guidance(network: Network, width: int) -> Network:
     return embed_guidance(network, width)
 
 
-def guidance_width(network: nn.Module) -> int | None:
+def guidance_embed_dim(network: nn.Module) -> int | None:
     """Width of the guidance embedding that a network takes; None where it takes none."""
-    if isinstance(network, PackedNetwork):
-        return network.guidance_width
+    if isinstance(network, ConditionedDenoiser):
+        return network.guidance_embed_dim
     config: Any = network.config
-    if isinstance(network, AdaptedUNet):
+    if isinstance(network, CoDiUNet):
         return config.unet_config["time_cond_proj_dim"]
-    return config.get("guidance_width" if folder_of(network) == "transformer" else "time_cond_proj_dim")
+    return config.get("guidance_embed_dim" if component_name(network) == "transformer" else "time_cond_proj_dim")

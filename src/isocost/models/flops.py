@@ -23,7 +23,7 @@ from isocost.models.unet import size_name, unet_of
 class ModelCost:
     """Size and cost of one network at one latent shape.
 
-    `normalised_cost` is `gflop_per_forward` over that of the family's c = 320 network (866M at context width 1024) at the
+    `normalized_cost_per_step` is `gflop_per_forward` over that of the family's c = 320 network (866M at context width 1024) at the
     same latent shape, token number and context width, as the paper's "norm. cost" is at 64x64x4. Transformers are measured by
     the paper's U-Net as well, so that both families share an axis.
     """
@@ -32,40 +32,40 @@ class ModelCost:
     width: int
     num_parameters: int
     gflop_per_forward: float
-    normalised_cost: float
+    normalized_cost_per_step: float
 
 
 def model_cost(spec: ModelSpec, num_tokens: int = PAPER_NUM_TOKENS) -> ModelCost:
     """Count one network and its reference.
 
     Raises:
-        RequestError: the width or latent side does not fit the family.
+        ConfigError: the width or latent side does not fit the family.
     """
     num_parameters, gflop = _count(spec, num_tokens)
-    reference = _count_reference(
+    reference = _count_reference_gflop(
         ModelSpec(
             width=REFERENCE_WIDTH,
             latent_channels=spec.latent_channels,
-            latent_side=spec.latent_side,
-            context_width=spec.context_width,
+            latent_size=spec.latent_size,
+            cross_attention_dim=spec.cross_attention_dim,
             layers_per_block=spec.layers_per_block,
             num_levels=spec.num_levels,
         ),
         num_tokens,
     )
     is_papers = spec.kind == "unet" and (spec.layers_per_block, spec.num_levels) == (2, 4)
-    name = size_name(spec.width, num_parameters, spec.context_width if is_papers else 0)
+    name = size_name(spec.width, num_parameters, spec.cross_attention_dim if is_papers else 0)
     if spec.kind == "dit":
         name = f"DiT-{num_parameters / 1e3:.0f}K" if num_parameters < 1e6 else f"DiT-{name}"
     return ModelCost(name, spec.width, num_parameters, gflop, gflop / reference)
 
 
-def paper_gflop() -> float:
+def reference_gflop() -> float:
     """GFLOP of one forward of the paper's 866M network at its own shape (64 x 64 x 4, 77 tokens of width 1024).
 
     The unit of checkpoints that are given: they differ in latents and captions, and are measured by one network.
     """
-    return _count_reference(ModelSpec(width=REFERENCE_WIDTH), PAPER_NUM_TOKENS)
+    return _count_reference_gflop(ModelSpec(width=REFERENCE_WIDTH), PAPER_NUM_TOKENS)
 
 
 @lru_cache(maxsize=256)
@@ -76,14 +76,16 @@ def _count(spec: ModelSpec, num_tokens: int) -> tuple[int, float]:
 
 
 @lru_cache(maxsize=64)
-def _count_reference(spec: ModelSpec, num_tokens: int) -> float:
+def _count_reference_gflop(spec: ModelSpec, num_tokens: int) -> float:
     return _gflop(unet_of(spec, "meta").eval(), spec, num_tokens)
 
 
 def _gflop(network: Network, spec: ModelSpec, num_tokens: int) -> float:
-    rows = torch.empty(1, spec.latent_channels + spec.extra_input_channels, spec.latent_side, spec.latent_side, device="meta")
-    states = torch.empty(1, num_tokens, spec.context_width, device="meta")
-    embedded = {} if spec.guidance_width is None else {"timestep_cond": torch.empty(1, spec.guidance_width, device="meta")}
+    rows = torch.empty(1, spec.latent_channels + spec.extra_input_channels, spec.latent_size, spec.latent_size, device="meta")
+    states = torch.empty(1, num_tokens, spec.cross_attention_dim, device="meta")
+    embedded = (
+        {} if spec.guidance_embed_dim is None else {"timestep_cond": torch.empty(1, spec.guidance_embed_dim, device="meta")}
+    )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(rows, torch.zeros(1, device="meta"), states, **embedded)
     return counter.get_total_flops() / 1e9
@@ -94,14 +96,14 @@ def family_table(widths: list[int], spec: ModelSpec, num_tokens: int = PAPER_NUM
 
     Transformers have their depth and heads in place of the paper's figures.
     """
-    as_in_paper = (spec.latent_channels, spec.latent_side, spec.context_width, num_tokens) == PAPER_SHAPE
+    as_in_paper = (spec.latent_channels, spec.latent_size, spec.cross_attention_dim, num_tokens) == PAPER_SHAPE
     rows: list[dict[str, object]] = []
     for width in widths:
         cost = model_cost(spec.model_copy(update={"width": width}), num_tokens)
         counted = {
             "parameters_million": round(cost.num_parameters / 1e6, 3 if cost.num_parameters < 1e7 else 1),
             "gflop_per_forward": round(cost.gflop_per_forward, 4 if cost.gflop_per_forward < 10 else 1),
-            "normalised_cost": round(cost.normalised_cost, 5 if cost.normalised_cost < 0.01 else 3),
+            "normalized_cost_per_step": round(cost.normalized_cost_per_step, 5 if cost.normalized_cost_per_step < 0.01 else 3),
         }
         named = {"size": cost.size, "width": width}
         if spec.kind == "dit":
@@ -112,8 +114,8 @@ def family_table(widths: list[int], spec: ModelSpec, num_tokens: int = PAPER_NUM
             {
                 **named,
                 **counted,
-                "paper_gflop": paper.gflop if paper else None,
-                "paper_normalised_cost": paper.normalised_cost if paper else None,
+                "reference_gflop": paper.gflop if paper else None,
+                "paper_normalized_cost_per_step": paper.normalized_cost_per_step if paper else None,
                 "paper_note": paper.note if paper else "",
             }
         )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PAPER_LATENT_CHANNELS = 4
-PAPER_LATENT_SIDE = 64
-PAPER_CONTEXT_WIDTH = 1024
+PAPER_LATENT_SIZE = 64
+PAPER_CROSS_ATTENTION_DIM = 1024
 PAPER_NUM_TOKENS = 77
-PAPER_SHAPE = (PAPER_LATENT_CHANNELS, PAPER_LATENT_SIDE, PAPER_CONTEXT_WIDTH, PAPER_NUM_TOKENS)
+PAPER_SHAPE = (PAPER_LATENT_CHANNELS, PAPER_LATENT_SIZE, PAPER_CROSS_ATTENTION_DIM, PAPER_NUM_TOKENS)
 REFERENCE_WIDTH = 320
 
 
@@ -19,7 +19,7 @@ class PaperRow:
     size: str
     width: int
     gflop: float
-    normalised_cost: float
+    normalized_cost_per_step: float
     fid: float
     clip: float
     note: str = ""

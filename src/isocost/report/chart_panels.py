@@ -1,4 +1,4 @@
-"""The charts of the page with their switches: every drawing that a choice of cost, sampler, size or quality can ask for.
+"""The charts of the page with their switches: every drawing that a choice of cost, solver, size or quality can ask for.
 
 A part that the table cannot give says in one line what is missing.
 """
@@ -14,15 +14,15 @@ import plotly.graph_objects as go
 
 from isocost.analysis.costs import COSTS
 from isocost.analysis.distillation import teacher_of
-from isocost.analysis.formatting import metric_words
-from isocost.analysis.results_table import finals, sizes_in_order
-from isocost.errors import RequestError
+from isocost.analysis.formatting import format_metric
+from isocost.analysis.results_table import final_points, sizes_in_order
+from isocost.errors import ConfigError
 from isocost.metrics.registry import METRICS
-from isocost.report import plot_data as marks
+from isocost.report import plot_data
 from isocost.report import plot_data_finetune as tuned
 from isocost.report import plotly_backend as charts
 
-RACES = ("guidance_low", "guidance_high", "race_pictures", "race_at_edge")
+RACES = ("guidance_low", "guidance_high", "race_images", "race_at_boundary")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Missing:
+class Unavailable:
     """A part that is not in the report, and why."""
 
     why: str
@@ -63,12 +63,12 @@ Across = Callable[[str], dict[str, Any]]
 """Metric -> what its curves have besides: label of the floor, further levels."""
 
 
-def or_missing(make: Callable[..., Any], *arguments: Any) -> Any:
+def try_make(make: Callable[..., Any], *arguments: Any) -> Any:
     """What `make` gives; where the table cannot answer, its one line, to be shown in the place of the part."""
     try:
         return make(*arguments)
-    except RequestError as error:
-        return Missing(str(error))
+    except ConfigError as error:
+        return Unavailable(str(error))
 
 
 def metrics_in(table: pd.DataFrame) -> list[str]:
@@ -82,109 +82,121 @@ def costs_in(table: pd.DataFrame) -> list[str]:
     return [cost for cost in COSTS if finished[cost].notna().any()]
 
 
-def _cost_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float], across: Across) -> Chart:
+def _cost_chart(table: pd.DataFrame, metric: str, reconstruction_floors: Mapping[str, float], across: Across) -> Chart:
     metrics = _lead_first(table, metric)
-    samplers = sorted(finals(table, metric)["sampler"].unique())
+    solvers = sorted(final_points(table, metric)["solver"].unique())
     costs = costs_in(table)
-    views: list[str | None] = [None, *samplers] if len(samplers) > 1 else [None]
+    views: list[str | None] = [None, *solvers] if len(solvers) > 1 else [None]
     asked = {
-        f"{a}|{b}|{c}": (name, (cost, floors.get(name), sampler))
+        f"{a}|{b}|{c}": (name, (cost, reconstruction_floors.get(name), solver))
         for a, cost in enumerate(costs)
-        for b, sampler in enumerate(views)
+        for b, solver in enumerate(views)
         for c, name in enumerate(metrics)
     }
-    curves = _drawable(marks.cost_curves, table, asked, across)
+    curves = _drawable(plot_data.cost_curves, table, asked, across)
     controls = (
         Control("Cost", tuple(COSTS[cost].label for cost in costs), tuple(costs)),
-        Control("Sampler", tuple(sampler or "best of all" for sampler in views)),
+        Control("Solver", tuple(solver or "best of all" for solver in views)),
         _quality(metrics),
     )
     return _chart("cost", controls, curves)
 
 
-def _compute_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float], across: Across) -> Chart:
+def _compute_chart(table: pd.DataFrame, metric: str, reconstruction_floors: Mapping[str, float], across: Across) -> Chart:
     metrics = _lead_first(table, metric)
-    axes = [axis for axis in marks.COMPUTE_AXES if axis in table.columns]
-    asked = {f"{c}|{a}": (name, (floors.get(name), axis)) for c, name in enumerate(metrics) for a, axis in enumerate(axes)}
-    curves = _drawable(marks.compute_curves, table, asked, across)
-    compute = Control("Compute", tuple(marks.COMPUTE_AXES[axis][0] for axis in axes))
+    axes = [axis for axis in plot_data.COMPUTE_AXES if axis in table.columns]
+    asked = {
+        f"{c}|{a}": (name, (reconstruction_floors.get(name), axis))
+        for c, name in enumerate(metrics)
+        for a, axis in enumerate(axes)
+    }
+    curves = _drawable(plot_data.compute_curves, table, asked, across)
+    compute = Control("Compute", tuple(plot_data.COMPUTE_AXES[axis][0] for axis in axes))
     return _chart("compute", (_quality(metrics), compute), curves)
 
 
-def _sampler_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float], across: Across) -> Chart:
+def _solver_chart(table: pd.DataFrame, metric: str, reconstruction_floors: Mapping[str, float], across: Across) -> Chart:
     metrics = _lead_first(table, metric)
-    views: list[str | None] = [None, *sizes_in_order(finals(table, metric))]
+    views: list[str | None] = [None, *sizes_in_order(final_points(table, metric))]
     asked = {
-        f"{a}|{b}|{c}": (name, (size, axis, floors.get(name)))
+        f"{a}|{b}|{c}": (name, (size, axis, reconstruction_floors.get(name)))
         for a, size in enumerate(views)
-        for b, axis in enumerate(marks.STEP_AXES)
+        for b, axis in enumerate(plot_data.STEP_AXES)
         for c, name in enumerate(metrics)
     }
-    curves = _drawable(marks.sampler_curves, table, asked, across)
+    curves = _drawable(plot_data.solver_curves, table, asked, across)
     controls = (
         Control("Size", tuple(size or "best of all" for size in views)),
-        Control("Across", tuple(words for words, *_ in marks.STEP_AXES.values())),
+        Control("Across", tuple(words for words, *_ in plot_data.STEP_AXES.values())),
         _quality(metrics),
     )
-    return _chart("samplers", controls, curves)
+    return _chart("solvers", controls, curves)
 
 
 def _guidance_chart(table: pd.DataFrame, metric: str, _floors: Mapping[str, float], _across: Across) -> Chart:
     metrics = _lead_first(table, metric)
-    marks.check_guidance(table, metric)
-    samplers = _samplers_with_a_choice(table, metric)
+    plot_data.check_guidance(table, metric)
+    solvers = _solvers_with_a_choice(table, metric)
     drawings = {}
     for c, name in enumerate(metrics):
-        panels = marks.guidance_panels(raced_by(table, metric, name), name)
-        for b, sampler in enumerate(samplers):
-            drawings[f"{b}|{c}"] = [charts.plotly_heat(panel) for panel in panels if panel.sampler == sampler]
-    return Chart("guidance", (Control("Sampler", tuple(samplers)), _quality(metrics)), drawings, {})
+        panels = plot_data.guidance_panels(raced_by(table, metric, name), name)
+        for b, solver in enumerate(solvers):
+            drawings[f"{b}|{c}"] = [charts.plotly_heat(panel) for panel in panels if panel.solver == solver]
+    return Chart("guidance", (Control("Solver", tuple(solvers)), _quality(metrics)), drawings, {})
 
 
 def _found_chart(table: pd.DataFrame, metric: str, _floors: Mapping[str, float], _across: Across) -> Chart:
     metrics = _lead_first(table, metric)
-    marks.check_guidance(table, metric)
-    samplers = _samplers_with_a_choice(table, metric)
+    plot_data.check_guidance(table, metric)
+    solvers = _solvers_with_a_choice(table, metric)
     curves = {
-        f"{b}|{c}": marks.guidance_curves(raced_by(table, metric, name), name, sampler)
-        for b, sampler in enumerate(samplers)
+        f"{b}|{c}": plot_data.guidance_curves(raced_by(table, metric, name), name, solver)
+        for b, solver in enumerate(solvers)
         for c, name in enumerate(metrics)
     }
-    return _chart("found", (Control("Sampler", tuple(samplers)), _quality(metrics)), curves)
+    return _chart("found", (Control("Solver", tuple(solvers)), _quality(metrics)), curves)
 
 
 def tuned_charts(
-    table: pd.DataFrame, metric: str, floors: Mapping[str, float], across: Across, pretrained: tuned.Pretrained | None
-) -> dict[str, Chart | Missing]:
+    table: pd.DataFrame,
+    metric: str,
+    reconstruction_floors: Mapping[str, float],
+    across: Across,
+    pretrained: tuned.Pretrained | None,
+) -> dict[str, Chart | Unavailable]:
     """Charts that only some experiments have, by name: frontiers of students, a task's quality after pretraining's."""
     made = {}
     if any(teacher_of(size)[1] for size in sizes_in_order(table)):
-        made["distilled"] = or_missing(_distilled_chart, table, metric, floors, across)
+        made["distilled"] = try_make(_distilled_chart, table, metric, reconstruction_floors, across)
     if pretrained is not None:
-        made["following"] = or_missing(_following_chart, table, metric, floors, across, pretrained)
+        made["following"] = try_make(_following_chart, table, metric, reconstruction_floors, across, pretrained)
     return made
 
 
-def _distilled_chart(table: pd.DataFrame, metric: str, floors: Mapping[str, float], across: Across) -> Chart:
+def _distilled_chart(table: pd.DataFrame, metric: str, reconstruction_floors: Mapping[str, float], across: Across) -> Chart:
     metrics, costs = _lead_first(table, metric), costs_in(table)
-    asked = {f"{a}|{c}": (name, (cost, floors.get(name))) for a, cost in enumerate(costs) for c, name in enumerate(metrics)}
+    asked = {
+        f"{a}|{c}": (name, (cost, reconstruction_floors.get(name)))
+        for a, cost in enumerate(costs)
+        for c, name in enumerate(metrics)
+    }
     curves = _drawable(tuned.distillation_curves, table, asked, across)
     cost = Control("Cost", tuple(COSTS[cost].label for cost in costs), tuple(costs))
     return _chart("distilled", (cost, _quality(metrics)), curves, "Each mark is")
 
 
 def _following_chart(
-    table: pd.DataFrame, metric: str, floors: Mapping[str, float], across: Across, pretrained: tuned.Pretrained
+    table: pd.DataFrame, metric: str, reconstruction_floors: Mapping[str, float], across: Across, pretrained: tuned.Pretrained
 ) -> Chart:
     metrics = _lead_first(table, metric)
-    asked = {f"{c}": (name, (pretrained, floors.get(name))) for c, name in enumerate(metrics)}
+    asked = {f"{c}": (name, (pretrained, reconstruction_floors.get(name))) for c, name in enumerate(metrics)}
     return _chart("following", (_quality(metrics),), _drawable(tuned.pretraining_curves, table, asked, across), "Each mark is")
 
 
 CHARTS = {
     "cost": _cost_chart,
     "compute": _compute_chart,
-    "samplers": _sampler_chart,
+    "solvers": _solver_chart,
     "guidance": _guidance_chart,
     "found": _found_chart,
 }
@@ -196,31 +208,33 @@ def raced_by(table: pd.DataFrame, lead: str, metric: str) -> pd.DataFrame:
 
 
 def _drawable(
-    make: Callable[..., marks.Curves], table: pd.DataFrame, asked: Mapping[str, tuple[str, tuple[Any, ...]]], across: Across
-) -> dict[str, marks.Curves]:
+    make: Callable[..., plot_data.Curves], table: pd.DataFrame, asked: Mapping[str, tuple[str, tuple[Any, ...]]], across: Across
+) -> dict[str, plot_data.Curves]:
     """The curves of every choice that the table can give, by key; `asked` has each one's metric and further arguments.
 
     Raises:
-        RequestError: it can give none; the words are those of the first.
+        ConfigError: it can give none; the words are those of the first.
     """
-    made = {key: (name, or_missing(make, table, name, *further)) for key, (name, further) in asked.items()}
-    curves = {key: replace(one, **across(name)) for key, (name, one) in made.items() if not isinstance(one, Missing)}
+    made = {key: (name, try_make(make, table, name, *further)) for key, (name, further) in asked.items()}
+    curves = {key: replace(one, **across(name)) for key, (name, one) in made.items() if not isinstance(one, Unavailable)}
     if not curves:
-        raise RequestError(next((one.why for _, one in made.values()), "no finished point carries a cost"))
+        raise ConfigError(next((one.why for _, one in made.values()), "no finished point carries a cost"))
     return curves
 
 
-def _samplers_with_a_choice(table: pd.DataFrame, metric: str) -> list[str]:
-    """All samplers, those first that were tried with the most values of guidance: a student's may have but one."""
-    tried = finals(table, metric).groupby("sampler")["guidance"].nunique()
-    return sorted(tried.index, key=lambda sampler: (-int(tried[sampler] > 1), sampler))
+def _solvers_with_a_choice(table: pd.DataFrame, metric: str) -> list[str]:
+    """All solvers, those first that were tried with the most values of guidance: a student's may have but one."""
+    tried = final_points(table, metric).groupby("solver")["guidance"].nunique()
+    return sorted(tried.index, key=lambda solver: (-int(tried[solver] > 1), solver))
 
 
 def _quality(metrics: Sequence[str]) -> Control:
-    return Control("Quality", tuple(metric_words(name) for name in metrics))
+    return Control("Quality", tuple(format_metric(name) for name in metrics))
 
 
-def _chart(name: str, controls: tuple[Control, ...], curves: Mapping[str, marks.Curves], lead: str = "Sampled with") -> Chart:
+def _chart(
+    name: str, controls: tuple[Control, ...], curves: Mapping[str, plot_data.Curves], lead: str = "Sampled with"
+) -> Chart:
     drawings = {key: [charts.plotly_curves(one)] for key, one in curves.items()}
     return Chart(name, controls, drawings, {key: f"{one.y_label}. {lead} {one.setting}." for key, one in curves.items()})
 

@@ -1,4 +1,4 @@
-"""The paper's findings on a study's points, as rows of the page and as `verdicts.md`."""
+"""The paper's findings on a study's points, as rows of the page and as `claims.md`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from itertools import groupby
 
 import pandas as pd
 
-from isocost.analysis.claims import Points, Tables, Verdict
+from isocost.analysis.claims import ClaimVerdict, Tables, TaskResults
 from isocost.analysis.costs import COSTS
-from isocost.analysis.formatting import metric_words
-from isocost.analysis.results_table import scored, sizes_in_order
+from isocost.analysis.formatting import format_metric
+from isocost.analysis.results_table import sizes_in_order, with_metric
 from isocost.report.markdown import escaped
 
 RULES = """\
@@ -33,11 +33,11 @@ class Row:
     cases: tuple[str, ...]
 
 
-def verdict_rows(verdicts: Sequence[Verdict]) -> list[Row]:
+def verdict_rows(verdicts: Sequence[ClaimVerdict]) -> list[Row]:
     """One row for every finding and verdict; costs under which the verdict is the same share it."""
     rows = []
     for (section, statement), group in groupby(verdicts, lambda one: (one.section, one.statement)):
-        alike: dict[str, list[Verdict]] = {}
+        alike: dict[str, list[ClaimVerdict]] = {}
         for one in group:
             alike.setdefault(one.verdict, []).append(one)
         for verdict, some in alike.items():
@@ -50,8 +50,8 @@ def verdict_rows(verdicts: Sequence[Verdict]) -> list[Row]:
     return rows
 
 
-def markdown_verdicts(study_name: str, verdicts: Sequence[Verdict], tables: Tables) -> str:
-    """`verdicts.md`: every finding with its evidence, the rules, and what the scores rest on, by task."""
+def markdown_verdicts(study_name: str, verdicts: Sequence[ClaimVerdict], tables: Tables) -> str:
+    """`claims.md`: every finding with its evidence, the rules, and what the scores rest on, by task."""
     lines = [f"# What the paper found, and {escaped(study_name)}", ""]
     lines += ["Statements of arXiv 2404.01367, put to this study's points.", "", RULES, ""]
     lines += ["| experiment | finding | at equal | verdict | evidence |", "|--:|---|---|---|---|"]
@@ -64,21 +64,25 @@ def markdown_verdicts(study_name: str, verdicts: Sequence[Verdict], tables: Tabl
     return "\n".join(lines) + "\n"
 
 
-def basis(points: Points) -> str:
-    """Pictures a point, sizes, metric, protocol, seed, and how guidance was chosen, of the points that carry the metric."""
-    rows = scored(points.table, points.metric)
+def basis(points: TaskResults) -> str:
+    """Images a point, sizes, metric, protocol, seed, and how guidance was chosen, of the points that carry the metric."""
+    rows = with_metric(points.table, points.metric)
     first, sizes = rows.iloc[0], ", ".join(sizes_in_order(rows))
-    told = [f"{len(rows):,} points of {sizes}", f"{first['num_pictures']:,} pictures a point"]
-    told.append(f"by {metric_words(points.metric)}, protocol {first['protocol']}, seed {first['seed']}")
+    told = [f"{len(rows):,} points of {sizes}", f"{first['num_images']:,} images a point"]
+    told.append(f"by {format_metric(points.metric)}, protocol {first['protocol']}, seed {first['seed']}")
     told.append(f"guidance {_choice(rows)}")
-    told.append("one training seed a size: its luck is not in the intervals" if points.luck is None else str(points.luck))
+    told.append(
+        "one training seed a size: its luck is not in the intervals"
+        if points.seed_variance is None
+        else str(points.seed_variance)
+    )
     return "; ".join(told)
 
 
 def _choice(rows: pd.DataFrame) -> str:
     raced = rows["guidance_low"].notna() if "guidance_low" in rows.columns else pd.Series(False, index=rows.index)
     if raced.any():
-        return "raced for with few pictures, the winner scored again with fresh seeds"
+        return "raced for with few images, the winner scored again with fresh seeds"
     if rows["guidance"].nunique() == 1:
         return f"{rows['guidance'].iloc[0]:g} throughout"
     return "the best of a grid by the same scores, which flatters the best"

@@ -3,7 +3,7 @@
 The answer comes first, then what it rests on. A part that the table cannot give says in one line what is missing.
 Captions and names come from people's data: the template escapes them, and the page's own policy forbids any network request.
 
-Shape letters: K prompts, H, W height and width in pixels; pictures are uint8 [K, H, W, 3].
+Shape letters: K prompts, H, W height and width in pixels; images are uint8 [K, H, W, 3].
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from isocost.analysis.claims import Verdict
+from isocost.analysis.claims import ClaimVerdict
 from isocost.analysis.costs import COSTS
-from isocost.analysis.formatting import format_number, metric_words
+from isocost.analysis.formatting import format_metric, format_number
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets, default_budgets, metric_of
 from isocost.analysis.recommend import answer
-from isocost.analysis.results_table import scored
+from isocost.analysis.results_table import with_metric
 from isocost.models.paper_table import TABLE_1
-from isocost.report import plot_data as marks
+from isocost.report import plot_data
 from isocost.report.budget_slider import explorer
-from isocost.report.chart_panels import CHARTS, Chart, Missing, metrics_in, or_missing, tuned_charts
+from isocost.report.chart_panels import CHARTS, Chart, Unavailable, metrics_in, try_make, tuned_charts
 from isocost.report.claims_table import verdict_rows
 from isocost.report.figures import every_figure, save_figures
-from isocost.report.image_embedding import Album, album
+from isocost.report.image_embedding import EmbeddedImages, album
 from isocost.report.image_grids import ContactSheet, contact_cells, kept_of
-from isocost.report.markdown import moral
+from isocost.report.markdown import headline
 from isocost.report.matplotlib_backend import FORMATS
 from isocost.report.plot_data_finetune import DISTILLED, FOLLOWS, Pretrained
 from isocost.report.results_table import headline_facts, point_columns, size_rows
@@ -45,7 +45,7 @@ STUDY_YAML = "study_yaml"
 FIGURES = "figures"
 """Folder beside the page."""
 STRIP = "strip"
-"""In front of the titles of strips, among the keys of pictures, which are points otherwise."""
+"""In front of the titles of strips, among the keys of images, which are points otherwise."""
 
 
 def write_report(
@@ -54,18 +54,18 @@ def write_report(
     table: pd.DataFrame,
     metric: str,
     provenance: Mapping[str, Any],
-    floors: Mapping[str, float],
+    reconstruction_floors: Mapping[str, float],
     samples: Mapping[str, np.ndarray],
-    captions: Sequence[str],
+    prompts: Sequence[str],
     budgets: Sequence[float] = (),
     strips: Mapping[str, np.ndarray] | None = None,
     others: Mapping[str, str] | None = None,
     findings: Mapping[str, Any] | None = None,
-    floor_label: str = marks.FLOOR_LABEL,
+    floor_label: str = plot_data.FLOOR_LABEL,
     levels: Mapping[str, Mapping[str, float]] | None = None,
     absent: Sequence[str] = (),
     pretrained: Pretrained | None = None,
-    verdicts: Sequence[Verdict] = (),
+    verdicts: Sequence[ClaimVerdict] = (),
 ) -> Path:
     """Write `index.html` and `figures/` (`isocost.report.figures`, PNG and PDF) into `folder`; returns the path of the page.
 
@@ -76,10 +76,10 @@ def write_report(
         metric: what the answer is decided by, and what guidance was raced by.
         provenance: facts by name; a mapping as a value becomes a nested list, the text under `study_yaml` is shown as code.
         floors: metric -> value of what `floor_label` names: the best that can be hoped for.
-        samples: point -> pictures uint8 [K, H, W, 3] of the same K prompts and seeds.
+        samples: point -> images uint8 [K, H, W, 3] of the same K prompts and seeds.
         captions: the K prompts.
-        budgets: budgets of paper cost for the answer; spread over the data where empty.
-        strips: title -> pictures uint8 [K, H, W, 3] to be laid side by side (super-resolution: given, enlarged, made, true).
+        budgets: budgets of normalized cost for the answer; spread over the data where empty.
+        strips: title -> images uint8 [K, H, W, 3] to be laid side by side (super-resolution: given, enlarged, made, true).
         others: title -> address of the study's other pages.
         findings: what was compared in pairs: texts, or mappings of them, by title.
         levels: further values that no model made: title -> metric -> value.
@@ -88,39 +88,42 @@ def write_report(
         verdicts: the paper's findings, put to these points and those of the other tasks.
 
     Raises:
-        RequestError: the points cannot be compared (they differ in protocol, number of pictures or seed).
+        ConfigError: the points cannot be compared (they differ in protocol, number of images or seed).
     """
     for name in metrics_in(table):
-        scored(table, name)
+        with_metric(table, name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    floor = floors.get(metric)
+    floor = reconstruction_floors.get(metric)
 
     def across(name: str) -> dict[str, Any]:
         told = tuple((title, scores[name]) for title, scores in (levels or {}).items() if name in scores)
         return {"floor_label": floor_label, "levels": told}
 
-    budgets = list(budgets) or or_missing(lambda: default_budgets(table, "paper_cost"))
-    choices = budgets if isinstance(budgets, Missing) else or_missing(best_at_budgets, table, "paper_cost", metric, budgets)
-    pictured = [] if isinstance(budgets, Missing) else budgets
-    drawn = every_figure(table, metric, floor, samples, captions, pictured, strips or {}, pretrained, **across(metric))
-    tuned = tuned_charts(table, metric, floors, across, pretrained)
-    sheets = or_missing(_sheets, table, metric, samples, captions, pictured)
-    explore = or_missing(explorer, table, metric, set(samples))
-    pictures = _album(choices, explore, sheets, samples, captions, strips or {})
+    budgets = list(budgets) or try_make(lambda: default_budgets(table, "normalized_cost"))
+    choices = (
+        budgets if isinstance(budgets, Unavailable) else try_make(best_at_budgets, table, "normalized_cost", metric, budgets)
+    )
+    sample_labels = [] if isinstance(budgets, Unavailable) else budgets
+    drawn = every_figure(table, metric, floor, samples, prompts, sample_labels, strips or {}, pretrained, **across(metric))
+    tuned = tuned_charts(table, metric, reconstruction_floors, across, pretrained)
+    sheets = try_make(_sheets, table, metric, samples, prompts, sample_labels)
+    explore = try_make(explorer, table, metric, set(samples))
+    images = _album(choices, explore, sheets, samples, prompts, strips or {})
     page = (
         _environment()
         .get_template("page.html")
         .render(
             study=study_name,
             metric=metric_of(metric),
-            metric_words=metric_words(metric),
+            format_metric=format_metric(metric),
             facts=headline_facts(table, metric),
             choices=choices,
-            answers=choices if isinstance(choices, Missing) else [answer(choice) for choice in choices],
-            moral=None if isinstance(choices, Missing) else moral(choices),
+            answers=choices if isinstance(choices, Unavailable) else [answer(choice) for choice in choices],
+            headline=None if isinstance(choices, Unavailable) else headline(choices),
             explore=explore,
-            charts={chart: or_missing(make, table, metric, floors, across) for chart, make in CHARTS.items()} | tuned,
+            charts={chart: try_make(make, table, metric, reconstruction_floors, across) for chart, make in CHARTS.items()}
+            | tuned,
             tuned={name: FOLLOWS[pretrained.task][0] if name == "following" and pretrained else DISTILLED for name in tuned},
             paper=TABLE_1,
             raced="guidance_low" in table.columns and bool(table["guidance_low"].notna().any()),
@@ -128,14 +131,14 @@ def write_report(
             floor=None if floor is None else format_number(floor),
             floor_label=floor_label,
             sheets=sheets,
-            pictures=pictures,
-            captions=list(captions),
+            images=images,
+            prompts=list(prompts),
             strips={title: f"{STRIP}/{title}" for title in strips or {}},
             others=others or {},
             absent=list(absent),
             findings=findings or {},
             verdicts=verdict_rows(verdicts),
-            data_json=_data_json(explore, pictures, captions),
+            data_json=_data_json(explore, images, prompts),
             drawing_json=_drawing_json,
             points_json=_script_json(point_columns(table, metric)),
             sizes=size_rows(table),
@@ -146,7 +149,7 @@ def write_report(
             page_css=_asset("page.css"),
             page_js=_asset("page.js"),
             plotly_js=Markup(get_plotlyjs()),
-            is_missing=lambda part: isinstance(part, Missing),
+            is_missing=lambda part: isinstance(part, Unavailable),
         )
     )
     path = folder / "index.html"
@@ -154,35 +157,35 @@ def write_report(
     return path
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 def _sheets(
-    table: pd.DataFrame, metric: str, samples: Mapping[str, np.ndarray], captions: Sequence[str], budgets: Sequence[float]
+    table: pd.DataFrame, metric: str, samples: Mapping[str, np.ndarray], prompts: Sequence[str], budgets: Sequence[float]
 ) -> list[ContactSheet]:
     """The contact sheets over steps and, where there are budgets, over those."""
-    by_steps = contact_cells(table, metric, samples, captions)
-    return [by_steps, *([contact_cells(table, metric, samples, captions, "paper_cost", budgets)] if budgets else [])]
+    by_steps = contact_cells(table, metric, samples, prompts)
+    return [by_steps, *([contact_cells(table, metric, samples, prompts, "normalized_cost", budgets)] if budgets else [])]
 
 
 def _album(
-    choices: list[BudgetChoice] | Missing,
-    explore: Mapping[str, Any] | Missing,
-    sheets: list[ContactSheet] | Missing,
+    choices: list[BudgetChoice] | Unavailable,
+    explore: Mapping[str, Any] | Unavailable,
+    sheets: list[ContactSheet] | Unavailable,
     samples: Mapping[str, np.ndarray],
-    captions: Sequence[str],
+    prompts: Sequence[str],
     strips: Mapping[str, np.ndarray],
-) -> Album:
-    """Every picture that the page shows somewhere, by point, and the strips by their titles."""
+) -> EmbeddedImages:
+    """Every image that the page shows somewhere, by point, and the strips by their titles."""
     wanted: dict[str, None] = {}
-    if not isinstance(choices, Missing):
+    if not isinstance(choices, Unavailable):
         wanted |= dict.fromkeys(choice.best.point for choice in choices if choice.best is not None)
-    if not isinstance(explore, Missing):
-        wanted |= dict.fromkeys(point for point, one in explore["configurations"].items() if one["pictured"])
-    if not isinstance(sheets, Missing):
+    if not isinstance(explore, Unavailable):
+        wanted |= dict.fromkeys(point for point, one in explore["configurations"].items() if one["has_images"])
+    if not isinstance(sheets, Unavailable):
         wanted |= dict.fromkeys(cell.point for sheet in sheets for row in sheet.cells for cell in row if cell is not None)
-    kept = {point: kept_of(point, samples, captions) for point in wanted if point in samples}
-    return album(kept | {f"{STRIP}/{title}": pictures for title, pictures in strips.items()})
+    kept = {point: kept_of(point, samples, prompts) for point in wanted if point in samples}
+    return album(kept | {f"{STRIP}/{title}": images for title, images in strips.items()})
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -203,12 +206,12 @@ def _asset(name: str) -> Markup:
     return Markup(resources.files("isocost.report").joinpath("templates", name).read_text(encoding="utf-8"))
 
 
-def _data_json(explore: Mapping[str, Any] | Missing, pictures: Album, captions: Sequence[str]) -> Markup:
-    told = None if isinstance(explore, Missing) else explore
-    return _script_json({"explore": told, "pictures": pictures.addresses, "captions": list(captions)})
+def _data_json(explore: Mapping[str, Any] | Unavailable, images: EmbeddedImages, prompts: Sequence[str]) -> Markup:
+    told = None if isinstance(explore, Unavailable) else explore
+    return _script_json({"explore": told, "images": images.addresses, "prompts": list(prompts)})
 
 
-def _drawing_json(charts: Mapping[str, Chart | Missing]) -> Markup:
+def _drawing_json(charts: Mapping[str, Chart | Unavailable]) -> Markup:
     plain = {
         name: {
             "drawings": {key: [json.loads(one.to_json()) for one in shown] for key, shown in chart.drawings.items()},

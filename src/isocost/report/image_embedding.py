@@ -1,6 +1,6 @@
-"""The pictures of the page: each embedded once, however often it is shown, and small enough for the page to be sent by mail.
+"""The images of the page: each embedded once, however often it is shown, and small enough for the page to be sent by mail.
 
-Shape letters: K prompts, H, W height and width in pixels; pictures are uint8 [K, H, W, 3].
+Shape letters: K prompts, H, W height and width in pixels; images are uint8 [K, H, W, 3].
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-MOST_BYTES = 6_000_000
-"""Of all pictures together, as base64."""
+MAX_BYTES = 6_000_000
+"""Of all images together, as base64."""
 SHOWN_SIDE = 72
-"""About how many pixels wide a picture is shown in a sheet."""
+"""About how many pixels wide an image is shown in a sheet."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How pictures are made small: the longest side in pixels, and WebP's quality; None is lossless."""
+    """How images are made small: the longest side in pixels, and WebP's quality; None is lossless."""
 
     longest_side: int
     quality: int | None
@@ -38,39 +38,39 @@ ENCODINGS = (Encoding(128, None), Encoding(128, 90), Encoding(96, 85), Encoding(
 
 
 @dataclass(frozen=True)
-class Album:
-    """Pictures by key as data addresses, how they were made small, and the width in pixels at which a sheet shows them."""
+class EmbeddedImages:
+    """Images by key as data addresses, how they were made small, and the width in pixels at which a sheet shows them."""
 
     addresses: Mapping[str, tuple[str, ...]]
     encoding: Encoding
     shown_side: int
 
 
-def album(pictures: Mapping[str, np.ndarray], most_bytes: int = MOST_BYTES) -> Album:
-    """Encode pictures uint8 [K, H, W, 3] by key, by the first of `ENCODINGS` under which they fit; the last fits or not."""
+def album(images: Mapping[str, np.ndarray], most_bytes: int = MAX_BYTES) -> EmbeddedImages:
+    """Encode images uint8 [K, H, W, 3] by key, by the first of `ENCODINGS` under which they fit; the last fits or not."""
     for encoding in ENCODINGS:
         addresses: dict[str, tuple[str, ...]] = {}
         room = most_bytes
-        for key, some in pictures.items():
-            addresses[key] = tuple(_address(picture, encoding) for picture in some)
+        for key, some in images.items():
+            addresses[key] = tuple(_address(image, encoding) for image in some)
             room -= sum(len(address) for address in addresses[key])
             if room < 0 and encoding != ENCODINGS[-1]:
                 break
         else:
             break
-    widths = [some.shape[2] for some in pictures.values()]
+    widths = [some.shape[2] for some in images.values()]
     width = min(max(widths, default=SHOWN_SIDE), encoding.longest_side)
-    return Album(addresses, encoding, width * max(1, round(SHOWN_SIDE / width)) if width < SHOWN_SIDE else SHOWN_SIDE)
+    return EmbeddedImages(addresses, encoding, width * max(1, round(SHOWN_SIDE / width)) if width < SHOWN_SIDE else SHOWN_SIDE)
 
 
-def _address(picture: np.ndarray, encoding: Encoding) -> str:
-    """A picture uint8 [H, W, 3] as a data address."""
-    image = Image.fromarray(picture)
-    if max(image.size) > encoding.longest_side:
-        image.thumbnail((encoding.longest_side, encoding.longest_side), Image.Resampling.LANCZOS)
+def _address(image: np.ndarray, encoding: Encoding) -> str:
+    """An image uint8 [H, W, 3] as a data address."""
+    encoded = Image.fromarray(image)
+    if max(encoded.size) > encoding.longest_side:
+        encoded.thumbnail((encoding.longest_side, encoding.longest_side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     if encoding.quality is None:
-        image.save(buffer, "WEBP", lossless=True, method=4)
+        encoded.save(buffer, "WEBP", lossless=True, method=4)
     else:
-        image.save(buffer, "WEBP", quality=encoding.quality, method=4)
+        encoded.save(buffer, "WEBP", quality=encoding.quality, method=4)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

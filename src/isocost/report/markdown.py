@@ -1,6 +1,6 @@
 """The answer as Markdown for a pull request or a chat: short enough to paste, whole enough to stand alone.
 
-Names of sizes, samplers and studies come from people's files: `escaped` keeps them text in Markdown, HTML and tables.
+Names of sizes, solvers and studies come from people's files: `escaped` keeps them text in Markdown, HTML and tables.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import numpy as np
 import pandas as pd
 
 from isocost.analysis.costs import COSTS, cost_of
-from isocost.analysis.formatting import configuration_words, format_number, format_score, metric_words
+from isocost.analysis.formatting import format_configuration, format_metric, format_number, format_score
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets, default_budgets, metric_of, pareto
 from isocost.analysis.recommend import answer, sample_command
-from isocost.analysis.results_table import finals, scored, sizes_in_order
-from isocost.errors import RequestError
+from isocost.analysis.results_table import final_points, sizes_in_order, with_metric
+from isocost.errors import ConfigError
 
-BUDGET_COST = "paper_cost"
-MOST_ROWS = 8
+BUDGET_COST = "normalized_cost"
+MAX_ROWS = 8
 """Of the frontier."""
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 SPACE = "&#8203;"
@@ -41,27 +41,27 @@ def markdown_summary(
         table: points, as in `isocost.analysis.frontier`.
         metric: what decides.
         study_name: the heading.
-        budgets: budgets of paper cost; spread over the data where empty.
+        budgets: budgets of normalized cost; spread over the data where empty.
         floor: value of `metric` of what `floor_label` names: the best that can be hoped for.
         absent: titles of experiments that were not done.
 
     Raises:
-        RequestError: the points cannot be compared (they differ in protocol, number of pictures or seed).
+        ConfigError: the points cannot be compared (they differ in protocol, number of images or seed).
     """
-    rows = scored(table, metric)
+    rows = with_metric(table, metric)
     try:
         asked = list(budgets) or default_budgets(table, BUDGET_COST)
         choices = best_at_budgets(table, BUDGET_COST, metric, asked)
-    except RequestError as error:
+    except ConfigError as error:
         choices, told = [], [f"**{escaped(study_name)}**: No answer yet: {escaped(str(error))}."]
     else:
-        told = [f"**{escaped(study_name)}**: {escaped(moral(choices))}", "", *_answers(choices, metric)]
+        told = [f"**{escaped(study_name)}**: {escaped(headline(choices))}", "", *_answers(choices, metric)]
         told += ["", *_frontier(table, metric)]
     first = rows.iloc[0]
-    by = f"By {escaped(metric_words(metric))} ({metric_of(metric).better} is better) with 95 % intervals"
+    by = f"By {escaped(format_metric(metric))} ({metric_of(metric).better} is better) with 95 % intervals"
     known = "" if floor is None else f"; {escaped(floor_label)}: {format_number(floor)}"
     extent = f"{_count(len(rows), 'point')} of {_count(len(sizes_in_order(rows)), 'size')}"
-    extent += f", {first['num_pictures']:,} pictures a point"
+    extent += f", {first['num_images']:,} images a point"
     protocol = f"protocol {escaped(str(first['protocol']))}, seed {first['seed']}"
     told += ["", f"{by}{known}. {extent}; {protocol}.", *_beware(choices)]
     undone = _not_done(table, metric, absent)
@@ -70,11 +70,11 @@ def markdown_summary(
     again = "Again: `isocost report OUT/study.yaml --out OUT`"
     if best is not None:
         task = rows["task"].iloc[0] if "task" in rows.columns and isinstance(rows["task"].iloc[0], str) else "text2image"
-        again += f"; pictures of the last answer: {_code(sample_command(best, 'OUT', task))}"
+        again += f"; images of the last answer: {_code(sample_command(best, 'OUT', task))}"
     return "\n".join([*told, "", again]) + "\n"
 
 
-def moral(choices: Sequence[BudgetChoice]) -> str:
+def headline(choices: Sequence[BudgetChoice]) -> str:
     """What the budgets say together: whether the best size moves, and how many of the choices are decided."""
     told = [(choice, choice.best) for choice in choices if choice.best is not None]
     if not told:
@@ -103,7 +103,7 @@ def escaped(text: str) -> str:
 
 
 def _answers(choices: Sequence[BudgetChoice], metric: str) -> list[str]:
-    lines = [_row("at most", "best", metric_words(metric), "best of another size", ""), "|--:|---|---|---|---|"]
+    lines = [_row("at most", "best", format_metric(metric), "best of another size", ""), "|--:|---|---|---|---|"]
     for choice in choices:
         best, other = choice.best, choice.runner_up
         cells = [format_number(choice.budget), *(("nothing fits", "") if best is None else (escaped(str(best)), best.score))]
@@ -115,14 +115,14 @@ def _answers(choices: Sequence[BudgetChoice], metric: str) -> list[str]:
 def _frontier(table: pd.DataFrame, metric: str) -> list[str]:
     """The points that nothing cheaper matches, the two ends and some between them where they are many."""
     every = pareto(table, BUDGET_COST, metric)
-    places = sorted({round(place) for place in np.linspace(0, len(every) - 1, min(len(every), MOST_ROWS)).tolist()})
+    places = sorted({round(place) for place in np.linspace(0, len(every) - 1, min(len(every), MAX_ROWS)).tolist()})
     rows = every.iloc[places]
     costs = [name for name in COSTS if rows[name].notna().any()]
     count = f"{len(rows)} of {len(every)} points" if len(rows) < len(every) else _count(len(every), "point")
-    titles = [*(COSTS[name].label for name in costs), "configuration", metric_words(metric)]
+    titles = [*(COSTS[name].label for name in costs), "configuration", format_metric(metric)]
     lines = [f"Frontier, {count}:", "", _row(*titles), "|" + "--:|" * len(costs) + "---|---|"]
     for row in rows.to_dict("records"):
-        words = escaped(configuration_words(row["size"], row["num_steps"], row["guidance"], row["sampler"]))
+        words = escaped(format_configuration(row["size"], row["num_steps"], row["guidance"], row["solver"]))
         numbers = ["" if pd.isna(row[name]) else format_number(row[name]) for name in costs]
         lines.append(_row(*numbers, words, format_score(*(float(row[f"{metric}{end}"]) for end in ("", "_low", "_high")))))
     return lines
@@ -135,15 +135,15 @@ def _beware(choices: Sequence[BudgetChoice]) -> list[str]:
 
 def _not_done(table: pd.DataFrame, metric: str, absent: Sequence[str]) -> list[str]:
     """What a reader might take for done."""
-    rows = scored(table, metric)
+    rows = with_metric(table, metric)
     finished = rows[rows["is_final"].astype(bool)]
     undone = [escaped(title) for title in absent]
     if waiting := [size for size in sizes_in_order(table) if size not in set(finished["size"])]:
         undone.append(f"last checkpoints of {', '.join(escaped(size) for size in waiting)} are not scored")
     if not finished.empty:
         undone += [f"{cost.label} not measured" for cost in COSTS.values() if finished[cost.name].isna().all()]
-        competing = finals(table, metric)
-        for column, words in (("sampler", "one sampler"), ("guidance", "one guidance"), ("num_steps", "one number of steps")):
+        competing = final_points(table, metric)
+        for column, words in (("solver", "one solver"), ("guidance", "one guidance"), ("num_steps", "one number of steps")):
             if competing[column].nunique() == 1:
                 undone.append(f"{words} tried ({escaped(str(competing[column].iloc[0]))})")
         if competing[[f"{metric}_low", f"{metric}_high"]].isna().any(axis=None):

@@ -1,6 +1,6 @@
 """Matplotlib draws what `marks.py`, `tuned.py` and `sheets.py` gather, and a figure is saved for paper and for screen.
 
-Shape letters: K prompts, H, W height and width in pixels; pictures are uint8 [K, H, W, 3].
+Shape letters: K prompts, H, W height and width in pixels; images are uint8 [K, H, W, 3].
 """
 
 from __future__ import annotations
@@ -59,21 +59,21 @@ def save(figure: Figure, folder: Path, name: str) -> None:
 
 
 def draw_panels(panels: Sequence[HeatPanel], sizes: Sequence[str]) -> Figure:
-    """Heat maps of steps and guidance: one row a sampler, one panel a size, in the order of `sizes`."""
-    samplers = sorted({panel.sampler for panel in panels})
+    """Heat maps of steps and guidance: one row a solver, one panel a size, in the order of `sizes`."""
+    solvers = sorted({panel.solver for panel in panels})
     widest, tallest = max(len(panel.guidance) for panel in panels), max(len(panel.num_steps) for panel in panels)
     across, down = (0.46, 0.3) if all(panel.is_labelled for panel in panels) else (0.12, 0.12)
-    shape = (len(sizes) * (widest * across + 0.7) + 1.2, len(samplers) * (tallest * down + 0.9))
+    shape = (len(sizes) * (widest * across + 0.7) + 1.2, len(solvers) * (tallest * down + 0.9))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=shape, layout="constrained")
-        grid = figure.subplots(len(samplers), len(sizes), squeeze=False)
+        grid = figure.subplots(len(solvers), len(sizes), squeeze=False)
         for axes in grid.flat:
             axes.set_visible(False)
         for panel in panels:
-            axes = grid[samplers.index(panel.sampler), sizes.index(panel.size)]
+            axes = grid[solvers.index(panel.solver), sizes.index(panel.size)]
             axes.set_visible(True)
             mappable = _draw_panel(axes, panel)
-            axes.set_title(panel.size if len(samplers) == 1 else f"{panel.size}, {panel.sampler}", fontsize=9)
+            axes.set_title(panel.size if len(solvers) == 1 else f"{panel.size}, {panel.solver}", fontsize=9)
         bar = figure.colorbar(mappable, ax=grid, shrink=0.8, extend="max" if panels[0].better == "lower" else "min")
         bar.set_label(f"{panels[0].metric_label} (dark is better)")
         told = "framed: the best guidance at those steps; ★ the best of the panel"
@@ -86,15 +86,15 @@ def draw_panels(panels: Sequence[HeatPanel], sizes: Sequence[str]) -> Figure:
 
 def draw_sheet(sheet: ContactSheet) -> Figure:
     """One block a caption: sizes down, step counts or budgets across."""
-    across = min(len(sheet.captions), 2)
-    down = math.ceil(len(sheet.captions) / across)
+    across = min(len(sheet.prompts), 2)
+    down = math.ceil(len(sheet.prompts) / across)
     block = (len(sheet.columns) * 0.72 + 0.8, len(sheet.rows) * 0.72 + 0.8)
     with matplotlib.rc_context(STYLE | {"axes.spines.left": False, "axes.spines.bottom": False}):
         figure = Figure(figsize=(block[0] * across, block[1] * down), layout="constrained")
         grid = figure.subplots(down, across, squeeze=False)
         for axes in grid.flat:
             axes.set_visible(False)
-        for number, (axes, caption) in enumerate(zip(grid.flat, sheet.captions, strict=False)):
+        for number, (axes, prompt) in enumerate(zip(grid.flat, sheet.prompts, strict=False)):
             axes.set_visible(True)
             mosaic, centres_x, centres_y = _mosaic(sheet, number)
             axes.imshow(mosaic, interpolation="nearest")
@@ -102,18 +102,18 @@ def draw_sheet(sheet: ContactSheet) -> Figure:
             axes.set_yticks(centres_y, sheet.rows)
             axes.tick_params(length=0)
             axes.set_xlabel(sheet.column_title)
-            wrapped = textwrap.wrap(caption, max(len(sheet.columns) * 9, 28))
+            wrapped = textwrap.wrap(prompt, max(len(sheet.columns) * 9, 28))
             axes.set_title("\n".join(wrapped), fontsize=9, fontweight="normal")
     return figure
 
 
-def draw_strips(pictures: Mapping[str, np.ndarray], captions: Sequence[str]) -> Figure:
-    """What was given, what was made of it, what it should be: a row a picture, uint8 [K, H, W, 3] by title."""
-    shown = {title: some.repeat(max(1, 72 // some.shape[1]), 1) for title, some in pictures.items()}
+def draw_strips(images: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Figure:
+    """What was given, what was made of it, what it should be: a row an image, uint8 [K, H, W, 3] by title."""
+    shown = {title: some.repeat(max(1, 72 // some.shape[1]), 1) for title, some in images.items()}
     shown = {title: some.repeat(max(1, 72 // some.shape[2]), 2) for title, some in shown.items()}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(0.95 * len(shown) + 1.2, 0.95 * len(captions) + 0.4), layout="constrained")
-        grid = figure.subplots(len(captions), len(shown), squeeze=False)
+        figure = Figure(figsize=(0.95 * len(shown) + 1.2, 0.95 * len(prompts) + 0.4), layout="constrained")
+        grid = figure.subplots(len(prompts), len(shown), squeeze=False)
         for number, row in enumerate(grid):
             for axes, (title, some) in zip(row, shown.items(), strict=True):
                 axes.imshow(some[number], interpolation="nearest")
@@ -209,14 +209,14 @@ def _luminance(rgba: Any) -> float:
 
 
 def _mosaic(sheet: ContactSheet, number: int) -> tuple[np.ndarray, list[float], list[float]]:
-    """Picture `number` of every cell in one array, with the centres of its columns and rows in pixels."""
-    height, width = next(cell.pictures.shape[1:3] for row in sheet.cells for cell in row if cell)
+    """Image `number` of every cell in one array, with the centres of its columns and rows in pixels."""
+    height, width = next(cell.images.shape[1:3] for row in sheet.cells for cell in row if cell)
     gap = max(1, height // 24)
     paper = np.full((len(sheet.rows) * (height + gap) - gap, len(sheet.columns) * (width + gap) - gap, 3), 255, np.uint8)
     for row, cells in enumerate(sheet.cells):
         for column, cell in enumerate(cells):
             top, left = row * (height + gap), column * (width + gap)
-            paper[top : top + height, left : left + width] = 236 if cell is None else cell.pictures[number]
+            paper[top : top + height, left : left + width] = 236 if cell is None else cell.images[number]
     centres_x = [column * (width + gap) + (width - 1) / 2 for column in range(len(sheet.columns))]
     centres_y = [row * (height + gap) + (height - 1) / 2 for row in range(len(sheet.rows))]
     return paper, centres_x, centres_y

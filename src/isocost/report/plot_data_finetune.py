@@ -15,16 +15,16 @@ import numpy as np
 import pandas as pd
 
 from isocost.analysis.distillation import VARIANTS, teacher_of
-from isocost.analysis.formatting import configuration_words, format_score, metric_words
+from isocost.analysis.formatting import format_configuration, format_metric, format_score
 from isocost.analysis.pareto import metric_of
-from isocost.analysis.results_table import best_in_each, finals
-from isocost.errors import RequestError
+from isocost.analysis.results_table import best_in_each, final_points
+from isocost.errors import ConfigError
 from isocost.report.plot_data import Curves, frontiers_side_by_side, series_of, wants_log
 from isocost.report.plot_style import kind_style
 
 UNDISTILLED = "undistilled"
 DISTILLED = "Does distillation change the frontier?"
-LEAST_SPAN = 4.0
+MIN_SPAN = 4.0
 """Ratio of the greatest to the least score from which an axis of scores is logarithmic."""
 FOLLOWS = {
     "superres": ("Does super-resolution follow pretraining?", {"": "pretrained", "from scratch": "from scratch"}),
@@ -50,20 +50,20 @@ def pretraining_curves(table: pd.DataFrame, metric: str, pretrained: Pretrained,
     is the same in both, by the scores as they are. Sizes are matched by width.
 
     Raises:
-        RequestError: a table has no finished point, or fewer than two sizes were scored in both.
+        ConfigError: a table has no finished point, or fewer than two sizes were scored in both.
     """
     question, labels = FOLLOWS[pretrained.task]
-    before = best_in_each(finals(pretrained.table, pretrained.metric), pretrained.metric, ["width"])
+    before = best_in_each(final_points(pretrained.table, pretrained.metric), pretrained.metric, ["width"])
     by_width = {int(row["width"]): row for row in before.to_dict("records")}
-    best = best_in_each(finals(table, metric), metric, ["size"])
+    best = best_in_each(final_points(table, metric), metric, ["size"])
     best = best[best["width"].isin(list(by_width))]
     x = [float(by_width[width][pretrained.metric]) for width in best["width"]]
     kinds = best["size"].str.partition(" ")[2]
     best = best.assign(_pretrained=x, _kind=kinds, _name=best["size"].str.partition(" ")[0]).sort_values("_pretrained")
     started = best[best["_kind"] == ""]
     if len(started) < 2:
-        raise RequestError("fewer than two sizes were scored both as pretrained and as tuned, so nothing can follow anything")
-    about, words = metric_of(pretrained.metric), metric_words(pretrained.metric)
+        raise ConfigError("fewer than two sizes were scored both as pretrained and as tuned, so nothing can follow anything")
+    about, words = metric_of(pretrained.metric), format_metric(pretrained.metric)
     lines = []
     for at, (kind, label) in enumerate(labels.items()):
         own = best[best["_kind"] == kind]
@@ -76,7 +76,7 @@ def pretraining_curves(table: pd.DataFrame, metric: str, pretrained: Pretrained,
         )
         lines.append(replace(line, notes=notes, names=tuple(own["_name"]) if kind == "" else ()))
     same, pairs = _agreement(started["_pretrained"], started[metric], about.better == metric_of(metric).better)
-    is_log = about.better == "lower" and min(x) > 0 and max(x) > LEAST_SPAN * min(x)
+    is_log = about.better == "lower" and min(x) > 0 and max(x) > MIN_SPAN * min(x)
     return Curves(
         question=question,
         setting=f"a size at its best settings; {same} of {pairs} pairs of sizes keep their order",
@@ -95,20 +95,20 @@ def distillation_curves(table: pd.DataFrame, metric: str, cost: str, floor: floa
     """The frontier of the undistilled sizes together, and of every kind of student: the best score within each cost.
 
     Raises:
-        RequestError: there is no student, or no undistilled point, that carries the metric and the cost.
+        ConfigError: there is no student, or no undistilled point, that carries the metric and the cost.
     """
     kinds = table["size"].map(lambda size: teacher_of(str(size))[1])
     present = [kind for kind in ("", *VARIANTS) if (kinds == kind).any()]
     if present == [""] or "" not in present:
-        raise RequestError("students and undistilled were not both scored, so no frontier can change")
+        raise ConfigError("students and undistilled were not both scored, so no frontier can change")
     groups = {kind or UNDISTILLED: table[kinds == kind] for kind in ("", *VARIANTS)}
-    return frontiers_side_by_side(groups, metric, cost, DISTILLED, finals(table, metric, cost), floor)
+    return frontiers_side_by_side(groups, metric, cost, DISTILLED, final_points(table, metric, cost), floor)
 
 
 def _words(row: Mapping[Any, Any], metric: str) -> str:
-    words = configuration_words(row["size"], row["num_steps"], row["guidance"], row["sampler"])
+    words = format_configuration(row["size"], row["num_steps"], row["guidance"], row["solver"])
     score = format_score(*(float(row[column]) for column in (metric, f"{metric}_low", f"{metric}_high")))
-    return f"{words}, {metric_words(metric)} {score}"
+    return f"{words}, {format_metric(metric)} {score}"
 
 
 def _agreement(first: pd.Series, second: pd.Series, is_same_way: bool) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Ticks, colours, shapes of marks and dashes: how figures tell things apart, the same for matplotlib and plotly.
 
-Nothing is told by colour alone: sizes differ in the shape of their marks too, samplers in shape and dash.
+Nothing is told by colour alone: sizes differ in the shape of their marks too, solvers in shape and dash.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ MARKS = (
 DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 """Dashes of lines, as plotly and as matplotlib call them."""
 INK, MUTED, HAIRLINE, OPTIMUM, EMPTY = "#1c2127", "#5d6672", "#e4e7eb", "#d55e00", "#eceef1"
-KINDS = ("#0072b2", "#d55e00", "#00795a", "#a03a8f", "#1c2127", "#7a5c00")
+FAMILIES = ("#0072b2", "#d55e00", "#00795a", "#a03a8f", "#1c2127", "#7a5c00")
 """Colours of things without an order, 3.9 to 1 or more against white, told apart by the colour-blind too."""
-MOST_TICKS = 20
+MAX_TICKS = 20
 
 
 def kind_style(at: int) -> tuple[str, tuple[str, str], str]:
     """Colour, shape of the mark and dash of the thing without an order at place `at`."""
-    return KINDS[at % len(KINDS)], MARKS[at % len(MARKS)], list(DASHES)[at % len(DASHES)]
+    return FAMILIES[at % len(FAMILIES)], MARKS[at % len(MARKS)], list(DASHES)[at % len(DASHES)]
 
 
 def size_colors(num_sizes: int) -> list[str]:
@@ -46,8 +46,8 @@ def size_colors(num_sizes: int) -> list[str]:
 
 
 def some_places(number: int) -> list[int]:
-    """Places of 0 to `number` - 1 that get a tick: all, or at most `MOST_TICKS` of them, evenly spread."""
-    step = -(-number // MOST_TICKS)
+    """Places of 0 to `number` - 1 that get a tick: all, or at most `MAX_TICKS` of them, evenly spread."""
+    step = -(-number // MAX_TICKS)
     return list(range(0, number, step))
 
 

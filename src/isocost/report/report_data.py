@@ -2,12 +2,12 @@
 checkpoints.
 
 OUT/table.parquet                       the points (`isocost.sweep.ledger.table_file`)
-OUT/drawn_from/TASK/page.json           everything else that is said
-OUT/drawn_from/TASK/pictures/POINT.png  the pictures that the page shows, side by side
-OUT/drawn_from/TASK/strips/NUMBER.png   what they are set against, in the order of page.json
-OUT/drawn_from/TASK/pretrained.parquet  the points of the checkpoints that a task started from
+OUT/report_data/TASK/page.json           everything else that is said
+OUT/report_data/TASK/images/POINT.png  the images that the page shows, side by side
+OUT/report_data/TASK/strips/NUMBER.png   what they are set against, in the order of page.json
+OUT/report_data/TASK/pretrained.parquet  the points of the checkpoints that a task started from
 
-Shape letters: K prompts, R side in pixels; pictures are uint8 [K, R, R, 3].
+Shape letters: K prompts, R side in pixels; images are uint8 [K, R, R, 3].
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from isocost.analysis.claims import Points, Verdict, judge, with_luck
+from isocost.analysis.claims import ClaimVerdict, TaskResults, evaluate_claims, with_seed_variance
 from isocost.analysis.paper_claims import FINDINGS
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets
-from isocost.analysis.results_table import DRAWN_FROM, read_table, table_file
+from isocost.analysis.results_table import REPORT_DATA, read_table, table_file
 from isocost.config.types import TaskName
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 from isocost.report.claims_table import markdown_verdicts
 from isocost.report.html import write_report
 from isocost.report.markdown import BUDGET_COST, markdown_summary
 from isocost.report.plot_data_finetune import Pretrained
 from isocost.utils.artifact_store import write_atomically
 
-PAGE, PICTURES, STRIPS, PRETRAINED = "page.json", "pictures", "strips", "pretrained.parquet"
+PAGE, IMAGES, STRIPS, PRETRAINED = "page.json", "images", "comparison_rows", "pretrained.parquet"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a report says, beside its page: the table of points, the choice at each budget of paper cost, `summary.md`'s text.
+    """What a report says, beside its page: the table of points, the choice at each budget of normalized cost, `summary.md`'s text.
 
     `others` are the reports of what was tuned from the family, by task.
     """
@@ -54,13 +54,13 @@ class Report:
 
 @dataclass(frozen=True)
 class Page:
-    """What `isocost.report.page.write_report` is given beside the table and the pictures of the points; see there."""
+    """What `isocost.report.page.write_report` is given beside the table and the images of the points; see there."""
 
     study_name: str
     metric: str
     provenance: Mapping[str, Any]
-    floors: Mapping[str, float]
-    captions: Sequence[str]
+    reconstruction_floors: Mapping[str, float]
+    prompts: Sequence[str]
     budgets: Sequence[float]
     others: Mapping[str, str]
     findings: Mapping[str, Any]
@@ -71,29 +71,29 @@ class Page:
     pretrained: Pretrained | None = None
 
 
-Drawing = tuple[Page, pd.DataFrame, Mapping[str, np.ndarray]]
-"""A page, its table, and the pictures of the points."""
+ReportData = tuple[Page, pd.DataFrame, Mapping[str, np.ndarray]]
+"""A page, its table, and the images of the points."""
 
 
-def draw(out: Path, drawings: Mapping[TaskName, Drawing]) -> Report:
+def draw(out: Path, drawings: Mapping[TaskName, ReportData]) -> Report:
     """Write the pages of the tasks and what they were drawn from; a table goes through its file, so that it is the same again.
 
-    A point without pictures has those that an earlier page of the folder showed of it.
+    A point without images has those that an earlier page of the folder showed of it.
     """
     for task in set(get_args(TaskName)) - set(drawings):
-        shutil.rmtree(out / DRAWN_FROM / task, ignore_errors=True)
+        shutil.rmtree(out / REPORT_DATA / task, ignore_errors=True)
     samples: dict[TaskName, Mapping[str, np.ndarray]] = {}
-    for task, (page, table, pictures) in drawings.items():
+    for task, (page, table, images) in drawings.items():
         for suffix, write in (("parquet", table.to_parquet), ("csv", table.to_csv)):
             write(table_file(out, task, suffix), index=False)
-        folder = out / DRAWN_FROM / task
-        earlier = dict(_Kept(folder / PICTURES))
+        folder = out / REPORT_DATA / task
+        earlier = dict(_Kept(folder / IMAGES))
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         _save(folder, page)
-        wanted = set(table["point"]) - set(pictures)
+        wanted = set(table["point"]) - set(images)
         known = {point: shown for point, shown in earlier.items() if point in wanted}
-        samples[task] = _Shown(pictures, known, folder / PICTURES)
+        samples[task] = _Shown(images, known, folder / IMAGES)
     return _write_all(out, {task: page for task, (page, _, _) in drawings.items()}, samples)
 
 
@@ -101,14 +101,14 @@ def redraw(out: str | Path) -> Report:
     """Draw the pages of an output folder again from what an earlier report left there.
 
     Raises:
-        RequestError: there is nothing to draw from, or it is damaged.
+        ConfigError: there is nothing to draw from, or it is damaged.
     """
     root = Path(out)
-    tasks = [task for task in get_args(TaskName) if (root / DRAWN_FROM / task / PAGE).is_file()]
+    tasks = [task for task in get_args(TaskName) if (root / REPORT_DATA / task / PAGE).is_file()]
     if not tasks:
-        raise RequestError(f"{out}: no {DRAWN_FROM}/TASK/{PAGE} to draw from; `isocost report STUDY --out {out}` leaves it")
-    pages = {task: _load(root / DRAWN_FROM / task) for task in tasks}
-    return _write_all(root, pages, {task: _Kept(root / DRAWN_FROM / task / PICTURES) for task in tasks})
+        raise ConfigError(f"{out}: no {REPORT_DATA}/TASK/{PAGE} to draw from; `isocost report STUDY --out {out}` leaves it")
+    pages = {task: _load(root / REPORT_DATA / task) for task in tasks}
+    return _write_all(root, pages, {task: _Kept(root / REPORT_DATA / task / IMAGES) for task in tasks})
 
 
 def task_folder(task: TaskName) -> str:
@@ -117,11 +117,11 @@ def task_folder(task: TaskName) -> str:
 
 
 def _write_all(out: Path, pages: Mapping[TaskName, Page], samples: Mapping[TaskName, Mapping[str, np.ndarray]]) -> Report:
-    tables = with_luck({task: Points(read_table(out, task), page.metric) for task, page in pages.items()})
-    verdicts = judge(FINDINGS, tables)
+    tables = with_seed_variance({task: TaskResults(read_table(out, task), page.metric) for task, page in pages.items()})
+    verdicts = evaluate_claims(FINDINGS, tables)
     study_name = next(iter(pages.values())).study_name
     (out / "report").mkdir(exist_ok=True)
-    write_atomically(out / "report" / "verdicts.md", markdown_verdicts(study_name, verdicts, tables))
+    write_atomically(out / "report" / "claims.md", markdown_verdicts(study_name, verdicts, tables))
     first, *others = (
         _write(out, task, page, tables[task].table, samples[task], () if number else verdicts)
         for number, (task, page) in enumerate(pages.items())
@@ -135,7 +135,7 @@ def _write(
     page: Page,
     table: pd.DataFrame,
     samples: Mapping[str, np.ndarray],
-    verdicts: Sequence[Verdict],
+    verdicts: Sequence[ClaimVerdict],
 ) -> Report:
     folder = out / "report" / task_folder(task)
     written = write_report(
@@ -144,9 +144,9 @@ def _write(
         table,
         page.metric,
         page.provenance,
-        page.floors,
+        page.reconstruction_floors,
         samples,
-        page.captions,
+        page.prompts,
         page.budgets,
         page.strips,
         page.others,
@@ -157,7 +157,7 @@ def _write(
         page.pretrained,
         verdicts,
     )
-    floor = page.floors.get(page.metric)
+    floor = page.reconstruction_floors.get(page.metric)
     summary = markdown_summary(table, page.metric, page.study_name, page.budgets, floor, page.floor_label, page.absent)
     write_atomically(folder / "summary.md", summary)
     choices = best_at_budgets(table, BUDGET_COST, page.metric, page.budgets)
@@ -168,18 +168,18 @@ def _write(
 
 
 class _Shown(Mapping[str, np.ndarray]):
-    """The points' pictures, and further ones by point; each that is asked for is kept as a file."""
+    """The points' images, and further ones by point; each that is asked for is kept as a file."""
 
     def __init__(self, samples: Mapping[str, np.ndarray], further: Mapping[str, np.ndarray], folder: Path) -> None:
         self.samples, self.further, self.folder = samples, further, folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def __getitem__(self, point: str) -> np.ndarray:
-        pictures = self.further[point] if point in self.further else self.samples[point]
+        images = self.further[point] if point in self.further else self.samples[point]
         file = self.folder / f"{point}.png"
         if not file.exists():
-            _write_strip(file, pictures)
-        return pictures
+            _write_strip(file, images)
+        return images
 
     def __iter__(self) -> Iterator[str]:
         yield from self.samples
@@ -190,7 +190,7 @@ class _Shown(Mapping[str, np.ndarray]):
 
 
 class _Kept(Mapping[str, np.ndarray]):
-    """The pictures that a page showed, by point."""
+    """The images that a page showed, by point."""
 
     def __init__(self, folder: Path) -> None:
         self.files = {file.stem: file for file in sorted(folder.glob("*.png"))}
@@ -213,8 +213,8 @@ def _save(folder: Path, page: Page) -> None:
         told["pretrained"] = {"task": page.pretrained.task, "metric": page.pretrained.metric}
         page.pretrained.table.to_parquet(folder / PRETRAINED, index=False)
     (folder / STRIPS).mkdir()
-    for number, pictures in enumerate(page.strips.values()):
-        _write_strip(folder / STRIPS / f"{number}.png", pictures)
+    for number, images in enumerate(page.strips.values()):
+        _write_strip(folder / STRIPS / f"{number}.png", images)
     write_atomically(folder / PAGE, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -227,12 +227,12 @@ def _load(folder: Path) -> Page:
             started = Pretrained(started["task"], pd.read_parquet(folder / PRETRAINED), started["metric"])
         return Page(**{**told, "strips": strips, "pretrained": started})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{folder}: what the page was drawn from is damaged ({error}); report the study again") from error
+        raise ConfigError(f"{folder}: what the page was drawn from is damaged ({error}); report the study again") from error
 
 
-def _write_strip(file: Path, pictures: np.ndarray) -> None:
-    """Pictures side by side without loss; what has one colour in three channels is kept as grey."""
-    strip = np.concatenate(list(pictures), axis=1)
+def _write_strip(file: Path, images: np.ndarray) -> None:
+    """Images side by side without loss; what has one colour in three channels is kept as grey."""
+    strip = np.concatenate(list(images), axis=1)
     is_grey = bool((strip[..., :1] == strip).all())
     partial = file.with_suffix(".partial")
     Image.fromarray(strip[..., 0] if is_grey else strip).save(partial, format="PNG", optimize=True)

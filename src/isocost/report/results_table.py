@@ -13,15 +13,15 @@ from typing import Any
 import pandas as pd
 
 from isocost.analysis.costs import COSTS
-from isocost.analysis.formatting import format_number, format_score, metric_words
+from isocost.analysis.formatting import format_metric, format_number, format_score
 from isocost.analysis.pareto import metric_of
-from isocost.analysis.results_table import best_first, scored, sizes_in_order
+from isocost.analysis.results_table import rank_points, sizes_in_order, with_metric
 from isocost.report.budget_slider import made_with
 from isocost.report.chart_panels import metrics_in
 
 CODED_SHARE = 0.25
 """A column whose different values are at most this share of its rows is kept as codes."""
-PRINTED = ("size", "sampler", "num_steps", "guidance", "point")
+PRINTED = ("size", "solver", "num_steps", "guidance", "point")
 """Columns that fit on paper, beside the leading metric and the costs."""
 DIGITS = 9
 """Significant digits of the numbers that a CSV file gets."""
@@ -31,21 +31,21 @@ Key = float | int | str | None
 def point_columns(table: pd.DataFrame, metric: str) -> dict[str, Any]:
     """Plain data for the page: number of rows, `columns`, and `sorted_by` (column, direction); the best point comes first."""
     metrics = metrics_in(table)
-    rows = (best_first(table, metric) if metric in metrics else table).to_dict("records")
+    rows = (rank_points(table, metric) if metric in metrics else table).to_dict("records")
     columns = [
         _column("size", "size", [row["num_parameters"] for row in rows], [row["size"] for row in rows], numeric=False),
-        _column("sampler", "sampler", *_same(rows, "sampler")),
+        _column("solver", "solver", *_same(rows, "solver")),
         _column("num_steps", "steps", *_numbers(rows, "num_steps", str)),
         _column("guidance", "guidance", *_numbers(rows, "guidance", lambda value: f"{value:.4g}")),
     ]
-    if "race_pictures" in table.columns and table["race_pictures"].notna().any():
+    if "race_images" in table.columns and table["race_images"].notna().any():
         for side, words in (("low", "from"), ("high", "to")):
             name = f"guidance_{side}"
             columns.append(_column(name, f"best guidance {words}", *_numbers(rows, name, format_number)))
-        columns.append(_column("race_pictures", "race pictures", *_numbers(rows, "race_pictures", _grouped)))
+        columns.append(_column("race_images", "race images", *_numbers(rows, "race_images", _grouped)))
     for name in metrics:
         texts = ["" if _is_nan(row[name]) else _score_text(row, name) for row in rows]
-        column = _column(name, metric_words(name), [_plain(row[name]) for row in rows], texts)
+        column = _column(name, format_metric(name), [_plain(row[name]) for row in rows], texts)
         ends = {side: [_plain(row[f"{name}_{side}"]) for row in rows] for side in ("low", "high")}
         columns.append(column | ends)
     columns += [_column(name, cost.label, *_numbers(rows, name, format_number)) for name, cost in COSTS.items()]
@@ -53,7 +53,7 @@ def point_columns(table: pd.DataFrame, metric: str) -> dict[str, Any]:
     is_final = ["yes" if row["is_final"] else "no" for row in rows]
     columns.append(_column("is_final", "last checkpoint", is_final, is_final))
     columns += [_column(name, name, *_same(rows, name)) for name in ("point", "checkpoint", "protocol")]
-    columns.append(_column("num_pictures", "pictures", *_numbers(rows, "num_pictures", _grouped)))
+    columns.append(_column("num_images", "images", *_numbers(rows, "num_images", _grouped)))
     columns.append(_column("seed", "seed", *_numbers(rows, "seed", str)))
     made = [made_with(row.get("provenance")) for row in rows]
     for name, words in (("commit", "commit"), ("device", "hardware")):
@@ -127,16 +127,16 @@ def size_rows(table: pd.DataFrame) -> list[dict[str, str]]:
 
 def headline_facts(table: pd.DataFrame, metric: str) -> dict[str, str]:
     """The extent of the study in a few numbers."""
-    rows = scored(table, metric) if metric in metrics_in(table) else table
+    rows = with_metric(table, metric) if metric in metrics_in(table) else table
     extent = {
         "sizes": len(sizes_in_order(rows)),
-        "samplers": rows["sampler"].nunique(),
+        "solvers": rows["solver"].nunique(),
         "step counts": rows["num_steps"].nunique(),
         "guidance values": rows["guidance"].nunique(),
         "points": len(rows),
     }
     facts = {name.removesuffix("s") if number == 1 else name: f"{number:,}" for name, number in extent.items()}
     if len(rows):
-        facts["pictures a point"] = f"{rows['num_pictures'].iloc[0]:,}"
+        facts["images a point"] = f"{rows['num_images'].iloc[0]:,}"
         facts["protocol"] = str(rows["protocol"].iloc[0])
     return facts

@@ -8,15 +8,15 @@ from pathlib import Path
 import pandas as pd
 
 from isocost.analysis.costs import cost_of
-from isocost.analysis.formatting import format_number, metric_words
+from isocost.analysis.formatting import format_metric, format_number
 from isocost.analysis.pareto import metric_of
-from isocost.analysis.study_comparison import Standing, moral
+from isocost.analysis.study_comparison import Ranking, headline
 from isocost.report.markdown import escaped
 from isocost.report.matplotlib_backend import draw_curves, save
 from isocost.report.plot_data import Curves, frontiers_side_by_side
 from isocost.utils.artifact_store import write_atomically
 
-FIGURE = "which_study_is_best_at_equal_cost"
+FIGURE = "quality_vs_cost_by_study"
 
 
 def frontier_curves(table: pd.DataFrame, metric: str, cost: str) -> Curves:
@@ -25,13 +25,13 @@ def frontier_curves(table: pd.DataFrame, metric: str, cost: str) -> Curves:
     return frontiers_side_by_side(groups, metric, cost, "Which study is best at equal cost?", table, None)
 
 
-def markdown_comparison(table: pd.DataFrame, told: Sequence[Standing]) -> str:
+def markdown_comparison(table: pd.DataFrame, told: Sequence[Ranking]) -> str:
     """A row a budget: the best of every study, the leader less the next with its interval, the verdict."""
     studies = list(dict.fromkeys(str(study) for study in table["study"]))
     metric, cost, first = told[0].metric, cost_of(told[0].cost), table.iloc[0]
     heads = [f"{cost.label}, at most", *studies, "leader less the next", "verdict"]
     lines = [
-        f"**{escaped(' and '.join(studies))}**: {escaped(moral(told))}",
+        f"**{escaped(' and '.join(studies))}**: {escaped(headline(told))}",
         "",
         "| " + " | ".join(escaped(head) for head in heads) + " |",
         "|--:|" + "---|" * (len(heads) - 1),
@@ -51,14 +51,14 @@ def markdown_comparison(table: pd.DataFrame, told: Sequence[Standing]) -> str:
         lines.append("| " + " | ".join(escaped(cell) for cell in cells) + " |")
     lines += [
         "",
-        f"By {escaped(metric_words(metric))} ({metric_of(metric).better} is better), 95 % intervals, {len(table)} points, "
-        f"{first['num_pictures']:,} pictures a point; protocol {escaped(str(first['protocol']))}, seed {first['seed']}. One "
+        f"By {escaped(format_metric(metric))} ({metric_of(metric).better} is better), 95 % intervals, {len(table)} points, "
+        f"{first['num_images']:,} images a point; protocol {escaped(str(first['protocol']))}, seed {first['seed']}. One "
         "training each: its luck is in no interval.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def write_comparison(out: Path, table: pd.DataFrame, told: Sequence[Standing]) -> list[Path]:
+def write_comparison(out: Path, table: pd.DataFrame, told: Sequence[Ranking]) -> list[Path]:
     """Write the Markdown and the figure, as PNG and PDF, into a folder; returns the files."""
     out.mkdir(parents=True, exist_ok=True)
     cost, metric = told[0].cost, told[0].metric

@@ -19,17 +19,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from isocost.errors import WorkError
+from isocost.errors import RunError
 from isocost.utils.progress import say
 
 
-class Lanes:
-    """`num_lanes` calls of `bucket_size` places. `call_size` is the bucket size until memory runs out."""
+class CallPool:
+    """`num_parallel_calls` calls of `batch_size` places. `call_size` is the bucket size until memory runs out."""
 
-    def __init__(self, num_lanes: int, bucket_size: int, device: torch.device) -> None:
-        self.num_places = num_lanes * bucket_size
-        self.call_size = bucket_size
-        self._pool = _single_threaded(num_lanes) if device.type == "cpu" else None
+    def __init__(self, num_parallel_calls: int, batch_size: int, device: torch.device) -> None:
+        self.num_places = num_parallel_calls * batch_size
+        self.call_size = batch_size
+        self._pool = single_thread_executor(num_parallel_calls) if device.type == "cpu" else None
 
     def run(
         self,
@@ -40,7 +40,7 @@ class Lanes:
         """`denoise(*arguments)` over all P places, call by call; [P, ...]. A call whose places all stand empty is left out.
 
         Raises:
-            WorkError: a call of one place runs out of memory.
+            RunError: a call of one place runs out of memory.
         """
         while True:
             try:
@@ -49,7 +49,7 @@ class Lanes:
                 if not _is_out_of_memory(error):
                     raise
                 if self.call_size == 1:
-                    raise WorkError(
+                    raise RunError(
                         "one network pass does not fit into memory; take a smaller network or precision bf16"
                     ) from error
                 self.call_size = -(-self.call_size // 2)
@@ -59,17 +59,19 @@ class Lanes:
 
     def _run(self, denoise: Callable[..., Tensor], arguments: tuple[Tensor, ...], busy: NDArray[np.bool_]) -> Tensor:
         size = self.call_size
-        starts = [start for start in range(0, self.num_places, size) if busy[start : start + size].any()]
+        initial_noise = [start for start in range(0, self.num_places, size) if busy[start : start + size].any()]
 
         def call(start: int) -> Tensor:
             with torch.inference_mode():
                 return denoise(*(_rows(argument, start, size) for argument in arguments))
 
-        outputs = list(self._pool.map(call, starts)) if self._pool is not None else [call(start) for start in starts]
-        if len(starts) == 1 and size == self.num_places:
+        outputs = (
+            list(self._pool.map(call, initial_noise)) if self._pool is not None else [call(start) for start in initial_noise]
+        )
+        if len(initial_noise) == 1 and size == self.num_places:
             return outputs[0]
         whole = outputs[0].new_zeros(self.num_places, *outputs[0].shape[1:])
-        for start, output in zip(starts, outputs, strict=True):
+        for start, output in zip(initial_noise, outputs, strict=True):
             whole[start : start + size] = output[: self.num_places - start]
         return whole
 
@@ -84,7 +86,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _single_threaded(num_threads: int) -> ThreadPoolExecutor:
+def single_thread_executor(num_threads: int) -> ThreadPoolExecutor:
     """A pool whose threads have started: torch's setting is of the whole process until each has taken its own."""
     threads_here = torch.get_num_threads()
     started = Barrier(num_threads)

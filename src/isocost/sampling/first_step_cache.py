@@ -1,19 +1,19 @@
-"""The first evaluation of a picture, computed once and shared by every point that starts there.
+"""The first evaluation of an image, computed once and shared by every point that starts there.
 
 At pure noise the network's raw output depends on the start noise, the caption and the first timestep alone: points that
-differ in guidance, in the sampler or in the number of steps share it where their grids start together, as trailing ones do.
+differ in guidance, in the solver or in the number of steps share it where their grids start together, as trailing ones do.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from isocost.sampling.request import Conditions, Pass, Row
+from isocost.sampling.request import Conditioning, Pass, SampleRequest
 
 Key = tuple[int, int, float, Pass, float]
 
 
-class FirstEvaluations:
+class FirstStepCache:
     """Outputs by key, the first ones that `capacity` bytes hold."""
 
     def __init__(self, capacity: int) -> None:
@@ -22,11 +22,11 @@ class FirstEvaluations:
         self._num_bytes = 0
 
     @staticmethod
-    def keys(row: Row, conditions: Conditions) -> tuple[Key, ...]:
-        """What the row's passes at its first line depend on: seed, picture, timestep, caption, embedded guidance (the side of
+    def keys(row: SampleRequest, conditions: Conditioning) -> tuple[Key, ...]:
+        """What the row's passes at its first line depend on: seed, image, timestep, caption, embedded guidance (the side of
         guidance too, because it decides the place in the call, and with it the last bits)."""
         weight = row.guidance if conditions.embeds_guidance else 1.0
-        at = (row.seed, row.picture_id, float(row.table.timesteps[0]))
+        at = (row.seed, row.sample_index, float(row.table.timesteps[0]))
         return tuple((*at, one, weight) for one in conditions.passes(row))
 
     def has(self, keys: tuple[Key, ...]) -> bool:

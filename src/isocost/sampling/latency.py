@@ -1,6 +1,6 @@
-"""How long a checkpoint takes: measured milliseconds from captions to pictures, by stage and by batch size.
+"""How long a checkpoint takes: measured milliseconds from captions to images, by stage and by batch size.
 
-Shapes: B pictures of a batch.
+Shapes: B images of a batch.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import Any
 
 import torch
 
-from isocost.config.sampling import SamplerSpec
-from isocost.diffusion.solvers import build_table
-from isocost.errors import RequestError, WorkError
+from isocost.config.sampling import SolverSpec
+from isocost.diffusion.solvers import solver_coefficients
+from isocost.errors import ConfigError, RunError
 from isocost.models.checkpoint import CheckpointInfo, load_checkpoint
-from isocost.models.components import codec_of, text_of
-from isocost.sampling.denoiser import NetworkPrecision, SamplingNetwork
+from isocost.models.components import load_checkpoint_autoencoder, load_checkpoint_text_encoder
+from isocost.sampling.denoiser import Denoiser, SamplingDTypeName
 from isocost.sampling.generate import schedule_of
 from isocost.sampling.latency_stages import (
     DENOISER,
-    LEAST_REPEATS,
+    END_TO_END,
+    MIN_REPEATS,
     NUM_WARM_UP,
-    WHOLE,
-    BatchWork,
-    Prepared,
+    BatchedPipeline,
+    LoadedModel,
     Summary,
     time_pass,
     time_passes,
 )
-from isocost.sampling.request import Row
-from isocost.utils.device import Instruments, Reading, best_device, instruments_of
+from isocost.sampling.request import SampleRequest
+from isocost.utils.device import DeviceMonitor, DeviceSample, best_device, device_monitor
 from isocost.utils.environment import provenance
 from isocost.utils.progress import say
 
@@ -61,28 +61,28 @@ class BatchLatency:
     Attributes:
         batch: B.
         stages: by name, in order: `text`, `encoder` (super-resolution), `denoiser`, `decoder`, and the `whole`.
-        ms_per_picture: the whole's median over B.
-        ms_per_evaluation: the denoiser's median over the sampler's evaluations, B pictures and all their passes at once.
-        nfe_per_picture: network evaluations of a picture, guidance's second pass counted.
+        ms_per_image: the whole's median over B.
+        ms_per_evaluation: the denoiser's median over the solver's evaluations, B images and all their passes at once.
+        nfe_per_image: network evaluations of an image, guidance's second pass counted.
         network_calls, network_rows: calls of the network and rows in them, counted over one pass of the batch.
         warm_up_ms: the whole of each pass that was not counted; the first one compiles where that is asked for.
-        energy_j, energy_j_per_picture: of the whole device over the measured passes; None where it tells none.
+        energy_j, energy_j_per_image: of the whole device over the measured passes; None where it tells none.
         before, after: what the device told around the measured passes.
     """
 
     batch: int
     stages: dict[str, Summary]
-    ms_per_picture: float
+    ms_per_image: float
     ms_per_evaluation: float
-    nfe_per_picture: int
+    nfe_per_image: int
     network_calls: int
     network_rows: int
     warm_up_ms: tuple[float, ...]
     memory: Memory
     energy_j: float | None
-    energy_j_per_picture: float | None
-    before: Reading
-    after: Reading
+    energy_j_per_image: float | None
+    before: DeviceSample
+    after: DeviceSample
 
 
 @dataclass(frozen=True)
@@ -97,113 +97,113 @@ class Latency:
     provenance: dict[str, str]
 
     def document(self) -> dict[str, Any]:
-        """Plain data for JSON, every time unrounded; `ms_per_picture_by_batch` is the batch curve."""
-        curve = {str(one.batch): one.ms_per_picture for one in self.batches}
-        return {**asdict(self), "ms_per_picture_by_batch": curve}
+        """Plain data for JSON, every time unrounded; `ms_per_image_by_batch` is the batch curve."""
+        curve = {str(one.batch): one.ms_per_image for one in self.batches}
+        return {**asdict(self), "ms_per_image_by_batch": curve}
 
 
 def latency(
     checkpoint: str | Path,
     *,
-    sampler: SamplerSpec | None = None,
+    solver: SolverSpec | None = None,
     num_steps: int | None = None,
     guidance: float | None = None,
     batches: Sequence[int] = DEFAULT_BATCHES,
     repeats: int = DEFAULT_REPEATS,
-    precision: NetworkPrecision = "fp32",
+    dtype: SamplingDTypeName = "fp32",
     compiled: bool = False,
     device: str | None = None,
 ) -> Latency:
     """Time one checkpoint: each batch size, the smallest first, `NUM_WARM_UP` passes to warm up and `repeats` measured ones.
 
-    Where nothing else is said a few-step student has its own sampler and takes 4 steps, others 16 of DDIM; guidance is 2, and 1
+    Where nothing else is said a few-step student has its own solver and takes 4 steps, others 16 of DDIM; guidance is 2, and 1
     for super-resolution; the device is CUDA's where there is one.
 
     Raises:
-        RequestError: the checkpoint does not load; it, the sampler or the device does not take these settings; or a picture
+        ConfigError: the checkpoint does not load; it, the solver or the device does not take these settings; or an image
             is not finite numbers.
-        WorkError: a batch does not fit into the device's memory.
+        RunError: a batch does not fit into the device's memory.
     """
     if not batches or min(batches) < 1:
-        raise RequestError(f"batch = {min(batches, default=None)}: give one or more sizes of at least 1 (--batch 1 --batch 4)")
-    if repeats < LEAST_REPEATS:
-        raise RequestError(f"repeats = {repeats}: a median and its spread take at least {LEAST_REPEATS}")
-    where = _device(device, precision)
+        raise ConfigError(f"batch = {min(batches, default=None)}: give one or more sizes of at least 1 (--batch 1 --batch 4)")
+    if repeats < MIN_REPEATS:
+        raise ConfigError(f"repeats = {repeats}: a median and its spread take at least {MIN_REPEATS}")
+    where = _device(device, dtype)
     opened = load_checkpoint(checkpoint, device=where.type)
     info = opened.info
     if guidance is None:
         guidance = DEFAULT_GUIDANCE if info.scale is None else DEFAULT_GUIDANCE_OF_UPSCALING
     info.check_guidance(guidance)
-    spec = sampler or info.sampler
-    table = build_table(spec, info.num_steps if num_steps is None else num_steps, schedule_of(info))
-    Row(0, 0, table, guidance)  # Refuses a guidance that no picture takes before more is loaded.
-    codec = codec_of(opened, where)
-    network = SamplingNetwork(opened.network, precision, compiled)
-    prepared = Prepared(info, network, codec, text_of(opened, where))
-    instruments = instruments_of(where)
-    loaded = instruments.memory_bytes()
+    spec = solver or info.solver
+    table = solver_coefficients(spec, info.num_steps if num_steps is None else num_steps, schedule_of(info))
+    SampleRequest(0, 0, table, guidance)  # Refuses a guidance that no image takes before more is loaded.
+    autoencoder = load_checkpoint_autoencoder(opened, where)
+    network = Denoiser(opened.network, dtype, compiled)
+    prepared = LoadedModel(info, network, autoencoder, load_checkpoint_text_encoder(opened, where))
+    monitor = device_monitor(where)
+    loaded = monitor.memory_bytes()
     measured = []
     for size in sorted(set(batches)):
         if compiled:
             torch.compiler.reset()  # Each size is a shape of its own; torch gives up compiling after a few of one function.
         try:
-            measured.append(_measure(BatchWork(prepared, table, guidance, size), repeats, instruments, loaded))
+            measured.append(_measure(BatchedPipeline(prepared, table, guidance, size), repeats, monitor, loaded))
         except torch.OutOfMemoryError as error:
-            raise WorkError(f"a batch of {size} does not fit into the device's memory; take a smaller --batch") from error
+            raise RunError(f"a batch of {size} does not fit into the device's memory; take a smaller --batch") from error
     settings = {
-        "sampler": spec.label,
+        "solver": spec.label,
         "num_steps": info.num_steps if num_steps is None else num_steps,
-        "num_evaluations": table.num_evaluations,
+        "num_function_evaluations": table.num_function_evaluations,
         "guidance": guidance,
         "passes_per_evaluation": prepared.passes(guidance),
-        "gflop_per_picture": measured[0].nfe_per_picture * info.gflop_per_forward,
-        "precision": {"text": "fp32", "denoiser": precision, "decoder": "fp32"},
+        "gflop_per_image": measured[0].nfe_per_image * info.gflop_per_forward,
+        "dtype": {"text": "fp32", "denoiser": dtype, "decoder": "fp32"},
         "compiled": compiled,
         "repeats": repeats,
         "warm_up": NUM_WARM_UP,
-        "timer": {"stages": instruments.clock.name, WHOLE: "perf_counter"},
+        "timer": {"stages": monitor.clock.name, END_TO_END: "perf_counter"},
     }
     told = {"folder": str(checkpoint), "digest": opened.digest, **_told(info)}
-    notes = (*instruments.notes, *notes_of_load(measured))
-    return Latency(told, settings, instruments.facts(), tuple(measured), notes, provenance())
+    notes = (*monitor.notes, *notes_of_load(measured))
+    return Latency(told, settings, monitor.facts(), tuple(measured), notes, provenance())
 
 
-def _device(name: str | None, precision: NetworkPrecision) -> torch.device:
+def _device(name: str | None, dtype: SamplingDTypeName) -> torch.device:
     if name not in (None, "cpu", "cuda"):
-        raise RequestError(f"device = {name}: cpu or cuda")
+        raise ConfigError(f"device = {name}: cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise RequestError("device = cuda: torch sees no CUDA device here; take --device cpu")
+        raise ConfigError("device = cuda: torch sees no CUDA device here; take --device cpu")
     device = best_device() if name is None else torch.device(name)
-    if precision == "fp16" and device.type == "cpu":
-        raise RequestError("precision = fp16: for CUDA devices alone; on a CPU take --precision fp32 or bf16")
+    if dtype == "fp16" and device.type == "cpu":
+        raise ConfigError("dtype = fp16: for CUDA devices alone; on a CPU take --dtype fp32 or bf16")
     return device
 
 
-def _measure(work: BatchWork, repeats: int, instruments: Instruments, loaded: int | None) -> BatchLatency:
-    instruments.reset_peak()
-    warm_up = tuple(time_pass(work, instruments.clock)[WHOLE] for _ in range(NUM_WARM_UP))
+def _measure(work: BatchedPipeline, repeats: int, monitor: DeviceMonitor, loaded: int | None) -> BatchLatency:
+    monitor.reset_peak()
+    warm_up = tuple(time_pass(work, monitor.clock)[END_TO_END] for _ in range(NUM_WARM_UP))
     work.check()
     say(f"batch {work.size}: {repeats} passes, about {repeats * warm_up[-1] / 1000:.1f} s")
-    before = instruments.read()
-    raw = time_passes(work, instruments.clock, repeats)
-    after = instruments.read()
+    before = monitor.read()
+    raw = time_passes(work, monitor.clock, repeats)
+    after = monitor.read()
     work.check()
     stages = {stage: Summary.of(times) for stage, times in raw.items()}
-    peak = instruments.peak_bytes()
+    peak = monitor.peak_bytes()
     growth = None if peak is None or loaded is None else peak - loaded
     energy = None if before.energy_j is None or after.energy_j is None else after.energy_j - before.energy_j
     return BatchLatency(
         batch=work.size,
         stages=stages,
-        ms_per_picture=stages[WHOLE].median_ms / work.size,
-        ms_per_evaluation=stages[DENOISER].median_ms / work.rows[0].table.num_evaluations,
-        nfe_per_picture=work.finished[0].nfe,
+        ms_per_image=stages[END_TO_END].median_ms / work.size,
+        ms_per_evaluation=stages[DENOISER].median_ms / work.rows[0].table.num_function_evaluations,
+        nfe_per_image=work.finished[0].nfe,
         network_calls=work.calls.num_calls,
         network_rows=work.calls.num_rows,
         warm_up_ms=warm_up,
-        memory=Memory(instruments.memory_kind, loaded, peak, growth),
+        memory=Memory(monitor.memory_kind, loaded, peak, growth),
         energy_j=energy,
-        energy_j_per_picture=None if energy is None else energy / (repeats * work.size),
+        energy_j_per_image=None if energy is None else energy / (repeats * work.size),
         before=before,
         after=after,
     )

@@ -1,10 +1,10 @@
-"""Milliseconds of a batch of pictures, stage by stage, from captions to uint8 pictures in the host's memory.
+"""Milliseconds of a batch of images, stage by stage, from captions to uint8 images in the host's memory.
 
-A pass is what a caller waits for: tokenise and encode the captions, (super-resolution) encode the small pictures, denoise,
+A pass is what a caller waits for: tokenise and encode the captions, (super-resolution) encode the small images, denoise,
 decode. It is run as it stands, and the stages are marks on the way, so they add up to the whole but for the marks themselves.
-The network's calls are those of the engine: one call an evaluation, with a place for every pass of every picture.
+The network's calls are those of the engine: one call an evaluation, with a place for every pass of every image.
 
-Shapes: B pictures of a batch, P passes of an evaluation, C L latent, T tokens, D width of the caption states, K width of their
+Shapes: B images of a batch, P passes of an evaluation, C L latent, T tokens, D width of the prompt embeddings, K width of their
 keys and values, R resolution, S scale.
 """
 
@@ -19,24 +19,24 @@ import torch
 from torch import Tensor
 
 from isocost.data.degradations import encode_enlarged
-from isocost.diffusion.solvers import SamplerTable
-from isocost.errors import RequestError
-from isocost.models.autoencoder import Codec
+from isocost.diffusion.solvers import SolverCoefficients
+from isocost.errors import ConfigError
+from isocost.models.autoencoder import Autoencoder
 from isocost.models.checkpoint import CheckpointInfo
-from isocost.models.text_encoder import CaptionEncoder
-from isocost.sampling.denoiser import SamplingNetwork
+from isocost.models.text_encoder import TextEncoder
+from isocost.sampling.denoiser import Denoiser
 from isocost.sampling.engine import Engine
-from isocost.sampling.generate import DECODE_BATCH, CaptionStates
-from isocost.sampling.request import FinishedRow, Row, num_passes
-from isocost.utils.device import Clock, HostClock
+from isocost.sampling.generate import DECODE_BATCH, PromptEmbeds
+from isocost.sampling.request import SampleRequest, SampleResult, num_passes
+from isocost.utils.device import HostTimer, Timer
 
-TEXT, ENCODER, DENOISER, DECODER, WHOLE = "text", "encoder", "denoiser", "decoder", "whole"
+TEXT, ENCODER, DENOISER, DECODER, END_TO_END = "text", "encoder", "denoiser", "decoder", "whole"
 NUM_WARM_UP = 3
-LEAST_REPEATS = 3
+MIN_REPEATS = 3
 
-Ended = Callable[[str], None]
+StageCallback = Callable[[str], None]
 """Called with a stage's name when it has ended."""
-Work = Callable[[Ended], None]
+Work = Callable[[StageCallback], None]
 """A pass: does its stages in order and says when each has ended."""
 
 
@@ -59,36 +59,36 @@ class Summary:
     def of(cls, raw_ms: list[float]) -> Summary:
         """
         Raises:
-            RequestError: fewer than `LEAST_REPEATS` times.
+            ConfigError: fewer than `MIN_REPEATS` times.
         """
-        if len(raw_ms) < LEAST_REPEATS:
-            raise RequestError(f"{len(raw_ms)} times: a median and its spread take at least {LEAST_REPEATS}")
+        if len(raw_ms) < MIN_REPEATS:
+            raise ConfigError(f"{len(raw_ms)} times: a median and its spread take at least {MIN_REPEATS}")
         values = np.array(raw_ms)
         median = float(np.median(values))
         deviation = float(np.median(np.abs(values - median)))
         return cls(median, deviation, float(np.percentile(values, 90)), tuple(raw_ms))
 
 
-def time_pass(work: Work, clock: Clock, outer: Clock | None = None) -> dict[str, float]:
+def time_pass(work: Work, clock: Timer, outer: Timer | None = None) -> dict[str, float]:
     """Milliseconds of each stage of one pass by `clock`, and of the whole by `outer`, the host's clock where None is given."""
-    outer = outer or HostClock()
+    outer = outer or HostTimer()
     names: list[str] = []
     clock.wait()
-    started = outer.mark()
-    marks = [clock.mark()]
+    started = outer.record()
+    snapshots = [clock.record()]
 
     def ended(stage: str) -> None:
         names.append(stage)
-        marks.append(clock.mark())
+        snapshots.append(clock.record())
 
     work(ended)
     clock.wait()
-    whole = outer.between_ms(started, outer.mark())
-    stages = {name: clock.between_ms(*ends) for name, ends in zip(names, pairwise(marks), strict=True)}
-    return {**stages, WHOLE: whole}
+    whole = outer.elapsed_ms(started, outer.record())
+    stages = {name: clock.elapsed_ms(*ends) for name, ends in zip(names, pairwise(snapshots), strict=True)}
+    return {**stages, END_TO_END: whole}
 
 
-def time_passes(work: Work, clock: Clock, repeats: int, outer: Clock | None = None) -> dict[str, list[float]]:
+def time_passes(work: Work, clock: Timer, repeats: int, outer: Timer | None = None) -> dict[str, list[float]]:
     """Milliseconds of `repeats` passes, a list a stage and one of the whole."""
     passes = [time_pass(work, clock, outer) for _ in range(repeats)]
     return {stage: [one[stage] for one in passes] for stage in passes[0]}
@@ -97,10 +97,10 @@ def time_passes(work: Work, clock: Clock, repeats: int, outer: Clock | None = No
 # --- what is timed ---
 
 
-class CountedCalls:
+class CallCounter:
     """A network as the engine calls it that counts: calls, and rows in them."""
 
-    def __init__(self, network: SamplingNetwork) -> None:
+    def __init__(self, network: Denoiser) -> None:
         self._denoise = network.denoise()
         self.num_calls = self.num_rows = 0
 
@@ -111,82 +111,82 @@ class CountedCalls:
         return self._denoise(x, timesteps, states, guidance)
 
 
-class Prepared:
-    """A checkpoint with all that a picture takes, on one device.
+class LoadedModel:
+    """A checkpoint with all that an image takes, on one device.
 
-    Text encoder and codec compute in float32, as wherever pictures are made; the network in its own precision. The empty
+    Text encoder and autoencoder compute in float32, as wherever images are made; the network in its own precision. The empty
     caption belongs to the checkpoint: it is encoded and projected here, once.
     """
 
-    def __init__(self, info: CheckpointInfo, network: SamplingNetwork, codec: Codec, text: CaptionEncoder) -> None:
-        self.info, self.network, self.codec, self.text = info, network, codec, text
-        self.null = network.project(CaptionStates.of((), text).null[None])[0]
+    def __init__(self, info: CheckpointInfo, network: Denoiser, autoencoder: Autoencoder, text: TextEncoder) -> None:
+        self.info, self.network, self.autoencoder, self.text_encoder = info, network, autoencoder, text
+        self.null = network.project(PromptEmbeds.of((), text).null[None])[0]
 
     def passes(self, guidance: float) -> int:
         """Network passes of an evaluation."""
         return num_passes(guidance, self.network.embeds_guidance)
 
 
-class BatchWork:
-    """A pass over a batch of B pictures; each has its own caption and, for super-resolution, its own small picture.
+class BatchedPipeline:
+    """A pass over a batch of B images; each has its own caption and, for super-resolution, its own small image.
 
-    After a pass `finished` holds the rows in the order of their pictures, `pictures` is uint8 [B, 3, R, R] on the CPU, and
+    After a pass `finished` holds the rows in the order of their images, `images` is uint8 [B, 3, R, R] on the CPU, and
     `calls` has counted the network's calls of that pass alone.
 
     Raises:
-        RequestError: a size below 1, or guidance that no row takes.
+        ConfigError: a size below 1, or guidance that no row takes.
     """
 
-    def __init__(self, prepared: Prepared, table: SamplerTable, guidance: float, size: int) -> None:
+    def __init__(self, prepared: LoadedModel, table: SolverCoefficients, guidance: float, size: int) -> None:
         if size < 1:
-            raise RequestError(f"batch = {size}: at least one picture")
+            raise ConfigError(f"batch = {size}: at least one image")
         self.prepared, self.size = prepared, size
         info, network = prepared.info, prepared.network
-        self.captions = [f"a red circle and {number} blue squares on a white background" for number in range(size)]
-        self.rows = [Row(number, number, table, guidance) for number in range(size)]
+        self.prompts = [f"a red circle and {number} blue squares on a white background" for number in range(size)]
+        self.rows = [SampleRequest(number, number, table, guidance) for number in range(size)]
         side = info.resolution // (info.scale or 1)
         self.small = torch.randint(0, 256, (size, 3, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-        self.calls = CountedCalls(network)
-        self.finished: list[FinishedRow] = []
-        self.pictures = torch.empty(0, 3, info.resolution, info.resolution, dtype=torch.uint8)
+        self.calls = CallCounter(network)
+        self.finished: list[SampleResult] = []
+        self.images = torch.empty(0, 3, info.resolution, info.resolution, dtype=torch.uint8)
         self._states = torch.empty(0)
-        shape = (info.model.latent_channels, info.model.latent_side, info.model.latent_side)
-        self._beside = torch.zeros(size, *shape, device=network.device)
+        shape = (info.model.latent_channels, info.model.latent_size, info.model.latent_size)
+        self._concat_cond = torch.zeros(size, *shape, device=network.device)
         self._engine = Engine(
             self.calls,
-            info.prediction,
+            info.prediction_type,
             lambda ids: network.project(self._states[ids.to(self._states.device)]),
             prepared.null,
             shape,
             size * prepared.passes(guidance),
             network.device,
             embeds_guidance=network.embeds_guidance,
-            beside=None if info.scale is None else lambda ids: self._beside[ids.to(self._beside.device)],
+            concat_cond=None if info.scale is None else lambda ids: self._concat_cond[ids.to(self._concat_cond.device)],
         )
 
-    def __call__(self, ended: Ended) -> None:
-        """Captions to pictures, once."""
+    def __call__(self, ended: StageCallback) -> None:
+        """Captions to images, once."""
         self.calls.num_calls = self.calls.num_rows = 0
-        codec, device = self.prepared.codec, self.prepared.network.device
-        self._states = self.prepared.text.encode(self.captions)
+        autoencoder, device = self.prepared.autoencoder, self.prepared.network.device
+        self._states = self.prepared.text_encoder.encode(self.prompts)
         ended(TEXT)
         if self.prepared.info.scale is not None:
             parts = self.small.to(device).split(DECODE_BATCH)
-            self._beside = torch.cat([encode_enlarged(codec, part, self.prepared.info.resolution) for part in parts])
+            self._concat_cond = torch.cat([encode_enlarged(autoencoder, part, self.prepared.info.resolution) for part in parts])
             ended(ENCODER)
-        self.finished = sorted(self._engine.run(self.rows), key=lambda done: done.row.picture_id)
+        self.finished = sorted(self._engine.run(self.rows), key=lambda done: done.row.sample_index)
         ended(DENOISER)
         latents = torch.stack([done.latent for done in self.finished])
-        self.pictures = torch.cat([codec.decode(part).cpu() for part in latents.split(DECODE_BATCH)])
+        self.images = torch.cat([autoencoder.decode(part).cpu() for part in latents.split(DECODE_BATCH)])
         ended(DECODER)
 
     def check(self) -> None:
         """
         Raises:
-            RequestError: a picture of the last pass is not finite numbers.
+            ConfigError: an image of the last pass is not finite numbers.
         """
-        broken = [done.row.picture_id for done in self.finished if not done.finite]
+        broken = [done.row.sample_index for done in self.finished if not done.finite]
         if broken:
-            raise RequestError(
-                f"picture {broken[0]} of {self.size} is not finite numbers: lower the guidance, or take precision fp32"
+            raise ConfigError(
+                f"image {broken[0]} of {self.size} is not finite numbers: lower the guidance, or take precision fp32"
             )

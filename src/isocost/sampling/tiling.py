@@ -1,6 +1,6 @@
-"""A picture larger than a network's own, in overlapping tiles that fade into each other.
+"""An image larger than a network's own, in overlapping tiles that fade into each other.
 
-Shapes: N tiles, R their side in pixels, H x W the whole picture.
+Shapes: N tiles, R their side in pixels, H x W the whole image.
 """
 
 from __future__ import annotations

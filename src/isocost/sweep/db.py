@@ -1,4 +1,4 @@
-"""The way to a ledger: SQLite by default, any SQLAlchemy URL otherwise, with patience where it is away for a while."""
+"""The way to a results database: SQLite by default, any SQLAlchemy URL otherwise, with patience where it is away for a while."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, InterfaceError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import Session
 
-from isocost.errors import RequestError, WorkError
+from isocost.errors import ConfigError, RunError
 
 T = TypeVar("T")
-PATIENCE_S = 60.0
+TRANSACTION_TIMEOUT_S = 60.0
 RETRY_S = 0.5
-CONFLICTS = 5
+MAX_CONFLICTS = 5
 
 
 def connect(where: str | Path) -> Engine:
     """An engine on a file or URL that answers.
 
     Raises:
-        RequestError: the URL is none, its driver is not installed, or nothing answers there.
+        ConfigError: the URL is none, its driver is not installed, or nothing answers there.
     """
     try:
         url = make_url(str(where)) if "://" in str(where) else make_url(f"sqlite:///{where}")
@@ -32,34 +32,38 @@ def connect(where: str | Path) -> Engine:
             url = url.set(drivername="postgresql+psycopg")
         if url.drivername == "sqlite" and url.database:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-        waits = {"timeout": PATIENCE_S} if url.drivername == "sqlite" else {}
+        waits = {"timeout": TRANSACTION_TIMEOUT_S} if url.drivername == "sqlite" else {}
         engine = create_engine(url, pool_pre_ping=url.drivername != "sqlite", connect_args=waits)
         if url.drivername == "sqlite":
             event.listen(engine, "connect", _write_ahead)
         with engine.connect():
             return engine
     except ArgumentError as error:
-        raise RequestError(
-            f"--ledger {where}: no address of a database; give postgresql://USER@HOST/NAME, or a file"
+        raise ConfigError(
+            f"--database {where}: no address of a database; give postgresql://USER@HOST/NAME, or a file"
         ) from error
     except (NoSuchModuleError, ModuleNotFoundError) as error:
-        raise RequestError(
-            f"--ledger {_shown(where)}: its driver is not installed: pip install 'isocost[postgresql]'"
+        raise ConfigError(
+            f"--database {_shown(where)}: its driver is not installed: pip install 'isocost[postgresql]'"
         ) from error
     except DBAPIError as error:
-        raise RequestError(f"--ledger {_shown(where)}: the ledger cannot be reached ({_first_line(error.orig)})") from error
+        raise ConfigError(
+            f"--database {_shown(where)}: the results database cannot be reached ({_first_line(error.orig)})"
+        ) from error
 
 
-def transact(engine: Engine, work: Callable[[Session], T], patience_s: float = PATIENCE_S, conflicts: int = CONFLICTS) -> T:
-    """What `work` gives in one transaction; tried again for a while where the ledger is away or locked.
+def run_transaction(
+    engine: Engine, work: Callable[[Session], T], timeout_s: float = TRANSACTION_TIMEOUT_S, conflicts: int = MAX_CONFLICTS
+) -> T:
+    """What `work` gives in one transaction; tried again for a while where the results database is away or locked.
 
     Another may write the same row in the same moment; then it is tried again, `conflicts` times.
 
     Raises:
         IntegrityError: it came to that every time.
-        WorkError: it stayed away.
+        RunError: it stayed away.
     """
-    give_up = time.monotonic() + patience_s
+    give_up = time.monotonic() + timeout_s
     while True:
         try:
             with Session(engine) as session, session.begin():
@@ -70,8 +74,8 @@ def transact(engine: Engine, work: Callable[[Session], T], patience_s: float = P
             conflicts -= 1
         except (OperationalError, InterfaceError) as error:
             if time.monotonic() > give_up:
-                raise WorkError(
-                    f"the ledger cannot be reached ({_first_line(error.orig)}); what is done stays, run again when it is back"
+                raise RunError(
+                    f"the results database cannot be reached ({_first_line(error.orig)}); what is done stays, run again when it is back"
                 ) from error
             time.sleep(RETRY_S)
 

@@ -1,9 +1,9 @@
-"""A point's pictures in shards: each is durable or absent, and the point is put together when all are there.
+"""A point's images in shards: each is durable or absent, and the point is put together when all are there.
 
-What is kept of a picture does not depend on which pictures came with it, so neither the size of the shards nor who made them
+What is kept of an image does not depend on which images came with it, so neither the size of the shards nor who made them
 changes a bit of the point.
 
-Shapes: N pictures of a point, K pictures kept, R resolution.
+Shapes: N images of a point, K images kept, R resolution.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from isocost.config.base import digest
-from isocost.errors import WorkError
-from isocost.evaluation.evaluator import Measuring
-from isocost.evaluation.feature_store import Measured, read_measured, write_measured
-from isocost.evaluation.reference_set import Reference
-from isocost.sampling.request import FinishedRow
-from isocost.sweep.grid import Point
+from isocost.errors import RunError
+from isocost.evaluation.evaluator import FeatureCollector
+from isocost.evaluation.feature_store import SampleFeatures, read_measured, write_measured
+from isocost.evaluation.reference_set import ReferenceSet
+from isocost.sampling.request import SampleResult
+from isocost.sweep.grid import SweepPoint
 from isocost.utils.artifact_store import Store
 
 MIB = 2**20
 VERSION = 1
-MAX_NOT_FINITE_SHARE = 0.01
-PICTURES = "pictures.safetensors"
+MAX_NONFINITE_FRACTION = 0.01
+IMAGES = "images.safetensors"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Some consecutive pictures of a point."""
+    """Some consecutive images of a point."""
 
-    point: Point
-    pictures: range
+    point: SweepPoint
+    images: range
     digest: str
 
 
-def shards_of(point: Point, size: int, bounds: Sequence[int] = ()) -> list[Shard]:
-    """The shards of a point, `size` pictures each or fewer; up to each of `bounds`, where given, by whole shards."""
-    ends = [0, *(bounds or (point.spec.num_pictures,))]
+def split_into_shards(point: SweepPoint, size: int, bounds: Sequence[int] = ()) -> list[Shard]:
+    """The shards of a point, `size` images each or fewer; up to each of `bounds`, where given, by whole shards."""
+    ends = [0, *(bounds or (point.spec.num_images,))]
     ranges = [
         range(first, min(first + size, stop)) for start, stop in itertools.pairwise(ends) for first in range(start, stop, size)
     ]
@@ -55,122 +55,122 @@ def shards_of(point: Point, size: int, bounds: Sequence[int] = ()) -> list[Shard
 
 
 @dataclass(frozen=True)
-class Part:
-    """What came at once of one shard: pictures uint8 [n, 3, R, R] of these rows, and the rows that have none."""
+class ShardChunk:
+    """What came at once of one shard: images uint8 [n, 3, R, R] of these rows, and the rows that have none."""
 
     digest: str
-    rows: list[FinishedRow]
-    pictures: Tensor
-    broken: list[FinishedRow]
+    rows: list[SampleResult]
+    images: Tensor
+    broken: list[SampleResult]
 
 
-class ShardInWork:
-    """A shard whose pictures are coming in."""
+class ShardBuilder:
+    """A shard whose images are coming in."""
 
-    def __init__(self, shard: Shard, reference: Reference, kept: Collection[int]) -> None:
-        """`kept` are the ids of the pictures that every point keeps."""
-        self.shard, self.reference, self.kept = shard, reference, kept
-        self.measuring = Measuring(reference)
-        self.pictures: dict[int, Tensor] = {}
+    def __init__(self, shard: Shard, reference: ReferenceSet, saved_indices: Collection[int]) -> None:
+        """`saved_indices` are the indices of the samples whose images every point saves."""
+        self.shard, self.reference, self.saved_indices = shard, reference, saved_indices
+        self.measuring = FeatureCollector(reference)
+        self.images: dict[int, Tensor] = {}
         self.broken: list[int] = []
         self.num_measured = 0
-        self.least_bucket_size = shard.point.spec.bucket_size
+        self.min_batch_size = shard.point.spec.batch_size
         self.started = time.monotonic()
 
     @property
     def is_whole(self) -> bool:
-        """True when every picture has come."""
-        return self.num_measured + len(self.broken) == len(self.shard.pictures)
+        """True when every image has come."""
+        return self.num_measured + len(self.broken) == len(self.shard.images)
 
-    def add(self, part: Part) -> None:
-        """Measure pictures, and name those that are not finite numbers, which are never scored."""
-        ids = [row.row.picture_id for row in part.rows]
+    def add(self, part: ShardChunk) -> None:
+        """Measure images, and name those that are not finite numbers, which are never scored."""
+        ids = [row.row.sample_index for row in part.rows]
         if ids:
-            self.measuring.add(ids, part.pictures)
+            self.measuring.add(ids, part.images)
         self.num_measured += len(ids)
-        self.pictures.update({i: part.pictures[place] for place, i in enumerate(ids) if i in self.kept})
-        self.broken = sorted([*self.broken, *(row.row.picture_id for row in part.broken)])
-        self.least_bucket_size = min([self.least_bucket_size, *(row.bucket_size for row in (*part.rows, *part.broken))])
+        self.images.update({i: part.images[place] for place, i in enumerate(ids) if i in self.saved_indices})
+        self.broken = sorted([*self.broken, *(row.row.sample_index for row in part.broken)])
+        self.min_batch_size = min([self.min_batch_size, *(row.batch_size for row in (*part.rows, *part.broken))])
 
     def write(self, store: Store, ms_per_evaluation: float, peak_bytes: int | None) -> None:
         """Make the shard durable. `peak_bytes` of memory were in use meanwhile, if the device tells."""
         manifest: dict[str, Any] = {
             "point": self.shard.point.digest,
-            "pictures": [self.shard.pictures.start, self.shard.pictures.stop],
-            "kept": sorted(self.pictures),
-            "not_finite": self.broken,
-            "least_bucket_size": self.least_bucket_size,
+            "images": [self.shard.images.start, self.shard.images.stop],
+            "saved": sorted(self.images),
+            "nonfinite": self.broken,
+            "min_batch_size": self.min_batch_size,
             "ms_per_evaluation": ms_per_evaluation,
             "seconds": time.monotonic() - self.started,
             "peak_bytes": peak_bytes,
         }
         with store.create("shard", self.shard.digest, manifest) as folder:
             if self.num_measured:
-                write_measured(folder, self.measuring.measured(), self.reference.kept)
-            if self.pictures:
-                save_file({"pictures": torch.stack([self.pictures[i] for i in manifest["kept"]])}, folder / PICTURES)
+                write_measured(folder, self.measuring.measured(), self.reference.feature_dtype)
+            if self.images:
+                save_file({"images": torch.stack([self.images[i] for i in manifest["saved"]])}, folder / IMAGES)
 
 
-def assemble(
-    store: Store, reference: Reference, point: Point, shards: Sequence[Shard], num_evaluations: int, size: str
+def merge_shards(
+    store: Store, reference: ReferenceSet, point: SweepPoint, shards: Sequence[Shard], num_function_evaluations: int, size: str
 ) -> None:
-    """The point's artefact from its shards, which are removed. `num_evaluations` are a picture's, `size` names the network.
+    """The point's artefact from its shards, which are removed. `num_function_evaluations` are an image's, `size` names the network.
 
     Raises:
-        WorkError: too many of its pictures are not finite numbers; the shards are removed, and the next run makes them anew.
+        RunError: too many of its images are not finite numbers; the shards are removed, and the next run makes them anew.
     """
     manifests = [store.manifest("shard", shard.digest) for shard in shards]
-    broken = sorted(i for manifest in manifests for i in manifest["not_finite"])
-    number = point.spec.num_pictures
-    if len(broken) > MAX_NOT_FINITE_SHARE * number:
+    broken = sorted(i for manifest in manifests for i in manifest["nonfinite"])
+    number = point.spec.num_images
+    if len(broken) > MAX_NONFINITE_FRACTION * number:
         _remove(store, shards)
-        raise WorkError(
-            f"{size}, {point.title}: {len(broken)} of {number} pictures are not finite "
-            f"numbers (picture {broken[0]} first); lower the guidance, or train longer"
+        raise RunError(
+            f"{size}, {point.title}: {len(broken)} of {number} images are not finite "
+            f"numbers (image {broken[0]} first); lower the guidance, or train longer"
         )
-    pictures = sum(len(shard.pictures) for shard in shards)
+    images = sum(len(shard.images) for shard in shards)
     per_evaluation = sum(
-        manifest["ms_per_evaluation"] * len(shard.pictures) for manifest, shard in zip(manifests, shards, strict=True)
+        manifest["ms_per_evaluation"] * len(shard.images) for manifest, shard in zip(manifests, shards, strict=True)
     )
     peaks = [manifest["peak_bytes"] for manifest in manifests if manifest.get("peak_bytes") is not None]
     folders = [store.folder("shard", shard.digest) for shard in shards]
-    kept = [load_file(folder / PICTURES)["pictures"] for folder in folders if (folder / PICTURES).is_file()]
+    saved = [load_file(folder / IMAGES)["images"] for folder in folders if (folder / IMAGES).is_file()]
     manifest = {
         "spec": point.spec.model_dump(mode="json"),
         "protocol": reference.protocol.id,
-        "kept": [i for manifest in manifests for i in manifest["kept"]],
-        "num_not_finite": len(broken),
-        "not_finite": broken,
-        "least_bucket_size": min(manifest["least_bucket_size"] for manifest in manifests),
-        "ms_per_picture": per_evaluation / pictures * num_evaluations,
+        "saved": [i for manifest in manifests for i in manifest["saved"]],
+        "num_nonfinite": len(broken),
+        "nonfinite": broken,
+        "min_batch_size": min(manifest["min_batch_size"] for manifest in manifests),
+        "ms_per_image": per_evaluation / images * num_function_evaluations,
         "seconds": sum(manifest["seconds"] for manifest in manifests),
         "peak_memory_mib": max(peaks) / MIB if peaks else None,
     }
     with store.create("point", point.digest, manifest) as folder:
-        write_measured(folder, read_shards(store, reference, shards), reference.kept)
-        save_file({"pictures": torch.cat(kept)}, folder / PICTURES)
+        write_measured(folder, read_shards(store, reference, shards), reference.feature_dtype)
+        save_file({"images": torch.cat(saved)}, folder / IMAGES)
     _remove(store, shards)
 
 
-def read_shards(store: Store, reference: Reference, shards: Sequence[Shard]) -> Measured:
-    """What is kept of several shards' pictures, in their order.
+def read_shards(store: Store, reference: ReferenceSet, shards: Sequence[Shard]) -> SampleFeatures:
+    """What is kept of several shards' images, in their order.
 
     Raises:
-        WorkError: none of their pictures is finite numbers.
+        RunError: none of their images is finite numbers.
     """
-    whole = [shard for shard in shards if len(store.manifest("shard", shard.digest)["not_finite"]) < len(shard.pictures)]
+    whole = [shard for shard in shards if len(store.manifest("shard", shard.digest)["nonfinite"]) < len(shard.images)]
     if not whole:
-        raise WorkError(f"{shards[0].point.title}: no picture is finite numbers; lower the guidance, or train longer")
+        raise RunError(f"{shards[0].point.title}: no image is finite numbers; lower the guidance, or train longer")
     names = tuple(reference.extractors)
     return _joined([read_measured(store.folder("shard", shard.digest), names) for shard in whole])
 
 
-def read_pictures(folder: Path) -> np.ndarray:
-    """The pictures a point's artefact keeps: uint8 [K, R, R, 3]."""
-    return load_file(folder / PICTURES)["pictures"].permute(0, 2, 3, 1).numpy()
+def read_images(folder: Path) -> np.ndarray:
+    """The images a point's artefact keeps: uint8 [K, R, R, 3]."""
+    return load_file(folder / IMAGES)["images"].permute(0, 2, 3, 1).numpy()
 
 
-def _joined(parts: Sequence[Measured]) -> Measured:
+def _joined(parts: Sequence[SampleFeatures]) -> SampleFeatures:
     """What is kept of several shards, in their order."""
     first = parts[0]
 
@@ -179,11 +179,11 @@ def _joined(parts: Sequence[Measured]) -> Measured:
 
     alignment = [part.alignment for part in parts if part.alignment is not None]
     ids = [part.ids for part in parts if part.ids is not None]
-    return Measured(
+    return SampleFeatures(
         {name: whole("features", name) for name in first.features},
         np.concatenate(alignment) if alignment else None,
         np.concatenate(ids) if ids else None,
-        {name: whole("pairs", name) for name in first.pairs},
+        {name: whole("paired_metrics", name) for name in first.paired_metrics},
     )
 
 

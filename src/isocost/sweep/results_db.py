@@ -1,4 +1,4 @@
-"""The ledger: every point, its scores with intervals, its costs and where it was made; every failure and skipped picture.
+"""The results database: every point, its scores with intervals, its costs and where it was made; every failure and skipped image.
 
 SQLite by default, any SQLAlchemy URL otherwise. A point's row and its scores are written in one transaction.
 """
@@ -18,10 +18,19 @@ from sqlalchemy import delete, func, inspect, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 from isocost.evaluation.confidence_intervals import Interval
-from isocost.sweep.db import connect, transact
-from isocost.sweep.schema import Base, EventRow, PointRow, ProtocolRow, RaceRow, SchemaRow, ScoreRow, ShardRow
+from isocost.sweep.db import connect, run_transaction
+from isocost.sweep.schema import (
+    Base,
+    EventRecord,
+    PointRecord,
+    ProtocolRecord,
+    RaceRecord,
+    SchemaRecord,
+    ScoreRecord,
+    ShardRecord,
+)
 
 SCHEMA_VERSION = 6
 """2: points carry all of their numerics. 3: and their task; none is text-to-image. 4: shards and claims. 5: races.
@@ -29,18 +38,20 @@ SCHEMA_VERSION = 6
 ATTEMPTS = 10
 
 
-class Ledger:
+class ResultsDB:
     """Opened on a file or URL; made where absent."""
 
     def __init__(self, where: str | Path) -> None:
         """
         Raises:
-            RequestError: the ledger cannot be reached, or was written by a newer version of isocost.
+            ConfigError: the results database cannot be reached, or was written by a newer version of isocost.
         """
         self.engine = connect(where)
         version = self._version()
         if version is not None and version > SCHEMA_VERSION:
-            raise RequestError(f"{where}: a ledger of version {version}; this isocost reads {SCHEMA_VERSION}: upgrade isocost")
+            raise ConfigError(
+                f"{where}: a results database of version {version}; this isocost reads {SCHEMA_VERSION}: upgrade isocost"
+            )
         if version != SCHEMA_VERSION:
             self._make_tables()
 
@@ -52,9 +63,9 @@ class Ledger:
         self.engine.dispose()
 
     def _version(self) -> int | None:
-        if not inspect(self.engine).has_table(SchemaRow.__tablename__):
+        if not inspect(self.engine).has_table(SchemaRecord.__tablename__):
             return None
-        return transact(self.engine, lambda session: session.scalar(select(SchemaRow.version)))
+        return run_transaction(self.engine, lambda session: session.scalar(select(SchemaRecord.version)))
 
     def _make_tables(self) -> None:
         """Make what is missing and note the version; several processes may do it at once."""
@@ -63,8 +74,8 @@ class Ledger:
                 Base.metadata.create_all(self.engine)
                 self._add_columns()
                 with Session(self.engine) as session, session.begin():
-                    session.execute(delete(SchemaRow))
-                    session.add(SchemaRow(version=SCHEMA_VERSION))
+                    session.execute(delete(SchemaRecord))
+                    session.add(SchemaRecord(version=SCHEMA_VERSION))
                 return
             except DBAPIError:
                 if attempt == ATTEMPTS - 1 or self._version() == SCHEMA_VERSION:
@@ -72,17 +83,17 @@ class Ledger:
                 time.sleep(0.2)
 
     def _add_columns(self) -> None:
-        """Bring an older ledger's points to this version; what they do not know of themselves stays empty."""
+        """Bring an older results database's points to this version; what they do not know of themselves stays empty."""
         there = {column["name"] for column in inspect(self.engine).get_columns("points")}
         with self.engine.begin() as connection:
-            for column in PointRow.__table__.columns:
+            for column in PointRecord.__table__.columns:
                 if column.name not in there:
                     kind = column.type.compile(self.engine.dialect)
                     connection.execute(text(f"ALTER TABLE points ADD COLUMN {column.name} {kind}"))
 
     def points(self) -> set[str]:
         """Digests of the points that are done."""
-        return transact(self.engine, lambda session: set(session.scalars(select(PointRow.point))))
+        return run_transaction(self.engine, lambda session: set(session.scalars(select(PointRecord.point))))
 
     def add_point(
         self,
@@ -96,86 +107,88 @@ class Ledger:
 
         def write(session: Session) -> None:
             parts = json.dumps(dict(protocol_parts), ensure_ascii=False)
-            session.merge(ProtocolRow(protocol=row["protocol"], parts=parts))
-            for table in (ScoreRow, PointRow, ShardRow):
+            session.merge(ProtocolRecord(protocol=row["protocol"], parts=parts))
+            for table in (ScoreRecord, PointRecord, ShardRecord):
                 session.execute(delete(table).where(table.point == row["point"]))
-            session.add(PointRow(**row, created=_now(), provenance=json.dumps(dict(provenance))))
+            session.add(PointRecord(**row, created=_now(), provenance=json.dumps(dict(provenance))))
             session.flush()
-            session.add_all(ScoreRow.of(row["point"], metric, interval) for metric, interval in scores.items())
+            session.add_all(ScoreRecord.of(row["point"], metric, interval) for metric, interval in scores.items())
 
-        transact(self.engine, write)
+        run_transaction(self.engine, write)
 
-    def set_time(self, point: str, ms_per_picture: float, timed_with: Mapping[str, Any]) -> None:
-        """Record what a picture of a point that is there takes, measured anew, and with what."""
+    def set_time(self, point: str, ms_per_image: float, timed_with: Mapping[str, Any]) -> None:
+        """Record what an image of a point that is there takes, measured anew, and with what."""
 
         def write(session: Session) -> None:
-            row = session.get_one(PointRow, point)
-            row.ms_per_picture = ms_per_picture
+            row = session.get_one(PointRecord, point)
+            row.ms_per_image = ms_per_image
             row.provenance = json.dumps({**json.loads(row.provenance), "timed_with": dict(timed_with)})
 
-        transact(self.engine, write)
+        run_transaction(self.engine, write)
 
-    def add_shard(self, shard: str, point: str, pictures: range) -> None:
-        """Record some pictures of a point that are made."""
-        made = {"first": pictures.start, "stop": pictures.stop, "host": platform.node(), "created": _now()}
+    def add_shard(self, shard: str, point: str, images: range) -> None:
+        """Record some images of a point that are made."""
+        made = {"first": images.start, "stop": images.stop, "host": platform.node(), "created": _now()}
 
         def write(session: Session) -> None:
-            session.merge(ShardRow(shard=shard, point=point, **made))
+            session.merge(ShardRecord(shard=shard, point=point, **made))
 
-        transact(self.engine, write)
+        run_transaction(self.engine, write)
 
     def num_shards(self) -> int:
         """Shards of points that are not whole yet."""
-        return transact(self.engine, lambda session: int(session.scalar(select(func.count()).select_from(ShardRow)) or 0))
+        return run_transaction(
+            self.engine, lambda session: int(session.scalar(select(func.count()).select_from(ShardRecord)) or 0)
+        )
 
     def add_race(self, row: Mapping[str, Any]) -> None:
         """Record what the race of a cell found, in place of an earlier record of it."""
-        transact(self.engine, lambda session: session.merge(RaceRow(**row)))
+        run_transaction(self.engine, lambda session: session.merge(RaceRecord(**row)))
 
     def stop_cell(self, cell: str, reason: str | None) -> None:
         """Record why a cell is not scored, or that it is."""
-        noted = update(RaceRow).where(RaceRow.cell == cell).values(stopped=reason)
-        transact(self.engine, lambda session: session.execute(noted))
+        noted = update(RaceRecord).where(RaceRecord.cell == cell).values(stopped=reason)
+        run_transaction(self.engine, lambda session: session.execute(noted))
 
     def races(self) -> dict[str, dict[str, Any]]:
         """What races found, by cell."""
 
         def read(session: Session) -> dict[str, dict[str, Any]]:
-            columns = [column.name for column in RaceRow.__table__.columns]
-            return {row.cell: {name: getattr(row, name) for name in columns} for row in session.scalars(select(RaceRow))}
+            columns = [column.name for column in RaceRecord.__table__.columns]
+            return {row.cell: {name: getattr(row, name) for name in columns} for row in session.scalars(select(RaceRecord))}
 
-        return transact(self.engine, read)
+        return run_transaction(self.engine, read)
 
     def add_scores(self, point: str, scores: Mapping[str, Interval]) -> None:
         """Record further scores of a point that is there."""
 
         def write(session: Session) -> None:
             for metric, interval in scores.items():
-                session.merge(ScoreRow.of(point, metric, interval))
+                session.merge(ScoreRecord.of(point, metric, interval))
 
-        transact(self.engine, write)
+        run_transaction(self.engine, write)
 
     def metrics(self) -> dict[str, set[str]]:
         """Names of the scores of every point."""
 
         def read(session: Session) -> dict[str, set[str]]:
-            told: dict[str, set[str]] = {point: set() for point in session.scalars(select(PointRow.point))}
-            for point, metric in session.execute(select(ScoreRow.point, ScoreRow.metric)):
+            told: dict[str, set[str]] = {point: set() for point in session.scalars(select(PointRecord.point))}
+            for point, metric in session.execute(select(ScoreRecord.point, ScoreRecord.metric)):
                 told[point].add(metric)
             return told
 
-        return transact(self.engine, read)
+        return run_transaction(self.engine, read)
 
-    def take_over(self, other: Ledger) -> int:
-        """Copy what this ledger lacks: points with scores and protocols, races, events; returns how many points came."""
+    def import_from(self, other: ResultsDB) -> int:
+        """Copy what this results database lacks: points with scores and protocols, races, events; returns how many points came."""
         known, raced, told_of = self.points(), self.races(), self.events()
         with Session(other.engine) as session:
-            points = [row for row in session.scalars(select(PointRow)) if row.point not in known]
+            points = [row for row in session.scalars(select(PointRecord)) if row.point not in known]
             asked = {row.point for row in points}
             protocols = {row.protocol for row in points}
-            scores = [row for row in session.scalars(select(ScoreRow)) if row.point in asked]
-            told = [row for row in session.scalars(select(ProtocolRow)) if row.protocol in protocols]
-            races = [row for row in session.scalars(select(RaceRow)) if row.cell not in raced]
+            scores = [row for row in session.scalars(select(ScoreRecord)) if row.point in asked]
+            told = [row for row in session.scalars(select(ProtocolRecord)) if row.protocol in protocols]
+            races = [row for row in session.scalars(select(RaceRecord)) if row.cell not in raced]
         new_events = [event for event in other.events() if event not in told_of]
 
         def write(session: Session) -> None:
@@ -184,55 +197,55 @@ class Ledger:
             session.flush()
             for row in (*scores, *races):
                 session.merge(row)
-            session.add_all(EventRow(**event) for event in new_events)
+            session.add_all(EventRecord(**event) for event in new_events)
 
-        transact(self.engine, write)
+        run_transaction(self.engine, write)
         return len(points)
 
     def set_events(self, stage: str, events: Sequence[tuple[str, str]]) -> None:
         """Record (subject, message) pairs of a stage, in place of what it recorded before."""
 
         def write(session: Session) -> None:
-            session.execute(delete(EventRow).where(EventRow.stage == stage))
+            session.execute(delete(EventRecord).where(EventRecord.stage == stage))
             session.add_all(
-                EventRow(created=_now(), stage=stage, subject=subject, message=message) for subject, message in events
+                EventRecord(created=_now(), stage=stage, subject=subject, message=message) for subject, message in events
             )
 
-        transact(self.engine, write)
+        run_transaction(self.engine, write)
 
     def events(self) -> list[dict[str, str]]:
         """All events, oldest first."""
 
         def read(session: Session) -> list[dict[str, str]]:
-            rows = session.scalars(select(EventRow).order_by(EventRow.number))
+            rows = session.scalars(select(EventRecord).order_by(EventRecord.number))
             return [{"stage": r.stage, "subject": r.subject, "message": r.message, "created": r.created} for r in rows]
 
-        return transact(self.engine, read)
+        return run_transaction(self.engine, read)
 
     def table(self) -> pd.DataFrame:
         """One row a point; every metric as three columns `m`, `m_low`, `m_high`; ordered by coordinate, not by arrival.
 
-        Where guidance was raced for, `guidance_low` and `guidance_high` are the interval of the best one, `race_pictures` what
-        the race drew, and `race_at_edge` whether it ended at the end of its ladder; all are empty for points of a grid.
+        Where guidance was raced for, `guidance_low` and `guidance_high` are the interval of the best one, `race_images` what
+        the race drew, and `race_at_boundary` whether it ended at the end of its ladder; all are empty for points of a grid.
         """
         with self.engine.connect() as connection:
-            points = pd.read_sql(select(PointRow.__table__), connection)
-            scores = pd.read_sql(select(ScoreRow.__table__), connection)
-            protocols = pd.read_sql(select(ProtocolRow.__table__), connection).set_index("protocol")
-            races = pd.read_sql(select(RaceRow.__table__), connection)
+            points = pd.read_sql(select(PointRecord.__table__), connection)
+            scores = pd.read_sql(select(ScoreRecord.__table__), connection)
+            protocols = pd.read_sql(select(ProtocolRecord.__table__), connection).set_index("protocol")
+            races = pd.read_sql(select(RaceRecord.__table__), connection)
         table = points.set_index("point")
         table["protocol_parts"] = table["protocol"].map(protocols["parts"])
         if len(races):
             found = races.drop_duplicates("point", keep="last").set_index("point")
-            raced = found.assign(race_pictures=found["num_pictures"], race_at_edge=found["is_at_edge"])
-            table = table.join(raced[["guidance_low", "guidance_high", "race_pictures", "race_at_edge"]])
+            raced = found.assign(race_images=found["num_images"], race_at_boundary=found["is_at_boundary"])
+            table = table.join(raced[["guidance_low", "guidance_high", "race_images", "race_at_boundary"]])
         for metric, group in scores.groupby("metric"):
             by_point = group.set_index("point")
             for suffix, column in (("", "value"), ("_low", "low"), ("_high", "high")):
                 table[f"{metric}{suffix}"] = by_point[column]
         last = table.groupby("width")["images_seen"].transform("max") if len(table) else 0
         table["is_final"] = table["images_seen"] == last
-        order = ["width", "images_seen", "sampler", "num_steps", "guidance", "seed", "protocol"]
+        order = ["width", "images_seen", "solver", "num_steps", "guidance", "seed", "protocol"]
         return table.reset_index().sort_values(order, ignore_index=True)
 
 

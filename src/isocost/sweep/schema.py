@@ -12,18 +12,18 @@ class Base(DeclarativeBase):
     """All tables."""
 
 
-OF_THE_MACHINE = ["ms_per_picture", "seconds", "peak_memory_mib", "created", "provenance"]
+HARDWARE_COLUMNS = ["ms_per_image", "seconds", "peak_memory_mib", "created", "provenance"]
 """Columns of a table that differ from one machine or moment to another; all others do not."""
 
 
-class SchemaRow(Base):
+class SchemaRecord(Base):
     """The version of the tables."""
 
     __tablename__ = "schema"
     version: Mapped[int] = mapped_column(Integer, primary_key=True)
 
 
-class PointRow(Base):
+class PointRecord(Base):
     """One scored point: coordinate, costs, provenance."""
 
     __tablename__ = "points"
@@ -36,28 +36,28 @@ class PointRow(Base):
     num_parameters: Mapped[int] = mapped_column(Integer)
     images_seen: Mapped[int] = mapped_column(Integer)
     training_gflop: Mapped[float] = mapped_column(Float)
-    sampler: Mapped[str] = mapped_column(String(64))
+    solver: Mapped[str] = mapped_column(String(64))
     num_steps: Mapped[int] = mapped_column(Integer)
     guidance: Mapped[float] = mapped_column(Float)
-    num_pictures: Mapped[int] = mapped_column(Integer)
-    num_not_finite: Mapped[int] = mapped_column(Integer)
+    num_images: Mapped[int] = mapped_column(Integer)
+    num_nonfinite: Mapped[int] = mapped_column(Integer)
     seed: Mapped[int] = mapped_column(Integer)
-    precision: Mapped[str] = mapped_column(String(8))
+    dtype: Mapped[str] = mapped_column(String(8))
     compiled: Mapped[bool | None] = mapped_column(Boolean)
-    bucket_size: Mapped[int | None] = mapped_column(Integer)
-    least_bucket_size: Mapped[int | None] = mapped_column(Integer)
-    paper_cost: Mapped[float] = mapped_column(Float)
+    batch_size: Mapped[int | None] = mapped_column(Integer)
+    min_batch_size: Mapped[int | None] = mapped_column(Integer)
+    normalized_cost: Mapped[float] = mapped_column(Float)
     nfe: Mapped[float] = mapped_column(Float)
     gflop: Mapped[float] = mapped_column(Float)
-    ms_per_picture: Mapped[float] = mapped_column(Float)
+    ms_per_image: Mapped[float] = mapped_column(Float)
     seconds: Mapped[float] = mapped_column(Float)
     peak_memory_mib: Mapped[float | None] = mapped_column(Float)
-    flagged: Mapped[bool] = mapped_column(Boolean)
+    has_too_few_samples: Mapped[bool] = mapped_column(Boolean)
     created: Mapped[str] = mapped_column(String(40))
     provenance: Mapped[str] = mapped_column(Text)
 
 
-class ScoreRow(Base):
+class ScoreRecord(Base):
     """One score of a point, with its 95 % interval."""
 
     __tablename__ = "scores"
@@ -68,12 +68,12 @@ class ScoreRow(Base):
     high: Mapped[float] = mapped_column(Float)
 
     @classmethod
-    def of(cls, point: str, metric: str, interval: Interval) -> ScoreRow:
+    def of(cls, point: str, metric: str, interval: Interval) -> ScoreRecord:
         """A score as it is kept."""
         return cls(point=point, metric=metric, value=interval.value, low=interval.low, high=interval.high)
 
 
-class ProtocolRow(Base):
+class ProtocolRecord(Base):
     """What a protocol's id stands for: its parts as JSON, so that two of them can be told apart in words."""
 
     __tablename__ = "protocols"
@@ -81,7 +81,7 @@ class ProtocolRow(Base):
     parts: Mapped[str] = mapped_column(Text)
 
 
-class RaceRow(Base):
+class RaceRecord(Base):
     """What the race of a cell found, and which point is scored for it; none where `stopped` says why."""
 
     __tablename__ = "races"
@@ -90,22 +90,22 @@ class RaceRow(Base):
     checkpoint: Mapped[str] = mapped_column(String(32), index=True)
     protocol: Mapped[str] = mapped_column(String(32))
     metric: Mapped[str] = mapped_column(String(64))
-    sampler: Mapped[str] = mapped_column(String(64))
+    solver: Mapped[str] = mapped_column(String(64))
     num_steps: Mapped[int] = mapped_column(Integer)
     guidance: Mapped[float] = mapped_column(Float)
     guidance_low: Mapped[float] = mapped_column(Float)
     guidance_high: Mapped[float] = mapped_column(Float)
-    num_pictures: Mapped[int] = mapped_column(Integer)
-    pictures_at: Mapped[str] = mapped_column(Text)
+    num_images: Mapped[int] = mapped_column(Integer)
+    images_at: Mapped[str] = mapped_column(Text)
     regret: Mapped[float] = mapped_column(Float)
     is_decided: Mapped[bool] = mapped_column(Boolean)
-    is_at_edge: Mapped[bool] = mapped_column(Boolean)
+    is_at_boundary: Mapped[bool] = mapped_column(Boolean)
     warnings: Mapped[str] = mapped_column(Text)
     stopped: Mapped[str | None] = mapped_column(Text)
 
 
-class EventRow(Base):
-    """Something a reader of the study must know: a failure, pictures that were skipped."""
+class EventRecord(Base):
+    """Something a reader of the study must know: a failure, images that were skipped."""
 
     __tablename__ = "events"
     number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
@@ -115,8 +115,8 @@ class EventRow(Base):
     message: Mapped[str] = mapped_column(Text)
 
 
-class ShardRow(Base):
-    """Some pictures of a point that were made at once, while the point is not whole; gone when it is."""
+class ShardRecord(Base):
+    """Some images of a point that were made at once, while the point is not whole; gone when it is."""
 
     __tablename__ = "shards"
     shard: Mapped[str] = mapped_column(String(32), primary_key=True)
@@ -127,7 +127,7 @@ class ShardRow(Base):
     created: Mapped[str] = mapped_column(String(40))
 
 
-class ClaimRow(Base):
+class LeaseRecord(Base):
     """One piece of work in somebody's hands."""
 
     __tablename__ = "claims"

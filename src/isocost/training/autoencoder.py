@@ -1,6 +1,6 @@
-"""Training of a study's own codec: a diffusers AutoencoderKL under L1 + perceptual + KL.
+"""Training of a study's own autoencoder: a diffusers AutoencoderKL under L1 + perceptual + KL.
 
-Shapes: N pictures in a batch, R resolution, C latent channels, L latent side.
+Shapes: N images in a batch, R resolution, C latent channels, L latent side.
 Source of the recipe: Rombach et al., arXiv 2112.10752, sec. 3.1, without the adversarial term.
 """
 
@@ -15,26 +15,26 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from isocost.config.model import LinearCodecSpec, TrainedCodecSpec
-from isocost.errors import RequestError, WorkError
+from isocost.config.model import PCAAutoencoderSpec, TrainedAutoencoderSpec
+from isocost.errors import ConfigError, RunError
 from isocost.metrics.efficientnet import EfficientNetLite0
 from isocost.metrics.lpips import load_lpips
-from isocost.models.autoencoder import AutoencoderCodec, Codec, LinearCodec, to_unit
+from isocost.models.autoencoder import Autoencoder, DiffusersVAE, PCAAutoencoder, to_unit
 
 Progress = Callable[[int, float], None]
-LEAST_PERCEPTUAL_SIDE = 32
+MIN_PERCEPTUAL_SIZE = 32
 
 
-def build_autoencoder(spec: TrainedCodecSpec, resolution: int) -> AutoencoderKL:
+def build_autoencoder(spec: TrainedAutoencoderSpec, resolution: int) -> AutoencoderKL:
     """An untrained AutoencoderKL of `block_widths`; the side shrinks by 2 at each level after the first.
 
     Raises:
-        RequestError: the side does not halve so often.
+        ConfigError: the side does not halve so often.
     """
     levels = len(spec.block_widths)
     if resolution % 2 ** (levels - 1):
-        raise RequestError(
-            f"codec.block_widths: {levels} levels halve {levels - 1} times, which {resolution} pixels do not allow"
+        raise ConfigError(
+            f"autoencoder.block_widths: {levels} levels halve {levels - 1} times, which {resolution} pixels do not allow"
         )
     return AutoencoderKL(
         in_channels=3,
@@ -51,27 +51,27 @@ def build_autoencoder(spec: TrainedCodecSpec, resolution: int) -> AutoencoderKL:
     )
 
 
-def train_codec(
-    spec: TrainedCodecSpec, pictures: Tensor, *, device: str = "cpu", progress: Progress | None = None
-) -> AutoencoderCodec:
-    """Train on uint8 [N, 3, R, R] in an order that is a function of the seed; latents are normalised at the end.
+def train_autoencoder(
+    spec: TrainedAutoencoderSpec, images: Tensor, *, device: str = "cpu", progress: Progress | None = None
+) -> DiffusersVAE:
+    """Train on uint8 [N, 3, R, R] in an order that is a function of the seed; latents are normalized at the end.
 
     Raises:
-        WorkError: the loss is not finite.
+        RunError: the loss is not finite.
     """
     torch.manual_seed(spec.seed)
-    resolution = pictures.shape[-1]
+    resolution = images.shape[-1]
     network = build_autoencoder(spec, resolution).to(device, memory_format=torch.channels_last)
     perceptual = _perceptual(spec, resolution, device) if spec.perceptual_weight else None
     optimizer = torch.optim.AdamW(network.parameters(), lr=spec.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     num_steps = math.ceil(spec.num_images / spec.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, spec.lr, total_steps=num_steps + 1, pct_start=0.05)
-    num_seen = math.ceil(spec.batch_size * spec.perceptual_share)
+    num_seen = math.ceil(spec.batch_size * spec.perceptual_fraction)
     order = torch.Generator().manual_seed(spec.seed)
     noise = torch.Generator(device).manual_seed(spec.seed + 1)
     for step in range(num_steps):
-        chosen = torch.randint(len(pictures), (spec.batch_size,), generator=order)
-        target = to_unit(pictures[chosen].to(device)).contiguous(memory_format=torch.channels_last)
+        chosen = torch.randint(len(images), (spec.batch_size,), generator=order)
+        target = to_unit(images[chosen].to(device)).contiguous(memory_format=torch.channels_last)
         posterior = network.encode(target).latent_dist
         drawn = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=noise, device=device)
         decoded = network.decode(drawn).sample
@@ -86,21 +86,23 @@ def train_codec(
         if step % 50 == 0 or step == num_steps - 1:
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise WorkError(f"codec training: the loss is {value} at image {step * spec.batch_size}; lower codec.lr")
+                raise RunError(
+                    f"autoencoder training: the loss is {value} at image {step * spec.batch_size}; lower autoencoder.lr"
+                )
             if progress is not None:
                 progress(min((step + 1) * spec.batch_size, spec.num_images), value)
     network.eval()
-    normalise_latents(network, pictures[:2048])
-    return AutoencoderCodec(network, device)
+    normalize_latents(network, images[:2048])
+    return DiffusersVAE(network, device)
 
 
 @torch.no_grad()
-def normalise_latents(network: AutoencoderKL, pictures: Tensor) -> None:
+def normalize_latents(network: AutoencoderKL, images: Tensor) -> None:
     """Fold a per-channel shift and scale into quant_conv and post_quant_conv so that latents have mean 0 and variance 1.
 
-    The network's pictures do not change, and its config needs no scaling factor: diffusers pipelines load it as it is.
+    The network's images do not change, and its config needs no scaling factor: diffusers pipelines load it as it is.
     """
-    moments = [network.encode(to_unit(batch.to(network.device))).latent_dist for batch in pictures.split(256)]
+    moments = [network.encode(to_unit(batch.to(network.device))).latent_dist for batch in images.split(256)]
     means = torch.cat([moment.mean for moment in moments])
     spread = torch.cat([moment.std for moment in moments])
     shift = means.mean((0, 2, 3))
@@ -114,20 +116,20 @@ def normalise_latents(network: AutoencoderKL, pictures: Tensor) -> None:
     post.weight *= scale[None, :, None, None]
 
 
-def fit_codec(
-    spec: LinearCodecSpec | TrainedCodecSpec, pictures: Tensor, *, device: str = "cpu", progress: Progress | None = None
-) -> Codec:
-    """The codec that a study asks for, fitted to its training pictures uint8 [N, 3, R, R]."""
-    if isinstance(spec, LinearCodecSpec):
-        return LinearCodec.fit(pictures[: spec.num_fit_pictures], spec.patch, spec.num_channels)
-    return train_codec(spec, pictures, device=device, progress=progress)
+def fit_autoencoder(
+    spec: PCAAutoencoderSpec | TrainedAutoencoderSpec, images: Tensor, *, device: str = "cpu", progress: Progress | None = None
+) -> Autoencoder:
+    """The autoencoder that a study asks for, fitted to its training images uint8 [N, 3, R, R]."""
+    if isinstance(spec, PCAAutoencoderSpec):
+        return PCAAutoencoder.fit(images[: spec.num_fit_images], spec.patch, spec.num_channels)
+    return train_autoencoder(spec, images, device=device, progress=progress)
 
 
-def _perceptual(spec: TrainedCodecSpec, resolution: int, device: str) -> Any:
+def _perceptual(spec: TrainedAutoencoderSpec, resolution: int, device: str) -> Any:
     if spec.perceptual == "efficientnet-lite0":
-        return EfficientNetLite0(side=max(LEAST_PERCEPTUAL_SIDE, resolution), device=device).perceptual
+        return EfficientNetLite0(side=max(MIN_PERCEPTUAL_SIZE, resolution), device=device).perceptual
     if not Path(spec.perceptual).is_file():
-        raise RequestError(
-            f"codec.perceptual: {spec.perceptual}: no such file; use 'efficientnet-lite0' or AlexNet's safetensors"
+        raise ConfigError(
+            f"autoencoder.perceptual: {spec.perceptual}: no such file; use 'efficientnet-lite0' or AlexNet's safetensors"
         )
     return load_lpips(Path(spec.perceptual), device)

@@ -18,7 +18,7 @@ WARM_UPS = 3
 """Plain passes before the step is recorded: libraries choose kernels and take workspaces in the first ones."""
 
 
-class RecordedStep:
+class CudaGraphStep:
     """Loss, gradients, clipping and the optimizer's step of a batch, played back.
 
     The optimizer's moments must stay where they are from now on: a state that is to be restored is restored before.

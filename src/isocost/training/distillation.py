@@ -7,7 +7,7 @@ is its moving average, w is the guidance, which a student takes as an input. The
 
 (arXiv 2303.01469, appendix C, at the scaled time of arXiv 2310.04378): f is the identity at t = 0.
 
-Shapes: B rows, C latent channels, L latent side, T tokens, D width of the caption states.
+Shapes: B rows, C latent channels, L latent side, T tokens, D width of the prompt embeddings.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from isocost.config.finetune import DistillSpec
-from isocost.config.sampling import SamplerSpec
+from isocost.config.sampling import SolverSpec
 from isocost.diffusion.noise_schedule import x0_coefficients
-from isocost.diffusion.solvers import LCM_SIGMA_DATA, LCM_TIMESTEP_SCALING, build_table
-from isocost.models.factory import guidance_width
+from isocost.diffusion.solvers import LCM_SIGMA_DATA, LCM_TIMESTEP_SCALING, solver_coefficients
+from isocost.models.factory import guidance_embed_dim
 from isocost.models.guidance_embedding import guidance_embedding
 from isocost.training.objectives import Batch, TextToImage, choices
 
@@ -50,16 +50,16 @@ class Distillation(ABC):
 
     Args:
         spec: the study's choices.
-        of: the task that the teacher was trained on; it gives pictures, captions and what stands beside the latent.
+        of: the task that the teacher was trained on; it gives images, captions and what stands beside the latent.
         teacher: the network that is distilled; None where the student is its own.
         student: the network that learns, of which `target` is kept as a copy whose weights are its average.
     """
 
     def __init__(self, spec: DistillSpec, of: TextToImage, teacher: nn.Module | None, student: nn.Module) -> None:
-        self.spec, self.of, self.schedule, self.prediction = spec, of, of.schedule, of.spec.prediction
+        self.spec, self.of, self.schedule, self.prediction = spec, of, of.schedule, of.spec.prediction_type
         self.teacher = None if teacher is None else copy.deepcopy(teacher).eval().requires_grad_(False)
-        self.guidance_width = guidance_width(student)
-        self.learning = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
+        self.guidance_embed_dim = guidance_embed_dim(student)
+        self.trainable_params = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
         self.target = copy.deepcopy(student).eval().requires_grad_(False)
         alpha, sigma = torch.tensor(self.schedule.alpha), torch.tensor(self.schedule.sigma)
         from_z, from_output = map(torch.from_numpy, x0_coefficients(self.prediction, self.schedule.alpha, self.schedule.sigma))
@@ -68,7 +68,7 @@ class Distillation(ABC):
         skip = LCM_SIGMA_DATA**2 / (tau**2 + LCM_SIGMA_DATA**2)
         out = tau / (tau**2 + LCM_SIGMA_DATA**2).sqrt()
         self.table = torch.stack([alpha, sigma, from_z, from_output, skip, out, timesteps])
-        self.null = of.null_states
+        self.null = of.null_prompt_embeds
 
     # --- what the loop asks ---
 
@@ -77,7 +77,7 @@ class Distillation(ABC):
         average = averages[self.spec.target_half_life_images]
         device = average[0].device
         self.target.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        for name, value in zip(self.learning, average, strict=True):
+        for name, value in zip(self.trainable_params, average, strict=True):
             self.target.get_parameter(name).data = value
         self.table, self.null = self.table.to(device), self.null.to(device)
         if self.teacher is not None:
@@ -128,9 +128,9 @@ class Distillation(ABC):
         states = given.get("states", batch.states)
         guidance = given.get("guidance", batch.guidance)
         timesteps = self.table[6][indices].to(z)
-        if self.guidance_width is None or guidance is None:
+        if self.guidance_embed_dim is None or guidance is None:
             return network(seen, timesteps, states).sample.float()
-        embedded = guidance_embedding(guidance.float(), self.guidance_width).to(z)
+        embedded = guidance_embedding(guidance.float(), self.guidance_embed_dim).to(z)
         return network(seen, timesteps, states, timestep_cond=embedded).sample.float()
 
     def predict(self, output: Tensor, z: Tensor, indices: Tensor) -> Prediction:
@@ -139,7 +139,7 @@ class Distillation(ABC):
         x = from_z * z + from_output * output
         return Prediction(x, (z - alpha * x) / sigma)
 
-    def consistent(self, network: nn.Module, z: Tensor, batch: DistillBatch, indices: Tensor) -> Tensor:
+    def consistency_fn(self, network: nn.Module, z: Tensor, batch: DistillBatch, indices: Tensor) -> Tensor:
         """f(z, t), [B, C, L, L]."""
         _, _, _, _, skip, out, _ = self.at(indices)
         return skip * z + out * self.predict(self.output(network, z, batch, indices), z, indices).x
@@ -167,7 +167,7 @@ class Distillation(ABC):
 def grid_places(words: Tensor, num_steps: int, num_timesteps: int, first: int = 1) -> tuple[Tensor, Tensor]:
     """A step of a trailing grid of `num_steps`, drawn from `first` on: where it starts and where it ends, int64 [B].
 
-    The grid of latent consistency models and of the sampler `lcm`: places `stride n - 1`, and 0 below the first.
+    The grid of latent consistency models and of the solver `lcm`: places `stride n - 1`, and 0 below the first.
     """
     stride = num_timesteps // num_steps
     n = first + ((words * (num_steps + 1 - first)) >> 32)
@@ -190,8 +190,8 @@ class ConsistencyDistillation(Distillation):
         z = self.state(batch)
         with torch.no_grad():
             earlier = self.step(self.guided(self.teacher, z, batch, batch.indices), batch.indices_to)
-            target = self.consistent(self.target, earlier, batch, batch.indices_to)
-        difference = self.consistent(network, z, batch, batch.indices) - target
+            target = self.consistency_fn(self.target, earlier, batch, batch.indices_to)
+        difference = self.consistency_fn(network, z, batch, batch.indices) - target
         delta = self.spec.huber_delta
         return ((difference.square() + delta**2).sqrt() - delta).mean()
 
@@ -210,11 +210,11 @@ class ConditionalConsistencyDistillation(Distillation):
 
     def distance(self, network: nn.Module, batch: DistillBatch) -> Tensor:
         z = self.state(batch)
-        x = self.consistent(network, z, batch, batch.indices)
+        x = self.consistency_fn(network, z, batch, batch.indices)
         noise = self._noise(x, z, batch.indices)
         with torch.no_grad():
             earlier = self.step(Prediction(x, noise), batch.indices_to)
-            there = self.consistent(self.target, earlier, batch, batch.indices_to)
+            there = self.consistency_fn(self.target, earlier, batch, batch.indices_to)
             noise_there = self._noise(there, earlier, batch.indices_to)
             clean = batch.latents.float()
             if self.teacher is not None:
@@ -241,7 +241,7 @@ class ProgressiveDistillation(Distillation):
         """`num_steps` of this stage's student; the teacher takes twice as many."""
         super().__init__(spec, of, teacher, student)
         self.num_steps, self.teacher_is_guided = num_steps, is_first
-        fine = build_table(SamplerSpec(), 2 * num_steps, self.schedule).timesteps
+        fine = solver_coefficients(SolverSpec(), 2 * num_steps, self.schedule).timesteps
         self.fine = torch.tensor([*fine.astype(int), 0])  # DDIM ends at the schedule's first index
 
     def places(self, words: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,24 +252,24 @@ class ProgressiveDistillation(Distillation):
         assert self.teacher is not None, "a stage halves the steps of a teacher"
         z = self.state(batch)
         alpha, sigma, *_ = self.at(batch.indices)
-        alpha_to, sigma_to, *_ = self.at(batch.indices_to)
+        alpha_next, sigma_next, *_ = self.at(batch.indices_to)
         with torch.no_grad():
-            middle = self._middle(batch.indices)
-            halfway = self.step(self._teach(z, batch, batch.indices), middle)
-            end = self.step(self._teach(halfway, batch, middle), batch.indices_to)
-            ratio = sigma_to / sigma
-            target = (end - ratio * z) / (alpha_to - ratio * alpha)
+            middle = self._midpoint(batch.indices)
+            halfway = self.step(self._teacher_target(z, batch, batch.indices), middle)
+            end = self.step(self._teacher_target(halfway, batch, middle), batch.indices_to)
+            ratio = sigma_next / sigma
+            target = (end - ratio * z) / (alpha_next - ratio * alpha)
         x = self.predict(self.output(network, z, batch, batch.indices), z, batch.indices).x
         weight = (alpha / sigma).square().clamp(min=1)
         return (weight * (x - target).square()).mean()
 
-    def _teach(self, z: Tensor, batch: DistillBatch, indices: Tensor) -> Prediction:
+    def _teacher_target(self, z: Tensor, batch: DistillBatch, indices: Tensor) -> Prediction:
         assert self.teacher is not None
         if self.teacher_is_guided:
             return self.guided(self.teacher, z, batch, indices)
         return self.predict(self.output(self.teacher, z, batch, indices), z, indices)
 
-    def _middle(self, indices: Tensor) -> Tensor:
+    def _midpoint(self, indices: Tensor) -> Tensor:
         fine = self.fine.to(indices.device)
         position = (indices[:, None] == fine[None, :-1]).int().argmax(1)
         return fine[position + 1]

@@ -20,15 +20,15 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
 from isocost.config.training import TrainSpec
-from isocost.data.latent_cache import Part
-from isocost.errors import RequestError
+from isocost.data.latent_cache import ProcessInfo
+from isocost.errors import ConfigError
 
 BLOCKS = ("ResnetBlock2D", "Transformer2DModel", "BasicTransformerBlock")
 """Modules of diffusers' networks whose weights are gathered and let go together under FSDP2."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParamShard:
     """This process's rows [start, stop) of a parameter of shape `shape`; `data` is a plain tensor that shares its memory."""
 
     name: str
@@ -38,12 +38,12 @@ class Piece:
     data: Tensor
 
 
-def this_part() -> Part:
+def process_info() -> ProcessInfo:
     """This process among those that torchrun or `accelerate launch` started; alone where neither did."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Part()
+        return ProcessInfo()
     state = PartialState(cpu=on_cpu())
-    return Part(state.process_index, state.num_processes, state.wait_for_everyone)
+    return ProcessInfo(state.process_index, state.num_processes, state.wait_for_everyone)
 
 
 def on_cpu() -> bool:
@@ -55,12 +55,12 @@ def rows_of(spec: TrainSpec, accelerator: Accelerator) -> range:
     """This process's rows of each batch.
 
     Raises:
-        RequestError: the batch does not divide by the number of processes.
+        ConfigError: the batch does not divide by the number of processes.
     """
     size, number = spec.batch_size, accelerator.num_processes
     if size % number:
         below = size - size % number
-        raise RequestError(
+        raise ConfigError(
             f"train.batch_size={size} does not divide by {number} processes: take {below or number} or {below + number}, or "
             "another number of processes"
         )
@@ -68,7 +68,7 @@ def rows_of(spec: TrainSpec, accelerator: Accelerator) -> range:
     return range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
 
 
-class Parallel:
+class DistributedModel:
     """A network ready for training on this process's device, and what the loop asks of it."""
 
     def __init__(self, network: nn.Module, spec: TrainSpec, accelerator: Accelerator) -> None:
@@ -112,7 +112,7 @@ class Parallel:
             piece = _piece("", parameter)
             piece.data.copy_(full[piece.start : piece.stop] if parameter.ndim else full)
 
-    def syncing(self, last: bool) -> AbstractContextManager[None]:
+    def no_sync_unless(self, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a microbatch: gradients travel between processes after the last one only."""
         if isinstance(self.network, FSDPModule):
             self.network.set_requires_gradient_sync(last)
@@ -126,17 +126,17 @@ class Parallel:
                 module.reshard()
 
     @property
-    def learning(self) -> dict[str, nn.Parameter]:
+    def trainable_params(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name, in the order of the network; others stay as they were given."""
         return {name: parameter for name, parameter in self.network.named_parameters() if parameter.requires_grad}
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[ParamShard]:
         """This process's pieces of the parameters that learn."""
-        return [_piece(name, parameter) for name, parameter in self.learning.items()]
+        return [_piece(name, parameter) for name, parameter in self.trainable_params.items()]
 
     def gather(self, values: list[Tensor]) -> Iterator[Tensor]:
         """Whole tensors on the CPU, one by one, from pieces laid out as `pieces()`; every process must go through all."""
-        for parameter, value in zip(self.learning.values(), values, strict=True):
+        for parameter, value in zip(self.trainable_params.values(), values, strict=True):
             if isinstance(parameter, DTensor):
                 mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
                 strides = torch.empty(shape, device="meta").stride()
@@ -169,11 +169,11 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _piece(name: str, parameter: Tensor) -> Piece:
+def _piece(name: str, parameter: Tensor) -> ParamShard:
     shape = tuple(parameter.shape)
     data = _local(parameter.detach())
     if not isinstance(parameter, DTensor):
-        return Piece(name, shape, 0, shape[0] if shape else 1, data)
+        return ParamShard(name, shape, 0, shape[0] if shape else 1, data)
     share = -(-shape[0] // parameter.device_mesh.size())
     start = min(parameter.device_mesh.get_local_rank() * share, shape[0])
-    return Piece(name, shape, start, min(start + share, shape[0]), data)
+    return ParamShard(name, shape, start, min(start + share, shape[0]), data)

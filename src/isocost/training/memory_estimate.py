@@ -3,7 +3,7 @@
 Weights, gradients, moments and averages are counted; what forward and backward hold at their peak is found by running both on
 tensors without numbers (PyTorch's fake tensors), with the kernels that the device would choose.
 
-Shapes: B rows of a microbatch, C latent channels, L latent side, T tokens, D width of the caption states.
+Shapes: B rows of a microbatch, C latent channels, L latent side, T tokens, D width of the prompt embeddings.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Memory:
 def training_memory(model: ModelSpec, spec: TrainSpec, microbatch: int, num_tokens: int, num_processes: int = 1) -> Memory:
     """Memory of each of `num_processes` processes that take `microbatch` rows through the network at once."""
     shares = num_processes if spec.sharding == "fsdp" else 1
-    about = _one_pass(model, microbatch, num_tokens, spec.gradient_checkpointing, spec.precision, shares)
+    about = _one_pass(model, microbatch, num_tokens, spec.gradient_checkpointing, spec.dtype, shares)
     state = state_bytes(spec, about.num_parameters, num_processes)
     # Under FSDP2 the root's own weights stay gathered through a step; beside them stand a block with its gradients and the
     # buffers of its all-gather and reduce-scatter.
@@ -67,17 +67,17 @@ class _Pass:
 
 
 @lru_cache(maxsize=64)
-def _one_pass(model: ModelSpec, rows: int, num_tokens: int, checkpointing: bool, precision: str, shares: int) -> _Pass:
+def _one_pass(model: ModelSpec, rows: int, num_tokens: int, checkpointing: bool, dtype: str, shares: int) -> _Pass:
     with FakeTensorMode():
         network = build_network(model).train()
         if checkpointing:
             network.enable_gradient_checkpointing()
-        x = torch.empty(rows, model.latent_channels + model.extra_input_channels, model.latent_side, model.latent_side)
-        states = torch.empty(rows, num_tokens, model.context_width)
-        with _Live(shares, list(network.parameters())) as live:
+        x = torch.empty(rows, model.latent_channels + model.extra_input_channels, model.latent_size, model.latent_size)
+        states = torch.empty(rows, num_tokens, model.cross_attention_dim)
+        with ActivationTracker(shares, list(network.parameters())) as live:
             for parameter in network.parameters():
-                parameter.register_post_accumulate_grad_hook(live.take_gradient)
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                parameter.register_post_accumulate_grad_hook(live.on_grad)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
                 loss = network(x, torch.zeros(rows), states).sample.float().square().mean()
             loss.backward()
         blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(network)]
@@ -85,7 +85,7 @@ def _one_pass(model: ModelSpec, rows: int, num_tokens: int, checkpointing: bool,
     return _Pass(total, total - sum(blocks), max(blocks), live.peak)
 
 
-class _Live(TorchDispatchMode):
+class ActivationTracker(TorchDispatchMode):
     """Bytes of the storages that are made and still held, and the most there ever were; of gradients one of `shares`."""
 
     def __init__(self, shares: int, apart: list[nn.Parameter]) -> None:
@@ -108,7 +108,7 @@ class _Live(TorchDispatchMode):
                     weakref.finalize(storage, self._free, key, size)
         return made
 
-    def take_gradient(self, parameter: Tensor) -> None:
+    def on_grad(self, parameter: Tensor) -> None:
         """Let a whole gradient go and count this process's share of it, which stays until the step ends."""
         self.live += FLOAT * parameter.numel() // self.shares
         parameter.grad = None

@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from isocost.config.training import TrainSpec
-from isocost.errors import WorkError
+from isocost.errors import RunError
 from isocost.models.streaming_safetensors import Plan, file_crc32, write_streamed
-from isocost.training.distributed import Parallel, Piece
+from isocost.training.distributed import DistributedModel, ParamShard
 from isocost.training.ema import Ema
 from isocost.utils.artifact_store import publish, read_manifest, write_json
 
@@ -34,14 +34,14 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class TrainingState:
     """Everything of a training that changes with its steps, and its way to disk and back."""
 
-    def __init__(self, parallel: Parallel, optimizer: torch.optim.Optimizer, ema: Ema, run: Path) -> None:
+    def __init__(self, parallel: DistributedModel, optimizer: torch.optim.Optimizer, ema: Ema, run: Path) -> None:
         self.parallel, self.optimizer, self.ema, self.run = parallel, optimizer, ema, run
 
     def save(self, images_seen: int, spec: TrainSpec, accelerator: Accelerator) -> None:
         """Make a state durable, then remove those that the keep-rules let go. Every process takes part.
 
         Raises:
-            WorkError: the disk is full or cannot be written; the states before stay.
+            RunError: the disk is full or cannot be written; the states before stay.
         """
         final = _folder(self.run, images_seen)
         partial = self.run / f".{final.name}"
@@ -63,7 +63,7 @@ class TrainingState:
                 _prune(self.run, spec, images_seen)
             accelerator.wait_for_everyone()
         except OSError as error:
-            raise WorkError(
+            raise RunError(
                 f"{final}: the training state cannot be written ({error}); the last whole one stays, and the same command goes "
                 "on from it once there is room"
             ) from error
@@ -72,7 +72,7 @@ class TrainingState:
         """Restore the newest whole state; returns the images seen, 0 where there is no state.
 
         Raises:
-            WorkError: the state is damaged.
+            RunError: the state is damaged.
         """
         states = _states(self.run)
         if not states:
@@ -83,13 +83,13 @@ class TrainingState:
             self._restore(_Parts(newest, manifest["num_parts"]))
         except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
             back = f"go on from {states[-2].name}" if len(states) > 1 else "train from the start"
-            raise WorkError(f"{newest}: the training state does not read back ({error}); remove it to {back}") from error
+            raise RunError(f"{newest}: the training state does not read back ({error}); remove it to {back}") from error
         return int(manifest["images_seen"])
 
-    def _named(self) -> list[tuple[str, Piece, Tensor]]:
+    def _named(self) -> list[tuple[str, ParamShard, Tensor]]:
         """Name in the file, piece that it belongs to, and rows of every tensor of the state, a scalar as one row."""
         named = []
-        parameters = list(self.parallel.learning.values())
+        parameters = list(self.parallel.trainable_params.values())
         for number, piece in enumerate(self.parallel.pieces()):
             state = self.optimizer.state[parameters[number]]
             named.append((f"network.{piece.name}", piece, piece.data))
@@ -99,13 +99,13 @@ class TrainingState:
             for half_life, average in zip(self.ema.half_lives, self.ema.averages, strict=True):
                 named.append((f"ema.{half_life}.{piece.name}", piece, average[number]))
         first = self.optimizer.state[parameters[0]]
-        named.append(("step", Piece("step", (1,), 0, 1, first["step"]), first["step"].reshape(1)))
+        named.append(("step", ParamShard("step", (1,), 0, 1, first["step"]), first["step"].reshape(1)))
         return named
 
     @torch.no_grad()
     def _restore(self, parts: _Parts) -> None:
-        parameters = list(self.parallel.learning.values())
-        step = parts.rows("step", Piece("step", (1,), 0, 1, torch.empty(1)))[0]
+        parameters = list(self.parallel.trainable_params.values())
+        step = parts.rows("step", ParamShard("step", (1,), 0, 1, torch.empty(1)))[0]
         for number, piece in enumerate(self.parallel.pieces()):
             piece.data.copy_(parts.rows(f"network.{piece.name}", piece))
             parameter = parameters[number]
@@ -132,7 +132,7 @@ class _Parts:
             self.files.append(safe_open(file, "pt"))
             self.rows_in.append(about["rows"])
 
-    def rows(self, key: str, piece: Piece) -> Tensor:
+    def rows(self, key: str, piece: ParamShard) -> Tensor:
         """The rows of `piece` of the tensor called `key`, from whichever parts hold them."""
         found: list[Any] = []
         for file, rows in zip(self.files, self.rows_in, strict=True):
@@ -179,7 +179,7 @@ def _folder(run: Path, images_seen: int) -> Path:
     return run / f"state-{images_seen:012d}"
 
 
-def averaged(parallel: Parallel, ema: Ema) -> Iterator[tuple[str, Tensor]]:
+def averaged(parallel: DistributedModel, ema: Ema) -> Iterator[tuple[str, Tensor]]:
     """Name and whole tensor of every parameter, the published average of those that learn, one by one on the CPU.
 
     Every process must go through all.

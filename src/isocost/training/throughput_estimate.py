@@ -4,7 +4,7 @@ Time is that of the network, the optimizer and the averages; reading a latent ca
 a CPU. A size that does not fit, or whose few steps would take too long, is not run: its hours follow from its GFLOP at the
 rate of the last size that was measured.
 
-Shapes: B rows of a microbatch, C latent channels, L latent side, T tokens, D width of the caption states.
+Shapes: B rows of a microbatch, C latent channels, L latent side, T tokens, D width of the prompt embeddings.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from isocost.training.objectives import Batch, TextToImage
 from isocost.training.trainer import Trainer, backward, make_accelerator
 
 NUM_STEPS = 3
-MOST_ROWS = 8
+MAX_ROWS = 8
 """Rows of the measured microbatch where the study leaves it open."""
 LONGEST_SECONDS = 60.0
 PROCESSES = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -72,9 +72,9 @@ class RandomTask:
         """Noisy latents, states and targets drawn from a normal, timestep 0."""
         model = self.model
         latents = torch.randn(
-            len(rows), model.latent_channels, model.latent_side, model.latent_side, device=device, dtype=dtype
+            len(rows), model.latent_channels, model.latent_size, model.latent_size, device=device, dtype=dtype
         )
-        states = torch.randn(len(rows), self.num_tokens, model.context_width, device=device, dtype=dtype)
+        states = torch.randn(len(rows), self.num_tokens, model.cross_attention_dim, device=device, dtype=dtype)
         zeros = torch.zeros(len(rows), device=device, dtype=dtype)
         beside = latents.new_zeros(len(rows), model.extra_input_channels, *latents.shape[2:])
         noisy = torch.cat([latents, beside], dim=1)
@@ -88,7 +88,7 @@ class RandomTask:
         return TextToImage.loss(self, network, batch)  # type: ignore[arg-type]
 
 
-class Forecaster:
+class ThroughputEstimator:
     """Forecasts sizes one after the other, from the smallest on."""
 
     def __init__(self, spec: TrainSpec, num_tokens: int, disk_free: int) -> None:
@@ -96,22 +96,22 @@ class Forecaster:
         self.gflop_per_second: float | None = None
         self._measured: dict[ModelSpec, float] = {}
 
-    def __call__(self, model: ModelSpec, images: int, marks: tuple[int, ...]) -> Forecast:
-        """One size that has `images` to go and keeps a checkpoint at each of `marks`."""
+    def __call__(self, model: ModelSpec, images: int, snapshots: tuple[int, ...]) -> Forecast:
+        """One size that has `images` to go and keeps a checkpoint at each of `snapshots`."""
         cost = model_cost(model, self.num_tokens)
         rows = self._rows()
         memory, free = training_memory(model, self.spec, rows, self.num_tokens).total, memory_free()
-        disk = disk_bytes(self.spec, cost.num_parameters, len(marks))
-        remedy = "" if memory <= free else what_fits(model, self.spec, cost, self.num_tokens, free)
+        disk = disk_bytes(self.spec, cost.num_parameters, len(snapshots))
+        remedy = "" if memory <= free else suggest_settings(model, self.spec, cost, self.num_tokens, free)
         if disk > self.disk_free:
-            remedy += ("; " if remedy else "") + f"{_gb(self.disk_free)} of disk are free: fewer marks or kept states"
+            remedy += ("; " if remedy else "") + f"{_gb(self.disk_free)} of disk are free: fewer snapshots or kept states"
         rate, is_measured = self._rate(model, cost, rows, fits=memory <= free)
         hours = None if rate is None else images / rate / 3600
         about = (cost.size, model.width, images, rate, hours, is_measured)
         return Forecast(*about, memory, free, disk, self.disk_free, remedy)
 
     def _rows(self) -> int:
-        return min(self.spec.batch_size, MOST_ROWS) if self.spec.microbatch == "auto" else self.spec.microbatch
+        return min(self.spec.batch_size, MAX_ROWS) if self.spec.microbatch == "auto" else self.spec.microbatch
 
     def _rate(self, model: ModelSpec, cost: ModelCost, rows: int, fits: bool) -> tuple[float | None, bool]:
         """Images a second, and whether they were measured."""
@@ -127,7 +127,7 @@ class Forecaster:
         return (None if known is None else known / gflop), False
 
 
-def what_fits(model: ModelSpec, spec: TrainSpec, cost: ModelCost, num_tokens: int, free: int) -> str:
+def suggest_settings(model: ModelSpec, spec: TrainSpec, cost: ModelCost, num_tokens: int, free: int) -> str:
     """The least change after which a training has room where each process has `free` bytes, in words."""
 
     def fits(one: TrainSpec, processes: int = 1) -> bool:
@@ -159,7 +159,7 @@ def measure(model: ModelSpec, spec: TrainSpec, num_tokens: int, rows: int) -> tu
         passes, steps = [], []
         for number in range(NUM_STEPS + 1):
             started = _now(accelerator.device)
-            backward(trainer.parallel, trainer.task, batch, rows, alone.precision)
+            backward(trainer.parallel, trainer.task, batch, rows, alone.dtype)
             between = _now(accelerator.device)
             trainer.step(batch, number * rows)
             if number:
@@ -169,7 +169,7 @@ def measure(model: ModelSpec, spec: TrainSpec, num_tokens: int, rows: int) -> tu
     return of_pass / rows, max(0.0, sorted(steps)[len(steps) // 2] - of_pass)
 
 
-def too_large(spec: TrainSpec, cost: ModelCost, num_processes: int, disk_free: int) -> str:
+def oom_message(spec: TrainSpec, cost: ModelCost, num_processes: int, disk_free: int) -> str:
     """A line for a size that cannot fit whatever its activations take, or whose states cannot; empty where nothing is wrong."""
     held, free = state_bytes(spec, cost.num_parameters, num_processes), memory_free()
     disk = disk_bytes(spec, cost.num_parameters, 1)
@@ -182,12 +182,12 @@ def too_large(spec: TrainSpec, cost: ModelCost, num_processes: int, disk_free: i
     return f"{cost.size} (width {cost.width}) takes {needs}: `isocost train STUDY --forecast` says what would fit"
 
 
-def disk_bytes(spec: TrainSpec, num_parameters: int, num_marks: int) -> int:
+def disk_bytes(spec: TrainSpec, num_parameters: int, num_snapshots: int) -> int:
     """Bytes of states and checkpoints when they are most: a state stays until the next is durable."""
     states = spec.keep_last_states + 1
     if spec.keep_state_every_images is not None:
         states += spec.num_images // spec.keep_state_every_images
-    return states * state_bytes(spec, num_parameters) + num_marks * FLOAT * num_parameters
+    return states * state_bytes(spec, num_parameters) + num_snapshots * FLOAT * num_parameters
 
 
 def memory_free() -> int:

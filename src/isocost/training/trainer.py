@@ -17,37 +17,37 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from isocost.config.training import TrainSpec
-from isocost.errors import RequestError, WorkError
-from isocost.training.cuda_graph_step import RecordedStep
-from isocost.training.distributed import Parallel, on_cpu, rows_of
+from isocost.errors import ConfigError, RunError
+from isocost.training.cuda_graph_step import CudaGraphStep
+from isocost.training.distributed import DistributedModel, on_cpu, rows_of
 from isocost.training.ema import Ema
 from isocost.training.grad_accumulation import largest_microbatch
 from isocost.training.lr_schedule import learning_rate
-from isocost.training.objectives import Batch, Task
+from isocost.training.objectives import Batch, Objective
 from isocost.training.state_checkpoint import TrainingState, averaged, remove_partial
 from isocost.utils.progress import progress_bar, say
-from isocost.utils.signals import is_over
+from isocost.utils.signals import deadline_passed
 
 Publish = Callable[[nn.Module, Iterable[tuple[str, Tensor]], int], None]
 LOG_EVERY_STEPS = 20
 
 
-class OutOfTime(WorkError):
+class DeadlineReached(RunError):
     """The deadline came; the state is durable and the same command goes on."""
 
 
 def train(
     spec: TrainSpec,
-    task: Task,
+    task: Objective,
     network: nn.Module,
     run: Path,
     publish: Publish,
     *,
     title: str,
-    marks: tuple[int, ...] | None = None,
+    snapshots: tuple[int, ...] | None = None,
     deadline: float | None = None,
 ) -> None:
-    """Train `network` until the last of `marks`, from the newest state in the folder `run` if there is one.
+    """Train `network` until the last of `snapshots`, from the newest state in the folder `run` if there is one.
 
     The n-th image, its noise and its place are functions of (seed, n), so a training that was stopped and one that was not
     give the same bits on the same number of processes, and see the same images on any.
@@ -55,20 +55,20 @@ def train(
     Args:
         publish: called on the main process with the network (for its config), the names and tensors of the EMA weights, and
             the mark, at each mark.
-        marks: images seen, rising; `num_images` alone where None.
-        deadline: `time.monotonic()` after which the state is saved and OutOfTime raised.
+        snapshots: images seen, rising; `num_images` alone where None.
+        deadline: `time.monotonic()` after which the state is saved and DeadlineReached raised.
 
     Raises:
-        RequestError: `spec.tracker` is not installed, or the batch does not divide by the number of processes.
-        WorkError: the loss is not finite, a state is damaged or cannot be written; the last durable state stays.
+        ConfigError: `spec.tracker` is not installed, or the batch does not divide by the number of processes.
+        RunError: the loss is not finite, a state is damaged or cannot be written; the last durable state stays.
     """
     accelerator = make_accelerator(spec, run, title)
     trainer = Trainer(spec, task, network, run, accelerator)
     images_seen = last_saved = trainer.state.load()
     if spec.cuda_graphs:
         trainer.record(images_seen)
-    ahead = tuple(mark for mark in marks or (spec.num_images,) if spec.whole_batches(mark) >= images_seen)
-    ahead = trainer.publish_marks(publish, ahead, images_seen)
+    ahead = tuple(snapshot for snapshot in snapshots or (spec.num_images,) if spec.whole_batches(snapshot) >= images_seen)
+    ahead = trainer.save_snapshots(publish, ahead, images_seen)
     losses: list[Tensor] = []
     with (
         _log(run, images_seen, accelerator) as log,
@@ -89,11 +89,11 @@ def train(
                 accelerator.log({"loss": mean, "lr": rate}, step=images_seen)
                 progress(min(images_seen, spec.num_images), f"loss {mean:.4f}")
             if at_save:
-                ahead = trainer.publish_marks(publish, ahead, images_seen)
+                ahead = trainer.save_snapshots(publish, ahead, images_seen)
                 trainer.state.save(images_seen, spec, accelerator)
                 last_saved = images_seen
             if out_of_time and ahead:
-                raise OutOfTime(f"{title}: stopped at {images_seen} images; the same command goes on")
+                raise DeadlineReached(f"{title}: stopped at {images_seen} images; the same command goes on")
     for tracker in accelerator.trackers:
         tracker.finish()
 
@@ -101,13 +101,17 @@ def train(
 class Trainer:
     """What a training holds between two steps."""
 
-    def __init__(self, spec: TrainSpec, task: Task, network: nn.Module, run: Path, accelerator: Accelerator) -> None:
+    def __init__(self, spec: TrainSpec, task: Objective, network: nn.Module, run: Path, accelerator: Accelerator) -> None:
         self.spec, self.task, self.accelerator = spec, task, accelerator
         self.rows = rows_of(spec, accelerator)
-        self.parallel = Parallel(network, spec, accelerator)
+        self.parallel = DistributedModel(network, spec, accelerator)
         self.dtype = next(network.parameters()).dtype
         self.optimizer = torch.optim.AdamW(
-            self.parallel.learning.values(), lr=spec.lr, betas=spec.adam_betas, weight_decay=spec.weight_decay, fused=True
+            self.parallel.trainable_params.values(),
+            lr=spec.lr,
+            betas=spec.adam_betas,
+            weight_decay=spec.weight_decay,
+            fused=True,
         )
         self.ema = Ema([piece.data for piece in self.parallel.pieces()], spec.half_lives)
         self.state = TrainingState(self.parallel, self.optimizer, self.ema, run)
@@ -117,7 +121,7 @@ class Trainer:
         accelerator.wait_for_everyone()
         self.task.begin(dict(zip(self.ema.half_lives, self.ema.averages, strict=True)))
         self.microbatch = largest_microbatch(self.parallel, spec, task, self.rows, self.dtype)
-        self.recorded: RecordedStep | None = None
+        self.recorded: CudaGraphStep | None = None
 
     def batch(self, images_seen: int) -> Batch:
         """This process's rows of the batch that follows `images_seen` images."""
@@ -127,11 +131,11 @@ class Trainer:
         """Record a step, to be played back from now on; after the state is restored, before batches are made beside it.
 
         Raises:
-            RequestError: there is no CUDA device, or several processes train.
+            ConfigError: there is no CUDA device, or several processes train.
         """
         if self.accelerator.device.type != "cuda" or self.accelerator.num_processes > 1:
-            raise RequestError("train.cuda_graphs: for one process with a CUDA device; leave it out here")
-        self.recorded = RecordedStep(self.optimizer, self._gradients, self._learn, self.batch(images_seen))
+            raise ConfigError("train.cuda_graphs: for one process with a CUDA device; leave it out here")
+        self.recorded = CudaGraphStep(self.optimizer, self._gradients, self._optimizer_step, self.batch(images_seen))
 
     def step(self, batch: Batch, images_seen: int) -> Tensor:
         """One step of the optimizer and of the averages; returns the loss of this process's rows, on the device."""
@@ -141,11 +145,11 @@ class Trainer:
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            loss = self._learn(batch)
+            loss = self._optimizer_step(batch)
         self.ema.update(images_seen + self.spec.batch_size, self.spec.batch_size)
         return loss
 
-    def _learn(self, batch: Batch) -> Tensor:
+    def _optimizer_step(self, batch: Batch) -> Tensor:
         loss = self._gradients(batch)
         self.parallel.clip(self.spec.max_grad_norm)
         self.optimizer.step()
@@ -153,35 +157,35 @@ class Trainer:
 
     def _gradients(self, batch: Batch) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        return backward(self.parallel, self.task, batch, self.microbatch, self.spec.precision)
+        return backward(self.parallel, self.task, batch, self.microbatch, self.spec.dtype)
 
-    def publish_marks(self, publish: Publish, marks: tuple[int, ...], images_seen: int) -> tuple[int, ...]:
+    def save_snapshots(self, publish: Publish, snapshots: tuple[int, ...], images_seen: int) -> tuple[int, ...]:
         """Publish those that are reached; returns the others.
 
         Raises:
-            WorkError: a checkpoint cannot be written.
+            RunError: a checkpoint cannot be written.
         """
-        for mark in (mark for mark in marks if mark <= images_seen):
+        for snapshot in (snapshot for snapshot in snapshots if snapshot <= images_seen):
             weights = averaged(self.parallel, self.ema)
             if self.accelerator.is_main_process:
                 try:
-                    publish(self.parallel.network, weights, mark)
+                    publish(self.parallel.network, weights, snapshot)
                 except OSError as error:
-                    raise WorkError(f"the checkpoint at {mark} images cannot be written ({error}); states stay") from error
+                    raise RunError(f"the checkpoint at {snapshot} images cannot be written ({error}); states stay") from error
             for _ in weights:
                 pass
             self.accelerator.wait_for_everyone()
-        return tuple(mark for mark in marks if mark > images_seen)
+        return tuple(snapshot for snapshot in snapshots if snapshot > images_seen)
 
 
-def backward(parallel: Parallel, task: Task, batch: Batch, microbatch: int, precision: str) -> Tensor:
+def backward(parallel: DistributedModel, task: Objective, batch: Batch, microbatch: int, dtype: str) -> Tensor:
     """Gradients of the mean loss over this process's rows, `microbatch` of them at a time; returns that loss."""
     device = parallel.accelerator.device
     total = torch.zeros((), device=device)
     parts = list(batch.split(microbatch))
     for number, part in enumerate(parts, start=1):
-        with parallel.syncing(number == len(parts)):
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with parallel.no_sync_unless(number == len(parts)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
                 loss = task.loss(parallel.forward, part) * (len(part) / len(batch))
             loss.backward()
         total = total + loss.detach()
@@ -192,10 +196,10 @@ def make_accelerator(spec: TrainSpec, run: Path, title: str) -> Accelerator:
     """Knows the device and the other processes (torchrun, `accelerate launch`), and opens the tracker.
 
     Raises:
-        RequestError: the tracker is not installed.
+        ConfigError: the tracker is not installed.
     """
     if spec.tracker != "none" and find_spec(spec.tracker) is None:
-        raise RequestError(f"train.tracker: {spec.tracker} is not installed: pip install {spec.tracker}, or tracker: none")
+        raise ConfigError(f"train.tracker: {spec.tracker} is not installed: pip install {spec.tracker}, or tracker: none")
     accelerator = Accelerator(
         cpu=on_cpu(),
         log_with=None if spec.tracker == "none" else spec.tracker,
@@ -205,11 +209,7 @@ def make_accelerator(spec: TrainSpec, run: Path, title: str) -> Accelerator:
     if spec.tracker != "none":
         plain = spec.model_dump(mode="json").items()
         accelerator.init_trackers(title, config={k: str(v) if isinstance(v, list) else v for k, v in plain})
-    if (
-        spec.precision == "bf16"
-        and accelerator.device.type == "cpu"
-        and "AVX512" not in torch.backends.cpu.get_cpu_capability()
-    ):
+    if spec.dtype == "bf16" and accelerator.device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
         say("train.precision: bf16: this processor has no bf16 matrix instructions, fp32 will be many times faster")
     return accelerator
 
@@ -221,7 +221,7 @@ def _batches(trainer: Trainer, images_seen: int) -> Iterator[Iterator[Batch]]:
     if device.type == "cpu":
         yield (trainer.batch(seen) for seen in range(images_seen, 1 << 62, size))
         return
-    make = _beside(trainer) if device.type == "cuda" else lambda seen: (trainer.batch(seen), lambda batch: batch)
+    make = _prefetch(trainer) if device.type == "cuda" else lambda seen: (trainer.batch(seen), lambda batch: batch)
     with ThreadPoolExecutor(1) as pool:
 
         def ahead() -> Iterator[Batch]:
@@ -233,7 +233,7 @@ def _batches(trainer: Trainer, images_seen: int) -> Iterator[Iterator[Batch]]:
         yield ahead()
 
 
-def _beside(trainer: Trainer) -> Callable[[int], tuple[Batch, Callable[[Batch], Batch]]]:
+def _prefetch(trainer: Trainer) -> Callable[[int], tuple[Batch, Callable[[Batch], Batch]]]:
     """Batches made on a stream of their own, so that making one does not wait for the step before it."""
     stream = torch.cuda.Stream(trainer.accelerator.device)
 
@@ -255,7 +255,7 @@ def _beside(trainer: Trainer) -> Callable[[int], tuple[Batch, Callable[[Batch], 
 
 def _is_late(deadline: float | None, accelerator: Accelerator, at_log: bool) -> bool:
     """Whether the deadline has come, or SIGTERM, for any process; several look only where they meet anyway."""
-    late = is_over(deadline)
+    late = deadline_passed(deadline)
     if accelerator.num_processes == 1:
         return late
     if not at_log:
@@ -266,7 +266,7 @@ def _is_late(deadline: float | None, accelerator: Accelerator, at_log: bool) -> 
 def _mean_loss(losses: list[Tensor], accelerator: Accelerator, images_seen: int) -> float:
     mean = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
     if not math.isfinite(mean):
-        raise WorkError(
+        raise RunError(
             f"the loss is {mean} near image {images_seen}; the last good state stays; lower train.lr or the precision"
         )
     return mean

@@ -117,10 +117,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file in one step."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    _flush(beside)
-    beside.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    _flush(temporary)
+    temporary.replace(path)
 
 
 def _flush(path: Path) -> None:

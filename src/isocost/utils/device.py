@@ -18,7 +18,7 @@ _RESET_PEAK = "5"
 """What Linux takes in `clear_refs` to set the peak of a process's resident memory to what it holds now."""
 
 
-class Clock(Protocol):
+class Timer(Protocol):
     """Marks moments and tells the milliseconds between two of them."""
 
     name: str
@@ -26,14 +26,14 @@ class Clock(Protocol):
     def wait(self) -> None:
         """Return when the device has done all that it was given."""
 
-    def mark(self) -> Any:
+    def record(self) -> Any:
         """The moment at which the work that was given so far is done."""
 
-    def between_ms(self, first: Any, last: Any) -> float:
+    def elapsed_ms(self, first: Any, last: Any) -> float:
         """Milliseconds from one mark to a later one, unrounded; after `wait`."""
 
 
-class HostClock:
+class HostTimer:
     """Python's `perf_counter_ns`, for work that is done when its call returns."""
 
     name = "perf_counter"
@@ -41,16 +41,16 @@ class HostClock:
     def wait(self) -> None:
         """Nothing is pending."""
 
-    def mark(self) -> int:
+    def record(self) -> int:
         """Nanoseconds from a start of the system's choice."""
         return time.perf_counter_ns()
 
-    def between_ms(self, first: int, last: int) -> float:
+    def elapsed_ms(self, first: int, last: int) -> float:
         """Milliseconds."""
         return (last - first) / 1e6
 
 
-class CudaClock:
+class CudaTimer:
     """Events in a CUDA device's current stream: the device's own clock."""
 
     name = "cuda_events"
@@ -62,19 +62,19 @@ class CudaClock:
         """Return when the device is idle."""
         torch.cuda.synchronize(self.device)
 
-    def mark(self) -> torch.cuda.Event:
+    def record(self) -> torch.cuda.Event:
         """An event behind all that is in the stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def between_ms(self, first: torch.cuda.Event, last: torch.cuda.Event) -> float:
+    def elapsed_ms(self, first: torch.cuda.Event, last: torch.cuda.Event) -> float:
         """Milliseconds, of about half a microsecond's resolution."""
         return float(first.elapsed_time(last))
 
 
 @dataclass(frozen=True)
-class Reading:
+class DeviceSample:
     """The device at one moment.
 
     `energy_j` counts up from a start of the device's choice, over the whole device; `load_average_1m` is the host's: how many
@@ -88,17 +88,17 @@ class Reading:
     load_average_1m: float | None = None
 
 
-class Instruments(Protocol):
+class DeviceMonitor(Protocol):
     """A device's own account of itself."""
 
-    clock: Clock
+    clock: Timer
     memory_kind: str | None
     notes: tuple[str, ...]
 
     def facts(self) -> dict[str, Any]:
         """Name, threads, clocks' upper ends: what does not change meanwhile."""
 
-    def read(self) -> Reading:
+    def read(self) -> DeviceSample:
         """Clocks, energy and load now."""
 
     def memory_bytes(self) -> int | None:
@@ -111,16 +111,16 @@ class Instruments(Protocol):
         """The most memory in use since `reset_peak`."""
 
 
-def instruments_of(device: torch.device) -> Instruments:
+def device_monitor(device: torch.device) -> DeviceMonitor:
     """The instruments of a CPU or a CUDA device."""
-    return CudaInstruments(device) if device.type == "cuda" else HostInstruments()
+    return CudaMonitor(device) if device.type == "cuda" else HostMonitor()
 
 
-class HostInstruments:
+class HostMonitor:
     """The processor that this process runs on. Peaks are Linux's `VmHWM`; elsewhere they cannot be reset, and none is told."""
 
     def __init__(self) -> None:
-        self.clock: Clock = HostClock()
+        self.clock: Timer = HostTimer()
         self.memory_kind: str | None = "resident memory of the process" if _resets_peak() else None
         absent = "energy: no counter is read on a CPU"
         no_peak = "memory: this system does not let a process reset the peak of its resident memory"
@@ -131,12 +131,12 @@ class HostInstruments:
         name, threads = processor_name(), torch.get_num_threads()
         return {"kind": "cpu", "name": name, "num_threads": threads, "num_threads_of_a_network_call": 1}
 
-    def read(self) -> Reading:
+    def read(self) -> DeviceSample:
         """The cores' mean clock where the system tells it, and the load."""
         import psutil
 
         frequency = psutil.cpu_freq()
-        return Reading(clock_mhz=None if frequency is None else float(frequency.current), load_average_1m=_load_average())
+        return DeviceSample(clock_mhz=None if frequency is None else float(frequency.current), load_average_1m=_load_average())
 
     def memory_bytes(self) -> int | None:
         """Resident bytes."""
@@ -152,14 +152,14 @@ class HostInstruments:
         return _status_bytes("VmHWM") if self.memory_kind else None
 
 
-class CudaInstruments:
+class CudaMonitor:
     """A CUDA device. Clocks, temperature and energy where `pynvml` (package nvidia-ml-py) is there and the device tells."""
 
     memory_kind: str | None = "memory allocated by torch on the device"
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.clock: Clock = CudaClock(device)
+        self.clock: Timer = CudaTimer(device)
         self.nvml, refused = open_nvml(str(torch.cuda.get_device_properties(device).uuid))
         self.notes: tuple[str, ...] = (f"clocks and energy: {refused}",) if refused else ()
 
@@ -169,10 +169,10 @@ class CudaInstruments:
         most = self.nvml.most_clock_mhz() if self.nvml else None
         return {**facts, "most_clock_mhz": most, "num_threads": torch.get_num_threads()}
 
-    def read(self) -> Reading:
+    def read(self) -> DeviceSample:
         """What NVML tells, and the host's load."""
         load = _load_average()
-        return self.nvml.read(load) if self.nvml else Reading(load_average_1m=load)
+        return self.nvml.read(load) if self.nvml else DeviceSample(load_average_1m=load)
 
     def memory_bytes(self) -> int | None:
         """Bytes of live tensors."""
@@ -193,11 +193,11 @@ class Nvml:
     def __init__(self, library: Any, handle: Any) -> None:
         self._library, self._handle = library, handle
 
-    def read(self, load_average_1m: float | None = None) -> Reading:
+    def read(self, load_average_1m: float | None = None) -> DeviceSample:
         """Clocks in MHz, degrees Celsius, and joules since the driver was loaded."""
         nvml = self._library
         millijoules = self._ask(nvml.nvmlDeviceGetTotalEnergyConsumption)
-        return Reading(
+        return DeviceSample(
             clock_mhz=self._ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
             memory_clock_mhz=self._ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_MEM),
             temperature_c=self._ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),

@@ -1,12 +1,12 @@
-"""The embedded pictures: simple objects with captions that say what is to be seen, each a pure function of (seed, index).
+"""The embedded images: simple objects with captions that say what is to be seen, each a pure function of (seed, index).
 
 A scene is one group of equal objects, or two groups side by side or one above the other, on a named background. Counting,
 relations and which colour belongs to which shape are what small text-to-image models get wrong, and all of it can be read off
-32 x 32 pixels. The objects are signed distance functions with analytic anti-aliasing, so a scene is the same picture at every
+32 x 32 pixels. The objects are signed distance functions with analytic anti-aliasing, so a scene is the same image at every
 resolution, drawn finer. Randomness is Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with
 key (seed, index) and its raw words only, whose values do not change between versions of numpy.
 
-Lengths are in units of 1/32 of the picture's side: a pixel at resolution 32. x runs right, y runs down.
+Lengths are in units of 1/32 of the image's side: a pixel at resolution 32. x runs right, y runs down.
 Shapes: R resolution, N objects in a group, W side of an object's window in pixels.
 """
 
@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isocost.data.synthetic.shapes import DISTANCES, RIM, TEXTURE_COVERS, Floats, cover
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 
 T = TypeVar("T")
 RGB = tuple[int, int, int]
 
-VERSION = 1  # raised when a change gives other pictures, captions or labels for the same (seed, index)
+VERSION = 1  # raised when a change gives other images, captions or labels for the same (seed, index)
 
 # --- the vocabulary ---------------------------------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ class Scene:
     relation: str | None
 
     def by_position(self) -> tuple[Group, ...]:
-        """The groups from left to right, or from top to bottom: an order that can be read off the picture."""
+        """The groups from left to right, or from top to bottom: an order that can be read off the image."""
         return self.groups if self.relation in (None, "left of", "above") else self.groups[::-1]
 
 
@@ -166,11 +166,11 @@ def scene(seed: int, index: int) -> Scene:
     """Scene `index` of `seed`: the same on every machine, in any order.
 
     Raises:
-        RequestError: `seed` or `index` does not lie in 0 .. 2^64 - 1.
+        ConfigError: `seed` or `index` does not lie in 0 .. 2^64 - 1.
     """
     for name, value in (("seed", seed), ("index", index)):
         if not 0 <= value < 2**64:
-            raise RequestError(f"scenes: {name}={value} must lie between 0 and 2^64 - 1; choose one there")
+            raise ConfigError(f"scenes: {name}={value} must lie between 0 and 2^64 - 1; choose one there")
     draws = _Draws(seed, index)
     background = draws.pick(tuple(BACKGROUNDS))
     colours = visible_colours(background)
@@ -233,9 +233,9 @@ def _two_groups(draws: _Draws, colours: tuple[str, ...], axis: int) -> tuple[Gro
     """Two groups of different colours, the left or upper one first."""
     room = SIDE - 2 * MARGIN
     half = (room - GAP) / 2
-    rooms = (half, room) if axis == 0 else (room, half)
-    first = _block(draws, colours, 2, rooms)
-    second = _block(draws, tuple(colour for colour in colours if colour != first.look[1]), 2, rooms)
+    memory_fits = (half, room) if axis == 0 else (room, half)
+    first = _block(draws, colours, 2, memory_fits)
+    second = _block(draws, tuple(colour for colour in colours if colour != first.look[1]), 2, memory_fits)
 
     # Along the axis at least a third of the free length stays between the groups; across it they stand near one line.
     free = room - GAP - first.extent[axis] - second.extent[axis]
@@ -284,10 +284,10 @@ def render(scene: Scene, resolution: int) -> NDArray[np.uint8]:
         [R, R, 3] uint8 RGB.
 
     Raises:
-        RequestError: the resolution is below 8 pixels.
+        ConfigError: the resolution is below 8 pixels.
     """
     if resolution < 8:
-        raise RequestError(
+        raise ConfigError(
             f"scenes: resolution={resolution} is too small to draw; use 8 or more (32 or more to read the textures)"
         )
     canvas = _backdrop(scene.background, resolution).copy()

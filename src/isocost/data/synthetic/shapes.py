@@ -1,6 +1,6 @@
 """Shapes and textures of the scenes as plain functions of the place: signed distances, and shares of a pixel.
 
-x runs right, y runs down; both broadcast. Shapes live in the box -1 .. 1, textures in units of 1/32 of the picture's side.
+x runs right, y runs down; both broadcast. Shapes live in the box -1 .. 1, textures in units of 1/32 of the image's side.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from isocost.config.base import digest
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 
 INDEX = "model_index.json"
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -37,7 +37,7 @@ NOT_NEEDED = ("*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.xml", "*.non_ema.*",
 M = TypeVar("M", bound=nn.Module)
 
 
-def is_given(path: str | Path) -> bool:
+def is_pretrained(path: str | Path) -> bool:
     """Whether a pipeline of diffusers is meant: a folder of one that isocost did not publish, or a Hub id."""
     folder = Path(path)
     if folder.exists():
@@ -49,36 +49,36 @@ def find_folder(path: str | Path) -> Path:
     """The folder itself, or the Hub's snapshot of an id (`OWNER/NAME`, `OWNER/NAME@REVISION`), fetched where it is not cached.
 
     Raises:
-        RequestError: neither is there.
+        ConfigError: neither is there.
     """
     folder = Path(path)
     if folder.is_dir():
         return folder
     if HUB_ID.fullmatch(str(path)) is None:
-        raise RequestError(f"{path}: no such folder, and not a Hub id (OWNER/NAME)")
+        raise ConfigError(f"{path}: no such folder, and not a Hub id (OWNER/NAME)")
     name, _, revision = str(path).partition("@")
     wanted = [INDEX, *(f"{part}/*" for part in (*PARTS, *PLAIN_PARTS))]
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted, ignore_patterns=list(NOT_NEEDED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         said = " ".join(str(error).split())[:160]
-        raise RequestError(f"{path}: no folder here, not in the Hub's cache, and the Hub does not give it: {said}") from error
+        raise ConfigError(f"{path}: no folder here, not in the Hub's cache, and the Hub does not give it: {said}") from error
 
 
 def read_config(file: Path) -> dict[str, Any]:
     """A JSON file of the folder.
 
     Raises:
-        RequestError: it is missing or no JSON object.
+        ConfigError: it is missing or no JSON object.
     """
     if not file.is_file():
-        raise RequestError(f"{file}: missing; the folder is not whole (half a download?)")
+        raise ConfigError(f"{file}: missing; the folder is not whole (half a download?)")
     try:
         plain = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"{file}: not JSON: {error}") from error
+        raise ConfigError(f"{file}: not JSON: {error}") from error
     if not isinstance(plain, dict):
-        raise RequestError(f"{file}: not a JSON object")
+        raise ConfigError(f"{file}: not a JSON object")
     return plain
 
 
@@ -86,7 +86,7 @@ def weight_files(part: Path) -> tuple[str, list[Path]]:
     """The variant ("" or "fp16") of a part's weights, and their files, each there and whole. Full precision comes first.
 
     Raises:
-        RequestError: pickled weights alone, a missing or a truncated file; the file is named.
+        ConfigError: pickled weights alone, a missing or a truncated file; the file is named.
     """
     for variant in VARIANTS:
         for stem in STEMS:
@@ -96,7 +96,7 @@ def weight_files(part: Path) -> tuple[str, list[Path]]:
             if index is not None:
                 shards = read_config(index).get("weight_map")
                 if not isinstance(shards, dict) or not shards:
-                    raise RequestError(f"{index}: no weight_map in it")
+                    raise ConfigError(f"{index}: no weight_map in it")
                 files = [part / name for name in sorted(set(shards.values()))]
             elif single.is_file():
                 files = [single]
@@ -107,18 +107,18 @@ def weight_files(part: Path) -> tuple[str, list[Path]]:
             return variant.lstrip("."), files
     pickles = sorted(file for file in part.glob("*") if file.suffix in PICKLE_SUFFIXES)
     if pickles:
-        raise RequestError(f"{pickles[0]}: pickled weights are refused (they can run code when loaded); convert to safetensors")
+        raise ConfigError(f"{pickles[0]}: pickled weights are refused (they can run code when loaded); convert to safetensors")
     stem = STEMS[part.name.startswith("text_encoder")]
-    raise RequestError(f"{part / f'{stem}.safetensors'}: missing; the folder is not whole (half a download?)")
+    raise ConfigError(f"{part / f'{stem}.safetensors'}: missing; the folder is not whole (half a download?)")
 
 
 def check_whole(file: Path) -> None:
     """
     Raises:
-        RequestError: a safetensors file is missing, or shorter or longer than its own header says.
+        ConfigError: a safetensors file is missing, or shorter or longer than its own header says.
     """
     if not file.is_file():
-        raise RequestError(f"{file}: missing; the folder is not whole (half a download?)")
+        raise ConfigError(f"{file}: missing; the folder is not whole (half a download?)")
     size = file.stat().st_size
     with file.open("rb") as opened:
         start = opened.read(8)
@@ -128,16 +128,16 @@ def check_whole(file: Path) -> None:
         tensors = [value for key, value in json.loads(header).items() if key != "__metadata__"]
         end = 8 + length + max((int(one["data_offsets"][1]) for one in tensors), default=0)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise RequestError(f"{file}: not a whole safetensors file; fetch it again") from error
+        raise ConfigError(f"{file}: not a whole safetensors file; fetch it again") from error
     if end != size:
-        raise RequestError(f"{file}: {size:,} bytes where its header says {end:,}: a truncated file; fetch it again")
+        raise ConfigError(f"{file}: {size:,} bytes where its header says {end:,}: a truncated file; fetch it again")
 
 
 def load_module(kind: type[M], part: Path) -> M:
     """A network of diffusers or transformers with all of its weights, float32.
 
     Raises:
-        RequestError: files are missing, pickled or truncated, or do not hold every weight that the configuration asks for.
+        ConfigError: files are missing, pickled or truncated, or do not hold every weight that the configuration asks for.
     """
     read_config(part / "config.json")
     variant, _ = weight_files(part)
@@ -147,16 +147,16 @@ def load_module(kind: type[M], part: Path) -> M:
     try:
         network, told = kind.from_pretrained(str(part), **options)  # type: ignore[attr-defined]
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise RequestError(f"{part}: does not load: {' '.join(str(error).split())[:200]}") from error
+        raise ConfigError(f"{part}: does not load: {' '.join(str(error).split())[:200]}") from error
     absent = sorted(told["missing_keys"]) + [str(one) for one in told.get("mismatched_keys", ())]
     if absent:
-        raise RequestError(f"{part}: {len(absent)} weights are missing or of another shape, {absent[0]} first")
+        raise ConfigError(f"{part}: {len(absent)} weights are missing or of another shape, {absent[0]} first")
     loaded: M = network.eval().requires_grad_(False)
     return loaded
 
 
 def content_digest(folder: Path, added: Sequence[tuple[Path, float]] = ()) -> str:
-    """16 hex digits of all that decides the checkpoint's pictures: configurations, tokenizers, weights.
+    """16 hex digits of all that decides the checkpoint's images: configurations, tokenizers, weights.
 
     `added` are files of LoRAs with their scales.
     """
@@ -169,7 +169,7 @@ def content_digest(folder: Path, added: Sequence[tuple[Path, float]] = ()) -> st
             files += weight_files(part)[1]
     hashes = {str(file.relative_to(folder)): _hash(file, *_stamp(file)) for file in sorted(set(files))}
     loras = [[_hash(file, *_stamp(file)), scale] for file, scale in added]
-    return digest({"stage": "given", "version": 1, "files": hashes, **({"loras": loras} if loras else {})})
+    return digest({"stage": "pretrained", "version": 1, "files": hashes, **({"loras": loras} if loras else {})})
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from isocost.config.model import ModelSpec, TextSpec
-from isocost.config.pretrained import GivenSpec
-from isocost.config.sampling import SamplerSpec
-from isocost.errors import RequestError
-from isocost.models.pretrained.architectures import Counted, Kind, check_added, check_denoiser, count, kind_of, latent_side
+from isocost.config.model import ModelSpec, TextEncoderSpec
+from isocost.config.pretrained import PretrainedSpec
+from isocost.config.sampling import SolverSpec
+from isocost.errors import ConfigError
+from isocost.models.pretrained.architectures import Counted, Kind, check_added, check_denoiser, count, kind_of, latent_size
 from isocost.models.pretrained.files import INDEX, content_digest, find_folder, read_config, weight_files
 from isocost.models.pretrained.lora import absolute, find_lora, split_loras
 from isocost.models.pretrained.scheduler_config import read_scheduler
@@ -27,14 +27,14 @@ _AUTOENCODER_FACTS = ("latents_mean", "latents_std")
 _SD1_CONTEXT = 768
 _CLIP_TOKENS = 77
 FLUX_SCHNELL_TOKENS = 256
-_UNSAID = frozenset({None, "None"})
+_UNSET = frozenset({None, "None"})
 
 
 def read_pipeline(path: str | Path) -> dict[str, Any]:
     """Fields of `CheckpointInfo` for a pipeline folder or Hub id, with LoRAs or without; weights are looked for, not read.
 
     Raises:
-        RequestError: what is not supported, not whole or cannot be known, in one line.
+        ConfigError: what is not supported, not whole or cannot be known, in one line.
     """
     at = absolute(path)
     base, loras = split_loras(at)
@@ -50,25 +50,25 @@ def read_pipeline(path: str | Path) -> dict[str, Any]:
     encoders = encoders_of(kind, index, folder)
     for part in (kind.part, "vae", *encoders):
         weight_files(folder / part)
-    side = latent_side(kind, config, vae, factor, file)
+    side = latent_size(kind, config, vae, factor, file)
     resolution = side * factor
     num_places = (side // FLUX_PATCH) ** 2 if kind.name == "flux" else None
     scheduled = read_scheduler(folder, kind.name == "sd" and config.get(kind.context) == _SD1_CONTEXT, num_places)
     is_flow = kind.name in ("sd3", "flux")
-    if (scheduled.prediction == "flow_prediction") != is_flow:
+    if (scheduled.prediction_type == "flow_prediction") != is_flow:
         wanted = "flow matching" if is_flow else "a schedule of betas"
-        raise RequestError(f"{folder}: its scheduler is of another kind of model; a {index['_class_name']} needs {wanted}")
+        raise ConfigError(f"{folder}: its scheduler is of another kind of model; a {index['_class_name']} needs {wanted}")
     check_added(kind, config, loras)
     num_tokens, max_tokens = tokens_of(kind, folder)
     counted = _counted(kind, config, num_tokens, resolution, side, file)
-    sampler = scheduled.sampler
-    if kind.name == "sd" and sampler.spacing == "leading":
-        sampler = SamplerSpec(name=sampler.name, spacing="leading")  # diffusers' pipeline sets steps_offset to 1
-    given = GivenSpec(
+    solver = scheduled.solver
+    if kind.name == "sd" and solver.timestep_spacing == "leading":
+        solver = SolverSpec(name=solver.name, timestep_spacing="leading")  # diffusers' pipeline sets steps_offset to 1
+    given = PretrainedSpec(
         path=at,
         kind=kind.name,
         noise=scheduled.noise,
-        sampler=sampler,
+        solver=solver,
         max_tokens=max_tokens,
         null_is_zero=kind.name == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
@@ -77,23 +77,23 @@ def read_pipeline(path: str | Path) -> dict[str, Any]:
             kind="unet" if kind.part == "unet" else "dit",
             width=counted.width,
             latent_channels=channels,
-            latent_side=side,
-            context_width=int(config[kind.context]),
-            guidance_width=counted.guidance_width,
+            latent_size=side,
+            cross_attention_dim=int(config[kind.context]),
+            guidance_embed_dim=counted.guidance_embed_dim,
         ),
         "size": size_name(0, counted.num_parameters, 0),
         "num_parameters": counted.num_parameters,
         "images_seen": 0,
         "gflop_per_forward": counted.gflop_per_forward,
-        "prediction": scheduled.prediction,
-        "zero_terminal_snr": scheduled.noise.zero_terminal_snr,
-        "codec": base,
-        "codec_subfolder": "vae",
-        "text": TextSpec(path=base, subfolder="text_encoder", max_tokens=max_tokens),
+        "prediction_type": scheduled.prediction_type,
+        "rescale_betas_zero_snr": scheduled.noise.rescale_betas_zero_snr,
+        "autoencoder": base,
+        "autoencoder_subfolder": "vae",
+        "text_encoder": TextEncoderSpec(path=base, subfolder="text_encoder", max_tokens=max_tokens),
         "resolution": resolution,
         "variant": name_of(at),
         "distilled": "consistency" if scheduled.is_consistent else "",
-        "given": given,
+        "pretrained": given,
     }
 
 
@@ -107,7 +107,7 @@ def source_digest(path: str | Path) -> str:
     """16 hex digits of a checkpoint's content, that of its LoRAs and their scales with it.
 
     Raises:
-        RequestError: one of them is not there or not whole.
+        ConfigError: one of them is not there or not whole.
     """
     base, loras = split_loras(path)
     return content_digest(find_folder(base), [(find_lora(one), one.scale) for one in loras])
@@ -117,7 +117,7 @@ def find_base(path: str | Path) -> Path:
     """The pipeline folder of a checkpoint, whatever is added to it.
 
     Raises:
-        RequestError: it is not there.
+        ConfigError: it is not there.
     """
     return find_folder(split_loras(path)[0])
 
@@ -131,18 +131,18 @@ def encoders_of(kind: Kind, index: Mapping[str, Any], folder: Path) -> dict[str,
     """Folders of the text encoders that the pipeline has, with their classes.
 
     Raises:
-        RequestError: one is missing or of another class. Stable Diffusion 3 may do without its T5.
+        ConfigError: one is missing or of another class. Stable Diffusion 3 may do without its T5.
     """
     found = {}
     for part, wanted in kind.encoders.items():
         named = index.get(part)
-        if part == "text_encoder_3" and (not isinstance(named, list) or named[1] in _UNSAID):
+        if part == "text_encoder_3" and (not isinstance(named, list) or named[1] in _UNSET):
             continue
         if not isinstance(named, list) or len(named) != 2 or named[1] != wanted:
-            raise RequestError(f"{folder / INDEX}: {part} = {named}: a {index['_class_name']} is read with {wanted}")
+            raise ConfigError(f"{folder / INDEX}: {part} = {named}: a {index['_class_name']} is read with {wanted}")
         read_config(folder / part / "config.json")
         if not (folder / part.replace("text_encoder", "tokenizer")).is_dir():
-            raise RequestError(f"{folder / part.replace('text_encoder', 'tokenizer')}: missing; the folder is not whole")
+            raise ConfigError(f"{folder / part.replace('text_encoder', 'tokenizer')}: missing; the folder is not whole")
         found[part] = wanted
     return found
 
@@ -171,16 +171,16 @@ def _read_autoencoder(kind: Kind, config: Mapping[str, Any], file: Path) -> tupl
     """Latent channels, and pixels that a place of the latent is wide."""
     name = config.get("_class_name")
     if name not in ("AutoencoderKL", "AutoencoderTiny"):
-        raise RequestError(f"{file}: _class_name = {name}: read are AutoencoderKL and AutoencoderTiny")
+        raise ConfigError(f"{file}: _class_name = {name}: read are AutoencoderKL and AutoencoderTiny")
     for key in _AUTOENCODER_FACTS:
         if config.get(key) is not None:
-            raise RequestError(f"{file}: {key}: latents shifted channel by channel are not read here")
+            raise ConfigError(f"{file}: {key}: latents shifted channel by channel are not read here")
     channels, widths = config.get("latent_channels"), config.get("block_out_channels")
     if name == "AutoencoderTiny":
         widths = config.get("decoder_block_out_channels", (64, 64, 64, 64))
         channels = config.get("latent_channels", 4)
     if not isinstance(channels, int) or not isinstance(widths, list | tuple) or not widths:
-        raise RequestError(f"{file}: latent_channels or block_out_channels are missing")
+        raise ConfigError(f"{file}: latent_channels or block_out_channels are missing")
     for key in ("scaling_factor", "shift_factor"):
         _check_factor(kind, config, key, file)
     return channels, 2 ** (len(widths) - 1)
@@ -196,7 +196,7 @@ def _check_factor(kind: Kind, config: Mapping[str, Any], key: str, file: Path) -
         is_right = _is_finite(value) and value > 0
     if not is_right:
         said = "missing" if value is None else f"{value!r}"
-        raise RequestError(f"{file}: {key} is {said}: at another scale latents decode to noise; give what it was trained with")
+        raise ConfigError(f"{file}: {key} is {said}: at another scale latents decode to noise; give what it was trained with")
 
 
 def _is_finite(value: Any) -> bool:
@@ -206,5 +206,5 @@ def _is_finite(value: Any) -> bool:
 def _counted(kind: Kind, config: Mapping[str, Any], num_tokens: int, resolution: int, side: int, file: Path) -> Counted:
     try:
         return count(kind, config, num_tokens, resolution, side)
-    except RequestError as error:
-        raise RequestError(f"{file}: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error

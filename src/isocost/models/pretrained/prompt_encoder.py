@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from isocost.errors import RequestError
+from isocost.errors import ConfigError
 from isocost.models.checkpoint import CheckpointInfo
 from isocost.models.pretrained.files import INDEX, load_module, read_config
 from isocost.models.pretrained.pipeline_config import encoders_of, kind_at
 from isocost.models.pretrained.wrappers import pack_mask, pack_pooled
 
 
-class PromptEncoder:
+class PipelineTextEncoder:
     """Captions as the pipeline of a published checkpoint encodes them, packed as its network takes them (`hub/packed.py`).
 
     sd: CLIP's last states. sdxl: the states of two CLIPs before their last layer, side by side, and the pooled caption of the
@@ -34,19 +34,21 @@ class PromptEncoder:
             device: where the encoders run.
 
         Raises:
-            RequestError: an encoder or a tokenizer does not load, or the states are not as wide as the denoiser takes them.
+            ConfigError: an encoder or a tokenizer does not load, or the states are not as wide as the denoiser takes them.
         """
-        given = info.given
-        assert given is not None, "ours have a TextCodec"
+        given = info.pretrained
+        assert given is not None, "ours have a MiniLMTextEncoder"
         self.kind, self.max_tokens, self.null_is_zero = given.kind, given.max_tokens, given.null_is_zero
-        self.context_width = info.model.context_width
+        self.cross_attention_dim = info.model.cross_attention_dim
         self.device = torch.device(device)
         parts = encoders_of(kind_at(folder), read_config(folder / INDEX), folder)
         self.encoders = {part: load_encoder(folder / part, name).to(self.device) for part, name in parts.items()}
         self.tokenizers = {part: load_tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in parts}
         width = self.encode([""]).shape[-1] - (self.kind == "pixart")
-        if width != self.context_width:
-            raise RequestError(f"{folder}: the text encoder's states are {width} wide, the denoiser takes {self.context_width}")
+        if width != self.cross_attention_dim:
+            raise ConfigError(
+                f"{folder}: the text encoder's states are {width} wide, the denoiser takes {self.cross_attention_dim}"
+            )
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> Tensor:
@@ -65,11 +67,11 @@ class PromptEncoder:
         both = torch.cat([first, second], dim=-1)
         if self.kind == "sdxl":
             return pack_pooled(both, second_pooled)
-        widened = functional.pad(both, (0, self.context_width - both.shape[-1]))
+        widened = functional.pad(both, (0, self.cross_attention_dim - both.shape[-1]))
         if "text_encoder_3" in self.encoders:
             third = self._t5("text_encoder_3", texts, masked=False)[0]
         else:
-            third = widened.new_zeros(len(texts), self.max_tokens, self.context_width)
+            third = widened.new_zeros(len(texts), self.max_tokens, self.cross_attention_dim)
         return pack_pooled(torch.cat([widened, third], dim=1), torch.cat([first_pooled, second_pooled], dim=-1))
 
     def _states(self, part: str, texts: list[str], before_last: bool = False) -> tuple[Tensor, Tensor]:
@@ -106,11 +108,11 @@ def load_encoder(part: Path, name: str) -> nn.Module:
 def load_tokenizer(part: Path) -> Any:
     """
     Raises:
-        RequestError: nothing in the folder makes a tokenizer here.
+        ConfigError: nothing in the folder makes a tokenizer here.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(part))
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise RequestError(f"{part}: no tokenizer loads from there: {' '.join(str(error).split())[:200]}") from error
+        raise ConfigError(f"{part}: no tokenizer loads from there: {' '.join(str(error).split())[:200]}") from error

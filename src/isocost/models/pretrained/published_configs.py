@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from isocost.config.pretrained import KindName
+from isocost.config.pretrained import FamilyName
 
 _CROSS_DOWN, _CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 _STABLE_DIFFUSION: dict[str, Any] = {
@@ -41,9 +41,9 @@ _FLUX: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Published:
-    """A denoiser: kind, configuration, tokens of a caption, side of its pictures, parameters as published."""
+    """A denoiser: kind, configuration, tokens of a caption, side of its images, parameters as published."""
 
-    kind: KindName
+    kind: FamilyName
     config: dict[str, Any]
     num_tokens: int
     resolution: int

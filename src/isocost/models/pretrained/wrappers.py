@@ -1,6 +1,6 @@
 """Networks that take more of a caption than its states: everything travels in one tensor, which the engine hands on unread.
 
-Shapes: B rows, C latent channels, L latent side, T tokens, D width of the caption states, P width of the pooled caption,
+Shapes: B rows, C latent channels, L latent side, T tokens, D width of the prompt embeddings, P width of the pooled caption,
 N numbers a caption in all, G width of the guidance embedding. A packed caption is [T + ceil(P / D), D]: the states, and below
 them the pooled caption, broken into lines of D and padded with zeros; with a mask it is [T, D + 1].
 """
@@ -40,10 +40,10 @@ def pack_mask(states: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([states, mask.to(states)[..., None]], dim=-1)
 
 
-class PackedNetwork(nn.Module):
+class ConditionedDenoiser(nn.Module):
     """A network called as a U-Net is, with packed captions in the place of states."""
 
-    guidance_width: int | None = None
+    guidance_embed_dim: int | None = None
     packed_width: int
     num_channels: int
 
@@ -58,17 +58,17 @@ class PackedNetwork(nn.Module):
         raise AssertionError("every kind has its own")
 
 
-class SDXLNetwork(PackedNetwork):
-    """Stable Diffusion XL's U-Net (arXiv 2307.01952, section 2.2): the pooled caption, and what the picture's size was.
+class SDXLNetwork(ConditionedDenoiser):
+    """Stable Diffusion XL's U-Net (arXiv 2307.01952, section 2.2): the pooled caption, and what the image's size was.
 
-    The micro-conditioning is that of a picture that was neither enlarged nor cropped, as diffusers' pipeline says by default.
+    The micro-conditioning is that of an image that was neither enlarged nor cropped, as diffusers' pipeline says by default.
     """
 
     def __init__(self, unet: UNet2DConditionModel, resolution: int) -> None:
         super().__init__()
         self.unet = unet
         config: Any = unet.config
-        self.guidance_width = config.time_cond_proj_dim
+        self.guidance_embed_dim = config.time_cond_proj_dim
         self.packed_width, self.num_channels = int(config.cross_attention_dim), int(config.in_channels)
         self.pooled_width = int(config.projection_class_embeddings_input_dim) - 6 * int(config.addition_time_embed_dim)
         self.time_ids = (resolution, resolution, 0, 0, resolution, resolution)
@@ -81,8 +81,8 @@ class SDXLNetwork(PackedNetwork):
         return said
 
 
-class PixArtNetwork(PackedNetwork):
-    """PixArt's transformer (arXiv 2310.00426): masked caption states; of its output the half that is no variance."""
+class PixArtNetwork(ConditionedDenoiser):
+    """PixArt's transformer (arXiv 2310.00426): masked prompt embeddings; of its output the half that is no variance."""
 
     def __init__(self, transformer: PixArtTransformer2DModel, resolution: int) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class PixArtNetwork(PackedNetwork):
         return said[:, : self.num_channels]
 
 
-class SD3Network(PackedNetwork):
+class SD3Network(ConditionedDenoiser):
     """Stable Diffusion 3's transformer (arXiv 2403.03206): states of three encoders end to end, two pooled captions."""
 
     def __init__(self, transformer: SD3Transformer2DModel) -> None:
@@ -124,10 +124,10 @@ class SD3Network(PackedNetwork):
         return said
 
 
-class FluxNetwork(PackedNetwork):
+class FluxNetwork(ConditionedDenoiser):
     """Flux's transformer (Black Forest Labs, FLUX.1): T5's states and CLIP's pooled caption; a place is 2 x 2 of the latent.
 
-    Where it was distilled with guidance ("dev"), it takes w itself and embeds it on its own: `guidance_width` is 1.
+    Where it was distilled with guidance ("dev"), it takes w itself and embeds it on its own: `guidance_embed_dim` is 1.
     """
 
     def __init__(self, transformer: FluxTransformer2DModel) -> None:
@@ -136,13 +136,13 @@ class FluxNetwork(PackedNetwork):
         config: Any = transformer.config
         self.packed_width, self.pooled_width = int(config.joint_attention_dim), int(config.pooled_projection_dim)
         self.num_channels = int(config.in_channels) // FLUX_PATCH**2
-        self.guidance_width = 1 if config.guidance_embeds else None
+        self.guidance_embed_dim = 1 if config.guidance_embeds else None
 
     def output(self, sample: Tensor, timestep: Tensor, packed: Tensor, embedded: Tensor | None) -> Tensor:
         states, pooled = unpack_pooled(packed, self.pooled_width)
         height, width = (side // FLUX_PATCH for side in sample.shape[-2:])
         said: Tensor = self.transformer(
-            hidden_states=to_places(sample),
+            hidden_states=patchify(sample),
             timestep=timestep / FLUX_TIME,
             guidance=None if embedded is None else embedded[:, 0],
             encoder_hidden_states=states,
@@ -150,17 +150,17 @@ class FluxNetwork(PackedNetwork):
             txt_ids=torch.zeros(states.shape[1], 3, device=sample.device),
             img_ids=_positions(height, width, sample.device),
         ).sample
-        return from_places(said, height, width)
+        return unpatchify(said, height, width)
 
 
-def to_places(latents: Tensor) -> Tensor:
+def patchify(latents: Tensor) -> Tensor:
     """[B, C, L, L] -> [B, L L / 4, 4 C]: 2 x 2 of the latent side by side, as Flux takes them."""
     apart = latents.unflatten(3, (-1, FLUX_PATCH)).unflatten(2, (-1, FLUX_PATCH))
     return apart.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-def from_places(places: Tensor, height: int, width: int) -> Tensor:
-    """What `to_places` put side by side, of `height` x `width` places: [B, C, L, L]."""
+def unpatchify(places: Tensor, height: int, width: int) -> Tensor:
+    """What `patchify` put side by side, of `height` x `width` places: [B, C, L, L]."""
     apart = places.unflatten(1, (height, width)).unflatten(3, (-1, FLUX_PATCH, FLUX_PATCH))
     return apart.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 

@@ -3,10 +3,10 @@ const byId = id => document.getElementById(id);
 const read = id => JSON.parse(byId(id).textContent);
 const make = (tag, text = "", className = "") => Object.assign(document.createElement(tag), { textContent: text, className });
 
-// --- pictures: each is in the page once, whatever shows it -------------------------------------------------------------
-const { explore, pictures, captions } = read("data");
-for (const image of document.querySelectorAll("img[data-picture]")) {
-  image.src = pictures[image.dataset.picture][image.dataset.number];
+// --- images: each is in the page once, whatever shows it -------------------------------------------------------------
+const { explore, images, prompts } = read("data");
+for (const image of document.querySelectorAll("img[data-image]")) {
+  image.src = images[image.dataset.image][image.dataset.number];
 }
 document.addEventListener("change", event => {
   if (event.target.name !== "sheet-columns") return;
@@ -101,7 +101,7 @@ if (explore) {
     const lead = make("p", `For ${amount}:`, "lead");
     if (at < 0) {
       box.replaceChildren(lead, make("p", "nothing fits", "best"), make("p", `The cheapest point costs ${stop.shown} ${axis.unit}.`));
-      for (const id of ["chosen-facts", "chosen-origin", "chosen-pictures"]) byId(id).replaceChildren();
+      for (const id of ["chosen-facts", "chosen-origin", "chosen-images"]) byId(id).replaceChildren();
       for (const id of ["chosen-command", "chosen-legend"]) byId(id).textContent = "";
       return;
     }
@@ -118,16 +118,16 @@ if (explore) {
     list(byId("chosen-facts"), best.facts);
     list(byId("chosen-origin"), best.origin);
     byId("chosen-command").textContent = best.command;
-    const shown = [[best, stop.best, "best"], [other, stop.runner_up, ""]].filter(([one]) => one?.pictured);
+    const shown = [[best, stop.best, "best"], [other, stop.runner_up, ""]].filter(([one]) => one?.has_images);
     byId("chosen-legend").textContent = !shown.length
-      ? "No pictures were kept of this point."
-      : `Framed: ${best.pictured ? best.words : "no picture was kept"}.` + (other ? ` Beside it the runner-up: ${other.pictured ? other.words : "no picture was kept"}.` : "");
-    byId("chosen-pictures").replaceChildren(...(shown.length ? captions : []).map((caption, place) => {
-      const figure = make("figure"), pair = make("div"), words = make("figcaption", caption);
+      ? "No images were kept of this point."
+      : `Framed: ${best.has_images ? best.words : "no image was kept"}.` + (other ? ` Beside it the runner-up: ${other.has_images ? other.words : "no image was kept"}.` : "");
+    byId("chosen-images").replaceChildren(...(shown.length ? prompts : []).map((prompt, place) => {
+      const figure = make("figure"), pair = make("div"), words = make("figcaption", prompt);
       for (const [one, point, className] of shown) {
-        pair.append(Object.assign(make("img", "", className), { src: pictures[point][place], alt: `${caption} — ${one.words}`, title: one.words }));
+        pair.append(Object.assign(make("img", "", className), { src: images[point][place], alt: `${prompt} — ${one.words}`, title: one.words }));
       }
-      words.title = caption;
+      words.title = prompt;
       figure.append(pair, words);
       return figure;
     }));
@@ -158,7 +158,7 @@ addEventListener("load", drawNext);
 
 // --- the table -----------------------------------------------------------------------------------------------------------
 const { rows: numRows, columns, sorted_by: sortedBy } = read("rows");
-const PAGE = 50, MOST_CHOICES = 60, FILTERED = ["size", "sampler", "num_steps", "guidance"];
+const PAGE = 50, MOST_CHOICES = 60, FILTERED = ["size", "solver", "num_steps", "guidance"];
 const table = byId("table"), head = table.tHead.insertRow();
 const at = (column, row) => (column.codes ? column.codes[row] : row);
 const keyOf = (column, row) => column.keys[at(column, row)];

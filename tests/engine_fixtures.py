@@ -1,0 +1,77 @@
+"""A tiny U-Net, captions for it, and rows of every kind: what the tests of engine and network share.
+
+Shape letters: C H W latent, L D prompt embeddings.
+"""
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from isocost.config.sampling import SolverSpec
+from isocost.diffusion.noise_schedule import NoiseSchedule
+from isocost.diffusion.solvers import SOLVERS, solver_coefficients
+from isocost.sampling.request import SampleRequest
+
+SCHEDULE = NoiseSchedule.scaled_linear()
+SHAPE = (4, 8, 8)
+NUM_CAPTIONS, NUM_TOKENS, STATE_WIDTH = 5, 6, 8
+SOLVERS = (
+    SolverSpec(name="ddim"),
+    SolverSpec(name="ddim", timestep_spacing="leading", eta=1.0),
+    SolverSpec(name="ddpm", timestep_spacing="linspace"),
+    SolverSpec(name="dpmsolver++2m"),
+    *(SolverSpec(name=name) for name in SOLVERS if name not in ("ddim", "ddpm", "dpmsolver++2m")),
+)
+SD_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def small_unet(**changes):
+    torch.manual_seed(0)
+    return (
+        UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=STATE_WIDTH,
+            attention_head_dim=4,
+            norm_num_groups=4,
+            **changes,
+        )
+        .eval()
+        .requires_grad_(False)
+    )
+
+
+def prompt_embeds():
+    """Captions' states, then the null state."""
+    return 2 * torch.randn(NUM_CAPTIONS + 1, NUM_TOKENS, STATE_WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def table(spec, num_steps):
+    return solver_coefficients(spec, num_steps, SCHEDULE)
+
+
+def mixed_rows(count=36):
+    return [
+        SampleRequest(
+            sample_index=100 + i,
+            prompt=i % NUM_CAPTIONS,
+            table=table(SOLVERS[i % len(SOLVERS)], (1, 2, 3, 5, 7)[i % 5]),
+            guidance=(0.0, 1.0, 3.0, 7.5)[i // 2 % 4],
+            tag=("point", i),
+            seed=i // 8,
+            negative_prompt=3 if i % 7 == 6 else None,
+        )
+        for i in range(count)
+    ]
+
+
+def by_image(finished):
+    return {done.row.sample_index: done for done in finished}
+
+
+def assert_same(latent, other):
+    assert float((latent - other).norm() / other.norm()) < 1e-5

@@ -1,0 +1,177 @@
+"""Autoencoders: the linear one against linear algebra, autoencoders against diffusers, the trained one against the linear one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor
+
+from conftest import tiny_study
+from isocost.config.data import ScenesSource
+from isocost.config.model import TextEncoderSpec, TrainedAutoencoderSpec
+from isocost.data.latent_cache import load_images
+from isocost.errors import ConfigError
+from isocost.metrics.image_similarity import psnr
+from isocost.models.autoencoder import DiffusersVAE, PCAAutoencoder, load_autoencoder, to_uint8, to_unit
+from isocost.models.text_encoder import MiniLMTextEncoder
+from isocost.training.autoencoder import build_autoencoder, normalize_latents, train_autoencoder
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return load_images(ScenesSource(kind="scenes", num_images=256, seed=3), 32, 0).images
+
+
+def test_grey_levels_survive_the_unit_scale() -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_unit(every)), every)
+
+
+def test_the_linear_autoencoder_loses_what_the_dropped_eigenvalues_hold(images: Tensor) -> None:
+    autoencoder = PCAAutoencoder.fit(images, 4, 6)
+    patches = to_unit(images).numpy().reshape(256, 3, 8, 4, 8, 4).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 48).astype(float)
+    values = np.linalg.eigvalsh(np.cov(patches.T))
+    latents, std = autoencoder.encode(images)
+    assert latents.shape == (256, 6, 8, 8)
+    assert not std.any()
+    blocks = (
+        torch.einsum("cp,nchw->nphw", autoencoder.basis, latents * autoencoder.scale[:, None, None])
+        + autoencoder.mean[:, None, None]
+    )
+    lost = (torch.nn.functional.pixel_shuffle(blocks, 4) - to_unit(images)).square().mean() * 48
+    assert float(lost) == pytest.approx(values[:-6].sum(), rel=1e-3)
+    assert torch.allclose(latents.var((0, 2, 3)), torch.ones(6), atol=1e-2)
+
+
+def test_a_linear_autoencoder_of_all_components_loses_nothing(images: Tensor) -> None:
+    autoencoder = PCAAutoencoder.fit(images, 2, 12)
+    assert torch.equal(autoencoder.decode(autoencoder.encode(images)[0]), images)
+
+
+def test_a_linear_autoencoder_is_saved_and_read(images: Tensor, tmp_path: Path) -> None:
+    autoencoder = PCAAutoencoder.fit(images, 4, 6)
+    autoencoder.save(tmp_path)
+    again = load_autoencoder(tmp_path)
+    assert torch.equal(again.encode(images)[0], autoencoder.encode(images)[0])
+    assert (again.factor, again.latent_channels) == (4, 6)
+
+
+@pytest.mark.parametrize(("patch", "channels", "said"), [(5, 4, "does not divide"), (2, 13, "exceeds the 12 numbers")])
+def test_a_linear_autoencoder_that_cannot_be_is_refused(images: Tensor, patch: int, channels: int, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        PCAAutoencoder.fit(images, patch, channels)
+
+
+def test_the_shipped_autoencoder_beats_the_linear_one_of_its_latent_shape(images: Tensor) -> None:
+    shipped, linear = load_autoencoder("scenes"), PCAAutoencoder.fit(images, 4, 4)
+    assert (shipped.factor, shipped.latent_channels) == (4, 4)
+    held_out = load_images(ScenesSource(kind="scenes", num_images=128, seed=99), 32, 0).images
+    quality = {}
+    for name, autoencoder in (("shipped", shipped), ("linear", linear)):
+        quality[name] = psnr(held_out.numpy(), autoencoder.decode(autoencoder.encode(held_out)[0]).numpy()).mean()
+    assert quality["shipped"] > quality["linear"] + 4
+    mean, std = shipped.encode(held_out)
+    assert torch.allclose(mean.mean((0, 2, 3)), torch.zeros(4), atol=0.2)
+    assert torch.allclose((mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))).sqrt(), torch.ones(4), atol=0.2)
+
+
+def test_any_diffusers_autoencoder_encodes_as_diffusers_does(images: Tensor, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    network = AutoencoderKL(
+        block_out_channels=(8, 16), norm_num_groups=4, latent_channels=3, scaling_factor=0.3, shift_factor=0.1, **blocks
+    )
+    network.save_pretrained(tmp_path / "vae", safe_serialization=True)
+    autoencoder = load_autoencoder(tmp_path, "vae")
+    mean, std = autoencoder.encode(images[:4])
+    with torch.inference_mode():
+        posterior = network.encode(to_unit(images[:4])).latent_dist
+        assert torch.allclose(mean, (posterior.mean - 0.1) * 0.3, atol=1e-6)
+        assert torch.allclose(std, posterior.std * 0.3, atol=1e-6)
+        assert torch.equal(autoencoder.decode(mean), to_uint8(network.decode(mean / 0.3 + 0.1).sample))
+
+
+def test_a_tiny_autoencoder_loads_as_one(images: Tensor, tmp_path: Path) -> None:
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).save_pretrained(tmp_path, safe_serialization=True)
+    mean, std = load_autoencoder(tmp_path).encode(images[:2])
+    assert mean.shape[0] == 2
+    assert not std.any()
+
+
+def test_folders_that_are_no_autoencoder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no autoencoder loads"):
+        load_autoencoder(tmp_path / "absent")
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        load_autoencoder(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ConfigError, match="pickled weights are refused"):
+        load_autoencoder(tmp_path)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+SPEC = TrainedAutoencoderSpec(
+    kind="kl", block_widths=(8, 16, 16), num_channels=4, num_images=640, batch_size=16, lr=3e-3, perceptual_fraction=0.25
+)
+
+
+def test_training_lowers_the_loss_and_gives_unit_latents(images: Tensor) -> None:
+    losses: list[float] = []
+    autoencoder = train_autoencoder(SPEC, images, progress=lambda _, loss: losses.append(loss))
+    assert losses[-1] < 0.93 * losses[0]
+    mean, std = autoencoder.encode(images)
+    assert torch.allclose(mean.mean((0, 2, 3)), torch.zeros(4), atol=1e-3)
+    assert torch.allclose((mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))).sqrt(), torch.ones(4), atol=1e-2)
+
+
+def test_normalising_latents_changes_no_image(images: Tensor) -> None:
+    torch.manual_seed(0)
+    network = build_autoencoder(SPEC, 32).eval()
+    with torch.no_grad():
+        before = network.decode(network.encode(to_unit(images[:8])).latent_dist.mean).sample
+        spread = network.encode(to_unit(images[:8])).latent_dist.std
+        normalize_latents(network, images[:64])
+        posterior = network.encode(to_unit(images[:8])).latent_dist
+        after = network.decode(posterior.mean).sample
+    assert torch.allclose(before, after, atol=1e-4)
+    assert not torch.allclose(spread, posterior.std, atol=1e-3)
+
+
+def test_a_resolution_that_the_levels_cannot_halve_is_refused() -> None:
+    with pytest.raises(ConfigError, match="3 levels halve 2 times"):
+        build_autoencoder(SPEC, 30)
+
+
+def test_a_missing_perceptual_network_is_refused(images: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"autoencoder\.perceptual"):
+        train_autoencoder(SPEC.model_copy(update={"perceptual": str(tmp_path / "alexnet.safetensors")}), images)
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+
+def test_caption_states_are_those_of_the_encoder_alone() -> None:
+    text = MiniLMTextEncoder(TextEncoderSpec(max_tokens=12))
+    together = text.encode(["a red circle", "two small blue squares to the left of a ring"])
+    assert together.shape == (2, 12, 384)
+    assert torch.allclose(together[0], text.encode(["a red circle"])[0], atol=1e-5)
+    assert text.tokenize(["one two three four five six seven eight nine ten eleven twelve"]).shape == (1, 12)
+
+
+def test_a_missing_text_encoder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no text encoder loads"):
+        MiniLMTextEncoder(TextEncoderSpec(path=str(tmp_path)))
+
+
+def test_the_tiny_study_uses_the_linear_autoencoder() -> None:
+    assert tiny_study().autoencoder.kind == "pca"
+    assert isinstance(load_autoencoder("scenes"), DiffusersVAE)

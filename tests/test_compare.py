@@ -1,0 +1,209 @@
+"""Several studies at equal cost: leaders by definition, planted leads, mistakes, and pairs across output folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from conftest import plain_study, tiny_study
+from isocost.analysis.costs import COSTS
+from isocost.analysis.study_comparison import concat_studies, headline, rankings
+from isocost.config.study_yaml import load_study
+from isocost.errors import ConfigError
+from isocost.evaluation.paired import PairedComparer, paired_differences
+from isocost.pipeline.compare import compare
+from isocost.pipeline.pipeline import Pipeline
+from isocost.report.build import report
+from isocost.report.study_comparison import markdown_comparison, write_comparison
+from synthetic_results import measured, planted_table
+
+KERNEL = "mmd_efficientnet"
+
+
+class Unpaired:
+    def of_points(self, first: str, second: str, metric: str) -> None:
+        return None
+
+
+def two(ahead: float, half_width: float = 0.004, **changes: object) -> pd.DataFrame:
+    """Studies "a" and "b" with the same points, b's distances less by `ahead`."""
+    first = planted_table(half_width=half_width)
+    ends = {name: first[name] - ahead for name in (KERNEL, f"{KERNEL}_low", f"{KERNEL}_high")}
+    return concat_studies({"a": first, "b": first.assign(**ends, **changes)}, KERNEL)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_the_leader_is_whoever_has_the_best_point_within_the_budget(cost: str) -> None:
+    table = concat_studies({"a": measured(planted_table(), 0.02, 1), "b": measured(planted_table(), 0.02, 2)}, KERNEL)
+    told = rankings(table, KERNEL, cost, Unpaired())
+    assert len(told) == 6
+    for standing in told:
+        within = table[table[cost] <= standing.budget * (1 + 1e-9)]
+        best = within.loc[within.groupby("study")[KERNEL].idxmin()].set_index("study")[KERNEL]
+        assert standing.leader == best.idxmin()
+        (against,) = standing.against
+        assert against.difference == pytest.approx(best.min() - best.max())
+
+
+def test_a_planted_lead_is_found_and_decided_at_every_budget() -> None:
+    told = rankings(two(0.05), KERNEL, "gflop", Unpaired())
+    assert all(standing.leader == "b" and standing.is_decided for standing in told)
+    assert all(standing.against[0].difference == pytest.approx(-0.05) for standing in told)
+    assert headline(told) == "b leads at 6 of 6 budgets, decided at 6."
+
+
+def test_a_lead_within_the_noise_is_not_decided() -> None:
+    told = rankings(two(0.001), KERNEL, "gflop", Unpaired())
+    assert headline(told) == "b leads at 6 of 6 budgets, decided at 0."
+
+
+def test_studies_that_are_alike_are_seldom_told_apart() -> None:
+    decided = 0
+    for seed in range(40):
+        tables = {name: measured(planted_table(snapshots=()), 0.02, 2 * seed + at) for at, name in enumerate("ab")}
+        told = rankings(concat_studies(tables, KERNEL), KERNEL, "gflop", Unpaired())
+        decided += sum(standing.is_decided for standing in told)
+    assert decided / (40 * 6) < 0.1
+
+
+def test_where_higher_is_better_the_higher_leads() -> None:
+    first = planted_table()
+    ends = {name: first[name] + 0.2 for name in ("alignment", "alignment_low", "alignment_high")}
+    told = rankings(concat_studies({"a": first, "b": first.assign(**ends)}, "alignment"), "alignment", "nfe", Unpaired())
+    assert all(standing.leader == "b" and standing.is_decided for standing in told)
+    assert all(standing.against[0].difference == pytest.approx(0.2) for standing in told)
+
+
+def test_without_intervals_nothing_is_decided() -> None:
+    blind = {f"{KERNEL}_{end}": np.nan for end in ("low", "high")}
+    told = rankings(two(0.05).assign(**blind), KERNEL, "gflop", Unpaired())
+    assert all(standing.leader == "b" and not standing.is_decided for standing in told)
+
+
+def test_a_budget_that_only_one_study_fits_is_uncontested() -> None:
+    dear = planted_table(sizes=("7.1M", "12.6M"))
+    table = concat_studies({"small": planted_table(sizes=("0.2M", "0.8M")), "large": dear}, KERNEL)
+    (first, last) = rankings(table, KERNEL, "gflop", Unpaired(), [1.0, 1000.0])
+    assert (first.leader, first.is_contested, set(first.scores)) == ("small", False, {"small"})
+    assert (last.leader, last.is_contested) == ("large", True)
+    assert headline([first]) == "no budget takes in two studies."
+    assert "| small alone |" in markdown_comparison(table, [first, last])
+    assert "nothing else fits" in str(first)
+
+
+def test_three_studies_have_a_leader_that_must_beat_both() -> None:
+    first = planted_table()
+    difference_between = {name: {end: first[end] - ahead for end in (KERNEL, f"{KERNEL}_low", f"{KERNEL}_high")} for name, ahead in
+            (("near", 0.049), ("far", 0.05))}  # fmt: skip
+    table = concat_studies({"a": first, **{name: first.assign(**ends) for name, ends in difference_between.items()}}, KERNEL)
+    told = rankings(table, KERNEL, "gflop", Unpaired())
+    assert all(standing.leader == "far" and not standing.is_decided for standing in told)
+    assert [one.other for one in told[0].against] == ["near", "a"]
+    assert [one.verdict for one in told[0].against] == ["undecided", "better"]
+
+
+def test_sizes_of_one_name_carry_their_study() -> None:
+    table = concat_studies({"a": planted_table(sizes=("0.2M", "0.8M")), "b": planted_table(sizes=("0.8M", "3.2M"))}, KERNEL)
+    assert set(table["size"]) == {"0.2M", "0.8M (a)", "0.8M (b)", "3.2M"}
+
+
+def test_what_cannot_be_compared_is_one_line() -> None:
+    table = planted_table()
+    with pytest.raises(ConfigError, match="give two output folders"):
+        concat_studies({"a": table}, KERNEL)
+    with pytest.raises(ConfigError, match="differ in protocol"):
+        concat_studies({"a": table, "b": table.assign(protocol="other")}, KERNEL)
+    with pytest.raises(ConfigError, match="b has no point with ms_per_image"):
+        rankings(
+            concat_studies({"a": table, "b": table.assign(ms_per_image=np.nan)}, KERNEL), KERNEL, "ms_per_image", Unpaired()
+        )
+    with pytest.raises(ConfigError, match="a unit of normalized cost is not the same in these studies"):
+        rankings(two(0.05, normalized_cost=table["normalized_cost"] * 2), KERNEL, "normalized_cost", Unpaired())
+    with pytest.raises(ConfigError, match="below every point"):
+        rankings(two(0.05), KERNEL, "gflop", Unpaired(), [1e-9])
+    with pytest.raises(ConfigError, match="no cost is called"):
+        rankings(two(0.05), KERNEL, "dollars", Unpaired())
+
+
+def test_the_answer_is_markdown_and_a_figure(tmp_path: Path) -> None:
+    table = two(0.05)
+    told = rankings(table, KERNEL, "gflop", Unpaired())
+    files = write_comparison(tmp_path / "new", table, told)
+    assert all(file.stat().st_size > 500 for file in files)
+    text = files[0].read_text()
+    assert text.startswith("**a and b**: b leads at 6 of 6 budgets, decided at 6.")
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 7
+    assert all(row.endswith("| b, decided |") and "(not paired)" in row for row in rows[1:])
+
+
+# --- output folders ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two finished studies under one protocol, of one size each."""
+    root = tmp_path_factory.mktemp("studies")
+    for name, lr in (("slow", 1e-4), ("fast", 2e-3)):
+        train = {**plain_study()["train"], "snapshots": [], "lr": lr}
+        pipeline = Pipeline(tiny_study(name=name, family={"widths": [8]}, train=train), root / name)
+        assert pipeline.run()
+        report(pipeline)
+    return root / "slow", root / "fast"
+
+
+def test_differences_are_paired_across_folders(folders: tuple[Path, Path]) -> None:
+    compared = compare(folders, cost="nfe", budgets=[4])
+    (standing,) = compared.rankings
+    (against,) = standing.against
+    assert against.is_paired
+    points = {
+        row["study"]: row["point"] for row in compared.table.sort_values(KERNEL).drop_duplicates("study").to_dict("records")
+    }
+    pipelines = {folder.name: Pipeline(load_study(folder / "study.yaml"), folder) for folder in folders}
+    pipeline = pipelines[standing.leader]
+    kept = [
+        PairedComparer((pipelines[study].store,), pipeline.assets.reference, ("mmd",)).measured(points[study])
+        for study in (standing.leader, against.other)
+    ]
+    expected = paired_differences(kept[0], kept[1], pipeline.assets.reference, ("mmd",))[KERNEL]
+    assert (against.difference, against.low, against.high) == (expected.value, expected.low, expected.high)
+
+
+def test_the_command_answers_in_words_and_json(folders: tuple[Path, Path], isocost: Any, tmp_path: Path) -> None:
+    outcome = isocost("compare", *folders, "--budget", "0.2", "--out", tmp_path)
+    assert outcome.status == 0, outcome.err
+    assert outcome.answer["answer"] in outcome.err
+    assert set(outcome.answer["standings"][0]["scores"]) == {"slow", "fast"}
+    assert all(Path(file).is_file() for file in outcome.answer["files"])
+
+
+def test_studies_of_one_name_go_by_their_folders(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    for folder in folders:
+        (tmp_path / folder.name).mkdir()
+        plain = yaml.safe_load((folder / "study.yaml").read_text())
+        (tmp_path / folder.name / "study.yaml").write_text(yaml.safe_dump({**plain, "name": "twin"}))
+        (tmp_path / folder.name / "table.parquet").write_bytes((folder / "table.parquet").read_bytes())
+    compared = compare([tmp_path / folder.name for folder in folders])
+    assert set(compared.table["study"]) == {"slow", "fast"}
+    assert not compared.rankings[0].against[0].is_paired
+
+
+@pytest.mark.parametrize(
+    ("which", "said"),
+    [(("slow",), "nothing to be compared with"), (("slow", "slow"), "given twice"), (("slow", "absent"), "no study.yaml")],
+)
+def test_the_command_refuses_in_one_line(
+    folders: tuple[Path, Path],
+    isocost: Any,
+    which: tuple[str, ...],
+    said: str,
+) -> None:
+    outcome = isocost("compare", *(folders[0].parent / name for name in which))
+    assert outcome.status == 2
+    assert said in outcome.line

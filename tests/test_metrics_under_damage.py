@@ -1,0 +1,126 @@
+"""Real photographs with growing damage: every distance rises with it, from the floor of test against training split."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from isocost.config.evaluation import ProtocolSpec
+from isocost.evaluation.confidence_intervals import Interval
+from isocost.evaluation.evaluator import score
+from isocost.evaluation.feature_store import SampleFeatures
+from isocost.evaluation.image_sources import SourceImage, iter_samples
+from isocost.evaluation.protocol import make_protocol
+from isocost.evaluation.reference_set import ReferenceSet
+from isocost.evaluation.reference_stats import take
+from isocost.metrics.efficientnet import EfficientNetLite0
+from isocost.metrics.image_similarity import psnr, ssim
+from isocost.metrics.lpips import load_lpips
+
+NUM, NUM_REFERENCE, NUM_PAIRS, NUM_FEATURES, SIDE = 128, 384, 16, 64, 128
+NAME = "efficientnet-lite0"
+DISTANCES = ("mmd", "frechet", "frechet_infinity")
+
+
+def blurred(image: Image.Image, radius: float) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+def noisy(image: Image.Image, deviation: float) -> Image.Image:
+    pixels = np.asarray(image, dtype=np.float64)
+    noise = np.random.default_rng(int(pixels.sum())).standard_normal(pixels.shape)
+    return Image.fromarray((pixels + deviation * noise).round().clip(0, 255).astype(np.uint8))
+
+
+def squeezed(image: Image.Image, quality: float) -> Image.Image:
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=int(quality))
+    return Image.open(stream).convert("RGB")
+
+
+Damage = tuple[Callable[[Image.Image, float], Image.Image], tuple[float, ...]]
+DAMAGES: dict[str, Damage] = {
+    "blur": (blurred, (0.7, 1.4, 2.8)),
+    "noise": (noisy, (10, 25, 60)),
+    "jpeg": (squeezed, (40, 20, 10)),
+}
+
+
+def stacked(images: list[Image.Image]) -> Tensor:
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+
+
+def photographs(place: Path, num: int) -> list[Image.Image]:
+    """`num` of all the photographs there, evenly: they lie by kind."""
+    samples = list(iter_samples(str(place), SIDE))
+    return [Image.fromarray(samples[number * len(samples) // num].image) for number in range(num)]
+
+
+def taken(images: Tensor) -> dict[str, np.ndarray]:
+    """The first features of each image: a Frechet distance asks for twice as many images as features."""
+    named = (SourceImage(str(place), str(place), image) for place, image in enumerate(images))
+    return {NAME: take(named, {NAME: EfficientNetLite0(side=64)}).features[NAME][:, :NUM_FEATURES]}
+
+
+@pytest.fixture(scope="module")
+def real() -> list[Image.Image]:
+    from conftest import SHARED
+
+    if not SHARED.is_dir():
+        pytest.skip("no folder of real data beside this checkout")
+    return photographs(SHARED / "aerial" / "test-000.tar", NUM)
+
+
+@pytest.fixture(scope="module")
+def reference(real: list[Image.Image]) -> ReferenceSet:
+    from conftest import SHARED
+
+    features = taken(stacked(photographs(SHARED / "aerial" / "train-*.tar", NUM_REFERENCE)))
+    protocol = make_protocol(
+        ProtocolSpec(num_images=NUM, num_bootstrap=50),
+        resolution=SIDE,
+        extractor="",
+        reference="train",
+        num_reference=NUM_REFERENCE,
+        prompts=[],
+    )
+    return ReferenceSet(protocol, {NAME: EfficientNetLite0(side=64)}, features, [])
+
+
+@pytest.fixture(scope="module")
+def floor(real: list[Image.Image], reference: ReferenceSet) -> dict[str, Interval]:
+    return score(SampleFeatures(taken(stacked(real))), reference, DISTANCES)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_distances_rise_with_the_damage_from_the_floor_of_test_against_train(
+    kind: str, real: list[Image.Image], reference: ReferenceSet, floor: dict[str, Interval]
+) -> None:
+    damage, levels = DAMAGES[kind]
+    steps = [floor]
+    for level in levels:
+        steps.append(score(SampleFeatures(taken(stacked([damage(one, level) for one in real]))), reference, DISTANCES))
+    for name in floor:
+        values = [step[name].value for step in steps]
+        assert values == sorted(set(values)), (name, values)
+
+
+def test_pairs_fall_apart_with_the_damage(real: list[Image.Image], shared: Path) -> None:
+    lpips = load_lpips(shared / "lpips" / "alexnet.safetensors")
+    some = stacked(real[:NUM_PAIRS])
+    for damage, levels in DAMAGES.values():
+        found = []
+        for level in levels:
+            worse = stacked([damage(one, level) for one in real[:NUM_PAIRS]])
+            with torch.inference_mode():
+                apart = lpips(*(one.float() / 127.5 - 1 for one in (worse, some))).mean()
+            found.append((float(apart), -float(psnr(worse, some).mean()), -float(ssim(worse, some).mean())))
+        for values in zip(*found, strict=True):
+            assert list(values) == sorted(set(values)), values

@@ -1,0 +1,57 @@
+"""Milliseconds measured again: every point's, and nothing else of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from conftest import tiny_study
+from isocost.errors import ConfigError
+from isocost.pipeline.pipeline import Pipeline
+from isocost.sweep.worker import Worker
+from isocost.utils.environment import provenance
+
+LOADED_MS = 1e6
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    pipeline = Pipeline(tiny_study(family={"widths": [8]}), tmp_path_factory.mktemp("swept") / "out")
+    pipeline.run()
+    return pipeline
+
+
+def test_every_point_is_timed_again_and_nothing_else_changes(swept: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = swept.results_db.table().set_index("point")
+    for point in before.index:
+        swept.results_db.set_time(point, LOADED_MS, {})
+    timed = []
+    time_one = Worker.time
+    monkeypatch.setattr(Worker, "time", lambda self, point: timed.append(point) or time_one(self, point))
+    assert swept.remeasure(swept.runs[0]) == len(before) > 0
+    after = swept.results_db.table().set_index("point")
+    assert (after["ms_per_image"] > 0).all()
+    assert (after["ms_per_image"] < LOADED_MS / 10).all()
+    told = after["provenance"].map(json.loads)
+    assert {one["timed_with"]["device"] for one in told} == {provenance()["device"]}
+    assert {one["timed_with"]["num_images"] for one in told} == {16}, "the places of a call"
+    same = [name for name in before.columns if name not in ("ms_per_image", "provenance")]
+    assert before[same].equals(after[same])
+    assert [json.loads(row)["device"] for row in before["provenance"]] == [one["device"] for one in told]
+    works = after.groupby(["solver", "num_steps", "nfe"])["ms_per_image"].nunique()
+    assert (works == 1).all(), "one time for what takes the same passes"
+    assert len(timed) == len(works) < len(after)
+
+
+def test_more_steps_take_longer(swept: Pipeline) -> None:
+    swept.remeasure(swept.runs[0])
+    ms = swept.results_db.table().groupby("nfe")["ms_per_image"].first()
+    assert ms.iloc[-1] > ms.iloc[0]
+
+
+def test_without_the_checkpoint_nothing_is_timed(swept: Pipeline) -> None:
+    for name in swept.runs[0].checkpoints.values():
+        swept.store.remove("checkpoint", name)
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        swept.remeasure(swept.runs[0])
