@@ -1,15 +1,14 @@
-"""Do bf16 and compilation move the scores? One trained checkpoint, the same images in three ways of computing.
+"""Effect of bf16 and of compilation on the scores: the same images of one checkpoint, computed in three ways.
 
-    python benchmarks/drift.py [--json] [--out FOLDER] [--images 256] [--skip-compile]
+    python benchmarks/drift.py [--quick] [--json] [--out FOLDER] [--images 256] [--skip-compile]
 
-Trains a small size on the embedded scenes (kept in FOLDER, so a second run goes straight on), draws the same images in fp32
-eager, bf16 eager and fp32 compiled, and states how far images, kernel and Frechet distance move, with the paired interval
-of each difference. Holds where the interval of the squared MMD's difference contains 0. The last line is JSON.
+Trains a small size on the synthetic scenes (stored in FOLDER, so a second run skips it), samples the same images with fp32
+eager, bf16 eager and fp32 compiled, and measures the differences of images, squared MMD and Frechet distance, with paired
+intervals. The target is met if the interval of the difference of squared MMDs contains 0. The last line is JSON.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import print_results
+from results import argument_parser, print_results
 from torch import Tensor
 
 from isocost.config.base import parse_spec
@@ -47,36 +46,41 @@ STUDY = {
     "sweep": {"num_steps": [8], "guidance": [2]},
     "protocol": {"num_images": 256, "num_reference": 1000},
 }
-WAYS: dict[str, dict[str, Any]] = {
+QUICK_TRAINING_IMAGES, QUICK_IMAGES = 640, 64
+BASELINE = "fp32 eager"
+NUMERICS: dict[str, dict[str, Any]] = {
     "fp32 eager": {},
     "bf16 eager": {"dtype": "bf16"},
     "fp32 compiled": {"compiled": True},
 }
 
 
-def drawn(checkpoint: Checkpoint, autoencoder: Autoencoder, pipeline: Pipeline, num_images: int, **options: Any) -> Tensor:
-    """Images uint8 [N, 3, R, R], 8 steps of DDIM with guidance 2."""
+def sample_images(
+    checkpoint: Checkpoint, autoencoder: Autoencoder, pipeline: Pipeline, num_images: int, **options: Any
+) -> Tensor:
+    """Sample images with 8 steps of DDIM and guidance 2, uint8 [N, 3, R, R]."""
     network = copy.deepcopy(checkpoint.network)
     engine = make_engine(network, checkpoint.info, pipeline.assets.prompt_embeds, batch_size=64, **options)
     table = solver_coefficients(SolverSpec(), 8, schedule_of(checkpoint.info))
-    rows = [SampleRequest(i, i, table, 2.0) for i in range(num_images)]
-    side = checkpoint.info.resolution
-    images = torch.empty(num_images, 3, side, side, dtype=torch.uint8)
-    for part in generate(engine, autoencoder, rows):
-        assert not part.broken
-        images[[row.row.sample_index for row in part.rows]] = part.images
+    requests = [SampleRequest(i, i, table, 2.0) for i in range(num_images)]
+    resolution = checkpoint.info.resolution
+    images = torch.empty(num_images, 3, resolution, resolution, dtype=torch.uint8)
+    for batch in generate(engine, autoencoder, requests):
+        assert not batch.nonfinite
+        images[[result.request.sample_index for result in batch.results]] = batch.images
     return images
 
 
 def main() -> None:
-    """Measure and print."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--json", action="store_true", help="the JSON line alone")
-    options.add_argument("--out", type=Path, default=None)
-    options.add_argument("--images", type=int, default=256)
-    options.add_argument("--skip-compile", action="store_true", help="leave minutes of compiling out")
-    asked = options.parse_args()
-    pipeline = Pipeline(parse_spec(StudySpec, STUDY, "drift"), asked.out or tempfile.mkdtemp())
+    quick = f"{QUICK_IMAGES} images after {QUICK_TRAINING_IMAGES} training images, without compilation; under a minute"
+    parser = argument_parser(__doc__, quick=quick)
+    parser.add_argument("--out", type=Path, default=None, help="folder of the trained network; a temporary one if absent")
+    parser.add_argument("--images", type=int, default=256, help="images to sample")
+    parser.add_argument("--skip-compile", action="store_true", help="skip the compiled network, which takes minutes")
+    arguments = parser.parse_args()
+    study = {**STUDY, "train": {**STUDY["train"], "num_images": QUICK_TRAINING_IMAGES}} if arguments.quick else STUDY
+    num_images = QUICK_IMAGES if arguments.quick else arguments.images
+    pipeline = Pipeline(parse_spec(StudySpec, study, "drift"), arguments.out or tempfile.mkdtemp())
     (run,) = pipeline.runs
     pipeline.train(run)
     checkpoint = load_checkpoint(pipeline.store.folder("checkpoint", run.final))
@@ -85,40 +89,39 @@ def main() -> None:
     real = reference.features[extractor]
     kernel = KernelReference.of(real, num_bootstrap=200)
     rows, targets = [], []
-    plain: dict[str, Any] = {}
-    for way, numerics in WAYS.items():
-        if asked.skip_compile and numerics.get("compiled"):
+    baseline: dict[str, Any] = {}
+    for name, options in NUMERICS.items():
+        if (arguments.skip_compile or arguments.quick) and options.get("compiled"):
             continue
         started = time.perf_counter()
-        images = drawn(checkpoint, pipeline.assets.autoencoder, pipeline, asked.images, **numerics)
+        images = sample_images(checkpoint, pipeline.assets.load_or_train_autoencoder(), pipeline, num_images, **options)
         seconds = time.perf_counter() - started
-        measuring = FeatureCollector(reference)
-        measuring.add(list(range(len(images))), images)
-        features = measuring.measured().features[extractor]
-        if not plain:
-            plain = {"images": images, "features": features}
-        apart = (images.int() - plain["images"].int()).abs()
-        moved = paired_kernel_difference(features, plain["features"], kernel)
-        moved_frechet = paired_frechet_difference(features, plain["features"], real)
+        collector = FeatureCollector(reference)
+        collector.add(list(range(len(images))), images)
+        features = collector.features().features[extractor]
+        if not baseline:
+            baseline = {"images": images, "features": features}
+        pixel_differences = (images.int() - baseline["images"].int()).abs()
+        difference = paired_kernel_difference(features, baseline["features"], kernel)
+        frechet_difference = paired_frechet_difference(features, baseline["features"], real)
         rows.append(
             {
-                "what": way,
-                "value": moved.value,
-                "unit": "squared MMD less that of fp32 eager",
-                "low": moved.low,
-                "high": moved.high,
-                "frechet": [moved_frechet.value, moved_frechet.low, moved_frechet.high],
-                "grey_levels_mean": float(apart.double().mean()),
-                "grey_levels_max": int(apart.max()),
+                "what": name,
+                "value": difference.value,
+                "unit": f"squared MMD minus that of {BASELINE}",
+                "low": difference.low,
+                "high": difference.high,
+                "frechet": [frechet_difference.value, frechet_difference.low, frechet_difference.high],
+                "grey_levels_mean": float(pixel_differences.double().mean()),
+                "grey_levels_max": int(pixel_differences.max()),
                 "seconds": seconds,
             }
         )
-        if way != "fp32 eager":
-            holds = moved.low <= 0 <= moved.high
-            targets.append(
-                {"what": f"{way} within the paired interval", "value": moved.value, "target": "holds 0", "met": holds}
-            )
-        if not asked.json:
+        if name != BASELINE:
+            contains_zero = difference.low <= 0 <= difference.high
+            what = f"paired interval of {name}"
+            targets.append({"what": what, "value": difference.value, "target": "contains 0", "met": contains_zero})
+        if not arguments.json:
             print(json.dumps(rows[-1]), flush=True)
     print_results("drift", rows, targets)
 

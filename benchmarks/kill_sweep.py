@@ -1,12 +1,12 @@
-"""Kills at random moments of a small real sweep: nothing is corrupt, little is done twice, and the table is as if undisturbed.
+"""A small real sweep that is killed at random moments: nothing is corrupted, little work is repeated, the table is unchanged.
 
     python benchmarks/kill_sweep.py [--quick] [--json] [--kills 100] [--way sqlite|postgresql|ray]
 
-A network of width 8 is trained for seconds on the embedded scenes; its sweep of 24 points, two shards of 64 images each, is
-killed (kill -9) again and again, and begun again by the same command; a new sweep begins when it is at its end. `postgresql`
-keeps the results database in a server that is restarted meanwhile; `ray` kills one of two actors instead. Every image that enters the
-engine and every shard that is made is noted, so what was done twice can be counted, warm-ups included; not in Ray's actors,
-whose processes are not of this file. The last line is JSON.
+A network of width 8 is trained for seconds on the synthetic scenes. Its sweep of 24 points, with two shards of 64 images
+each, is repeatedly killed (kill -9) and restarted with the same command; when a sweep finishes, a new one starts. With
+`postgresql` the results database is in a server that is restarted too; with `ray` one of two actors is killed instead. Every
+image that enters the engine and every shard that is written is logged, so repeated work can be counted, including warm-ups.
+The work of Ray's actors is not logged, because they are not started by this file. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from typing import Any
 
 import pandas as pd
 import psutil
-from results import print_results
+from results import argument_parser, print_results
 
 from isocost.config.base import parse_spec
 from isocost.config.study import StudySpec
 from isocost.pipeline.pipeline import Pipeline
 from isocost.pipeline.workers import run_on_ray
-from isocost.sweep import worker as workers
+from isocost.sweep import worker
 from isocost.sweep.results_db import ResultsDB
 from isocost.sweep.schema import HARDWARE_COLUMNS
 
-NOTES = "ISOCOST_SHARDS_MADE"
-LEAST_S, MOST_S = 0.2, 6.0
+LOG_VARIABLE = "ISOCOST_BENCHMARK_LOG"
+MIN_S, MAX_S = 0.2, 6.0
+"""Range of the time between the start of sampling and a kill."""
 STUDY: dict[str, Any] = {
     "name": "killed",
     "data": {
@@ -54,73 +55,91 @@ STUDY: dict[str, Any] = {
 }
 
 
-def work(out: str, results_db: str | None) -> None:
-    """One process at the study; notes every shard that it has made."""
-    keep = workers.Worker._keep
-
-    def note(what: str, digest: str) -> None:
-        with Path(os.environ[NOTES]).open("a") as file:
-            file.write(f"{what} {digest}\n")
-
-    def noted(this: workers.Worker, made: Any, *measured: Any) -> None:
-        keep(this, made, *measured)
-        note("made", made.shard.digest)
-
-    entering = workers._rows
-
-    def noted_rows(shard: Any, schedule: Any) -> Iterator[Any]:
-        for row in entering(shard, schedule):
-            note("entered", f"{shard.digest}-{row.sample_index}")
-            yield row
-
-    workers.Worker._keep = noted  # type: ignore[method-assign]
-    workers._rows = noted_rows
-    Pipeline(parse_spec(StudySpec, STUDY, "study"), out, results_db).run()
+QUICK_SWEEP = {"num_steps": [2, 4], "guidance": [1, 2, 4]}
+QUICK_KILLS = 2
 
 
-def start(out: Path, results_db: str | None, notes: Path) -> subprocess.Popen[bytes]:
-    """`work` as a process of its own."""
-    command = [sys.executable, __file__, "--work", str(out), *(["--database", results_db] if results_db else [])]
-    environment = {**os.environ, NOTES: str(notes), "OMP_NUM_THREADS": "1"}
+def study(quick: bool) -> StudySpec:
+    """The study, with fewer points if `quick`."""
+    sweep = {**STUDY["sweep"], **(QUICK_SWEEP if quick else {})}
+    return parse_spec(StudySpec, {**STUDY, "sweep": sweep}, "study")
+
+
+def run_study(out: str, results_db: str | None, quick: bool) -> None:
+    """Run the study in this process, and log every image that enters the engine and every shard that is written."""
+    commit_shard, requests = worker.Worker._commit_shard, worker._requests
+
+    def log(event: str, name: str) -> None:
+        with Path(os.environ[LOG_VARIABLE]).open("a") as file:
+            file.write(f"{event} {name}\n")
+
+    def logged_commit(self: worker.Worker, builder: Any, *measurements: Any) -> None:
+        commit_shard(self, builder, *measurements)
+        log("written", builder.shard.digest)
+
+    def logged_requests(shard: Any, schedule: Any) -> Iterator[Any]:
+        for request in requests(shard, schedule):
+            log("entered", f"{shard.digest}-{request.sample_index}")
+            yield request
+
+    worker.Worker._commit_shard = logged_commit  # type: ignore[method-assign]
+    worker._requests = logged_requests
+    Pipeline(study(quick), out, results_db).run()
+
+
+def start(out: Path, results_db: str | None, log_file: Path, quick: bool) -> subprocess.Popen[bytes]:
+    """Start `run_study` as a process."""
+    command = [sys.executable, __file__, "--run-study", str(out), *(["--database", results_db] if results_db else [])]
+    command += ["--quick"] if quick else []
+    environment = {**os.environ, LOG_VARIABLE: str(log_file), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
 
 
-def killed(out: Path, results_db: str | None, notes: Path, kills: int, told: Callable[[str], None], restart: Any = None) -> int:
-    """Kill and begin again; returns how many kills there were before it came to its end."""
-    moments = random.Random(str(out))
+def kill_repeatedly(
+    out: Path,
+    results_db: str | None,
+    log_file: Path,
+    kills: int,
+    quick: bool,
+    report: Callable[[str], None],
+    restart_server: Callable[[], None] | None = None,
+) -> int:
+    """Kill and restart a sweep until it finishes, at most `kills` times; returns the number of kills."""
+    delays = random.Random(str(out))
     for number in range(kills):
-        process = start(out, results_db, notes)
-        begun = _ready(out, process)
+        process = start(out, results_db, log_file, quick)
+        is_sampling = _wait_for_sampling(out, process)
         try:
-            process.wait(moments.uniform(LEAST_S, MOST_S) if begun else None)
+            process.wait(delays.uniform(MIN_S, MAX_S) if is_sampling else None)
             return number
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        if restart is not None and number % 5 == 2:
-            restart()
-        told(f"kill {number + 1}: {len(list((out / 'artefacts').glob('point/*')))} of 24 points")
-    last = start(out, results_db, notes)
+        if restart_server is not None and number % 5 == 2:
+            restart_server()
+        report(f"kill {number + 1}: {len(list((out / 'artefacts').glob('point/*')))} points done")
+    last = start(out, results_db, log_file, quick)
     assert last.wait(1200) == 0, "the last run failed"
     return kills
 
 
-def _ready(out: Path, process: subprocess.Popen[bytes]) -> bool:
-    """Wait until the process has begun to sample, so that kills fall into the sweep; False where it ended before."""
-    before = _num_claims(out)
+def _wait_for_sampling(out: Path, process: subprocess.Popen[bytes]) -> bool:
+    """Wait until the process samples, so that kills hit the sweep; False if it ended before."""
+    before = _progress(out)
     while process.poll() is None:
-        if _num_claims(out) != before or any((out / "artefacts" / ".partial").glob(f"shard-*.{process.pid}")):
+        if _progress(out) != before or any((out / "artefacts" / ".partial").glob(f"shard-*.{process.pid}")):
             return True
         time.sleep(0.02)
     return False
 
 
-def _num_claims(out: Path) -> int:
+def _progress(out: Path) -> int:
+    """A number that changes whenever a shard or a point is written."""
     return len(list((out / "artefacts").glob("shard/*"))) + 1000 * len(list((out / "artefacts").glob("point/*")))
 
 
-def on_ray(out: Path, kills: int) -> int:
-    """Two actors on a cluster of two nodes; one of them is killed again and again while they work."""
+def kill_actors(out: Path, kills: int, quick: bool) -> int:
+    """Run the study with two actors on a Ray cluster of two nodes and kill one of them repeatedly; returns the kills."""
     import threading
 
     import ray
@@ -128,18 +147,18 @@ def on_ray(out: Path, kills: int) -> int:
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     cluster.add_node(num_cpus=1)
-    done, moments, count = threading.Event(), random.Random(0), [0]
+    done, delays, count = threading.Event(), random.Random(0), [0]
 
     def kill() -> None:
-        while not done.wait(moments.uniform(6, 14)) and count[0] < kills:
-            actors = [p for p in psutil.process_iter(["cmdline"]) if "ray::Helper" in " ".join(p.info["cmdline"] or [])]
+        while not done.wait(delays.uniform(6, 14)) and count[0] < kills:
+            actors = [p for p in psutil.process_iter(["cmdline"]) if "ray::RemoteWorker" in " ".join(p.info["cmdline"] or [])]
             if actors:
-                moments.choice(actors).kill()
+                delays.choice(actors).kill()
                 count[0] += 1
 
     thread = threading.Thread(target=kill, daemon=True)
     try:
-        Pipeline(parse_spec(StudySpec, STUDY, "study"), out).prepare()
+        Pipeline(study(quick), out).prepare()
         thread.start()
         assert run_on_ray(cluster.address, out, None, 2, None, None), "the cluster did not finish"
     finally:
@@ -151,7 +170,7 @@ def on_ray(out: Path, kills: int) -> int:
 
 @contextmanager
 def postgresql(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Address of a server of its own, and what restarts it."""
+    """A PostgreSQL server: its address, and a function that restarts it."""
     import pgserver
 
     server = pgserver.get_server(folder)
@@ -167,65 +186,72 @@ def postgresql(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
         server.cleanup()
 
 
-def disturbed(way: str, root: Path, kills: int, told: Callable[[str], None]) -> tuple[int, pd.DataFrame]:
-    """One sweep that is killed until it ends, `kills` times at most: how often, and its table."""
-    out, notes = root / "out", root / "notes.txt"
+def killed_sweep(way: str, root: Path, kills: int, quick: bool, report: Callable[[str], None]) -> tuple[int, pd.DataFrame]:
+    """Run one sweep that is killed at most `kills` times; returns the number of kills and the table."""
+    out, log_file = root / "out", root / "log.txt"
     root.mkdir()
     root.chmod(0o755)
     if way == "postgresql":
         with postgresql(root / "pg") as (address, restart):
-            count = killed(out, address, notes, kills, told, restart)
+            count = kill_repeatedly(out, address, log_file, kills, quick, report, restart)
             return count, ResultsDB(address).table().drop(columns=HARDWARE_COLUMNS)
-    count = on_ray(out, kills) if way == "ray" else killed(out, None, notes, kills, told)
+    count = kill_actors(out, kills, quick) if way == "ray" else kill_repeatedly(out, None, log_file, kills, quick, report)
     return count, ResultsDB(out / "results.sqlite").table().drop(columns=HARDWARE_COLUMNS)
 
 
-def measure(way: str, kills: int, told: Callable[[str], None]) -> tuple[list[Any], list[Any]]:
+def measure(way: str, kills: int, quick: bool, report: Callable[[str], None]) -> tuple[list[Any], list[Any]]:
     """Rows and targets."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         root.chmod(0o755)
-        alone_notes = root / "alone.txt"
-        assert start(root / "alone", None, alone_notes).wait(1200) == 0, "the undisturbed run failed"
-        alone = ResultsDB(root / "alone" / "results.sqlite").table().drop(columns=HARDWARE_COLUMNS)
-        num_shards = len(_noted(alone_notes, "made"))
+        undisturbed_log = root / "undisturbed.txt"
+        assert start(root / "undisturbed", None, undisturbed_log, quick).wait(1200) == 0, "the undisturbed run failed"
+        expected = ResultsDB(root / "undisturbed" / "results.sqlite").table().drop(columns=HARDWARE_COLUMNS)
+        num_shards = len(_logged(undisturbed_log, "written"))
         started = time.monotonic()
-        count, sweeps, twice, again, leftovers, same = 0, 0, 0, 0, 0, True
+        count, num_sweeps, repeated_shards, repeated_images, leftovers, is_equal = 0, 0, 0, 0, 0, True
         while count < kills:
-            place = root / f"sweep-{sweeps}"
-            killed_here, table = disturbed(way, place, kills - count, told)
-            count, sweeps, same = count + killed_here, sweeps + 1, same and _same(alone, table)
-            made, entered = (_noted(place / "notes.txt", what) for what in ("made", "entered"))
-            twice, again = twice + len(made) - len(set(made)), again + len(entered) - len(set(entered))
-            leftovers += len(list((place / "out" / "artefacts").glob("shard/*")))
-            told(f"sweep {sweeps}: {killed_here} kills, table {'the same' if same else 'not the same'}")
+            sweep = root / f"sweep-{num_sweeps}"
+            kills_of_sweep, table = killed_sweep(way, sweep, kills - count, quick, report)
+            count, num_sweeps, is_equal = count + kills_of_sweep, num_sweeps + 1, is_equal and _are_equal(expected, table)
+            written, entered = (_logged(sweep / "log.txt", event) for event in ("written", "entered"))
+            repeated_shards += len(written) - len(set(written))
+            repeated_images += len(entered) - len(set(entered))
+            leftovers += len(list((sweep / "out" / "artefacts").glob("shard/*")))
+            report(f"sweep {num_sweeps}: {kills_of_sweep} kills, table {'equal' if is_equal else 'DIFFERENT'}")
         seconds = time.monotonic() - started
-    lost = again / count / STUDY["sweep"]["shard_size"]
-    numbers = {"kills": count, "sweeps": sweeps, "seconds with kills": seconds, "shards of a sweep": num_shards}
-    is_noted = way != "ray"
-    if is_noted:
-        numbers |= {"shards made durable twice": twice, "images begun again": again}
-    rows = [{"what": what, "value": value, "unit": "", "low": None, "high": None} for what, value in numbers.items()]
+    lost_shards = repeated_images / count / STUDY["sweep"]["shard_size"]
+    numbers = {
+        "kills": (count, ""),
+        "sweeps": (num_sweeps, ""),
+        "time with kills": (seconds, "s"),
+        "shards per sweep": (num_shards, ""),
+    }
+    is_logged = way != "ray"
+    if is_logged:
+        numbers |= {"shards written twice": (repeated_shards, ""), "images sampled again": (repeated_images, "")}
+    rows = [{"what": what, "value": value, "unit": unit, "low": None, "high": None} for what, (value, unit) in numbers.items()]
     targets = [
-        {"what": "tables identical to an undisturbed run's", "value": same, "target": "true", "met": same},
-        {"what": "shards left over", "value": leftovers, "target": "0", "met": leftovers == 0},
+        {"what": "tables equal to that of an undisturbed run", "value": is_equal, "target": "true", "met": is_equal},
+        {"what": "leftover shards", "value": leftovers, "target": "0", "met": leftovers == 0},
     ]
-    if is_noted:
+    if is_logged:
+        what = "images sampled again per kill, in shards"
         targets += [
-            {"what": "durable shards made again", "value": twice, "target": "0", "met": twice == 0},
-            {"what": "images begun again a kill, in shards", "value": lost, "target": "<= 1", "met": lost <= 1},
+            {"what": "shards written twice", "value": repeated_shards, "target": "0", "met": repeated_shards == 0},
+            {"what": what, "value": lost_shards, "target": "<= 1", "met": lost_shards <= 1},
         ]
     return rows, targets
 
 
-def _noted(notes: Path, what: str) -> list[str]:
-    lines = notes.read_text().splitlines() if notes.is_file() else []
-    return [line.partition(" ")[2] for line in lines if line.startswith(what)]
+def _logged(log_file: Path, event: str) -> list[str]:
+    lines = log_file.read_text().splitlines() if log_file.is_file() else []
+    return [line.partition(" ")[2] for line in lines if line.startswith(event)]
 
 
-def _same(one: pd.DataFrame, other: pd.DataFrame) -> bool:
+def _are_equal(expected: pd.DataFrame, actual: pd.DataFrame) -> bool:
     try:
-        pd.testing.assert_frame_equal(one, other, check_dtype=False)
+        pd.testing.assert_frame_equal(expected, actual, check_dtype=False)
     except AssertionError as error:
         print(error, file=sys.stderr)
         return False
@@ -233,24 +259,25 @@ def _same(one: pd.DataFrame, other: pd.DataFrame) -> bool:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--quick", action="store_true", help="three kills")
-    options.add_argument("--json", action="store_true", help="the JSON line alone")
-    options.add_argument("--kills", type=int, default=100, help="over as many sweeps as it takes")
-    options.add_argument("--way", default="sqlite", choices=("sqlite", "postgresql", "ray"))
-    options.add_argument("--work", help=argparse.SUPPRESS)
-    options.add_argument("--database", help=argparse.SUPPRESS)
-    asked = options.parse_args()
-    if asked.work:
-        work(asked.work, asked.results_db)
+    parser = argument_parser(__doc__, quick=f"6 points, {QUICK_KILLS} kills; under a minute")
+    parser.add_argument("--kills", type=int, default=100, help="total number of kills, in as many sweeps as needed")
+    parser.add_argument(
+        "--way", default="sqlite", choices=("sqlite", "postgresql", "ray"), help="database, or Ray actors, under test"
+    )
+    parser.add_argument("--run-study", help=argparse.SUPPRESS)
+    parser.add_argument("--database", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run_study:
+        run_study(arguments.run_study, arguments.database, arguments.quick)
         return
 
-    def told(line: str) -> None:
-        if not asked.json:
+    def report(line: str) -> None:
+        if not arguments.json:
             print(line, flush=True)
 
-    rows, targets = measure(asked.way, 3 if asked.quick else asked.kills, told)
-    print_results("kill_sweep", rows, targets, way=asked.way)
+    kills = QUICK_KILLS if arguments.quick else arguments.kills
+    rows, targets = measure(arguments.way, kills, arguments.quick, report)
+    print_results("kill_sweep", rows, targets, way=arguments.way)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""Images a second: diffusers' pipeline in a loop against the engine, prompts to images, the same network and steps.
+"""Sampling from prompts to images: images/s of diffusers' pipeline and of the engine, with the same network and steps.
 
     python benchmarks/sampling.py [--quick] [--json] [--compile] [--mixed]
 
-Three ways, in turns within one process: (a) StableDiffusionPipeline prompt by prompt, (b) the same 16 prompts at a time, both
-eager as diffusers' documentation shows them, (c) the engine at steady state, captions encoded once before as in a sweep.
-Two sizes of the family at latents of 4 x 8 x 8, shipped autoencoder and text encoder. A last part compares network
-evaluations a second of a mixed grid (guidance x steps x solvers) with a uniform stream. Random weights: this measures time,
-never quality. The last line is JSON.
+Three ways run in turns within one process: (a) StableDiffusionPipeline with one prompt per call, (b) with 16 prompts per
+call, both eager as in diffusers' documentation, (c) the engine with all slots occupied and prompts encoded in advance, as in
+a sweep. Two sizes of the family are measured, with latents of 4 x 8 x 8 and the shipped autoencoder and text encoder. The
+last part compares network evaluations per second of a mixed grid (guidance x steps x solvers) with those of a single setting.
+Weights are random, so only time is measured, not quality. The last line is JSON.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import logging
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from results import at_least, print_results, row
+from results import Row, argument_parser, at_least, print_results, row
 
 from isocost.config.data import ScenesSource
 from isocost.config.model import ModelSpec, TextEncoderSpec
@@ -45,8 +44,8 @@ from isocost.utils.artifact_store import Store
 
 WIDTHS = (16, 64)
 NUM_STEPS, GUIDANCE = 20, 4.0
-BUCKET_SIZE = 64
-TEXT = TextEncoderSpec(max_tokens=16)
+BATCH_SIZE = 64
+TEXT_ENCODER = TextEncoderSpec(max_tokens=16)
 MIXED = {
     "guidance": (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0),
     "num_steps": (2, 4, 6, 8, 10, 20),
@@ -55,10 +54,10 @@ MIXED = {
 
 
 def random_checkpoint(out: Path, width: int) -> Path:
-    """A checkpoint folder of random weights at 4 x 8 x 8 latents."""
+    """Write a checkpoint folder with random weights for latents of 4 x 8 x 8."""
     torch.manual_seed(0)
     spec = ModelSpec(width=width, latent_channels=4, latent_size=8, cross_attention_dim=384)
-    cost = model_cost(spec, TEXT.max_tokens)
+    cost = model_cost(spec, TEXT_ENCODER.max_tokens)
     info = CheckpointInfo(
         model=spec,
         size=cost.size,
@@ -68,7 +67,7 @@ def random_checkpoint(out: Path, width: int) -> Path:
         normalized_cost_per_step=cost.normalized_cost_per_step,
         prediction_type="v_prediction",
         autoencoder="scenes",
-        text=TEXT,
+        text_encoder=TEXT_ENCODER,
         resolution=32,
     )
     store = Store(out)
@@ -78,7 +77,7 @@ def random_checkpoint(out: Path, width: int) -> Path:
 
 
 class Loop:
-    """diffusers' pipeline, `batch` prompts a call."""
+    """diffusers' pipeline with `batch` prompts per call."""
 
     def __init__(self, pipeline: StableDiffusionPipeline, prompts: list[str], batch: int) -> None:
         self.pipeline, self.batch, self.prompts = pipeline, batch, itertools.cycle(prompts)
@@ -91,39 +90,38 @@ class Loop:
 
 
 class Stream:
-    """The engine, never drained between two turns: a turn is as many images as are in flight."""
+    """The engine, which is not drained between turns: a turn has as many images as are in flight."""
 
-    def __init__(self, checkpoint: Checkpoint, captions: PromptEmbeds, **options: Any) -> None:
+    def __init__(self, checkpoint: Checkpoint, prompts: PromptEmbeds, **options: Any) -> None:
         network = copy.deepcopy(checkpoint.network)
-        engine = make_engine(network, checkpoint.info, captions, batch_size=BUCKET_SIZE, **options)
+        engine = make_engine(network, checkpoint.info, prompts, batch_size=BATCH_SIZE, **options)
         table = solver_coefficients(SolverSpec(), NUM_STEPS, NoiseSchedule.scaled_linear())
-        rows = (SampleRequest(i, i % len(captions.number), table, GUIDANCE) for i in itertools.count())
-        self.in_flight = engine.lanes.num_places // 2
-        self.drawn = generate(engine, load_autoencoder("scenes"), rows)
+        requests = (SampleRequest(i, i % len(prompts.index), table, GUIDANCE) for i in itertools.count())
+        self.in_flight = engine.call_pool.num_slots // 2
+        self.batches = generate(engine, load_autoencoder("scenes"), requests)
 
     def __call__(self, num_calls: int) -> int:
-        done = 0
-        while done < num_calls * self.in_flight:
-            done += len(next(self.drawn).rows)
-        return done
+        num_images = 0
+        while num_images < num_calls * self.in_flight:
+            num_images += len(next(self.batches).results)
+        return num_images
 
 
-def evaluations_per_second(checkpoint: Checkpoint, captions: PromptEmbeds, mixed: bool, seconds: float) -> Iterator[float]:
-    """Network evaluations a second of the engine in windows of `seconds`; nothing shared, decoding left out."""
-    engine = make_engine(copy.deepcopy(checkpoint.network), checkpoint.info, captions, batch_size=BUCKET_SIZE)
+def evaluations_per_second(checkpoint: Checkpoint, prompts: PromptEmbeds, mixed: bool, seconds: float) -> Iterator[float]:
+    """Network evaluations per second of the engine in windows of `seconds`, without decoding and shared first steps."""
+    engine = make_engine(copy.deepcopy(checkpoint.network), checkpoint.info, prompts, batch_size=BATCH_SIZE)
     settings = list(itertools.product(MIXED["guidance"], MIXED["num_steps"], MIXED["solver"])) if mixed else [(4.0, 8, "ddim")]
-    order = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
 
-    def rows() -> Iterator[SampleRequest]:
+    def requests() -> Iterator[SampleRequest]:
         for i in itertools.count():
-            guidance, num_steps, solver = settings[order.integers(len(settings))]
+            guidance, num_steps, solver = settings[generator.integers(len(settings))]
             table = solver_coefficients(SolverSpec(name=solver), num_steps, NoiseSchedule.scaled_linear())
-            yield SampleRequest(i, i % len(captions.number), table, guidance)
+            yield SampleRequest(i, i % len(prompts.index), table, guidance)
 
-    finished = engine.run(rows())
     evaluations, started = 0, time.perf_counter()
-    for done in finished:
-        evaluations += done.nfe
+    for result in engine.run(requests()):
+        evaluations += result.nfe
         now = time.perf_counter()
         if now - started > seconds:
             yield evaluations / (now - started)
@@ -131,14 +129,14 @@ def evaluations_per_second(checkpoint: Checkpoint, captions: PromptEmbeds, mixed
 
 
 def rate(run: Callable[[int], int], num_calls: int) -> float:
-    """Images a second."""
+    """Images per second."""
     started = time.perf_counter()
-    done = run(num_calls)
-    return done / (time.perf_counter() - started)
+    num_images = run(num_calls)
+    return num_images / (time.perf_counter() - started)
 
 
-def measure(width: int, turns: int, quick: bool, compiled: bool, told: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Rates of the three ways at one width, and their ratios turn by turn."""
+def measure(width: int, turns: int, quick: bool, compiled: bool, log: Callable[[str], None]) -> list[Row]:
+    """Rates of the three ways at one width, and their ratios in each turn."""
     images = load_images(ScenesSource(kind="scenes", num_images=256, seed=1), 32, 0.0)
     prompts = [captions[0] for captions in images.captions]
     with tempfile.TemporaryDirectory() as folder:
@@ -147,28 +145,28 @@ def measure(width: int, turns: int, quick: bool, compiled: bool, told: Callable[
         pipeline = StableDiffusionPipeline.from_pretrained(exported, use_safetensors=True)
         pipeline.set_progress_bar_config(disable=True)
         started = time.perf_counter()
-        captions = PromptEmbeds.of(prompts, MiniLMTextEncoder(TEXT))
-        encoding = time.perf_counter() - started
+        prompt_embeds = PromptEmbeds.encode(prompts, MiniLMTextEncoder(TEXT_ENCODER))
+        encoding_seconds = time.perf_counter() - started
         ways: dict[str, Callable[[int], int]] = {
             "a": Loop(pipeline, prompts, 1),
             "b": Loop(pipeline, prompts, 16),
-            "c": Stream(checkpoint, captions),
+            "c": Stream(checkpoint, prompt_embeds),
         }
-        rows = [row(f"width {width}: encoding {len(set(prompts))} captions once", [encoding], "s")]
+        rows = [row(f"width {width}: encoding of {len(set(prompts))} prompts", [encoding_seconds], "s")]
         ways["c"](1)
         if compiled:
             started = time.perf_counter()
-            ways["d"] = Stream(checkpoint, captions, compiled=True)
+            ways["d"] = Stream(checkpoint, prompt_embeds, compiled=True)
             ways["d"](1)
             compile_seconds = time.perf_counter() - started
-            rows.append(row(f"width {width}: compiling and one turn", [compile_seconds], "s"))
+            rows.append(row(f"width {width}: compilation and one turn", [compile_seconds], "s"))
         calls = {"a": 1 if quick else 2, "b": 1, "c": 1, "d": 1}
         rates: dict[str, list[float]] = {way: [] for way in ways}
         ways["a"](1)
         for turn in range(turns):
             for way, run in ways.items():
                 rates[way].append(rate(run, calls[way]))
-            told(f"width {width}, turn {turn}: " + ", ".join(f"({way}) {values[-1]:.2f}/s" for way, values in rates.items()))
+            log(f"width {width}, turn {turn}: " + ", ".join(f"({way}) {values[-1]:.2f}/s" for way, values in rates.items()))
     titles = {
         "a": "(a) pipeline, batch 1",
         "b": "(b) pipeline, batch 16",
@@ -177,57 +175,53 @@ def measure(width: int, turns: int, quick: bool, compiled: bool, told: Callable[
     }
     rows += [row(f"width {width}: {titles[way]}", values, "images/s") for way, values in rates.items()]
     for way in ("c", "d") if compiled else ("c",):
-        for other in ("a", "b"):
-            ratios = [mine / theirs for mine, theirs in zip(rates[way], rates[other], strict=True)]
-            rows.append(row(f"width {width}: {titles[way][:3]} over ({other})", ratios, "ratio"))
+        for baseline in ("a", "b"):
+            ratios = [numerator / denominator for numerator, denominator in zip(rates[way], rates[baseline], strict=True)]
+            rows.append(row(f"width {width}: ({way}) / ({baseline})", ratios, "ratio"))
     if compiled:
-        eager, quick_rate = np.median(rates["c"]), np.median(rates["d"])
-        gain = 1 / eager - 1 / quick_rate
-        if gain > 0:
-            paid = compile_seconds / gain * NUM_STEPS
-            rows.append(row(f"width {width}: compiling is paid back after", [paid], "images x steps"))
+        seconds_saved = 1 / np.median(rates["c"]) - 1 / np.median(rates["d"])
+        if seconds_saved > 0:
+            break_even = compile_seconds / seconds_saved * NUM_STEPS
+            rows.append(row(f"width {width}: break-even of compilation", [break_even], "images x steps"))
     return rows
 
 
-def mixed_against_uniform(width: int, windows: int, seconds: float, told: Callable[[str], None]) -> dict[str, Any]:
-    """Evaluations a second of a mixed grid over those of a uniform stream, window by window."""
-    prompts = [f"an image of {number}" for number in range(64)]
-    captions = PromptEmbeds.of(prompts, MiniLMTextEncoder(TEXT))
+def mixed_ratio(width: int, windows: int, seconds: float, log: Callable[[str], None]) -> Row:
+    """Ratio of evaluations per second of a mixed grid to those of a single setting, in each window."""
+    prompts = PromptEmbeds.encode([f"an image of {number}" for number in range(64)], MiniLMTextEncoder(TEXT_ENCODER))
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = load_checkpoint(random_checkpoint(Path(folder), width))
-        streams = [evaluations_per_second(checkpoint, captions, mixed, seconds) for mixed in (True, False)]
+        streams = [evaluations_per_second(checkpoint, prompts, mixed, seconds) for mixed in (True, False)]
         for stream in streams:
             next(stream)
         ratios = []
         for _ in range(windows):
             mixed, uniform = (next(stream) for stream in streams)
             ratios.append(mixed / uniform)
-            told(f"width {width}: mixed {mixed:.0f}, uniform {uniform:.0f} evaluations/s")
-    return row(f"width {width}: evaluations/s, 144 settings mixed over one setting", ratios, "ratio")
+            log(f"width {width}: mixed {mixed:.0f}, uniform {uniform:.0f} evaluations/s")
+    return row(f"width {width}: evaluations/s, 144 mixed settings / one setting", ratios, "ratio")
 
 
 def main() -> None:
-    """Measure and print."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--quick", action="store_true", help="one width, two turns, under a minute")
-    options.add_argument("--json", action="store_true", help="the JSON line alone")
-    options.add_argument("--mixed", action="store_true", help="the last part alone: a mixed grid against a uniform stream")
-    options.add_argument("--compile", action="store_true", help="the compiled engine as well: minutes of compiling")
-    asked = options.parse_args()
+    parser = argument_parser(__doc__, quick="one width, two turns, under a minute")
+    parser.add_argument("--mixed", action="store_true", help="only the last part: a mixed grid against a single setting")
+    parser.add_argument("--compile", action="store_true", help="measure the compiled engine too, which takes minutes")
+    arguments = parser.parse_args()
+    quick = arguments.quick
     logging.getLogger("diffusers").setLevel(logging.ERROR)
 
-    def told(line: str) -> None:
-        if not asked.json:
+    def log(line: str) -> None:
+        if not arguments.json:
             print(line, file=sys.stderr, flush=True)
 
-    rows: list[dict[str, Any]] = []
-    for width in () if asked.mixed else WIDTHS[:1] if asked.quick else WIDTHS:
-        rows += measure(width, 2 if asked.quick else 5, asked.quick, asked.compile, told)
-    rows.append(mixed_against_uniform(WIDTHS[0], 3 if asked.quick else 8, 2.0 if asked.quick else 5.0, told))
-    bounds = {f"width {width}: (c) over (a)": 12 for width in WIDTHS} | {
-        f"width {width}: (c) over (b)": 2.5 for width in WIDTHS
-    }
-    print_results("sampling", rows, at_least(rows, bounds | {rows[-1]["what"]: 0.95}))
+    rows: list[Row] = []
+    for width in () if arguments.mixed else WIDTHS[:1] if quick else WIDTHS:
+        rows += measure(width, 2 if quick else 5, quick, arguments.compile, log)
+    rows.append(mixed_ratio(WIDTHS[0], 3 if quick else 8, 2.0 if quick else 5.0, log))
+    bounds = {rows[-1]["what"]: 0.95}
+    for width in WIDTHS:
+        bounds |= {f"width {width}: (c) / (a)": 12, f"width {width}: (c) / (b)": 2.5}
+    print_results("sampling", rows, at_least(rows, bounds))
 
 
 if __name__ == "__main__":

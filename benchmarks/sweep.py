@@ -1,16 +1,15 @@
-"""A small whole study in three ways: the loop people write, the same grid here, and a race.
+"""A small guidance sweep in three ways: a loop over diffusers' pipeline, isocost's grid, and isocost's race.
 
     python benchmarks/sweep.py [--quick] [--json] [--out DIR]
 
-A size is trained on the embedded scenes (minutes, kept in DIR); then 8 guidance values at 4 steps are drawn and scored, as many
-images each: (a) diffusers' pipeline at batch 16, PNG files, torch-fidelity's KID on the same features, real features cached;
-(b) `search: grid`; (c) `search: race`. The three take turns. Their best guidance for every size and step count are set against
-each other. The last line is JSON.
+A size is trained on the synthetic scenes (minutes, stored in DIR). Then 8 guidance values at 4 steps are sampled and scored
+with the same number of images: (a) diffusers' pipeline with batch 16, PNG files, and torch-fidelity's KID on the same
+features with cached features of the real images; (b) `search: grid`; (c) `search: race`. The ways run in turns. Their best
+guidance is compared for every size and number of steps. The last line is JSON.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shutil
 import sys
@@ -24,7 +23,7 @@ import torch
 import torch_fidelity
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from results import at_least, print_results, row
+from results import argument_parser, at_least, print_results, row
 from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
@@ -34,11 +33,11 @@ from isocost.evaluation.paired import PairedComparer
 from isocost.metrics.efficientnet import EfficientNetLite0
 from isocost.models.export_diffusers import export
 from isocost.pipeline.pipeline import Pipeline
-from isocost.sweep.guidance_search import nearest_grid_index, value_at
+from isocost.sweep.guidance_search import grid_value, nearest_grid_index
 
 METRIC = "mmd_efficientnet"
 BATCH = 16
-GUIDANCE = [value_at(place) for place in (2, 5, 8, 11, 14, 17, 20, 23)]
+GUIDANCE = [grid_value(index) for index in (2, 5, 8, 11, 14, 17, 20, 23)]
 STUDY: dict[str, Any] = {
     "name": "small",
     "data": {
@@ -56,11 +55,19 @@ STUDY: dict[str, Any] = {
     "sweep": {"num_steps": [4], "guidance": GUIDANCE},
     "protocol": {"num_images": 2048, "num_reference": 2048},
 }
-QUICK: dict[str, Any] = {"train.num_images": 1024, "protocol.num_images": 64, "sweep.num_steps": [2]}
+QUICK: dict[str, Any] = {
+    "data.train": {"kind": "scenes", "num_images": 1024, "seed": 0},
+    "data.reference": {"kind": "scenes", "num_images": 256, "seed": 1},
+    "train.num_images": 1024,
+    "protocol.num_images": 64,
+    "protocol.num_reference": 256,
+    "sweep.num_steps": [2],
+    "sweep.guidance": GUIDANCE[1::3],
+}
 
 
 class Features(FeatureExtractorBase):
-    """The features of our scores as torch-fidelity takes them: uint8 [N, 3, H, W] to float32 [N, 1280]."""
+    """The features of isocost's scores as a torch-fidelity extractor: uint8 [N, 3, H, W] to float32 [N, 1280]."""
 
     def __init__(self, name: str, features_list: list[str], **options: Any) -> None:
         super().__init__(name, features_list)
@@ -86,42 +93,43 @@ class Features(FeatureExtractorBase):
         return (self.network(images),)
 
 
-def study_of(search: str, width: int, quick: bool) -> StudySpec:
+def make_study(search: str, width: int, quick: bool) -> StudySpec:
     """The study of one size."""
-    plain = {key: dict(value) if isinstance(value, dict) else value for key, value in STUDY.items()}
+    config = {key: dict(value) if isinstance(value, dict) else value for key, value in STUDY.items()}
     for key, value in QUICK.items() if quick else ():
-        part, _, name = key.partition(".")
-        plain[part][name] = value
-    plain["family"]["widths"] = [width]
-    plain["sweep"]["search"] = search
-    return parse_spec(StudySpec, plain, "study")
+        section, _, field = key.partition(".")
+        config[section][field] = value
+    config["family"]["widths"] = [width]
+    config["sweep"]["search"] = search
+    return parse_spec(StudySpec, config, "study")
 
 
-Found = dict[int, float]
+BestGuidance = dict[int, float]
 """The best guidance by number of steps."""
 
 
-def by_hand(trained: Path, width: int, quick: bool, folder: Path) -> Found:
-    """diffusers' pipeline in a loop, PNG files, torch-fidelity."""
-    pipeline = Pipeline(study_of("grid", width, quick), trained)
+def diffusers_sweep(trained: Path, width: int, quick: bool, folder: Path) -> BestGuidance:
+    """Sweep with diffusers' pipeline in a loop, PNG files and torch-fidelity."""
+    pipeline = Pipeline(make_study("grid", width, quick), trained)
     (run,) = pipeline.runs
-    study, captions = pipeline.study, pipeline.assets.reference.captions
-    drawer = StableDiffusionPipeline.from_pretrained(
+    study, prompts = pipeline.study, pipeline.assets.reference.prompts
+    diffusers_pipeline = StableDiffusionPipeline.from_pretrained(
         export(pipeline.store.folder("checkpoint", run.final), folder / "exported"), use_safetensors=True
     )
-    drawer.set_progress_bar_config(disable=True)
+    diffusers_pipeline.set_progress_bar_config(disable=True)
     scores: dict[tuple[int, float], float] = {}
     for num_steps in study.sweep.num_steps:
+        options = {"num_inference_steps": num_steps, "height": 32, "width": 32}
         for guidance in study.sweep.guidance:
-            place = folder / f"{num_steps}-{guidance}"
-            place.mkdir()
+            images_folder = folder / f"{num_steps}-{guidance}"
+            images_folder.mkdir()
             for start in range(0, study.protocol.num_images, BATCH):
-                some = captions[start : start + BATCH]
-                drawn = drawer(some, num_inference_steps=num_steps, guidance_scale=guidance, height=32, width=32)
-                for number, image in enumerate(drawn.images):
-                    image.save(place / f"{start + number:05d}.png")
-            found = torch_fidelity.calculate_metrics(
-                input1=str(place),
+                batch = list(prompts[start : start + BATCH])
+                output = diffusers_pipeline(batch, guidance_scale=guidance, **options)
+                for number, image in enumerate(output.images):
+                    image.save(images_folder / f"{start + number:05d}.png")
+            metrics = torch_fidelity.calculate_metrics(
+                input1=str(images_folder),
                 input2=str(trained / "real"),
                 input2_cache_name=f"real-{study.protocol.num_images}",
                 cache_root=str(trained / "cache"),
@@ -132,15 +140,15 @@ def by_hand(trained: Path, width: int, quick: bool, folder: Path) -> Found:
                 cuda=False,
                 verbose=False,
             )
-            scores[num_steps, guidance] = found["kernel_inception_distance_mean"]
+            scores[num_steps, guidance] = metrics["kernel_inception_distance_mean"]
     return {n: min((score, w) for (steps, w), score in scores.items() if steps == n)[1] for n in study.sweep.num_steps}
 
 
-def by_us(search: str) -> Callable[[Path, int, bool, Path], Found]:
-    """The sweep of this project."""
+def isocost_sweep(search: str) -> Callable[[Path, int, bool, Path], BestGuidance]:
+    """Sweep with isocost and a search method."""
 
-    def sweep(trained: Path, width: int, quick: bool, folder: Path) -> Found:
-        pipeline = Pipeline(study_of(search, width, quick), folder / "out")
+    def sweep(trained: Path, width: int, quick: bool, folder: Path) -> BestGuidance:
+        pipeline = Pipeline(make_study(search, width, quick), folder / "out")
         assert pipeline.run()
         if search == "race":
             return {row["num_steps"]: row["guidance"] for row in pipeline.results_db.races().values()}
@@ -151,67 +159,68 @@ def by_us(search: str) -> Callable[[Path, int, bool, Path], Found]:
     return sweep
 
 
-def agrees(pipeline: Pipeline, num_steps: int, raced: float, best: float) -> bool:
-    """Whether the raced guidance is the grid's best, or one that the grid's images do not set apart from it."""
-    near = min(GUIDANCE, key=lambda value: abs(nearest_grid_index(value) - nearest_grid_index(raced)))
-    if near == best:
+def agrees(pipeline: Pipeline, num_steps: int, race_guidance: float, grid_guidance: float) -> bool:
+    """True if the race's guidance is the grid's best, or not significantly worse by the grid's images."""
+    race_index = nearest_grid_index(race_guidance)
+    nearest = min(pipeline.study.sweep.guidance, key=lambda value: abs(nearest_grid_index(value) - race_index))
+    if nearest == grid_guidance:
         return True
     (run,) = pipeline.runs
-    digest = {p.spec.guidance: p.digest for p in pipeline.points(run) if p.spec.num_steps == num_steps}
-    pairing = PairedComparer((pipeline.store,), pipeline.assets.reference, pipeline.study.protocol.metrics)
-    apart = pairing.of_points(digest[near], digest[best], METRIC)
-    return apart is not None and apart.low <= 0
+    digests = {point.spec.guidance: point.digest for point in pipeline.points(run) if point.spec.num_steps == num_steps}
+    comparer = PairedComparer((pipeline.store,), pipeline.assets.reference, pipeline.study.protocol.metrics)
+    difference = comparer.difference(digests[nearest], digests[grid_guidance], METRIC)
+    return difference is not None and difference.low <= 0
 
 
-def measure(out: Path, quick: bool, told: Callable[[str], None]) -> tuple[list[Any], list[Any]]:
+def measure(out: Path, quick: bool, log: Callable[[str], None]) -> tuple[list[Any], list[Any]]:
     """Rows and targets."""
     torch_fidelity.register_feature_extractor("isocost-benchmark", Features)
-    ways = {"a": by_hand, "b": by_us("grid"), "c": by_us("race")}
+    ways = {"a": diffusers_sweep, "b": isocost_sweep("grid"), "c": isocost_sweep("race")}
     widths = STUDY["family"]["widths"]
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    found: dict[str, dict[tuple[int, int], float]] = {way: {} for way in ways}
-    same = True
+    choices: dict[str, dict[tuple[int, int], float]] = {way: {} for way in ways}
+    all_agree = True
     for width in widths:
-        trained = Pipeline(study_of("grid", width, quick), out)
+        trained = Pipeline(make_study("grid", width, quick), out)
         trained.prepare()
         for run in trained.runs:
             trained.train(run)
         reference = trained.assets.reference
-        _save_real(trained, out / "real")
-        by_hand_warm = trained.assets.prompt_embeds, reference.kernel("efficientnet-lite0")
-        del by_hand_warm
-        for way, do in ways.items():
-            with tempfile.TemporaryDirectory() as folder:
-                place = Path(folder)
+        _save_reference(trained, out / "real")
+        # Warm-up: these are computed once and then read from the artefacts.
+        _ = trained.assets.prompt_embeds, reference.kernel("efficientnet-lite0")
+        for way, run_sweep in ways.items():
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = Path(temporary)
                 if way != "a":
-                    shutil.copytree(out / "artefacts", place / "out" / "artefacts")
+                    shutil.copytree(out / "artefacts", folder / "out" / "artefacts")
                 started = time.perf_counter()
-                best = do(out, width, quick, place)
+                best = run_sweep(out, width, quick, folder)
                 seconds[way].append(time.perf_counter() - started)
-                found[way].update({(width, steps): guidance for steps, guidance in best.items()})
-                told(f"width {width}, ({way}): {seconds[way][-1]:.1f} s, best guidance {best}")
+                choices[way].update({(width, steps): guidance for steps, guidance in best.items()})
+                log(f"width {width}, ({way}): {seconds[way][-1]:.1f} s, best guidance {best}")
                 if way == "b":
                     grid_best = best
-                    kept = out / f"grid-{width}"
-                    shutil.rmtree(kept, ignore_errors=True)
-                    shutil.copytree(place / "out", kept)
-        grid = Pipeline(study_of("grid", width, quick), out / f"grid-{width}")
-        for steps, raced in best.items():
-            same = same and agrees(grid, steps, raced, grid_best[steps])
+                    grid_folder = out / f"grid-{width}"
+                    shutil.rmtree(grid_folder, ignore_errors=True)
+                    shutil.copytree(folder / "out", grid_folder)
+        grid = Pipeline(make_study("grid", width, quick), out / f"grid-{width}")
+        for steps, race_guidance in best.items():
+            all_agree = all_agree and agrees(grid, steps, race_guidance, grid_best[steps])
     titles = {"a": "(a) pipeline, PNG, torch-fidelity", "b": "(b) grid", "c": "(c) race"}
     rows = [row(titles[way], [sum(times)], "s") for way, times in seconds.items()]
     for way in ("b", "c"):
-        rows.append(
-            row(f"{titles[way]} over (a)", [a / own for a, own in zip(seconds["a"], seconds[way], strict=True)], "ratio")
-        )
-    targets = at_least(rows, {"(b) grid over (a)": 3, "(c) race over (a)": 10})
-    targets.append({"what": "race and grid choose the same guidance", "value": same, "target": "true", "met": same})
-    told(f"best guidance by size and steps: {found}")
+        ratios = [numerator / denominator for numerator, denominator in zip(seconds["a"], seconds[way], strict=True)]
+        rows.append(row(f"time of (a) / {titles[way]}", ratios, "ratio"))
+    targets = at_least(rows, {"time of (a) / (b) grid": 3, "time of (a) / (c) race": 10})
+    what = "race and grid choose the same guidance"
+    targets.append({"what": what, "value": all_agree, "target": "true", "met": all_agree})
+    log(f"best guidance by size and number of steps: {choices}")
     return rows, targets
 
 
-def _save_real(pipeline: Pipeline, folder: Path) -> None:
-    """The reference images as files, once."""
+def _save_reference(pipeline: Pipeline, folder: Path) -> None:
+    """Save the reference images as files, if they are not saved yet."""
     if folder.is_dir():
         return
     folder.mkdir(parents=True)
@@ -220,20 +229,18 @@ def _save_real(pipeline: Pipeline, folder: Path) -> None:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--quick", action="store_true", help="one size, one step count, 64 images a point")
-    options.add_argument("--json", action="store_true", help="the JSON line alone")
-    options.add_argument("--out", type=Path, default=None, help="where trained networks are kept; runs/sweep where absent")
-    asked = options.parse_args()
-    torch.set_num_threads(1)  # of all three ways: networks this small gain nothing by a second one
+    parser = argument_parser(__doc__, quick="3 guidance values, 2 steps, 64 images per point; under a minute")
+    parser.add_argument("--out", type=Path, default=None, help="output folder of the training; default: runs/sweep")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # for all three ways: a second thread does not speed up networks of this size
     logging.getLogger("diffusers").setLevel(logging.ERROR)
 
-    def told(line: str) -> None:
-        if not asked.json:
+    def log(line: str) -> None:
+        if not arguments.json:
             print(line, file=sys.stderr, flush=True)
 
-    out = asked.out or Path("runs") / ("sweep-quick" if asked.quick else "sweep")
-    rows, targets = measure(out, asked.quick, told)
+    out = arguments.out or Path("runs") / ("sweep-quick" if arguments.quick else "sweep")
+    rows, targets = measure(out, arguments.quick, log)
     print_results("sweep", rows, targets)
 
 

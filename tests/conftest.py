@@ -1,4 +1,4 @@
-"""What several test files share: a study small enough for seconds, the real data where it is at hand, the command line."""
+"""Shared by the test files: a study that runs in seconds, the folder of real data, the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "assets"
 
 
 def plain_study(**changes: Any) -> dict[str, Any]:
-    """A whole study in seconds: the linear autoencoder, two sizes, scenes. `changes` replaces top-level parts."""
+    """A complete study that runs in seconds: PCA autoencoder, two sizes, scenes. `changes` replaces top-level parts."""
     return {
         "name": "tiny",
         "data": {
@@ -36,20 +36,20 @@ def plain_study(**changes: Any) -> dict[str, Any]:
 
 
 def tiny_study(**changes: Any) -> StudySpec:
-    """`plain_study`, parsed."""
+    """`plain_study` as a spec."""
     return parse_spec(StudySpec, plain_study(**changes), "tiny")
 
 
 @pytest.fixture
 def shared() -> Path:
-    """The folder of real data; the test is skipped where it is absent."""
+    """The folder of real data; the test is skipped without it."""
     if not SHARED.is_dir():
-        pytest.skip("no folder of real data beside this checkout")
+        pytest.skip("no folder of real data next to this checkout")
     return SHARED
 
 
 class Outcome:
-    """Exit status and the two streams of a command."""
+    """Exit status and output streams of a command."""
 
     def __init__(self, status: int, out: str, err: str) -> None:
         self.status, self.out, self.err = status, out, err
@@ -60,7 +60,7 @@ class Outcome:
 
     @property
     def line(self) -> str:
-        """The message of a mistake: the last line, after any progress."""
+        """The error message: the last line, after any progress."""
         return self.err.strip().splitlines()[-1]
 
 

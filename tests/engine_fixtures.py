@@ -1,4 +1,4 @@
-"""A tiny U-Net, captions for it, and rows of every kind: what the tests of engine and network share.
+"""A tiny U-Net, prompt embeddings for it, and requests of every kind, shared by the tests of the engine and the denoiser.
 
 Shape letters: C H W latent, L D prompt embeddings.
 """
@@ -13,8 +13,8 @@ from isocost.sampling.request import SampleRequest
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 SHAPE = (4, 8, 8)
-NUM_CAPTIONS, NUM_TOKENS, STATE_WIDTH = 5, 6, 8
-SOLVERS = (
+NUM_PROMPTS, NUM_TOKENS, EMBED_DIM = 5, 6, 8
+SOLVER_SPECS = (
     SolverSpec(name="ddim"),
     SolverSpec(name="ddim", timestep_spacing="leading", eta=1.0),
     SolverSpec(name="ddpm", timestep_spacing="linspace"),
@@ -35,7 +35,7 @@ def small_unet(**changes):
             layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=STATE_WIDTH,
+            cross_attention_dim=EMBED_DIM,
             attention_head_dim=4,
             norm_num_groups=4,
             **changes,
@@ -46,20 +46,20 @@ def small_unet(**changes):
 
 
 def prompt_embeds():
-    """Captions' states, then the null state."""
-    return 2 * torch.randn(NUM_CAPTIONS + 1, NUM_TOKENS, STATE_WIDTH, generator=torch.Generator().manual_seed(1))
+    """[NUM_PROMPTS + 1, L, D], the embeddings of the prompts, then of the empty prompt."""
+    return 2 * torch.randn(NUM_PROMPTS + 1, NUM_TOKENS, EMBED_DIM, generator=torch.Generator().manual_seed(1))
 
 
-def table(spec, num_steps):
+def coefficients(spec, num_steps):
     return solver_coefficients(spec, num_steps, SCHEDULE)
 
 
-def mixed_rows(count=36):
+def mixed_requests(count=36):
     return [
         SampleRequest(
             sample_index=100 + i,
-            prompt=i % NUM_CAPTIONS,
-            table=table(SOLVERS[i % len(SOLVERS)], (1, 2, 3, 5, 7)[i % 5]),
+            prompt=i % NUM_PROMPTS,
+            coefficients=coefficients(SOLVER_SPECS[i % len(SOLVER_SPECS)], (1, 2, 3, 5, 7)[i % 5]),
             guidance=(0.0, 1.0, 3.0, 7.5)[i // 2 % 4],
             tag=("point", i),
             seed=i // 8,
@@ -69,9 +69,9 @@ def mixed_rows(count=36):
     ]
 
 
-def by_image(finished):
-    return {done.row.sample_index: done for done in finished}
+def by_sample_index(results):
+    return {result.request.sample_index: result for result in results}
 
 
-def assert_same(latent, other):
-    assert float((latent - other).norm() / other.norm()) < 1e-5
+def assert_same(latent, expected):
+    assert float((latent - expected).norm() / expected.norm()) < 1e-5

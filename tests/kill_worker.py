@@ -1,4 +1,4 @@
-"""Trains a job again and again, killing it at random moments, until it was killed often enough and every training ended.
+"""Trains a job repeatedly and kills it at random moments, until the number of kills is reached and every training has ended.
 
 python tests/kill_worker.py JOB.json NUM_KILLS LONGEST_SECONDS SEED
 
@@ -22,7 +22,7 @@ from train_worker import run_job
 
 
 def attempt(job: dict, seconds: float | None) -> bool:
-    """One process that trains; killed after so many seconds. True where it ended by itself."""
+    """Train in a child process, killed after some seconds; True where it ended by itself."""
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
@@ -34,12 +34,12 @@ def attempt(job: dict, seconds: float | None) -> bool:
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return False
-    assert status == 0, "a training that was killed before does not go on"
+    assert status == 0, "a training that was killed before does not resume"
     return True
 
 
 def main() -> None:
-    """Kill and go on."""
+    """Train, kill and resume until all rounds are done."""
     job, num_kills, longest = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]), float(sys.argv[3])
     moments, root = random.Random(int(sys.argv[4])), Path(job["folder"])
     num_rounds = kills = 0

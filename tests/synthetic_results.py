@@ -1,4 +1,4 @@
-"""A table of points with planted features: the law below is known, so what an analysis should find is known too."""
+"""Synthetic tables of points with a known law, so that the correct result of an analysis is known."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TABLE_1 = {  # size: (millions of parameters, normalized cost, FID at 50 steps)
 }
 
 
-def planted_table(
+def synthetic_table(
     sizes: Sequence[str] = tuple(PARAMETERS),
     num_steps: Sequence[int] = (2, 4, 8, 16, 32),
     guidance: Sequence[float] = (1.0, 1.5, 2.0, 3.0, 5.0),
@@ -34,7 +34,7 @@ def planted_table(
     noise: float = 0.0,
     half_width: float = 0.004,
 ) -> pd.DataFrame:
-    """Distance falls with size, steps and images seen; guidance 2 is best everywhere; second order needs fewer steps."""
+    """Return points whose distance falls with size, steps and images seen; guidance 2 is best, DPM needs fewer steps."""
     generator = np.random.default_rng(0)
     rows = []
     for size in sizes:
@@ -45,14 +45,14 @@ def planted_table(
                         is_final = seen == images_seen
                         if not is_final and (solver, steps, weight) != (solvers[0], num_steps[-2], BEST_GUIDANCE):
                             continue
-                        shown = noise * generator.standard_normal()
-                        rows.append(_row(size, seen, solver, steps, weight, is_final, shown, half_width))
+                        error = noise * generator.standard_normal()
+                        rows.append(_row(size, seen, solver, steps, weight, is_final, error, half_width))
     table = pd.DataFrame(rows)
     return table.assign(point=[f"{number:016x}" for number in range(len(table))])
 
 
 def _row(
-    size: str, seen: int, solver: str, steps: int, guidance: float, is_final: bool, shown: float, half_width: float
+    size: str, seen: int, solver: str, steps: int, guidance: float, is_final: bool, error: float, half_width: float
 ) -> Mapping[str, object]:
     parameters = PARAMETERS[size]
     gflop = parameters * 6e-7
@@ -64,8 +64,8 @@ def _row(
         + 0.5 / effective**1.3
         + 0.03 * np.log(guidance / BEST_GUIDANCE) ** 2
     )
-    distance += shown
-    share = 0.9 - distance
+    distance += error
+    alignment = 0.9 - distance
     return {
         "point": "",
         "checkpoint": f"{size}-{seen}",
@@ -80,7 +80,7 @@ def _row(
         "guidance": guidance,
         "num_images": 1000,
         "seed": 0,
-        "protocol": "planted",
+        "protocol": "synthetic",
         "normalized_cost": gflop * steps / 3,
         "nfe": float(steps * passes),
         "gflop": gflop * steps * passes,
@@ -91,43 +91,44 @@ def _row(
         "frechet_efficientnet": 300 * distance,
         "frechet_efficientnet_low": 300 * (distance - half_width),
         "frechet_efficientnet_high": 300 * (distance + half_width),
-        "alignment": share,
-        "alignment_low": share - 0.01,
-        "alignment_high": share + 0.01,
+        "alignment": alignment,
+        "alignment_low": alignment - 0.01,
+        "alignment_high": alignment + 0.01,
     }
 
 
 def measured(table: pd.DataFrame, half_width: float, seed: int, metric: str = "mmd_efficientnet") -> pd.DataFrame:
-    """The table as one measurement of it would show it: every score off by noise, with the interval that says how much."""
+    """Return the table with measurement noise: every score has an error, and an interval that covers it in 95 % of cases."""
     noise = half_width / 1.959964 * np.random.default_rng(seed).standard_normal(len(table))
-    shown = table[metric] + noise
-    return table.assign(**{metric: shown, f"{metric}_low": shown - half_width, f"{metric}_high": shown + half_width})
+    score = table[metric] + noise
+    return table.assign(**{metric: score, f"{metric}_low": score - half_width, f"{metric}_high": score + half_width})
 
 
 def exact(table: pd.DataFrame, metric: str = "mmd_efficientnet") -> pd.DataFrame:
-    """The table without intervals: scores taken as they are."""
+    """Return the table without intervals."""
     return table.assign(**{f"{metric}_low": np.nan, f"{metric}_high": np.nan})
 
 
 def paper_table() -> pd.DataFrame:
-    """Table 1 as points: 50 steps of DDIM at guidance 7.5, the published FID standing in for a distance without interval."""
-    first = planted_table(sizes=("0.2M",), num_steps=(4,), guidance=(1.0,), solvers=("ddim/leading",), snapshots=())
+    """Return Table 1 as points: 50 steps of DDIM, guidance 7.5, the published FID as a distance without an interval."""
+    first = synthetic_table(sizes=("0.2M",), num_steps=(4,), guidance=(1.0,), solvers=("ddim/leading",), snapshots=())
     rows = [
         first.assign(
             point=size, checkpoint=size, size=size, num_parameters=millions * 10**6, num_steps=50, guidance=7.5,
-            normalized_cost=cost * 50, frechet_efficientnet=fid, frechet_efficientnet_low=np.nan, frechet_efficientnet_high=np.nan,
+            normalized_cost=cost * 50, frechet_efficientnet=fid,
+            frechet_efficientnet_low=np.nan, frechet_efficientnet_high=np.nan,
         )
         for size, (millions, cost, fid) in TABLE_1.items()
     ]  # fmt: skip
     return pd.concat(rows, ignore_index=True)
 
 
-def planted_students(speedup: int = 8, loss: float = 0.03, num_steps: Sequence[int] = (1, 2, 4)) -> pd.DataFrame:
-    """The planted table of one solver with a "codi" student of every size beside it, without a pass for guidance.
+def synthetic_students(speedup: int = 8, loss: float = 0.03, num_steps: Sequence[int] = (1, 2, 4)) -> pd.DataFrame:
+    """Return the synthetic table of one solver and a "codi" student of every size, which needs no second pass for guidance.
 
-    In n steps a student is as good as its teacher in `speedup` * n, and worse by `loss`: better where steps are few alone.
+    In n steps a student is as good as its teacher in `speedup` * n steps, plus `loss`, so it is better only at few steps.
     """
-    teachers = planted_table(num_steps=(1, 2, 4, 8, 16, 32), solvers=("ddim/trailing",), snapshots=())
+    teachers = synthetic_table(num_steps=(1, 2, 4, 8, 16, 32), solvers=("ddim/trailing",), snapshots=())
     rows = []
     for size in PARAMETERS:
         for steps in num_steps:
@@ -139,16 +140,16 @@ def planted_students(speedup: int = 8, loss: float = 0.03, num_steps: Sequence[i
     return pd.concat([teachers, students.assign(point=[f"5{number:015x}" for number in range(len(rows))])], ignore_index=True)
 
 
-def planted_superres(follows: float = 0.5) -> pd.DataFrame:
-    """Super-resolution of every planted size: 0.1 + `follows` times its checkpoint's best, from scratch 0.5.
+def synthetic_superres(slope: float = 0.5) -> pd.DataFrame:
+    """Return super-resolution scores of every size: 0.1 + `slope` times the best score of its checkpoint; from scratch 0.5.
 
-    PSNR is 40 less 50 times the distance.
+    PSNR is 40 - 50 times the distance.
     """
-    best = planted_table(snapshots=()).groupby("size")["mmd_efficientnet"].min()
+    best = synthetic_table(snapshots=()).groupby("size")["mmd_efficientnet"].min()
     rows = []
     for size in PARAMETERS:
         for kind in ("", " from scratch"):
-            distance = 0.5 if kind else 0.1 + follows * float(best[size])
+            distance = 0.5 if kind else 0.1 + slope * float(best[size])
             row = dict(_row(size, 50_000, "ddim/trailing", 8, 1.0, True, 0.0, 0.0))
             row |= {"size": size + kind, "checkpoint": size + kind, "point": f"6{len(rows):015x}", "task": "superres"}
             for name, value, half in (("mmd_efficientnet", distance, 0.01), ("psnr", 40 - 50 * distance, 0.5)):

@@ -1,4 +1,4 @@
-"""The probe: it reads planted labels back, is a function of its arguments, and survives a folder."""
+"""The attribute classifier: it recognises planted labels, depends on its arguments only, and is saved and loaded."""
 
 from __future__ import annotations
 
@@ -45,31 +45,31 @@ def untrained(side: int = 32, num_classes: tuple[int, ...] = HEADS) -> Attribute
         return AttributeClassifier(AttributeClassifierNetwork(side, num_classes))
 
 
-# --- learning ---------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_planted_colour_and_place_are_read_from_new_images(fitted: AttributeClassifier) -> None:
+def test_planted_colour_and_position_are_recognised_in_new_images(fitted: AttributeClassifier) -> None:
     accuracy = fitted.accuracy(*planted(200, 1))
     assert accuracy.shape == (3,)
     assert (accuracy > 0.95).all()
 
 
-def test_a_label_that_is_not_in_the_image_is_not_read() -> None:
+def test_a_label_that_is_not_in_the_image_is_not_recognised() -> None:
     images, labels = planted(512, 0)
     labels[:, 1] = torch.randint(0, 2, (512,), generator=torch.Generator().manual_seed(3))
-    probe = train_attribute_classifier(images, labels[:, :2], (3, 2), num_epochs=3)
+    classifier = train_attribute_classifier(images, labels[:, :2], (3, 2), num_epochs=3)
     fresh, of_fresh = planted(200, 1)
-    colour, chance = probe.accuracy(fresh, torch.stack([of_fresh[:, 0], torch.arange(200) % 2], 1))
+    colour, chance = classifier.accuracy(fresh, torch.stack([of_fresh[:, 0], torch.arange(200) % 2], 1))
     assert colour > 0.9
     assert 0.3 < chance < 0.7
 
 
-def test_larger_images_are_read_as_well() -> None:
-    probe = train_attribute_classifier(*planted(256, 0, side=64), HEADS, num_epochs=8)
-    assert (probe.accuracy(*planted(100, 1, side=64)) > 0.9).all()
+def test_larger_images_are_classified_too() -> None:
+    classifier = train_attribute_classifier(*planted(256, 0, side=64), HEADS, num_epochs=8)
+    assert (classifier.accuracy(*planted(100, 1, side=64)) > 0.9).all()
 
 
-def test_alignment_falls_as_images_drown_in_noise(fitted: AttributeClassifier) -> None:
+def test_alignment_falls_with_noise(fitted: AttributeClassifier) -> None:
     images, labels = planted(200, 1)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
     means = [
@@ -80,21 +80,21 @@ def test_alignment_falls_as_images_drown_in_noise(fitted: AttributeClassifier) -
     assert means[2] < 0.6
 
 
-def test_the_fit_is_a_function_of_its_arguments() -> None:
+def test_training_is_a_function_of_its_arguments() -> None:
     images, labels = planted(192, 0)
     torch.manual_seed(1)
-    one = train_attribute_classifier(images, labels, HEADS, num_epochs=2, seed=5)
+    first = train_attribute_classifier(images, labels, HEADS, num_epochs=2, seed=5)
     torch.manual_seed(2)
     state = torch.random.get_rng_state()
     again = train_attribute_classifier(images, labels, HEADS, num_epochs=2, seed=5)
     assert torch.equal(torch.random.get_rng_state(), state)
     other = train_attribute_classifier(images, labels, HEADS, num_epochs=2, seed=6)
-    weights = [probe.network.state_dict() for probe in (one, again, other)]
+    weights = [classifier.network.state_dict() for classifier in (first, again, other)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not torch.equal(weights[0]["heads.0.weight"], weights[2]["heads.0.weight"])
 
 
-def test_the_fit_leaves_its_images_and_labels_alone() -> None:
+def test_training_does_not_change_images_and_labels() -> None:
     images, labels = planted(128, 0)
     copies = images.clone(), labels.clone()
     train_attribute_classifier(images, labels, HEADS, num_epochs=1)
@@ -102,10 +102,10 @@ def test_the_fit_leaves_its_images_and_labels_alone() -> None:
     assert torch.equal(labels, copies[1])
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- predicting -------------------------------------------------------------------------------------------------------
 
 
-def test_predictions_are_one_class_a_head(fitted: AttributeClassifier) -> None:
+def test_predictions_are_one_class_per_head(fitted: AttributeClassifier) -> None:
     images, labels = planted(50, 1)
     predicted = fitted.predict(images)
     assert predicted.shape == labels.shape
@@ -115,47 +115,50 @@ def test_predictions_are_one_class_a_head(fitted: AttributeClassifier) -> None:
 
 
 @pytest.mark.parametrize("side", [32, 48, 80, 256])
-def test_every_multiple_of_16_is_a_side(side: int) -> None:
+def test_every_multiple_of_16_is_an_image_size(side: int) -> None:
     assert untrained(side).predict(planted(3, 0, side)[0]).shape == (3, 3)
 
 
-def test_alignment_and_accuracy_are_shares_of_one_table(fitted: AttributeClassifier) -> None:
+def test_alignment_and_accuracy_are_means_of_one_table(fitted: AttributeClassifier) -> None:
     images, labels = planted(60, 1)
     labels[:20, 0] = (labels[:20, 0] + 1) % 3
-    right = (fitted.predict(images) == labels).numpy()
-    np.testing.assert_allclose(fitted.accuracy(images, labels), right.mean(0))
-    np.testing.assert_allclose(fitted.alignment(images, labels), right.mean(1))
+    correct = (fitted.predict(images) == labels).numpy()
+    np.testing.assert_allclose(fitted.accuracy(images, labels), correct.mean(0))
+    np.testing.assert_allclose(fitted.alignment(images, labels), correct.mean(1))
     assert fitted.alignment(images, labels)[:20].mean() < 0.75
 
 
-def test_predictions_do_not_depend_on_the_company(fitted: AttributeClassifier) -> None:
+def test_predictions_do_not_depend_on_other_images(fitted: AttributeClassifier) -> None:
     images, _ = planted(2 * BATCH_SIZE + 20, 1)
     together = fitted.predict(images)
     assert torch.equal(fitted.predict(images.flip(0)).flip(0), together)
     few = [0, 17, 2 * BATCH_SIZE + 3]
-    assert torch.equal(torch.cat([fitted.predict(images[one : one + 1]) for one in few]), together[few])
+    assert torch.equal(torch.cat([fitted.predict(images[index : index + 1]) for index in few]), together[few])
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_saved_probe_predicts_the_same(fitted: AttributeClassifier, tmp_path: Path) -> None:
-    fitted.save(tmp_path / "deep" / "probe")
-    loaded = AttributeClassifier.load(tmp_path / "deep" / "probe")
+def test_a_saved_classifier_predicts_the_same(fitted: AttributeClassifier, tmp_path: Path) -> None:
+    fitted.save(tmp_path / "deep" / "classifier")
+    loaded = AttributeClassifier.load(tmp_path / "deep" / "classifier")
     images, _ = planted(100, 1)
     assert torch.equal(loaded.predict(images), fitted.predict(images))
     assert not loaded.network.training
-    assert json.loads((tmp_path / "deep" / "probe" / "probe.json").read_text()) == {"side": 32, "num_classes": [3, 2, 2]}
+    assert json.loads((tmp_path / "deep" / "classifier" / "classifier.json").read_text()) == {
+        "side": 32,
+        "num_classes": [3, 2, 2],
+    }
 
 
-def test_a_saved_probe_can_be_saved_over(fitted: AttributeClassifier, tmp_path: Path) -> None:
+def test_a_saved_classifier_can_be_overwritten(fitted: AttributeClassifier, tmp_path: Path) -> None:
     untrained(48, (5,)).save(tmp_path)
     fitted.save(tmp_path)
     assert AttributeClassifier.load(tmp_path).network.num_classes == HEADS
 
 
-@pytest.mark.parametrize("missing", ["probe.json", "probe.safetensors"])
-def test_a_folder_without_a_whole_probe_is_refused(tmp_path: Path, missing: str) -> None:
+@pytest.mark.parametrize("missing", ["classifier.json", "classifier.safetensors"])
+def test_a_folder_without_a_complete_classifier_is_refused(tmp_path: Path, missing: str) -> None:
     untrained().save(tmp_path)
     (tmp_path / missing).unlink()
     with pytest.raises(ConfigError, match=missing):
@@ -171,13 +174,13 @@ def test_fewer_images_than_a_batch_are_refused() -> None:
 
 
 @pytest.mark.parametrize("side", [16, 40, 100])
-def test_a_side_the_stem_cannot_divide_is_refused(side: int) -> None:
+def test_an_image_size_that_the_stem_cannot_divide_is_refused(side: int) -> None:
     with pytest.raises(ConfigError, match=f"multiple of 16.*{side}"):
         train_attribute_classifier(*planted(128, 0, side=side), HEADS, num_epochs=1)
 
 
 @pytest.mark.parametrize(
-    ("head", "label"), [(0, 3), (1, -1), (2, 2)], ids=["past the last class", "negative", "past the last of the last head"]
+    ("head", "label"), [(0, 3), (1, -1), (2, 2)], ids=["above the classes", "negative", "above the classes of the last head"]
 )
 def test_labels_outside_their_classes_are_refused_by_head(head: int, label: int) -> None:
     images, labels = planted(128, 0)
@@ -186,18 +189,18 @@ def test_labels_outside_their_classes_are_refused_by_head(head: int, label: int)
         train_attribute_classifier(images, labels, HEADS, num_epochs=1)
 
 
-@pytest.mark.parametrize("take", [(slice(0, 100), slice(None)), (slice(None), slice(0, 2)), (slice(None), 0)])
+@pytest.mark.parametrize("selection", [(slice(0, 100), slice(None)), (slice(None), slice(0, 2)), (slice(None), 0)])
 def test_labels_that_do_not_fit_images_and_heads_are_refused(
-    take: tuple[slice, slice | int], fitted: AttributeClassifier
+    selection: tuple[slice, slice | int], fitted: AttributeClassifier
 ) -> None:
     images, labels = planted(128, 0)
-    for refused in (
-        lambda: train_attribute_classifier(images, labels[take], HEADS, num_epochs=1),
-        lambda: fitted.accuracy(images, labels[take]),
-        lambda: fitted.alignment(images, labels[take]),
+    for refused_call in (
+        lambda: train_attribute_classifier(images, labels[selection], HEADS, num_epochs=1),
+        lambda: fitted.accuracy(images, labels[selection]),
+        lambda: fitted.alignment(images, labels[selection]),
     ):
         with pytest.raises(ConfigError, match=r"labels must be \[128, 3\]"):
-            refused()
+            refused_call()
 
 
 @pytest.mark.parametrize(
@@ -211,12 +214,12 @@ def test_labels_that_do_not_fit_images_and_heads_are_refused(
     ],
     ids=["other side", "not square", "grey", "float", "no batch"],
 )
-def test_images_that_the_probe_was_not_made_for_are_refused(wrong: Tensor) -> None:
+def test_images_of_another_type_or_size_are_refused(wrong: Tensor) -> None:
     with pytest.raises(ConfigError, match=r"uint8 \[N, 3, 32, 32\]"):
         untrained().predict(wrong)
 
 
-def test_images_that_are_not_square_are_not_fitted() -> None:
+def test_images_that_are_not_square_are_refused_in_training() -> None:
     with pytest.raises(ConfigError, match="uint8"):
         train_attribute_classifier(
             torch.zeros(128, 3, 32, 48, dtype=torch.uint8), torch.zeros(128, 1, dtype=torch.int64), (2,), num_epochs=1

@@ -1,4 +1,4 @@
-"""Autoencoders: the linear one against linear algebra, autoencoders against diffusers, the trained one against the linear one."""
+"""Autoencoders: PCA against linear algebra, pretrained ones against diffusers, a trained one against PCA."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def images() -> Tensor:
 
 
 def test_grey_levels_survive_the_unit_scale() -> None:
-    every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_uint8(to_unit(every)), every)
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_unit(levels)), levels)
 
 
-def test_the_linear_autoencoder_loses_what_the_dropped_eigenvalues_hold(images: Tensor) -> None:
+def test_the_error_of_the_pca_autoencoder_is_the_sum_of_the_dropped_eigenvalues(images: Tensor) -> None:
     autoencoder = PCAAutoencoder.fit(images, 4, 6)
     patches = to_unit(images).numpy().reshape(256, 3, 8, 4, 8, 4).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 48).astype(float)
     values = np.linalg.eigvalsh(np.cov(patches.T))
@@ -42,17 +42,17 @@ def test_the_linear_autoencoder_loses_what_the_dropped_eigenvalues_hold(images: 
         torch.einsum("cp,nchw->nphw", autoencoder.basis, latents * autoencoder.scale[:, None, None])
         + autoencoder.mean[:, None, None]
     )
-    lost = (torch.nn.functional.pixel_shuffle(blocks, 4) - to_unit(images)).square().mean() * 48
-    assert float(lost) == pytest.approx(values[:-6].sum(), rel=1e-3)
+    error = (torch.nn.functional.pixel_shuffle(blocks, 4) - to_unit(images)).square().mean() * 48
+    assert float(error) == pytest.approx(values[:-6].sum(), rel=1e-3)
     assert torch.allclose(latents.var((0, 2, 3)), torch.ones(6), atol=1e-2)
 
 
-def test_a_linear_autoencoder_of_all_components_loses_nothing(images: Tensor) -> None:
+def test_a_pca_autoencoder_with_all_components_is_lossless(images: Tensor) -> None:
     autoencoder = PCAAutoencoder.fit(images, 2, 12)
     assert torch.equal(autoencoder.decode(autoencoder.encode(images)[0]), images)
 
 
-def test_a_linear_autoencoder_is_saved_and_read(images: Tensor, tmp_path: Path) -> None:
+def test_a_pca_autoencoder_is_saved_and_loaded(images: Tensor, tmp_path: Path) -> None:
     autoencoder = PCAAutoencoder.fit(images, 4, 6)
     autoencoder.save(tmp_path)
     again = load_autoencoder(tmp_path)
@@ -60,21 +60,21 @@ def test_a_linear_autoencoder_is_saved_and_read(images: Tensor, tmp_path: Path) 
     assert (again.factor, again.latent_channels) == (4, 6)
 
 
-@pytest.mark.parametrize(("patch", "channels", "said"), [(5, 4, "does not divide"), (2, 13, "exceeds the 12 numbers")])
-def test_a_linear_autoencoder_that_cannot_be_is_refused(images: Tensor, patch: int, channels: int, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+@pytest.mark.parametrize(("patch", "channels", "message"), [(5, 4, "does not divide"), (2, 13, "exceeds the 12 values")])
+def test_an_impossible_pca_autoencoder_is_refused(images: Tensor, patch: int, channels: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         PCAAutoencoder.fit(images, patch, channels)
 
 
-def test_the_shipped_autoencoder_beats_the_linear_one_of_its_latent_shape(images: Tensor) -> None:
-    shipped, linear = load_autoencoder("scenes"), PCAAutoencoder.fit(images, 4, 4)
+def test_the_shipped_autoencoder_beats_pca_of_its_latent_shape(images: Tensor) -> None:
+    shipped, pca = load_autoencoder("scenes"), PCAAutoencoder.fit(images, 4, 4)
     assert (shipped.factor, shipped.latent_channels) == (4, 4)
-    held_out = load_images(ScenesSource(kind="scenes", num_images=128, seed=99), 32, 0).images
+    test_images = load_images(ScenesSource(kind="scenes", num_images=128, seed=99), 32, 0).images
     quality = {}
-    for name, autoencoder in (("shipped", shipped), ("linear", linear)):
-        quality[name] = psnr(held_out.numpy(), autoencoder.decode(autoencoder.encode(held_out)[0]).numpy()).mean()
-    assert quality["shipped"] > quality["linear"] + 4
-    mean, std = shipped.encode(held_out)
+    for name, autoencoder in (("shipped", shipped), ("pca", pca)):
+        quality[name] = psnr(test_images.numpy(), autoencoder.decode(autoencoder.encode(test_images)[0]).numpy()).mean()
+    assert quality["shipped"] > quality["pca"] + 4
+    mean, std = shipped.encode(test_images)
     assert torch.allclose(mean.mean((0, 2, 3)), torch.zeros(4), atol=0.2)
     assert torch.allclose((mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))).sqrt(), torch.ones(4), atol=0.2)
 
@@ -95,7 +95,7 @@ def test_any_diffusers_autoencoder_encodes_as_diffusers_does(images: Tensor, tmp
         assert torch.equal(autoencoder.decode(mean), to_uint8(network.decode(mean / 0.3 + 0.1).sample))
 
 
-def test_a_tiny_autoencoder_loads_as_one(images: Tensor, tmp_path: Path) -> None:
+def test_an_autoencoder_tiny_folder_is_loaded(images: Tensor, tmp_path: Path) -> None:
     AutoencoderTiny(
         encoder_block_out_channels=(8, 8),
         decoder_block_out_channels=(8, 8),
@@ -107,8 +107,8 @@ def test_a_tiny_autoencoder_loads_as_one(images: Tensor, tmp_path: Path) -> None
     assert not std.any()
 
 
-def test_folders_that_are_no_autoencoder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no autoencoder loads"):
+def test_folders_without_an_autoencoder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot load an autoencoder"):
         load_autoencoder(tmp_path / "absent")
     with pytest.raises(ConfigError, match=r"no config\.json"):
         load_autoencoder(tmp_path)
@@ -133,7 +133,7 @@ def test_training_lowers_the_loss_and_gives_unit_latents(images: Tensor) -> None
     assert torch.allclose((mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))).sqrt(), torch.ones(4), atol=1e-2)
 
 
-def test_normalising_latents_changes_no_image(images: Tensor) -> None:
+def test_normalizing_latents_changes_no_image(images: Tensor) -> None:
     torch.manual_seed(0)
     network = build_autoencoder(SPEC, 32).eval()
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_normalising_latents_changes_no_image(images: Tensor) -> None:
 
 
 def test_a_resolution_that_the_levels_cannot_halve_is_refused() -> None:
-    with pytest.raises(ConfigError, match="3 levels halve 2 times"):
+    with pytest.raises(ConfigError, match="3 levels need a resolution divisible by 4"):
         build_autoencoder(SPEC, 30)
 
 
@@ -156,22 +156,22 @@ def test_a_missing_perceptual_network_is_refused(images: Tensor, tmp_path: Path)
         train_autoencoder(SPEC.model_copy(update={"perceptual": str(tmp_path / "alexnet.safetensors")}), images)
 
 
-# --- captions ---------------------------------------------------------------------------------------------------------
+# --- text encoder -----------------------------------------------------------------------------------------------------
 
 
-def test_caption_states_are_those_of_the_encoder_alone() -> None:
-    text = MiniLMTextEncoder(TextEncoderSpec(max_tokens=12))
-    together = text.encode(["a red circle", "two small blue squares to the left of a ring"])
-    assert together.shape == (2, 12, 384)
-    assert torch.allclose(together[0], text.encode(["a red circle"])[0], atol=1e-5)
-    assert text.tokenize(["one two three four five six seven eight nine ten eleven twelve"]).shape == (1, 12)
+def test_embeddings_of_a_prompt_do_not_depend_on_the_batch() -> None:
+    encoder = MiniLMTextEncoder(TextEncoderSpec(max_tokens=12))
+    batch = encoder.encode(["a red circle", "two small blue squares to the left of a ring"])
+    assert batch.shape == (2, 12, 384)
+    assert torch.allclose(batch[0], encoder.encode(["a red circle"])[0], atol=1e-5)
+    assert encoder.tokenize(["one two three four five six seven eight nine ten eleven twelve"]).shape == (1, 12)
 
 
 def test_a_missing_text_encoder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no text encoder loads"):
+    with pytest.raises(ConfigError, match="cannot load a text encoder"):
         MiniLMTextEncoder(TextEncoderSpec(path=str(tmp_path)))
 
 
-def test_the_tiny_study_uses_the_linear_autoencoder() -> None:
+def test_the_tiny_study_uses_the_pca_autoencoder() -> None:
     assert tiny_study().autoencoder.kind == "pca"
     assert isinstance(load_autoencoder("scenes"), DiffusersVAE)

@@ -1,4 +1,4 @@
-"""Several studies at equal cost: leaders by definition, planted leads, mistakes, and pairs across output folders."""
+"""Studies compared at equal cost: leaders by definition, planted leads, mistakes, and paired differences across folders."""
 
 from __future__ import annotations
 
@@ -20,100 +20,102 @@ from isocost.pipeline.compare import compare
 from isocost.pipeline.pipeline import Pipeline
 from isocost.report.build import report
 from isocost.report.study_comparison import markdown_comparison, write_comparison
-from synthetic_results import measured, planted_table
+from synthetic_results import measured, synthetic_table
 
 KERNEL = "mmd_efficientnet"
 
 
 class Unpaired:
-    def of_points(self, first: str, second: str, metric: str) -> None:
+    def difference(self, first: str, second: str, metric: str) -> None:
         return None
 
 
 def two(ahead: float, half_width: float = 0.004, **changes: object) -> pd.DataFrame:
-    """Studies "a" and "b" with the same points, b's distances less by `ahead`."""
-    first = planted_table(half_width=half_width)
+    """Studies "a" and "b" with the same points; the distances of b are smaller by `ahead`."""
+    first = synthetic_table(half_width=half_width)
     ends = {name: first[name] - ahead for name in (KERNEL, f"{KERNEL}_low", f"{KERNEL}_high")}
     return concat_studies({"a": first, "b": first.assign(**ends, **changes)}, KERNEL)
 
 
 @pytest.mark.parametrize("cost", COSTS)
-def test_the_leader_is_whoever_has_the_best_point_within_the_budget(cost: str) -> None:
-    table = concat_studies({"a": measured(planted_table(), 0.02, 1), "b": measured(planted_table(), 0.02, 2)}, KERNEL)
-    told = rankings(table, KERNEL, cost, Unpaired())
-    assert len(told) == 6
-    for standing in told:
-        within = table[table[cost] <= standing.budget * (1 + 1e-9)]
+def test_the_leader_has_the_best_point_within_the_budget(cost: str) -> None:
+    table = concat_studies({"a": measured(synthetic_table(), 0.02, 1), "b": measured(synthetic_table(), 0.02, 2)}, KERNEL)
+    ranked = rankings(table, KERNEL, cost, Unpaired())
+    assert len(ranked) == 6
+    for ranking in ranked:
+        within = table[table[cost] <= ranking.budget * (1 + 1e-9)]
         best = within.loc[within.groupby("study")[KERNEL].idxmin()].set_index("study")[KERNEL]
-        assert standing.leader == best.idxmin()
-        (against,) = standing.against
+        assert ranking.leader == best.idxmin()
+        (against,) = ranking.against
         assert against.difference == pytest.approx(best.min() - best.max())
 
 
 def test_a_planted_lead_is_found_and_decided_at_every_budget() -> None:
-    told = rankings(two(0.05), KERNEL, "gflop", Unpaired())
-    assert all(standing.leader == "b" and standing.is_decided for standing in told)
-    assert all(standing.against[0].difference == pytest.approx(-0.05) for standing in told)
-    assert headline(told) == "b leads at 6 of 6 budgets, decided at 6."
+    ranked = rankings(two(0.05), KERNEL, "gflop", Unpaired())
+    assert all(ranking.leader == "b" and ranking.is_decided for ranking in ranked)
+    assert all(ranking.against[0].difference == pytest.approx(-0.05) for ranking in ranked)
+    assert headline(ranked) == "b leads at 6 of 6 budgets, decided at 6."
 
 
 def test_a_lead_within_the_noise_is_not_decided() -> None:
-    told = rankings(two(0.001), KERNEL, "gflop", Unpaired())
-    assert headline(told) == "b leads at 6 of 6 budgets, decided at 0."
+    ranked = rankings(two(0.001), KERNEL, "gflop", Unpaired())
+    assert headline(ranked) == "b leads at 6 of 6 budgets, decided at 0."
 
 
-def test_studies_that_are_alike_are_seldom_told_apart() -> None:
+def test_equal_studies_are_seldom_decided() -> None:
     decided = 0
     for seed in range(40):
-        tables = {name: measured(planted_table(snapshots=()), 0.02, 2 * seed + at) for at, name in enumerate("ab")}
-        told = rankings(concat_studies(tables, KERNEL), KERNEL, "gflop", Unpaired())
-        decided += sum(standing.is_decided for standing in told)
+        tables = {name: measured(synthetic_table(snapshots=()), 0.02, 2 * seed + at) for at, name in enumerate("ab")}
+        ranked = rankings(concat_studies(tables, KERNEL), KERNEL, "gflop", Unpaired())
+        decided += sum(ranking.is_decided for ranking in ranked)
     assert decided / (40 * 6) < 0.1
 
 
 def test_where_higher_is_better_the_higher_leads() -> None:
-    first = planted_table()
+    first = synthetic_table()
     ends = {name: first[name] + 0.2 for name in ("alignment", "alignment_low", "alignment_high")}
-    told = rankings(concat_studies({"a": first, "b": first.assign(**ends)}, "alignment"), "alignment", "nfe", Unpaired())
-    assert all(standing.leader == "b" and standing.is_decided for standing in told)
-    assert all(standing.against[0].difference == pytest.approx(0.2) for standing in told)
+    ranked = rankings(concat_studies({"a": first, "b": first.assign(**ends)}, "alignment"), "alignment", "nfe", Unpaired())
+    assert all(ranking.leader == "b" and ranking.is_decided for ranking in ranked)
+    assert all(ranking.against[0].difference == pytest.approx(0.2) for ranking in ranked)
 
 
 def test_without_intervals_nothing_is_decided() -> None:
     blind = {f"{KERNEL}_{end}": np.nan for end in ("low", "high")}
-    told = rankings(two(0.05).assign(**blind), KERNEL, "gflop", Unpaired())
-    assert all(standing.leader == "b" and not standing.is_decided for standing in told)
+    ranked = rankings(two(0.05).assign(**blind), KERNEL, "gflop", Unpaired())
+    assert all(ranking.leader == "b" and not ranking.is_decided for ranking in ranked)
 
 
 def test_a_budget_that_only_one_study_fits_is_uncontested() -> None:
-    dear = planted_table(sizes=("7.1M", "12.6M"))
-    table = concat_studies({"small": planted_table(sizes=("0.2M", "0.8M")), "large": dear}, KERNEL)
+    dear = synthetic_table(sizes=("7.1M", "12.6M"))
+    table = concat_studies({"small": synthetic_table(sizes=("0.2M", "0.8M")), "large": dear}, KERNEL)
     (first, last) = rankings(table, KERNEL, "gflop", Unpaired(), [1.0, 1000.0])
     assert (first.leader, first.is_contested, set(first.scores)) == ("small", False, {"small"})
     assert (last.leader, last.is_contested) == ("large", True)
-    assert headline([first]) == "no budget takes in two studies."
-    assert "| small alone |" in markdown_comparison(table, [first, last])
-    assert "nothing else fits" in str(first)
+    assert headline([first]) == "no budget has points of two studies."
+    assert "| only small fits |" in markdown_comparison(table, [first, last])
+    assert "no other study fits" in str(first)
 
 
 def test_three_studies_have_a_leader_that_must_beat_both() -> None:
-    first = planted_table()
-    difference_between = {name: {end: first[end] - ahead for end in (KERNEL, f"{KERNEL}_low", f"{KERNEL}_high")} for name, ahead in
-            (("near", 0.049), ("far", 0.05))}  # fmt: skip
-    table = concat_studies({"a": first, **{name: first.assign(**ends) for name, ends in difference_between.items()}}, KERNEL)
-    told = rankings(table, KERNEL, "gflop", Unpaired())
-    assert all(standing.leader == "far" and not standing.is_decided for standing in told)
-    assert [one.other for one in told[0].against] == ["near", "a"]
-    assert [one.verdict for one in told[0].against] == ["undecided", "better"]
+    first = synthetic_table()
+    ends = (KERNEL, f"{KERNEL}_low", f"{KERNEL}_high")
+    others = {
+        name: first.assign(**{end: first[end] - ahead for end in ends}) for name, ahead in (("near", 0.049), ("far", 0.05))
+    }
+    table = concat_studies({"a": first, **others}, KERNEL)
+    ranked = rankings(table, KERNEL, "gflop", Unpaired())
+    assert all(ranking.leader == "far" and not ranking.is_decided for ranking in ranked)
+    assert [comparison.other for comparison in ranked[0].against] == ["near", "a"]
+    assert [comparison.verdict for comparison in ranked[0].against] == ["undecided", "better"]
 
 
-def test_sizes_of_one_name_carry_their_study() -> None:
-    table = concat_studies({"a": planted_table(sizes=("0.2M", "0.8M")), "b": planted_table(sizes=("0.8M", "3.2M"))}, KERNEL)
+def test_sizes_of_one_name_are_named_with_their_study() -> None:
+    table = concat_studies({"a": synthetic_table(sizes=("0.2M", "0.8M")), "b": synthetic_table(sizes=("0.8M", "3.2M"))}, KERNEL)
     assert set(table["size"]) == {"0.2M", "0.8M (a)", "0.8M (b)", "3.2M"}
 
 
-def test_what_cannot_be_compared_is_one_line() -> None:
-    table = planted_table()
+def test_incomparable_studies_are_refused_in_one_line() -> None:
+    table = synthetic_table()
     with pytest.raises(ConfigError, match="give two output folders"):
         concat_studies({"a": table}, KERNEL)
     with pytest.raises(ConfigError, match="differ in protocol"):
@@ -122,7 +124,7 @@ def test_what_cannot_be_compared_is_one_line() -> None:
         rankings(
             concat_studies({"a": table, "b": table.assign(ms_per_image=np.nan)}, KERNEL), KERNEL, "ms_per_image", Unpaired()
         )
-    with pytest.raises(ConfigError, match="a unit of normalized cost is not the same in these studies"):
+    with pytest.raises(ConfigError, match="the unit of normalized cost differs between these studies"):
         rankings(two(0.05, normalized_cost=table["normalized_cost"] * 2), KERNEL, "normalized_cost", Unpaired())
     with pytest.raises(ConfigError, match="below every point"):
         rankings(two(0.05), KERNEL, "gflop", Unpaired(), [1e-9])
@@ -130,10 +132,10 @@ def test_what_cannot_be_compared_is_one_line() -> None:
         rankings(two(0.05), KERNEL, "dollars", Unpaired())
 
 
-def test_the_answer_is_markdown_and_a_figure(tmp_path: Path) -> None:
+def test_the_comparison_is_written_as_markdown_and_a_figure(tmp_path: Path) -> None:
     table = two(0.05)
-    told = rankings(table, KERNEL, "gflop", Unpaired())
-    files = write_comparison(tmp_path / "new", table, told)
+    ranked = rankings(table, KERNEL, "gflop", Unpaired())
+    files = write_comparison(tmp_path / "new", table, ranked)
     assert all(file.stat().st_size > 500 for file in files)
     text = files[0].read_text()
     assert text.startswith("**a and b**: b leads at 6 of 6 budgets, decided at 6.")
@@ -147,7 +149,7 @@ def test_the_answer_is_markdown_and_a_figure(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two finished studies under one protocol, of one size each."""
+    """Two finished studies under one protocol, each with one size."""
     root = tmp_path_factory.mktemp("studies")
     for name, lr in (("slow", 1e-4), ("fast", 2e-3)):
         train = {**plain_study()["train"], "snapshots": [], "lr": lr}
@@ -159,31 +161,31 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_differences_are_paired_across_folders(folders: tuple[Path, Path]) -> None:
     compared = compare(folders, cost="nfe", budgets=[4])
-    (standing,) = compared.rankings
-    (against,) = standing.against
+    (ranking,) = compared.rankings
+    (against,) = ranking.against
     assert against.is_paired
     points = {
         row["study"]: row["point"] for row in compared.table.sort_values(KERNEL).drop_duplicates("study").to_dict("records")
     }
     pipelines = {folder.name: Pipeline(load_study(folder / "study.yaml"), folder) for folder in folders}
-    pipeline = pipelines[standing.leader]
-    kept = [
-        PairedComparer((pipelines[study].store,), pipeline.assets.reference, ("mmd",)).measured(points[study])
-        for study in (standing.leader, against.other)
+    pipeline = pipelines[ranking.leader]
+    features = [
+        PairedComparer((pipelines[study].store,), pipeline.assets.reference, ("mmd",)).features_of(points[study])
+        for study in (ranking.leader, against.other)
     ]
-    expected = paired_differences(kept[0], kept[1], pipeline.assets.reference, ("mmd",))[KERNEL]
+    expected = paired_differences(features[0], features[1], pipeline.assets.reference, ("mmd",))[KERNEL]
     assert (against.difference, against.low, against.high) == (expected.value, expected.low, expected.high)
 
 
-def test_the_command_answers_in_words_and_json(folders: tuple[Path, Path], isocost: Any, tmp_path: Path) -> None:
+def test_the_command_prints_sentences_and_json(folders: tuple[Path, Path], isocost: Any, tmp_path: Path) -> None:
     outcome = isocost("compare", *folders, "--budget", "0.2", "--out", tmp_path)
     assert outcome.status == 0, outcome.err
     assert outcome.answer["answer"] in outcome.err
-    assert set(outcome.answer["standings"][0]["scores"]) == {"slow", "fast"}
+    assert set(outcome.answer["rankings"][0]["scores"]) == {"slow", "fast"}
     assert all(Path(file).is_file() for file in outcome.answer["files"])
 
 
-def test_studies_of_one_name_go_by_their_folders(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_studies_of_one_name_are_named_by_their_folders(folders: tuple[Path, Path], tmp_path: Path) -> None:
     for folder in folders:
         (tmp_path / folder.name).mkdir()
         plain = yaml.safe_load((folder / "study.yaml").read_text())
@@ -195,15 +197,19 @@ def test_studies_of_one_name_go_by_their_folders(folders: tuple[Path, Path], tmp
 
 
 @pytest.mark.parametrize(
-    ("which", "said"),
-    [(("slow",), "nothing to be compared with"), (("slow", "slow"), "given twice"), (("slow", "absent"), "no study.yaml")],
+    ("names", "message"),
+    [
+        (("slow",), "a comparison needs at least two studies"),
+        (("slow", "slow"), "given twice"),
+        (("slow", "absent"), "no study.yaml"),
+    ],
 )
 def test_the_command_refuses_in_one_line(
     folders: tuple[Path, Path],
     isocost: Any,
-    which: tuple[str, ...],
-    said: str,
+    names: tuple[str, ...],
+    message: str,
 ) -> None:
-    outcome = isocost("compare", *(folders[0].parent / name for name in which))
+    outcome = isocost("compare", *(folders[0].parent / name for name in names))
     assert outcome.status == 2
-    assert said in outcome.line
+    assert message in outcome.line

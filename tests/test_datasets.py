@@ -1,6 +1,6 @@
-"""Every layout of images with captions: what is read, in which order, and how what cannot be read is named.
+"""Every layout of images with captions: the samples read, their order, and the reasons for unreadable samples.
 
-Oracles: Pillow, torchvision's crop and resize, tarfile, pyarrow and the loaders of `datasets`.
+Oracles: Pillow, crop and resize of torchvision, tarfile, pyarrow and the loaders of `datasets`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def plain(value: int, kind: str = "PNG") -> bytes:
-    """An image of one grey level: its value says which one it is."""
+    """An image of a single grey level, by which it is recognised."""
     return encoded(Image.new("RGB", (R, R), (value, value, value)), kind)
 
 
@@ -134,7 +134,7 @@ in_each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: l
 
 
 def three(**changes: Entry) -> list[Entry]:
-    """Three good entries, of which `middle` replaces the second."""
+    """Three readable entries; `middle` replaces the second."""
     return [(plain(10), ["a"]), changes.get("middle", (plain(20), ["b", "c"])), (plain(30), ["d"])]
 
 
@@ -143,7 +143,7 @@ def read(source: SourceSpec, resolution: int = R) -> list[Sample | UnreadableSam
 
 
 def values(items: Iterable[Sample | UnreadableSample]) -> list[int]:
-    """The grey levels, which say which images these are."""
+    """The grey levels, by which the images are recognised."""
     return [int(item.image[0, 0, 0]) for item in items if isinstance(item, Sample)]
 
 
@@ -152,7 +152,7 @@ def captions_of(items: Iterable[Sample | UnreadableSample]) -> list[tuple[str, .
 
 
 def only_bad(source: SourceSpec) -> UnreadableSample:
-    """The one that could not be read; all others could."""
+    """The only unreadable sample of a source."""
     items = read(source)
     bad = [item for item in items if isinstance(item, UnreadableSample)]
     assert len(bad) == 1, items
@@ -162,7 +162,7 @@ def only_bad(source: SourceSpec) -> UnreadableSample:
 
 
 def refusal(source: SourceSpec) -> str:
-    """The one line with which the source is refused."""
+    """The one-line error message with which the source is refused."""
     with pytest.raises(ConfigError) as caught:
         read(source)
     assert "\n" not in str(caught.value)
@@ -183,38 +183,38 @@ def test_images_captions_and_names_are_read_in_order(layout: Layout, tmp_path: P
 
 @in_each_layout
 @pytest.mark.parametrize("limit", [1, 2, 7])
-def test_the_limit_takes_the_first(layout: Layout, limit: int, tmp_path: Path) -> None:
+def test_the_limit_takes_the_first_images(layout: Layout, limit: int, tmp_path: Path) -> None:
     assert values(read(layout(tmp_path / "data", three(), limit=limit))) == [10, 20, 30][:limit]
 
 
 @in_each_layout
-def test_what_cannot_be_read_counts_towards_the_limit(layout: Layout, tmp_path: Path) -> None:
+def test_unreadable_samples_count_towards_the_limit(layout: Layout, tmp_path: Path) -> None:
     items = read(layout(tmp_path / "data", three(middle=(b"junk", ["b"])), limit=2))
     assert [type(item) for item in items] == [Sample, UnreadableSample]
 
 
 @in_each_layout
-def test_two_parts_of_one_source_share_no_image_and_leave_none_out(layout: Layout, tmp_path: Path) -> None:
+def test_the_two_subsets_of_a_source_are_disjoint_and_complete(layout: Layout, tmp_path: Path) -> None:
     source = layout(tmp_path / "data", [(plain(value), ["a"]) for value in range(250)])
-    parts = {part: values(read(source.model_copy(update={"subset": part}))) for part in ("train", "test")}
-    assert sorted(parts["train"] + parts["test"]) == list(range(250))
-    assert 10 <= len(parts["test"]) <= 45
+    subsets = {subset: values(read(source.model_copy(update={"subset": subset}))) for subset in ("train", "test")}
+    assert sorted(subsets["train"] + subsets["test"]) == list(range(250))
+    assert 10 <= len(subsets["test"]) <= 45
 
 
-def test_the_first_of_those_held_out_are_a_fair_draw_from_sorted_names(tmp_path: Path) -> None:
+def test_the_first_images_of_the_test_subset_are_a_random_sample_even_if_names_are_sorted(tmp_path: Path) -> None:
     source = listed_folder(tmp_path / "data", [(plain(value), ["a"]) for value in range(250)], subset="test")
-    held_out = load_images(source, R, 0)
-    drawn = held_out.images[:, 0, 0, 0].tolist()
-    assert sorted(drawn) == values(sorted(read(source), key=lambda item: int(item.name.removesuffix(".png"))))
-    assert drawn != sorted(drawn)
-    assert min(drawn[: len(drawn) // 2]) < 125 < max(drawn[: len(drawn) // 2])
-    assert held_out.names == [f"{value}.png" for value in drawn]
+    test_subset = load_images(source, R, 0)
+    levels = test_subset.images[:, 0, 0, 0].tolist()
+    assert sorted(levels) == values(sorted(read(source), key=lambda item: int(item.name.removesuffix(".png"))))
+    assert levels != sorted(levels)
+    assert min(levels[: len(levels) // 2]) < 125 < max(levels[: len(levels) // 2])
+    assert test_subset.names == [f"{value}.png" for value in levels]
 
 
-def test_a_shard_that_cannot_be_read_is_missing_from_both_parts(tmp_path: Path) -> None:
+def test_an_unreadable_shard_is_reported_in_both_subsets(tmp_path: Path) -> None:
     (tmp_path / "train-000.tar").write_bytes(b"no tar at all")
-    for part in ("train", "test"):
-        source = WebdatasetSource(kind="webdataset", path=str(tmp_path / "train-000.tar"), subset=part)  # type: ignore[arg-type]
+    for subset in ("train", "test"):
+        source = WebdatasetSource(kind="webdataset", path=str(tmp_path / "train-000.tar"), subset=subset)  # type: ignore[arg-type]
         assert only_bad(source).name == "train-000.tar"
 
 
@@ -235,7 +235,9 @@ BAD_ENTRIES = {
 
 @in_each_layout
 @pytest.mark.parametrize("kind", BAD_ENTRIES)
-def test_a_bad_entry_is_named_with_its_reason_and_the_others_are_read(layout: Layout, kind: str, tmp_path: Path) -> None:
+def test_an_unreadable_entry_is_reported_with_its_reason_and_the_others_are_read(
+    layout: Layout, kind: str, tmp_path: Path
+) -> None:
     source = layout(tmp_path / "data", three(middle=BAD_ENTRIES[kind]))
     bad = only_bad(source)
     assert bad.name == LAYOUTS[layout][1]
@@ -244,21 +246,21 @@ def test_a_bad_entry_is_named_with_its_reason_and_the_others_are_read(layout: La
 
 
 @pytest.mark.parametrize("layout", [listed_folder, tar_shard, parquet_folder])
-def test_a_caption_without_its_image_is_named(layout: Layout, tmp_path: Path) -> None:
+def test_a_caption_without_its_image_is_reported(layout: Layout, tmp_path: Path) -> None:
     assert only_bad(layout(tmp_path / "data", three(middle=(None, ["b"])))).name == LAYOUTS[layout][1]
 
 
-def test_reasons_hold_nothing_that_differs_between_runs(tmp_path: Path) -> None:
+def test_reasons_are_the_same_in_every_run(tmp_path: Path) -> None:
     assert " at 0x" not in only_bad(listed_folder(tmp_path / "data", three(middle=(b"no image at all", ["b"])))).reason
 
 
 @in_each_layout
-def test_the_fingerprint_follows_the_content_and_not_the_place(layout: Layout, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_content_and_not_on_the_path(layout: Layout, tmp_path: Path) -> None:
     first = source_fingerprint(layout(tmp_path / "here", three()))
-    elsewhere = layout(tmp_path / "far" / "away", three())
+    other_path = layout(tmp_path / "far" / "away", three())
     for file in (tmp_path / "far" / "away").rglob("*"):
         os.utime(file, (1, 1))
-    assert source_fingerprint(elsewhere) == first
+    assert source_fingerprint(other_path) == first
     assert source_fingerprint(layout(tmp_path / "b", three(middle=(plain(21), ["b", "c"])))) != first
     assert source_fingerprint(layout(tmp_path / "c", three(middle=(plain(20), ["b", "e"])))) != first
     assert source_fingerprint(layout(tmp_path / "d", three()[:2])) != first
@@ -277,7 +279,7 @@ def test_all_layouts_give_the_same_images(layout: Layout, tmp_path: Path) -> Non
 
 
 def one_listed(root: Path, *lines: str | bytes) -> SourceSpec:
-    """A folder of one good image `0.png` with these lines in captions.jsonl."""
+    """A folder with one readable image `0.png` and these lines in captions.jsonl."""
     root.mkdir()
     (root / "0.png").write_bytes(plain(10))
     raw = [line.encode() if isinstance(line, str) else line for line in lines]
@@ -285,7 +287,7 @@ def one_listed(root: Path, *lines: str | bytes) -> SourceSpec:
     return FolderSource(kind="folder", path=str(root))
 
 
-def test_the_order_of_a_folder_is_that_of_names_not_of_lines(tmp_path: Path) -> None:
+def test_a_folder_is_read_in_the_order_of_names_not_of_caption_lines(tmp_path: Path) -> None:
     root = tmp_path / "data"
     names = ["b/1.jpg", "a.webp", "b/0.JPEG", "c.bmp"]
     for value, name in enumerate(names):
@@ -312,7 +314,7 @@ def test_a_sidecar_may_be_text_or_json_with_one_caption_or_several(tmp_path: Pat
     ("name", "content"),
     [("0.txt", b"caf\xe9"), ("0.txt", b"\n"), ("0.json", b"{"), ("0.json", b"[1]"), ("0.json", b'{"captions": null}')],
 )
-def test_a_sidecar_that_cannot_be_read_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+def test_an_unreadable_sidecar_is_reported(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(plain(10))
     (tmp_path / name).write_bytes(content)
     bad = only_bad(FolderSource(kind="folder", path=str(tmp_path)))
@@ -321,7 +323,7 @@ def test_a_sidecar_that_cannot_be_read_is_named(name: str, content: bytes, tmp_p
 
 
 @pytest.mark.parametrize("absolute", [False, True])
-def test_captions_do_not_reach_outside_their_folder(absolute: bool, tmp_path: Path) -> None:
+def test_captions_cannot_name_files_outside_their_folder(absolute: bool, tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(plain(99))
     name = str(tmp_path / "secret.png") if absolute else "../secret.png"
     lines = [json.dumps({"file": file, "caption": "a"}) for file in ("0.png", name)]
@@ -348,7 +350,7 @@ def test_captions_do_not_reach_outside_their_folder(absolute: bool, tmp_path: Pa
         b'{"file": "0.png", "caption": "caf\xe9"}',
     ],
 )
-def test_a_broken_caption_line_is_named_with_its_number_and_the_remedy(line: str | bytes, tmp_path: Path) -> None:
+def test_a_broken_caption_line_is_an_error_with_its_number_and_the_remedy(line: str | bytes, tmp_path: Path) -> None:
     good = '{"file": "0.png", "caption": "a"}'
     message = refusal(one_listed(tmp_path / "data", good, "", line, good))
     assert str(tmp_path / "data" / "captions.jsonl") in message
@@ -358,13 +360,13 @@ def test_a_broken_caption_line_is_named_with_its_number_and_the_remedy(line: str
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
 def test_only_a_newline_ends_a_caption_line(separator: str, tmp_path: Path) -> None:
-    """JSON strings may hold these as they are; `str.splitlines` takes them for the end of a line."""
+    """JSON strings may contain these characters; `str.splitlines` would split a line at them."""
     line = json.dumps({"file": "0.png", "caption": f"one{separator}two"}, ensure_ascii=False)
     assert captions_of(read(one_listed(tmp_path / "data", line))) == [(f"one{separator}two",)]
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_a_byte_order_mark_is_no_part_of_a_caption(listed: bool, tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_a_caption(listed: bool, tmp_path: Path) -> None:
     line = '{"file": "0.png", "caption": "a"}'
     source = one_listed(tmp_path / "data", line.encode("utf-8-sig"))
     if not listed:
@@ -373,7 +375,7 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(listed: bool, tmp_path: Path)
     assert captions_of(read(source)) == [("a",)]
 
 
-def test_a_image_moved_to_another_subfolder_changes_the_fingerprint(tmp_path: Path) -> None:
+def test_an_image_moved_to_another_subfolder_changes_the_fingerprint(tmp_path: Path) -> None:
     source = one_listed(tmp_path / "data", '{"file": "x/0.png", "caption": "a"}')
     (tmp_path / "data" / "x").mkdir()
     (tmp_path / "data" / "0.png").rename(tmp_path / "data" / "x" / "0.png")
@@ -431,7 +433,7 @@ def test_members_of_a_shard_may_be_text_upper_case_folders_and_metadata(tmp_path
     assert captions_of(items) == [("a cat",)]
 
 
-def test_a_shard_that_breaks_off_is_named_and_what_came_before_is_read(tmp_path: Path) -> None:
+def test_a_truncated_shard_is_reported_and_the_samples_before_are_read(tmp_path: Path) -> None:
     big = [(f"{n}.{kind}", data) for n in range(4) for kind, data in (("png", encoded(noise(64, 64))), ("txt", b"a"))]
     write_tar(tmp_path / "x.tar", big)
     whole = (tmp_path / "x.tar").read_bytes()
@@ -442,7 +444,7 @@ def test_a_shard_that_breaks_off_is_named_and_what_came_before_is_read(tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["no tar", "half a gzip"])
-def test_a_shard_of_another_kind_is_named(kind: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tar_shard_is_reported(kind: str, tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", numbered(0, 50))
     packed = gzip.compress((tmp_path / "x.tar").read_bytes())
     (tmp_path / "x.tar").write_bytes(b"text" * 1000 if kind == "no tar" else packed[: len(packed) // 2])
@@ -487,21 +489,21 @@ def test_a_data_set_saved_by_datasets_is_read(tmp_path: Path) -> None:
     assert (items[1].image == 7).all()
 
 
-def test_the_split_picks_the_files(tmp_path: Path) -> None:
+def test_the_split_selects_the_files(tmp_path: Path) -> None:
     for value, name in enumerate(["test.parquet", "train-0.parquet", "train-1.parquet"]):
         write_parquet(tmp_path / name, [(plain(value), ["a"])])
     assert values(read(HubSource(kind="hub", path=str(tmp_path)))) == [1, 2]
     assert values(read(HubSource(kind="hub", path=str(tmp_path), split="test"))) == [0]
 
 
-def test_a_split_is_a_word_of_the_file_name_not_a_piece_of_one(tmp_path: Path) -> None:
+def test_a_split_must_be_a_whole_word_of_the_file_name(tmp_path: Path) -> None:
     write_parquet(tmp_path / "latest.parquet", [(plain(1), ["a"])])
     write_parquet(tmp_path / "test.parquet", [(plain(2), ["a"])])
     assert values(read(HubSource(kind="hub", path=str(tmp_path), split="test"))) == [2]
 
 
 @pytest.mark.parametrize(("captions", "label"), [([None], 1), (["a", None], 1), (["a"], None)])
-def test_a_row_without_caption_or_label_is_named(captions: list[str | None], label: int | None, tmp_path: Path) -> None:
+def test_a_row_without_caption_or_label_is_reported(captions: list[str | None], label: int | None, tmp_path: Path) -> None:
     entries = [(plain(10), ["a"]), (plain(20), captions), (plain(30), ["d"])]
     write_parquet(tmp_path / "train.parquet", entries, label=pa.array([0, label, 1], pa.int32()))
     bad = only_bad(HubSource(kind="hub", path=str(tmp_path), label_column="label"))
@@ -509,7 +511,7 @@ def test_a_row_without_caption_or_label_is_named(captions: list[str | None], lab
     assert ("label" if label is None else "caption") in bad.reason
 
 
-def test_real_parquet_of_the_hubs_layout_is_read(shared: Path) -> None:
+def test_real_parquet_in_the_layout_of_the_hub_is_read(shared: Path) -> None:
     source = HubSource(kind="hub", path=str(shared / "fashion"), split="test", label_column="label", limit=20)
     items = read(source, 32)
     rows = pq.ParquetFile(shared / "fashion" / "test.parquet").read().slice(0, 20).to_pylist()
@@ -520,7 +522,7 @@ def test_real_parquet_of_the_hubs_layout_is_read(shared: Path) -> None:
         assert np.array_equal(item.image, np.repeat(grey[..., None], 3, axis=2))
 
 
-# --- what is refused as a whole ---------------------------------------------------------------------------------------
+# --- refused sources --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -533,9 +535,7 @@ def test_real_parquet_of_the_hubs_layout_is_read(shared: Path) -> None:
     ],
     ids=lambda source: source.path,
 )
-def test_a_source_that_is_not_there_is_refused_in_one_line(
-    source: SourceSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_source_is_refused_in_one_line(source: SourceSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert source.path in refusal(source)
     if source.kind != "hub":
@@ -549,7 +549,7 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["", "*"])
-def test_a_folder_in_the_place_of_shards_is_refused(pattern: str, tmp_path: Path) -> None:
+def test_a_folder_instead_of_shards_is_refused(pattern: str, tmp_path: Path) -> None:
     (tmp_path / "data" / "sub").mkdir(parents=True)
     source = WebdatasetSource(kind="webdataset", path=str(tmp_path / "data" / pattern))
     assert str(tmp_path) in refusal(source)
@@ -557,7 +557,7 @@ def test_a_folder_in_the_place_of_shards_is_refused(pattern: str, tmp_path: Path
         source_fingerprint(source)
 
 
-def test_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_split_is_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", three())
     source = HubSource(kind="hub", path=str(tmp_path), split="validation")
     assert "'validation'" in refusal(source)
@@ -566,21 +566,21 @@ def test_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["image_column", "caption_column", "label_column"])
-def test_a_column_that_is_not_there_is_refused_and_those_that_are_named(column: str, tmp_path: Path) -> None:
+def test_a_missing_column_is_refused_and_the_existing_columns_are_listed(column: str, tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", three())
     message = refusal(HubSource(kind="hub", path=str(tmp_path), **{column: "nothing"}))
     assert "'nothing'" in message
     assert "image, captions" in message
 
 
-@pytest.mark.parametrize("share", [0, 0.5, 1], ids=["junk", "half", "no rows"])
-def test_a_parquet_file_that_holds_nothing_readable_is_refused_in_one_line(share: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fraction", [0, 0.5, 1], ids=["junk", "half", "no rows"])
+def test_an_unreadable_or_empty_parquet_file_is_refused_in_one_line(fraction: float, tmp_path: Path) -> None:
     file = tmp_path / "train.parquet"
     write_parquet(file, three())
-    if share == 1:
+    if fraction == 1:
         pq.write_table(pq.read_table(file).slice(0, 0), file)
     else:
-        file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)] or b"junk")
+        file.write_bytes(file.read_bytes()[: int(fraction * file.stat().st_size)] or b"junk")
     assert str(tmp_path) in refusal(HubSource(kind="hub", path=str(tmp_path)))
 
 
@@ -641,15 +641,15 @@ def test_every_mode_becomes_rgb_on_white(data: bytes, top: tuple[int, ...], bott
     assert np.abs(image[R // 2 :] - bottom).max() <= 1
 
 
-def test_sixteen_bit_grey_keeps_its_levels(tmp_path: Path) -> None:
+def test_16_bit_grey_keeps_its_levels(tmp_path: Path) -> None:
     levels = np.repeat(np.linspace(0, 65535, R).astype(np.uint16)[None], R, axis=0)
     image = image_of(encoded(Image.fromarray(levels)), tmp_path)
     assert np.abs(image[0, :, 0] - np.linspace(0, 255, R)).max() <= 1
 
 
 @pytest.mark.parametrize(("kind", "orientation"), [("PNG", 6), ("WEBP", 6), *(("JPEG", number) for number in range(1, 9))])
-def test_a_image_stands_as_its_camera_held_it(kind: str, orientation: int, tmp_path: Path) -> None:
-    """`datasets` and image viewers turn a photograph by its EXIF orientation; its caption says what is seen then."""
+def test_an_image_is_turned_by_its_exif_orientation(kind: str, orientation: int, tmp_path: Path) -> None:
+    """`datasets` and image viewers turn a photograph by its EXIF orientation, and captions describe the turned image."""
     image = noise(3, 3).resize((24, 24), Image.Resampling.NEAREST)
     tags = Image.Exif()
     tags[0x0112] = orientation
@@ -669,15 +669,15 @@ def test_a_broken_exif_block_does_not_lose_the_image(kind: str, tmp_path: Path) 
     entries: list[Entry] = []
     for _ in range(200):
         broken = bytearray(data)
-        for place in rng.integers(start, start + len(tags.tobytes()) - 6, 3):
-            broken[place] = rng.integers(256)
+        for position in rng.integers(start, start + len(tags.tobytes()) - 6, 3):
+            broken[position] = rng.integers(256)
         entries.append((bytes(broken), ["a"]))
     assert [type(item) for item in read(tar_shard(tmp_path, entries))] == [Sample] * 200
 
 
 @pytest.mark.parametrize(("width", "height"), [(60, 40), (40, 60), (40, 40), (12, 8), (6, 10)])
 @pytest.mark.parametrize("resolution", [8, 40])
-def test_crop_and_resize_are_torchvisions(width: int, height: int, resolution: int, tmp_path: Path) -> None:
+def test_crop_and_resize_equal_those_of_torchvision(width: int, height: int, resolution: int, tmp_path: Path) -> None:
     image = noise(width, height)
     square = functional.center_crop(image, [min(width, height)] * 2)
     expected = functional.resize(square, [resolution, resolution], InterpolationMode.LANCZOS)
@@ -685,26 +685,26 @@ def test_crop_and_resize_are_torchvisions(width: int, height: int, resolution: i
 
 
 @pytest.mark.parametrize("tall", [False, True])
-def test_the_centre_is_kept_and_the_rims_leave_no_trace(tall: bool, tmp_path: Path) -> None:
+def test_the_crop_takes_the_centre_and_nothing_of_the_borders(tall: bool, tmp_path: Path) -> None:
     image = Image.new("RGB", (90, 30), RED)
     image.paste(GREY, (30, 0, 60, 30))
     image = image_of(encoded(image.rotate(90, expand=True) if tall else image), tmp_path)
     assert (image == 128).all()
 
 
-def test_a_square_of_the_right_side_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_square_image_of_the_right_size_is_not_changed(tmp_path: Path) -> None:
     assert np.array_equal(image_of(encoded(noise(R, R)), tmp_path), np.asarray(noise(R, R)))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
-def test_no_cut_through_a_image_stops_the_reading(kind: str, tmp_path: Path) -> None:
+def test_a_truncated_image_never_stops_the_reading(kind: str, tmp_path: Path) -> None:
     data = encoded(noise(24, 24), kind)
     cuts = np.linspace(0, len(data) - 64, 40).astype(int)
     items = read(tar_shard(tmp_path, [(data[:cut], ["a"]) for cut in cuts]))
     assert [type(item) for item in items] == [UnreadableSample] * len(cuts)
 
 
-def test_a_image_too_large_to_be_meant_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = listed_folder(tmp_path / "data", three(middle=(encoded(noise(100, 100)), ["b"])))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert only_bad(source).name == "1.png"
@@ -715,14 +715,14 @@ def test_a_image_too_large_to_be_meant_is_named(tmp_path: Path, monkeypatch: pyt
 
 def test_scenes_come_with_caption_and_labels_by_seed_and_index() -> None:
     items = read(ScenesSource(kind="scenes", num_images=4, first=3, seed=9), 16)
-    drawn = [scenes.scene(9, index) for index in range(3, 7)]
-    assert captions_of(items) == [(scenes.captions(one)[0],) for one in drawn]
-    assert all(np.array_equal(item.image, scenes.render(one, 16)) for item, one in zip(items, drawn, strict=True))
-    assert all(np.array_equal(item.labels, scenes.attribute_labels(one)) for item, one in zip(items, drawn, strict=True))
+    expected = [scenes.scene(9, index) for index in range(3, 7)]
+    assert captions_of(items) == [(scenes.captions(scene)[0],) for scene in expected]
+    assert all(np.array_equal(item.image, scenes.render(scene, 16)) for item, scene in zip(items, expected, strict=True))
+    assert all(np.array_equal(item.labels, scenes.attribute_labels(scene)) for item, scene in zip(items, expected, strict=True))
     assert len({item.name for item in items}) == 4
 
 
-def test_classes_are_known_ahead_for_scenes_only(tmp_path: Path) -> None:
+def test_only_scenes_have_classes_known_before_reading(tmp_path: Path) -> None:
     source = ScenesSource(kind="scenes", num_images=300)
     classes = num_classes(source)
     labels = np.stack([item.labels for item in read(source)])
@@ -731,7 +731,7 @@ def test_classes_are_known_ahead_for_scenes_only(tmp_path: Path) -> None:
     assert num_classes(FolderSource(kind="folder", path=str(tmp_path))) is None
 
 
-def test_the_fingerprint_of_scenes_follows_their_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_of_scenes_is_their_version(monkeypatch: pytest.MonkeyPatch) -> None:
     source = ScenesSource(kind="scenes", num_images=4)
     before = source_fingerprint(source)
     assert source_fingerprint(source.model_copy(update={"num_images": 5})) == before
@@ -739,30 +739,30 @@ def test_the_fingerprint_of_scenes_follows_their_version(monkeypatch: pytest.Mon
     assert source_fingerprint(source) != before
 
 
-# --- into memory ------------------------------------------------------------------------------------------------------
+# --- loading into memory ----------------------------------------------------------------------------------------------
 
 
 def many(num_good: int, num_bad: int) -> list[Entry]:
     return [(b"junk", ["a"])] * num_bad + [(plain(value), [f"c{value}"]) for value in range(num_good)]
 
 
-def test_what_cannot_be_read_is_counted_and_skipped(tmp_path: Path) -> None:
+def test_unreadable_samples_are_counted_and_skipped(tmp_path: Path) -> None:
     loaded = load_images(tar_shard(tmp_path, many(18, 2)), R, max_unreadable_fraction=0.1)
     assert len(loaded) == 18
     assert loaded.images.dtype == torch.uint8
     assert loaded.images.shape == (18, 3, R, R)
     assert loaded.images[:, 0, 0, 0].tolist() == list(range(18))
     assert loaded.captions == [(f"c{value}",) for value in range(18)]
-    assert [bad.name for bad in loaded.bad] == ["train-000.tar/0", "train-000.tar/1"]
+    assert [bad.name for bad in loaded.unreadable] == ["train-000.tar/0", "train-000.tar/1"]
     assert loaded.names == [f"train-000.tar/{number}" for number in range(2, 20)]
     assert loaded.labels is None
 
 
-@pytest.mark.parametrize(("num_good", "num_bad", "share"), [(18, 2, 0.09), (5, 1, 0.0), (0, 3, 0.9)])
-def test_too_much_that_cannot_be_read_stops_the_work(num_good: int, num_bad: int, share: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_good", "num_bad", "limit"), [(18, 2, 0.09), (5, 1, 0.0), (0, 3, 0.9)])
+def test_too_many_unreadable_samples_are_an_error(num_good: int, num_bad: int, limit: float, tmp_path: Path) -> None:
     source = tar_shard(tmp_path, many(num_good, num_bad))
     with pytest.raises(RunError) as caught:
-        load_images(source, R, max_unreadable_fraction=share)
+        load_images(source, R, max_unreadable_fraction=limit)
     message = str(caught.value)
     assert f"{num_bad} of {num_good + num_bad}" in message
     assert "max_unreadable_fraction" in message
@@ -770,7 +770,7 @@ def test_too_much_that_cannot_be_read_stops_the_work(num_good: int, num_bad: int
     assert "\n" not in message
 
 
-def test_a_source_without_any_image_stops_the_work(tmp_path: Path) -> None:
+def test_a_source_without_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunError):
         load_images(tar_shard(tmp_path, []), R, max_unreadable_fraction=0.5)
 
@@ -781,21 +781,21 @@ def test_images_are_stacked_channels_first(tmp_path: Path) -> None:
     assert loaded.images.is_contiguous()
 
 
-def test_labels_are_stacked_where_every_image_has_them(tmp_path: Path) -> None:
+def test_labels_are_stacked_if_every_image_has_them(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", three(middle=(b"junk", ["b"])), label=pa.array([3, 1, 4], pa.int32()))
     labelled = load_images(HubSource(kind="hub", path=str(tmp_path), label_column="label"), R, 0.5)
     assert labelled.labels.dtype == torch.int64
     assert labelled.labels.tolist() == [[3], [4]]
     assert load_images(HubSource(kind="hub", path=str(tmp_path)), R, 0.5).labels is None
-    drawn = load_images(ScenesSource(kind="scenes", num_images=5), R, 0)
-    assert drawn.labels.tolist() == [scenes.attribute_labels(scenes.scene(0, index)).tolist() for index in range(5)]
+    synthetic = load_images(ScenesSource(kind="scenes", num_images=5), R, 0)
+    assert synthetic.labels.tolist() == [scenes.attribute_labels(scenes.scene(0, index)).tolist() for index in range(5)]
 
 
-def test_a_limit_in_memory_takes_the_first() -> None:
+def test_a_limit_of_load_images_takes_the_first_images() -> None:
     assert len(load_images(ScenesSource(kind="scenes", num_images=50), R, 0, limit=7)) == 7
 
 
-def test_images_and_captions_both_enter_the_fingerprint_of_a_set(tmp_path: Path) -> None:
+def test_the_fingerprint_of_a_data_set_depends_on_images_and_captions(tmp_path: Path) -> None:
     def fingerprint(name: str, entries: list[Entry]) -> str:
         return load_images(listed_folder(tmp_path / name, entries), R, 0).fingerprint()
 

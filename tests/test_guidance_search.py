@@ -1,4 +1,4 @@
-"""Races on planted curves: the optimum, its interval, the images spent, edges; then races of a study."""
+"""Guidance searches (races) on synthetic curves: optimum, interval, number of images, boundaries; then races of a study."""
 
 from __future__ import annotations
 
@@ -23,40 +23,47 @@ from isocost.pipeline.dry_run import plan
 from isocost.pipeline.merge import archive, merge
 from isocost.pipeline.pipeline import Pipeline
 from isocost.sweep.grid import SearchCell, search_cells
-from isocost.sweep.guidance_search import Found, SearchConfig, _Observations, nearest_grid_index, race, value_at
-from isocost.sweep.guidance_search_runner import Candidate, rungs_for, stopped, tolerance_for
+from isocost.sweep.guidance_search import (
+    SearchConfig,
+    SearchResult,
+    _Observations,
+    grid_value,
+    nearest_grid_index,
+    search_guidance,
+)
+from isocost.sweep.guidance_search_runner import Candidate, dominated, rungs_for, tolerance_for
 from isocost.sweep.schema import HARDWARE_COLUMNS
 
 N = 8000
-RULES = SearchConfig(rungs_for(N), 1.5, 8.0)
+CONFIG = SearchConfig(rungs_for(N), 1.5, 8.0)
 
 
-class Planted:
-    """Scores 1 + 0.4 log2(w / best)², a mean over images whose noise is mostly shared by all values."""
+class SyntheticCurve:
+    """Scores 1 + 0.4 log2(w / best)², a mean over images whose noise is mostly common to all values."""
 
-    def __init__(self, best: float, seed: int, noise: float = 1.0, sign: float = 1.0, broken_from: float = np.inf) -> None:
+    def __init__(self, best: float, seed: int, noise: float = 1.0, sign: float = 1.0, nonfinite_from: float = np.inf) -> None:
         generator = np.random.default_rng(seed)
-        self.best, self.sign, self.broken_from = best, sign, broken_from
-        self.shared, self.tilt = noise * generator.standard_normal((2, N))
-        self.own = {value_at(place): 0.3 * noise * generator.standard_normal(N) for place in range(40)}
+        self.best, self.sign, self.nonfinite_from = best, sign, nonfinite_from
+        self.common, self.tilt = noise * generator.standard_normal((2, N))
+        self.independent = {grid_value(index): 0.3 * noise * generator.standard_normal(N) for index in range(40)}
 
-    def truth(self, guidance: float) -> float:
+    def true_score(self, guidance: float) -> float:
         return 1 + 0.4 * np.log2(guidance / self.best) ** 2
 
     def score(self, guidance: float, num_images: int) -> np.ndarray:
-        if guidance >= self.broken_from:
+        if guidance >= self.nonfinite_from:
             return np.full(101, np.inf)
-        moved = self.shared + 0.3 * self.tilt * np.log2(guidance) + self.own[guidance]
+        noise = self.common + 0.3 * self.tilt * np.log2(guidance) + self.independent[guidance]
         counts = generated_counts(num_images, 100, 0)
-        return self.sign * mean_resamples(self.truth(guidance) + moved[:num_images], counts)
+        return self.sign * mean_resamples(self.true_score(guidance) + noise[:num_images], counts)
 
 
-def run(planted: Planted, rules: SearchConfig = RULES, start: int | None = None) -> Found:
-    running = race(rules, start)
-    wishes = next(running)
+def run(curve: SyntheticCurve, config: SearchConfig = CONFIG, start: int | None = None) -> SearchResult:
+    search = search_guidance(config, start)
+    requests = next(search)
     while True:
         try:
-            wishes = running.send({wish: planted.score(wish.guidance, wish.num_images) for wish in wishes})
+            requests = search.send({request: curve.score(request.guidance, request.num_images) for request in requests})
         except StopIteration as ended:
             return ended.value
 
@@ -67,64 +74,65 @@ def test_rungs_double_from_a_twentieth_to_a_half() -> None:
 
 
 @pytest.mark.parametrize("best", [1.3, 2.6, 5.0])
-def test_planted_optima_are_found_with_few_images_and_intervals_that_cover(best: float) -> None:
-    found = [run(Planted(best, seed)) for seed in range(60)]
-    lost = np.array([Planted(best, 0).truth(one.guidance) - 1 for one in found])
-    assert (lost <= 0.02).mean() >= 0.95
-    # Half a place of the ladder is what its rounding hides.
-    covered = [one.low / 1.045 <= best <= one.high * 1.045 for one in found]
+def test_synthetic_optima_are_found_with_few_images_and_intervals_that_cover(best: float) -> None:
+    results = [run(SyntheticCurve(best, seed)) for seed in range(60)]
+    losses = np.array([SyntheticCurve(best, 0).true_score(result.guidance) - 1 for result in results])
+    assert (losses <= 0.02).mean() >= 0.95
+    # The grid rounds by up to half a grid step, a factor of 1.045.
+    covered = [result.low / 1.045 <= best <= result.high * 1.045 for result in results]
     assert np.mean(covered) >= 0.85
-    assert np.mean([one.num_images for one in found]) + N < 8 * N / 4
-    assert all(one.num_images == sum(one.images_at.values()) for one in found)
+    assert np.mean([result.num_images for result in results]) + N < 8 * N / 4
+    assert all(result.num_images == sum(result.images_by_guidance.values()) for result in results)
 
 
-def test_more_noise_takes_more_images_and_is_told() -> None:
-    quiet, loud = run(Planted(2.6, 3, noise=0.2)), run(Planted(2.6, 3, noise=60.0))
+def test_more_noise_takes_more_images_and_is_reported() -> None:
+    quiet, loud = run(SyntheticCurve(2.6, 3, noise=0.2)), run(SyntheticCurve(2.6, 3, noise=60.0))
     assert quiet.num_images < loud.num_images
     assert quiet.is_decided
     assert quiet.high / quiet.low < loud.high / loud.low
     assert not loud.is_decided
-    assert loud.regret > RULES.tolerance
+    assert loud.regret > CONFIG.tolerance
 
 
 def test_a_start_near_the_optimum_saves_images() -> None:
-    planted = Planted(1.3, 5)
-    assert run(planted, start=nearest_grid_index(1.3)).num_images < run(planted, start=nearest_grid_index(8.0)).num_images
+    curve = SyntheticCurve(1.3, 5)
+    assert run(curve, start=nearest_grid_index(1.3)).num_images < run(curve, start=nearest_grid_index(8.0)).num_images
 
 
-def test_higher_is_better_is_the_same_race_upside_down() -> None:
-    up = SearchConfig(RULES.rungs, RULES.low, RULES.high, higher_is_better=True)
-    one, other = run(Planted(2.6, 1)), run(Planted(2.6, 1, sign=-1.0), up)
-    assert (one.guidance, one.low, one.high) == (other.guidance, other.low, other.high)
+def test_higher_is_better_is_the_same_race_with_the_opposite_sign() -> None:
+    higher = SearchConfig(CONFIG.rungs, CONFIG.low, CONFIG.high, higher_is_better=True)
+    first, second = run(SyntheticCurve(2.6, 1)), run(SyntheticCurve(2.6, 1, sign=-1.0), higher)
+    assert (first.guidance, first.low, first.high) == (second.guidance, second.low, second.high)
 
 
-def test_beyond_the_range_the_ladder_goes_on_and_says_so() -> None:
-    narrow = SearchConfig(RULES.rungs, 1.5, 3.0)
-    found = run(Planted(4.6, 2), narrow)
-    assert abs(nearest_grid_index(found.guidance) - nearest_grid_index(4.6)) <= 1
-    assert "outside 1.5 to 3" in found.warnings[0]
-    end = run(Planted(30.0, 2), narrow)
-    assert end.guidance == value_at(narrow.last_place)
-    assert "end of the ladder" in end.warnings[0]
-    assert run(Planted(30.0, 2), SearchConfig(RULES.rungs, 1.0, 6.0, lowest_place=0, beyond=0)).guidance <= 6.0
+def test_a_race_may_leave_the_range_and_warns() -> None:
+    narrow = SearchConfig(CONFIG.rungs, 1.5, 3.0)
+    outside = run(SyntheticCurve(4.6, 2), narrow)
+    assert abs(nearest_grid_index(outside.guidance) - nearest_grid_index(4.6)) <= 1
+    assert "outside 1.5 to 3" in outside.warnings[0]
+    at_boundary = run(SyntheticCurve(30.0, 2), narrow)
+    assert at_boundary.guidance == grid_value(narrow.max_index)
+    assert "upper end of the grid" in at_boundary.warnings[0]
+    not_extended = SearchConfig(CONFIG.rungs, 1.0, 6.0, min_index=0, max_extension=0)
+    assert run(SyntheticCurve(30.0, 2), not_extended).guidance <= 6.0
 
 
-def test_guidance_that_breaks_images_is_dropped() -> None:
-    found = run(Planted(2.6, 4, broken_from=3.5))
-    assert abs(nearest_grid_index(found.guidance) - nearest_grid_index(2.6)) <= 2
+def test_guidance_with_nonfinite_images_is_dropped() -> None:
+    result = run(SyntheticCurve(2.6, 4, nonfinite_from=3.5))
+    assert abs(nearest_grid_index(result.guidance) - nearest_grid_index(2.6)) <= 2
 
 
-def test_metrics_without_resamples_cannot_be_raced_by() -> None:
+def test_a_race_refuses_metrics_without_resamples() -> None:
     check_resampled("frechet_efficientnet")
-    with pytest.raises(ConfigError, match="nothing can be raced by it"):
+    with pytest.raises(ConfigError, match="the guidance search cannot use it"):
         check_resampled("frechet_infinity_efficientnet")
 
 
 # --- which cells are scored -------------------------------------------------------------------------------------------
 
 
-def contender(size: str, gflop: float, num_steps: int, score: float, seed: int = 0) -> Candidate:
-    protocol = Protocol(1000, 1000, 32, "planted", "planted", "planted", "none", 100, 0)
+def candidate(size: str, gflop: float, num_steps: int, score: float, seed: int = 0) -> Candidate:
+    protocol = Protocol(1000, 1000, 32, "synthetic", "synthetic", "synthetic", "none", 100, 0)
     spec = PointSpec(checkpoint=size, solver=SolverSpec(), num_steps=num_steps, guidance=2.0, num_images=1000)
     cell = SearchCell(spec, spec, (2.0, 4.0), protocol, "mmd_efficientnet", RaceSpec(), is_two_pass=True)
     info = CheckpointInfo(
@@ -144,14 +152,14 @@ def contender(size: str, gflop: float, num_steps: int, score: float, seed: int =
     return Candidate(cell, info, 2.0, lambda n: mean_resamples(score + 0.5 * noise[:n], generated_counts(n, 100, 0)), 1000)
 
 
-def test_cells_that_a_cheaper_one_beats_are_stopped_and_no_others() -> None:
-    small, more_steps = contender("small", 1, 4, 1.0), contender("small", 1, 8, 1.2)
-    large, best = contender("large", 4, 4, 1.1), contender("large", 4, 8, 0.9)
-    reasons = stopped([small, more_steps, large, best], 0.99)
+def test_cells_that_a_cheaper_cell_beats_are_dominated_and_no_others() -> None:
+    small, more_steps = candidate("small", 1, 4, 1.0), candidate("small", 1, 8, 1.2)
+    large, best = candidate("large", 4, 4, 1.1), candidate("large", 4, 8, 0.9)
+    reasons = dominated([small, more_steps, large, best], 0.99)
     assert set(reasons) == {more_steps.cell.digest, large.cell.digest}
     assert "small, ddim 4 steps" in reasons[large.cell.digest]
-    near = contender("large", 4, 4, 1.001, seed=1)
-    assert stopped([small, near], 0.99) == {}  # their interval holds 0
+    near = candidate("large", 4, 4, 1.001, seed=1)
+    assert dominated([small, near], 0.99) == {}  # the interval of their difference contains 0
 
 
 # --- a study that races -----------------------------------------------------------------------------------------------
@@ -176,17 +184,17 @@ def raced(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     return pipeline
 
 
-def test_a_race_ends_in_points_of_their_own_noise(raced: Pipeline) -> None:
+def test_a_race_ends_in_points_with_fresh_noise(raced: Pipeline) -> None:
     races, table = raced.results_db.races(), raced.results_db.table()
-    assert len(races) == 4  # two numbers of steps, one pass and two
-    with_metric = {row["point"] for row in races.values() if row["stopped"] is None}
-    assert with_metric
-    assert set(table["point"]) == with_metric
+    assert len(races) == 4  # two numbers of steps, one pass and two passes
+    scored = {row["point"] for row in races.values() if row["dominated_by"] is None}
+    assert scored
+    assert set(table["point"]) == scored
     assert set(table["seed"]) == {0}
     assert set(table["num_images"]) == {32}
     for row in races.values():
-        drawn = json.loads(row["images_at"])
-        assert row["num_images"] == sum(drawn.values())
+        images_by_guidance = json.loads(row["images_by_guidance"])
+        assert row["num_images"] == sum(images_by_guidance.values())
         assert row["guidance_low"] <= row["guidance"] <= row["guidance_high"]
 
 
@@ -194,7 +202,7 @@ def without_times(table: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns=HARDWARE_COLUMNS)
 
 
-def test_shards_of_another_size_and_a_second_look_change_nothing(raced: Pipeline, tmp_path: Path) -> None:
+def test_another_shard_size_and_a_second_run_change_nothing(raced: Pipeline, tmp_path: Path) -> None:
     study = tiny_study(sweep={**SWEEP, "shard_size": 7}, **SMALL)
     other = Pipeline(study, tmp_path)
     assert other.run()
@@ -205,19 +213,19 @@ def test_shards_of_another_size_and_a_second_look_change_nothing(raced: Pipeline
     assert again.results_db.races() == raced.results_db.races()
 
 
-def test_a_race_goes_on_where_it_was_stopped(raced: Pipeline, tmp_path: Path) -> None:
-    study, made = tiny_study(sweep=SWEEP, **SMALL), 0
-    while not Pipeline(study, tmp_path).run(deadline=0.0 if made < 1 else None):
-        made += 1
-    assert made == 1
+def test_a_stopped_race_resumes(raced: Pipeline, tmp_path: Path) -> None:
+    study, num_stops = tiny_study(sweep=SWEEP, **SMALL), 0
+    while not Pipeline(study, tmp_path).run(deadline=0.0 if num_stops < 1 else None):
+        num_stops += 1
+    assert num_stops == 1
     assert Pipeline(study, tmp_path).results_db.races() == raced.results_db.races()
 
 
-def test_what_is_kept_goes_on_elsewhere_without_a_image(raced: Pipeline, tmp_path: Path) -> None:
-    kept = archive(raced.out, tmp_path / "kept")
-    assert kept == archive(raced.out, tmp_path / "kept")
-    assert not (tmp_path / "kept" / "artefacts" / "point").exists()
-    merge(tmp_path / "out", [tmp_path / "kept"])
+def test_an_archive_resumes_elsewhere_without_new_images(raced: Pipeline, tmp_path: Path) -> None:
+    archived = archive(raced.out, tmp_path / "archive")
+    assert archived == archive(raced.out, tmp_path / "archive")
+    assert not (tmp_path / "archive" / "artefacts" / "point").exists()
+    merge(tmp_path / "out", [tmp_path / "archive"])
     again = Pipeline(raced.study, tmp_path / "out")
     total = plan(again)["total"]
     assert total["points_to_make"] == total["images_of_races"] == 0
@@ -227,17 +235,17 @@ def test_what_is_kept_goes_on_elsewhere_without_a_image(raced: Pipeline, tmp_pat
     assert not list((tmp_path / "out" / "artefacts").glob("point/*"))
     assert not list((tmp_path / "out" / "artefacts").glob("run/*"))
     with pytest.raises(ConfigError, match=r"train\.lr"):
-        archive(raced.out, other_study_kept(tmp_path))
+        archive(raced.out, archive_of_another_study(tmp_path))
 
 
-def other_study_kept(root: Path) -> Path:
+def archive_of_another_study(root: Path) -> Path:
     study = tiny_study(sweep=SWEEP, **{**SMALL, "train": {**SMALL["train"], "lr": 2e-3}})
     assert Pipeline(study, root / "other").run()
-    archive(root / "other", root / "other-kept")
-    return root / "other-kept"
+    archive(root / "other", root / "other-archive")
+    return root / "other-archive"
 
 
-def test_a_range_that_begins_at_one_pass_is_raced_all_over() -> None:
+def test_a_range_that_begins_at_one_pass_is_searched_completely() -> None:
     def ranges(guidance: list[float], embeds: bool = False) -> list[tuple[float, ...]]:
         study = tiny_study(sweep={**SWEEP, "num_steps": [2], "guidance": guidance}, **SMALL)
         protocol = Protocol(32, 32, 32, "extractor", "reference", "captions", "none", 100, 0)
@@ -252,23 +260,23 @@ def test_a_range_that_begins_at_one_pass_is_raced_all_over() -> None:
 def test_bad_races_are_one_line() -> None:
     with pytest.raises(ConfigError, match=r"race\.seed"):
         tiny_study(sweep={**SWEEP, "seed": 1})
-    with pytest.raises(ConfigError, match="guidance from 1 on"):
+    with pytest.raises(ConfigError, match="needs guidance of 1 or more"):
         tiny_study(sweep={**SWEEP, "guidance": [0, 2]})
     with pytest.raises(ConfigError, match="rungs must rise"):
         tiny_study(sweep={**SWEEP, "race": {"rungs": [64, 32]}})
 
 
-def test_the_tolerance_goes_with_what_the_scores_can_tell() -> None:
+def test_the_tolerance_follows_the_precision_of_the_scores() -> None:
     assert tolerance_for(5000) == 0.015
     assert tolerance_for(20_000) == pytest.approx(0.0075)
     assert tolerance_for(100) == 0.05
 
 
 def test_a_rung_keeps_the_better_half() -> None:
-    known = _Observations(RULES)
+    observations = _Observations(CONFIG)
     scores = (3.0, 1.0, 2.0, 5.0, 4.0, 6.0, 7.0, 8.0)
-    noise = [np.array([0.0, 20.0 * place, -20.0 * place]) for place in range(len(scores))]
-    known.losses = {place: {RULES.rungs[0]: score + noise[place]} for place, score in enumerate(scores)}
-    flat = known.survivors(set(known.losses))
-    assert {1, 2, 0, 4} <= flat
-    assert len(flat) <= 5
+    noise = [np.array([0.0, 20.0 * index, -20.0 * index]) for index in range(len(scores))]
+    observations.losses = {index: {CONFIG.rungs[0]: score + noise[index]} for index, score in enumerate(scores)}
+    survivors = observations.survivors(set(observations.losses))
+    assert {1, 2, 0, 4} <= survivors
+    assert len(survivors) <= 5

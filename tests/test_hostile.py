@@ -1,4 +1,4 @@
-"""Captions, names and paths of data sets and results databases are data everywhere; addresses are used as they are given."""
+"""Captions, names and paths of data sets and results databases are never executed; addresses are used unchanged."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from isocost.errors import ConfigError
 from isocost.evaluation.confidence_intervals import Interval
 from isocost.pipeline.workers import run_on_ray
 from isocost.sweep.results_db import ResultsDB
-from synthetic_results import planted_table
+from synthetic_results import synthetic_table
 
 NASTY = "'); DROP TABLE points; --"
 SHELL = "$(touch owned); `touch owned`; 'x\" | touch owned"
 
 
-def test_names_in_a_ledger_are_parameters_never_sql(tmp_path: Path) -> None:
+def test_names_in_a_results_database_are_parameters_never_sql(tmp_path: Path) -> None:
     results_db = ResultsDB(tmp_path / "results.sqlite")
     results_db.set_events("data.train", [(NASTY, "<script>alert(1)</script>")])
     results_db.add_shard(NASTY, NASTY, range(4))
@@ -50,7 +50,7 @@ def test_names_in_a_ledger_are_parameters_never_sql(tmp_path: Path) -> None:
 
 
 def test_a_recommended_command_is_one_line_of_quoted_words(tmp_path: Path) -> None:
-    table = planted_table()
+    table = synthetic_table()
     table["checkpoint"] = SHELL
     command = recommend(table, "nfe", 64, out=SHELL).command
     words = shlex.split(command)
@@ -86,7 +86,7 @@ def test_a_studys_name_is_a_plain_word(name: str) -> None:
         tiny_study(name=name)
 
 
-def test_addresses_are_used_as_given_and_passwords_are_not_told(tmp_path: Path) -> None:
+def test_addresses_are_used_unchanged_and_passwords_are_not_shown(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         ResultsDB("postgresql://user:secret@127.0.0.1:9/none")
     assert "secret" not in str(refused.value)
@@ -97,7 +97,7 @@ def test_addresses_are_used_as_given_and_passwords_are_not_told(tmp_path: Path) 
     assert "\n" not in str(refused.value)
 
 
-def test_a_ledger_of_a_newer_version_is_one_line(tmp_path: Path) -> None:
+def test_a_results_database_of_a_newer_version_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "results.sqlite"
     ResultsDB(file).engine.dispose()
     with sqlite3.connect(file) as plain:
@@ -106,8 +106,8 @@ def test_a_ledger_of_a_newer_version_is_one_line(tmp_path: Path) -> None:
         ResultsDB(file)
 
 
-def test_what_a_table_says_is_json_and_csv_not_code(tmp_path: Path) -> None:
-    table = planted_table()
+def test_the_text_of_a_table_is_data_not_code(tmp_path: Path) -> None:
+    table = synthetic_table()
     table["size"] = table["size"].replace({"0.2M": '=HYPERLINK("http://x")'})
     table.to_csv(tmp_path / "table.csv", index=False)
     assert set(pd.read_csv(tmp_path / "table.csv")["size"]) == set(table["size"])

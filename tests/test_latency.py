@@ -1,6 +1,6 @@
-"""Latency: statistics of known times, stages of a planted clock, network calls counted, the whole way from the command line.
+"""Latency: statistics of known times, stages by a fake clock, counted network calls, and the command line.
 
-Nothing here asserts how fast anything is.
+No test asserts a speed.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from isocost.models.checkpoint import CheckpointInfo, load_checkpoint, save_netw
 from isocost.models.factory import build_network
 from isocost.models.text_encoder import MiniLMTextEncoder
 from isocost.sampling.denoiser import Denoiser
-from isocost.sampling.latency import BatchLatency, Memory, latency, notes_of_load
-from isocost.sampling.latency_stages import BatchedPipeline, LoadedModel, Summary, time_pass, time_passes
+from isocost.sampling.latency import BatchLatency, Memory, latency, load_notes
+from isocost.sampling.latency_stages import BatchedPipeline, LoadedModel, Summary, time_run, time_runs
 from isocost.sampling.sample import sample
 from isocost.utils.artifact_store import publish
 from isocost.utils.device import DeviceSample, HostMonitor, Nvml, open_nvml
 
-GIVEN_MS = [5.0, 1.0, 2.0, 4.0, 3.0, 100.0, 7.0, 6.0, 9.0, 8.0]
+TIMES_MS = [5.0, 1.0, 2.0, 4.0, 3.0, 100.0, 7.0, 6.0, 9.0, 8.0]
 PRECISE_MS = [1.0000001, 1.0000002, 1.0000004]
 STUDENT = {"distilled": "consistency", "task": "distill", "guidance_range": (1.0, 4.0)}
 
 
-def write_checkpoint(folder: Path, model: dict[str, Any] | None = None, **facts: Any) -> Path:
-    """A shallow checkpoint of random weights for the shipped autoencoder: 32 x 32 pixels, 4 x 8 x 8 latents."""
+def write_checkpoint(folder: Path, model: dict[str, Any] | None = None, **fields: Any) -> Path:
+    """A small checkpoint with random weights for the built-in autoencoder: 32 x 32 pixels, 4 x 8 x 8 latents."""
     shape = {
         "width": 8,
         "latent_channels": 4,
@@ -58,7 +58,7 @@ def write_checkpoint(folder: Path, model: dict[str, Any] | None = None, **facts:
     info = CheckpointInfo(
         model=spec,
         size="0.2M",
-        num_parameters=sum(one.numel() for one in network.parameters()),
+        num_parameters=sum(parameter.numel() for parameter in network.parameters()),
         images_seen=0,
         gflop_per_forward=0.125,
         normalized_cost_per_step=0.5,
@@ -66,7 +66,7 @@ def write_checkpoint(folder: Path, model: dict[str, Any] | None = None, **facts:
         autoencoder="scenes",
         text_encoder=TextEncoderSpec(path="minilm", max_tokens=8),
         resolution=32,
-        **facts,
+        **fields,
     )
     publish(partial, folder, {"kind": "checkpoint", "digest": folder.name, "info": info.model_dump(mode="json")})
     return folder
@@ -76,19 +76,19 @@ def write_checkpoint(folder: Path, model: dict[str, Any] | None = None, **facts:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One checkpoint of every kind."""
     root = tmp_path_factory.mktemp("checkpoints")
-    embeds, beside = {"guidance_embed_dim": 16}, {"extra_input_channels": 4}
+    embeds, concat = {"guidance_embed_dim": 16}, {"extra_input_channels": 4}
     return {
         "base": write_checkpoint(root / "base"),
         "student": write_checkpoint(root / "student", embeds, **STUDENT),
         "codi": write_checkpoint(root / "codi", {**embeds, "adapter": "noisy"}, **{**STUDENT, "distilled": "codi"}),
         "progressive": write_checkpoint(root / "progressive", embeds, **{**STUDENT, "distilled": "progressive"}),
-        "superres": write_checkpoint(root / "superres", beside, task="superres", scale=2),
+        "superres": write_checkpoint(root / "superres", concat, task="superres", scale=2),
     }
 
 
 @pytest.fixture
 def isocost(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """Run `isocost latency` in this process: status, standard output, standard error."""
+    """Run `isocost latency` in this process; return exit status, stdout and stderr."""
 
     def command(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["isocost", "latency", *map(str, arguments)])
@@ -104,20 +104,20 @@ def isocost(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 
 def test_summaries_of_known_times() -> None:
-    found = Summary.of(GIVEN_MS)
-    assert (found.median_ms, found.mad_ms) == (5.5, 2.5)
-    assert found.p90_ms == pytest.approx(9 + 0.1 * 91)  # 90 % of the way from the first of ten sorted times to the last
-    assert found.raw_ms == tuple(GIVEN_MS)
-    assert Summary.of([4.0, 4.0, 4.0]) == Summary(4.0, 0.0, 4.0, (4.0, 4.0, 4.0))
-    assert Summary.of(PRECISE_MS).median_ms == PRECISE_MS[1]
+    summary = Summary.from_times(TIMES_MS)
+    assert (summary.median_ms, summary.mad_ms) == (5.5, 2.5)
+    assert summary.p90_ms == pytest.approx(9 + 0.1 * 91)  # 90 % of the way from the first of ten sorted times to the last
+    assert summary.raw_ms == tuple(TIMES_MS)
+    assert Summary.from_times([4.0, 4.0, 4.0]) == Summary(4.0, 0.0, 4.0, (4.0, 4.0, 4.0))
+    assert Summary.from_times(PRECISE_MS).median_ms == PRECISE_MS[1]
     with pytest.raises(ConfigError, match="at least 3"):
-        Summary.of([1.0, 2.0])
+        Summary.from_times([1.0, 2.0])
 
 
-class PlantedClock:
-    """Stands still but for the work."""
+class FakeClock:
+    """A clock that only the timed work advances."""
 
-    name = "planted"
+    name = "fake"
 
     def __init__(self) -> None:
         self.now_ms = 0.0
@@ -133,50 +133,50 @@ class PlantedClock:
         return last - first
 
 
-def test_stages_are_the_time_between_their_ends() -> None:
-    clock, lasting = PlantedClock(), iter([0.5, 2.0, 0.125, 1.0, 4.0, 0.25])
+def test_the_time_of_a_stage_is_between_the_ends_of_two_stages() -> None:
+    clock, durations_ms = FakeClock(), iter([0.5, 2.0, 0.125, 1.0, 4.0, 0.25])
 
-    def work(ended: Any) -> None:
+    def run(on_stage_end: Any) -> None:
         for stage in ("text", "denoiser", "decoder"):
-            clock.now_ms += next(lasting)
-            ended(stage)
+            clock.now_ms += next(durations_ms)
+            on_stage_end(stage)
 
-    times = time_passes(work, clock, 2, outer=clock)
+    times = time_runs(run, clock, 2, host_clock=clock)
     assert times == {"text": [0.5, 1.0], "denoiser": [2.0, 4.0], "decoder": [0.125, 0.25], "whole": [2.625, 5.25]}
     assert list(times) == ["text", "denoiser", "decoder", "whole"]
-    assert clock.num_waits == 4  # a device is idle before and after each pass
+    assert clock.num_waits == 4  # the device is idle before and after each run
 
 
-def planted_batch(*loads: float | None) -> BatchLatency:
-    summary = Summary.of(GIVEN_MS)
+def fake_latency(*loads: float | None) -> BatchLatency:
+    summary = Summary.from_times(TIMES_MS)
     before, after = (DeviceSample(load_average_1m=load) for load in loads)
     memory = Memory(None, None, None, None)
     return BatchLatency(1, {"whole": summary}, 5.5, 5.5, 1, 1, 1, (5.5,), memory, None, None, before, after)
 
 
-def test_a_busy_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_machine_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    assert notes_of_load([planted_batch(0.5, 2.0), planted_batch(None, None)]) == []
-    assert "up to 3.5 processes wanted one of 2 cores" in notes_of_load([planted_batch(0.5, 1.0), planted_batch(3.5, 3.0)])[0]
+    assert load_notes([fake_latency(0.5, 2.0), fake_latency(None, None)]) == []
+    assert "up to 3.5 processes competed for 2 cores" in load_notes([fake_latency(0.5, 1.0), fake_latency(3.5, 3.0)])[0]
 
 
-# --- what is run ---
+# --- the timed run ---
 
 
 @lru_cache
-def prepared_of(folder: Path) -> LoadedModel:
+def loaded_model(folder: Path) -> LoadedModel:
     opened = load_checkpoint(folder)
-    return LoadedModel(opened.info, Denoiser(opened.network), load_autoencoder("scenes"), text_autoencoder(opened.text_encoder))
+    return LoadedModel(opened.info, Denoiser(opened.network), load_autoencoder("scenes"), text_encoder(opened.text_encoder))
 
 
 @lru_cache
-def text_autoencoder(spec: TextEncoderSpec) -> MiniLMTextEncoder:
+def text_encoder(spec: TextEncoderSpec) -> MiniLMTextEncoder:
     return MiniLMTextEncoder(spec)
 
 
-def batch_of(folder: Path, guidance: float, size: int, num_steps: int = 3, name: str = "ddim") -> BatchedPipeline:
-    table = solver_coefficients(SolverSpec(name=name), num_steps, NoiseSchedule.scaled_linear())
-    return BatchedPipeline(prepared_of(folder), table, guidance, size)
+def batched_pipeline(folder: Path, guidance: float, size: int, num_steps: int = 3, name: str = "ddim") -> BatchedPipeline:
+    coefficients = solver_coefficients(SolverSpec(name=name), num_steps, NoiseSchedule.scaled_linear())
+    return BatchedPipeline(loaded_model(folder), coefficients, guidance, size)
 
 
 @pytest.mark.parametrize(
@@ -197,53 +197,53 @@ def batch_of(folder: Path, guidance: float, size: int, num_steps: int = 3, name:
 def test_every_pass_is_a_row_of_a_counted_call(
     folders: dict[str, Path], kind: str, name: str, guidance: float, size: int, calls: int, rows: int
 ) -> None:
-    work = batch_of(folders[kind], guidance, size, name=name)
+    pipeline = batched_pipeline(folders[kind], guidance, size, name=name)
     for _ in range(2):
-        ended: list[str] = []
-        work(ended.append)
-        assert (work.calls.num_calls, work.calls.num_rows) == (calls, rows)
-    assert ended == ["text", *(["encoder"] if kind == "superres" else []), "denoiser", "decoder"]
-    assert [done.nfe * size for done in work.finished] == [rows] * size
-    assert work.images.shape == (size, 3, 32, 32)
-    work.check()
+        stages: list[str] = []
+        pipeline(stages.append)
+        assert (pipeline.call_counter.num_calls, pipeline.call_counter.num_rows) == (calls, rows)
+    assert stages == ["text", *(["encoder"] if kind == "superres" else []), "denoiser", "decoder"]
+    assert [result.nfe * size for result in pipeline.results] == [rows] * size
+    assert pipeline.images.shape == (size, 3, 32, 32)
+    pipeline.check()
 
 
-def test_the_images_are_those_of_sample(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is timed is what is made elsewhere: the same captions, noise and solver give the same images."""
-    work = batch_of(folders["base"], 2.0, 3)
-    work(lambda _: None)
-    drawn = sample(folders["base"], work.prompts, num_steps=3, guidance=2.0, num_images=1).images[:, 0]
-    apart = work.images.permute(0, 2, 3, 1).int() - torch.from_numpy(drawn).int()
-    assert apart.abs().max() <= 1
-    assert work.images.float().std() > 1
+def test_the_timed_images_equal_those_of_sample(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same prompts, noise and solver give the same images as `sample`."""
+    pipeline = batched_pipeline(folders["base"], 2.0, 3)
+    pipeline(lambda _: None)
+    expected = sample(folders["base"], pipeline.prompts, num_steps=3, guidance=2.0, num_images=1).array[:, 0]
+    difference = pipeline.images.permute(0, 2, 3, 1).int() - torch.from_numpy(expected).int()
+    assert difference.abs().max() <= 1
+    assert pipeline.images.float().std() > 1
 
 
-def test_each_pass_encodes_its_captions_and_small_images_anew(folders: dict[str, Path]) -> None:
-    work = batch_of(folders["superres"], 1.0, 2)
-    work(lambda _: None)
-    first = work.images
-    work.small = 255 - work.small
-    work(lambda _: None)
-    assert not torch.equal(work.images, first)
-    told = batch_of(folders["base"], 1.0, 1)
-    told(lambda _: None)
-    before = told.finished[0].latent
-    told.prompts = ["something else"]
-    told(lambda _: None)
-    assert not torch.equal(told.finished[0].latent, before)
+def test_each_run_encodes_its_prompts_and_small_images_again(folders: dict[str, Path]) -> None:
+    superres = batched_pipeline(folders["superres"], 1.0, 2)
+    superres(lambda _: None)
+    first = superres.images
+    superres.low_resolution = 255 - superres.low_resolution
+    superres(lambda _: None)
+    assert not torch.equal(superres.images, first)
+    base = batched_pipeline(folders["base"], 1.0, 1)
+    base(lambda _: None)
+    before = base.results[0].latent
+    base.prompts = ["something else"]
+    base(lambda _: None)
+    assert not torch.equal(base.results[0].latent, before)
 
 
-def test_stages_add_up_to_the_whole(folders: dict[str, Path]) -> None:
-    work = batch_of(folders["base"], 2.0, 2)
+def test_the_stages_add_up_to_the_end_to_end_time(folders: dict[str, Path]) -> None:
+    pipeline = batched_pipeline(folders["base"], 2.0, 2)
     clock = HostMonitor().clock
-    times = [time_pass(work, clock) for _ in range(4)]
-    shares = [sum(value for stage, value in one.items() if stage != "whole") / one["whole"] for one in times]
-    assert max(shares) <= 1
-    assert statistics.median(shares) > 0.95
+    runs = [time_run(pipeline, clock) for _ in range(4)]
+    fractions = [sum(ms for stage, ms in times.items() if stage != "whole") / times["whole"] for times in runs]
+    assert max(fractions) <= 1
+    assert statistics.median(fractions) > 0.95
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_a_student_takes_its_guidance_in_every_precision(folders: dict[str, Path], dtype: Any) -> None:
+def test_a_student_accepts_guidance_as_an_input_in_every_dtype(folders: dict[str, Path], dtype: Any) -> None:
     opened = load_checkpoint(folders["student"])
     network = Denoiser(opened.network, dtype)
     projected = network.project(torch.zeros(2, 8, 384))
@@ -253,20 +253,20 @@ def test_a_student_takes_its_guidance_in_every_precision(folders: dict[str, Path
     assert not torch.equal(output[0], output[1])
 
 
-def test_numbers_that_are_not_finite_are_refused(folders: dict[str, Path]) -> None:
-    prepared_of.cache_clear()
-    work = batch_of(folders["base"], 1.0, 2)
-    prepared_of.cache_clear()
-    next(work.prepared.network.network.parameters()).fill_(torch.nan)
-    work(lambda _: None)
-    with pytest.raises(ConfigError, match="image 0 of 2 is not finite numbers"):
-        work.check()
+def test_nonfinite_images_are_rejected(folders: dict[str, Path]) -> None:
+    loaded_model.cache_clear()
+    pipeline = batched_pipeline(folders["base"], 1.0, 2)
+    loaded_model.cache_clear()
+    next(pipeline.model.network.network.parameters()).fill_(torch.nan)
+    pipeline(lambda _: None)
+    with pytest.raises(ConfigError, match="image 0 of 2 contains NaN or inf"):
+        pipeline.check()
 
 
-# --- what the device tells ---
+# --- readings of the device ---
 
 
-def test_the_peak_of_memory_is_of_the_batch_and_not_of_before() -> None:
+def test_the_memory_peak_excludes_earlier_use() -> None:
     monitor = HostMonitor()
     if monitor.memory_kind is None:
         pytest.skip("this system does not let a process reset its peak")
@@ -282,100 +282,100 @@ def test_the_peak_of_memory_is_of_the_batch_and_not_of_before() -> None:
     del held
 
 
-class Refused(Exception):
-    """NVML's own kind of error."""
+class FakeNvmlError(Exception):
+    """Stands for NVMLError."""
 
 
-def planted_nvml(**changes: Any) -> SimpleNamespace:
-    def refuse(*_: Any) -> int:
-        raise Refused("Not Supported")
+def fake_nvml(**changes: Any) -> SimpleNamespace:
+    def unsupported(*_: Any) -> int:
+        raise FakeNvmlError("Not Supported")
 
-    answers = {
+    functions = {
         "nvmlInit": lambda: None,
         "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
         "nvmlDeviceGetTotalEnergyConsumption": lambda _: 12_345,
         "nvmlDeviceGetClockInfo": lambda _, kind: {1: 1980, 2: 2619}[kind],
-        "nvmlDeviceGetTemperature": refuse,
+        "nvmlDeviceGetTemperature": unsupported,
         "nvmlDeviceGetMaxClockInfo": lambda *_: 1980,
     }
-    names = {"NVML_CLOCK_SM": 1, "NVML_CLOCK_MEM": 2, "NVML_TEMPERATURE_GPU": 0, "NVMLError": Refused}
-    return SimpleNamespace(**answers | names | changes)
+    names = {"NVML_CLOCK_SM": 1, "NVML_CLOCK_MEM": 2, "NVML_TEMPERATURE_GPU": 0, "NVMLError": FakeNvmlError}
+    return SimpleNamespace(**functions | names | changes)
 
 
-def test_what_nvml_does_not_tell_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", planted_nvml())
-    opened, refused = open_nvml("0-1")
+def test_a_reading_that_nvml_does_not_support_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
+    opened, reason = open_nvml("0-1")
     assert isinstance(opened, Nvml)
-    assert refused == ""
-    told = opened.read()
-    assert (told.clock_mhz, told.memory_clock_mhz, told.energy_j, told.temperature_c) == (1980, 2619, 12.345, None)
-    assert opened.most_clock_mhz() == 1980
+    assert reason == ""
+    reading = opened.read()
+    assert (reading.clock_mhz, reading.memory_clock_mhz, reading.energy_j, reading.temperature_c) == (1980, 2619, 12.345, None)
+    assert opened.max_clock_mhz() == 1980
 
 
-def test_without_nvml_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nvml_the_note_gives_the_reason_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert open_nvml("0-1") == (None, "pynvml is absent; `pip install nvidia-ml-py` brings it")
+    assert open_nvml("0-1") == (None, "pynvml is not installed; `pip install nvidia-ml-py` installs it")
 
     def missing() -> None:
-        raise Refused("Shared Library Not Found")
+        raise FakeNvmlError("Shared Library Not Found")
 
-    monkeypatch.setitem(sys.modules, "pynvml", planted_nvml(nvmlInit=missing))
-    assert open_nvml("0-1") == (None, "NVML does not tell them: Shared Library Not Found")
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlInit=missing))
+    assert open_nvml("0-1") == (None, "NVML cannot read them: Shared Library Not Found")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", ["base", "student", "superres"])
-def test_a_cuda_device_is_timed_by_its_events(folders: dict[str, Path], kind: str) -> None:
-    found = latency(folders[kind], num_steps=2, batches=[2], repeats=5, dtype="fp16", device="cuda").document()
-    assert found["settings"]["timer"] == {"stages": "cuda_events", "whole": "perf_counter"}
-    one = found["batches"][0]
-    parts = sum(times["median_ms"] for stage, times in one["stages"].items() if stage != "whole")
-    assert parts == pytest.approx(one["stages"]["whole"]["median_ms"], rel=0.2)
-    assert one["memory"]["peak_bytes"] > one["memory"]["loaded_bytes"] > 0
+def test_cuda_events_time_a_cuda_device(folders: dict[str, Path], kind: str) -> None:
+    document = latency(folders[kind], num_steps=2, batches=[2], repeats=5, dtype="fp16", device="cuda").document()
+    assert document["settings"]["timer"] == {"stages": "cuda_events", "whole": "perf_counter"}
+    batch = document["batches"][0]
+    total_ms = sum(times["median_ms"] for stage, times in batch["stages"].items() if stage != "whole")
+    assert total_ms == pytest.approx(batch["stages"]["whole"]["median_ms"], rel=0.2)
+    assert batch["memory"]["peak_bytes"] > batch["memory"]["loaded_bytes"] > 0
 
 
-# --- the whole way ---
+# --- the command ---
 
 
-def test_the_command_says_everything(folders: dict[str, Path], isocost: Any, tmp_path: Path) -> None:
+def test_the_command_prints_every_value(folders: dict[str, Path], isocost: Any, tmp_path: Path) -> None:
     out = tmp_path / "new" / "base.json"
     arguments = ("--steps", 2, "--batch", 4, "--batch", 1, "--repeats", 5, "--device", "cpu", "--out", out)
     status, printed, progress = isocost(folders["base"], *arguments)
     assert status == 0, progress
     assert len(printed.splitlines()) == 1
-    found = json.loads(printed)
-    assert json.loads(out.read_text()) == found
-    assert (found["checkpoint"]["digest"], found["checkpoint"]["size"]) == ("base", "0.2M")
-    settings = found["settings"]
+    document = json.loads(printed)
+    assert json.loads(out.read_text()) == document
+    assert (document["checkpoint"]["digest"], document["checkpoint"]["size"]) == ("base", "0.2M")
+    settings = document["settings"]
     assert (settings["solver"], settings["num_steps"], settings["num_function_evaluations"]) == ("ddim/trailing", 2, 2)
     assert (settings["guidance"], settings["passes_per_evaluation"]) == (2.0, 2)
     assert settings["dtype"] == {"text": "fp32", "denoiser": "fp32", "decoder": "fp32"}
     assert (settings["compiled"], settings["repeats"], settings["warm_up"]) == (False, 5, 3)
     assert settings["timer"] == {"stages": "perf_counter", "whole": "perf_counter"}
     assert settings["gflop_per_image"] == 4 * 0.125
-    assert found["device"]["name"]
-    assert found["device"]["num_threads"] == torch.get_num_threads()
-    assert found["notes"]
-    assert [one["batch"] for one in found["batches"]] == [1, 4]
-    for one in found["batches"]:
-        size = one["batch"]
-        assert list(one["stages"]) == ["text", "denoiser", "decoder", "whole"]
-        for times in one["stages"].values():
+    assert document["device"]["name"]
+    assert document["device"]["num_threads"] == torch.get_num_threads()
+    assert document["notes"]
+    assert [batch["batch"] for batch in document["batches"]] == [1, 4]
+    for batch in document["batches"]:
+        size = batch["batch"]
+        assert list(batch["stages"]) == ["text", "denoiser", "decoder", "whole"]
+        for times in batch["stages"].values():
             assert len(times["raw_ms"]) == 5
             assert times["median_ms"] == statistics.median(times["raw_ms"])
             assert times["median_ms"] <= times["p90_ms"] <= max(times["raw_ms"])
-        whole = one["stages"]["whole"]
-        assert any(value != round(value, 3) for value in whole["raw_ms"])
-        assert (one["network_calls"], one["network_rows"], one["nfe_per_image"]) == (2, 4 * size, 4)
-        assert one["ms_per_image"] == whole["median_ms"] / size == found["ms_per_image_by_batch"][str(size)]
-        assert one["ms_per_evaluation"] == one["stages"]["denoiser"]["median_ms"] / 2
-        assert len(one["warm_up_ms"]) == 3
-        memory = one["memory"]
+        end_to_end = batch["stages"]["whole"]
+        assert any(value != round(value, 3) for value in end_to_end["raw_ms"])
+        assert (batch["network_calls"], batch["network_rows"], batch["nfe_per_image"]) == (2, 4 * size, 4)
+        assert batch["ms_per_image"] == end_to_end["median_ms"] / size == document["ms_per_image_by_batch"][str(size)]
+        assert batch["ms_per_evaluation"] == batch["stages"]["denoiser"]["median_ms"] / 2
+        assert len(batch["warm_up_ms"]) == 3
+        memory = batch["memory"]
         assert memory["growth_bytes"] is None or memory["growth_bytes"] == memory["peak_bytes"] - memory["loaded_bytes"]
-        assert (one["energy_j"], one["energy_j_per_image"]) == (None, None)
-        assert set(one["before"]) == set(one["after"])
-    for words in ("text", "denoiser", "decoder", "whole", "2 passes each", "ms an image"):
-        assert words in progress
+        assert (batch["energy_j"], batch["energy_j_per_image"]) == (None, None)
+        assert set(batch["before"]) == set(batch["after"])
+    for fragment in ("text", "denoiser", "decoder", "whole", "2 passes each", "ms per image"):
+        assert fragment in progress
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_the_command_says_everything(folders: dict[str, Path], isocost: Any, tmp
         ("superres", "ddim/trailing", 16, 1.0, 1),
     ],
 )
-def test_nothing_said_is_what_sample_and_upscale_take(
+def test_the_defaults_equal_those_of_sample_and_upscale(
     folders: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
@@ -397,12 +397,12 @@ def test_nothing_said_is_what_sample_and_upscale_take(
     passes: int,
 ) -> None:
     monkeypatch.setattr("isocost.sampling.latency.NUM_WARM_UP", 1)
-    found = latency(folders[kind], batches=[1], repeats=3, device="cpu").document()
-    settings = found["settings"]
+    document = latency(folders[kind], batches=[1], repeats=3, device="cpu").document()
+    settings = document["settings"]
     assert (settings["solver"], settings["num_steps"]) == (solver, steps)
     assert (settings["guidance"], settings["passes_per_evaluation"]) == (guidance, passes)
-    assert found["batches"][0]["network_calls"] == steps
-    assert found["batches"][0]["nfe_per_image"] == steps * passes
+    assert document["batches"][0]["network_calls"] == steps
+    assert document["batches"][0]["nfe_per_image"] == steps * passes
 
 
 @pytest.mark.slow
@@ -410,42 +410,42 @@ def test_every_batch_size_is_compiled(folders: dict[str, Path]) -> None:
     from torch._dynamo.utils import counters
 
     counters.clear()
-    found = latency(folders["student"], num_steps=1, batches=[1, 2], repeats=3, compiled=True, device="cpu")
+    measured = latency(folders["student"], num_steps=1, batches=[1, 2], repeats=3, compiled=True, device="cpu")
     assert counters["stats"]["unique_graphs"] == 2
-    assert [one.network_calls for one in found.batches] == [1, 1]
+    assert [batch.network_calls for batch in measured.batches] == [1, 1]
 
 
 # --- mistakes ---
 
 
 @pytest.mark.parametrize(
-    ("kind", "arguments", "said"),
+    ("kind", "arguments", "message"),
     [
-        ("absent", [], "no such checkpoint folder; a run writes them to"),
+        ("absent", [], "no such checkpoint folder; `isocost run` writes checkpoints to"),
         ("base", ["--batch", 0], "batch = 0: give one or more sizes of at least 1"),
         ("base", ["--batch", 4, "--batch", -1], "batch = -1"),
-        ("base", ["--repeats", 2], "repeats = 2: a median and its spread take at least 3"),
-        ("base", ["--steps", 0], "num_steps = 0: a solver takes at least one step"),
+        ("base", ["--repeats", 2], "repeats = 2: a median and its spread need at least 3"),
+        ("base", ["--steps", 0], "num_steps = 0: a solver needs at least one step"),
         ("base", ["--solver", "huen"], "unknown solver 'huen'; did you mean heun?"),
         ("base", ["--guidance", -1], "give a finite number that is not negative"),
-        ("base", ["--dtype", "fp16", "--device", "cpu"], "on a CPU take --dtype fp32 or bf16"),
-        ("base", ["--device", "tpu"], "device = tpu: cpu or cuda"),
+        ("base", ["--dtype", "fp16", "--device", "cpu"], "on a CPU use --dtype fp32 or bf16"),
+        ("base", ["--device", "tpu"], "device = tpu: choose cpu or cuda"),
         ("base", ["--out", "times.txt"], "times.txt: give a file that ends in .json"),
-        ("student", ["--guidance", 7.5], "this student was taught 1 to 4"),
+        ("student", ["--guidance", 7.5], "this student was trained on guidance 1 to 4"),
     ],
 )
-def test_a_mistake_is_one_line(
-    folders: dict[str, Path], isocost: Any, kind: str, arguments: list[object], said: str, tmp_path: Path
+def test_a_mistake_is_a_one_line_message(
+    folders: dict[str, Path], isocost: Any, kind: str, arguments: list[object], message: str, tmp_path: Path
 ) -> None:
     status, printed, progress = isocost(folders.get(kind, tmp_path / kind), *arguments)
     assert (status, printed) == (2, "")
     assert progress.startswith("isocost: ")
     assert len(progress.splitlines()) == 1
-    assert said in progress
+    assert message in progress
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_a_device_that_is_not_there_is_refused(folders: dict[str, Path], isocost: Any) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_device_is_rejected(folders: dict[str, Path], isocost: Any) -> None:
     status, _, progress = isocost(folders["base"], "--device", "cuda")
     assert status == 2
-    assert "take --device cpu" in progress
+    assert "use --device cpu" in progress

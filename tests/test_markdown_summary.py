@@ -1,4 +1,4 @@
-"""The summary as Markdown: by what a parser makes of it, on planted data."""
+"""The Markdown summary of synthetic tables, as a parser reads it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
-import isocost
 from isocost.analysis.formatting import format_configuration, format_score
 from isocost.analysis.pareto import best_at_budgets, default_budgets, pareto
 from isocost.errors import ConfigError
-from isocost.report.markdown import MAX_ROWS, SPACE, escaped, headline, markdown_summary
-from synthetic_results import exact, planted_superres, planted_table
-from test_report import KERNEL
+from isocost.report.markdown import MAX_ROWS, ZERO_WIDTH_SPACE, escape_markdown, headline, markdown_summary
+from synthetic_results import exact, synthetic_superres, synthetic_table
+from test_report import METRIC
 
 HOSTILE = (
     "</td><script>alert(1)</script>",
@@ -67,7 +66,7 @@ class Reader(HTMLParser):
 
 
 def read(text: str) -> Reader:
-    """As GitHub reads it: tables and strikethrough, HTML let through."""
+    """Parse as GitHub does: with tables and strikethrough, and HTML allowed."""
     reader = Reader()
     reader.feed(MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(text))
     return reader
@@ -75,19 +74,19 @@ def read(text: str) -> Reader:
 
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
-    return planted_table(noise=0.004)
+    return synthetic_table(noise=0.004)
 
 
-def test_one_size_is_not_called_the_best_of_several(table: pd.DataFrame) -> None:
-    one = table[table["size"] == "0.2M"]
-    assert headline(best_at_budgets(one, "normalized_cost", KERNEL, [1000.0])) == "No size but 0.2M fits the budgets here."
-    assert "best size" in headline(best_at_budgets(table, "normalized_cost", KERNEL, [0.32, 1000.0]))
+def test_a_single_size_is_not_called_the_best(table: pd.DataFrame) -> None:
+    single_size = table[table["size"] == "0.2M"]
+    assert headline(best_at_budgets(single_size, "normalized_cost", METRIC, [1000.0])) == "Only 0.2M fits the budgets."
+    assert "best size" in headline(best_at_budgets(table, "normalized_cost", METRIC, [0.32, 1000.0]))
 
 
-def test_the_answer_comes_first_one_row_a_budget(table: pd.DataFrame) -> None:
-    text = markdown_summary(table, KERNEL, "planted", floor=0.013, floor_label="decoded real images")
-    choices = best_at_budgets(table, "normalized_cost", KERNEL, default_budgets(table, "normalized_cost"))
-    assert text.startswith(f"**planted**: {headline(choices)}\n")
+def test_the_answer_comes_first_with_one_row_per_budget(table: pd.DataFrame) -> None:
+    text = markdown_summary(table, METRIC, "synthetic", floor=0.013, floor_label="decoded real images")
+    choices = best_at_budgets(table, "normalized_cost", METRIC, default_budgets(table, "normalized_cost"))
+    assert text.startswith(f"**synthetic**: {headline(choices)}\n")
     assert headline(choices).startswith("The best size moves from 0.2M at 0.32 to 12.6M at 81 units of normalized cost")
     head, *rows = read(text).tables[0]
     assert head == ["at most", "best", "squared MMD", "best of another size", ""]
@@ -101,61 +100,61 @@ def test_the_answer_comes_first_one_row_a_budget(table: pd.DataFrame) -> None:
         assert row[4] == ("undecided" if choice.undecided else "decided")
 
 
-def test_the_frontier_is_the_planted_one_from_end_to_end(table: pd.DataFrame) -> None:
-    frontier = pareto(table, "normalized_cost", KERNEL)
-    reader = read(markdown_summary(table, KERNEL, "planted"))
+def test_the_frontier_table_goes_from_end_to_end(table: pd.DataFrame) -> None:
+    frontier = pareto(table, "normalized_cost", METRIC)
+    reader = read(markdown_summary(table, METRIC, "synthetic"))
     head, *rows = reader.tables[1]
     assert head == ["normalized cost", "evaluations", "GFLOP", "milliseconds", "configuration", "squared MMD"]
     assert f"Frontier, {MAX_ROWS} of {len(frontier)} points:" in reader.text
     assert len(rows) == MAX_ROWS < len(frontier)
     setting = ["size", "num_steps", "guidance", "solver"]
-    known = [format_configuration(*row) for row in frontier[setting].itertuples(index=False)]
-    told = [known.index(row[4]) for row in rows]
-    assert told == sorted(set(told))
-    assert (told[0], told[-1]) == (0, len(frontier) - 1)
-    for row, place in zip(rows, told, strict=True):
-        assert row[5] == format_score(*(float(frontier[f"{KERNEL}{end}"].iloc[place]) for end in ("", "_low", "_high")))
-        assert float(row[0]) == pytest.approx(frontier["normalized_cost"].iloc[place], rel=0.01)
+    labels = [format_configuration(*row) for row in frontier[setting].itertuples(index=False)]
+    indices = [labels.index(row[4]) for row in rows]
+    assert indices == sorted(set(indices))
+    assert (indices[0], indices[-1]) == (0, len(frontier) - 1)
+    for row, index in zip(rows, indices, strict=True):
+        assert row[5] == format_score(*(float(frontier[f"{METRIC}{end}"].iloc[index]) for end in ("", "_low", "_high")))
+        assert float(row[0]) == pytest.approx(frontier["normalized_cost"].iloc[index], rel=0.01)
 
 
-def test_it_says_what_the_numbers_rest_on_and_how_to_go_on(table: pd.DataFrame) -> None:
-    reader = read(markdown_summary(table, KERNEL, "planted", floor=0.013, floor_label="decoded real images"))
-    for words in (
+def test_it_names_the_data_behind_the_numbers_and_the_next_commands(table: pd.DataFrame) -> None:
+    reader = read(markdown_summary(table, METRIC, "synthetic", floor=0.013, floor_label="decoded real images"))
+    for text in (
         "By squared MMD (lower is better) with 95 % intervals; decoded real images: 0.013.",
-        "265 points of 5 sizes, 1,000 images a point; protocol planted, seed 0.",
+        "265 points of 5 sizes, 1,000 images per point; protocol synthetic, seed 0.",
     ):
-        assert words in reader.text
-    assert "Not done" not in reader.text
+        assert text in reader.text
+    assert "Not included" not in reader.text
     assert reader.code[0] == "isocost report OUT/study.yaml --out OUT"
-    best = table.loc[table[KERNEL].idxmin()]
+    best = table.loc[table[METRIC].idxmin()]
     assert reader.code[1].startswith(
         f"isocost sample OUT/artefacts/checkpoint/{best['checkpoint']} --steps {best['num_steps']} "
     )
 
 
-def test_what_was_not_done_is_said(table: pd.DataFrame) -> None:
-    bare = planted_table(solvers=("ddim/trailing",), snapshots=()).assign(ms_per_image=np.nan)
-    unfinished = pd.concat([exact(bare), table[(table["size"] == "7.1M") & ~table["is_final"]].assign(size="9M", point="9")])
-    text = read(markdown_summary(unfinished, KERNEL, "bare", [6, 1e-6, 1000], absent=["DreamBooth"])).text
-    for words in (
-        "Not done: DreamBooth; last checkpoints of 9M are not scored; milliseconds not measured; ",
-        "one solver tried (ddim/trailing); some scores have no interval.",
+def test_missing_results_are_named(table: pd.DataFrame) -> None:
+    minimal = synthetic_table(solvers=("ddim/trailing",), snapshots=()).assign(ms_per_image=np.nan)
+    unfinished = pd.concat([exact(minimal), table[(table["size"] == "7.1M") & ~table["is_final"]].assign(size="9M", point="9")])
+    summary = read(markdown_summary(unfinished, METRIC, "minimal", [6, 1e-6, 1000], missing_experiments=["DreamBooth"])).text
+    for text in (
+        "Not included: DreamBooth; final checkpoints of 9M are not scored yet; milliseconds not measured; ",
+        "only one solver was tried (ddim/trailing); some scores have no interval.",
         "nothing fits",
-        "Beware: the budget lies beyond the data",
+        "Note: the budget is beyond the data",
     ):
-        assert words in text
-    assert "no checkpoint before the last was scored" in read(markdown_summary(bare, KERNEL, "bare")).text
-    assert "milliseconds" not in read(markdown_summary(bare, KERNEL, "bare")).tables[1][0]
-    young = markdown_summary(table[~table["is_final"]], KERNEL, "young")
-    assert young.startswith("**young**: No answer yet: no finished point carries a measured normalized\\_cost")
-    assert not read(young).tables
+        assert text in summary
+    assert "no checkpoint before the last was scored" in read(markdown_summary(minimal, METRIC, "minimal")).text
+    assert "milliseconds" not in read(markdown_summary(minimal, METRIC, "minimal")).tables[1][0]
+    without_final_points = markdown_summary(table[~table["is_final"]], METRIC, "unfinished")
+    assert without_final_points.startswith("**unfinished**: No answer yet: no final point has a measured normalized\\_cost")
+    assert not read(without_final_points).tables
     with pytest.raises(ConfigError, match="differ in seed"):
-        markdown_summary(table.assign(seed=range(len(table))), KERNEL, "mixed")
+        markdown_summary(table.assign(seed=range(len(table))), METRIC, "mixed")
 
 
-def test_one_of_a_kind_is_told_as_one() -> None:
-    alone = planted_superres().iloc[:1]
-    text = read(markdown_summary(alone, KERNEL, "alone")).text
+def test_counts_of_one_are_singular() -> None:
+    single_point = synthetic_superres().iloc[:1]
+    text = read(markdown_summary(single_point, METRIC, "single")).text
     assert "1 point of 1 size," in text
     assert "Frontier, 1 point:" in text
     assert "isocost upscale" in text
@@ -163,33 +162,29 @@ def test_one_of_a_kind_is_told_as_one() -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_stay_text(name: str) -> None:
-    table = planted_table(solvers=(f"{name}/trailing",), snapshots=())
+    table = synthetic_table(solvers=(f"{name}/trailing",), snapshots=())
     table = table.assign(size=table["size"].replace("0.2M", name), protocol=name)
-    plain = read(markdown_summary(planted_table(solvers=("ddim/trailing",), snapshots=()), KERNEL, "plain"))
-    reader = read(markdown_summary(table, KERNEL, name, absent=[name], floor=1.0, floor_label=name))
+    plain = read(markdown_summary(synthetic_table(solvers=("ddim/trailing",), snapshots=()), METRIC, "plain"))
+    reader = read(markdown_summary(table, METRIC, name, missing_experiments=[name], floor=1.0, floor_label=name))
     assert [tag for tag in reader.tags if tag[0] != "code"] == [tag for tag in plain.tags if tag[0] != "code"]
-    assert [[len(row) for row in one] for one in reader.tables] == [[len(row) for row in one] for one in plain.tables]
+    assert [[len(row) for row in rows] for rows in reader.tables] == [[len(row) for row in rows] for rows in plain.tables]
     shown = reader.text.replace("\u200b", "")
-    words = " ".join(name.split())
-    assert shown.startswith(f"{words}: ")
-    assert f"{words}, 2 steps" in reader.tables[1][1][4].replace("\u200b", "")
-    assert f"protocol {words}, seed 0" in shown
-    assert f"Not done: {words};" in shown
+    line = " ".join(name.split())
+    assert shown.startswith(f"{line}: ")
+    assert f"{line}, 2 steps" in reader.tables[1][1][4].replace("\u200b", "")
+    assert f"protocol {line}, seed 0" in shown
+    assert f"Not included: {line};" in shown
 
 
-def test_nobody_is_called_and_nothing_is_linked() -> None:
-    assert escaped("@someone") == f"@{SPACE}someone"
-    assert escaped("see #12") == f"see #{SPACE}12"
-    assert escaped("https://a.example") == f"https:{SPACE}//a.example"
-    assert escaped("www.a.example") == f"www{SPACE}.a.example"
-    assert escaped("2.6M, 8 steps, ddim/trailing") == "2.6M, 8 steps, ddim/trailing"
+def test_nobody_is_mentioned_and_nothing_is_linked() -> None:
+    assert escape_markdown("@someone") == f"@{ZERO_WIDTH_SPACE}someone"
+    assert escape_markdown("see #12") == f"see #{ZERO_WIDTH_SPACE}12"
+    assert escape_markdown("https://a.example") == f"https:{ZERO_WIDTH_SPACE}//a.example"
+    assert escape_markdown("www.a.example") == f"www{ZERO_WIDTH_SPACE}.a.example"
+    assert escape_markdown("2.6M, 8 steps, ddim/trailing") == "2.6M, 8 steps, ddim/trailing"
 
 
 def test_it_is_short_enough_to_paste(table: pd.DataFrame) -> None:
-    text = markdown_summary(table, KERNEL, "planted")
+    text = markdown_summary(table, METRIC, "synthetic")
     assert len(text.splitlines()) < 40
     assert len(text) < 4000
-
-
-def test_it_is_there_from_python(table: pd.DataFrame) -> None:
-    assert isocost.markdown_summary is markdown_summary

@@ -1,4 +1,4 @@
-"""Distances as pure functions. Oracles: closed forms for Gaussians, scipy, torch-fidelity where installed, plain loops."""
+"""Distances as pure functions. Oracles: closed forms for Gaussians, scipy, torch-fidelity if installed, plain loops."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from isocost.metrics import mmd as metrics
+from isocost.metrics import mmd
 from isocost.metrics.frechet import Moments, frechet_distance, frechet_from_moments, frechet_influence
 from isocost.metrics.image_similarity import psnr
 from isocost.metrics.mmd import polynomial_kernel, squared_mmd
@@ -24,8 +24,8 @@ def draws(num: int, width: int, seed: int, *, shift: float = 0.0, scale: float =
     return shift + scale * np.random.default_rng(seed).standard_normal((num, width)) @ mixing(width)
 
 
-def exactly(mean: np.ndarray, covariance: np.ndarray, num: int, seed: int) -> np.ndarray:
-    """Features [num, D] whose sample moments are `mean` and `covariance`, not nearly but to rounding."""
+def with_moments(mean: np.ndarray, covariance: np.ndarray, num: int, seed: int) -> np.ndarray:
+    """Features [num, D] whose sample mean and covariance are `mean` and `covariance` up to rounding."""
     raw = np.random.default_rng(seed).standard_normal((num, len(mean)))
     white = np.linalg.qr(raw - raw.mean(0))[0] * np.sqrt(num - 1)
     values, vectors = np.linalg.eigh(covariance)
@@ -33,9 +33,9 @@ def exactly(mean: np.ndarray, covariance: np.ndarray, num: int, seed: int) -> np
 
 
 def by_sqrtm(a: np.ndarray, b: np.ndarray) -> float:
-    """The Frechet distance as it is written in arXiv 1706.08500, by scipy's matrix square root."""
-    offset, of_a, of_b = a.mean(0) - b.mean(0), np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    return float(offset @ offset + np.trace(of_a + of_b - 2 * scipy.linalg.sqrtm(of_a @ of_b).real))
+    """The Frechet distance by the formula of arXiv 1706.08500, with scipy's matrix square root."""
+    offset, cov_a, cov_b = a.mean(0) - b.mean(0), np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    return float(offset @ offset + np.trace(cov_a + cov_b - 2 * scipy.linalg.sqrtm(cov_a @ cov_b).real))
 
 
 def by_loops(a: np.ndarray, b: np.ndarray) -> float:
@@ -52,7 +52,7 @@ def by_loops(a: np.ndarray, b: np.ndarray) -> float:
 # --- Frechet ----------------------------------------------------------------------------------------------------------
 
 
-def test_moments_are_numpys_mean_and_covariance() -> None:
+def test_moments_equal_numpys_mean_and_covariance() -> None:
     features = draws(50, 7, 0, shift=3)
     moments = Moments.of(features.astype(np.float32))
     np.testing.assert_allclose(moments.mean, features.mean(0), rtol=1e-6)
@@ -63,39 +63,39 @@ def test_moments_are_numpys_mean_and_covariance() -> None:
 
 def test_the_frechet_distance_of_commuting_gaussians_is_the_closed_form() -> None:
     rotation = np.linalg.qr(np.random.default_rng(1).standard_normal((5, 5)))[0]
-    of_a, of_b = np.array([4.0, 1.0, 0.25, 9.0, 2.0]), np.array([1.0, 1.0, 4.0, 0.09, 3.0])
+    cov_a, cov_b = np.array([4.0, 1.0, 0.25, 9.0, 2.0]), np.array([1.0, 1.0, 4.0, 0.09, 3.0])
     mean_a, mean_b = np.arange(5.0), np.array([1.0, -1.0, 0.5, 2.0, 4.0])
-    a = exactly(mean_a, rotation @ np.diag(of_a) @ rotation.T, 40, 2)
-    b = exactly(mean_b, rotation @ np.diag(of_b) @ rotation.T, 60, 3)
-    expected = np.square(mean_a - mean_b).sum() + np.square(np.sqrt(of_a) - np.sqrt(of_b)).sum()
+    a = with_moments(mean_a, rotation @ np.diag(cov_a) @ rotation.T, 40, 2)
+    b = with_moments(mean_b, rotation @ np.diag(cov_b) @ rotation.T, 60, 3)
+    expected = np.square(mean_a - mean_b).sum() + np.square(np.sqrt(cov_a) - np.sqrt(cov_b)).sum()
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
 
 
 def test_the_frechet_distance_of_gaussians_that_do_not_commute_is_the_closed_form_in_the_plane() -> None:
-    of_a, of_b = np.array([[3.0, 1.0], [1.0, 2.0]]), np.array([[1.0, -0.5], [-0.5, 4.0]])
-    both = of_a @ of_b
-    trace_of_root = np.sqrt(np.trace(both) + 2 * np.sqrt(np.linalg.det(both)))
-    expected = np.trace(of_a) + np.trace(of_b) - 2 * trace_of_root
+    cov_a, cov_b = np.array([[3.0, 1.0], [1.0, 2.0]]), np.array([[1.0, -0.5], [-0.5, 4.0]])
+    product = cov_a @ cov_b
+    trace_of_root = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
+    expected = np.trace(cov_a) + np.trace(cov_b) - 2 * trace_of_root
     zero = np.zeros(2)
-    assert frechet_from_moments(Moments(zero, of_a), Moments(zero, of_b)) == pytest.approx(expected, rel=1e-12)
-    found = frechet_distance(exactly(zero, of_a, 30, 1), exactly(zero, of_b, 50, 2))
-    assert found == pytest.approx(expected, rel=1e-10)
+    assert frechet_from_moments(Moments(zero, cov_a), Moments(zero, cov_b)) == pytest.approx(expected, rel=1e-12)
+    distance = frechet_distance(with_moments(zero, cov_a, 30, 1), with_moments(zero, cov_b, 50, 2))
+    assert distance == pytest.approx(expected, rel=1e-10)
 
 
-def test_the_frechet_distance_of_many_draws_nears_that_of_their_distributions() -> None:
+def test_the_frechet_distance_of_many_draws_approaches_that_of_their_distributions() -> None:
     a, b = draws(100_000, 3, 1), draws(100_000, 3, 2, shift=0.5, scale=2)
     expected = 3 * 0.5**2 + np.square(mixing(3)).sum()
     assert frechet_distance(a, b) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize(("num_a", "num_b"), [(200, 300), (40, 40)])
-def test_the_frechet_distance_is_scipys(num_a: int, num_b: int) -> None:
+def test_the_frechet_distance_equals_scipy(num_a: int, num_b: int) -> None:
     a, b = draws(num_a, 12, 1), draws(num_b, 12, 2, shift=0.3, scale=1.5)
     assert frechet_distance(a, b) == pytest.approx(by_sqrtm(a, b), rel=1e-8)
 
 
 @pytest.mark.parametrize(("num_a", "num_b", "width"), [(200, 300, 12), (60, 500, 90), (40, 50, 90)])
-def test_the_frechet_distance_is_torch_fidelitys(num_a: int, num_b: int, width: int) -> None:
+def test_the_frechet_distance_equals_torch_fidelity(num_a: int, num_b: int, width: int) -> None:
     fidelity = pytest.importorskip("torch_fidelity.metric_fid")
     a, b = draws(num_a, width, 1), draws(num_b, width, 2, shift=0.3, scale=1.5)
     statistics = [fidelity.fid_features_to_statistics(torch.from_numpy(features)) for features in (a, b)]
@@ -119,7 +119,7 @@ def test_directions_without_variance_in_either_set_cost_only_their_offset() -> N
     assert frechet_distance(wide_a, wide_b) == pytest.approx(frechet_distance(a, b) + 27, rel=1e-10)
 
 
-def test_sets_in_spaces_at_right_angles_share_nothing() -> None:
+def test_the_frechet_distance_of_sets_in_orthogonal_subspaces_is_the_closed_form() -> None:
     a, b = np.zeros((30, 6)), np.zeros((30, 6))
     a[:, :3], b[:, 3:] = draws(30, 3, 1), draws(30, 3, 2)
     offset = a.mean(0) - b.mean(0)
@@ -128,7 +128,7 @@ def test_sets_in_spaces_at_right_angles_share_nothing() -> None:
 
 
 @pytest.mark.parametrize("swapped", [False, True], ids=["first", "second"])
-def test_a_set_of_one_repeated_image_is_a_point(swapped: bool) -> None:
+def test_a_set_of_one_repeated_image_has_zero_covariance(swapped: bool) -> None:
     spread, point = draws(50, 6, 1), np.full((30, 6), 0.5)
     offset = spread.mean(0) - 0.5
     expected = offset @ offset + np.cov(spread, rowvar=False).trace()
@@ -161,96 +161,93 @@ def test_the_frechet_bias_falls_with_the_number_of_images() -> None:
     assert small / large == pytest.approx(4, rel=0.25)
 
 
-# --- Frechet: what each image adds ----------------------------------------------------------------------------------
+# --- Frechet: influence of each image ---------------------------------------------------------------------------------
 
 
 def reweighted(features: np.ndarray, row: int, weight: float) -> Moments:
-    """Moments when one image's share rises by `weight` and all shares shrink to make room."""
-    shares = np.full(len(features), (1 - weight) / len(features))
-    shares[row] += weight
-    mean = shares @ features
-    covariance = (features - mean).T @ ((features - mean) * shares[:, None])
+    """Moments after the weight of one image rises by `weight` and all weights are scaled to sum to one."""
+    weights = np.full(len(features), (1 - weight) / len(features))
+    weights[row] += weight
+    mean = weights @ features
+    covariance = (features - mean).T @ ((features - mean) * weights[:, None])
     return Moments(mean, covariance * len(features) / (len(features) - 1))
 
 
 @pytest.mark.parametrize(("num_a", "num_b", "width"), [(300, 400, 5), (300, 30, 50), (30, 300, 50)])
-def test_an_influence_is_the_change_as_a_images_share_rises(num_a: int, num_b: int, width: int) -> None:
+def test_an_influence_is_the_derivative_by_an_images_weight(num_a: int, num_b: int, width: int) -> None:
     a, b = draws(num_a, width, 1, scale=1.3), draws(num_b, width, 2, shift=0.4)
-    value, of_a, of_b = frechet_influence(a, b)
+    value, influence_a, influence_b = frechet_influence(a, b)
     assert value == pytest.approx(frechet_distance(a, b), rel=1e-10)
-    assert (of_a.shape, of_b.shape) == ((num_a,), (num_b,))
+    assert (influence_a.shape, influence_b.shape) == ((num_a,), (num_b,))
     step, rows = 1e-5, range(0, 25, 6)
     moments_a, moments_b = Moments.of(a), Moments.of(b)
 
-    def slopes(at: float) -> tuple[list[float], list[float]]:
+    def values_at(weight: float) -> tuple[list[float], list[float]]:
         return (
-            [frechet_from_moments(reweighted(a, row, at), moments_b) for row in rows],
-            [frechet_from_moments(moments_a, reweighted(b, row, at)) for row in rows],
+            [frechet_from_moments(reweighted(a, row, weight), moments_b) for row in rows],
+            [frechet_from_moments(moments_a, reweighted(b, row, weight)) for row in rows],
         )
 
-    above, below = np.array(slopes(step)), np.array(slopes(-step))
-    found = (above - below) / (2 * step)
-    for one, influence, num in zip(found, (of_a, of_b), (num_a, num_b), strict=True):
-        np.testing.assert_allclose(one, influence[list(rows)], rtol=1e-3, atol=2 * np.abs(influence).max() / num)
+    derivatives = (np.array(values_at(step)) - np.array(values_at(-step))) / (2 * step)
+    for derivative, influence, num in zip(derivatives, (influence_a, influence_b), (num_a, num_b), strict=True):
+        np.testing.assert_allclose(derivative, influence[list(rows)], rtol=1e-3, atol=2 * np.abs(influence).max() / num)
 
 
-def test_influences_add_up_to_nothing() -> None:
-    _, of_a, of_b = frechet_influence(draws(60, 9, 1), draws(80, 9, 2, shift=1))
-    for influence in (of_a, of_b):
+def test_influences_sum_to_zero() -> None:
+    _, influence_a, influence_b = frechet_influence(draws(60, 9, 1), draws(80, 9, 2, shift=1))
+    for influence in (influence_a, influence_b):
         assert influence.sum() == pytest.approx(0, abs=1e-9 * np.abs(influence).max() * len(influence))
         assert influence.std() > 0
 
 
-def test_moments_at_hand_change_nothing() -> None:
+def test_given_moments_do_not_change_the_distance() -> None:
     a, b = draws(60, 9, 1), draws(80, 9, 2, shift=1)
     moments = Moments.of(b)
     assert frechet_influence(a, b, moments)[0] == frechet_influence(a, b)[0]
     assert frechet_from_moments(Moments.of(a), moments) == frechet_distance(a, b)
 
 
-# --- kernel -----------------------------------------------------------------------------------------------------------
+# --- squared MMD ------------------------------------------------------------------------------------------------------
 
 
-def test_the_kernel_is_the_cubic_of_the_mean_product() -> None:
+def test_the_polynomial_kernel_is_the_cube_of_the_mean_product_plus_one() -> None:
     kernel = polynomial_kernel([[1.0, 2.0], [0.0, 0.0]], [[3.0, 1.0], [-1.0, -1.0], [2.0, 2.0]])
     np.testing.assert_allclose(kernel, [[3.5**3, (-0.5) ** 3, 4.0**3], [1, 1, 1]], rtol=1e-14)
 
 
 @pytest.mark.parametrize(("num_a", "num_b"), [(12, 9), (2, 5), (7, 7)])
-def test_the_kernel_distance_is_the_sum_over_pairs(num_a: int, num_b: int) -> None:
+def test_the_squared_mmd_is_the_sum_over_pairs(num_a: int, num_b: int) -> None:
     a, b = draws(num_a, 6, 1), draws(num_b, 6, 2, shift=0.5)
     assert squared_mmd(a, b) == pytest.approx(by_loops(a, b), rel=1e-10)
 
 
-def test_the_kernel_distance_is_torch_fidelitys_on_the_full_sets() -> None:
+def test_the_squared_mmd_equals_torch_fidelity_on_the_full_sets() -> None:
     fidelity = pytest.importorskip("torch_fidelity.metric_kid")
     a, b = draws(120, 16, 1), draws(120, 16, 2, shift=0.2)
     expected = fidelity.kernel_mmd(a, b, kid_kernel="poly", kid_kernel_poly_degree=3, kid_kernel_poly_coef0=1)
     assert squared_mmd(a, b) == pytest.approx(expected, rel=1e-10)
 
 
-def test_large_sets_are_summed_in_blocks_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_summing_in_blocks_does_not_change_the_squared_mmd(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = draws(50, 6, 1), draws(37, 6, 2, shift=0.5)
-    whole = squared_mmd(a, b)
-    monkeypatch.setattr(metrics, "_BLOCK_ROWS", 7)
-    assert squared_mmd(a, b) == pytest.approx(whole, rel=1e-11)
+    expected = squared_mmd(a, b)
+    monkeypatch.setattr(mmd, "_BLOCK_ROWS", 7)
+    assert squared_mmd(a, b) == pytest.approx(expected, rel=1e-11)
 
 
 @pytest.mark.parametrize(("num_a", "num_b"), [(8, 8), (5, 40)])
-def test_the_kernel_distance_of_equal_distributions_is_zero_on_average(num_a: int, num_b: int) -> None:
+def test_the_squared_mmd_of_equal_distributions_is_zero_on_average(num_a: int, num_b: int) -> None:
     values = np.array([squared_mmd(draws(num_a, 4, 2 * seed), draws(num_b, 4, 2 * seed + 1)) for seed in range(3000)])
     assert abs(values.mean()) < 3 * values.std() / np.sqrt(len(values))
     assert 0.2 < (values < 0).mean() < 0.9
 
 
-def test_the_kernel_distance_is_unbiased_where_the_distributions_differ() -> None:
+def test_the_squared_mmd_is_unbiased_if_the_distributions_differ() -> None:
     generator = np.random.default_rng(5)
     population_a, population_b = draws(6, 3, 1), draws(5, 3, 2, shift=0.6)
-    pairs = [
-        polynomial_kernel(one, other).mean()
-        for one, other in ((population_a, population_a), (population_b, population_b), (population_a, population_b))
-    ]
-    expected = pairs[0] + pairs[1] - 2 * pairs[2]
+    within_a = polynomial_kernel(population_a, population_a).mean()
+    within_b = polynomial_kernel(population_b, population_b).mean()
+    expected = within_a + within_b - 2 * polynomial_kernel(population_a, population_b).mean()
     values = np.array(
         [
             squared_mmd(population_a[generator.integers(6, size=7)], population_b[generator.integers(5, size=11)])
@@ -262,7 +259,7 @@ def test_the_kernel_distance_is_unbiased_where_the_distributions_differ() -> Non
     assert abs(values.mean() - expected) < 3 * error
 
 
-def test_the_kernel_distance_is_symmetric_and_blind_to_order() -> None:
+def test_the_squared_mmd_is_symmetric_and_independent_of_order() -> None:
     a, b = draws(30, 6, 1), draws(20, 6, 2, shift=0.5)
     value = squared_mmd(a, b)
     assert squared_mmd(b, a) == pytest.approx(value, rel=1e-12)
@@ -275,15 +272,15 @@ def test_float32_features_far_from_zero_are_summed_in_double() -> None:
 
 
 @pytest.mark.parametrize("distance", [frechet_distance, squared_mmd, polynomial_kernel])
-def test_features_that_are_no_table_are_refused(distance: object) -> None:
+def test_features_that_are_not_a_matrix_are_refused(distance: object) -> None:
     with pytest.raises(ValueError, match=r"\[N, D\]"):
         distance(np.zeros(5), np.zeros((5, 1)))  # type: ignore[operator]
 
 
-# --- images ---------------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------------
 
 
-def test_psnr_is_its_closed_form() -> None:
+def test_psnr_equals_its_closed_form() -> None:
     a = np.full((3, 3, 4, 4), 100, dtype=np.uint8)
     b = a.copy()
     b[0] += 10
@@ -305,6 +302,6 @@ def test_equal_images_have_infinite_psnr() -> None:
     assert psnr(image, image).tolist() == [np.inf]
 
 
-def test_images_of_two_shapes_have_no_psnr() -> None:
+def test_psnr_of_two_shapes_is_refused() -> None:
     with pytest.raises(ValueError, match="one shape"):
         psnr(np.zeros((2, 4, 4)), np.zeros((1, 4, 4)))

@@ -1,4 +1,4 @@
-"""Real photographs with growing damage: every distance rises with it, from the floor of test against training split."""
+"""Distances of real photographs rise with the strength of a degradation, from the baseline of test against training split."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from isocost.evaluation.feature_store import SampleFeatures
 from isocost.evaluation.image_sources import SourceImage, iter_samples
 from isocost.evaluation.protocol import make_protocol
 from isocost.evaluation.reference_set import ReferenceSet
-from isocost.evaluation.reference_stats import take
+from isocost.evaluation.reference_stats import extract_features
 from isocost.metrics.efficientnet import EfficientNetLite0
 from isocost.metrics.image_similarity import psnr, ssim
 from isocost.metrics.lpips import load_lpips
@@ -39,7 +39,7 @@ def noisy(image: Image.Image, deviation: float) -> Image.Image:
     return Image.fromarray((pixels + deviation * noise).round().clip(0, 255).astype(np.uint8))
 
 
-def squeezed(image: Image.Image, quality: float) -> Image.Image:
+def jpeg_compressed(image: Image.Image, quality: float) -> Image.Image:
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=int(quality))
     return Image.open(stream).convert("RGB")
@@ -49,24 +49,24 @@ Damage = tuple[Callable[[Image.Image, float], Image.Image], tuple[float, ...]]
 DAMAGES: dict[str, Damage] = {
     "blur": (blurred, (0.7, 1.4, 2.8)),
     "noise": (noisy, (10, 25, 60)),
-    "jpeg": (squeezed, (40, 20, 10)),
+    "jpeg": (jpeg_compressed, (40, 20, 10)),
 }
 
 
-def stacked(images: list[Image.Image]) -> Tensor:
+def stack(images: list[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
 
 
-def photographs(place: Path, num: int) -> list[Image.Image]:
-    """`num` of all the photographs there, evenly: they lie by kind."""
-    samples = list(iter_samples(str(place), SIDE))
+def photographs(source: Path, num: int) -> list[Image.Image]:
+    """`num` evenly spaced photographs of a source; they are sorted by kind."""
+    samples = list(iter_samples(str(source), SIDE))
     return [Image.fromarray(samples[number * len(samples) // num].image) for number in range(num)]
 
 
-def taken(images: Tensor) -> dict[str, np.ndarray]:
-    """The first features of each image: a Frechet distance asks for twice as many images as features."""
-    named = (SourceImage(str(place), str(place), image) for place, image in enumerate(images))
-    return {NAME: take(named, {NAME: EfficientNetLite0(side=64)}).features[NAME][:, :NUM_FEATURES]}
+def first_features(images: Tensor) -> dict[str, np.ndarray]:
+    """The first NUM_FEATURES features of each image; a Frechet distance needs twice as many images as features."""
+    source = (SourceImage(str(index), str(index), image) for index, image in enumerate(images))
+    return {NAME: extract_features(source, {NAME: EfficientNetLite0(side=64)}).features[NAME][:, :NUM_FEATURES]}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def real() -> list[Image.Image]:
     from conftest import SHARED
 
     if not SHARED.is_dir():
-        pytest.skip("no folder of real data beside this checkout")
+        pytest.skip("no folder of real data next to this checkout")
     return photographs(SHARED / "aerial" / "test-000.tar", NUM)
 
 
@@ -82,7 +82,7 @@ def real() -> list[Image.Image]:
 def reference(real: list[Image.Image]) -> ReferenceSet:
     from conftest import SHARED
 
-    features = taken(stacked(photographs(SHARED / "aerial" / "train-*.tar", NUM_REFERENCE)))
+    features = first_features(stack(photographs(SHARED / "aerial" / "train-*.tar", NUM_REFERENCE)))
     protocol = make_protocol(
         ProtocolSpec(num_images=NUM, num_bootstrap=50),
         resolution=SIDE,
@@ -95,32 +95,33 @@ def reference(real: list[Image.Image]) -> ReferenceSet:
 
 
 @pytest.fixture(scope="module")
-def floor(real: list[Image.Image], reference: ReferenceSet) -> dict[str, Interval]:
-    return score(SampleFeatures(taken(stacked(real))), reference, DISTANCES)
+def baseline(real: list[Image.Image], reference: ReferenceSet) -> dict[str, Interval]:
+    return score(SampleFeatures(first_features(stack(real))), reference, DISTANCES)
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_distances_rise_with_the_damage_from_the_floor_of_test_against_train(
-    kind: str, real: list[Image.Image], reference: ReferenceSet, floor: dict[str, Interval]
+def test_distances_rise_with_the_damage_from_the_baseline_of_test_against_train(
+    kind: str, real: list[Image.Image], reference: ReferenceSet, baseline: dict[str, Interval]
 ) -> None:
     damage, levels = DAMAGES[kind]
-    steps = [floor]
+    scores = [baseline]
     for level in levels:
-        steps.append(score(SampleFeatures(taken(stacked([damage(one, level) for one in real]))), reference, DISTANCES))
-    for name in floor:
-        values = [step[name].value for step in steps]
+        damaged = stack([damage(image, level) for image in real])
+        scores.append(score(SampleFeatures(first_features(damaged)), reference, DISTANCES))
+    for name in baseline:
+        values = [intervals[name].value for intervals in scores]
         assert values == sorted(set(values)), (name, values)
 
 
-def test_pairs_fall_apart_with_the_damage(real: list[Image.Image], shared: Path) -> None:
+def test_paired_metrics_get_worse_with_the_damage(real: list[Image.Image], shared: Path) -> None:
     lpips = load_lpips(shared / "lpips" / "alexnet.safetensors")
-    some = stacked(real[:NUM_PAIRS])
+    originals = stack(real[:NUM_PAIRS])
     for damage, levels in DAMAGES.values():
-        found = []
+        losses = []
         for level in levels:
-            worse = stacked([damage(one, level) for one in real[:NUM_PAIRS]])
+            damaged = stack([damage(image, level) for image in real[:NUM_PAIRS]])
             with torch.inference_mode():
-                apart = lpips(*(one.float() / 127.5 - 1 for one in (worse, some))).mean()
-            found.append((float(apart), -float(psnr(worse, some).mean()), -float(ssim(worse, some).mean())))
-        for values in zip(*found, strict=True):
+                distance = lpips(*(images.float() / 127.5 - 1 for images in (damaged, originals))).mean()
+            losses.append((float(distance), -float(psnr(damaged, originals).mean()), -float(ssim(damaged, originals).mean())))
+        for values in zip(*losses, strict=True):
             assert list(values) == sorted(set(values)), values

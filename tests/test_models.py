@@ -1,16 +1,21 @@
-"""Width to network: the paper's sizes to the digit, costs against a count made by hand, small members by the same rule."""
+"""U-Nets: the paper's parameters to the digit, costs against an independent count, small widths by the same rule."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from transformers import BertConfig, BertModel, BertTokenizer
 
 from isocost.config.model import ModelSpec
 from isocost.errors import ConfigError
 from isocost.models.flops import family_table, model_cost
 from isocost.models.paper_table import BY_SIZE, TABLE_1
 from isocost.models.unet import build_unet, check_width, num_groups, num_heads, size_name, width_of
+from isocost.models.unet_with_text_encoder import UNetWithTextEncoder
 
 PARAMETERS_MILLION = (38.8, 83.4, 144.8, 223.0, 318.0, 429.8, 558.3, 703.7, 865.9, 2191.7, 4900.2)
 
@@ -36,7 +41,7 @@ def test_gflop_are_within_three_percent_of_the_papers_column(family: list[dict])
             assert ours["normalized_cost_per_step"] == pytest.approx(paper.normalized_cost_per_step, rel=0.05)
 
 
-def test_the_papers_figures_stand_only_beside_the_papers_shape() -> None:
+def test_the_papers_figures_are_given_only_for_the_papers_shape() -> None:
     (row,) = family_table([64], ModelSpec(width=64, latent_size=8, cross_attention_dim=384), 16)
     assert row["reference_gflop"] is None
     assert row["size"] != "39M"
@@ -58,8 +63,8 @@ def test_gflop_are_what_the_layers_multiply() -> None:
 
     def attention(module: nn.Module, inputs: tuple[torch.Tensor, ...], kwargs: dict, output: torch.Tensor) -> None:
         nonlocal total
-        states = kwargs.get("encoder_hidden_states")
-        keys = inputs[0].shape[1] if states is None else states.shape[1]
+        prompt_embeds = kwargs.get("encoder_hidden_states")
+        keys = inputs[0].shape[1] if prompt_embeds is None else prompt_embeds.shape[1]
         total += 2 * 2 * output.shape[1] * keys * output.shape[2]
 
     for module in network.modules():
@@ -98,9 +103,9 @@ def test_the_smallest_member_takes_a_forward_pass() -> None:
     check_width(4)
     network = build_unet(ModelSpec(width=4, latent_channels=8, latent_size=8, cross_attention_dim=384))
     assert sum(parameter.numel() for parameter in network.parameters()) == 257_172
-    made = network(torch.zeros(2, 8, 8, 8), torch.tensor([1.0, 500.0]), torch.ones(2, 16, 384), return_dict=False)[0]
-    assert made.shape == (2, 8, 8, 8)
-    made.sum().backward()
+    output = network(torch.zeros(2, 8, 8, 8), torch.tensor([1.0, 500.0]), torch.ones(2, 16, 384), return_dict=False)[0]
+    assert output.shape == (2, 8, 8, 8)
+    output.sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
@@ -108,13 +113,13 @@ def test_the_smallest_member_takes_a_forward_pass() -> None:
     ("width", "remedy"),
     [(12, "8 or 16"), (2, "8 or 16"), (0, "8 or 16"), (-8, "8 or 16"), (72, "64 or 96"), (100, "96 or 128")],
 )
-def test_a_width_that_no_group_rule_fits_is_refused_with_neighbours(width: int, remedy: str) -> None:
-    with pytest.raises(ConfigError, match=f"width {width}: no group rule fits.*{remedy}"):
+def test_a_width_that_groups_cannot_divide_is_refused_with_neighbours(width: int, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=f"width {width}: group norms and heads cannot divide it.*{remedy}"):
         check_width(width)
 
 
-def test_a_latent_side_that_cannot_be_halved_is_refused() -> None:
-    with pytest.raises(ConfigError, match="latent side 12"):
+def test_a_latent_size_that_cannot_be_halved_is_refused() -> None:
+    with pytest.raises(ConfigError, match="latent size 12"):
         build_unet(ModelSpec(width=8, latent_size=12))
 
 
@@ -125,3 +130,17 @@ def test_sizes_are_named_as_in_the_paper_and_by_parameters_elsewhere() -> None:
     assert [size_name(1, n, 384) for n in (777_000, 9_400_000, 35_600_000, 2_190_000_000)] == ["0.8M", "9.4M", "36M", "2.2B"]
     with pytest.raises(ConfigError, match="39M, 83M"):
         width_of("40M")
+
+
+def test_a_unet_is_saved_with_the_trained_weights_of_its_text_encoder(tmp_path: Path) -> None:
+    text_encoder = BertModel(BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    unet = build_unet(ModelSpec(width=4, latent_size=8, cross_attention_dim=16))
+    network = UNetWithTextEncoder(unet, text_encoder, padding_id=0)
+    weights = {name: parameter.detach() + 1 for name, parameter in network.named_parameters()}
+    network.save(tmp_path, BertTokenizer(vocab={"[UNK]": 0, "a": 1}), "epsilon", False, weights.items())
+    saved = load_file(tmp_path / "text_encoder" / "model.safetensors")
+    assert {name for name in saved if not name.startswith("pooler.")} == dict(text_encoder.named_parameters()).keys()
+    for name, value in weights.items():
+        if name.startswith("text_encoder."):
+            assert torch.equal(saved[name.removeprefix("text_encoder.")], value)
+    assert {name for name in saved if name.startswith("pooler.")} == {"pooler.dense.weight", "pooler.dense.bias"}

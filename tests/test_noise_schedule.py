@@ -1,4 +1,4 @@
-"""The schedule against diffusers, Philox against Random123's published vectors, the noise against the normal law.
+"""Comparisons: the schedule with diffusers, Philox with Random123's published vectors, the noise with the normal distribution.
 
 Shape letters: B rows, C H W latent.
 """
@@ -35,7 +35,7 @@ def batch():
     return torch.randn(5, 4, 6, 6), torch.randn(5, 4, 6, 6), torch.tensor([0, 1, 400, 998, 999])
 
 
-def test_schedule_is_stable_diffusions(schedule, oracle):
+def test_the_schedule_is_stable_diffusions(schedule, oracle):
     assert schedule.alphas_cumprod.dtype == np.float64
     np.testing.assert_allclose(schedule.alphas_cumprod, oracle.alphas_cumprod.numpy(), rtol=2e-5)
     assert schedule.alphas_cumprod[-1] == pytest.approx(
@@ -44,7 +44,7 @@ def test_schedule_is_stable_diffusions(schedule, oracle):
     assert math.sqrt(schedule.alphas_cumprod[-1]) == pytest.approx(0.068265, abs=1e-6)
 
 
-def test_mixtures_equal_diffusers(schedule, oracle, batch):
+def test_noisy_latents_and_velocities_equal_diffusers(schedule, oracle, batch):
     x0, noise, timesteps = batch
     torch.testing.assert_close(
         schedule.add_noise(x0, noise, timesteps), oracle.add_noise(x0, noise, timesteps), rtol=0, atol=2e-5
@@ -55,7 +55,7 @@ def test_mixtures_equal_diffusers(schedule, oracle, batch):
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
-def test_perfect_output_gives_x0_back(schedule, batch, prediction_type):
+def test_a_perfect_output_recovers_x0(schedule, batch, prediction_type):
     x0, noise, timesteps = (values.double() if values.is_floating_point() else values for values in batch)
     x = schedule.add_noise(x0, noise, timesteps)
     output = schedule.training_target(prediction_type, x0, noise, timesteps)
@@ -64,22 +64,22 @@ def test_perfect_output_gives_x0_back(schedule, batch, prediction_type):
     assert p.dtype == q.dtype == np.float64
 
 
-def test_cached_coefficients_serve_training_after_inference(batch):
+def test_coefficients_cached_in_inference_can_be_trained_with(batch):
     schedule = NoiseSchedule.scaled_linear()
     x0, noise, timesteps = batch
     with torch.inference_mode():
         schedule.add_noise(x0, noise, timesteps)
-    learned = x0.clone().requires_grad_()
-    schedule.add_noise(learned, noise, timesteps).sum().backward()
-    assert learned.grad is not None
+    trainable = x0.clone().requires_grad_()
+    schedule.add_noise(trainable, noise, timesteps).sum().backward()
+    assert trainable.grad is not None
 
 
-def test_wrong_requests_are_refused(schedule, batch):
+def test_wrong_requests_are_rejected(schedule, batch):
     with pytest.raises(ConfigError, match="choose one of epsilon"):
         schedule.training_target("flow", *batch)
-    for wrong in ([0.5, -0.1], [0.5, 0.6], [1.0, 0.5], []):
+    for values in ([0.5, -0.1], [0.5, 0.6], [1.0, 0.5], []):
         with pytest.raises(ConfigError, match="alphas_cumprod"):
-            NoiseSchedule.from_alphas_cumprod(np.array(wrong))
+            NoiseSchedule.from_alphas_cumprod(np.array(values))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_philox_known_answers(counter, key, words):
     assert philox4x32(numbers[0], numbers[1]).tolist() == numbers[2].tolist()
 
 
-def test_noise_layout_is_the_documented_one():
+def test_the_noise_layout_is_as_documented():
     seed, sample_index, evaluation, shape = -3, 2**40 + 7, 12, (3, 2, 3)
     noise = philox_normal(seed, torch.tensor([5, sample_index]), torch.tensor([0, evaluation]), shape, "cpu")[1].flatten()
     expected = []
@@ -110,8 +110,8 @@ def test_noise_layout_is_the_documented_one():
     np.testing.assert_allclose(noise.numpy(), expected[:18], rtol=1e-6, atol=1e-7)
 
 
-def test_normals_are_float64s_to_one_ulp():
-    """The formula again in numpy's float64, element by element over 20,000 elements."""
+def test_the_noise_equals_the_float64_formula_up_to_one_ulp():
+    """The formula in numpy's float64, for each of 20,000 elements."""
     ids, shape = torch.arange(5000), (1, 2, 2)
     counter = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 2), torch.zeros_like(ids)])
     words = philox4x32(counter, torch.tensor([[9], [0]])).numpy()
@@ -119,22 +119,22 @@ def test_normals_are_float64s_to_one_ulp():
     radius, angle = np.sqrt(-2 * np.log(uniform[0::2])), 2 * np.pi * uniform[1::2]
     exact = np.stack([radius[0] * np.cos(angle[0]), radius[0] * np.sin(angle[0])])
     exact = np.concatenate([exact, np.stack([radius[1] * np.cos(angle[1]), radius[1] * np.sin(angle[1])])]).T
-    made = philox_normal(9, ids, 2, shape, "cpu").flatten(1).numpy()
+    noise = philox_normal(9, ids, 2, shape, "cpu").flatten(1).numpy()
     nearest = exact.astype(np.float32)
-    assert np.all(np.abs(made - nearest) <= np.spacing(np.abs(nearest)))
+    assert np.all(np.abs(noise - nearest) <= np.spacing(np.abs(nearest)))
 
 
 def test_noise_does_not_depend_on_the_batch():
     ids, shape = torch.arange(40), (4, 5, 5)
     together = philox_normal(7, ids, 3, shape, "cpu")
     for count, order in ((1, ids), (7, ids.flip(0)), (40, ids.roll(13))):
-        for part in order.split(count):
-            assert torch.equal(philox_normal(7, part, 3, shape, "cpu"), together[part])
+        for chunk in order.split(count):
+            assert torch.equal(philox_normal(7, chunk, 3, shape, "cpu"), together[chunk])
     seeds, evaluations = torch.full((40,), 7), torch.full((40,), 3)
     assert torch.equal(philox_normal(seeds, ids, evaluations, shape, "cpu"), together)
 
 
-def test_every_coordinate_gives_other_noise():
+def test_every_coordinate_gives_different_noise():
     coordinates = itertools.product((0, 1, 2**32, -1), (0, 1, 2**32), (0, 1, 2))
     noises = [
         philox_normal(seed, torch.tensor([image]), evaluation, (4, 8, 8), "cpu") for seed, image, evaluation in coordinates

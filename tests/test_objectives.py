@@ -1,6 +1,6 @@
-"""What a training is shown: every image owns its image, latent, noise, timestep, caption and dropout.
+"""Training objectives: the n-th image of a training owns its latent, noise, timestep, caption and dropout.
 
-Oracles: scipy's tests of distributions, diffusers' own min-SNR weights.
+Oracles: scipy's tests of distributions, the min-SNR weights of diffusers.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from isocost.errors import ConfigError
 from isocost.models.checkpoint import scheduler_for
 from isocost.models.text_encoder import MiniLMTextEncoder
 from isocost.training.lr_schedule import learning_rate
-from isocost.training.objectives import Batch, TextToImage, choices, loss_weights, training_key, training_schedule
+from isocost.training.objectives import Batch, TextToImage, loss_weights, sample_draws, training_key, training_schedule
 
 NUM_IMAGES, STDS = 10, torch.tensor([0.5, 2.0])
 CPU = torch.device("cpu")
 
 
 class Spread:
-    """An autoencoder whose moments are known: means run up with the image, stds with the channel."""
+    """An autoencoder with known moments: the mean is the image's grey level, the std depends on the channel."""
 
     latent_channels, factor = 2, 16
 
@@ -50,12 +50,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
     levels = torch.arange(NUM_IMAGES, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32).contiguous()
     captions = [tuple(f"caption {n} {k}" for k in range(1 + n % 3)) for n in range(NUM_IMAGES)]
     images = ImageDataset(levels, captions, [str(n) for n in range(NUM_IMAGES)], None)
-    place = ShardStore(tmp_path_factory.mktemp("cache"))
-    write_index(place, write_cache(place, images.read, Spread(), MiniLMTextEncoder(TextEncoderSpec(max_tokens=12))))
-    return LatentCache(place)
+    store = ShardStore(tmp_path_factory.mktemp("cache"))
+    write_index(store, write_cache(store, images.read, Spread(), MiniLMTextEncoder(TextEncoderSpec(max_tokens=12))))
+    return LatentCache(store)
 
 
-def task_of(cache: LatentCache, **changes: object) -> TextToImage:
+def make_objective(cache: LatentCache, **changes: object) -> TextToImage:
     spec = TrainSpec.model_validate({"num_images": 1, "prediction_type": "sample", "caption_dropout": 0.0, **changes})
     return TextToImage(spec, cache, NoiseSchedule.scaled_linear())
 
@@ -66,29 +66,29 @@ def joined(batches: list[Batch]) -> Batch:
 
 
 @pytest.mark.parametrize("cuts", [(0, 16), (0, 8, 16), (0, 1, 5, 16), tuple(range(17))])
-def test_rows_are_the_same_whoever_asks_for_them(cache: LatentCache, cuts: tuple[int, ...]) -> None:
-    task = task_of(cache, caption_dropout=0.3, prediction_type="v_prediction")
-    whole = task.batch(48, range(16), CPU)
-    parts = joined([task.batch(48, range(a, b), CPU) for a, b in pairwise(cuts)])
-    shifted = task.batch(40, range(8, 24), CPU)
-    for name in ("noisy", "timesteps", "states", "target", "weights"):
+def test_rows_do_not_depend_on_the_other_rows_of_a_call(cache: LatentCache, cuts: tuple[int, ...]) -> None:
+    objective = make_objective(cache, caption_dropout=0.3, prediction_type="v_prediction")
+    whole = objective.batch(48, range(16), CPU)
+    parts = joined([objective.batch(48, range(a, b), CPU) for a, b in pairwise(cuts)])
+    shifted = objective.batch(40, range(8, 24), CPU)
+    for name in ("noisy", "timesteps", "prompt_embeds", "target", "weights"):
         assert torch.equal(getattr(whole, name), getattr(parts, name)), name
         assert torch.equal(getattr(whole, name), getattr(shifted, name)), name
 
 
-def test_other_seeds_and_places_are_shown_something_else_and_global_randomness_is_left_alone(cache: LatentCache) -> None:
+def test_other_seeds_and_positions_give_other_rows_and_the_global_random_state_does_not_change(cache: LatentCache) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first = task_of(cache).batch(0, range(16), CPU)
-    other, later = task_of(cache, seed=1).batch(0, range(16), CPU), task_of(cache).batch(16, range(16), CPU)
+    first = make_objective(cache).batch(0, range(16), CPU)
+    other, later = make_objective(cache, seed=1).batch(0, range(16), CPU), make_objective(cache).batch(16, range(16), CPU)
     assert not torch.equal(first.noisy, other.noisy)
     assert not torch.equal(first.noisy, later.noisy)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_latents_are_report_data_their_moments(cache: LatentCache) -> None:
-    """Kolmogorov-Smirnov against the normal; no two channels, places or images share their noise."""
-    target = task_of(cache).batch(0, range(3200), CPU).target
+def test_latents_are_drawn_from_their_moments(cache: LatentCache) -> None:
+    """Kolmogorov-Smirnov against the normal; no two channels, positions or images share their noise."""
+    target = make_objective(cache).batch(0, range(3200), CPU).target
     order = shuffled_indices(0, 0, 3200, NUM_IMAGES)
     noise = (target - order[:, None, None, None]) / STDS[:, None, None]
     for channel in range(2):
@@ -98,34 +98,34 @@ def test_latents_are_report_data_their_moments(cache: LatentCache) -> None:
     assert abs(np.corrcoef(rows[:-1].flatten(), rows[1:].flatten())[0, 1]) < 5 / rows.size**0.5
 
 
-def test_the_noise_that_is_mixed_in_is_independent_of_the_latent_draw(cache: LatentCache) -> None:
-    latents = task_of(cache).batch(0, range(2000), CPU).target
-    noise = task_of(cache, prediction_type="epsilon").batch(0, range(2000), CPU).target
-    drawn = (latents - shuffled_indices(0, 0, 2000, NUM_IMAGES)[:, None, None, None]) / STDS[:, None, None]
+def test_the_diffusion_noise_is_independent_of_the_latent_draw(cache: LatentCache) -> None:
+    latents = make_objective(cache).batch(0, range(2000), CPU).target
+    noise = make_objective(cache, prediction_type="epsilon").batch(0, range(2000), CPU).target
+    latent_draws = (latents - shuffled_indices(0, 0, 2000, NUM_IMAGES)[:, None, None, None]) / STDS[:, None, None]
     assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-4
-    assert abs(np.corrcoef(noise.flatten(), drawn.flatten())[0, 1]) < 5 / noise.numel() ** 0.5
+    assert abs(np.corrcoef(noise.flatten(), latent_draws.flatten())[0, 1]) < 5 / noise.numel() ** 0.5
 
 
 def test_timesteps_captions_and_dropout_are_uniform_and_independent() -> None:
-    words = [word.double().numpy() / 2**32 for word in choices(training_key(0), torch.arange(20_000))]
-    for word in words:
-        assert stats.kstest(word, "uniform").pvalue > 1e-4
-    assert np.abs(np.corrcoef(words) - np.eye(4)).max() < 5 / 20_000**0.5
+    draws = [values.double().numpy() / 2**32 for values in sample_draws(training_key(0), torch.arange(20_000))]
+    for values in draws:
+        assert stats.kstest(values, "uniform").pvalue > 1e-4
+    assert np.abs(np.corrcoef(draws) - np.eye(4)).max() < 5 / 20_000**0.5
     assert training_key(0) != training_key(1)
 
 
-def test_every_caption_of_an_image_is_as_likely_and_dropped_at_its_rate(cache: LatentCache) -> None:
+def test_every_caption_of_an_image_is_equally_likely_and_dropped_at_its_rate(cache: LatentCache) -> None:
     numbers = torch.arange(9000)
     indices = shuffled_indices(0, 0, len(numbers), NUM_IMAGES)
-    _, pick, drop, _ = choices(training_key(0), numbers)
-    task = task_of(cache)
-    chosen = task._captions(indices, pick, drop)
+    _, caption_draws, dropout_draws, _ = sample_draws(training_key(0), numbers)
+    objective = make_objective(cache)
+    chosen = objective._captions(indices, caption_draws, dropout_draws)
     for image in range(NUM_IMAGES):
-        own = cache.captions(torch.tensor([image]))[0]
-        counts = [int((chosen[indices == image] == caption).sum()) for caption in own[own >= 0]]
+        captions = cache.captions(torch.tensor([image]))[0]
+        counts = [int((chosen[indices == image] == caption).sum()) for caption in captions[captions >= 0]]
         assert sum(counts) == 900
         assert len(counts) == 1 or stats.chisquare(counts).pvalue > 1e-4
-    thinned = task_of(cache, caption_dropout=0.2)._captions(indices, pick, drop)
+    thinned = make_objective(cache, caption_dropout=0.2)._captions(indices, caption_draws, dropout_draws)
     dropped = thinned == cache.null_caption
     assert stats.binomtest(int(dropped.sum()), len(numbers), 0.2).pvalue > 1e-4
     assert torch.equal(thinned[~dropped], chosen[~dropped])
@@ -142,36 +142,36 @@ def test_min_snr_weights_are_those_of_diffusers(prediction_type: str) -> None:
 
 
 def test_the_loss_is_the_mean_of_weighted_squares(cache: LatentCache) -> None:
-    task = task_of(cache, prediction_type="epsilon", min_snr_gamma=5.0)
-    batch = task.batch(0, range(64), CPU)
+    objective = make_objective(cache, prediction_type="epsilon", min_snr_gamma=5.0)
+    batch = objective.batch(0, range(64), CPU)
 
-    class Nothing(torch.nn.Module):
-        def forward(self, noisy: Tensor, timesteps: Tensor, states: Tensor) -> object:
+    class ZeroNetwork(torch.nn.Module):
+        def forward(self, noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> object:
             return type("Output", (), {"sample": torch.zeros_like(noisy)})
 
     expected = (batch.target.square().mean((1, 2, 3)) * batch.weights).mean()
-    assert torch.allclose(task.loss(Nothing(), batch), expected.to(torch.float32), rtol=1e-5)
+    assert torch.allclose(objective.loss(ZeroNetwork(), batch), expected.to(torch.float32), rtol=1e-5)
     assert batch.weights.min() < batch.weights.max() <= 1
 
 
-def test_captions_are_encoded_in_the_step_where_no_states_are_cached(cache: LatentCache, tmp_path: Path) -> None:
+def test_captions_are_encoded_in_the_step_if_no_prompt_embeddings_are_cached(cache: LatentCache, tmp_path: Path) -> None:
     text = MiniLMTextEncoder(TextEncoderSpec(max_tokens=12))
     levels = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32).contiguous()
     images = ImageDataset(levels, [(f"number {n}",) for n in range(4)], list("0123"), None)
-    made = {}
-    for with_states in (True, False):
-        place = ShardStore(tmp_path / str(with_states))
-        write_index(place, write_cache(place, images.read, Spread(), text, with_states=with_states))
-        task = TextToImage(TrainSpec(num_images=1), LatentCache(place), NoiseSchedule.scaled_linear(), text)
-        made[with_states] = task.batch(0, range(8), CPU).states
-        assert not made[with_states].is_inference(), "autograd has to take them"
-    assert torch.allclose(made[True], made[False], atol=5e-3)
+    prompt_embeds = {}
+    for with_prompt_embeds in (True, False):
+        store = ShardStore(tmp_path / str(with_prompt_embeds))
+        write_index(store, write_cache(store, images.read, Spread(), text, with_prompt_embeds=with_prompt_embeds))
+        objective = TextToImage(TrainSpec(num_images=1), LatentCache(store), NoiseSchedule.scaled_linear(), text)
+        prompt_embeds[with_prompt_embeds] = objective.batch(0, range(8), CPU).prompt_embeds
+        assert not prompt_embeds[with_prompt_embeds].is_inference(), "autograd must accept them"
+    assert torch.allclose(prompt_embeds[True], prompt_embeds[False], atol=5e-3)
 
 
 @pytest.mark.parametrize(
     ("prediction_type", "rescale_betas_zero_snr"), [("v_prediction", True), ("flow_prediction", False), ("sample", False)]
 )
-def test_a_batch_follows_the_schedule_of_its_prediction(
+def test_a_batch_follows_the_noise_schedule_of_its_prediction_type(
     cache: LatentCache, prediction_type: str, rescale_betas_zero_snr: bool
 ) -> None:
     spec = TrainSpec.model_validate(

@@ -1,4 +1,4 @@
-"""The frontier against definitions written out by brute force, pandas' own idxmin, and Table 1 of arXiv 2404.01367."""
+"""The frontier against brute-force definitions, pandas' idxmin, and Table 1 of arXiv 2404.01367."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from isocost.analysis.formatting import format_score
 from isocost.analysis.pareto import best_at_budgets, best_guidance, default_budgets, pareto
 from isocost.analysis.results_table import final_points, sizes_in_order
 from isocost.errors import ConfigError
-from synthetic_results import BEST_GUIDANCE, TABLE_1, paper_table, planted_table
+from synthetic_results import BEST_GUIDANCE, TABLE_1, paper_table, synthetic_table
 
 KERNEL = "mmd_efficientnet"
 
 
 def random_table(seed: int) -> pd.DataFrame:
-    """Points whose costs and values are coarse, so that ties abound."""
+    """Points with coarse costs and values, so that there are many ties."""
     generator = np.random.default_rng(seed)
-    table = planted_table(snapshots=())
+    table = synthetic_table(snapshots=())
     values = generator.integers(1, 40, len(table)) / 10
     return table.assign(
         normalized_cost=generator.integers(1, 25, len(table)).astype(float),
@@ -31,31 +31,31 @@ def random_table(seed: int) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(("metric", "pick"), [(KERNEL, "idxmin"), ("alignment", "idxmax")])
-def test_best_guidance_is_what_pandas_finds(metric: str, pick: str) -> None:
-    table = planted_table(noise=0.01)
+def test_best_guidance_equals_that_of_pandas(metric: str, pick: str) -> None:
+    table = synthetic_table(noise=0.01)
     table["alignment"] = table["alignment"].sample(frac=1, random_state=1).to_numpy()
     groups = table[table["is_final"]].groupby(["size", "solver", "num_steps"])[metric]
     expected = set(table.loc[getattr(groups, pick)(), "point"])
     assert set(best_guidance(table, metric)["point"]) == expected
 
 
-def test_planted_guidance_is_found_inside_the_grid() -> None:
-    found = best_guidance(planted_table(), KERNEL)
-    assert (found["guidance"] == BEST_GUIDANCE).all()
-    assert not found["guidance_at_boundary"].any()
+def test_the_true_best_guidance_is_found_inside_the_grid() -> None:
+    best = best_guidance(synthetic_table(), KERNEL)
+    assert (best["guidance"] == BEST_GUIDANCE).all()
+    assert not best["guidance_at_boundary"].any()
 
 
 @pytest.mark.parametrize("guidance", [(2.0, 3.0, 5.0), (1.0, 1.5, 2.0), (2.0,)])
-def test_an_optimum_at_the_edge_is_flagged(guidance: tuple[float, ...]) -> None:
-    assert best_guidance(planted_table(guidance=guidance), KERNEL)["guidance_at_boundary"].all()
+def test_an_optimum_at_the_boundary_is_flagged(guidance: tuple[float, ...]) -> None:
+    assert best_guidance(synthetic_table(guidance=guidance), KERNEL)["guidance_at_boundary"].all()
 
 
-def test_sampling_without_guidance_is_no_search_with_an_edge() -> None:
-    assert not best_guidance(planted_table(guidance=(1.0,)), KERNEL)["guidance_at_boundary"].any()
+def test_sampling_without_guidance_has_no_boundary() -> None:
+    assert not best_guidance(synthetic_table(guidance=(1.0,)), KERNEL)["guidance_at_boundary"].any()
 
 
-def test_guidance_zero_is_no_edge() -> None:
-    table = planted_table(guidance=(2.0, 3.0))
+def test_guidance_zero_is_no_boundary() -> None:
+    table = synthetic_table(guidance=(2.0, 3.0))
     table["guidance"] = table["guidance"].replace({2.0: 0.0})
     assert not best_guidance(table, KERNEL)["guidance_at_boundary"].any()
 
@@ -71,10 +71,10 @@ def test_pareto_is_the_undominated_set(seed: int, metric: str) -> None:
         for cost, value in coordinates
         if not any(c <= cost and v <= value and (c, v) != (cost, value) for c, v in coordinates)
     }
-    found = pareto(table, "normalized_cost", metric)
-    assert {(cost, sign * value) for cost, value in zip(found["normalized_cost"], found[metric], strict=True)} == expected
-    assert len(found) == len(expected)
-    assert found["normalized_cost"].is_monotonic_increasing
+    front = pareto(table, "normalized_cost", metric)
+    assert {(cost, sign * value) for cost, value in zip(front["normalized_cost"], front[metric], strict=True)} == expected
+    assert len(front) == len(expected)
+    assert front["normalized_cost"].is_monotonic_increasing
 
 
 def test_every_size_of_table_1_is_on_the_frontier() -> None:
@@ -83,7 +83,7 @@ def test_every_size_of_table_1_is_on_the_frontier() -> None:
     assert sizes_in_order(table) == list(TABLE_1)
 
 
-def test_budgets_on_table_1_take_in_equality() -> None:
+def test_budgets_on_table_1_include_equality() -> None:
     assert 0.07 * 50 > 3.5, "the published cost x 50 exceeds its decimal value by a rounding error"
     choices = best_at_budgets(paper_table(), "normalized_cost", "frechet_efficientnet", [3.4, 3.5, 12, 49.9, 50, 1000])
     assert [choice.best.size if choice.best else None for choice in choices] == [None, "39M", "145M", "704M", "866M", "5B"]
@@ -98,7 +98,7 @@ def test_budgets_on_table_1_take_in_equality() -> None:
     assert [choice.beyond_data for choice in choices] == [False] * 5 + [True]
     assert choices[0].cheapest.size == "39M"
     assert choices[2].undecided, "without an interval nothing is decided"
-    assert not choices[1].undecided, "one size leaves nothing to decide"
+    assert not choices[1].undecided, "with one size there is nothing to decide"
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -117,8 +117,8 @@ def test_the_best_within_a_budget_by_definition(seed: int, budget: float) -> Non
 
 
 @pytest.mark.parametrize(("half_width", "undecided"), [(0.049, False), (0.051, True)])
-def test_undecided_is_where_intervals_overlap(half_width: float, undecided: bool) -> None:
-    table = planted_table(sizes=("0.2M", "0.8M"), num_steps=(4,), guidance=(1.0,), solvers=("ddim/trailing",), snapshots=())
+def test_a_choice_is_undecided_if_intervals_overlap(half_width: float, undecided: bool) -> None:
+    table = synthetic_table(sizes=("0.2M", "0.8M"), num_steps=(4,), guidance=(1.0,), solvers=("ddim/trailing",), snapshots=())
     table[KERNEL] = [0.4, 0.3]
     table[f"{KERNEL}_low"], table[f"{KERNEL}_high"] = table[KERNEL] - half_width, table[KERNEL] + half_width
     (choice,) = best_at_budgets(table, "nfe", KERNEL, [100])
@@ -137,55 +137,55 @@ def test_order_of_rows_does_not_matter() -> None:
         pd.testing.assert_frame_equal(pareto(shuffled, "normalized_cost", KERNEL), pareto(table, "normalized_cost", KERNEL))
 
 
-def test_training_marks_do_not_compete() -> None:
-    table = planted_table()
+def test_training_snapshots_do_not_compete() -> None:
+    table = synthetic_table()
     table.loc[~table["is_final"], KERNEL] = 1e-6
     assert final_points(table, KERNEL)["is_final"].all()
     assert pareto(table, "nfe", KERNEL)["is_final"].all()
-    with pytest.raises(ConfigError, match="no finished checkpoint"):
+    with pytest.raises(ConfigError, match="no final checkpoint has"):
         best_guidance(table[~table["is_final"]], KERNEL)
 
 
 @pytest.mark.parametrize(("column", "other"), [("protocol", "newer"), ("num_images", 50), ("seed", 7)])
-def test_what_cannot_be_compared_is_refused_by_name(column: str, other: object) -> None:
-    table = planted_table()
+def test_points_that_cannot_be_compared_are_refused_by_name(column: str, other: object) -> None:
+    table = synthetic_table()
     table.loc[table.index[:3], column] = other
     with pytest.raises(ConfigError, match=rf"differ in {column}.*{other} \(3 points\)"):
         pareto(table, "nfe", KERNEL)
 
 
 def test_points_without_the_metric_do_not_count_as_mixed() -> None:
-    table = planted_table()
+    table = synthetic_table()
     table.loc[table.index[:3], "protocol"] = "newer"
     table.loc[table.index[:3], KERNEL] = np.nan
     assert len(best_guidance(table, KERNEL))
 
 
 def test_two_points_of_one_configuration_are_refused() -> None:
-    table = planted_table()
+    table = synthetic_table()
     twin = table[table["is_final"]].iloc[[0]].assign(point="twin")
-    with pytest.raises(ConfigError, match="twin stand for the same configuration"):
+    with pytest.raises(ConfigError, match="twin have this same configuration"):
         best_guidance(pd.concat([table, twin], ignore_index=True), KERNEL)
 
 
-def test_unknown_names_and_missing_numbers_are_one_clear_line() -> None:
-    table = planted_table()
-    with pytest.raises(ConfigError, match="no metric is called 'beauty'"):
+def test_unknown_names_and_missing_values_are_one_clear_line() -> None:
+    table = synthetic_table()
+    with pytest.raises(ConfigError, match="unknown metric 'beauty'"):
         best_guidance(table, "beauty")
     with pytest.raises(ConfigError, match="no cost is called 'steps'"):
         pareto(table, "steps", KERNEL)
-    with pytest.raises(ConfigError, match="no point carries a measured ms_per_image"):
+    with pytest.raises(ConfigError, match="no point has a measured ms_per_image"):
         pareto(table.assign(ms_per_image=np.nan), "ms_per_image", KERNEL)
-    with pytest.raises(ConfigError, match="no point carries alignment"):
+    with pytest.raises(ConfigError, match="no point has alignment"):
         best_guidance(table.assign(alignment=np.nan), "alignment")
     for budget in (0.0, -1.0, float("nan")):
-        with pytest.raises(ConfigError, match="a budget is a positive number"):
+        with pytest.raises(ConfigError, match="a budget must be a positive number"):
             best_at_budgets(table, "nfe", KERNEL, [budget])
 
 
 @pytest.mark.parametrize("cost", list(COSTS))
 def test_default_budgets_spread_over_the_log_range(cost: str) -> None:
-    table = planted_table()
+    table = synthetic_table()
     budgets = default_budgets(table, cost)
     costs = table.loc[table["is_final"], cost]
     assert len(budgets) == 5
@@ -197,7 +197,7 @@ def test_default_budgets_spread_over_the_log_range(cost: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "text"),
+    ("score", "text"),
     [
         ((0.1234, 0.12, 0.1266), "0.123 [0.120, 0.127]"),
         ((22.354, 22.0, 22.8), "22.4 [22.0, 22.8]"),
@@ -206,5 +206,5 @@ def test_default_budgets_spread_over_the_log_range(cost: str) -> None:
         ((1887.5, None, None), "1888"),
     ],
 )
-def test_scores_show_the_digits_they_need(numbers: tuple[float, float, float], text: str) -> None:
-    assert format_score(*numbers).startswith(text) or format_score(*numbers) == text
+def test_scores_have_the_digits_that_they_need(score: tuple[float, float, float], text: str) -> None:
+    assert format_score(*score).startswith(text) or format_score(*score) == text

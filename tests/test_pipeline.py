@@ -1,4 +1,4 @@
-"""The whole way: images to report; what exists is skipped; a killed run ends with the same table."""
+"""A study from images to report: finished stages are skipped, and a killed run ends with the same table."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from conftest import plain_study, tiny_study
 from isocost.config.study_yaml import load_study
 from isocost.errors import ConfigError, RunError
 from isocost.evaluation.evaluator import score
-from isocost.evaluation.feature_store import SampleFeatures, read_measured
+from isocost.evaluation.feature_store import SampleFeatures, read_sample_features
 from isocost.pipeline.dry_run import plan
 from isocost.pipeline.merge import archive, merge, take_artefacts
 from isocost.pipeline.pipeline import Pipeline
@@ -35,7 +36,7 @@ from tiny_configs import save, scenes
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of a tiny study that ran without a break."""
+    """The output folder of a tiny study that ran without an interruption."""
     out = tmp_path_factory.mktemp("finished") / "out"
     pipeline = Pipeline(tiny_study(), out)
     assert pipeline.run()
@@ -47,7 +48,7 @@ def table_of(out: Path) -> pd.DataFrame:
     return pd.read_parquet(out / "table.parquet").drop(columns=HARDWARE_COLUMNS)
 
 
-def test_the_table_holds_the_grid_and_the_marks(finished: Path) -> None:
+def test_the_table_has_the_grid_and_the_snapshots(finished: Path) -> None:
     table = table_of(finished)
     final_points = table[table["is_final"]]
     assert len(final_points) == 2 * 2 * 2
@@ -63,7 +64,7 @@ def test_the_table_holds_the_grid_and_the_marks(finished: Path) -> None:
     assert (two_passes["nfe"] == 2 * two_passes["num_steps"]).all()
 
 
-def test_the_output_folder_is_whole(finished: Path) -> None:
+def test_the_output_folder_has_all_files(finished: Path) -> None:
     for name in ("study.yaml", "results.sqlite", "table.csv", "report/index.html", "report/summary.md"):
         assert (finished / name).is_file(), name
     page = (finished / "report" / "index.html").read_text()
@@ -71,7 +72,7 @@ def test_the_output_folder_is_whole(finished: Path) -> None:
     assert "http://" not in page.split("<body>")[1].split("<script")[0]
 
 
-def test_what_exists_is_skipped(finished: Path) -> None:
+def test_existing_artefacts_are_skipped(finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (finished / "artefacts").rglob("*") if path.is_file()}
     pipeline = Pipeline(tiny_study(), finished)
     assert pipeline.run()
@@ -79,30 +80,32 @@ def test_what_exists_is_skipped(finished: Path) -> None:
     assert all(size["points_to_make"] == size["images_to_train"] == 0 for size in plan(pipeline)["sizes"])
 
 
-def test_a_wider_grid_reuses_what_stands(finished: Path, tmp_path: Path) -> None:
+def test_a_wider_grid_reuses_the_existing_points(finished: Path, tmp_path: Path) -> None:
     sweep = {**plain_study()["sweep"], "guidance": [1, 2, 4]}
+    before = (finished / "study.yaml").read_bytes()
     planned = plan(Pipeline(tiny_study(sweep=sweep, family={"widths": [8, 16, 24]}), finished))
+    assert (finished / "study.yaml").read_bytes() == before, "a plan writes nothing"
     by_width = {size["width"]: size for size in planned["sizes"]}
     assert by_width[8]["points_to_make"] == 2
     assert by_width[8]["images_to_train"] == 0
     assert by_width[24]["images_to_train"] == 256
 
 
-def test_more_images_go_on_from_the_last_state(finished: Path) -> None:
+def test_more_images_continue_from_the_last_state(finished: Path) -> None:
     longer = {**plain_study()["train"], "num_images": 320, "snapshots": [128, 256]}
     pipeline = Pipeline(tiny_study(train=longer), finished)
     assert [size["images_to_train"] for size in plan(pipeline)["sizes"]] == [64, 64]
 
 
-def test_a_mark_behind_the_state_is_refused(finished: Path) -> None:
+def test_a_snapshot_behind_the_state_is_refused(finished: Path) -> None:
     pipeline = Pipeline(tiny_study(train={**plain_study()["train"], "snapshots": [64, 128]}), finished)
-    with pytest.raises(ConfigError, match=r"train\.snapshots: 64 images were passed"):
+    with pytest.raises(ConfigError, match=r"train\.snapshots: no checkpoint was saved at 64 images"):
         pipeline.train(pipeline.runs[0])
 
 
-def test_scored_marks_need_not_be_kept(finished: Path, tmp_path: Path) -> None:
-    archive(finished, tmp_path / "kept", checkpoint_mib=100)
-    merge(tmp_path / "out", [tmp_path / "kept"])
+def test_checkpoints_of_scored_snapshots_may_be_absent(finished: Path, tmp_path: Path) -> None:
+    archive(finished, tmp_path / "archive", checkpoint_mib=100)
+    merge(tmp_path / "out", [tmp_path / "archive"])
     again = Pipeline(tiny_study(), tmp_path / "out")
     checkpoints = {folder.name for folder in (again.out / "artefacts" / "checkpoint").iterdir()}
     assert checkpoints == {run.final for run in again.runs}
@@ -110,17 +113,66 @@ def test_scored_marks_need_not_be_kept(finished: Path, tmp_path: Path) -> None:
     report(again)
     pd.testing.assert_frame_equal(table_of(again.out), table_of(finished))
     assert not (again.out / "artefacts" / "run").exists()
-    other_marks = tiny_study(sweep={**plain_study()["sweep"], "snapshot_num_steps": 2, "snapshot_guidance": 1.5})
-    assert [size["images_to_train"] for size in plan(Pipeline(other_marks, again.out))["sizes"]] == [256, 256]
+    other_snapshots = tiny_study(sweep={**plain_study()["sweep"], "snapshot_num_steps": 2, "snapshot_guidance": 1.5})
+    assert [size["images_to_train"] for size in plan(Pipeline(other_snapshots, again.out))["sizes"]] == [256, 256]
 
 
-def test_large_checkpoints_stay_behind(finished: Path, tmp_path: Path) -> None:
-    archive(finished, tmp_path / "kept", checkpoint_mib=0.1)
-    assert not (tmp_path / "kept" / "artefacts" / "checkpoint").exists()
-    assert len(ResultsDB(tmp_path / "kept" / "results.sqlite").points()) == 10
+def test_large_checkpoints_are_not_archived(finished: Path, tmp_path: Path) -> None:
+    archive(finished, tmp_path / "archive", checkpoint_mib=0.1)
+    assert not (tmp_path / "archive" / "artefacts" / "checkpoint").exists()
+    assert len(ResultsDB(tmp_path / "archive" / "results.sqlite").points()) == 10
 
 
-def test_another_protocol_goes_on_from_the_artefacts(finished: Path, tmp_path: Path) -> None:
+def test_a_scored_study_without_checkpoints_trains_nothing_again(finished: Path, tmp_path: Path) -> None:
+    archive(finished, tmp_path / "archive", checkpoint_mib=0.0001)
+    merge(tmp_path / "out", [tmp_path / "archive"])
+    again = Pipeline(tiny_study(), tmp_path / "out")
+    assert all(size["points_to_make"] == size["images_to_train"] == 0 for size in plan(again)["sizes"])
+    assert again.run()
+    for kind in ("run", "checkpoint", "shard", "point"):
+        assert not (again.out / "artefacts" / kind).exists(), kind
+    assert [size.images_seen for size in again.status("done").sizes] == [256, 256]
+    report(again)
+    pd.testing.assert_frame_equal(table_of(again.out), table_of(finished))
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        again.remeasure(again.runs[0])
+
+
+def test_a_new_point_of_a_study_without_checkpoints_trains_its_size_again(finished: Path, tmp_path: Path) -> None:
+    archive(finished, tmp_path / "archive", checkpoint_mib=0.0001)
+    merge(tmp_path / "out", [tmp_path / "archive"])
+    sweep = {**plain_study()["sweep"], "num_steps": [1, 2, 4]}
+    more_steps = Pipeline(tiny_study(sweep=sweep), tmp_path / "out")
+    assert [(size["points_to_make"], size["images_to_train"]) for size in plan(more_steps)["sizes"]] == [(2, 256), (2, 256)]
+    assert more_steps.run()
+    assert all(more_steps.store.has("checkpoint", run.final) for run in more_steps.runs)
+    report(more_steps)
+    table = table_of(more_steps.out)
+    assert len(table[table["num_steps"] == 4]) == 4
+    earlier_rows = table[table["num_steps"] != 4].reset_index(drop=True)
+    pd.testing.assert_frame_equal(earlier_rows, table_of(finished))
+
+
+def test_a_new_metric_of_a_study_without_checkpoints_trains_its_sizes_again(finished: Path, tmp_path: Path) -> None:
+    archive(finished, tmp_path / "archive", checkpoint_mib=0.0001)
+    merge(tmp_path / "out", [tmp_path / "archive"])
+    protocol = {**plain_study()["protocol"], "metrics": ["mmd", "frechet"]}
+    more_metrics = Pipeline(tiny_study(protocol=protocol), tmp_path / "out")
+    assert [size["images_to_train"] for size in plan(more_metrics)["sizes"]] == [256, 256]
+
+
+def test_the_library_is_silent_and_the_command_prints_its_messages(
+    finished: Path, isocost: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    merge(tmp_path / "library", [finished])
+    assert capfd.readouterr() == ("", "")
+    assert isocost("merge", tmp_path / "command", finished).err == f"copying artefacts and points of {finished}\n"
+    take_artefacts(tmp_path / "other", [finished])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_another_protocol_uses_the_artefacts(finished: Path, tmp_path: Path) -> None:
     protocol = {**plain_study()["protocol"], "num_images": 48}
     assert take_artefacts(tmp_path / "out", [finished]) > 4
     other = Pipeline(tiny_study(protocol=protocol), tmp_path / "out")
@@ -133,7 +185,7 @@ def test_another_protocol_goes_on_from_the_artefacts(finished: Path, tmp_path: P
     assert set(other.results_db.table()["num_images"]) == {48}
 
 
-def test_artefacts_of_what_is_no_output_folder_are_refused(tmp_path: Path) -> None:
+def test_a_folder_without_artefacts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no artefacts there"):
         take_artefacts(tmp_path / "out", [tmp_path])
     assert not (tmp_path / "out").exists()
@@ -155,22 +207,22 @@ def test_a_conflicting_study_is_refused_and_writes_nothing(finished: Path, part:
     assert (finished / "study.yaml").read_bytes() == before
 
 
-def test_a_image_that_is_not_finite_is_named_and_never_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_with_nan_is_named_and_never_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoilt: list[int] = []
-    encode = PromptEmbeds.of.__func__
+    encode = PromptEmbeds.encode.__func__
 
     def spoil(cls: type[PromptEmbeds], captions: list[str], text: object) -> PromptEmbeds:
         states = encode(cls, captions, text)
-        states.distinct[states.number[3]] = float("nan")
-        spoilt[:] = (states.number[:32] == states.number[3]).nonzero().flatten().tolist()
+        states.distinct[states.index[3]] = float("nan")
+        spoilt[:] = (states.index[:32] == states.index[3]).nonzero().flatten().tolist()
         return states
 
-    monkeypatch.setattr(PromptEmbeds, "of", classmethod(spoil))
+    monkeypatch.setattr(PromptEmbeds, "encode", classmethod(spoil))
     small = {"num_steps": [2], "guidance": [2], "batch_size": 16}
     pipeline = Pipeline(
         tiny_study(family={"widths": [8]}, sweep=small, train={**plain_study()["train"], "snapshots": []}), tmp_path
     )
-    with pytest.raises(RunError, match=r"images are not finite numbers \(image 3 first\)"):
+    with pytest.raises(RunError, match=r"images contain NaN or inf \(the first is image 3\)"):
         pipeline.run()
     assert not any((tmp_path / "artefacts").glob("point/*"))
     monkeypatch.setattr(shards, "MAX_NONFINITE_FRACTION", 0.5)
@@ -180,13 +232,13 @@ def test_a_image_that_is_not_finite_is_named_and_never_scored(tmp_path: Path, mo
     manifest = store.manifest("point", folder.name)
     assert 3 in spoilt
     assert manifest["nonfinite"] == spoilt
-    measured = read_measured(folder, ("efficientnet-lite0",))
+    measured = read_sample_features(folder, ("efficientnet-lite0",))
     assert measured.ids is not None
     assert measured.ids.tolist() == [i for i in range(32) if i not in spoilt]
     assert len(measured.features["efficientnet-lite0"]) == 32 - len(spoilt)
 
 
-def test_a_deadline_keeps_what_is_done(tmp_path: Path) -> None:
+def test_a_deadline_saves_the_finished_work(tmp_path: Path) -> None:
     pipeline = Pipeline(tiny_study(family={"widths": [8]}), tmp_path / "out")
     assert not pipeline.run(deadline=time.monotonic())
     assert any((tmp_path / "out" / "artefacts" / "run").glob("*/state-*"))
@@ -231,7 +283,7 @@ def test_a_killed_run_ends_with_the_same_table(finished: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_the_papers_study_runs_tiny_to_its_laws(tmp_path: Path) -> None:
+def test_the_papers_study_runs_at_tiny_scale(tmp_path: Path) -> None:
     study = load_study(Path(__file__).resolve().parents[1] / "studies" / "paper.yaml", {"scale": "tiny"})
     pipeline = Pipeline(study, tmp_path / "out")
     assert pipeline.run()
@@ -241,14 +293,14 @@ def test_the_papers_study_runs_tiny_to_its_laws(tmp_path: Path) -> None:
     assert "quality against training compute" in (tmp_path / "out" / "report" / "index.html").read_text()
 
 
-def test_the_floor_of_sorted_images_is_that_of_all_of_them(tmp_path: Path) -> None:
-    """A folder of scenes, then noise, beside a reference of both: real images are not far from real images."""
+def test_the_reconstruction_floor_of_sorted_images_is_that_of_all_of_them(tmp_path: Path) -> None:
+    """With scenes first and noise last in both folders, real images are close to real images."""
     made, noise = scenes(192, 32), torch.from_numpy(np.random.default_rng(0).integers(0, 256, (192, 3, 32, 32), np.uint8))
     for part, first, count in (("train", 0, 64), ("reference", 64, 32)):
         images = torch.cat([made[first : first + count], noise[first : first + count]])
-        save(tmp_path / part, images, [f"{place:04d}" for place in range(len(images))])
-        for place in range(len(images)):
-            (tmp_path / part / f"{place:04d}.txt").write_text(f"image {place}")
+        save(tmp_path / part, images, [f"{number:04d}" for number in range(len(images))])
+        for number in range(len(images)):
+            (tmp_path / part / f"{number:04d}.txt").write_text(f"image {number}")
     data = {
         "resolution": 32,
         "train": {"kind": "folder", "path": str(tmp_path / "train")},
@@ -256,8 +308,6 @@ def test_the_floor_of_sorted_images_is_that_of_all_of_them(tmp_path: Path) -> No
     }
     protocol = {"num_images": 64, "num_reference": 64, "num_bootstrap": 20, "alignment": "none"}
     assets = Pipeline(tiny_study(data=data, protocol=protocol), tmp_path / "out").assets
-    scenes_alone = {
-        name: extractor(assets.images("train").images[:64]).numpy() for name, extractor in assets.extractors.items()
-    }
-    one_kind = score(SampleFeatures(scenes_alone), assets.reference, ("mmd",))["mmd_efficientnet"]
+    scenes_only = {name: extractor(assets.images("train").images[:64]).numpy() for name, extractor in assets.extractors.items()}
+    one_kind = score(SampleFeatures(scenes_only), assets.reference, ("mmd",))["mmd_efficientnet"]
     assert abs(assets.reconstruction_floors()["real"]["mmd_efficientnet"]) < one_kind.value / 10

@@ -1,4 +1,4 @@
-"""What is wrong with a pipeline folder is one line that names the file, before any weight is read."""
+"""Errors in a pipeline folder are reported in one line that names the file, before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(whole: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy that a test may damage."""
     return Path(shutil.copytree(whole, tmp_path / "folder"))
 
 
@@ -48,9 +48,9 @@ def cut_in_its_header(folder: Path) -> None:
 
 
 def without_a_shard(folder: Path) -> None:
-    part = folder / "unet"
-    (part / WEIGHTS).unlink()
-    (part / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"conv_in.weight": "one-of-two.safetensors"}}))
+    unet = folder / "unet"
+    (unet / WEIGHTS).unlink()
+    (unet / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"conv_in.weight": "one-of-two.safetensors"}}))
 
 
 def setting(file: Path, **values: object) -> Callable[[Path], None]:
@@ -72,11 +72,11 @@ def garbage(folder: Path) -> None:
     (folder / UNET).write_text("{")
 
 
-SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
+INVALID: dict[str, tuple[Callable[[Path], None], str]] = {
     "pickles": (pickled, r"model\.bin: pickled weights are refused"),
-    "truncated": (truncated, r"unet/diffusion_pytorch_model\.safetensors: .* truncated file"),
-    "header": (cut_in_its_header, r"vae/diffusion_pytorch_model\.safetensors: not a whole safetensors file"),
-    "shard": (without_a_shard, r"one-of-two\.safetensors: missing; the folder is not whole"),
+    "truncated": (truncated, r"unet/diffusion_pytorch_model\.safetensors: truncated"),
+    "header": (cut_in_its_header, r"vae/diffusion_pytorch_model\.safetensors: not a complete safetensors file"),
+    "shard": (without_a_shard, r"one-of-two\.safetensors: missing; the folder is incomplete"),
     "no weights": (removing(f"unet/{WEIGHTS}"), rf"unet/{WEIGHTS}: missing"),
     "no text weights": (removing("text_encoder/model.safetensors"), r"text_encoder/model\.safetensors: missing"),
     "no config": (removing("unet/config.json"), r"unet/config\.json: missing"),
@@ -86,44 +86,44 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
     "not JSON": (garbage, r"unet/config\.json: not JSON"),
     "pipeline": (
         setting(Path("model_index.json"), _class_name="KandinskyPipeline"),
-        "pipeline KandinskyPipeline is not read here; known",
+        "pipeline KandinskyPipeline is not supported; supported",
     ),
-    "denoiser": (setting(Path("model_index.json"), unet=["diffusers", "UNet3D"]), "unet = .*UNet3D.*is read with"),
+    "denoiser": (setting(Path("model_index.json"), unet=["diffusers", "UNet3D"]), "unet = .*UNet3D.*needs UNet2DCond"),
     "encoder": (setting(Path("model_index.json"), text_encoder=["x", "GemmaModel"]), "text_encoder = .*GemmaModel"),
     "class": (setting(UNET, _class_name="UNet2DModel"), "_class_name = UNet2DModel"),
-    "inpainting": (setting(UNET, in_channels=9), r"in_channels = 9: .*\(inpainting\)"),
-    "editing": (setting(UNET, in_channels=8), "in_channels = 8: a network that edits or enlarges"),
+    "inpainting": (setting(UNET, in_channels=9), "in_channels = 9: a network for inpainting"),
+    "editing": (setting(UNET, in_channels=8), "in_channels = 8: a network for image editing or super-resolution"),
     "channels": (setting(UNET, in_channels=16), "in_channels = 16: .*4 latent channels"),
     "variance": (setting(UNET, out_channels=8), "out_channels = 8"),
-    "sides": (setting(UNET, sample_size=[8, 16]), r"sample_size = \[8, 16\]: needs one side"),
+    "sizes": (setting(UNET, sample_size=[8, 16]), r"sample_size = \[8, 16\]: must be one positive number"),
     "classes": (setting(UNET, class_embed_type="timestep"), "class_embed_type = timestep"),
     "refiner": (setting(UNET, addition_embed_type="text_time"), "addition_embed_type = text_time"),
-    "blocks": (setting(UNET, down_block_types=["Other", "DownBlock2D"]), "unet/config.json: diffusers builds no"),
-    "prediction_type": (setting(SCHEDULER, prediction_type=None), "no prediction_type, and it cannot be known"),
-    "type": (setting(SCHEDULER, prediction_type="other"), "prediction_type = 'other': known are"),
-    "scheduler": (setting(SCHEDULER, _class_name="EDMEulerScheduler"), "EDMEulerScheduler is not known here; known"),
+    "blocks": (setting(UNET, down_block_types=["Other", "DownBlock2D"]), "unet/config.json: diffusers cannot build a"),
+    "prediction_type": (setting(SCHEDULER, prediction_type=None), "prediction_type is missing; set it to epsilon"),
+    "type": (setting(SCHEDULER, prediction_type="other"), "prediction_type = 'other': supported"),
+    "scheduler": (setting(SCHEDULER, _class_name="EDMEulerScheduler"), "EDMEulerScheduler is not supported; supported"),
     "betas": (setting(SCHEDULER, beta_schedule="sigmoid"), "kind = 'sigmoid'"),
-    "trained betas": (setting(SCHEDULER, trained_betas=[0.1]), "trained_betas are not read here"),
-    "thresholding": (setting(SCHEDULER, thresholding=True), "thresholding = True: no solver here"),
+    "trained betas": (setting(SCHEDULER, trained_betas=[0.1]), "trained_betas are not supported"),
+    "thresholding": (setting(SCHEDULER, thresholding=True), "thresholding = True: not supported"),
     "flow": (setting(SCHEDULER, _class_name="FlowMatchEulerDiscreteScheduler"), "needs a schedule of betas"),
-    "scale": (setting(VAE, scaling_factor=0), "scaling_factor is 0: at another scale"),
-    "scale of words": (setting(VAE, scaling_factor="0.18"), "scaling_factor is '0.18'"),
+    "scale": (setting(VAE, scaling_factor=0), "scaling_factor is 0; set the value that the autoencoder was trained with"),
+    "scale is text": (setting(VAE, scaling_factor="0.18"), "scaling_factor is '0.18'"),
     "shift": (setting(VAE, shift_factor="a"), "shift_factor is 'a'"),
-    "moments": (setting(VAE, latents_mean=[0.0]), "latents_mean: latents shifted channel by channel"),
-    "autoencoder": (setting(VAE, _class_name="VQModel"), "_class_name = VQModel: read are"),
+    "moments": (setting(VAE, latents_mean=[0.0]), "latents_mean: latents normalized per channel"),
+    "autoencoder": (setting(VAE, _class_name="VQModel"), "_class_name = VQModel: supported classes"),
 }
 
 
-@pytest.mark.parametrize("name", SPOILT)
-def test_what_is_wrong_is_one_line(folder: Path, name: str) -> None:
-    spoil, said = SPOILT[name]
+@pytest.mark.parametrize("name", INVALID)
+def test_an_invalid_folder_is_refused_in_one_line(folder: Path, name: str) -> None:
+    spoil, message = INVALID[name]
     spoil(folder)
-    with pytest.raises(ConfigError, match=said) as error:
+    with pytest.raises(ConfigError, match=message) as error:
         read_info(folder)
     assert "\n" not in str(error.value)
 
 
-def test_a_scale_left_out_is_known_of_stable_diffusion_alone(folder: Path, tmp_path: Path) -> None:
+def test_only_stable_diffusion_may_omit_the_scaling_factor(folder: Path, tmp_path: Path) -> None:
     tiny_pipelines.change(folder / VAE, scaling_factor=None)
     assert read_info(folder).prediction_type == "epsilon"
     larger = tiny_pipelines.written(tiny_pipelines.sdxl(), tmp_path / "sdxl")
@@ -132,18 +132,18 @@ def test_a_scale_left_out_is_known_of_stable_diffusion_alone(folder: Path, tmp_p
         read_info(larger)
 
 
-def test_a_prediction_left_out_is_known_of_stable_diffusion_1(tmp_path: Path) -> None:
+def test_stable_diffusion_1_may_omit_the_prediction_type(tmp_path: Path) -> None:
     first = tiny_pipelines.written(tiny_pipelines.stable_diffusion(unet_changes={"cross_attention_dim": 768}), tmp_path / "sd1")
     tiny_pipelines.change(first / SCHEDULER, prediction_type=None)
     assert read_info(first).prediction_type == "epsilon"
 
 
-def test_weights_that_do_not_fill_the_network_are_not_drawn_at_random(folder: Path) -> None:
-    for part, file in (("unet", WEIGHTS), ("text_encoder", "model.safetensors")):
-        weights = load_file(folder / part / file)
+def test_missing_weights_are_not_initialised_at_random(folder: Path) -> None:
+    for component, file in (("unet", WEIGHTS), ("text_encoder", "model.safetensors")):
+        weights = load_file(folder / component / file)
         name = sorted(weights)[0]
-        save_file({key: value for key, value in weights.items() if key != name}, folder / part / file, {"format": "pt"})
-    with pytest.raises(ConfigError, match="unet: 1 weights are missing or of another shape"):
+        save_file({key: value for key, value in weights.items() if key != name}, folder / component / file, {"format": "pt"})
+    with pytest.raises(ConfigError, match="unet: 1 weights are missing or have another shape"):
         load_checkpoint(folder)
     from isocost.models.pretrained.prompt_encoder import load_encoder
 
@@ -151,19 +151,19 @@ def test_weights_that_do_not_fill_the_network_are_not_drawn_at_random(folder: Pa
         load_encoder(folder / "text_encoder", "CLIPTextModel")
 
 
-def test_states_that_do_not_fit_the_denoiser(tmp_path: Path) -> None:
+def test_embeddings_that_do_not_fit_the_denoiser_are_refused(tmp_path: Path) -> None:
     from isocost.sampling.sample import sample
 
     folder = tiny_pipelines.written(
         tiny_pipelines.stable_diffusion(unet_changes={"cross_attention_dim": 40}), tmp_path / "folder"
     )
-    with pytest.raises(ConfigError, match="states are 32 wide, the denoiser takes 40"):
+    with pytest.raises(ConfigError, match="embeddings have width 32, the denoiser needs 40"):
         sample(folder, ["a ring"], num_steps=1, num_images=1)
 
 
-def test_a_tokenizer_that_nothing_reads(tmp_path: Path) -> None:
+def test_an_unknown_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "NoSuchTokenizer"}')
-    with pytest.raises(ConfigError, match="no tokenizer loads from there"):
+    with pytest.raises(ConfigError, match="cannot load a tokenizer"):
         load_tokenizer(tmp_path)
 
 
@@ -179,8 +179,8 @@ def test_the_digest_is_of_the_content(folder: Path, whole: Path) -> None:
     assert content_digest(folder) != content_digest(whole)
 
 
-def test_an_id_is_found_in_the_hubs_cache(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache's own layout: refs, snapshots; nothing is asked of the network."""
+def test_a_hub_id_is_found_in_the_hubs_cache(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder layout of the cache (refs, snapshots) is used, without a network connection."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     commit = "0" * 40
@@ -192,7 +192,7 @@ def test_an_id_is_found_in_the_hubs_cache(whole: Path, tmp_path: Path, monkeypat
     assert (info.variant, info.resolution) == ("name", tiny_pipelines.PIXELS)
     assert find_folder("owner/name@main") == repository / "snapshots" / commit
     assert load_checkpoint("owner/name").digest == content_digest(whole)
-    with pytest.raises(ConfigError, match="owner/other: no folder here, not in the Hub's cache"):
+    with pytest.raises(ConfigError, match="owner/other: no such folder, not in the Hub's cache"):
         read_info(Path("owner/other"))
     (repository / "snapshots" / commit / "vae" / WEIGHTS).unlink()
     with pytest.raises(ConfigError, match=rf"vae/{WEIGHTS}: missing"):

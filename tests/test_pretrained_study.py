@@ -1,4 +1,4 @@
-"""A study of given checkpoints: swept, scored, costed and recommended from, without a training."""
+"""A study of published checkpoints: sweep, scores, costs and recommendation without training."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from isocost.pipeline.pipeline import Pipeline
 
 
 def plain(paths: list[Path], **changes: Any) -> dict[str, Any]:
-    """A study of checkpoints in seconds."""
+    """A study of checkpoints that takes seconds."""
     return {
-        "name": "given",
+        "name": "pretrained",
         "data": {"resolution": 16, "reference": {"kind": "scenes", "num_images": 64, "seed": 1}},
         "checkpoints": [str(path) for path in paths],
         "sweep": {
@@ -40,7 +40,7 @@ def plain(paths: list[Path], **changes: Any) -> dict[str, Any]:
 
 
 def study(paths: list[Path], **changes: Any) -> StudySpec:
-    return parse_spec(StudySpec, plain(paths, **changes), "given")
+    return parse_spec(StudySpec, plain(paths, **changes), "pretrained")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     student = tiny_pipelines.stable_diffusion(
         LCMScheduler(**tiny_pipelines.BETAS, prediction_type="epsilon"), {"time_cond_proj_dim": 16}
     )
-    student.unet.register_to_config(sample_size=2 * tiny_pipelines.SIDE)
+    student.unet.register_to_config(sample_size=2 * tiny_pipelines.LATENT_SIZE)
     return [
         tiny_pipelines.written(tiny_pipelines.stable_diffusion(), root / "base"),
         tiny_pipelines.written(student, root / "student"),
@@ -60,7 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def isocost(isocost: Any) -> Any:
-    """Run a command in this process; gives its answer, or the line of its mistake."""
+    """Run a command in this process and return its JSON, or its error line."""
 
     def command(*arguments: object) -> Any:
         outcome = isocost(*arguments)
@@ -69,15 +69,15 @@ def isocost(isocost: Any) -> Any:
     return command
 
 
-def test_run_scores_and_recommend_answers(folders: list[Path], tmp_path: Path, isocost: Any) -> None:
+def test_a_run_is_scored_and_recommended_from(folders: list[Path], tmp_path: Path, isocost: Any) -> None:
     file, out = tmp_path / "study.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump(plain(folders)))
     plan = isocost("run", file, "--out", out, "--dry-run")
     assert [size["images_to_train"] for size in plan["sizes"]] == [0, 0, 0]
     assert plan["total"]["points_to_make"] == 12
-    told = isocost("run", file, "--out", out)
-    assert told["finished"]
-    assert told["num_points"] == 12
+    result = isocost("run", file, "--out", out)
+    assert result["finished"]
+    assert result["num_points"] == 12
     assert isocost("status", out)["stage"] == "done"
     pipeline = Pipeline(parse_spec(StudySpec, yaml.safe_load((out / "study.yaml").read_text()), "study.yaml"), out)
     table = pipeline.results_db.table()
@@ -99,18 +99,20 @@ def test_run_scores_and_recommend_answers(folders: list[Path], tmp_path: Path, i
     assert before.equals(pipeline.results_db.table().set_index("point")["mmd_efficientnet"])
     best = isocost("recommend", out, "--budget-nfe", 4)
     assert any(best["configuration"]["size"].endswith(folder.name) for folder in folders)
-    entered = out / "artefacts" / "checkpoint" / best["configuration"]["checkpoint"]
-    assert str(entered) in best["command"]
-    assert [one.name for one in entered.iterdir()] == ["isocost.json"]
-    drawn = isocost("sample", entered, "--prompt", "a ring", "--num-images", 1, "--steps", 1, "--out", tmp_path / "drawn")
-    assert len(drawn["files"]) == 1
-    assert "no autoencoder of its own" in isocost("autoencoder", file, "--out", out)
-    assert "no autoencoder of its own" in isocost("train", file, "--out", out, "--forecast")
-    assert "no autoencoder of its own" in isocost("run", file, "--dry-run", "--devices", "8xH100")
-    assert "is a pipeline of diffusers already" in isocost("export", folders[0], tmp_path / "exported")
+    checkpoint = out / "artefacts" / "checkpoint" / best["configuration"]["checkpoint"]
+    assert str(checkpoint) in best["command"]
+    assert [path.name for path in checkpoint.iterdir()] == ["isocost.json"]
+    images = isocost("sample", checkpoint, "--prompt", "a ring", "--num-images", 1, "--steps", 1, "--out", tmp_path / "images")
+    assert len(images["files"]) == 1
+    assert "this study scores pretrained checkpoints and trains nothing" in isocost("autoencoder", file, "--out", out)
+    assert "this study scores pretrained checkpoints and trains nothing" in isocost("train", file, "--out", out, "--estimate")
+    assert "this study scores pretrained checkpoints and trains nothing" in isocost(
+        "run", file, "--dry-run", "--devices", "8xH100"
+    )
+    assert "is a diffusers pipeline already" in isocost("export", folders[0], tmp_path / "exported")
 
 
-def test_guidance_is_raced_for(folders: list[Path], tmp_path: Path) -> None:
+def test_guidance_is_searched(folders: list[Path], tmp_path: Path) -> None:
     race = {"search": "race", "guidance": [1, 2, 4], "num_steps": [1], "solvers": [{"name": "ddim"}], "batch_size": 16}
     pipeline = Pipeline(study(folders[:1], sweep={**race, "race": {"rungs": [16]}}), tmp_path / "out")
     assert pipeline.run()
@@ -118,20 +120,20 @@ def test_guidance_is_raced_for(folders: list[Path], tmp_path: Path) -> None:
     assert {point.spec.guidance == 1 for point in pipeline.points(run)} == {True, False}
 
 
-def test_a_folder_that_changed_is_not_taken_for_what_was_scored(tmp_path: Path) -> None:
-    mine = tiny_pipelines.written(tiny_pipelines.stable_diffusion(), tmp_path / "mine")
-    pipeline = Pipeline(study([mine]), tmp_path / "out")
+def test_a_folder_that_changed_after_scoring_is_refused(tmp_path: Path) -> None:
+    source = tiny_pipelines.written(tiny_pipelines.stable_diffusion(), tmp_path / "source")
+    pipeline = Pipeline(study([source]), tmp_path / "out")
     (run,) = pipeline.runs
     pipeline.train(run)
-    entered = pipeline.store.folder("checkpoint", run.final)
-    assert load_checkpoint(entered).digest == load_checkpoint(mine).digest == run.final
-    tiny_pipelines.change(mine / "scheduler" / "scheduler_config.json", beta_end=0.013)
+    checkpoint = pipeline.store.folder("checkpoint", run.final)
+    assert load_checkpoint(checkpoint).digest == load_checkpoint(source).digest == run.final
+    tiny_pipelines.change(source / "scheduler" / "scheduler_config.json", beta_end=0.013)
     with pytest.raises(ConfigError, match="has changed since"):
-        load_checkpoint(entered)
-    assert Pipeline(study([mine]), tmp_path / "out").runs[0].final != run.final
+        load_checkpoint(checkpoint)
+    assert Pipeline(study([source]), tmp_path / "out").runs[0].final != run.final
 
 
-def test_images_are_reduced_to_the_side_that_is_scored(folders: list[Path], tmp_path: Path) -> None:
+def test_images_are_downsampled_to_the_scored_resolution(folders: list[Path], tmp_path: Path) -> None:
     pipeline = Pipeline(study(folders[1:2]), tmp_path / "out")
     (run,) = pipeline.runs
     (job,) = pipeline.experiments["text2image"].jobs(run)
@@ -144,68 +146,68 @@ def test_images_are_reduced_to_the_side_that_is_scored(folders: list[Path], tmp_
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"data": {"resolution": 24, "reference": {"kind": "scenes", "num_images": 64}}}, "base draws 16 pixels"),
+        ({"data": {"resolution": 24, "reference": {"kind": "scenes", "num_images": 64}}}, "base generates 16 pixels"),
         ({"sweep": {"solvers": [{"name": "lcm"}], "num_steps": [2], "guidance": [1]}}, "none for base"),
-        ({"sweep": {"solvers": [{"name": "ddim"}], "num_steps": [2], "guidance": [1]}}, "student: it is a few-step student"),
+        ({"sweep": {"solvers": [{"name": "ddim"}], "num_steps": [2], "guidance": [1]}}, "student, which is a few-step student"),
         ({"checkpoints": ["{base}", "{copy}"]}, "both called"),
     ],
 )
-def test_what_a_checkpoint_does_not_take_is_said_before_anything_is_drawn(
-    folders: list[Path], tmp_path: Path, changes: dict[str, Any], said: str
+def test_settings_that_a_checkpoint_does_not_support_are_refused_before_sampling(
+    folders: list[Path], tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    asked = plain(folders[:2], **changes)
-    asked["checkpoints"] = [str(path).format(base=folders[0], copy=f"{folders[0]}/") for path in asked["checkpoints"]]
-    pipeline = Pipeline(parse_spec(StudySpec, asked, "given"), tmp_path / "out")
-    with pytest.raises(ConfigError, match=said):
+    config = plain(folders[:2], **changes)
+    config["checkpoints"] = [str(path).format(base=folders[0], copy=f"{folders[0]}/") for path in config["checkpoints"]]
+    pipeline = Pipeline(parse_spec(StudySpec, config, "pretrained"), tmp_path / "out")
+    with pytest.raises(ConfigError, match=message):
         pipeline.run()
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"family": {"widths": [8]}}, "family: has no place beside checkpoints"),
-        ({"train": {"num_images": 8}}, "train: has no place"),
-        ({"text_encoder": {"path": "elsewhere"}}, "text_encoder: has no place"),
-        ({"protocol": {"alignment": "scenes"}}, "protocol.alignment: needs a probe"),
-        ({"checkpoints": ["a/b", "a/b"]}, "each once"),
-        ({"checkpoints": []}, "autoencoder: missing; a study trains a family, or has checkpoints"),
+        ({"family": {"widths": [8]}}, "family: a study of pretrained checkpoints does not use it"),
+        ({"train": {"num_images": 8}}, "train: a study of pretrained checkpoints does not use it"),
+        ({"text_encoder": {"path": "elsewhere"}}, "text_encoder: a study of pretrained checkpoints does not use it"),
+        ({"protocol": {"alignment": "scenes"}}, "protocol.alignment: needs a classifier"),
+        ({"checkpoints": ["a/b", "a/b"]}, "name each checkpoint once"),
+        ({"checkpoints": []}, "autoencoder: missing; a study needs it to train a family"),
     ],
 )
-def test_a_study_trains_or_is_given_checkpoints(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_a_study_has_either_a_family_or_checkpoints(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         study([Path("a/b")], **changes)
     with pytest.raises(ConfigError, match=r"data\.train: missing"):
         parse_spec(StudySpec, {**plain_study(), "data": plain([])["data"]}, "tiny")
 
 
-def test_a_study_of_checkpoints_survives_its_file() -> None:
-    asked = study([Path("a/b"), Path("c/d@main")])
-    assert parse_spec(StudySpec, yaml.safe_load(dump_study(asked)), "again") == asked
-    with pytest.raises(ConfigError, match="its checkpoints are given"):
-        asked.own  # noqa: B018
+def test_a_study_of_checkpoints_is_saved_and_loaded_unchanged() -> None:
+    spec = study([Path("a/b"), Path("c/d@main")])
+    assert parse_spec(StudySpec, yaml.safe_load(dump_study(spec)), "again") == spec
+    with pytest.raises(ConfigError, match="this study scores pretrained checkpoints"):
+        spec.require_training_parts()
 
 
 @pytest.mark.slow
-def test_flux_and_a_lora_stand_in_a_sweep(folders: list[Path], tmp_path: Path, isocost: Any) -> None:
-    """A Flux whose guidance is an input; a Stable Diffusion with a LoRA, which takes both of the sweep's solvers."""
+def test_a_sweep_of_flux_and_a_lora(folders: list[Path], tmp_path: Path, isocost: Any) -> None:
+    """Guidance is an input of Flux; Stable Diffusion with a LoRA runs with both solvers of the sweep."""
     flux = tiny_pipelines.written(tiny_pipelines.flux(), tmp_path / "flux")
     layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     torch.manual_seed(0)
-    added = {f"{layer}.lora_A.weight": torch.randn(2, 32), f"{layer}.lora_B.weight": torch.randn(32, 2)}
-    save_file(added, tmp_path / "style.safetensors")
+    update = {f"{layer}.lora_A.weight": torch.randn(2, 32), f"{layer}.lora_B.weight": torch.randn(32, 2)}
+    save_file(update, tmp_path / "style.safetensors")
     style = f"{folders[0]} + {tmp_path / 'style.safetensors'}:0.5"
     file, out = tmp_path / "study.yaml", tmp_path / "out"
-    asked = plain([folders[0], flux])
-    asked["checkpoints"].append(style)
-    asked["sweep"] |= {"num_steps": [2], "guidance": [1, 3]}
-    file.write_text(yaml.safe_dump(asked))
-    told = isocost("run", file, "--out", out)
-    assert told["finished"], told
-    table = Pipeline(parse_spec(StudySpec, asked, "given"), out).results_db.table()
+    config = plain([folders[0], flux])
+    config["checkpoints"].append(style)
+    config["sweep"] |= {"num_steps": [2], "guidance": [1, 3]}
+    file.write_text(yaml.safe_dump(config))
+    result = isocost("run", file, "--out", out)
+    assert result["finished"], result
+    table = Pipeline(parse_spec(StudySpec, config, "pretrained"), out).results_db.table()
     rows = {name: table[table["size"].str.endswith(f" {name}")] for name in ("base", "flux", "base + style:0.5")}
-    assert [len(one) for one in rows.values()] == [2, 2, 4]
+    assert [len(points) for points in rows.values()] == [2, 2, 4]
     assert list(rows["flux"]["nfe"]) == [2, 2]
     assert set(rows["base + style:0.5"]["solver"]) == {"euler/trailing", "lcm/trailing"}
     euler = rows["base + style:0.5"][rows["base + style:0.5"]["solver"] == "euler/trailing"]
@@ -213,11 +215,11 @@ def test_flux_and_a_lora_stand_in_a_sweep(folders: list[Path], tmp_path: Path, i
     assert not set(euler["mmd_efficientnet"]) & set(rows["base"]["mmd_efficientnet"])
     assert (out / "report" / "index.html").is_file()
     assert "configuration" in isocost("recommend", out, "--budget-nfe", 2)
-    drawn = isocost(
+    images = isocost(
         "sample", style, "--prompt", "a ring", "--num-images", 1, "--solver", "lcm", "--steps", 1, "--out", tmp_path / "a"
     )
-    assert len(drawn["files"]) == 1
+    assert len(images["files"]) == 1
     measured = isocost("latency", flux, "--steps", 1, "--batch", 1, "--repeats", 3)
     assert measured["batches"][0]["nfe_per_image"] == 1
-    assert "is a pipeline of diffusers already" in isocost("export", style, tmp_path / "exported")
+    assert "is a diffusers pipeline already" in isocost("export", style, tmp_path / "exported")
     assert "of another network" in isocost("sample", f"{flux} + {tmp_path / 'style.safetensors'}", "--prompt", "a ring")

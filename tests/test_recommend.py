@@ -1,4 +1,4 @@
-"""Recommendations: the choice, the words, and a command line that a shell reads back as meant."""
+"""Recommendations: the choice, its text, and a command line that a shell parses correctly."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ import pytest
 
 from isocost.analysis.costs import COSTS
 from isocost.analysis.pareto import best_at_budgets
-from isocost.analysis.recommend import answer, recommend, sample_command
+from isocost.analysis.recommend import describe_choice, recommend, sample_command
 from isocost.analysis.results_table import of_task
 from isocost.errors import ConfigError
-from synthetic_results import planted_table
+from synthetic_results import synthetic_table
 
 KERNEL = "mmd_efficientnet"
 
 
 @pytest.mark.parametrize("cost", list(COSTS))
-@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
-def test_the_recommended_point_is_the_best_affordable_row(cost: str, share: float) -> None:
-    table = planted_table(noise=0.01)
-    finished = table[table["is_final"]]
-    budget = finished[cost].quantile(share)
-    best = finished[finished[cost] <= budget].sort_values(KERNEL).iloc[0]
-    found = recommend(table, cost, budget, KERNEL)
-    assert found.configuration.point == best["point"]
-    assert found.value == best[KERNEL]
-    assert found.interval == (best[f"{KERNEL}_low"], best[f"{KERNEL}_high"])
-    assert json.loads(json.dumps(asdict(found), allow_nan=False))["configuration"]["size"] == best["size"]
+@pytest.mark.parametrize("quantile", [0.05, 0.5, 1.0])
+def test_the_recommended_point_is_the_best_affordable_row(cost: str, quantile: float) -> None:
+    table = synthetic_table(noise=0.01)
+    finals = table[table["is_final"]]
+    budget = finals[cost].quantile(quantile)
+    best = finals[finals[cost] <= budget].sort_values(KERNEL).iloc[0]
+    result = recommend(table, cost, budget, KERNEL)
+    assert result.configuration.point == best["point"]
+    assert result.value == best[KERNEL]
+    assert result.interval == (best[f"{KERNEL}_low"], best[f"{KERNEL}_high"])
+    assert json.loads(json.dumps(asdict(result), allow_nan=False))["configuration"]["size"] == best["size"]
 
 
-def test_small_wins_cheap_and_large_wins_dear() -> None:
-    table = planted_table()
-    cheap, dear = (recommend(table, "normalized_cost", budget, KERNEL) for budget in (0.2, 1000))
-    assert cheap.configuration.size == "0.2M"
-    assert dear.configuration.size == "12.6M"
-    assert not cheap.notes
-    assert len(dear.notes) == 1
-    assert "beyond the data" in dear.notes[0]
-    assert "80.6" in dear.notes[0]
+def test_a_small_size_wins_at_a_low_budget_and_a_large_size_at_a_high_budget() -> None:
+    table = synthetic_table()
+    low, high = (recommend(table, "normalized_cost", budget, KERNEL) for budget in (0.2, 1000))
+    assert low.configuration.size == "0.2M"
+    assert high.configuration.size == "12.6M"
+    assert not low.notes
+    assert len(high.notes) == 1
+    assert "beyond the data" in high.notes[0]
+    assert "80.6" in high.notes[0]
 
 
 def test_a_budget_below_every_point_names_the_cheapest() -> None:
-    table = planted_table()
+    table = synthetic_table()
     cheapest = table[table["is_final"]].sort_values(["gflop", KERNEL]).iloc[0]
     with pytest.raises(ConfigError, match="below every point") as caught:
         recommend(table, "gflop", cheapest["gflop"] * 0.99, KERNEL)
@@ -55,10 +55,10 @@ def test_a_budget_below_every_point_names_the_cheapest() -> None:
     assert recommend(table, "gflop", cheapest["gflop"], KERNEL).configuration.num_steps == 2
 
 
-def test_the_command_is_read_by_a_shell_as_meant() -> None:
-    found = recommend(planted_table(), "nfe", 32, KERNEL, out="my out/").configuration
-    words = shlex.split(sample_command(found, out="my out/"))
-    assert words[:3] == ["isocost", "sample", f"my out/artefacts/checkpoint/{found.checkpoint}"]
+def test_a_shell_parses_the_command_correctly() -> None:
+    configuration = recommend(synthetic_table(), "nfe", 32, KERNEL, out="my out/").configuration
+    words = shlex.split(sample_command(configuration, out="my out/"))
+    assert words[:3] == ["isocost", "sample", f"my out/artefacts/checkpoint/{configuration.checkpoint}"]
     options = dict(zip(words[3::2], words[4::2], strict=True))
     assert options == {
         "--steps": "16",
@@ -69,232 +69,230 @@ def test_the_command_is_read_by_a_shell_as_meant() -> None:
     }
 
 
-def test_eta_enters_the_command() -> None:
-    table = planted_table(solvers=("ddim/leading/eta=0.5",))
+def test_the_command_contains_eta() -> None:
+    table = synthetic_table(solvers=("ddim/leading/eta=0.5",))
     assert "--solver ddim --timestep-spacing leading --eta 0.5" in recommend(table, "nfe", 64, KERNEL).command
 
 
-def test_an_edge_of_the_guidance_grid_is_told() -> None:
-    found = recommend(planted_table(guidance=(1.0, 1.5)), "nfe", 64, KERNEL)
-    assert "guidance 1.5 is at the edge" in found.notes[0]
+def test_a_boundary_of_the_guidance_grid_is_noted() -> None:
+    result = recommend(synthetic_table(guidance=(1.0, 1.5)), "nfe", 64, KERNEL)
+    assert "guidance 1.5 is at the boundary" in result.notes[0]
 
 
 @pytest.mark.parametrize(("half_width", "decided"), [(0.0001, True), (0.2, False)])
-def test_the_reason_says_whether_it_is_decided(half_width: float, decided: bool) -> None:
-    found = recommend(planted_table(half_width=half_width), "normalized_cost", 6, KERNEL)
-    assert found.decided is decided
-    assert found.runner_up is not None
-    assert found.runner_up.size != found.configuration.size
-    assert str(found.runner_up) in found.reason
-    assert ("undecided, the intervals overlap" in found.reason) is not decided
-    assert "lowest squared MMD" in found.reason
+def test_the_reason_states_whether_the_choice_is_decided(half_width: float, decided: bool) -> None:
+    result = recommend(synthetic_table(half_width=half_width), "normalized_cost", 6, KERNEL)
+    assert result.decided is decided
+    assert result.runner_up is not None
+    assert result.runner_up.size != result.configuration.size
+    assert str(result.runner_up) in result.reason
+    assert ("undecided, the intervals overlap" in result.reason) is not decided
+    assert ("decided, the intervals do not overlap" in result.reason) is decided
+    assert "lowest squared MMD" in result.reason
 
 
 def test_a_missing_interval_leaves_it_undecided() -> None:
-    table = planted_table()
+    table = synthetic_table()
     table[[f"{KERNEL}_low", f"{KERNEL}_high"]] = float("nan")
-    found = recommend(table, "nfe", 64, KERNEL)
-    assert found.interval is None
-    assert not found.decided
-    assert "an interval is missing" in found.reason
+    result = recommend(table, "nfe", 64, KERNEL)
+    assert result.interval is None
+    assert not result.decided
+    assert "an interval is missing" in result.reason
 
 
-def test_higher_is_better_where_the_metric_says_so() -> None:
-    table = planted_table(noise=0.02)
-    found = recommend(table, "nfe", 1000, "alignment")
-    assert found.value == table.loc[table["is_final"], "alignment"].max()
-    assert "highest caption alignment" in found.reason
+def test_higher_is_better_for_metrics_with_that_direction() -> None:
+    table = synthetic_table(noise=0.02)
+    result = recommend(table, "nfe", 1000, "alignment")
+    assert result.value == table.loc[table["is_final"], "alignment"].max()
+    assert "highest prompt alignment" in result.reason
 
 
 def test_one_sentence_for_a_budget() -> None:
-    table = planted_table(half_width=0.2)
-    (choice, nothing) = best_at_budgets(table, "normalized_cost", KERNEL, [6, 1e-6])
+    table = synthetic_table(half_width=0.2)
+    (choice, without_points) = best_at_budgets(table, "normalized_cost", KERNEL, [6, 1e-6])
     assert choice.best is not None
-    said = answer(choice)
-    assert str(said).startswith(f"For 6 units of normalized cost: {choice.best}, squared MMD {choice.best.score}; runner-up ")
-    assert str(said).endswith("so undecided, the intervals overlap.")
-    assert not said.decided
-    assert "nothing fits; the cheapest point costs 0.08 units of normalized cost" in str(answer(nothing))
+    text = describe_choice(choice)
+    assert str(text).startswith(f"For 6 units of normalized cost: {choice.best}, squared MMD {choice.best.score}; runner-up ")
+    assert str(text).endswith("; undecided, the intervals overlap.")
+    assert not text.decided
+    assert "nothing fits; the cheapest point costs 0.08 units of normalized cost" in str(describe_choice(without_points))
 
 
 def test_a_single_size_has_no_runner_up() -> None:
-    found = recommend(planted_table(sizes=("0.8M",)), "nfe", 64, KERNEL)
-    assert found.runner_up is None
-    assert found.decided
-    assert "no other size fits" in found.reason
+    result = recommend(synthetic_table(sizes=("0.8M",)), "nfe", 64, KERNEL)
+    assert result.runner_up is None
+    assert result.decided
+    assert "no other size fits" in result.reason
 
 
-def test_a_super_resolution_is_done_by_upscale() -> None:
-    found = recommend(planted_table().assign(task="superres"), "nfe", 8)
-    words = shlex.split(found.command)
+def test_super_resolution_uses_the_command_upscale() -> None:
+    result = recommend(synthetic_table().assign(task="superres"), "nfe", 8)
+    words = shlex.split(result.command)
     assert words[:2] == ["isocost", "upscale"]
     assert words[-2:] == ["IMAGE", "LARGER.png"]
-    assert shlex.split(recommend(planted_table().assign(task="text2image"), "nfe", 8).command)[1] == "sample"
-    assert shlex.split(recommend(planted_table().assign(task="superres-distill"), "nfe", 8).command)[1] == "upscale"
+    assert shlex.split(recommend(synthetic_table().assign(task="text2image"), "nfe", 8).command)[1] == "sample"
+    assert shlex.split(recommend(synthetic_table().assign(task="superres-distill"), "nfe", 8).command)[1] == "upscale"
 
 
-# --- several budgets, floors ------------------------------------------------------------------------------------------
+# --- several budgets, requirements ------------------------------------------------------------------------------------
 
 
 def test_every_budget_must_hold_and_the_first_breaks_ties() -> None:
-    table = planted_table(noise=0.01)
-    finished = table[table["is_final"]]
-    within = finished[(finished["nfe"] <= 16) & (finished["gflop"] <= 20) & (finished["ms_per_image"] <= 3.6e6 / 500_000)]
+    table = synthetic_table(noise=0.01)
+    finals = table[table["is_final"]]
+    within = finals[(finals["nfe"] <= 16) & (finals["gflop"] <= 20) & (finals["ms_per_image"] <= 3.6e6 / 500_000)]
     budgets = {"nfe": 16.0, "gflop": 20.0, "images_per_hour": 500_000.0}
     for lead, column in (("nfe", "nfe"), ("gflop", "gflop"), ("images_per_hour", "ms_per_image")):
         also = {name: value for name, value in budgets.items() if name != lead}
-        found = recommend(table, lead, budgets[lead], KERNEL, also=also)
-        assert found.configuration.point == within.loc[within[KERNEL].idxmin(), "point"]
-        assert found.cost == column
-        assert {limit.name for limit in found.limits} == {"nfe", "gflop", "ms_per_image"}
-        assert all(limit.value <= limit.bound for limit in found.limits)
-        assert f"of the {len(within)} points within" in found.reason
+        result = recommend(table, lead, budgets[lead], KERNEL, also=also)
+        assert result.configuration.point == within.loc[within[KERNEL].idxmin(), "point"]
+        assert result.cost == column
+        assert {limit.name for limit in result.limits} == {"nfe", "gflop", "ms_per_image"}
+        assert all(limit.value <= limit.bound for limit in result.limits)
+        assert f"of the {len(within)} points within" in result.reason
     tied = table.assign(mmd_efficientnet=0.1, nfe=table["num_steps"] * 1.0, gflop=64.0 / table["num_steps"])
     by = {cost: recommend(tied, cost, 1e6, KERNEL, also={other: 1e6}) for cost, other in (("nfe", "gflop"), ("gflop", "nfe"))}
-    assert {cost: found.configuration.num_steps for cost, found in by.items()} == {"nfe": 2, "gflop": 32}
+    assert {cost: result.configuration.num_steps for cost, result in by.items()} == {"nfe": 2, "gflop": 32}
 
 
-def test_images_per_hour_are_milliseconds_turned_round() -> None:
-    table = planted_table()
-    ours, theirs = recommend(table, "images_per_hour", 1_200_000, KERNEL), recommend(table, "ms_per_image", 3, KERNEL)
-    assert ours.configuration == theirs.configuration
-    assert "within 3 ms per image (1,200,000 images per hour)" in ours.reason
+def test_images_per_hour_are_the_inverse_of_milliseconds() -> None:
+    table = synthetic_table()
+    by_rate, by_time = recommend(table, "images_per_hour", 1_200_000, KERNEL), recommend(table, "ms_per_image", 3, KERNEL)
+    assert by_rate.configuration == by_time.configuration
+    assert "within 3 ms per image (1,200,000 images per hour)" in by_rate.reason
 
 
 @pytest.mark.parametrize(
     ("metric", "bound", "side"), [("alignment", 0.8, ">="), ("frechet_efficientnet", 30.0, "<="), (KERNEL, 0.1, "<=")]
 )
-def test_a_floor_is_met_in_the_metrics_own_direction(metric: str, bound: float, side: str) -> None:
-    table = planted_table(noise=0.01)
+def test_a_requirement_is_met_in_the_direction_of_the_metric(metric: str, bound: float, side: str) -> None:
+    table = synthetic_table(noise=0.01)
     table["alignment"] = table["alignment"].sample(frac=1, random_state=0).to_numpy()
     within = table[table["is_final"] & (table["nfe"] <= 16)].query(f"{metric} {side} {bound}")
-    found = recommend(table, "nfe", 16, KERNEL, requirements={metric: bound})
-    assert found.configuration.point == within.loc[within[KERNEL].idxmin(), "point"]
-    assert f"of at {'least' if side == '>=' else 'most'} {bound:g}" in found.reason
-    (_, requirement) = found.limits
+    result = recommend(table, "nfe", 16, KERNEL, requirements={metric: bound})
+    assert result.configuration.point == within.loc[within[KERNEL].idxmin(), "point"]
+    assert f"of at {'least' if side == '>=' else 'most'} {bound:g}" in result.reason
+    (_, requirement) = result.limits
     assert (requirement.name, requirement.bound, requirement.is_most) == (metric, bound, side == "<=")
     assert requirement.low is not None
-    if found.runner_up is not None:
-        assert found.runner_up.point in set(within["point"])
+    if result.runner_up is not None:
+        assert result.runner_up.point in set(within["point"])
 
 
-def test_a_floor_within_the_noise_is_noted() -> None:
-    table = planted_table()
-    at = recommend(table, "nfe", 16, KERNEL)
-    share = float(table.loc[table["point"] == at.configuration.point, "alignment"].iloc[0])
+def test_a_requirement_within_the_noise_is_noted() -> None:
+    table = synthetic_table()
+    best = recommend(table, "nfe", 16, KERNEL)
+    score = float(table.loc[table["point"] == best.configuration.point, "alignment"].iloc[0])
     assert any(
         "reaches below the requirement" in note
-        for note in recommend(table, "nfe", 16, KERNEL, requirements={"alignment": share}).notes
+        for note in recommend(table, "nfe", 16, KERNEL, requirements={"alignment": score}).notes
     )
-    assert not recommend(table, "nfe", 16, KERNEL, requirements={"alignment": share - 0.05}).notes
+    assert not recommend(table, "nfe", 16, KERNEL, requirements={"alignment": score - 0.05}).notes
     table["alignment_low"] = float("nan")
-    assert "no interval" in recommend(table, "nfe", 16, KERNEL, requirements={"alignment": share}).notes[0]
+    assert "no interval" in recommend(table, "nfe", 16, KERNEL, requirements={"alignment": score}).notes[0]
 
 
-def test_memory_is_a_budget_where_it_was_measured() -> None:
-    table = planted_table()
+def test_measured_memory_is_a_budget() -> None:
+    table = synthetic_table()
     with pytest.raises(ConfigError, match=r"no point has a measured peak memory .* leave the memory budget out"):
         recommend(table, "nfe", 16, KERNEL, also={"memory_gib": 1})
     table["peak_memory_mib"] = table["num_parameters"] / 1e4
-    found = recommend(table, "nfe", 16, KERNEL, also={"memory_gib": 0.5})
-    assert found.configuration.size == "3.2M", "12.6M takes 1.23 GiB, 7.1M takes 0.69"
-    assert "0.5 GiB of memory" in found.reason
-    with pytest.raises(ConfigError, match=r"of memory is below every point; the least takes 0.0195 GiB at the peak .0.2M"):
+    result = recommend(table, "nfe", 16, KERNEL, also={"memory_gib": 0.5})
+    assert result.configuration.size == "3.2M", "12.6M takes 1.23 GiB, 7.1M takes 0.69"
+    assert "0.5 GiB of memory" in result.reason
+    with pytest.raises(ConfigError, match=r"below every point; the smallest point needs 0.0195 GiB of peak memory .0.2M"):
         recommend(table, "nfe", 16, KERNEL, also={"memory_gib": 0.01})
     table.loc[table["size"] == "3.2M", "peak_memory_mib"] = float("nan")
-    partly = recommend(table, "nfe", 16, KERNEL, also={"memory_gib": 0.5})
-    assert partly.configuration.size == "0.8M"
-    assert "50 points are left out, without a measured peak_memory_mib" in partly.notes
+    partly_measured = recommend(table, "nfe", 16, KERNEL, also={"memory_gib": 0.5})
+    assert partly_measured.configuration.size == "0.8M"
+    assert "50 points are left out because peak_memory_mib was not measured" in partly_measured.notes
 
 
-def test_beyond_the_data_is_said_only_where_nothing_else_binds() -> None:
-    table = planted_table()
+def test_beyond_the_data_is_noted_only_if_no_other_budget_binds() -> None:
+    table = synthetic_table()
     assert "beyond the data" in recommend(table, "nfe", 1000, KERNEL, also={"gflop": 1e6}).notes[0]
     assert not recommend(table, "nfe", 1000, KERNEL, also={"gflop": 20}).notes
 
 
-def test_points_that_miss_the_floor_still_say_where_the_edges_are() -> None:
-    table = planted_table(guidance=(1.0, 2.0, 3.0))
-    share = recommend(table, "nfe", 64, "alignment").value
-    assert (table[table["is_final"] & (table["alignment"] > share - 0.001)]["guidance"] == 2).all()
-    found = recommend(table, "nfe", 64, KERNEL, requirements={"alignment": share - 0.001})
-    assert not found.configuration.guidance_at_boundary
+def test_points_that_miss_the_requirement_still_count_for_the_guidance_boundary() -> None:
+    table = synthetic_table(guidance=(1.0, 2.0, 3.0))
+    score = recommend(table, "nfe", 64, "alignment").value
+    assert (table[table["is_final"] & (table["alignment"] > score - 0.001)]["guidance"] == 2).all()
+    result = recommend(table, "nfe", 64, KERNEL, requirements={"alignment": score - 0.001})
+    assert not result.configuration.guidance_at_boundary
 
 
-def test_nothing_meets_it_names_the_nearest() -> None:
-    table = planted_table()
-    finished = table[table["is_final"]]
-    nearest = finished.sort_values(["alignment"]).iloc[-1]
-    with pytest.raises(ConfigError, match=r"no point meets caption alignment of at least 0.999; the nearest is") as caught:
+def test_an_infeasible_requirement_names_the_nearest_point() -> None:
+    table = synthetic_table()
+    finals = table[table["is_final"]]
+    nearest = finals.sort_values(["alignment"]).iloc[-1]
+    with pytest.raises(ConfigError, match=r"no point meets prompt alignment of at least 0.999; the nearest is") as caught:
         recommend(table, "nfe", 64, KERNEL, requirements={"alignment": 0.999})
     assert f"the nearest is {nearest['size']}, {nearest['num_steps']} steps" in str(caught.value)
-    share = float(nearest["alignment"])
-    with pytest.raises(ConfigError, match="no point within 4 network evaluations per image meets caption") as caught:
-        recommend(table, "nfe", 4, KERNEL, requirements={"alignment": share})
-    inside = finished[finished["nfe"] <= 4].sort_values("alignment").iloc[-1]
-    cheapest = finished[finished["alignment"] >= share].sort_values("nfe").iloc[0]
-    assert f"the nearest there is {inside['size']}, {inside['num_steps']} steps" in str(caught.value)
-    assert f"the cheapest point that does is {cheapest['size']}, {cheapest['num_steps']} steps" in str(caught.value)
-    assert str(caught.value).endswith(f"at {cheapest['nfe']:g} network evaluations per image")
-    at_odds = table.assign(frechet_efficientnet=100 - table["frechet_efficientnet"])
-    both = {"alignment": share, "frechet_efficientnet": float(at_odds.loc[finished.index, "frechet_efficientnet"].min())}
-    with pytest.raises(
-        ConfigError, match=r"meets caption alignment of at least .* and Fréchet distance of at most .* together"
-    ):
-        recommend(at_odds, "nfe", 64, KERNEL, requirements=both)
-    with pytest.raises(
-        ConfigError, match=r"no point keeps 2 network .* and 0\.1 ms .* together; the nearest is 12.6M, 8 steps"
-    ):
+    score = float(nearest["alignment"])
+    with pytest.raises(ConfigError, match="no point within 4 network evaluations per image meets prompt") as caught:
+        recommend(table, "nfe", 4, KERNEL, requirements={"alignment": score})
+    affordable = finals[finals["nfe"] <= 4].sort_values("alignment").iloc[-1]
+    cheapest = finals[finals["alignment"] >= score].sort_values("nfe").iloc[0]
+    message = str(caught.value)
+    assert f"the nearest affordable point is {affordable['size']}, {affordable['num_steps']} steps" in message
+    assert f"the cheapest point that meets the requirement is {cheapest['size']}, {cheapest['num_steps']} steps" in message
+    assert message.endswith(f"at {cheapest['nfe']:g} network evaluations per image")
+    conflicting = table.assign(frechet_efficientnet=100 - table["frechet_efficientnet"])
+    both = {"alignment": score, "frechet_efficientnet": float(conflicting.loc[finals.index, "frechet_efficientnet"].min())}
+    with pytest.raises(ConfigError, match=r"meets prompt alignment of at least .* and Fréchet distance of at most .* together"):
+        recommend(conflicting, "nfe", 64, KERNEL, requirements=both)
+    with pytest.raises(ConfigError, match=r"no point fits 2 network .* and 0\.1 ms .* together; the nearest is 12.6M, 8 steps"):
         recommend(table.assign(ms_per_image=3.0 / table["num_steps"]), "nfe", 2, KERNEL, also={"ms_per_image": 0.1})
 
 
-def test_contradictions_and_mistakes_are_one_line() -> None:
-    table = planted_table()
-    for cost, budget, options, said in (
+def test_contradictions_and_errors_are_one_line() -> None:
+    table = synthetic_table()
+    for cost, budget, options, message in (
         (
             "ms_per_image",
             3,
             {"also": {"images_per_hour": 100.0}},
             "two budgets of one kind, 3 ms per image and 36,000 ms",
         ),
-        ("memory_gib", 3, {}, "a memory budget stands beside one of cost"),
+        ("memory_gib", 3, {}, "a memory budget needs a cost budget as well"),
         ("nfe", 3, {"also": {"euros": 3.0}}, "no budget is called 'euros'; known: normalized_cost"),
-        ("nfe", 3, {"also": {"gflop": -3.0}}, "a budget is a positive number, not -3"),
-        ("images_per_hour", float("inf"), {}, "a budget is a positive number, not inf"),
-        ("nfe", 3, {"requirements": {"beauty": 3.0}}, "no metric is called 'beauty'"),
-        ("nfe", 3, {"requirements": {"alignment": float("nan")}}, "a requirement is a number, not nan for alignment"),
-        ("nfe", 3, {"requirements": {"fid": 20.0}}, "no point carries fid: .* leave that requirement out"),
+        ("nfe", 3, {"also": {"gflop": -3.0}}, "a budget must be a positive number, not -3"),
+        ("images_per_hour", float("inf"), {}, "a budget must be a positive number, not inf"),
+        ("nfe", 3, {"requirements": {"beauty": 3.0}}, "unknown metric 'beauty'"),
+        ("nfe", 3, {"requirements": {"alignment": float("nan")}}, "a requirement must be a number, not nan for alignment"),
+        ("nfe", 3, {"requirements": {"fid": 20.0}}, "no point has fid: .* leave this requirement out"),
         ("images_per_hour", 1e9, {}, "1,000,000,000 images per hour. is below every point; the cheapest point costs 0.1"),
     ):
-        with pytest.raises(ConfigError, match=said) as caught:
+        with pytest.raises(ConfigError, match=message) as caught:
             recommend(table, cost, budget, KERNEL, **options)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
 
 
-# --- a results database's table -------------------------------------------------------------------------------------------------
+# --- the table of a results database -----------------------------------------------------------------------------------
 
 
-def test_a_ledgers_points_are_told_apart_by_task_and_size() -> None:
-    family = planted_table(sizes=("0.2M", "0.8M")).assign(task=None)
-    tuned = planted_table(sizes=("0.2M",), snapshots=(1000,), images_seen=2000).assign(task="superres")
-    students = planted_table(sizes=("0.2M",), snapshots=(), images_seen=500).assign(task="distill", size="0.2M codi")
+def test_the_points_of_a_results_database_are_selected_by_task_and_size() -> None:
+    family = synthetic_table(sizes=("0.2M", "0.8M")).assign(task=None)
+    tuned = synthetic_table(sizes=("0.2M",), snapshots=(1000,), images_seen=2000).assign(task="superres")
+    students = synthetic_table(sizes=("0.2M",), snapshots=(), images_seen=500).assign(task="distill", size="0.2M codi")
     results_db = pd.concat([family, tuned, students], ignore_index=True).assign(is_final=False)
-    own = of_task(results_db)
-    assert own["is_final"].tolist() == family["is_final"].tolist()
+    points = of_task(results_db)
+    assert points["is_final"].tolist() == family["is_final"].tolist()
     assert set(of_task(results_db, "superres")["images_seen"]) == {1000, 2000}
-    beside = of_task(results_db, "distill")
-    assert set(beside["size"]) == {"0.2M", "0.8M", "0.2M codi"}
-    assert beside["is_final"].all()
-    two = pd.concat([own, own.assign(protocol="other", point=own["point"] + "b")])
+    with_teachers = of_task(results_db, "distill")
+    assert set(with_teachers["size"]) == {"0.2M", "0.8M", "0.2M codi"}
+    assert with_teachers["is_final"].all()
+    two_protocols = pd.concat([points, points.assign(protocol="other", point=points["point"] + "b")])
     with pytest.raises(ConfigError, match="points that differ in protocol"):
-        recommend(of_task(two), "nfe", 16, KERNEL)
-    assert recommend(of_task(two, protocol="other"), "nfe", 16, KERNEL).configuration.point.endswith("b")
-    for task, protocol, said in (
-        ("dreambooth", None, "subject by subject"),
+        recommend(of_task(two_protocols), "nfe", 16, KERNEL)
+    assert recommend(of_task(two_protocols, protocol="other"), "nfe", 16, KERNEL).configuration.point.endswith("b")
+    for task, protocol, message in (
+        ("dreambooth", None, "scores of single subjects only"),
         ("superres-distill", None, "no point of superres-distill; it has distill, superres, text2image"),
-        ("text2image", "absent", "under protocol absent; known: planted"),
+        ("text2image", "absent", "under protocol absent; known: synthetic"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             of_task(results_db, task, protocol)
     with pytest.raises(ConfigError, match="it has no point at all"):
         of_task(results_db.iloc[:0])

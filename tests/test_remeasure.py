@@ -1,4 +1,4 @@
-"""Milliseconds measured again: every point's, and nothing else of it."""
+"""`remeasure` measures the milliseconds of every point again and changes nothing else."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def test_every_point_is_timed_again_and_nothing_else_changes(swept: Pipeline, mo
     for point in before.index:
         swept.results_db.set_time(point, LOADED_MS, {})
     timed = []
-    time_one = Worker.time
-    monkeypatch.setattr(Worker, "time", lambda self, point: timed.append(point) or time_one(self, point))
+    time_one = Worker.measure_ms_per_image
+    monkeypatch.setattr(Worker, "measure_ms_per_image", lambda self, point: timed.append(point) or time_one(self, point))
     assert swept.remeasure(swept.runs[0]) == len(before) > 0
     after = swept.results_db.table().set_index("point")
     assert (after["ms_per_image"] > 0).all()
     assert (after["ms_per_image"] < LOADED_MS / 10).all()
-    told = after["provenance"].map(json.loads)
-    assert {one["timed_with"]["device"] for one in told} == {provenance()["device"]}
-    assert {one["timed_with"]["num_images"] for one in told} == {16}, "the places of a call"
+    provenances = after["provenance"].map(json.loads)
+    assert {item["timed_with"]["device"] for item in provenances} == {provenance()["device"]}
+    assert {item["timed_with"]["num_images"] for item in provenances} == {16}, "one full batch"
     same = [name for name in before.columns if name not in ("ms_per_image", "provenance")]
     assert before[same].equals(after[same])
-    assert [json.loads(row)["device"] for row in before["provenance"]] == [one["device"] for one in told]
+    assert [json.loads(row)["device"] for row in before["provenance"]] == [item["device"] for item in provenances]
     works = after.groupby(["solver", "num_steps", "nfe"])["ms_per_image"].nunique()
-    assert (works == 1).all(), "one time for what takes the same passes"
+    assert (works == 1).all(), "points with the same passes share one measurement"
     assert len(timed) == len(works) < len(after)
 
 

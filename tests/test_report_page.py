@@ -1,5 +1,4 @@
-"""The page in a browser: what moves when something is pressed, what a keyboard and a screen reader find, and what is asked of
-the network."""
+"""The page in a browser: controls, keyboard and screen reader access, and network requests."""
 
 from __future__ import annotations
 
@@ -18,13 +17,13 @@ import pytest
 from browser import CHROMIUM, Page, browser
 from isocost.analysis.claims import TaskResults, evaluate_claims
 from isocost.analysis.formatting import format_configuration
-from isocost.analysis.paper_claims import FINDINGS
+from isocost.analysis.paper_claims import CLAIMS
 from isocost.analysis.pareto import best_at_budgets
-from isocost.report.budget_slider import stops
+from isocost.report.budget_slider import slider_values
 from isocost.report.html import write_report
-from synthetic_results import planted_table
+from synthetic_results import synthetic_table
 from test_budget_slider import raced_table, with_fid
-from test_report import CAPTIONS, KERNEL, plain_images
+from test_report import METRIC, PROMPTS, plain_images
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 WIDE, NARROW = (1440, 900), (390, 844)
@@ -33,22 +32,22 @@ SIZES = 5
 
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
-    """Planted points with a metric that the paper has too, and a size whose name is markup."""
-    table = with_fid(planted_table(noise=0.004))
+    """Synthetic points with a metric that the paper published, and a size whose name is markup."""
+    table = with_fid(synthetic_table(noise=0.004))
     table.loc[table["size"] == "3.2M", "size"] = "3.2M <b>&"
-    made = [json.dumps({"commit": f"abc{number % 2}", "device": 'a "fine", machine'}) for number in range(len(table))]
-    return table.assign(provenance=made, task="text2image")
+    provenance = [json.dumps({"commit": f"abc{number % 2}", "device": 'a "fine", machine'}) for number in range(len(table))]
+    return table.assign(provenance=provenance, task="text2image")
 
 
 @pytest.fixture(scope="module")
 def written(table: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    origin = {"commit": "abc", "hours": {"training": 0.5}, "study_yaml": "name: </pre><script>alert('yaml')</script>\n"}
-    reconstruction_floors, folder = {KERNEL: 0.013, "alignment": 0.95}, tmp_path_factory.mktemp("page") / "report"
-    others = {"distillation": "distill/index.html"}
-    verdicts = evaluate_claims(FINDINGS, {"text2image": TaskResults(table, KERNEL)})
+    provenance = {"commit": "abc", "hours": {"training": 0.5}, "study_yaml": "name: </pre><script>alert('yaml')</script>\n"}
+    reconstruction_floors, folder = {METRIC: 0.013, "alignment": 0.95}, tmp_path_factory.mktemp("page") / "report"
+    other_pages = {"distillation": "distill/index.html"}
+    verdicts = evaluate_claims(CLAIMS, {"text2image": TaskResults(table, METRIC)})
     return write_report(
-        folder, "planted", table, KERNEL, origin, reconstruction_floors, plain_images(table), CAPTIONS,
-        others=others, absent=["DreamBooth"], verdicts=verdicts,
+        folder, "synthetic", table, METRIC, provenance, reconstruction_floors, plain_images(table), PROMPTS,
+        other_pages=other_pages, missing_experiments=["DreamBooth"], verdicts=verdicts,
     )  # fmt: skip
 
 
@@ -61,40 +60,40 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Page, P
 
 @pytest.fixture
 def page(chromium: tuple[Page, Path], written: Path) -> Iterator[Page]:
-    """The page anew. It must never complain, nor ask for anything but itself."""
+    """A freshly opened page. It must never write to the console, nor request anything but itself."""
     opened, _ = chromium
     opened.requests.clear()
-    opened.complaints.clear()
+    opened.console_messages.clear()
     opened.open(written, *WIDE)
     yield opened
     opened.run("1")
-    assert not opened.complaints
+    assert not opened.console_messages
     assert {address for address in opened.requests if not address.startswith(("data:", "blob:"))} == {written.as_uri()}
 
 
 def shown_images(page: Page) -> list[list[str]]:
-    """Addresses of the slider's images, best and runner-up by prompt."""
+    """Return the addresses of the slider's images, best and runner-up by prompt."""
     return list(
         page.run(
-            "[...document.querySelectorAll('#chosen-images figure')]"
-            ".map(one => [...one.querySelectorAll('img')].map(image => image.src))"
+            "[...document.querySelectorAll('#selected-images figure')]"
+            ".map(figure => [...figure.querySelectorAll('img')].map(image => image.src))"
         )
     )
 
 
 def rows(page: Page) -> list[list[str]]:
-    """What the table shows."""
-    lines = "[...document.querySelectorAll('#table tbody tr')]"
-    return list(page.run(f"{lines}.map(row => [...row.cells].map(one => one.textContent))"))
+    """Return the visible rows of the table."""
+    table_rows = "[...document.querySelectorAll('#table tbody tr')]"
+    return list(page.run(f"{table_rows}.map(row => [...row.cells].map(cell => cell.textContent))"))
 
 
 def column(page: Page, title: str) -> list[str]:
-    """One column of what the table shows."""
-    at = page.run(f"[...document.querySelectorAll('#table th')].findIndex(cell => cell.textContent === {json.dumps(title)})")
-    return [row[at] for row in rows(page)]
+    """Return a column of the visible rows."""
+    index = page.run(f"[...document.querySelectorAll('#table th')].findIndex(cell => cell.textContent === {json.dumps(title)})")
+    return [row[index] for row in rows(page)]
 
 
-def test_all_charts_are_drawn_and_nothing_is_asked_of_the_network(page: Page) -> None:
+def test_all_charts_are_drawn_without_network_requests(page: Page) -> None:
     assert page.run("document.querySelectorAll('.js-plotly-plot').length") == 4 + SIZES
     assert page.run("document.querySelectorAll('.plots [role=img][aria-label]').length") == 4 + SIZES
     assert page.run("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
@@ -103,63 +102,63 @@ def test_all_charts_are_drawn_and_nothing_is_asked_of_the_network(page: Page) ->
 
 
 def test_the_slider_moves_the_configuration_and_its_images(page: Page, table: pd.DataFrame) -> None:
-    found = stops(table, KERNEL, "normalized_cost")
-    images = json.loads(str(page.run("document.getElementById('data').textContent")))["images"]
+    choices = slider_values(table, METRIC, "normalized_cost")
+    images = json.loads(str(page.run("document.getElementById('report-data').textContent")))["images"]
     page.focus("#budget")
     page.press("Home", 36)
-    seen = []
-    for choice in found:
+    texts = []
+    for choice in choices:
         assert choice.best is not None
-        said = page.text("#chosen")
-        assert str(choice.best) in said
-        assert choice.best.score in said
-        assert (str(choice.runner_up) in said) if choice.runner_up else ("no other size fits" in said.lower())
-        both = [one.point for one in (choice.best, choice.runner_up) if one]
-        assert shown_images(page) == [[images[point][number] for point in both] for number in range(len(CAPTIONS))]
-        assert choice.best.point in page.text("#chosen-origin")
+        text = page.text("#selected")
+        assert str(choice.best) in text
+        assert choice.best.score in text
+        assert (str(choice.runner_up) in text) if choice.runner_up else ("no other size fits" in text.lower())
+        points = [configuration.point for configuration in (choice.best, choice.runner_up) if configuration]
+        assert shown_images(page) == [[images[point][index] for point in points] for index in range(len(PROMPTS))]
+        assert choice.best.point in page.text("#selected-sources")
         assert str(choice.best) in page.run("document.getElementById('budget').getAttribute('aria-valuetext')")
         line = page.run("document.querySelector('[data-chart=cost] .js-plotly-plot').layout.shapes[0].x0")
         assert line == pytest.approx(choice.budget)
-        seen.append(said)
+        texts.append(text)
         page.press("ArrowRight", 39)
-    assert len(set(seen)) == len(found) > 8
-    assert page.text("#chosen") == seen[-1], "there is nothing beyond the last stop"
+    assert len(set(texts)) == len(choices) > 8
+    assert page.text("#selected") == texts[-1], "the slider ends at the last position"
 
 
 def test_a_budget_can_be_typed(page: Page, table: pd.DataFrame) -> None:
     page.write("#budget-number", "12")
-    (choice,) = best_at_budgets(table, "normalized_cost", KERNEL, [12])
-    assert page.text("#chosen").startswith("For 12 units of normalized cost:")
-    assert str(choice.best) in page.text("#chosen")
+    (choice,) = best_at_budgets(table, "normalized_cost", METRIC, [12])
+    assert page.text("#selected").startswith("For 12 units of normalized cost:")
+    assert str(choice.best) in page.text("#selected")
     page.write("#budget-number", "0.00001")
-    assert "nothing fits" in page.text("#chosen")
-    assert "The cheapest point costs 0.08" in page.text("#chosen")
+    assert "nothing fits" in page.text("#selected")
+    assert "The cheapest point costs 0.08" in page.text("#selected")
     assert shown_images(page) == []
 
 
-@pytest.mark.parametrize("where", ["explore-cost", "cost-Cost"])
-def test_the_cost_acts_on_slider_and_chart_alike(page: Page, table: pd.DataFrame, where: str) -> None:
+@pytest.mark.parametrize("control", ["slider-cost", "cost-Cost"])
+def test_the_cost_changes_both_slider_and_chart(page: Page, table: pd.DataFrame, control: str) -> None:
     for cost, title in (("gflop", "GFLOP per image"), ("nfe", "network evaluations"), ("ms_per_image", "ms per image")):
-        page.click(f"input[name={where}][data-cost={cost}]")
+        page.click(f"input[name={control}][data-cost={cost}]")
         assert page.run(f"[...document.querySelectorAll('input[data-cost={cost}]')].every(input => input.checked)")
         assert title in page.run("document.querySelector('[data-chart=cost] .js-plotly-plot').layout.xaxis.title.text")
-        found = stops(table, KERNEL, cost)
-        assert page.run("Number(document.getElementById('budget').max)") == len(found) - 1
+        choices = slider_values(table, METRIC, cost)
+        assert page.run("Number(document.getElementById('budget').max)") == len(choices) - 1
         page.focus("#budget")
         page.press("End", 35)
-        assert str(found[-1].best) in page.text("#chosen")
+        assert str(choices[-1].best) in page.text("#selected")
         line = page.run("document.querySelector('[data-chart=cost] .js-plotly-plot').layout.shapes[0].x0")
-        assert line == pytest.approx(found[-1].budget)
+        assert line == pytest.approx(choices[-1].budget)
 
 
-def test_the_paper_is_shown_where_it_is_asked_for_and_comparable(page: Page) -> None:
+def test_the_papers_results_are_shown_on_request_and_where_comparable(page: Page) -> None:
     traces = "document.querySelector('[data-chart=cost] .js-plotly-plot').data"
     visible = f"{traces}.filter(trace => trace.meta === 'published').map(trace => trace.visible)"
     assert page.run("document.querySelector('.published').disabled"), "no squared MMD was published"
     assert page.run(visible) == []
-    choices = "[...document.querySelectorAll('input[name=cost-Quality]')].map(one => one.parentNode.textContent.trim())"
-    at = page.run(f"{choices}.indexOf('FID')")
-    page.click(f"input[name=cost-Quality][value='{at}']")
+    choices = "[...document.querySelectorAll('input[name=cost-Quality]')].map(input => input.parentNode.textContent.trim())"
+    index = page.run(f"{choices}.indexOf('FID')")
+    page.click(f"input[name=cost-Quality][value='{index}']")
     assert page.run(visible) == [False]
     page.click(".published")
     assert page.run(visible) == [True]
@@ -175,76 +174,77 @@ def test_the_table_filters_and_sorts(page: Page, table: pd.DataFrame) -> None:
     page.choose("[name=filter-size]", "0.8M")
     page.choose("[name=filter-solver]", "ddim/trailing")
     page.click("[name=filter-final]")
-    wanted = table[(table["size"] == "0.8M") & (table["solver"] == "ddim/trailing") & table["is_final"]]
-    assert page.text("#count") == f"{len(wanted)} of {len(table)} points"
-    assert sorted(column(page, "point")) == sorted(wanted["point"])
-    for steps, direction in ((sorted(wanted["num_steps"]), "ascending"), (sorted(wanted["num_steps"])[::-1], "descending")):
+    expected = table[(table["size"] == "0.8M") & (table["solver"] == "ddim/trailing") & table["is_final"]]
+    assert page.text("#count") == f"{len(expected)} of {len(table)} points"
+    assert sorted(column(page, "point")) == sorted(expected["point"])
+    ascending = sorted(expected["num_steps"])
+    for steps, direction in ((ascending, "ascending"), (ascending[::-1], "descending")):
         page.click("#table th:nth-child(3) button")
         assert [int(value) for value in column(page, "steps")] == steps
         assert page.run("document.querySelector('#table th:nth-child(3)').getAttribute('aria-sort')") == direction
-    page.write("[name=filter-words]", wanted["point"].iloc[7])
-    assert column(page, "point") == [wanted["point"].iloc[7]]
-    page.write("[name=filter-words]", "no such words")
-    assert page.text("#shown") == "No row"
+    page.write("[name=filter-text]", expected["point"].iloc[7])
+    assert column(page, "point") == [expected["point"].iloc[7]]
+    page.write("[name=filter-text]", "no such words")
+    assert page.text("#visible-rows") == "No rows"
     assert page.run("document.getElementById('export').disabled")
 
 
 def test_the_table_has_pages(page: Page, table: pd.DataFrame) -> None:
-    order = table.sort_values(KERNEL, kind="stable")["point"].tolist()
-    told = []
-    for _ in range(-(-len(order) // 50)):
-        told += column(page, "point")
+    expected = table.sort_values(METRIC, kind="stable")["point"].tolist()
+    points = []
+    for _ in range(-(-len(expected) // 50)):
+        points += column(page, "point")
         page.click("#next")
-    assert sorted(told) == sorted(order)
-    assert told[0] == order[0]
+    assert sorted(points) == sorted(expected)
+    assert points[0] == expected[0]
     page.click("#previous")
-    assert page.text("#shown").startswith("Rows ")
+    assert page.text("#visible-rows").startswith("Rows ")
 
 
-def test_the_csv_file_holds_what_is_shown(page: Page, table: pd.DataFrame, chromium: tuple[Page, Path]) -> None:
+def test_the_csv_file_has_the_filtered_rows(page: Page, table: pd.DataFrame, chromium: tuple[Page, Path]) -> None:
     page.choose("[name=filter-size]", "3.2M <b>&")
     page.click("#table th:nth-child(3) button")
     file = chromium[1] / "downloads" / "points.csv"
     page.click("#export")
-    ends = time.monotonic() + 30
+    deadline = time.monotonic() + 30
     while not file.is_file():
-        assert time.monotonic() < ends
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     with file.open(encoding="utf-8", newline="") as stream:
-        told = list(csv.DictReader(stream))
-    wanted = table[table["size"] == "3.2M <b>&"].set_index("point")
-    assert sorted(row["point"] for row in told) == sorted(wanted.index)
-    assert [int(row["num_steps"]) for row in told] == sorted(wanted["num_steps"])
-    for row in told:
-        true = wanted.loc[row["point"]]
-        assert (row["size"], row["device"], row["protocol"]) == ("3.2M <b>&", 'a "fine", machine', "planted")
-        assert row["commit"] == json.loads(true["provenance"])["commit"]
-        for name in (KERNEL, f"{KERNEL}_low", f"{KERNEL}_high", "gflop", "guidance", "normalized_cost", "images_seen"):
-            assert float(row[name]) == pytest.approx(true[name], rel=1e-8)
+        csv_rows = list(csv.DictReader(stream))
+    expected = table[table["size"] == "3.2M <b>&"].set_index("point")
+    assert sorted(row["point"] for row in csv_rows) == sorted(expected.index)
+    assert [int(row["num_steps"]) for row in csv_rows] == sorted(expected["num_steps"])
+    for row in csv_rows:
+        point = expected.loc[row["point"]]
+        assert (row["size"], row["device"], row["protocol"]) == ("3.2M <b>&", 'a "fine", machine', "synthetic")
+        assert row["commit"] == json.loads(point["provenance"])["commit"]
+        for name in (METRIC, f"{METRIC}_low", f"{METRIC}_high", "gflop", "guidance", "normalized_cost", "images_seen"):
+            assert float(row[name]) == pytest.approx(point[name], rel=1e-8)
 
 
-def test_contact_sheets_over_steps_and_over_budgets(page: Page) -> None:
-    shown = "[...document.querySelectorAll('[data-sheet]')].map(one => one.hidden)"
-    assert page.run(shown) == [False, True]
-    page.click("input[name=sheet-columns][value='1']")
-    assert page.run(shown) == [True, False]
-    count = page.run("document.querySelectorAll('[data-sheet=\"0\"] img').length")
-    assert count == SIZES * 5 * len(CAPTIONS)
+def test_image_grids_over_steps_and_over_budgets(page: Page) -> None:
+    hidden = "[...document.querySelectorAll('[data-grid]')].map(grid => grid.hidden)"
+    assert page.run(hidden) == [False, True]
+    page.click("input[name=grid-columns][value='1']")
+    assert page.run(hidden) == [True, False]
+    count = page.run("document.querySelectorAll('[data-grid=\"0\"] img').length")
+    assert count == SIZES * 5 * len(PROMPTS)
 
 
-def test_other_pages_are_linked_and_what_is_not_there_is_said(page: Page) -> None:
-    assert page.run("document.querySelector('#answer .elsewhere a').getAttribute('href')") == "distill/index.html"
-    assert "not scored yet: DreamBooth" in page.text("#answer .elsewhere")
+def test_other_pages_are_linked_and_missing_experiments_named(page: Page) -> None:
+    assert page.run("document.querySelector('#answer .other-pages a').getAttribute('href')") == "distill/index.html"
+    assert "not scored yet: DreamBooth" in page.text("#answer .other-pages")
 
 
-# --- for everybody ----------------------------------------------------------------------------------------------------
+# --- layout, accessibility, print -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [WIDE, NARROW])
-def test_nothing_sticks_out_of_the_window(page: Page, size: tuple[int, int]) -> None:
+def test_nothing_is_wider_than_the_window(page: Page, size: tuple[int, int]) -> None:
     page.resize(*size)
     page.wait(f"innerWidth === {size[0]}")
-    page.run("document.querySelectorAll('details').forEach(one => one.open = true)")
+    page.run("document.querySelectorAll('details').forEach(details => details.open = true)")
     page.wait(f"document.documentElement.scrollWidth <= {size[0]}")
 
 
@@ -252,131 +252,137 @@ CONTRAST = """(() => {
   const numbers = color => color.match(/[\\d.]+/g).map(Number);
   const linear = c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
   const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
-  const behind = one => {
-    for (; one; one = one.parentElement) {
-      const color = numbers(getComputedStyle(one).backgroundColor);
+  const backgroundOf = element => {
+    for (; element; element = element.parentElement) {
+      const color = numbers(getComputedStyle(element).backgroundColor);
       if (color.length === 3 || color[3] === 1) return color;
     }
     return [255, 255, 255];
   };
   const bad = [];
-  for (const one of document.querySelectorAll('body *')) {
-    const text = [...one.childNodes].filter(node => node.nodeType === 3).map(node => node.textContent.trim()).join('');
-    const style = getComputedStyle(one);
-    if (!text || !one.getClientRects().length || ['SCRIPT', 'STYLE', 'OPTION'].includes(one.tagName)) continue;
-    const inChart = one.namespaceURI.endsWith('svg');
-    if (inChart && one.closest('.heatmap-label, .heatmaplayer')) continue;
-    const [high, low] = [luminance(numbers(inChart ? style.fill : style.color)), luminance(behind(one))].sort((a, b) => b - a);
+  for (const element of document.querySelectorAll('body *')) {
+    const text = [...element.childNodes].filter(node => node.nodeType === 3).map(node => node.textContent.trim()).join('');
+    const style = getComputedStyle(element);
+    if (!text || !element.getClientRects().length || ['SCRIPT', 'STYLE', 'OPTION'].includes(element.tagName)) continue;
+    const inChart = element.namespaceURI.endsWith('svg');
+    if (inChart && element.closest('.heatmap-label, .heatmaplayer')) continue;
+    const color = inChart ? style.fill : style.color;
+    const [high, low] = [luminance(numbers(color)), luminance(backgroundOf(element))].sort((a, b) => b - a);
     const contrast = (high + 0.05) / (low + 0.05);
-    if (contrast < 4.5) bad.push(`${one.tagName} ${contrast.toFixed(2)} ${text.slice(0, 40)}`);
+    if (contrast < 4.5) bad.push(`${element.tagName} ${contrast.toFixed(2)} ${text.slice(0, 40)}`);
   }
   return bad;
 })()"""
 
 
 @pytest.mark.parametrize("size", [WIDE, NARROW])
-def test_text_stands_out_from_what_is_behind_it(page: Page, size: tuple[int, int]) -> None:
+def test_text_has_enough_contrast_with_its_background(page: Page, size: tuple[int, int]) -> None:
     page.resize(*size)
-    page.run("document.querySelectorAll('details').forEach(one => one.open = true)")
+    page.run("document.querySelectorAll('details').forEach(details => details.open = true)")
     assert page.run(CONTRAST) == []
 
 
 def test_a_screen_reader_finds_names_headers_and_headings(page: Page) -> None:
     assert page.run("document.documentElement.lang") == "en"
-    nameless = "[...document.querySelectorAll('input, select')].filter(one => !one.labels.length).map(one => one.outerHTML)"
-    assert page.run(nameless) == []
-    for what, lacks in {
-        "button, a": "!one.textContent.trim()",
-        "img": "!one.alt.trim()",
-        "table": "!one.querySelector('th[scope]')",
-        "fieldset": "!one.querySelector('legend')?.textContent",
-        "[tabindex]": "!one.ariaLabel || one.tabIndex > 0",
+    unlabelled = "[...document.querySelectorAll('input, select')].filter(input => !input.labels.length)"
+    assert page.run(f"{unlabelled}.map(input => input.outerHTML)") == []
+    for selector, is_bad in {
+        "button, a": "!element.textContent.trim()",
+        "img": "!element.alt.trim()",
+        "table": "!element.querySelector('th[scope]')",
+        "fieldset": "!element.querySelector('legend')?.textContent",
+        "[tabindex]": "!element.ariaLabel || element.tabIndex > 0",
     }.items():
-        assert page.run(f"[...document.querySelectorAll('{what}')].filter(one => {lacks}).length") == 0, what
-    ids = page.run("[...document.querySelectorAll('[id]')].filter(one => !one.closest('.plots')).map(one => one.id)")
+        assert page.run(f"[...document.querySelectorAll('{selector}')].filter(element => {is_bad}).length") == 0, selector
+    with_id = "[...document.querySelectorAll('[id]')].filter(element => !element.closest('.plots'))"
+    ids = page.run(f"{with_id}.map(element => element.id)")
     assert len(ids) == len(set(ids))
-    levels = page.run("[...document.querySelectorAll('h1, h2, h3, h4, h5')].map(one => Number(one.tagName[1]))")
+    levels = page.run("[...document.querySelectorAll('h1, h2, h3, h4, h5')].map(heading => Number(heading.tagName[1]))")
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(after - before <= 1 for before, after in pairwise(levels))
     assert page.run("document.querySelectorAll('main, header, nav[aria-label]').length") == 3
 
 
-def test_a_keyboard_reaches_every_control_and_sees_where_it_is(page: Page) -> None:
-    reachable = "[...document.querySelectorAll('a, button, select, input, summary, [tabindex]')]"
-    usable = f"{reachable}.filter(one => one.getClientRects().length && !one.disabled && one.tabIndex >= 0)"
-    controls = page.run(f"new Set({usable}.map(one => one.type === 'radio' ? one.name : one)).size")
+def test_a_keyboard_reaches_every_control_and_the_focus_is_visible(page: Page) -> None:
+    candidates = "[...document.querySelectorAll('a, button, select, input, summary, [tabindex]')]"
+    usable = f"{candidates}.filter(item => item.getClientRects().length && !item.disabled && item.tabIndex >= 0)"
+    num_controls = page.run(f"new Set({usable}.map(item => item.type === 'radio' ? item.name : item)).size")
     page.run("document.activeElement.blur()")
-    stops, unseen = set(), []
-    for _ in range(controls + 5):
+    reached, without_outline = set(), []
+    for _ in range(num_controls + 5):
         page.press("Tab", 9)
-        told = page.run(
-            "(one => { const place = one.matches('label > input[type=radio]') ? one.parentNode : one;"
-            " const style = getComputedStyle(place);"
-            " return [[...document.querySelectorAll('*')].indexOf(one), one.outerHTML.slice(0, 90),"
+        index, element, has_outline = page.run(
+            "(active => { const outlined = active.matches('label > input[type=radio]') ? active.parentNode : active;"
+            " const style = getComputedStyle(outlined);"
+            " return [[...document.querySelectorAll('*')].indexOf(active), active.outerHTML.slice(0, 90),"
             " style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) >= 1]; })(document.activeElement)"
         )
-        stops.add(told[0])
-        if not told[2]:
-            unseen.append(told[1])
-    assert [one for one in unseen if not one.startswith("<body")] == []
-    assert len(stops) >= controls
+        reached.add(index)
+        if not has_outline:
+            without_outline.append(element)
+    assert [element for element in without_outline if not element.startswith("<body")] == []
+    assert len(reached) >= num_controls
 
 
-def test_axe_finds_nothing(page: Page) -> None:
+def test_axe_finds_no_violations(page: Page) -> None:
     axe = os.environ.get("AXE_CORE")
     if not axe:
-        pytest.skip("AXE_CORE does not name axe-core's axe.min.js")
+        pytest.skip("set AXE_CORE to the path of axe-core's axe.min.js")
     page.run(Path(axe).read_text(encoding="utf-8"))
     for size in (WIDE, NARROW):
         page.resize(*size)
-        assert page.run("axe.run().then(told => told.violations.map(one => [one.id, one.nodes[0].html]))") == []
+        violations = "axe.run().then(result => result.violations.map(item => [item.id, item.nodes[0].html]))"
+        assert page.run(violations) == []
 
 
-PAPER = 695
-"""Pixels of an A4 sheet between its margins."""
+PRINT_WIDTH = 695
+"""Width of an A4 page between its margins, in pixels."""
 
 
 def test_it_can_be_printed(page: Page, tmp_path: Path) -> None:
-    page.printed(tmp_path / "page.pdf")
+    page.print_pdf(tmp_path / "page.pdf")
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
-    page.resize(PAPER, 980)
+    page.resize(PRINT_WIDTH, 980)
     page.send("Emulation.setEmulatedMedia", media="print")
-    away = ["#explore .budget", "#filters", "nav", ".controls", ".screen"]
-    hidden = f"{json.dumps(away)}.every(one => !document.querySelector(one).getClientRects().length)"
-    assert page.run(hidden)
-    assert page.run("document.querySelector('#chosen').getClientRects().length") > 0
-    assert page.text("#explore h2") == "At one budget"
+    screen_only = ["#budget-slider .budget", "#filters", "nav", ".controls", ".on-screen"]
+    are_hidden = f"{json.dumps(screen_only)}.every(selector => !document.querySelector(selector).getClientRects().length)"
+    assert page.run(are_hidden)
+    assert page.run("document.querySelector('#selected').getClientRects().length") > 0
+    assert page.text("#budget-slider h2") == "The answer at one budget"
     boxes = "[...document.querySelectorAll('.scroll, pre, table, p, dl')]"
-    cut = f"{boxes}.filter(one => one.getBoundingClientRect().right > innerWidth + 1)"
-    page.wait(f"{cut}.length === 0")
-    page.wait(f"document.documentElement.scrollWidth <= {PAPER}")
-    shown = "[...document.querySelectorAll('#table th')].filter(one => one.getClientRects().length).map(one => one.textContent)"
+    too_wide = f"{boxes}.filter(box => box.getBoundingClientRect().right > innerWidth + 1)"
+    page.wait(f"{too_wide}.length === 0")
+    page.wait(f"document.documentElement.scrollWidth <= {PRINT_WIDTH}")
+    visible_titles = "[...document.querySelectorAll('#table th')].filter(cell => cell.getClientRects().length)"
+    titles = f"{visible_titles}.map(cell => cell.textContent)"
     metric, costs = "squared MMD", ["normalized cost", "evaluations", "GFLOP", "milliseconds"]
-    assert page.run(shown) == ["size", "solver", "steps", "guidance", metric, *costs, "point"]
+    assert page.run(titles) == ["size", "solver", "steps", "guidance", metric, *costs, "point"]
     page.send("Emulation.setEmulatedMedia", media="")
-    assert len(page.run(shown)) > 15, "on a screen every column is there"
+    assert len(page.run(titles)) > 15, "the screen shows every column"
 
 
-@pytest.mark.parametrize("kind", ["bare", "young", pytest.param("raced", marks=pytest.mark.slow)])
-def test_missing_parts_leave_a_page_without_complaint(chromium: tuple[Page, Path], tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["minimal", "unfinished", pytest.param("raced", marks=pytest.mark.slow)])
+def test_a_page_with_missing_parts_has_no_console_messages(chromium: tuple[Page, Path], tmp_path: Path, kind: str) -> None:
     table = {
-        "bare": planted_table(solvers=("euler/trailing",), snapshots=(), guidance=(1.0,), num_steps=(4,)).assign(
+        "minimal": synthetic_table(solvers=("euler/trailing",), snapshots=(), guidance=(1.0,), num_steps=(4,)).assign(
             ms_per_image=np.nan
         ),
-        "young": planted_table()[lambda all_: ~all_["is_final"]],
+        "unfinished": synthetic_table()[lambda rows: ~rows["is_final"]],
         "raced": raced_table(),
     }[kind]
     opened, _ = chromium
-    opened.complaints.clear()
-    opened.open(write_report(tmp_path, kind, table, KERNEL, {}, {}, {}, []), *NARROW)
-    assert opened.complaints == []
+    opened.console_messages.clear()
+    opened.open(write_report(tmp_path, kind, table, METRIC, {}, {}, {}, []), *NARROW)
+    assert opened.console_messages == []
     assert opened.run("document.documentElement.scrollWidth") <= NARROW[0]
-    assert opened.run("document.getElementById('explorer') !== null && !explorer.hidden") == (kind != "young")
-    if kind != "young":
-        best = table.loc[table[KERNEL].idxmin()]
+    assert opened.run("document.getElementById('slider-panel')?.hidden === false") == (kind != "unfinished")
+    if kind != "unfinished":
+        best = table.loc[table[METRIC].idxmin()]
         opened.focus("#budget")
         opened.press("End", 35)
-        assert format_configuration(best["size"], best["num_steps"], best["guidance"], best["solver"]) in opened.text("#chosen")
-        assert opened.text("#chosen-legend") == "No images were kept of this point."
+        assert format_configuration(best["size"], best["num_steps"], best["guidance"], best["solver"]) in opened.text(
+            "#selected"
+        )
+        assert opened.text("#selected-legend") == "No images were saved for this point."
     assert "Not in this report" in opened.text("main")

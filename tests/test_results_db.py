@@ -1,4 +1,4 @@
-"""The results database: a point with its scores in one transaction, whatever else writes; a table in the order of coordinates."""
+"""The results database: points and scores in one transaction with several writers, order of the table, schema versions."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def row(point: str, **changes: object) -> dict[str, object]:
         "point": point,
         "checkpoint": "c",
         "protocol": "p",
+        "task": "text2image",
         "size": "1M",
         "width": 8,
         "num_parameters": 1,
@@ -47,21 +48,7 @@ def row(point: str, **changes: object) -> dict[str, object]:
 SCORES = {"mmd_efficientnet": Interval(0.5, 0.4, 0.6)}
 
 
-def test_an_older_ledger_is_brought_up_to_date(tmp_path: Path) -> None:
-    file = tmp_path / "results.sqlite"
-    ResultsDB(file).add_point(row("a"), SCORES, {}, {})
-    with sqlite3.connect(file) as connection:
-        for column in ("compiled", "batch_size", "min_batch_size"):
-            connection.execute(f"ALTER TABLE points DROP COLUMN {column}")
-        connection.execute("UPDATE schema SET version = 1")
-    results_db = ResultsDB(file)
-    results_db.add_point(row("b"), SCORES, {}, {})
-    table = results_db.table().set_index("point")
-    assert table.loc["b", "batch_size"] == 64
-    assert table["batch_size"].isna().tolist() == [True, False]
-
-
-def test_a_point_comes_back_with_its_scores(tmp_path: Path) -> None:
+def test_a_point_is_read_with_its_scores(tmp_path: Path) -> None:
     results_db = ResultsDB(tmp_path / "results.sqlite")
     results_db.add_point(row("b", num_steps=8), SCORES, {"host": "here"}, {})
     results_db.add_point(row("a"), SCORES, {}, {})
@@ -104,7 +91,7 @@ def test_several_writers_lose_nothing(tmp_path: Path) -> None:
     assert len(ResultsDB(tmp_path / "results.sqlite").table()) == 40
 
 
-def test_events_of_a_stage_are_replaced_and_kept_in_order(tmp_path: Path) -> None:
+def test_events_of_a_stage_are_replaced_and_stay_in_order(tmp_path: Path) -> None:
     results_db = ResultsDB(tmp_path / "results.sqlite")
     results_db.set_events("data.train", [("1.png", "broken")])
     results_db.set_events("data.reference", [("9.png", "empty")])
@@ -112,12 +99,25 @@ def test_events_of_a_stage_are_replaced_and_kept_in_order(tmp_path: Path) -> Non
     assert [event["subject"] for event in results_db.events()] == ["9.png", "2.png", "3.png"]
 
 
-def test_a_ledger_of_a_newer_isocost_is_refused(tmp_path: Path) -> None:
-    ResultsDB(tmp_path / "results.sqlite")
-    with sqlite3.connect(tmp_path / "results.sqlite") as connection:
-        connection.execute("UPDATE schema SET version = 99")
-    with pytest.raises(ConfigError, match="upgrade isocost"):
-        ResultsDB(tmp_path / "results.sqlite")
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (1, "version 1, made by isocost 0.1; this isocost reads version 7: run the study again with 0.2"),
+        (6, "version 6, made by isocost 0.1; this isocost reads version 7: run the study again with 0.2"),
+        (99, "version 99, made by a newer isocost; this isocost reads version 7: upgrade isocost"),
+    ],
+)
+def test_a_database_of_another_version_is_refused_in_one_line(version: int, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "results.sqlite"
+    ResultsDB(file).add_point(row("a"), SCORES, {}, {})
+    with sqlite3.connect(file) as connection:
+        connection.execute("UPDATE schema SET version = ?", (version,))
+        before = list(connection.iterdump())
+    with pytest.raises(ConfigError) as refused:
+        ResultsDB(file)
+    assert str(refused.value) == f"{file}: results database of {message}"
+    with sqlite3.connect(file) as connection:
+        assert list(connection.iterdump()) == before
 
 
 def test_a_folder_without_a_table_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How a run stands, and how it is stopped: `OUT/status.json`, `isocost status`, SIGTERM."""
+"""The progress of a run and its stop: `OUT/status.json`, `isocost status`, SIGTERM."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from conftest import plain_study, tiny_study
 from isocost.cli import app
-from isocost.cli.status import drawn, duration
+from isocost.cli.status import format_duration, status_table
 from isocost.config.base import parse_spec
 from isocost.config.study import StudySpec
 from isocost.errors import ConfigError
@@ -38,7 +38,7 @@ def with_metric(value: float, seconds: float, num_steps: int) -> dict[str, Any]:
     }
 
 
-def test_status_counts_what_is_done_and_foretells_the_rest() -> None:
+def test_status_counts_the_finished_points_and_estimates_the_remaining_time() -> None:
     points = [PlannedPoint("a", 10.0), PlannedPoint("b", 30.0), PlannedPoint("c", 60.0)]
     known = {"a": with_metric(3.0, 5.0, 4), "b": with_metric(2.0, 15.0, 8), "of another size": with_metric(1.0, 99.0, 1)}
     status = size_status("width 8", "1M", 50, 100, points, 2, known, METRIC)
@@ -47,7 +47,7 @@ def test_status_counts_what_is_done_and_foretells_the_rest() -> None:
     assert (status.best.value, status.best.num_steps) == (2.0, 8)
     assert seconds_left(points, known, num_workers=2) == 15.0  # 60 GFLOP at half a second each, by two
     assert seconds_left(points, {}, num_workers=2) is None
-    assert (duration(40), duration(720), duration(12240)) == ("40 s", "12 min", "3.4 h")
+    assert (format_duration(40), format_duration(720), format_duration(12240)) == ("40 s", "12 min", "3.4 h")
 
 
 def small_study(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
@@ -62,7 +62,7 @@ def small_study(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_sigterm_finishes_the_shard_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_sigterm_finishes_the_shard_and_the_same_command_continues(tmp_path: Path) -> None:
     file, plain = small_study(tmp_path)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "isocost", "run", str(file), "--out", str(out)]
@@ -70,53 +70,53 @@ def test_sigterm_finishes_the_shard_and_the_same_command_goes_on(tmp_path: Path)
     while running.poll() is None and not list(out.glob("artefacts/shard/*/isocost.json")):
         time.sleep(0.05)
     running.send_signal(signal.SIGTERM)
-    told, _ = running.communicate(timeout=120)
+    stdout, _ = running.communicate(timeout=120)
     assert running.returncode == 0
-    assert json.loads(told.splitlines()[-1])["finished"] is False
+    assert json.loads(stdout.splitlines()[-1])["finished"] is False
     results_db = ResultsDB(out / "results.sqlite")
-    kept = results_db.num_shards() + 4 * len(results_db.points())
-    assert 1 <= kept < 64  # what was in hand is kept, and no more was begun
+    num_shards = results_db.num_shards() + 4 * len(results_db.points())
+    assert 1 <= num_shards < 64  # the shard in progress was saved, and no other one was started
     assert not list(out.glob("artefacts/.partial/*"))
     status = read_status(out)
     assert status.stage == "stopped"
     assert (status.sizes[0].images_seen, status.sizes[0].num_points) == (64, 16)
     pipeline = Pipeline(parse_spec(StudySpec, plain, "study"), out)
-    assert pipeline.claims.num_workers() == 0
+    assert pipeline.leases.num_workers() == 0
     assert pipeline.sweep(pipeline.runs[0], deadline=None)
     assert len(pipeline.results_db.points()) == 16
 
 
-def test_the_command_draws_a_table_and_ends_in_json(tmp_path: Path) -> None:
+def test_the_command_prints_a_table_and_ends_with_json(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no status\.json"):
         read_status(tmp_path)
     _, plain = small_study(tmp_path)
     study = parse_spec(StudySpec, {**plain, "sweep": {"num_steps": [1], "guidance": [1], "batch_size": 16}}, "study")
     assert Pipeline(study, tmp_path / "out").run()
-    ended = CliRunner().invoke(app, ["status", str(tmp_path / "out"), "--follow"])
-    assert ended.exit_code == 0
-    answer = json.loads(ended.stdout.splitlines()[-1])
+    result = CliRunner().invoke(app, ["status", str(tmp_path / "out"), "--follow"])
+    assert result.exit_code == 0
+    answer = json.loads(result.stdout.splitlines()[-1])
     assert answer["stage"] == "done"
     assert answer["sizes"][0]["points_done"] == 1
     assert answer["sizes"][0]["best"]["metric"] == METRIC
     console = Console(width=140, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(drawn(read_status(tmp_path / "out")))
+    console.print(status_table(read_status(tmp_path / "out")))
     text = console.export_text()
     assert "squared MMD" in text
     assert "64/64" in text
 
 
-def test_progress_counts_what_is_done_in_whatever_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: dict[str, list[int]] = {}
+def test_progress_counts_the_finished_points_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts_by_title: dict[str, list[int]] = {}
 
     @contextmanager
     def watched(title: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-        yield lambda completed, note: told.setdefault(f"{title}, {total}", []).append(completed)
+        yield lambda completed, note: counts_by_title.setdefault(f"{title}, {total}", []).append(completed)
 
     monkeypatch.setattr("isocost.pipeline.sweep_runner.progress_bar", watched)
     Pipeline(tiny_study(family={"widths": [8]}), tmp_path / "grid").run()
     raced = {"num_steps": [1, 2], "guidance": [1, 4], "search": "race", "batch_size": 16, "snapshot_num_steps": 2}
     Pipeline(tiny_study(family={"widths": [8]}, sweep=raced), tmp_path / "raced").run()
-    assert len(told) >= 4, list(told)
-    for title, counts in told.items():
+    assert len(counts_by_title) >= 4, list(counts_by_title)
+    for title, counts in counts_by_title.items():
         assert counts == sorted(counts), title
         assert counts[-1] == int(title.rsplit(", ", 1)[1]), title

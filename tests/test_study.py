@@ -1,4 +1,4 @@
-"""Specs: digests that hold still, YAML in and out, mistakes in one line."""
+"""Specs: stable digests, studies as YAML, one-line messages for mistakes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from isocost.config.training import TrainSpec
 from isocost.errors import ConfigError
 
 
-def test_yaml_out_and_in_is_the_same_study(tmp_path: Path) -> None:
+def test_a_study_is_the_same_after_a_yaml_round_trip(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(dump_study(tiny_study()))
     assert load_study(file) == tiny_study()
 
 
-def test_a_default_written_out_names_nothing_anew() -> None:
+def test_a_default_that_is_written_out_changes_no_digest() -> None:
     assert digest(SolverSpec()) == digest(SolverSpec(name="ddim", timestep_spacing="trailing", eta=0.0))
     assert digest(SolverSpec()) != digest(SolverSpec(timestep_spacing="leading"))
 
@@ -33,7 +33,7 @@ def test_a_digest_is_the_sha256_of_canonical_json() -> None:
     assert digest({"stage": "point"}, SolverSpec(name="ddpm")) == "4c5068367771f898"
 
 
-def test_how_long_and_how_often_is_no_part_of_the_recipe() -> None:
+def test_the_length_of_a_training_and_its_snapshots_are_not_part_of_the_recipe() -> None:
     short, long = (
         TrainSpec(num_images=10),
         TrainSpec(num_images=20, snapshots=(5,), state_every_images=7, tracker="tensorboard"),
@@ -42,7 +42,7 @@ def test_how_long_and_how_often_is_no_part_of_the_recipe() -> None:
     assert short.recipe() != TrainSpec(num_images=10, lr=2e-4).recipe()
 
 
-def test_marks_are_met_at_whole_batches() -> None:
+def test_snapshots_are_at_whole_batches() -> None:
     assert TrainSpec(num_images=100, batch_size=32).whole_batches(50) == 64
     assert TrainSpec(num_images=100, snapshots=(50, 20)).all_snapshots(1.0) == (20, 50, 100)
     by_compute = TrainSpec(num_images=100, snapshots=(50,), snapshots_gflop=(60.0, 240.0, 900.0))
@@ -50,7 +50,7 @@ def test_marks_are_met_at_whole_batches() -> None:
     assert by_compute.all_snapshots(2.0) == (10, 40, 50, 100)
 
 
-def test_growing_a_study_is_no_conflict() -> None:
+def test_growing_a_study_changes_no_immutable_field() -> None:
     grown = plain_study(family={"widths": [8, 16, 24]})
     grown["sweep"] = {**grown["sweep"], "num_steps": [1, 2, 4], "guidance": [1, 2, 3], "solvers": [{"name": "ddpm"}]}
     grown["train"] = {**grown["train"], "num_images": 512}
@@ -60,15 +60,15 @@ def test_growing_a_study_is_no_conflict() -> None:
 def changed(path: str, value: Any) -> dict[str, Any]:
     plain = yaml.safe_load(yaml.safe_dump(plain_study()))
     *parents, last = path.split(".")
-    node = plain
+    section = plain
     for parent in parents:
-        node = node[parent]
-    node[last] = value
+        section = section[parent]
+    section[last] = value
     return plain
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "message"),
     [
         ("sweep.guidence", [1], "sweep.guidence: unknown key; allowed here: solvers, num_steps, guidance"),
         ("trian", {}, "trian: unknown key; allowed here: name, data, autoencoder"),
@@ -78,23 +78,24 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("sweep.guidance", [-1], "sweep.guidance.0 = -1"),
         ("sweep.num_steps", [0], "sweep.num_steps.0 = 0"),
         ("sweep.num_steps", [], "sweep.num_steps"),
-        ("family.widths", [8, 8], "widths must be given, each once"),
+        ("family.widths", [8, 8], "give at least one width, and each width once"),
         ("train.snapshots", [999], "snapshots must lie between 1 and num_images=256"),
         ("train.num_images", "many", "train.num_images = 'many'"),
         ("protocol.num_images", 1, "protocol.num_images = 1"),
+        ("data.reference.num_images", 0, "data.reference.num_images = 0"),
     ],
 )
-def test_a_mistake_is_one_line_with_file_key_value_and_remedy(path: str, value: Any, said: str, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_with_file_key_value_and_remedy(path: str, value: Any, message: str, tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(changed(path, value)))
     with pytest.raises(ConfigError) as caught:
         load_study(file)
     assert "\n" not in str(caught.value)
     assert str(file) in str(caught.value)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_overrides_reach_into_the_study(tmp_path: Path) -> None:
+def test_an_override_sets_a_nested_key(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(plain_study()))
     assert load_study(file, {"train.lr": 5e-4, "sweep.num_steps": [3]}).sweep.num_steps == (3,)
@@ -102,7 +103,7 @@ def test_overrides_reach_into_the_study(tmp_path: Path) -> None:
         load_study(file, {"train.lr.x": 1})
 
 
-def test_a_file_that_is_no_study(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_study_is_rejected(tmp_path: Path) -> None:
     for text in ("a: [", "- 1", ""):
         (tmp_path / "study.yaml").write_text(text)
         with pytest.raises(ConfigError, match=r"study\.yaml"):
@@ -111,7 +112,7 @@ def test_a_file_that_is_no_study(tmp_path: Path) -> None:
         load_study(tmp_path / "absent.yaml")
 
 
-def test_a_frozen_spec_stays_as_it_is() -> None:
+def test_a_spec_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         ProtocolSpec().num_images = 3  # type: ignore[misc]
 
@@ -120,18 +121,18 @@ STUDIES = sorted((Path(__file__).resolve().parents[1] / "studies").glob("*.yaml"
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.name)
-def test_every_study_of_the_project_is_valid_and_says_what_it_costs(file: Path) -> None:
+def test_every_study_of_the_project_is_valid_and_states_its_cost(file: Path) -> None:
     assert load_study(file).name == file.stem
     assert "# Cost:" in file.read_text()
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.name)
-def test_every_smaller_form_of_a_study_is_valid(file: Path) -> None:
+def test_every_scale_of_a_study_is_valid(file: Path) -> None:
     for scale in yaml.safe_load(file.read_text()).get("scales", {}):
         assert load_study(file, {"scale": scale}) != load_study(file)
 
 
-def test_the_paper_study_is_the_papers_recipe_and_has_a_tiny_form() -> None:
+def test_the_paper_study_has_the_papers_recipe_and_a_tiny_scale() -> None:
     file = next(file for file in STUDIES if file.name == "paper.yaml")
     paper, tiny = load_study(file), load_study(file, {"scale": "tiny"})
     assert paper.family.widths == (64, 96, 128, 160, 192, 224, 256, 288, 320, 512, 768)

@@ -1,4 +1,4 @@
-"""Training: what was stopped and went on is bit for bit what was not; checkpoints are what diffusers reads."""
+"""Training: an interrupted training ends with the bits of an uninterrupted one, and diffusers loads the checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from isocost.models.unet import build_unet
 from isocost.training.ema import Ema
 from isocost.training.lr_schedule import learning_rate
 from isocost.training.objectives import TextToImage
-from isocost.training.state_checkpoint import newest_state
+from isocost.training.state_checkpoint import newest_state_images
 from isocost.training.trainer import DeadlineReached, train
 
 MODEL = ModelSpec(width=8, latent_channels=4, latent_size=8, cross_attention_dim=384, layers_per_block=1, num_levels=2)
@@ -37,52 +37,52 @@ SPEC = TrainSpec(num_images=192, snapshots=(64, 100), batch_size=16, lr=2e-3, wa
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
-    place = ShardStore(tmp_path_factory.mktemp("cache"))
+    store = ShardStore(tmp_path_factory.mktemp("cache"))
     images = load_images(ScenesSource(kind="scenes", num_images=96), 32, 0)
     text = MiniLMTextEncoder(TextEncoderSpec(max_tokens=8))
-    write_index(place, write_cache(place, images.read, PCAAutoencoder.fit(images.images, 4, 4), text))
-    return LatentCache(place)
+    write_index(store, write_cache(store, images.read, PCAAutoencoder.fit(images.images, 4, 4), text))
+    return LatentCache(store)
 
 
 def run(spec: TrainSpec, cache: LatentCache, folder: Path, deadline: float | None = None) -> dict[int, dict[str, torch.Tensor]]:
-    """Train from the folder's state; the weights published at each mark."""
-    published: dict[int, dict[str, torch.Tensor]] = {}
+    """Train from the newest state in the folder; returns the weights saved at each snapshot."""
+    saved: dict[int, dict[str, torch.Tensor]] = {}
 
-    def publish(network: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], snapshot: int) -> None:
-        published[snapshot] = {name: tensor.clone() for name, tensor in weights}
+    def save_snapshot(network: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], snapshot: int) -> None:
+        saved[snapshot] = {name: tensor.clone() for name, tensor in weights}
 
     torch.manual_seed(spec.seed)
     network = build_unet(MODEL)
-    task = TextToImage(spec, cache, NoiseSchedule.scaled_linear())
-    train(spec, task, network, folder, publish, title="test", snapshots=spec.all_snapshots(1.0), deadline=deadline)
-    return published
+    objective = TextToImage(spec, cache, NoiseSchedule.scaled_linear())
+    train(spec, objective, network, folder, save_snapshot, title="test", snapshots=spec.all_snapshots(1.0), deadline=deadline)
+    return saved
 
 
-def test_a_training_that_was_stopped_ends_with_the_same_bits(cache: LatentCache, tmp_path: Path) -> None:
-    whole = run(SPEC, cache, tmp_path / "whole")
-    assert sorted(whole) == [64, 100, 192]
+def test_an_interrupted_training_ends_with_the_same_bits(cache: LatentCache, tmp_path: Path) -> None:
+    uninterrupted = run(SPEC, cache, tmp_path / "whole")
+    assert sorted(uninterrupted) == [64, 100, 192]
     stops = 0
-    broken: dict[int, dict[str, torch.Tensor]] = {}
-    while 192 not in broken:
+    interrupted: dict[int, dict[str, torch.Tensor]] = {}
+    while 192 not in interrupted:
         try:
-            broken |= run(SPEC, cache, tmp_path / "broken", deadline=time.monotonic() + (0 if stops < 4 else 600))
+            interrupted |= run(SPEC, cache, tmp_path / "broken", deadline=time.monotonic() + (0 if stops < 4 else 600))
         except DeadlineReached:
             stops += 1
     assert stops == 4
-    for name, tensor in whole[192].items():
-        assert torch.equal(tensor, broken[192][name]), name
-    assert newest_state(tmp_path / "broken") == 192
+    for name, tensor in uninterrupted[192].items():
+        assert torch.equal(tensor, interrupted[192][name]), name
+    assert newest_state_images(tmp_path / "broken") == 192
     lines = [json.loads(line)["images_seen"] for line in (tmp_path / "broken" / "loss.jsonl").read_text().splitlines()]
     assert lines == sorted(set(lines))
 
 
-def test_a_longer_training_begins_as_the_shorter_one(cache: LatentCache, tmp_path: Path) -> None:
-    short = run(SPEC.model_copy(update={"num_images": 64, "snapshots": ()}), cache, tmp_path / "run")
+def test_a_longer_training_starts_with_the_same_steps_as_a_shorter_one(cache: LatentCache, tmp_path: Path) -> None:
+    shorter = run(SPEC.model_copy(update={"num_images": 64, "snapshots": ()}), cache, tmp_path / "run")
     longer = run(SPEC.model_copy(update={"num_images": 128, "snapshots": ()}), cache, tmp_path / "run")
-    straight = run(SPEC.model_copy(update={"num_images": 128, "snapshots": (64,)}), cache, tmp_path / "straight")
-    for name, tensor in straight[64].items():
-        assert torch.equal(tensor, short[64][name])
-        assert torch.equal(straight[128][name], longer[128][name])
+    reference = run(SPEC.model_copy(update={"num_images": 128, "snapshots": (64,)}), cache, tmp_path / "straight")
+    for name, tensor in reference[64].items():
+        assert torch.equal(tensor, shorter[64][name])
+        assert torch.equal(reference[128][name], longer[128][name])
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -95,15 +95,15 @@ def test_the_loss_falls(cache: LatentCache, tmp_path: Path, prediction_type: str
     assert losses[-1] < 0.93 * losses[0]
 
 
-def test_bf16_trains_and_a_missing_tracker_is_named(cache: LatentCache, tmp_path: Path) -> None:
+def test_bf16_trains_and_a_missing_tracker_is_an_error(cache: LatentCache, tmp_path: Path) -> None:
     spec = SPEC.model_copy(update={"num_images": 32, "snapshots": (), "dtype": "bf16"})
-    published = run(spec, cache, tmp_path / "bf16")
-    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in published[32].values())
+    saved = run(spec, cache, tmp_path / "bf16")
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in saved[32].values())
     with pytest.raises(ConfigError, match="wandb is not installed"):
         run(spec.model_copy(update={"tracker": "wandb"}), cache, tmp_path / "tracked")
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(cache: LatentCache, tmp_path: Path) -> None:
+def test_a_nonfinite_loss_stops_the_training_and_the_last_good_state_stays(cache: LatentCache, tmp_path: Path) -> None:
     good = SPEC.model_copy(update={"num_images": 48, "snapshots": ()})
     run(good, cache, tmp_path)
 
@@ -116,26 +116,26 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(cache: La
         train(
             spec, Broken(spec, cache, NoiseSchedule.scaled_linear()), build_unet(MODEL), tmp_path, lambda *_: None, title="test"
         )
-    assert newest_state(tmp_path) == 48
+    assert newest_state_images(tmp_path) == 48
 
 
-def test_a_state_that_does_not_read_back_is_named(cache: LatentCache, tmp_path: Path) -> None:
+def test_a_damaged_training_state_is_an_error(cache: LatentCache, tmp_path: Path) -> None:
     run(SPEC.model_copy(update={"num_images": 48, "snapshots": ()}), cache, tmp_path)
     (state,) = tmp_path.glob("state-*")
     (state / "part-00000.safetensors").write_bytes(b"broken")
-    with pytest.raises(RunError, match="does not read back"):
+    with pytest.raises(RunError, match="the training state cannot be read"):
         run(SPEC, cache, tmp_path)
 
 
-def test_a_half_written_state_is_not_seen(cache: LatentCache, tmp_path: Path) -> None:
+def test_an_incomplete_training_state_is_ignored(cache: LatentCache, tmp_path: Path) -> None:
     run(SPEC.model_copy(update={"num_images": 48, "snapshots": ()}), cache, tmp_path)
     (tmp_path / ".state-000000000096").mkdir()
     run(SPEC, cache, tmp_path)
     assert not list(tmp_path.glob(".state-*"))
-    assert newest_state(tmp_path) == 192
+    assert newest_state_images(tmp_path) == 192
 
 
-def test_the_average_forgets_by_half_in_its_half_life() -> None:
+def test_an_ema_moves_halfway_in_its_half_life() -> None:
     weight = torch.zeros(1)
     ema = Ema([weight], (64, 128))
     weight += 1
@@ -165,26 +165,26 @@ def test_a_checkpoint_loads_in_diffusers(tmp_path: Path) -> None:
     assert scheduler.config.prediction_type == "v_prediction"
 
 
-def test_a_checkpoint_in_bf16_is_half_as_large_and_another_one(tmp_path: Path) -> None:
+def test_a_bf16_checkpoint_is_half_as_large_and_has_its_own_digest(tmp_path: Path) -> None:
     network = build_unet(MODEL)
-    for name, dtype in (("whole", torch.float32), ("half", torch.bfloat16)):
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         save_networks(tmp_path / name, network, "v_prediction", dtype=dtype)
-    loaded = read_network(tmp_path / "half" / "unet")
-    for own, read in zip(network.parameters(), loaded.parameters(), strict=True):
-        assert read.dtype is torch.float32
-        assert torch.equal(own.bfloat16().float(), read)
-    whole, half = ((tmp_path / name / "unet" / WEIGHTS).stat().st_size for name in ("whole", "half"))
-    assert 0.5 <= half / whole < 0.6
+    loaded = read_network(tmp_path / "bf16" / "unet")
+    for original, parameter in zip(network.parameters(), loaded.parameters(), strict=True):
+        assert parameter.dtype is torch.float32
+        assert torch.equal(original.bfloat16().float(), parameter)
+    fp32_size, bf16_size = ((tmp_path / name / "unet" / WEIGHTS).stat().st_size for name in ("fp32", "bf16"))
+    assert 0.5 <= bf16_size / fp32_size < 0.6
     runs = [make_run("text2image", MODEL, SPEC.model_copy(update={"snapshot_dtype": p}), {}, 1.0) for p in ("fp32", "bf16")]
     assert runs[0].digest == runs[1].digest
     assert runs[0].checkpoints.keys() == runs[1].checkpoints.keys()
     assert set(runs[0].checkpoints.values()).isdisjoint(runs[1].checkpoints.values())
 
 
-def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
+def test_folders_without_a_checkpoint_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such checkpoint folder"):
         load_checkpoint(tmp_path / "absent")
-    with pytest.raises(ConfigError, match="not a checkpoint of isocost"):
+    with pytest.raises(ConfigError, match="not an isocost checkpoint"):
         load_checkpoint(tmp_path)
     pickle = tmp_path / "model.ckpt"
     pickle.write_bytes(b"x")

@@ -1,4 +1,4 @@
-"""Several runs at one study: claims, shards, further processes, other results databases, united folders."""
+"""Several runs of one study: leases, shards, several processes, other results databases, merged folders."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from sqlalchemy.orm import Session
 
 from conftest import plain_study, tiny_study
 from isocost.errors import ConfigError, RunError
-from isocost.evaluation.feature_store import read_measured
+from isocost.evaluation.feature_store import read_sample_features
 from isocost.pipeline.merge import merge
 from isocost.pipeline.pipeline import Pipeline
 from isocost.pipeline.workers import run_on_ray, work
 from isocost.report.build import report
-from isocost.sweep import leases as claiming
+from isocost.sweep import leases
 from isocost.sweep import worker as workers
 from isocost.sweep.image_shards import split_into_shards
 from isocost.sweep.leases import Leases
@@ -64,7 +64,7 @@ def isocost(*arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-# --- claims ---
+# --- leases ---
 
 
 def two(folder: Path) -> tuple[Leases, Leases]:
@@ -72,68 +72,68 @@ def two(folder: Path) -> tuple[Leases, Leases]:
     return Leases(engine), Leases(ResultsDB(folder / "results.sqlite").engine)
 
 
-def test_what_one_has_the_other_cannot_take(tmp_path: Path) -> None:
-    one, other = two(tmp_path)
-    assert one.take("a")
-    assert one.take("a")
-    assert not other.take("a")
-    assert other.take("b")
-    assert (one.num_workers(), other.num_workers()) == (2, 2)
-    other.release("a")  # not its own
-    assert not other.take("a")
-    one.release("a")
-    assert other.take("a")
-    other.close()
-    assert one.take("a")
-    assert one.take("b")
-    one.close()
+def test_leased_work_is_not_leased_twice(tmp_path: Path) -> None:
+    first, second = two(tmp_path)
+    assert first.acquire("a")
+    assert first.acquire("a")
+    assert not second.acquire("a")
+    assert second.acquire("b")
+    assert (first.num_workers(), second.num_workers()) == (2, 2)
+    second.release("a")  # the lease belongs to the first
+    assert not second.acquire("a")
+    first.release("a")
+    assert second.acquire("a")
+    second.close()
+    assert first.acquire("a")
+    assert first.acquire("b")
+    first.close()
 
 
-def test_a_silent_or_dead_workers_claim_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, other = two(tmp_path)
-    monkeypatch.setattr(claiming, "HEARTBEAT_S", 3600)
-    assert one.take("a")
+def test_the_lease_of_a_silent_or_dead_worker_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = two(tmp_path)
+    monkeypatch.setattr(leases, "HEARTBEAT_S", 3600)
+    assert first.acquire("a")
 
-    def set_claim(**values: Any) -> None:
-        with Session(other.engine) as session, session.begin():
-            session.execute(update(LeaseRecord).where(LeaseRecord.work == "a").values(**values))
+    def set_lease(**values: Any) -> None:
+        with Session(second.engine) as session, session.begin():
+            session.execute(update(LeaseRecord).where(LeaseRecord.work_item == "a").values(**values))
 
-    set_claim(host="elsewhere")
-    assert not other.take("a")
-    set_claim(beat=LeaseRecord.beat - claiming.LEASE_TIMEOUT_S - 1)
-    assert other.take("a")
-    other.release("a")
-    assert one.take("a")
+    set_lease(host="elsewhere")
+    assert not second.acquire("a")
+    set_lease(heartbeat=LeaseRecord.heartbeat - leases.LEASE_TIMEOUT_S - 1)
+    assert second.acquire("a")
+    second.release("a")
+    assert first.acquire("a")
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    set_claim(pid=process.pid, worker="gone")
-    assert other.take("a")
-    set_claim(worker="skewed", host="elsewhere", beat=LeaseRecord.beat + 3 * claiming.LEASE_TIMEOUT_S)
-    with pytest.raises(ConfigError, match=r"claimed by elsewhere, 1\d\d s in the future"):
-        one.take("a")
-    other.close()
-    one.close()
+    set_lease(pid=process.pid, worker="gone")
+    assert second.acquire("a")
+    set_lease(worker="skewed", host="elsewhere", heartbeat=LeaseRecord.heartbeat + 3 * leases.LEASE_TIMEOUT_S)
+    with pytest.raises(ConfigError, match=r"leased by elsewhere, 1\d\d s in the future"):
+        first.acquire("a")
+    second.close()
+    first.close()
 
 
-def test_claims_are_renewed_while_their_worker_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claiming, "HEARTBEAT_S", 0.05)
-    monkeypatch.setattr(claiming, "LEASE_TIMEOUT_S", 1.0)
-    one, other = two(tmp_path)
-    one.host = "elsewhere"  # so that only its beat speaks for it
-    assert one.take("a")
+def test_leases_are_renewed_while_their_worker_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(leases, "LEASE_TIMEOUT_S", 1.0)
+    first, second = two(tmp_path)
+    first.host = "elsewhere"  # so that only its heartbeat shows that it is alive
+    assert first.acquire("a")
     for _ in range(15):
-        assert not other.take("a")
-        claiming.time.sleep(0.1)
-    one._stop.set()
-    claiming.time.sleep(1.2)
-    assert other.take("a")
-    other.close()
+        assert not second.acquire("a")
+        leases.time.sleep(0.1)
+    first._stop.set()
+    leases.time.sleep(1.2)
+    assert second.acquire("a")
+    second.close()
 
 
 # --- shards ---
 
 
-def test_a_points_shards_cover_it_once(finished: Path) -> None:
+def test_the_shards_of_a_point_cover_it_once(finished: Path) -> None:
     pipeline = Pipeline(tiny_study(**{k: small()[k] for k in ("family", "train", "sweep")}), finished)
     point = pipeline.points(pipeline.runs[0])[0]
     shards = split_into_shards(point, 12)
@@ -142,29 +142,29 @@ def test_a_points_shards_cover_it_once(finished: Path) -> None:
     assert len({shard.digest for shard in shards}) == 3
 
 
-def test_the_size_of_shards_changes_no_bit(finished: Path, tmp_path: Path) -> None:
+def test_the_shard_size_changes_no_bit(finished: Path, tmp_path: Path) -> None:
     parts = {k: small()[k] for k in ("family", "train", "sweep")}
     shutil.copytree(finished, tmp_path / "out")
     for kind in ("point", "shard"):
         shutil.rmtree(tmp_path / "out" / "artefacts" / kind, ignore_errors=True)
     (tmp_path / "out" / "results.sqlite").unlink()
-    whole = tiny_study(**{**parts, "sweep": {**parts["sweep"], "shard_size": 1000}})
-    assert Pipeline(whole, tmp_path / "out").run()
+    one_shard = tiny_study(**{**parts, "sweep": {**parts["sweep"], "shard_size": 1000}})
+    assert Pipeline(one_shard, tmp_path / "out").run()
     pd.testing.assert_frame_equal(table_of(tmp_path / "out"), table_of(finished))
     for folder in (finished / "artefacts" / "point").iterdir():
         ours, theirs = (
-            read_measured(each / "artefacts" / "point" / folder.name, ("efficientnet-lite0",))
-            for each in (finished, tmp_path / "out")
+            read_sample_features(out / "artefacts" / "point" / folder.name, ("efficientnet-lite0",))
+            for out in (finished, tmp_path / "out")
         )
         assert (ours.features["efficientnet-lite0"] == theirs.features["efficientnet-lite0"]).all()
         assert (ours.ids == theirs.ids).all()  # type: ignore[union-attr]
     assert not any((finished / "artefacts").glob("shard/*"))
 
 
-def test_shards_outlive_a_kill_and_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_survive_a_kill_and_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {k: small()[k] for k in ("family", "train", "sweep")}
     made: list[str] = []
-    keep = workers.Worker._keep
+    keep = workers.Worker._commit_shard
 
     def stopping(this: workers.Worker, work_: Any, *measured: Any) -> None:
         if len(made) == 2:
@@ -173,7 +173,7 @@ def test_shards_outlive_a_kill_and_are_not_made_again(tmp_path: Path, monkeypatc
         made.append(work_.shard.digest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(workers.Worker, "_keep", stopping)
+        patched.setattr(workers.Worker, "_commit_shard", stopping)
         with pytest.raises(KeyboardInterrupt):
             Pipeline(tiny_study(**parts), tmp_path / "out").run()
     assert {folder.name for folder in (tmp_path / "out" / "artefacts" / "shard").iterdir()} == set(made)
@@ -184,7 +184,7 @@ def test_shards_outlive_a_kill_and_are_not_made_again(tmp_path: Path, monkeypatc
         again.append(work_.shard.digest)
         keep(this, work_, *measured)
 
-    monkeypatch.setattr(workers.Worker, "_keep", noting)
+    monkeypatch.setattr(workers.Worker, "_commit_shard", noting)
     assert Pipeline(tiny_study(**parts), tmp_path / "out").run()
     assert not set(again) & set(made)
     assert len(again) + len(made) == 12
@@ -196,15 +196,15 @@ def test_shards_outlive_a_kill_and_are_not_made_again(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("num_workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_end_with_the_same_table(finished: Path, tmp_path: Path, num_workers: int) -> None:
-    ended = isocost("run", study_file(tmp_path), "--out", tmp_path / "out", "--workers", num_workers)
-    assert ended.returncode == 0, ended.stderr
-    assert json.loads(ended.stdout.splitlines()[-1])["finished"]
+    result = isocost("run", study_file(tmp_path), "--out", tmp_path / "out", "--workers", num_workers)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["finished"]
     pd.testing.assert_frame_equal(table_of(tmp_path / "out"), table_of(finished))
     assert not any((tmp_path / "out" / "artefacts").glob("shard/*"))
     assert not any((tmp_path / "out" / "artefacts" / ".partial").glob("*"))
 
 
-def test_a_run_is_joined_by_its_folder(finished: Path, tmp_path: Path) -> None:
+def test_a_worker_joins_a_run_by_its_folder(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to join"):
         work(tmp_path)
     shutil.copytree(finished, tmp_path / "out")
@@ -217,22 +217,22 @@ def test_a_run_is_joined_by_its_folder(finished: Path, tmp_path: Path) -> None:
 # --- other results databases ---
 
 
-def test_a_ledger_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
+def test_an_unreachable_results_database_is_one_line(tmp_path: Path) -> None:
     study = study_file(tmp_path)
-    for address, said in (
+    for address, message in (
         ("postgresql://nobody@127.0.0.1:1/none", "the results database cannot be reached"),
-        ("nonsense://x", "no address of a database"),
-        ("post gres://", "no address of a database"),
+        ("nonsense://x", "not an address of a database"),
+        ("post gres://", "not an address of a database"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             ResultsDB(address)
-    ended = isocost("run", study, "--out", tmp_path / "out", "--database", "postgresql://me:secret@127.0.0.1:1/none")
-    assert ended.returncode == 2, ended.stderr
-    assert "the results database cannot be reached" in ended.stderr.splitlines()[-1]
-    assert "secret" not in ended.stderr
+    result = isocost("run", study, "--out", tmp_path / "out", "--database", "postgresql://me:secret@127.0.0.1:1/none")
+    assert result.returncode == 2, result.stderr
+    assert "the results database cannot be reached" in result.stderr.splitlines()[-1]
+    assert "secret" not in result.stderr
 
 
-def test_a_postgresql_ledger_holds_the_same(finished: Path, tmp_path: Path) -> None:
+def test_a_postgresql_results_database_has_the_same_table(finished: Path, tmp_path: Path) -> None:
     pgserver = pytest.importorskip("pgserver")
     server = pgserver.get_server(tmp_path / "pg")
     try:
@@ -243,12 +243,12 @@ def test_a_postgresql_ledger_holds_the_same(finished: Path, tmp_path: Path) -> N
         assert not (tmp_path / "out" / "results.sqlite").exists()
         pd.testing.assert_frame_equal(table_of(tmp_path / "out", address), table_of(finished), check_dtype=False)
         assert len(report(pipeline).table) == 4
-        one, other = Leases(ResultsDB(address).engine), Leases(ResultsDB(address).engine)
-        assert one.take("a")
-        assert not other.take("a")
-        one.close()
-        assert other.take("a")
-        other.close()
+        first, second = Leases(ResultsDB(address).engine), Leases(ResultsDB(address).engine)
+        assert first.acquire("a")
+        assert not second.acquire("a")
+        first.close()
+        assert second.acquire("a")
+        second.close()
     finally:
         server.cleanup()
 
@@ -271,17 +271,17 @@ def test_a_ray_cluster_of_two_nodes_ends_with_the_same_table(finished: Path, tmp
         cluster.shutdown()
 
 
-def test_no_ray_cluster_is_one_line(tmp_path: Path) -> None:
+def test_an_unreachable_ray_cluster_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    ended = isocost("run", study_file(tmp_path), "--out", tmp_path / "out", "--ray", "127.0.0.1:1")
-    assert ended.returncode == 2, ended.stderr[-500:]
-    assert "no cluster answers there" in ended.stderr.splitlines()[-1]
+    result = isocost("run", study_file(tmp_path), "--out", tmp_path / "out", "--ray", "127.0.0.1:1")
+    assert result.returncode == 2, result.stderr[-500:]
+    assert "no cluster answers there" in result.stderr.splitlines()[-1]
 
 
-# --- united folders ---
+# --- merged folders ---
 
 
-def test_two_folders_of_one_study_are_united(finished: Path, tmp_path: Path) -> None:
+def test_two_folders_of_one_study_are_merged(finished: Path, tmp_path: Path) -> None:
     parts = {k: small()[k] for k in ("family", "train", "sweep")}
     for name, change in (("left", {"num_steps": [1]}), ("right", {"num_steps": [2]})):
         assert Pipeline(tiny_study(**{**parts, "sweep": {**parts["sweep"], **change}}), tmp_path / name).run()
@@ -294,8 +294,8 @@ def test_two_folders_of_one_study_are_united(finished: Path, tmp_path: Path) -> 
     assert len(report(Pipeline(tiny_study(**parts), tmp_path / "both")).table) == 4
 
 
-def test_what_cannot_be_united_is_one_line(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no output folder of a study"):
+def test_folders_that_cannot_be_merged_are_refused_in_one_line(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not the output folder of a study"):
         merge(tmp_path / "both", [tmp_path])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
@@ -308,14 +308,28 @@ def test_what_cannot_be_united_is_one_line(finished: Path, tmp_path: Path) -> No
         merge(tmp_path / "other", [finished])
 
 
-def test_work_that_fails_gives_its_claims_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_work_releases_its_leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {k: small()[k] for k in ("family", "train", "sweep")}
 
     def fail(*_: Any) -> None:
         raise RunError("no")
 
     with monkeypatch.context() as patched:
-        patched.setattr(workers.Worker, "_keep", fail)
+        patched.setattr(workers.Worker, "_commit_shard", fail)
         with pytest.raises(RunError):
             Pipeline(tiny_study(**parts), tmp_path / "out").run()
     assert Leases(ResultsDB(tmp_path / "out" / "results.sqlite").engine).num_workers() == 0
+
+
+def test_folders_of_pretrained_checkpoints_are_merged(tmp_path: Path) -> None:
+    data = {"resolution": 16, "reference": {"kind": "scenes", "num_images": 64, "seed": 1}}
+    for name, num_steps in (("left", 1), ("right", 2)):
+        sweep = {"num_steps": [num_steps], "guidance": [1, 3]}
+        plain = {"name": "pretrained", "data": data, "checkpoints": [name], "sweep": sweep, "protocol": {"num_images": 32}}
+        (tmp_path / name).mkdir()
+        ResultsDB(tmp_path / name / "results.sqlite")
+        (tmp_path / name / "study.yaml").write_text(yaml.safe_dump(plain))
+    assert merge(tmp_path / "both", [tmp_path / "left", tmp_path / "right"]) == {"artefacts": 0, "points": 0}
+    study = yaml.safe_load((tmp_path / "both" / "study.yaml").read_text())
+    assert study["checkpoints"] == ["left", "right"]
+    assert study["sweep"]["num_steps"] == [1, 2]

@@ -1,4 +1,4 @@
-"""What tests of protocols share: features without a network, embedded images, and images on disk."""
+"""Shared by protocol tests: features without a network, embedded images, and images on disk."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class Thumbnail:
     """Features without a network: the mean colour of each of 16 tiles."""
 
     id = "thumbnail/4x4"
-    width = 48
+    feature_dim = 48
 
     def __call__(self, images: Tensor) -> Tensor:
         return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)
 
 
-class Talking(Thumbnail):
-    """A thumbnail that also embeds captions."""
+class ThumbnailWithText(Thumbnail):
+    """A thumbnail extractor that also embeds texts."""
 
-    def encode_text(self, captions: list[str]) -> Tensor:
-        return torch.stack([torch.full((48,), 1.0 + len(caption)) for caption in captions])
+    def encode_text(self, texts: list[str]) -> Tensor:
+        return torch.stack([torch.full((48,), 1.0 + len(text)) for text in texts])
 
 
 def scenes(num: int, side: int, seed: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers with random weights, small enough for seconds, in the folders that published checkpoints have."""
+"""Tiny diffusers pipelines with random weights, saved in the folder layout of published checkpoints."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from transformers import (
     T5Tokenizer,
 )
 
-WIDTH, SIDE, PIXELS = 32, 8, 16
+WIDTH, LATENT_SIZE, PIXELS = 32, 8, 16
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 PROMPTS = ["a red circle on white", "two blue squares"]
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Letters and digits; the end token has the largest id, as in CLIP."""
+    """A tokenizer of letters and digits; the end token has the largest id, as in CLIP."""
     letters = [*string.ascii_lowercase, *string.digits]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[], model_max_length=77)
 
 
 def clip(projected: bool = False, **changes: Any) -> Any:
-    """A text encoder of two layers."""
+    """A CLIP text encoder of two layers."""
     tokenizer = clip_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -75,7 +75,7 @@ def t5() -> tuple[T5EncoderModel, T5Tokenizer]:
 
 
 def autoencoder(**changes: Any) -> AutoencoderKL:
-    """Two levels: a place of the latent is two pixels wide."""
+    """An autoencoder of two levels: a latent position covers 2 x 2 pixels."""
     config: dict[str, Any] = {
         "block_out_channels": (16, 32),
         "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -91,7 +91,7 @@ def autoencoder(**changes: Any) -> AutoencoderKL:
 def unet(**changes: Any) -> UNet2DConditionModel:
     """A U-Net of two levels."""
     config: dict[str, Any] = {
-        "sample_size": SIDE,
+        "sample_size": LATENT_SIZE,
         "block_out_channels": (32, 64),
         "layers_per_block": 1,
         "down_block_types": (CROSS_DOWN, "DownBlock2D"),
@@ -110,7 +110,7 @@ def ddim(**changes: Any) -> DDIMScheduler:
 
 
 def stable_diffusion(scheduler: Any = None, unet_changes: dict[str, Any] | None = None) -> Any:
-    """Stable Diffusion 1 or 2; a latent consistency model where the scheduler is one's."""
+    """Stable Diffusion 1 or 2; a latent consistency model if the scheduler is an LCMScheduler."""
     torch.manual_seed(0)
     scheduler = scheduler or ddim()
     is_student = isinstance(scheduler, LCMScheduler)
@@ -165,7 +165,7 @@ def pixart(**changes: Any) -> PixArtAlphaPipeline:
         num_layers=2,
         in_channels=4,
         out_channels=8,
-        sample_size=SIDE,
+        sample_size=LATENT_SIZE,
         patch_size=2,
         cross_attention_dim=48,
         caption_channels=WIDTH,
@@ -182,7 +182,7 @@ def sd3(with_t5: bool = True) -> StableDiffusion3Pipeline:
     torch.manual_seed(0)
     encoder, tokenizer = t5() if with_t5 else (None, None)
     transformer = SD3Transformer2DModel(
-        sample_size=SIDE,
+        sample_size=LATENT_SIZE,
         patch_size=2,
         in_channels=16,
         out_channels=16,
@@ -192,7 +192,7 @@ def sd3(with_t5: bool = True) -> StableDiffusion3Pipeline:
         joint_attention_dim=2 * WIDTH if encoder is None else WIDTH,
         caption_projection_dim=32,
         pooled_projection_dim=2 * WIDTH,
-        pos_embed_max_size=SIDE,
+        pos_embed_max_size=LATENT_SIZE,
     ).eval()
     vae = autoencoder(
         latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False
@@ -211,7 +211,7 @@ def sd3(with_t5: bool = True) -> StableDiffusion3Pipeline:
 
 
 def flux(is_dev: bool = True, **scheduling: Any) -> FluxPipeline:
-    """Flux: "dev" takes guidance and shifts by the resolution, "schnell" does neither."""
+    """Flux: "dev" has guidance as an input and a shift that depends on the resolution, "schnell" has neither."""
     torch.manual_seed(0)
     encoder, tokenizer = t5()
     transformer = FluxTransformer2DModel(
@@ -241,13 +241,13 @@ def flux(is_dev: bool = True, **scheduling: Any) -> FluxPipeline:
 
 
 def written(pipeline: Any, folder: Path, **options: Any) -> Path:
-    """The folder that `save_pretrained` writes."""
+    """Save a pipeline and return its folder."""
     pipeline.save_pretrained(folder, safe_serialization=True, **options)
     return folder
 
 
 def change(file: Path, **values: Any) -> None:
-    """Set fields of a JSON file; those given as None are taken out."""
-    plain = json.loads(file.read_text(encoding="utf-8"))
-    plain.update(values)
-    file.write_text(json.dumps({key: value for key, value in plain.items() if value is not None}), encoding="utf-8")
+    """Set fields of a JSON file; a field whose value is None is removed."""
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    fields.update(values)
+    file.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What each process of the tests in test_parallel.py runs: a list of jobs, in one group of processes.
+"""The processes of the tests in test_distributed.py: all run a list of jobs together.
 
 torchrun --nproc-per-node 2 tests/train_worker.py jobs.json
 """
@@ -23,14 +23,14 @@ from isocost.models.unet import build_unet
 from isocost.training.distributed import process_info
 from isocost.training.memory_estimate import training_memory
 from isocost.training.objectives import Batch, TextToImage
-from isocost.training.throughput_estimate import RandomTask
+from isocost.training.throughput_estimate import RandomObjective
 from isocost.training.trainer import Trainer, backward, make_accelerator, train
 
 MODEL = ModelSpec(width=8, latent_channels=4, latent_size=8, cross_attention_dim=384, layers_per_block=1, num_levels=2)
 
 
-class Noted(TextToImage):
-    """Writes down which images each process was shown."""
+class RecordingObjective(TextToImage):
+    """Records the images that each process trains on."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -46,72 +46,72 @@ def network_of(spec: TrainSpec, dtype: torch.dtype) -> nn.Module:
     return build_unet(MODEL).to(dtype)
 
 
-def resident(peak: bool = False) -> int:
-    """Bytes of memory of this process, now or at most since `clear_refs`."""
+def resident_bytes(peak: bool = False) -> int:
+    """Resident memory of this process in bytes, now or the peak since `clear_refs`."""
     key = "VmHWM:" if peak else "VmRSS:"
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return 1024 * int(line.split()[1])
 
 
 def measure_memory(spec: TrainSpec, model: ModelSpec, folder: Path, rank: int) -> None:
-    """Two steps of a network of random numbers; writes what was forecast and what the steps took at most.
+    """Take two steps on random numbers; write the estimated and the measured peak memory.
 
-    A small network comes first: it loads what PyTorch loads once in a process.
+    A small network comes first: it makes PyTorch load the libraries that it loads once per process.
     """
     accelerator = make_accelerator(spec, folder, "test")
     small = ModelSpec(width=8, latent_size=8)
-    first = Trainer(spec, RandomTask(small, 77), build_unet(small), folder, accelerator)
+    first = Trainer(spec, RandomObjective(small, 77), build_unet(small), folder, accelerator)
     first.step(first.batch(0), 0)
     del first
-    before = resident()
+    before = resident_bytes()
     torch.manual_seed(0)
     network = build_unet(model, "cpu" if rank == 0 else "meta")
-    trainer = Trainer(spec, RandomTask(model, 77), network, folder, accelerator)
+    trainer = Trainer(spec, RandomObjective(model, 77), network, folder, accelerator)
     losses = [float(trainer.step(trainer.batch(0), 0))]
     Path("/proc/self/clear_refs").write_text("5")
     losses.append(float(trainer.step(trainer.batch(0), spec.batch_size)))
-    measured = resident(peak=True) - before
-    forecast = training_memory(model, spec, trainer.microbatch, 77, accelerator.num_processes)
-    about = {"measured": measured, "forecast": forecast.total, "state": forecast.state, "losses": losses}
-    shards = sum(piece.data.numel() for piece in trainer.parallel.pieces())
-    about |= {"held": shards, "parameters": sum(p.numel() for p in network.parameters())}
-    (folder / f"memory-{rank}.json").write_text(json.dumps(about))
+    measured = resident_bytes(peak=True) - before
+    estimate = training_memory(model, spec, trainer.microbatch, 77, accelerator.num_processes)
+    report = {"measured": measured, "estimated": estimate.total, "state": estimate.state, "losses": losses}
+    num_shard_parameters = sum(shard.data.numel() for shard in trainer.model.param_shards())
+    report |= {"shard_parameters": num_shard_parameters, "parameters": sum(p.numel() for p in network.parameters())}
+    (folder / f"memory-{rank}.json").write_text(json.dumps(report))
 
 
 def run_job(job: dict[str, Any]) -> list[float] | None:
-    """Train as the job says; its folder then holds the published weights, and each process's images.
+    """Run the training of a job; its folder then has the saved weights and the images of each process.
 
-    Where the job asks for `losses`, nothing is kept and the losses of so many steps come back.
+    A job with `losses` saves nothing; it returns the losses of so many steps.
     """
     spec, folder = TrainSpec.model_validate(job["spec"]), Path(job["folder"])
     dtype = torch.float64 if job.get("double") else torch.float32
     rank = process_info().rank
 
-    def publish(network: nn.Module, weights: Iterable[tuple[str, Tensor]], snapshot: int) -> None:
+    def save_snapshot(network: nn.Module, weights: Iterable[tuple[str, Tensor]], snapshot: int) -> None:
         save_file({name: tensor.clone().contiguous() for name, tensor in weights}, folder / f"weights-{snapshot}.safetensors")
 
     if "memory" in job:
         model = ModelSpec.model_validate(job["memory"])
         measure_memory(spec, model, folder, rank)
         return None
-    task = Noted(spec, LatentCache(job["cache"]), NoiseSchedule.scaled_linear())
+    objective = RecordingObjective(spec, LatentCache(job["cache"]), NoiseSchedule.scaled_linear())
     if "losses" in job:
-        trainer = Trainer(spec, task, network_of(spec, dtype), folder, make_accelerator(spec, folder, "test"))
+        trainer = Trainer(spec, objective, network_of(spec, dtype), folder, make_accelerator(spec, folder, "test"))
         seen = range(0, job["losses"] * spec.batch_size, spec.batch_size)
         return [float(trainer.step(trainer.batch(images), images)) for images in seen]
     if job.get("gradients"):
-        trainer = Trainer(spec, task, network_of(spec, dtype), folder, make_accelerator(spec, folder, "test"))
-        loss = backward(trainer.parallel, task, trainer.batch(0), trainer.microbatch, spec.dtype)
-        grads = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in trainer.parallel.network.parameters()]
-        names = [name for name, _ in trainer.parallel.network.named_parameters()]
-        whole = dict(zip(names, [grad.clone().contiguous() for grad in trainer.parallel.gather(grads)], strict=True))
-        whole["loss"] = trainer.accelerator.reduce(loss, "mean").reshape(1)
+        trainer = Trainer(spec, objective, network_of(spec, dtype), folder, make_accelerator(spec, folder, "test"))
+        loss = backward(trainer.model, objective, trainer.batch(0), trainer.microbatch, spec.dtype)
+        grads = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in trainer.model.network.parameters()]
+        names = [name for name, _ in trainer.model.network.named_parameters()]
+        gradients = dict(zip(names, [grad.clone().contiguous() for grad in trainer.model.gather(grads)], strict=True))
+        gradients["loss"] = trainer.accelerator.reduce(loss, "mean").reshape(1)
         if rank == 0:
-            save_file(whole, folder / "gradients.safetensors")
+            save_file(gradients, folder / "gradients.safetensors")
         return None
     snapshots = tuple(job.get("snapshots", (spec.num_images,)))
-    train(spec, task, network_of(spec, dtype), folder, publish, title="test", snapshots=snapshots)
-    (folder / f"seen-{rank}-{spec.num_images}.json").write_text(json.dumps(task.seen))
+    train(spec, objective, network_of(spec, dtype), folder, save_snapshot, title="test", snapshots=snapshots)
+    (folder / f"seen-{rank}-{spec.num_images}.json").write_text(json.dumps(objective.seen))
     return None
 
 

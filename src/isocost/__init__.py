@@ -1,12 +1,17 @@
-"""isocost: which diffusion model, solver, steps and guidance give the best images for an inference budget.
+"""isocost: which diffusion model, guidance, solver and number of steps give the best images for an inference budget.
 
-The commands as functions, for scripts and notebooks:
+In a notebook:
 
-    study = isocost.load_study("studies/fashion.yaml")
-    result = isocost.run(study, "runs/fashion")         # images to report; what exists is skipped
-    result.table                                         # one row a point, a pandas DataFrame
-    isocost.recommend(result.table, "nfe", 16)           # the best configuration within a budget
-    isocost.sample(checkpoint, ["a red bag"]).sheet()    # a PIL image
+    study = isocost.Study.from_yaml("studies/fashion.yaml")
+    run = isocost.run(study, "runs/fashion")             # trains, sweeps, scores, reports; skips finished work
+    run.results                                           # one row per point, a pandas DataFrame
+    run.recommend(nfe=16)                                 # the best configuration within a budget
+    run.plot("quality_vs_cost", cost="gflop")
+
+    model = isocost.load_checkpoint("runs/fashion/artefacts/checkpoint/DIGEST")
+    model.sample(["a red bag"], solver="dpmsolver++2m", num_steps=16, guidance=3.0, seed=0).images
+
+    isocost.score(images, reference, metrics=["mmd"])     # arrays, tensors or folders, with intervals
 """
 
 from __future__ import annotations
@@ -15,62 +20,116 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from importlib.metadata import version as _version
+
+    from isocost.analysis.frontier_ci import frontier_bands
+    from isocost.analysis.joint_scaling_law import frontier_law
     from isocost.analysis.pareto import best_guidance, pareto
-    from isocost.analysis.recommend import recommend
-    from isocost.analysis.results_table import read_table
-    from isocost.config.study import StudySpec
-    from isocost.config.study_yaml import load_study
+    from isocost.api import (
+        Study,
+        StudyResult,
+        list_extractors,
+        list_metrics,
+        list_plots,
+        list_solvers,
+        load_checkpoint,
+        plot,
+        read_results,
+        recommend,
+        run,
+        score,
+    )
+    from isocost.config.sampling import SolverSpec
+    from isocost.diffusion.solvers import register_solver
     from isocost.errors import ConfigError, RunError
+    from isocost.evaluation.metric_registry import register_metric
     from isocost.evaluation.score_folder import score_folder
-    from isocost.models.checkpoint import load_checkpoint
+    from isocost.metrics.feature_extractors import register_extractor
     from isocost.models.export_diffusers import export
     from isocost.models.flops import family_table
-    from isocost.pipeline.pipeline import Pipeline
-    from isocost.report.build import run
-    from isocost.report.markdown import markdown_summary
+    from isocost.pipeline.compare import compare
+    from isocost.sampling.latency import latency
     from isocost.sampling.sample import sample
+    from isocost.sampling.upscale import upscale
 
-_HOMES = {
-    "Pipeline": "isocost.pipeline.pipeline",
+    __version__ = _version("isocost")
+
+_MODULES = {
     "ConfigError": "isocost.errors",
-    "StudySpec": "isocost.config.study",
     "RunError": "isocost.errors",
+    "SolverSpec": "isocost.config.sampling",
+    "Study": "isocost.api",
+    "StudyResult": "isocost.api",
     "best_guidance": "isocost.analysis.pareto",
+    "compare": "isocost.pipeline.compare",
     "export": "isocost.models.export_diffusers",
     "family_table": "isocost.models.flops",
-    "load_checkpoint": "isocost.models.checkpoint",
-    "load_study": "isocost.config.study_yaml",
-    "markdown_summary": "isocost.report.markdown",
+    "frontier_bands": "isocost.analysis.frontier_ci",
+    "frontier_law": "isocost.analysis.joint_scaling_law",
+    "latency": "isocost.sampling.latency",
+    "list_extractors": "isocost.api",
+    "list_metrics": "isocost.api",
+    "list_plots": "isocost.api",
+    "list_solvers": "isocost.api",
+    "load_checkpoint": "isocost.api",
     "pareto": "isocost.analysis.pareto",
-    "read_table": "isocost.analysis.results_table",
-    "recommend": "isocost.analysis.recommend",
-    "run": "isocost.report.build",
+    "plot": "isocost.api",
+    "read_results": "isocost.api",
+    "recommend": "isocost.api",
+    "register_extractor": "isocost.metrics.feature_extractors",
+    "register_metric": "isocost.evaluation.metric_registry",
+    "register_solver": "isocost.diffusion.solvers",
+    "run": "isocost.api",
     "sample": "isocost.sampling.sample",
+    "score": "isocost.api",
     "score_folder": "isocost.evaluation.score_folder",
+    "upscale": "isocost.sampling.upscale",
 }
 
 __all__ = [
     "ConfigError",
-    "Pipeline",
     "RunError",
-    "StudySpec",
+    "SolverSpec",
+    "Study",
+    "StudyResult",
+    "__version__",
     "best_guidance",
+    "compare",
     "export",
     "family_table",
+    "frontier_bands",
+    "frontier_law",
+    "latency",
+    "list_extractors",
+    "list_metrics",
+    "list_plots",
+    "list_solvers",
     "load_checkpoint",
-    "load_study",
-    "markdown_summary",
     "pareto",
-    "read_table",
+    "plot",
+    "read_results",
     "recommend",
+    "register_extractor",
+    "register_metric",
+    "register_solver",
     "run",
     "sample",
+    "score",
     "score_folder",
+    "upscale",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name from its home on first use, so that the command line starts without torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'isocost' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(_HOMES[name]), name)
+    """Import a name on first use, so that `import isocost` and the command line start without torch."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("isocost")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'isocost' has no attribute {name!r}; it has {', '.join(_MODULES)}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,4 +1,4 @@
-"""`python -m isocost`."""
+"""The command line as `python -m isocost`."""
 
 from isocost.cli import main
 

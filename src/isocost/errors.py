@@ -1,10 +1,10 @@
-"""What may go wrong, in two kinds: the request (exit 2, one line) and the work (exit 1)."""
+"""The two kinds of errors: a wrong request (exit status 2) and failed work (exit status 1)."""
 
 from __future__ import annotations
 
 
 class ConfigError(ValueError):
-    """The request was wrong. The message is one line that says what, where, and the remedy; nothing was written."""
+    """The request was wrong. The message is one line with the mistake, its location and the remedy; nothing was written."""
 
 
 class RunError(RuntimeError):

@@ -1,8 +1,8 @@
-"""A finding put to a study's own points: cases that agree, contradict or stay open, and what they say together.
+"""Check claims of a paper against a study's own points: cases that agree, contradict or stay open, and a verdict.
 
-A case compares two scores. It agrees or contradicts where their 95 % intervals are apart, and is open where they overlap or
-one has none: separate intervals are wider than a paired difference, so verdicts err towards undecided. Where sizes were trained
-again from other seeds, scores of two sizes have to differ by more than that luck as well.
+A case compares two scores. It agrees or contradicts if their 95 % intervals are disjoint. It is open if they overlap or an
+interval is missing. Separate intervals are wider than the interval of a paired difference, so verdicts err towards undecided.
+If sizes were trained again with other seeds, the scores of two sizes must also differ by more than the seed variance explains.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from isocost.analysis.costs import COSTS
 from isocost.analysis.formatting import format_score
 from isocost.analysis.seed_variance import SeedVariance, estimate_seed_variance
 from isocost.errors import ConfigError
-from isocost.metrics.registry import metric_of
+from isocost.evaluation.metric_registry import metric_of
 
-Says = Literal["agrees", "contradicts", "open"]
-MAX_CASES = 3
-"""Told of a verdict's evidence."""
+Vote = Literal["agrees", "contradicts", "open"]
+MAX_EXAMPLES = 3
+"""Number of cases that a verdict shows as evidence."""
 
 
 @dataclass(frozen=True)
 class TaskResults:
-    """The table of a task (`isocost.analysis.frontier`) and the metric that its report leads with.
+    """The points of a task (a table as in `isocost.analysis.results_table`) and the main metric of its report.
 
-    `luck` is how far trainings that differ in their seed alone are apart in it, where that was measured.
+    Attributes:
+        seed_variance: of this metric, if it was measured.
     """
 
     table: pd.DataFrame
@@ -42,132 +43,152 @@ Tables = Mapping[str, TaskResults]
 
 @dataclass(frozen=True)
 class Evidence:
-    """One comparison: what it says of the finding, and the two scores in words."""
+    """One comparison: whether it agrees with the claim, and a text with the two scores."""
 
-    says: Says
-    words: str
+    vote: Vote
+    text: str
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of arXiv 2404.01367.
+    """A claim of a paper.
 
     Attributes:
-        section: the experiment it belongs to, 1 to 6 in the order of the paper.
-        judge: its cases in the tables, under the cost called so; ConfigError where the tables cannot say.
-        is_by_cost: whether the verdict depends on how cost is counted.
+        section: the experiment of the paper that it belongs to, counted from 1.
+        find_evidence: returns its cases, from the tables and the name of a cost; raises ConfigError if the tables lack the
+            data.
+        depends_on_cost: whether there is one verdict per cost.
     """
 
     section: int
     statement: str
-    evaluate_claims: Callable[[Tables, str], list[Evidence]]
-    is_by_cost: bool = False
+    find_evidence: Callable[[Tables, str], list[Evidence]]
+    depends_on_cost: bool = False
 
 
 @dataclass(frozen=True)
 class ClaimVerdict:
-    """What a study says of a finding; `cost` is empty where no cost enters, `why` says what is missing where nothing does."""
+    """The verdict of a study on a claim.
+
+    Attributes:
+        cost: the cost under which it was evaluated; empty if the claim does not depend on cost.
+        missing: the missing data, if there are no cases.
+    """
 
     section: int
     statement: str
     cost: str
     cases: tuple[Evidence, ...]
-    why: str = ""
+    missing: str = ""
 
-    def count(self, says: Says) -> int:
-        """How many cases say so."""
-        return sum(case.says == says for case in self.cases)
+    def count(self, vote: Vote) -> int:
+        """The number of cases with this vote."""
+        return sum(case.vote == vote for case in self.cases)
 
     @property
     def verdict(self) -> str:
-        """ "holds": some case agrees, none contradicts, and at most as many are open. "does not hold": most of those that are
-        decided contradict, and at least as many as are open. "undecided" otherwise; "not measured" without cases."""
-        agree, against, still_open = (self.count(says) for says in ("agrees", "contradicts", "open"))
+        """The verdict that follows from the counts.
+
+        "holds": at least one case agrees, none contradicts, and the open cases are no more than the agreeing ones. "does not
+        hold": more cases contradict than agree, and the contradicting cases are no fewer than the open ones. "not measured":
+        there are no cases. "undecided": all other counts.
+        """
+        num_agree, num_contradict, num_open = (self.count(vote) for vote in ("agrees", "contradicts", "open"))
         if not self.cases:
             return "not measured"
-        if agree and not against and agree >= still_open:
+        if num_agree and not num_contradict and num_agree >= num_open:
             return "holds"
-        if against > agree and against >= still_open:
+        if num_contradict > num_agree and num_contradict >= num_open:
             return "does not hold"
         return "undecided"
 
     @property
     def counts(self) -> str:
-        """How many cases say what, or what is missing."""
+        """The number of cases with each vote as text, or the missing data."""
         if not self.cases:
-            return self.why
+            return self.missing
         counts = f"{self.count('agrees')} of {len(self.cases)} agree, {self.count('contradicts')} contradict"
         return f"{counts}, {self.count('open')} open"
 
     @property
-    def told(self) -> tuple[str, ...]:
-        """Some cases in words: those against first where it does not hold, else those for it."""
-        first: tuple[Says, ...] = ("contradicts", "agrees") if self.verdict == "does not hold" else ("agrees", "contradicts")
-        told = [case for says in (*first, "open") for case in spread([case for case in self.cases if case.says == says])]
-        return tuple(case.words for case in told[:MAX_CASES])
+    def examples(self) -> tuple[str, ...]:
+        """Texts of at most `MAX_EXAMPLES` cases: contradicting ones first if the claim does not hold, else agreeing ones."""
+        does_not_hold = self.verdict == "does not hold"
+        votes: tuple[Vote, ...] = ("contradicts", "agrees", "open") if does_not_hold else ("agrees", "contradicts", "open")
+        ordered = [case for vote in votes for case in pick_diverse([case for case in self.cases if case.vote == vote])]
+        return tuple(case.text for case in ordered[:MAX_EXAMPLES])
 
 
-def spread(cases: Sequence[Evidence]) -> list[Evidence]:
-    """The first, the last and the middle one of them in front."""
+def pick_diverse(cases: Sequence[Evidence]) -> list[Evidence]:
+    """The cases with the first, the last and the middle one moved to the front."""
     order = dict.fromkeys([0, len(cases) - 1, len(cases) // 2, *range(len(cases))])
-    return [cases[at] for at in order if 0 <= at < len(cases)]
+    return [cases[index] for index in order if 0 <= index < len(cases)]
 
 
-def evaluate_claims(findings: Sequence[Claim], tables: Tables) -> list[ClaimVerdict]:
-    """A verdict for every finding; under every cost where that enters."""
-    told = []
-    for finding in findings:
-        for cost in COSTS if finding.is_by_cost else ("",):
+def evaluate_claims(claims: Sequence[Claim], tables: Tables) -> list[ClaimVerdict]:
+    """The verdict on every claim; one per cost if the claim depends on cost."""
+    verdicts = []
+    for claim in claims:
+        for cost in COSTS if claim.depends_on_cost else ("",):
             try:
-                cases, why = finding.evaluate_claims(tables, cost), ""
+                cases, missing = claim.find_evidence(tables, cost), ""
             except ConfigError as error:
-                cases, why = [], str(error)
-            told.append(ClaimVerdict(finding.section, finding.statement, cost, tuple(cases), why or "nothing to compare"))
-    return told
+                cases, missing = [], str(error)
+            missing = missing or "nothing to compare"
+            verdicts.append(ClaimVerdict(claim.section, claim.statement, cost, tuple(cases), missing))
+    return verdicts
 
 
-def points_of(tables: Tables, task: str) -> TaskResults:
-    """The points of a task; ConfigError where it was not done."""
+def results_of(tables: Tables, task: str) -> TaskResults:
+    """The results of a task.
+
+    Raises:
+        ConfigError: the study has no results of this task.
+    """
     if task not in tables:
-        raise ConfigError(f"{task} was not done")
+        raise ConfigError(f"no results of {task}")
     return tables[task]
 
 
 def with_seed_variance(tables: Tables) -> dict[str, TaskResults]:
-    """The family's points, and those of its repeats, with what its repeats say of luck."""
-    told = dict(tables)
+    """The tables, with the seed variance of "seed-replicates" added to the results of that task and of "text2image"."""
+    results = dict(tables)
     if "seed-replicates" not in tables:
-        return told
+        return results
     try:
         seed_variance = estimate_seed_variance(tables["seed-replicates"].table, tables["seed-replicates"].metric)
-    except ConfigError:  # a further training that has no point yet, of which the page tells
-        return told
-    return told | {
-        task: replace(told[task], seed_variance=seed_variance) for task in ("text2image", "seed-replicates") if task in told
+    except ConfigError:  # no second training has a point yet; the page of that task reports it
+        return results
+    return results | {
+        task: replace(results[task], seed_variance=seed_variance)
+        for task in ("text2image", "seed-replicates")
+        if task in results
     }
 
 
-def compare(one: Mapping[Any, Any], other: Mapping[Any, Any], metric: str, seed_variance: SeedVariance | None = None) -> str:
-    """Whether the first row's score is "better" or "worse" than the other's, or "undecided".
+def compare_scores(
+    first: Mapping[Any, Any], second: Mapping[Any, Any], metric: str, seed_variance: SeedVariance | None = None
+) -> str:
+    """Whether the score of the first row is "better" or "worse" than that of the second, or "undecided".
 
-    Their intervals must be apart; with `luck` scores of two sizes must also differ by more than two trainings may.
+    The intervals must be disjoint. With `seed_variance`, scores of two sizes must also differ by more than it explains.
     """
-    if seed_variance is not None and one["size"] != other["size"] and seed_variance.explains(one, other, metric):
+    if seed_variance is not None and first["size"] != second["size"] and seed_variance.explains(first, second, metric):
         return "undecided"
-    ends = [float(row[f"{metric}_{side}"]) for row in (one, other) for side in ("low", "high")]
-    low, high, other_low, other_high = ends
-    if any(end != end for end in ends) or (low <= other_high and other_low <= high):
+    ends = [float(row[f"{metric}_{end}"]) for row in (first, second) for end in ("low", "high")]
+    first_low, first_high, second_low, second_high = ends
+    if any(end != end for end in ends) or (first_low <= second_high and second_low <= first_high):
         return "undecided"
-    return "better" if (high < other_low) == (metric_of(metric).better == "lower") else "worse"
+    return "better" if (first_high < second_low) == (metric_of(metric).better == "lower") else "worse"
 
 
-def says(outcome: str, wanted: str = "better") -> Says:
-    """What an outcome of `compare` says of a finding that wants the first "better" (or "worse")."""
+def vote_of(outcome: str, expected: str = "better") -> Vote:
+    """The vote of a case: its outcome (`compare_scores`) against the outcome that the claim expects."""
     if outcome == "undecided":
         return "open"
-    return "agrees" if outcome == wanted else "contradicts"
+    return "agrees" if outcome == expected else "contradicts"
 
 
 def format_metric_score(row: Mapping[Any, Any], metric: str) -> str:
-    """A score with its interval."""
+    """The score of a row with its interval."""
     return format_score(float(row[metric]), float(row[f"{metric}_low"]), float(row[f"{metric}_high"]))

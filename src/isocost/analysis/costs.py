@@ -10,22 +10,29 @@ from isocost.errors import ConfigError
 
 @dataclass(frozen=True)
 class Cost:
-    """A way to count what one image costs to sample."""
+    """A measure of the cost of sampling one image.
+
+    Attributes:
+        name: the column of the results table.
+        label: short name for headings.
+        axis: title of a figure's axis.
+        unit: the unit after a number, in running text.
+    """
 
     name: str
     label: str
     axis: str
     unit: str
 
-    def amount(self, value: float) -> str:
-        """`value` in words: "12 units of normalized cost"."""
+    def format_amount(self, value: float) -> str:
+        """`value` with its unit: "12 units of normalized cost"."""
         return f"{format_number(value)} {self.unit}"
 
 
 COSTS = {
     cost.name: cost
     for cost in (
-        Cost("normalized_cost", "normalized cost", "normalized cost (normalized cost × steps)", "units of normalized cost"),
+        Cost("normalized_cost", "normalized cost", "normalized cost per image (per step × steps)", "units of normalized cost"),
         Cost("nfe", "evaluations", "network evaluations per image", "network evaluations per image"),
         Cost("gflop", "GFLOP", "GFLOP per image (denoiser, all passes)", "GFLOP per image"),
         Cost("ms_per_image", "milliseconds", "ms per image (measured, by throughput)", "ms per image"),
@@ -34,7 +41,11 @@ COSTS = {
 
 
 def cost_of(name: str) -> Cost:
-    """The cost called `name`; ConfigError with the known names where there is none."""
+    """Look up a cost by its name.
+
+    Raises:
+        ConfigError: there is no such cost; the message lists the known names.
+    """
     if name not in COSTS:
         raise ConfigError(f"no cost is called {name!r}; known: {', '.join(COSTS)}")
     return COSTS[name]

@@ -1,7 +1,7 @@
-"""Few-step students against the undistilled: at the same steps, in steps saved, and at equal cost.
+"""Compare few-step students with undistilled models: at equal steps, by the steps they save, and at equal cost.
 
-A student is a row of the table whose size ends in how it was distilled ("2.6M consistency"); its teacher is the row of the rest
-("2.6M"). Every choice of guidance is made anew for each number of steps, for both alike (arXiv 2404.01367, section 4.7).
+The size name of a student is that of its teacher and the distillation variant: "2.6M consistency" for the teacher "2.6M".
+Guidance is chosen separately for each number of steps, for students and teachers alike (arXiv 2404.01367, section 4.7).
 """
 
 from __future__ import annotations
@@ -15,23 +15,27 @@ import numpy as np
 import pandas as pd
 
 from isocost.analysis.costs import COSTS
-from isocost.analysis.formatting import format_number
-from isocost.analysis.iso_cost import Pairs, best_at_budget, difference_between, format_text, verdict
-from isocost.analysis.pareto import metric_of
-from isocost.analysis.results_table import best_in_each, final_points, rank_points, sizes_in_order
+from isocost.analysis.formatting import format_number, format_steps
+from isocost.analysis.iso_cost import PairedDifferences, best_at_budget, classify, difference_between, format_difference
+from isocost.analysis.results_table import best_per_group, final_points, rank_points, sizes_in_order
 from isocost.config.finetune import DistillVariant
+from isocost.evaluation.metric_registry import metric_of
 
 VARIANTS = get_args(DistillVariant)
 STUDENT_STEPS = 4
-"""The paper's students take four."""
+"""The paper's students take four steps."""
 
 
 @dataclass(frozen=True)
 class Acceleration:
-    """How many of the undistilled's steps one of the student's is worth.
+    """The number of steps that the teacher needs to match a student.
 
-    `low` and `high` take both intervals at their ends, so they are wider than 95 %. Infinite where no number of steps that was
-    tried is enough; `fewest_tried` bounds from above what the teacher matches with all that were tried.
+    Attributes:
+        num_steps: of the student.
+        steps_to_match: of the teacher; infinite if it does not match the student with any number of steps that was tried.
+        low: lower end of an interval that combines the ends of both scores' intervals, so it is wider than 95 %.
+        high: upper end.
+        fewest_tried: the teacher's lowest number of steps. A value equal to it is only an upper bound.
     """
 
     student: str
@@ -42,176 +46,195 @@ class Acceleration:
     fewest_tried: float
 
     def __str__(self) -> str:
-        factor, low, high = (self._times(value) for value in (self.steps_to_match, self.low, self.high))
-        return f"{_steps(self.num_steps)}: {factor} [{low}, {high}]"
+        factor, low, high = (self._format_factor(value) for value in (self.steps_to_match, self.low, self.high))
+        return f"{format_steps(self.num_steps)}: {factor} [{low}, {high}]"
 
-    def _times(self, value: float) -> str:
+    def _format_factor(self, value: float) -> str:
         if math.isinf(value):
-            return "more than was tried"
+            return "not reached"
         return f"{'at most ' if value == self.fewest_tried else ''}{format_number(value / self.num_steps)}x"
 
 
-def teacher_of(size: str) -> tuple[str, str]:
-    """The undistilled size and how it was distilled: ("2.6M", "codi"); the latter empty where it was not."""
-    rest, _, last = size.rpartition(" ")
-    return (rest, last) if last in VARIANTS else (size, "")
+def split_student_name(size: str) -> tuple[str, str]:
+    """Split the name of a size into that of the undistilled size and the distillation variant, "" for an undistilled size.
+
+    "2.6M codi" gives ("2.6M", "codi").
+    """
+    teacher, _, variant = size.rpartition(" ")
+    return (teacher, variant) if variant in VARIANTS else (size, "")
 
 
-def against_teacher(table: pd.DataFrame, metric: str, pairs: Pairs) -> dict[str, list[str]]:
-    """By student: at each of its numbers of steps, its score less its teacher's, each at its best guidance, and the verdict."""
-    best = best_in_each(final_points(table, metric), metric, ["size", "num_steps"])
+def format_teacher_differences(table: pd.DataFrame, metric: str, pairs: PairedDifferences) -> dict[str, list[str]]:
+    """Differences between students and their teachers at equal steps, each at its best guidance, with verdicts.
+
+    Returns:
+        Student -> one text for each of its numbers of steps.
+    """
+    best = best_per_group(final_points(table, metric), metric, ["size", "num_steps"])
     points = {(str(row["size"]), int(row["num_steps"])): row for row in best.to_dict("records")}
-    told: dict[str, list[str]] = {}
+    texts: dict[str, list[str]] = {}
     for size in sizes_in_order(best):
-        teacher, variant = teacher_of(size)
+        teacher, variant = split_student_name(size)
         if not variant:
             continue
-        for num_steps in sorted(steps for each, steps in points if each == size):
+        for num_steps in sorted(steps for name, steps in points if name == size):
             if (teacher, num_steps) in points:
                 difference, is_paired = difference_between(points[size, num_steps], points[teacher, num_steps], metric, pairs)
-                said = f"{format_text(difference, is_paired)}, {verdict(difference, metric)}"
+                text = f"{format_difference(difference, is_paired)}, {classify(difference, metric)}"
             else:
-                said = f"its teacher was not scored there: add {num_steps} to sweep.num_steps"
-            told.setdefault(size, []).append(f"{_steps(num_steps)}: {said}")
-    return told
+                text = f"the teacher was not scored with as many steps: add {num_steps} to sweep.num_steps"
+            texts.setdefault(size, []).append(f"{format_steps(num_steps)}: {text}")
+    return texts
 
 
-def acceleration(table: pd.DataFrame, metric: str) -> list[Acceleration]:
-    """For every student and number of steps, the steps at which its teacher's curve reaches the student's score.
+def measure_accelerations(table: pd.DataFrame, metric: str) -> list[Acceleration]:
+    """For every student and number of steps, the number of steps at which its teacher's curve reaches the student's score.
 
-    The teacher's curve is its best score within so many steps, a line over the logarithm of the steps between those tried.
+    The teacher's curve is its best score with at most n steps, interpolated linearly over the logarithm of n.
     """
-    rows = best_in_each(final_points(table, metric), metric, ["size", "num_steps"])
+    rows = best_per_group(final_points(table, metric), metric, ["size", "num_steps"])
     sign = 1.0 if metric_of(metric).better == "lower" else -1.0
     curves = {size: group.sort_values("num_steps") for size, group in rows.groupby("size")}
-    found = []
+    results = []
     for size in sizes_in_order(rows):
-        teacher, variant = teacher_of(size)
+        teacher, variant = split_student_name(size)
         if not variant or teacher not in curves:
             continue
         steps = curves[teacher]["num_steps"].to_numpy(float)
-        value, good, bad = (
-            np.minimum.accumulate(sign * curves[teacher][column].to_numpy(float)) for column in _columns(metric, sign)
+        value, optimistic, pessimistic = (
+            np.minimum.accumulate(sign * curves[teacher][column].to_numpy(float)) for column in _score_columns(metric, sign)
         )
         for row in curves[size].to_dict("records"):
-            own, own_good, own_bad = (sign * row[column] for column in _columns(metric, sign))
-            found.append(
+            student_value, student_optimistic, student_pessimistic = (
+                sign * row[column] for column in _score_columns(metric, sign)
+            )
+            results.append(
                 Acceleration(
                     size,
                     int(row["num_steps"]),
-                    steps_to_reach(steps, value, own),
-                    steps_to_reach(steps, good, own_bad),
-                    steps_to_reach(steps, bad, own_good),
+                    steps_to_reach(steps, value, student_value),
+                    steps_to_reach(steps, optimistic, student_pessimistic),
+                    steps_to_reach(steps, pessimistic, student_optimistic),
                     float(steps[0]),
                 )
             )
-    return found
+    return results
 
 
-def accelerations(table: pd.DataFrame, metric: str) -> dict[str, list[str]]:
-    """`acceleration` in words, by student."""
-    told: dict[str, list[str]] = {}
-    for one in acceleration(table, metric):
-        told.setdefault(one.student, []).append(str(one))
-    return told
+def format_accelerations(table: pd.DataFrame, metric: str) -> dict[str, list[str]]:
+    """The result of `measure_accelerations` as text: student -> one text for each of its numbers of steps."""
+    texts: dict[str, list[str]] = {}
+    for acceleration in measure_accelerations(table, metric):
+        texts.setdefault(acceleration.student, []).append(str(acceleration))
+    return texts
 
 
-def steps_to_reach(steps: np.ndarray, values: np.ndarray, wanted: float) -> float:
-    """Steps at which a falling curve reaches a value; below the first the first, infinite where it never does."""
-    reached = np.flatnonzero(values <= wanted)
+def steps_to_reach(steps: np.ndarray, values: np.ndarray, target: float) -> float:
+    """The number of steps at which a falling curve reaches a target value.
+
+    Args:
+        steps: rising, [K].
+        values: of the curve, falling, [K].
+
+    Returns:
+        The first of `steps` if the curve starts at or below the target; infinity if it never reaches the target.
+    """
+    reached = np.flatnonzero(values <= target)
     if not len(reached):
         return math.inf
-    at = int(reached[0])
-    if at == 0 or values[at - 1] == values[at]:
-        return float(steps[at])
-    share = (values[at - 1] - wanted) / (values[at - 1] - values[at])
-    return float(np.exp(np.log(steps[at - 1]) + share * (np.log(steps[at]) - np.log(steps[at - 1]))))
+    index = int(reached[0])
+    if index == 0 or values[index - 1] == values[index]:
+        return float(steps[index])
+    fraction = (values[index - 1] - target) / (values[index - 1] - values[index])
+    return float(np.exp(np.log(steps[index - 1]) + fraction * (np.log(steps[index]) - np.log(steps[index - 1]))))
 
 
-def comparisons(table: pd.DataFrame, metric: str, pairs: Pairs, num_steps: int = STUDENT_STEPS) -> pd.DataFrame:
-    """Every pair at equal cost as a table of `Comparison`, with the columns `variant` and `claim` in front.
+def comparisons(table: pd.DataFrame, metric: str, pairs: PairedDifferences, num_steps: int = STUDENT_STEPS) -> pd.DataFrame:
+    """Compare every pair of models at equal cost.
 
-    A budget is what a student costs at `num_steps`. Claims: "own size" sets a student against its teacher at the student's
-    budget; the others set a smaller size against a larger one at the larger student's budget: "small student, large student",
-    "small undistilled, large undistilled", "small undistilled, large student" (the paper's surprise) and "small student, large
-    undistilled".
+    The budget of a comparison is the cost of a student at `num_steps` steps.
+
+    Returns:
+        One row per `Comparison`, with its fields as columns, `variant` and `claim` in front and its text in `text`. The claim
+        "own size" compares a student with its teacher at the student's budget. The others compare a smaller size with a larger
+        one at the larger student's budget: "small student, large student", "small undistilled, large undistilled", "small
+        undistilled, large student" (the surprising result of the paper) and "small student, large undistilled".
     """
-    told = []
+    results = []
     for cost in COSTS:
         if table.loc[table["is_final"].astype(bool), cost].isna().all():
             continue
         rows = rank_points(final_points(table, metric, cost), metric, cost)
         for variant in VARIANTS:
-            for claim, one, other, budget in _claims(rows, cost, variant, num_steps):
-                compared = best_at_budget(rows, metric, pairs, cost, budget, one, other)
-                told.append({"variant": variant, "claim": claim, **asdict(compared), "text": str(compared)})
-    return pd.DataFrame(told)
+            for claim, first, second, budget in _pairs_to_compare(rows, cost, variant, num_steps):
+                comparison = best_at_budget(rows, metric, pairs, cost, budget, first, second)
+                results.append({"variant": variant, "claim": claim, **asdict(comparison), "text": str(comparison)})
+    return pd.DataFrame(results)
 
 
-def at_equal_cost(table: pd.DataFrame, metric: str, pairs: Pairs) -> dict[str, Any]:
-    """`comparisons` in words: for each variant the paper's two claims, then every pair under every cost."""
-    found = comparisons(table, metric, pairs)
-    if found.empty:
+def format_equal_cost(table: pd.DataFrame, metric: str, pairs: PairedDifferences) -> dict[str, Any]:
+    """The result of `comparisons` as text: for each variant the paper's two claims, then every pair under every cost."""
+    results = comparisons(table, metric, pairs)
+    if results.empty:
         return {}
-    told: dict[str, Any] = {}
-    for variant, of_variant in found.groupby("variant", sort=False):
-        told[f"{variant}: does it hold?"] = {
-            f"{sentence}, under {COSTS[str(cost)].label}": _share(of_cost[of_cost["claim"] == claim], wanted)
+    texts: dict[str, Any] = {}
+    for variant, of_variant in results.groupby("variant", sort=False):
+        texts[f"{variant}: the paper's claims"] = {
+            f"{statement}, under {COSTS[str(cost)].label}": _format_support(of_cost[of_cost["claim"] == claim], expected)
             for cost, of_cost in of_variant.groupby("cost", sort=False)
-            for claim, wanted, sentence in SENTENCES
+            for claim, expected, statement in PAPER_CLAIMS
         }
         for cost, of_cost in of_variant.groupby("cost", sort=False):
-            told[f"{variant}: at equal {COSTS[str(cost)].label}"] = {
-                f"{row['one']} less {row['other']}, {COSTS[str(cost)].amount(row['budget'])}": row["text"]
+            texts[f"{variant}: at equal {COSTS[str(cost)].label}"] = {
+                f"{row['one']} minus {row['other']}, {COSTS[str(cost)].format_amount(row['budget'])}": row["text"]
                 for row in of_cost.to_dict("records")
             }
-    return told
+    return texts
 
 
-SENTENCES = (
-    ("own size", {"better"}, "a student beats the undistilled of its own size at equal cost"),
+PAPER_CLAIMS = (
+    ("own size", {"better"}, "a student is better than the undistilled model of its own size at equal cost"),
     (
         "small undistilled, large student",
         {"better", "undecided"},
-        "no larger student is shown better than an undistilled smaller size",
+        "no larger student is decidedly better than an undistilled smaller model",
     ),
 )
-"""Claim, the verdicts that agree with it, and the sentence."""
+"""The claim in the table of `comparisons`, the verdicts that agree with it, and its statement."""
 
 
-def _claims(rows: pd.DataFrame, cost: str, variant: str, num_steps: int) -> Iterator[tuple[str, str, str, float]]:
+def _pairs_to_compare(rows: pd.DataFrame, cost: str, variant: str, num_steps: int) -> Iterator[tuple[str, str, str, float]]:
+    """Claim, the two sizes and the budget of every comparison."""
     sizes = sizes_in_order(rows)
-    teachers = [size for size in sizes if not teacher_of(size)[1] and f"{size} {variant}" in sizes]
-    least = rows[rows["num_steps"] == num_steps].groupby("size")[cost].min()
-    budgets = {str(size): float(value) for size, value in least.items()}
-    for number, large in enumerate(teachers):
+    teachers = [size for size in sizes if not split_student_name(size)[1] and f"{size} {variant}" in sizes]
+    lowest = rows[rows["num_steps"] == num_steps].groupby("size")[cost].min()
+    budgets = {str(size): float(value) for size, value in lowest.items()}
+    for index, large in enumerate(teachers):
         student = f"{large} {variant}"
         if student not in budgets:
             continue
         yield "own size", student, large, budgets[student]
-        for small in teachers[:number]:
+        for small in teachers[:index]:
             yield "small student, large student", f"{small} {variant}", student, budgets[student]
             yield "small undistilled, large undistilled", small, large, budgets[student]
             yield "small undistilled, large student", small, student, budgets[student]
             yield "small student, large undistilled", f"{small} {variant}", large, budgets[student]
 
 
-def _share(claims: pd.DataFrame, wanted: set[str]) -> str:
-    judged = claims[claims["difference"].notna()]
-    if judged.empty:
+def _format_support(pairs: pd.DataFrame, expected: set[str]) -> str:
+    """How many of the pairs have one of the expected verdicts."""
+    compared = pairs[pairs["difference"].notna()]
+    if compared.empty:
         return "nothing to compare within the budget"
-    if wanted == {"better"} and (judged["verdict"] == "undecided").any():
-        open_ = int((judged["verdict"] == "undecided").sum())
-        return f"holds for {int((judged['verdict'] == 'better').sum())} of {len(judged)}, undecided for {open_}"
-    agree = int(judged["verdict"].isin(wanted).sum())
-    return f"{'holds' if agree == len(judged) else 'does not hold'}: {agree} of {len(judged)} pairs agree"
+    if expected == {"better"} and (compared["verdict"] == "undecided").any():
+        num_undecided = int((compared["verdict"] == "undecided").sum())
+        num_better = int((compared["verdict"] == "better").sum())
+        return f"holds for {num_better} of {len(compared)} pairs, undecided for {num_undecided}"
+    num_agree = int(compared["verdict"].isin(expected).sum())
+    return f"{'holds' if num_agree == len(compared) else 'does not hold'}: {num_agree} of {len(compared)} pairs agree"
 
 
-def _columns(metric: str, sign: float) -> tuple[str, str, str]:
-    """Value, and the ends of its interval, the better one first."""
+def _score_columns(metric: str, sign: float) -> tuple[str, str, str]:
+    """Columns of the score and of the ends of its interval, the better end first."""
     ends = (f"{metric}_low", f"{metric}_high")
     return (metric, *(ends if sign > 0 else ends[::-1]))
-
-
-def _steps(number: int) -> str:
-    return "1 step" if number == 1 else f"{number} steps"

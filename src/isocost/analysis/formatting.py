@@ -1,18 +1,23 @@
-"""Numbers, scores and configurations as short text."""
+"""Format numbers, scores and configurations as short text."""
 
 from __future__ import annotations
 
 import math
 
-from isocost.metrics.registry import metric_of
+from isocost.evaluation.metric_registry import metric_of
 
 ROUNDING = 1e-9
+"""Relative tolerance that absorbs floating-point rounding."""
+
+
+def format_steps(num_steps: int) -> str:
+    """The number of steps with its noun: "1 step", "8 steps"."""
+    return "1 step" if num_steps == 1 else f"{num_steps} steps"
 
 
 def format_configuration(size: str, num_steps: int, guidance: float, solver: str) -> str:
-    """What to sample with in running text: "2.6M, 8 steps, guidance 2, ddim/trailing"."""
-    steps = "1 step" if num_steps == 1 else f"{num_steps} steps"
-    return f"{size}, {steps}, guidance {guidance:g}, {solver}"
+    """A sampling configuration in running text: "2.6M, 8 steps, guidance 2, ddim/trailing"."""
+    return f"{size}, {format_steps(num_steps)}, guidance {guidance:g}, {solver}"
 
 
 def format_metric(name: str) -> str:
@@ -26,22 +31,23 @@ def format_number(value: float) -> str:
 
 
 def format_score(value: float, low: float | None, high: float | None) -> str:
-    """A value with its 95 % interval, "0.123 [0.120, 0.126]".
+    """A value with its 95 % interval: "0.123 [0.120, 0.126]".
 
-    Three digits of the value, but at least one and at most two of the interval's half width.
+    The value has three significant digits. The half width of the interval has at least one and at most two.
     """
     bounds = [bound for bound in (low, high) if bound is not None and math.isfinite(bound)]
-    digits = 2 - _magnitude(value)
+    digits = 2 - decimal_exponent(value)
     if len(bounds) < 2:
-        return f"{value:.{_clamp(digits)}f}"
-    half_width = _magnitude((bounds[1] - bounds[0]) / 2 * (1 + ROUNDING))
-    digits = _clamp(max(min(digits, 1 - half_width), -half_width))
+        return f"{value:.{_clamp_digits(digits)}f}"
+    half_width = decimal_exponent((bounds[1] - bounds[0]) / 2 * (1 + ROUNDING))
+    digits = _clamp_digits(max(min(digits, 1 - half_width), -half_width))
     return f"{value:.{digits}f} [{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
 
 
-def _magnitude(value: float) -> int:
+def decimal_exponent(value: float) -> int:
+    """The power of ten of the first significant digit; 0 for a value of 0."""
     return math.floor(math.log10(abs(value))) if value else 0
 
 
-def _clamp(digits: int) -> int:
+def _clamp_digits(digits: int) -> int:
     return min(max(digits, 0), 8)

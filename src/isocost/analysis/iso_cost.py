@@ -1,6 +1,6 @@
-"""One against another at equal cost: the best of each within a budget, the difference of their scores, and what it says.
+"""Compare two groups of points at equal cost: the best point of each within a budget, and the difference of their scores.
 
-What is compared is a value of a column of the table: two sizes, a student and its teacher (`distillation.py`), two studies
+A group is a value of a column of the table: a size, a student or its teacher (`distillation.py`), a study
 (`study_comparison.py`).
 """
 
@@ -8,33 +8,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import pandas as pd
 
 from isocost.analysis.formatting import format_configuration, format_score
-from isocost.analysis.pareto import metric_of
-from isocost.analysis.results_table import fits
+from isocost.analysis.results_table import is_within_budget
 from isocost.evaluation.confidence_intervals import Interval, independent_difference
+from isocost.evaluation.metric_registry import metric_of
 
 UNPAIRED_NOTE = " (not paired)"
-"""Said of a difference of independent scores, a wider interval: features lie elsewhere, or the metric has no pairs."""
+"""Marks the difference of independent scores, whose interval is wider than that of a paired difference."""
 
 
-class Pairs(Protocol):
-    """Where paired differences come from (`isocost.score.differences.Pairing`)."""
+class PairedDifferences(Protocol):
+    """A source of paired differences, such as `isocost.evaluation.paired.PairedComparer`."""
 
-    def of_points(self, first: str, second: str, metric: str) -> Interval | None:
-        """First less second in a metric; None where it has no paired interval, or the points' features are not here."""
+    def difference(self, first: str, second: str, metric: str) -> Interval | None:
+        """The score of the first point minus that of the second.
+
+        Returns:
+            None if the metric has no paired interval, or the features of a point are not available.
+        """
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One against other at a budget of some cost, each at its best within it.
+    """Two groups at one budget, each represented by its best point within the budget.
 
-    `difference` is one less other with its 95 % interval, and `verdict` what that says of one: better, worse or undecided; a
-    configuration is None where nothing fits. The interval is paired where it can be, else that of independent scores.
+    Attributes:
+        one: name of the first group.
+        other: name of the second group.
+        one_configuration: the best point of the first group; None if none fits.
+        other_configuration: the best point of the second group; None if none fits.
+        difference: score of `one` minus score of `other`; `low` and `high` are the ends of its 95 % interval.
+        verdict: whether `one` is "better", "worse" or "undecided", or the reason why there is no difference.
+        is_paired: whether the interval is that of a paired difference; otherwise the scores are treated as independent.
     """
 
     cost: str
@@ -56,52 +66,78 @@ class Comparison:
 
 
 def best_at_budget(
-    rows: pd.DataFrame, metric: str, pairs: Pairs, cost: str, budget: float, one: str, other: str, by: str = "size"
+    rows: pd.DataFrame,
+    metric: str,
+    pairs: PairedDifferences,
+    cost: str,
+    budget: float,
+    one: str,
+    other: str,
+    by: str = "size",
 ) -> Comparison:
-    """`one` against `other`, two values of the column `by`, each at its best with cost <= budget.
+    """Compare the best points of two groups with cost <= budget.
 
     Args:
-        rows: competing points, best first (`isocost.analysis.frontier.rank_points`).
+        rows: competing points, best first (`isocost.analysis.results_table.rank_points`).
+        one: name of the first group, a value of the column `by`.
+        other: name of the second group.
+        by: column that holds the groups.
     """
-    within = rows[fits(rows[cost], budget)]
-    first, second = (within[within[by] == value].head(1).to_dict("records") for value in (one, other))
-    words = [_configuration(row[0], by) if row else None for row in (first, second)]
+    within = rows[is_within_budget(rows[cost], budget)]
+    first, second = (within[within[by] == name].head(1).to_dict("records") for name in (one, other))
+    result = Comparison(
+        cost=cost,
+        budget=budget,
+        one=one,
+        other=other,
+        one_configuration=_format_configuration(first[0], by) if first else None,
+        other_configuration=_format_configuration(second[0], by) if second else None,
+        difference=None,
+        low=None,
+        high=None,
+        verdict=f"no point of {other if first else one} fits",
+    )
     if not first or not second:
-        missing = one if not first else other
-        return Comparison(cost, budget, one, other, words[0], words[1], None, None, None, f"no point of {missing} fits")
-    found, is_paired = difference_between(first[0], second[0], metric, pairs)
-    value, low, high = (None, None, None) if found is None else (found.value, found.low, found.high)
-    return Comparison(cost, budget, one, other, words[0], words[1], value, low, high, verdict(found, metric), is_paired)
+        return result
+    difference, is_paired = difference_between(first[0], second[0], metric, pairs)
+    if difference is not None:
+        result = replace(result, difference=difference.value, low=difference.low, high=difference.high)
+    return replace(result, verdict=classify(difference, metric), is_paired=is_paired)
 
 
 def difference_between(
-    one: Mapping[Any, Any], other: Mapping[Any, Any], metric: str, pairs: Pairs
+    first: Mapping[Any, Any], second: Mapping[Any, Any], metric: str, pairs: PairedDifferences
 ) -> tuple[Interval | None, bool]:
-    """One row's score less the other's, and whether that is paired; None where a score has no interval either."""
-    paired = pairs.of_points(str(one["point"]), str(other["point"]), metric)
+    """The score of the first row minus that of the second.
+
+    Returns:
+        The difference, and whether it is paired. Without a paired interval it is the difference of independent scores; it is
+        None if one of these has no interval.
+    """
+    paired = pairs.difference(str(first["point"]), str(second["point"]), metric)
     if paired is not None:
         return paired, True
-    alone = [Interval(*(float(row[f"{metric}{end}"]) for end in ("", "_low", "_high"))) for row in (one, other)]
-    if any(math.isnan(end) for each in alone for end in (each.low, each.high)):
+    scores = [Interval(*(float(row[f"{metric}{suffix}"]) for suffix in ("", "_low", "_high"))) for row in (first, second)]
+    if any(math.isnan(end) for score in scores for end in (score.low, score.high)):
         return None, False
-    return independent_difference(*alone), False
+    return independent_difference(*scores), False
 
 
-def verdict(difference: Interval | None, metric: str) -> str:
-    """What a difference of scores says of the first: "better", "worse", or "undecided" where its interval holds 0."""
+def classify(difference: Interval | None, metric: str) -> str:
+    """Whether the first of two scores is "better" or "worse", or "undecided" if the interval of the difference contains 0."""
     if difference is None or difference.low <= 0 <= difference.high:
         return "undecided"
     return "better" if (difference.value < 0) == (metric_of(metric).better == "lower") else "worse"
 
 
-def format_text(difference: Interval | None, is_paired: bool) -> str:
-    """A difference with its interval."""
+def format_difference(difference: Interval | None, is_paired: bool) -> str:
+    """A difference with its interval: "-0.35 [-0.55, -0.18] (not paired)"."""
     if difference is None:
         return "this metric has no interval"
     return format_score(difference.value, difference.low, difference.high) + ("" if is_paired else UNPAIRED_NOTE)
 
 
-def _configuration(row: Mapping[Any, Any], by: str) -> str:
+def _format_configuration(row: Mapping[Any, Any], by: str) -> str:
     if by == "size":
         return f"{row['num_steps']} steps, guidance {row['guidance']:g}"
     return format_configuration(row["size"], row["num_steps"], row["guidance"], row["solver"])

@@ -1,10 +1,7 @@
-"""Questions to the table of points: best guidance, Pareto set, best configuration within a budget.
+"""The best guidance, the Pareto set and the best configuration within a budget, from a results table.
 
-A table is a DataFrame with one row a point. Its columns: point, checkpoint (digests), size, width, num_parameters,
-images_seen, training_gflop, is_final (last snapshot), solver, num_steps, guidance, num_images, seed, protocol,
-the four costs of `COSTS`, and for every metric m of `isocost.metrics.names.METRICS` m, m_low, m_high (95 % interval; NaN
-where absent).
-Only final points compete; the earlier training snapshots belong to the curve over training compute.
+The columns of a table are listed in `isocost.analysis.results_table`. Only the points of final checkpoints compete; the points
+of earlier training snapshots belong to the curve over training compute.
 """
 
 from __future__ import annotations
@@ -17,17 +14,24 @@ import numpy as np
 import pandas as pd
 
 from isocost.analysis.costs import COSTS, cost_of
-from isocost.analysis.formatting import ROUNDING, _magnitude, format_configuration, format_score
-from isocost.analysis.results_table import CELL, best_in_each, final_points, fits, rank_points
+from isocost.analysis.formatting import ROUNDING, decimal_exponent, format_configuration, format_score
+from isocost.analysis.results_table import CELL_COLUMNS, best_per_group, final_points, is_within_budget, rank_points
 from isocost.errors import ConfigError
-from isocost.metrics.registry import metric_of
+from isocost.evaluation.metric_registry import metric_of
 
-BEYOND = 1.1
+BEYOND_DATA_FACTOR = 1.1
+"""A budget this much larger than the highest cost of all points is called beyond the data."""
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One final point as a candidate: what to sample with, its cost, its value and the 95 % interval where there is one."""
+    """A final point as a candidate: its sampling configuration, cost and score.
+
+    Attributes:
+        cost: in the unit of the cost that was asked for.
+        value: the score; `low` and `high` are the ends of its 95 % interval, None without one.
+        guidance_at_boundary: whether the guidance is the lowest or the highest that was tried (`final_points`).
+    """
 
     point: str
     checkpoint: str
@@ -43,7 +47,7 @@ class Configuration:
 
     @property
     def score(self) -> str:
-        """The value with its interval: "0.123 [0.120, 0.126]"."""
+        """The score with its interval: "0.123 [0.120, 0.126]"."""
         return format_score(self.value, self.low, self.high)
 
     def __str__(self) -> str:
@@ -52,11 +56,17 @@ class Configuration:
 
 @dataclass(frozen=True)
 class BudgetChoice:
-    """The best configuration with cost <= budget, and the best one of any other size.
+    """The best configuration within a budget, and the best one of any other size.
 
-    `best` is None where the budget lies below every point. `undecided` says that the two intervals overlap, or that one of
-    the two has no interval; `beyond_data` that the budget exceeds the dearest point by more than a tenth, so that a dearer
-    one might be better still.
+    Attributes:
+        num_points: number of points within the budget.
+        best: None if the budget is below the cost of every point.
+        runner_up: the best configuration of another size; None if no other size fits.
+        undecided: whether the intervals of `best` and `runner_up` overlap, or one of the two has no interval.
+        beyond_data: whether the budget exceeds the cost of the most expensive point by more than 10 %, so that a still more
+            expensive configuration could be better.
+        cheapest: of all points, whether they fit or not.
+        dearest: of all points, whether they fit or not.
     """
 
     budget: float
@@ -74,41 +84,47 @@ class BudgetChoice:
 def best_guidance(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The row with the best guidance for every (size, solver, num_steps), with the column `guidance_at_boundary`.
 
-    The paper's rule (arXiv 2404.01367, section on sampling efficiency). The value of the best of several noisy scores is
-    optimistic; its interval does not cover that choice.
+    This is the rule of arXiv 2404.01367 (section on sampling efficiency). The best of several noisy scores is optimistic; its
+    interval does not include the effect of this selection.
     """
-    return best_in_each(final_points(table, metric), metric, CELL)
+    return best_per_group(final_points(table, metric), metric, CELL_COLUMNS)
 
 
 def pareto(table: pd.DataFrame, cost: str, metric: str) -> pd.DataFrame:
-    """The points that no point of lower or equal cost matches, from cheap to dear; each is better than all before it."""
+    """The Pareto set: points that are better than every point of lower or equal cost, in order of rising cost."""
     rows = rank_points(final_points(table, metric, cost), metric, cost).sort_values(cost, kind="stable")
     sign = 1.0 if metric_of(metric).better == "lower" else -1.0
-    worse = sign * rows[metric].to_numpy(dtype=float)
-    best_before = np.concatenate([[np.inf], np.minimum.accumulate(worse)[:-1]])
-    return rows[worse < best_before].reset_index(drop=True)
+    losses = sign * rows[metric].to_numpy(dtype=float)
+    best_before = np.concatenate([[np.inf], np.minimum.accumulate(losses)[:-1]])
+    return rows[losses < best_before].reset_index(drop=True)
 
 
 def best_at_budgets(
     table: pd.DataFrame, cost: str, metric: str, budgets: Iterable[float], points: Collection[str] | None = None
 ) -> list[BudgetChoice]:
-    """For each budget, in the order given, the best configuration with cost <= budget and the best of any other size.
+    """For each budget the best configuration within it, and the best one of any other size.
 
     Args:
-        points: those that may be chosen, all where None; the others count for `cheapest`, `dearest` and the edges of guidance.
+        cost: a name of `COSTS`.
+        budgets: in the unit of that cost.
+        points: digests of the points that may be chosen; None for all. The other points still count for `cheapest`, `dearest`
+            and the boundaries of guidance.
+
+    Returns:
+        One choice per budget, in the same order.
 
     Raises:
-        ConfigError: a budget is not a positive number, or there is nothing to choose from.
+        ConfigError: a budget is not a positive number, or there are no points to choose from.
     """
     rows = rank_points(final_points(table, metric, cost), metric, cost)
     by_cost = rows.sort_values(cost, kind="stable")
-    cheapest, dearest = (_configuration(by_cost.iloc[at], cost, metric) for at in (0, -1))
+    cheapest, dearest = (_configuration(by_cost.iloc[index], cost, metric) for index in (0, -1))
     allowed = rows if points is None else rows[rows["point"].isin(list(points))]
     choices = []
     for budget in budgets:
         if not (math.isfinite(budget) and budget > 0):
-            raise ConfigError(f"a budget is a positive number, not {budget:g}")
-        within = allowed[fits(allowed[cost], budget)]
+            raise ConfigError(f"a budget must be a positive number, not {budget:g}")
+        within = allowed[is_within_budget(allowed[cost], budget)]
         best = _configuration(within.iloc[0], cost, metric) if len(within) else None
         others = within[within["size"] != best.size] if best else within
         runner_up = _configuration(others.iloc[0], cost, metric) if len(others) else None
@@ -121,7 +137,7 @@ def best_at_budgets(
                 best=best,
                 runner_up=runner_up,
                 undecided=best is not None and runner_up is not None and intervals_overlap(best, runner_up),
-                beyond_data=budget > dearest.cost * BEYOND,
+                beyond_data=budget > dearest.cost * BEYOND_DATA_FACTOR,
                 cheapest=cheapest,
                 dearest=dearest,
             )
@@ -129,30 +145,30 @@ def best_at_budgets(
     return choices
 
 
-def intervals_overlap(one: Configuration, other: Configuration) -> bool:
-    """Whether two 95 % intervals share a value; True as well where one is missing, since then nothing tells them apart."""
-    if one.low is None or one.high is None or other.low is None or other.high is None:
+def intervals_overlap(first: Configuration, second: Configuration) -> bool:
+    """Whether two 95 % intervals overlap. True if an interval is missing, because the scores then cannot be distinguished."""
+    if first.low is None or first.high is None or second.low is None or second.high is None:
         return True
-    return one.low <= other.high and other.low <= one.high
+    return first.low <= second.high and second.low <= first.high
 
 
 def default_budgets(table: pd.DataFrame, cost: str, num_budgets: int = 5) -> list[float]:
-    """Budgets spread evenly over the logarithm of the final points' costs; the last takes in every point.
+    """Budgets evenly spaced over the logarithm of the final points' costs; every point fits the last budget.
 
-    Each is rounded up to two significant digits, so that it never falls below the point that it was meant to take in.
+    Each budget is rounded up to two significant digits, so it is never below the cost that it was computed from.
 
     Raises:
-        ConfigError: no finished point was measured by this cost.
+        ConfigError: no final point has a measurement of this cost.
     """
     costs = table.loc[table["is_final"].astype(bool), cost_of(cost).name].dropna()
     if costs.empty:
-        raise ConfigError(f"no finished point carries a measured {cost}; choose another cost of {', '.join(COSTS)}")
-    spread = np.geomspace(costs.min(), costs.max(), num_budgets + 1)[1:]
-    return sorted({_round_up(float(value)) for value in spread})
+        raise ConfigError(f"no final point has a measured {cost}; choose another cost of {', '.join(COSTS)}")
+    budgets = np.geomspace(costs.min(), costs.max(), num_budgets + 1)[1:]
+    return sorted({_round_up(float(budget)) for budget in budgets})
 
 
 def _configuration(row: pd.Series, cost: str, metric: str) -> Configuration:
-    low, high = (None if pd.isna(row[f"{metric}_{side}"]) else float(row[f"{metric}_{side}"]) for side in ("low", "high"))
+    low, high = (None if pd.isna(row[f"{metric}_{end}"]) else float(row[f"{metric}_{end}"]) for end in ("low", "high"))
     return Configuration(
         point=str(row["point"]),
         checkpoint=str(row["checkpoint"]),
@@ -169,5 +185,6 @@ def _configuration(row: pd.Series, cost: str, metric: str) -> Configuration:
 
 
 def _round_up(value: float) -> float:
-    unit = 10.0 ** (_magnitude(value) - 1)
+    """Round up to two significant digits."""
+    unit = 10.0 ** (decimal_exponent(value) - 1)
     return float(f"{math.ceil(value / unit * (1 - ROUNDING)) * unit:.6g}")

@@ -1,4 +1,4 @@
-"""From budgets and requirements to a decision in words: what to sample with, how sure that is, and the command that does it."""
+"""Recommend a sampling configuration for budgets and requirements, with its uncertainty and the command to sample with it."""
 
 from __future__ import annotations
 
@@ -14,25 +14,32 @@ from isocost.analysis.constraints import (
     ConstraintStatus,
     check_measured,
     constraint_status,
-    constraints_of,
     explain_infeasible,
     feasible,
-    format_text,
+    format_constraints,
+    make_constraints,
 )
 from isocost.analysis.costs import cost_of
 from isocost.analysis.formatting import format_metric
-from isocost.analysis.pareto import BudgetChoice, Configuration, best_at_budgets, intervals_overlap, metric_of
+from isocost.analysis.pareto import BudgetChoice, Configuration, best_at_budgets, intervals_overlap
 from isocost.analysis.results_table import final_points, rank_points
 from isocost.errors import ConfigError
+from isocost.evaluation.metric_registry import metric_of
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to sample with for a budget. `dataclasses.asdict` of it is plain data for JSON.
+    """The recommended sampling configuration for a set of constraints. Its `dataclasses.asdict` is plain data for JSON.
 
-    `interval` is the 95 % interval of `value` (None where none was made), `runner_up` the best configuration of another size,
-    `decided` whether their intervals are apart (True where no other size fits), `limits` every budget and requirement beside what
-    the configuration has, `command` the line that samples so. `cost` and `budget` are those of the budget that leads.
+    Attributes:
+        budget: bound of the first budget.
+        cost: cost of the first budget, which breaks ties.
+        value: the score; `interval` is its 95 % interval, None without one.
+        runner_up: the best configuration of another size; None if none meets the constraints.
+        decided: whether the intervals of the two do not overlap; True if there is no runner-up.
+        reason: the recommendation as a sentence.
+        limits: every budget and requirement, with the value of the configuration.
+        command: a command line that samples with the configuration.
     """
 
     budget: float
@@ -50,8 +57,8 @@ class Recommendation:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One sentence for one budget, in the parts that a page may set apart; `str` joins them."""
+class RecommendationText:
+    """The recommendation for one budget as a sentence, split into parts for separate formatting; `str` joins them."""
 
     lead: str
     best: str
@@ -61,8 +68,8 @@ class Answer:
     decided: bool
 
     def __str__(self) -> str:
-        told = ", ".join(part for part in (self.best, self.score) if part)
-        return f"{self.lead}: {told}; {self.verdict}."
+        best = ", ".join(part for part in (self.best, self.score) if part)
+        return f"{self.lead}: {best}; {self.verdict}."
 
 
 def recommend(
@@ -75,30 +82,30 @@ def recommend(
     also: Mapping[str, float] | None = None,
     requirements: Mapping[str, float] | None = None,
 ) -> Recommendation:
-    """The best configuration by `metric` among those that keep every budget and meet every requirement.
+    """Choose the best configuration by `metric` among those that meet every budget and every requirement.
 
     Args:
-        table: points as in `isocost.analysis.frontier`.
-        cost: a name of `isocost.analysis.limits.BUDGETS`, memory apart: a cost, or `images_per_hour`. Its cost breaks ties.
-        budget: most that one image may cost, or least number of images an hour.
-        metric: a name of `METRICS` that leads.
+        table: points, with the columns in `isocost.analysis.results_table`.
+        cost: the first budget: a name of `isocost.analysis.constraints.BUDGETS` except `memory_gib`. Its cost breaks ties.
+        budget: maximum cost of one image, or minimum number of images per hour.
+        metric: the metric to optimise.
         out: output folder of the study, for the command line.
-        also: further budgets that must hold, by name; `memory_gib` among them needs a column `peak_memory_mib`.
-        requirements: metric -> value that must be met, at or better than it by the metric's direction.
+        also: further budgets, name -> value; `memory_gib` needs the column `peak_memory_mib`.
+        requirements: metric -> value that the score must equal or better.
 
     Raises:
-        ConfigError: no point keeps all of it (the message names the nearest), or the table answers no such question.
+        ConfigError: no point meets all constraints (the message names the nearest one), or a constraint is invalid.
     """
-    limits = constraints_of(cost, budget, also or {}, requirements or {})
-    lead = limits[0]
+    constraints = make_constraints(cost, budget, also or {}, requirements or {})
+    lead = constraints[0]
     rows = rank_points(final_points(table, metric, lead.column), metric, lead.column)
-    check_measured(rows, limits)
-    held = feasible(rows, limits)
-    if not held.any():
-        raise ConfigError(explain_infeasible(rows, limits))
-    (choice,) = best_at_budgets(table, lead.column, metric, [lead.bound], points=set(rows.loc[held, "point"]))
+    check_measured(rows, constraints)
+    is_feasible = feasible(rows, constraints)
+    if not is_feasible.any():
+        raise ConfigError(explain_infeasible(rows, constraints))
+    (choice,) = best_at_budgets(table, lead.column, metric, [lead.bound], points=set(rows.loc[is_feasible, "point"]))
     best = choice.best
-    assert best is not None, "some point keeps every limit"
+    assert best is not None, "at least one point is feasible"
     row = rows[rows["point"] == best.point].iloc[0]
     return Recommendation(
         budget=choice.budget,
@@ -109,89 +116,94 @@ def recommend(
         interval=None if best.low is None or best.high is None else (best.low, best.high),
         runner_up=choice.runner_up,
         decided=not choice.undecided,
-        reason=_reason(choice, best, format_text(limits)),
-        notes=(*_notes(choice, best, _others_bind(rows, limits)), *_limit_notes(rows, row, limits)),
-        limits=constraint_status(row, limits),
+        reason=_format_reason(choice, best, format_constraints(constraints)),
+        notes=(*_notes(choice, best, _other_budgets_bind(rows, constraints)), *_constraint_notes(rows, row, constraints)),
+        limits=constraint_status(row, constraints),
         command=sample_command(best, out, str(row["task"]) if "task" in row and not pd.isna(row["task"]) else "text2image"),
     )
 
 
-def answer(choice: BudgetChoice) -> Answer:
-    """The sentence for one budget: the best configuration, its score, the best of another size, and whether that decides."""
-    lead = f"For {cost_of(choice.cost).amount(choice.budget)}"
+def describe_choice(choice: BudgetChoice) -> RecommendationText:
+    """The text for one budget: the best configuration, its score, the runner-up, and whether the choice is decided."""
+    lead = f"For {cost_of(choice.cost).format_amount(choice.budget)}"
     if choice.best is None:
-        return Answer(lead, "nothing fits", "", _cheapest(choice), (), decided=False)
+        return RecommendationText(lead, "nothing fits", "", _format_cheapest(choice), (), decided=False)
     score = f"{format_metric(choice.metric)} {choice.best.score}"
     if choice.runner_up is None:
         verdict = "no other size fits"
     else:
-        tail = f", so {_undecided_because(choice.best, choice.runner_up)}" if choice.undecided else ""
+        tail = f"; {_format_undecided(choice.best, choice.runner_up)}" if choice.undecided else ""
         verdict = f"runner-up {choice.runner_up} with {choice.runner_up.score}{tail}"
-    return Answer(lead, str(choice.best), score, verdict, _notes(choice, choice.best), decided=not choice.undecided)
+    return RecommendationText(lead, str(choice.best), score, verdict, _notes(choice, choice.best), decided=not choice.undecided)
 
 
 def sample_command(configuration: Configuration, out: str = "OUT", task: str = "text2image") -> str:
-    """The line that draws images with `configuration`; prompt and files are left as words in capitals."""
-    name, timestep_spacing, *extras = configuration.solver.split("/")
-    verb, given = ("upscale", ["IMAGE", "LARGER.png"]) if task.startswith("superres") else ("sample", ["--prompt", "TEXT"])
-    line = ["isocost", verb, f"{out.rstrip('/')}/artefacts/checkpoint/{configuration.checkpoint}"]
-    line += ["--steps", str(configuration.num_steps), "--guidance", f"{configuration.guidance:g}"]
-    line += ["--solver", name, "--timestep-spacing", timestep_spacing]
-    for extra in extras:
-        key, _, value = extra.partition("=")
-        line += [f"--{key}", value]
-    return shlex.join([*line, *given])
+    """A command line that samples images with `configuration`.
+
+    The prompt is left as TEXT, and the files of super-resolution as IMAGE and LARGER.png.
+    """
+    name, timestep_spacing, *options = configuration.solver.split("/")
+    verb, inputs = ("upscale", ["IMAGE", "LARGER.png"]) if task.startswith("superres") else ("sample", ["--prompt", "TEXT"])
+    command = ["isocost", verb, f"{out.rstrip('/')}/artefacts/checkpoint/{configuration.checkpoint}"]
+    command += ["--steps", str(configuration.num_steps), "--guidance", f"{configuration.guidance:g}"]
+    command += ["--solver", name, "--timestep-spacing", timestep_spacing]
+    for option in options:
+        key, _, value = option.partition("=")
+        command += [f"--{key}", value]
+    return shlex.join([*command, *inputs])
 
 
-def _reason(choice: BudgetChoice, best: Configuration, within: str) -> str:
+def _format_reason(choice: BudgetChoice, best: Configuration, constraints: str) -> str:
     extreme = "lowest" if metric_of(choice.metric).better == "lower" else "highest"
-    among = f"of the {choice.num_points} points" if choice.num_points > 1 else "of the only point"
-    told = f"{best} has the {extreme} {format_metric(choice.metric)}, {best.score}, {among} {within}"
-    other = choice.runner_up
-    if other is None:
-        return f"{told}; no other size fits."
-    verdict = _undecided_because(best, other) if choice.undecided else "the intervals are apart"
-    return f"{told}; the best of another size, {other}, reaches {other.score}: {verdict}."
+    points = f"the {choice.num_points} points" if choice.num_points > 1 else "the only point"
+    text = f"{best} has the {extreme} {format_metric(choice.metric)}, {best.score}, of {points} {constraints}"
+    runner_up = choice.runner_up
+    if runner_up is None:
+        return f"{text}; no other size fits."
+    verdict = _format_undecided(best, runner_up) if choice.undecided else "decided, the intervals do not overlap"
+    return f"{text}; the best configuration of another size, {runner_up}, has {runner_up.score}: {verdict}."
 
 
-def _undecided_because(best: Configuration, other: Configuration) -> str:
-    overlap = intervals_overlap(best, other) and None not in (best.low, best.high, other.low, other.high)
+def _format_undecided(best: Configuration, runner_up: Configuration) -> str:
+    has_intervals = None not in (best.low, best.high, runner_up.low, runner_up.high)
+    overlap = intervals_overlap(best, runner_up) and has_intervals
     return "undecided, the intervals overlap" if overlap else "undecided, an interval is missing"
 
 
-def _notes(choice: BudgetChoice, best: Configuration, others_bind: bool = False) -> tuple[str, ...]:
+def _notes(choice: BudgetChoice, best: Configuration, other_budgets_bind: bool = False) -> tuple[str, ...]:
     notes = []
-    if choice.beyond_data and not others_bind:
-        dearest = cost_of(choice.cost).amount(choice.dearest.cost)
-        remedy = "more steps or a larger size may do better"
-        notes.append(f"the budget lies beyond the data, whose dearest point costs {dearest}: {remedy}")
+    if choice.beyond_data and not other_budgets_bind:
+        highest = cost_of(choice.cost).format_amount(choice.dearest.cost)
+        remedy = "more steps or a larger size may be better"
+        notes.append(f"the budget is beyond the data, whose most expensive point costs {highest}: {remedy}")
     if best.guidance_at_boundary:
         remedy = "widen the grid to be sure of the optimum"
-        notes.append(f"guidance {best.guidance:g} is at the edge of the values tried there: {remedy}")
+        notes.append(f"guidance {best.guidance:g} is at the boundary of the values tried there: {remedy}")
     return tuple(notes)
 
 
-def _others_bind(rows: pd.DataFrame, limits: Sequence[Constraint]) -> bool:
-    """Whether a budget beside the first keeps some point out, so that a larger first one buys nothing by itself."""
-    return not bool(feasible(rows, [limit for limit in limits[1:] if not limit.is_requirement]).all())
+def _other_budgets_bind(rows: pd.DataFrame, constraints: Sequence[Constraint]) -> bool:
+    """Whether a budget other than the first excludes a point; a larger first budget then need not allow more."""
+    return not bool(feasible(rows, [constraint for constraint in constraints[1:] if not constraint.is_requirement]).all())
 
 
-def _limit_notes(rows: pd.DataFrame, row: pd.Series, limits: Sequence[Constraint]) -> list[str]:
+def _constraint_notes(rows: pd.DataFrame, row: pd.Series, constraints: Sequence[Constraint]) -> list[str]:
     notes = []
-    for limit in limits:
-        unmeasured = int(rows[limit.column].isna().sum())
-        if unmeasured:
-            some = "1 point is" if unmeasured == 1 else f"{unmeasured} points are"
-            notes.append(f"{some} left out, without a measured {limit.column}")
-        if limit.is_requirement:
-            end = float(row[f"{limit.column}_{'high' if limit.is_most else 'low'}"])
+    for constraint in constraints:
+        column, bound = constraint.column, constraint.bound
+        num_unmeasured = int(rows[column].isna().sum())
+        if num_unmeasured:
+            excluded = "1 point is" if num_unmeasured == 1 else f"{num_unmeasured} points are"
+            notes.append(f"{excluded} left out because {column} was not measured")
+        if constraint.is_requirement:
+            end = float(row[f"{column}_{'high' if constraint.is_upper_bound else 'low'}"])
             if math.isnan(end):
-                notes.append(f"{format_metric(limit.column)} has no interval, so the requirement may be met by luck")
-            elif (end > limit.bound) if limit.is_most else (end < limit.bound):
-                side = "above" if limit.is_most else "below"
-                notes.append(f"the interval of its {limit.shown(row)} reaches {side} the requirement of {limit.bound:g}")
+                notes.append(f"{format_metric(column)} has no interval, so the requirement may be met by chance")
+            elif (end > bound) if constraint.is_upper_bound else (end < bound):
+                side = "above" if constraint.is_upper_bound else "below"
+                notes.append(f"the interval of its {constraint.format_value(row)} reaches {side} the requirement of {bound:g}")
     return notes
 
 
-def _cheapest(choice: BudgetChoice) -> str:
-    return f"the cheapest point costs {cost_of(choice.cost).amount(choice.cheapest.cost)} ({choice.cheapest})"
+def _format_cheapest(choice: BudgetChoice) -> str:
+    return f"the cheapest point costs {cost_of(choice.cost).format_amount(choice.cheapest.cost)} ({choice.cheapest})"

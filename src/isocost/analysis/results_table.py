@@ -1,4 +1,16 @@
-"""Queries on a results table: one row per scored point."""
+"""Basic queries on a results table: select, check, rank and group points.
+
+A table is a DataFrame with one row per scored point. Its columns:
+
+point, checkpoint                         digests
+size, width, num_parameters               the network
+images_seen, training_gflop, is_final     the training; `is_final` is true for the last checkpoint of a training run
+solver, num_steps, guidance               the sampling configuration
+guidance_low, guidance_high, race_images, race_at_boundary    the guidance search, if there was one
+num_images, seed, protocol                the evaluation
+normalized_cost, nfe, gflop, ms_per_image the costs (`isocost.analysis.costs.COSTS`)
+m, m_low, m_high                          for every metric m: the score and the ends of its 95 % interval, NaN where absent
+"""
 
 from __future__ import annotations
 
@@ -12,32 +24,37 @@ from numpy.typing import NDArray
 
 from isocost.analysis.costs import COSTS, cost_of
 from isocost.analysis.formatting import ROUNDING
-from isocost.analysis.timings import timed_on_one_device
+from isocost.analysis.timings import keep_one_timing_device
 from isocost.errors import ConfigError
-from isocost.evaluation.protocol import difference
-from isocost.metrics.registry import metric_of
+from isocost.evaluation.metric_registry import metric_of
+from isocost.evaluation.protocol import format_difference
 
 COMPARABLE_BY = ("protocol", "num_images", "seed")
-CONFIGURATION = ("size", "solver", "num_steps", "guidance")
-CELL = ("size", "solver", "num_steps")
-COMPARED_WITH = {"seed-replicates": "text2image", "distill": "text2image", "superres-distill": "superres"}
-"""Whose points stand beside a task's own."""
+CONFIGURATION_COLUMNS = ("size", "solver", "num_steps", "guidance")
+CELL_COLUMNS = ("size", "solver", "num_steps")
+"""One guidance is chosen for each combination of these columns."""
+BASELINE_TASKS = {"seed-replicates": "text2image", "distill": "text2image", "superres-distill": "superres"}
+"""Task -> the task whose final points are added to its table for comparison."""
 INTERVAL_WIDTH = 2 * 1.959964
-"""Width of a normal's 95 % interval in standard deviations."""
+"""Width of the 95 % interval of a normal distribution, in standard deviations."""
 
 
 def of_task(table: pd.DataFrame, task: str = "text2image", protocol: str | None = None) -> pd.DataFrame:
-    """The points of one task out of a results database's table (`isocost.sweep.ledger.Ledger.table`), without the study or its folder.
+    """Select the points of one task from the table of a results database (`isocost.sweep.results_db.ResultsDB.table`).
 
-    `is_final` snapshots the most images of each size, which is all that a results database knows of it; students come with the finished
-    points of what they are compared with.
+    A results database does not contain the study, so `is_final` is set for the checkpoints with the most images of each size.
+    A task in `BASELINE_TASKS` also gets the final points of the task that it is compared with.
+
+    Args:
+        protocol: id of a protocol, to select its points only.
 
     Raises:
-        ConfigError: there is no such point, or only the report of a folder sums such points up.
+        ConfigError: there is no such point, or the task is dreambooth (only the report of a folder combines its scores).
     """
     if task == "dreambooth":
         raise ConfigError(
-            "a results database has dreambooth subject by subject; ask the output folder, whose report sums them up"
+            "a results database has the dreambooth scores of single subjects only; "
+            "give the output folder, whose report combines them"
         )
     tasks = table["task"].fillna("text2image")
     if not (tasks == task).any():
@@ -46,128 +63,137 @@ def of_task(table: pd.DataFrame, task: str = "text2image", protocol: str | None 
     rows = table.assign(
         task=tasks, is_final=table["images_seen"] == table.groupby([tasks, "size"])["images_seen"].transform("max")
     )
-    rows = rows[(tasks == task) | ((tasks == COMPARED_WITH.get(task)) & rows["is_final"])]
+    rows = rows[(tasks == task) | ((tasks == BASELINE_TASKS.get(task)) & rows["is_final"])]
     if protocol is not None:
         known = ", ".join(sorted(rows["protocol"].unique()))
         rows = rows[rows["protocol"] == protocol]
         if rows.empty:
             raise ConfigError(f"the results database has no point of {task} under protocol {protocol}; known: {known}")
-    return timed_on_one_device(rows).reset_index(drop=True)
+    return keep_one_timing_device(rows).reset_index(drop=True)
 
 
 def sizes_in_order(table: pd.DataFrame) -> list[str]:
-    """Size names from the smallest network to the largest."""
+    """The names of the sizes, from the smallest network to the largest."""
     sizes = table[["num_parameters", "size"]].drop_duplicates("size")
     return [str(size) for size in sizes.sort_values(["num_parameters", "size"])["size"]]
 
 
 def with_metric(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The rows that carry `metric`, after a check that their numbers may be compared.
+    """The rows that have a score by `metric`, after a check that the scores may be compared.
 
     Raises:
-        ConfigError: no row carries it, or the rows differ in protocol, number of images or seed.
+        ConfigError: no row has the metric, or the rows differ in protocol, number of images or seed.
     """
     metric_of(metric)
     rows = table[table[metric].notna()] if metric in table.columns else table.iloc[:0]
     if rows.empty:
-        raise ConfigError(f"no point carries {metric}: run the sweep with a protocol that scores it, or name another metric")
+        raise ConfigError(f"no point has {metric}: run the sweep with a protocol that computes it, or choose another metric")
     for column in COMPARABLE_BY:
         counts = rows[column].value_counts().sort_index()
         if len(counts) > 1:
-            found = ", ".join(f"{value} ({count} points)" for value, count in counts.items())
-            told = _distinguishing_columns(rows) if column == "protocol" else ""
+            values = ", ".join(f"{value} ({count} points)" for value, count in counts.items())
+            details = _distinguishing_columns(rows) if column == "protocol" else ""
             raise ConfigError(
-                f"points that differ in {column} cannot be compared: {found}{told}; keep the rows of one {column}"
+                f"points that differ in {column} cannot be compared: {values}{details}; keep the rows of one {column}"
             )
     return rows
 
 
 def _distinguishing_columns(rows: pd.DataFrame) -> str:
-    """What differs between the first two protocols of the rows, in words, where the table holds their parts."""
+    """A clause on the differences between the first two protocols of the rows; "" if the table has no `protocol_parts`."""
     if "protocol_parts" not in rows.columns:
         return ""
     parts = rows.dropna(subset=["protocol_parts"]).drop_duplicates("protocol").sort_values("protocol")["protocol_parts"]
     if len(parts) < 2:
         return ""
-    return f"; they differ in {difference(*(json.loads(one) for one in parts.iloc[:2]))}"
+    return f"; they differ in {format_difference(*(json.loads(text) for text in parts.iloc[:2]))}"
 
 
 def final_points(table: pd.DataFrame, metric: str, cost: str | None = None) -> pd.DataFrame:
-    """The competing points: final checkpoints with `metric` and, where given, a measured `cost`; `guidance_at_boundary` added.
+    """The points of final checkpoints that have `metric` and, if given, a measured `cost`.
 
-    The guidance of a point is at the edge when it is the lowest or the highest tried for its size, solver and number of steps:
-    if such a point is the best, the optimum may lie outside the grid. Guidance 0, below which there is none, is no edge, nor
-    is 1 where nothing else was tried: sampling without guidance. A race (column `race_at_boundary`) says of itself where it ended.
+    The column `guidance_at_boundary` is added. It is true if the guidance of a point is the lowest or the highest that was
+    tried for its size, solver and number of steps: if such a point is the best, the optimum may lie outside the grid. Two cases
+    are no boundary: guidance 0, because no lower value exists, and guidance 1 as the only value, which is sampling without
+    guidance. A guidance search records in the column `race_at_boundary` whether it ended at a boundary.
 
     Raises:
-        ConfigError: nothing competes, the numbers cannot be compared, or two points stand for one configuration.
+        ConfigError: no point qualifies, the scores cannot be compared, or two points have the same configuration.
     """
     rows = with_metric(table, metric)
     rows = rows[rows["is_final"].astype(bool)]
     if rows.empty:
-        raise ConfigError(f"no finished checkpoint carries {metric} yet: let `isocost run` finish training and sweep")
-    doubled = rows[rows.duplicated(list(CONFIGURATION), keep=False)].sort_values(["point"])
-    if not doubled.empty:
-        row = doubled.iloc[0]
-        twins = doubled[(doubled[list(CONFIGURATION)] == row[list(CONFIGURATION)]).all(axis=1)]["point"]
-        where = f"{row['size']}, {row['solver']}, {row['num_steps']} steps, guidance {row['guidance']:g}"
-        raise ConfigError(f"{where}: points {', '.join(twins)} stand for the same configuration; keep one of them")
-    tried = rows.groupby(list(CELL))["guidance"]
-    at_low = (rows["guidance"] == tried.transform("min")) & (rows["guidance"] != 0)
-    at_high = rows["guidance"] == tried.transform("max")
-    without = (rows["guidance"] == 1) & (tried.transform("nunique") == 1)
-    at_edge = (at_low | at_high) & ~without
+        raise ConfigError(f"no final checkpoint has {metric} yet: let `isocost run` finish training and sweep")
+    columns = list(CONFIGURATION_COLUMNS)
+    duplicates = rows[rows.duplicated(columns, keep=False)].sort_values(["point"])
+    if not duplicates.empty:
+        row = duplicates.iloc[0]
+        points = duplicates[(duplicates[columns] == row[columns]).all(axis=1)]["point"]
+        configuration = f"{row['size']}, {row['solver']}, {row['num_steps']} steps, guidance {row['guidance']:g}"
+        raise ConfigError(f"{configuration}: points {', '.join(points)} have this same configuration; keep one of them")
+    tried = rows.groupby(list(CELL_COLUMNS))["guidance"]
+    is_lowest = (rows["guidance"] == tried.transform("min")) & (rows["guidance"] != 0)
+    is_highest = rows["guidance"] == tried.transform("max")
+    is_unguided = (rows["guidance"] == 1) & (tried.transform("nunique") == 1)
+    at_boundary = (is_lowest | is_highest) & ~is_unguided
     if "race_at_boundary" in rows.columns:
-        raced = rows["race_at_boundary"].notna()
-        at_edge = (at_edge & ~raced) | rows["race_at_boundary"].eq(True)
-    rows = rows.assign(guidance_at_boundary=at_edge)
+        is_searched = rows["race_at_boundary"].notna()
+        at_boundary = (at_boundary & ~is_searched) | rows["race_at_boundary"].eq(True)
+    rows = rows.assign(guidance_at_boundary=at_boundary)
     if cost is not None:
         rows = rows[rows[cost_of(cost).name].notna()]
         if rows.empty:
-            raise ConfigError(f"no point carries a measured {cost}; choose another cost of {', '.join(COSTS)}")
+            raise ConfigError(f"no point has a measured {cost}; choose another cost of {', '.join(COSTS)}")
     return rows
 
 
-def deviations(rows: pd.DataFrame, metric: str) -> NDArray[np.float64]:
-    """Standard deviation of every row's score as its 95 % interval has it, taken as normal, [rows]; NaN without an interval."""
-    low, high = (rows[f"{metric}_{side}"].to_numpy(dtype=float) for side in ("low", "high"))
+def standard_errors(rows: pd.DataFrame, metric: str) -> NDArray[np.float64]:
+    """Standard error of every score, from the width of its 95 % interval under a normal distribution.
+
+    Returns:
+        [rows]; NaN for a score without an interval.
+    """
+    low, high = (rows[f"{metric}_{end}"].to_numpy(dtype=float) for end in ("low", "high"))
     return np.asarray((high - low) / INTERVAL_WIDTH, dtype=np.float64)
 
 
 def rank_points(rows: pd.DataFrame, metric: str, cost: str = "normalized_cost") -> pd.DataFrame:
-    """`rows` from best to worst by `metric`. Ties go to the cheaper, smaller, shorter, less guided, then by name."""
+    """Sort `rows` from best to worst by `metric`.
+
+    Ties are resolved by lower cost, then fewer parameters, fewer steps, lower guidance, solver name and point.
+    """
     sign = 1.0 if metric_of(metric).better == "lower" else -1.0
     keys = [cost, "num_parameters", "num_steps", "guidance", "solver", "point"]
     return rows.assign(_worse=sign * rows[metric]).sort_values(["_worse", *keys], kind="stable").drop(columns="_worse")
 
 
-def best_in_each(rows: pd.DataFrame, metric: str, by: Sequence[str]) -> pd.DataFrame:
-    """The best row of every group of `by`, in the order of size, solver and steps."""
+def best_per_group(rows: pd.DataFrame, metric: str, by: Sequence[str]) -> pd.DataFrame:
+    """The best row of every group of the columns `by`, ordered by size, solver and steps."""
     best = rank_points(rows, metric).drop_duplicates(list(by))
     return best.sort_values(["num_parameters", "size", "solver", "num_steps"]).reset_index(drop=True)
 
 
-def fits(costs: pd.Series, budget: float) -> pd.Series:
-    """Whether each cost <= budget, forgiving the last digits of floating point."""
+def is_within_budget(costs: pd.Series, budget: float) -> pd.Series:
+    """Whether each cost is at most the budget, with a tolerance for floating-point rounding."""
     return costs <= budget * (1 + ROUNDING)
 
 
 REPORT_DATA = "report_data"
-"""Folder in an output folder, beside the tables: what else its report was drawn from (`isocost.report.drawn`)."""
+"""Folder in an output folder with the data of its report that is not in the tables (`isocost.report.report_data`)."""
 
 
 def table_file(out: str | Path, task: str = "text2image", suffix: str = "parquet") -> Path:
-    """Where a report leaves the points of a task: `table.parquet`, `table-superres.parquet`."""
+    """Path of the table that a report writes for a task: `table.parquet`, `table-superres.parquet`."""
     return Path(out) / f"table{'' if task == 'text2image' else f'-{task}'}.{suffix}"
 
 
 def read_table(out: str | Path, task: str = "text2image") -> pd.DataFrame:
-    """The points of a task as the last report of an output folder left them.
+    """Read the points of a task from the table that the last report of an output folder wrote.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the folder has no such table.
     """
     file = table_file(out, task)
     if not file.is_file():
-        raise ConfigError(f"{out}: no {file.name}; an output folder has one after `isocost run` or `isocost report`")
+        raise ConfigError(f"{out}: no {file.name}; `isocost run` and `isocost report` write it")
     return pd.read_parquet(file)

@@ -1,37 +1,51 @@
-"""Quality against training compute: power laws with intervals, and where they saturate.
+"""Quality against training compute: power laws with intervals, and their saturation.
 
-A law is `value = floor + scale * C^-exponent` of training compute C; `value` is a distance, or what a share lacks of 1.
-It falls like a power law while the second term is the larger one; where the two are equal the slope in logarithms has
-halved, and that C is called the saturation. A size's own curve and the family's frontier, the best size at each compute, are
-fitted each in its way (`isocost.analysis.laws`). Two axes count C:
+A law is `value = asymptote + scale * C^-exponent` of training compute C. `value` is a distance, or 1 minus a metric that is a
+fraction. The value falls like a power law while the second term is larger. Where both terms are equal, the slope in logarithms
+has halved; this C is called the saturation. The curve of one size, and the frontier of the family (the best size at each
+compute), are fitted in different ways (`isocost.analysis.power_laws`). C is counted in one of two ways:
 
-training_gflop   3 x forward x images: a backward pass costs two forward ones (Kaplan et al., arXiv 2001.08361, sec. 2.1)
-normalized_training_compute    GFLOP of one forward x iterations, the axis of arXiv 2404.01367, fig. 3; the batch is not in it
+training_gflop                 3 x forward x images: a backward pass costs two forward passes (Kaplan et al., arXiv 2001.08361,
+                               sec. 2.1)
+normalized_training_compute    GFLOP of one forward pass x iterations, the axis of arXiv 2404.01367, fig. 3; it does not include
+                               the batch size
 
 Shapes: M snapshots of a curve.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from isocost.analysis.frontier_ci import Floats, frontier_points
-from isocost.analysis.power_laws import MIN_SNAPSHOTS, Law, fit_frontier, fit_law
-from isocost.analysis.results_table import deviations, sizes_in_order, with_metric
+from isocost.analysis.power_laws import MIN_POINTS, Law, fit_frontier, fit_law
+from isocost.analysis.results_table import sizes_in_order, standard_errors, with_metric
 from isocost.errors import ConfigError
-from isocost.metrics.registry import metric_of
+from isocost.evaluation.metric_registry import metric_of
 
-FORWARDS_A_STEP = 3
-SETTING = ("solver", "num_steps", "guidance")
+FORWARDS_PER_STEP = 3
+"""Compute of a training step on an image, in forward passes."""
+SETTING_COLUMNS = ("solver", "num_steps", "guidance")
 FAMILY = "family"
+"""Name of the law of the family."""
 
 
 @dataclass(frozen=True)
-class Scaling:
-    """The laws of a study: one for each size with enough snapshots, and that of the best size at each compute."""
+class ScalingLaws:
+    """The laws of a study over training compute.
+
+    Attributes:
+        axis: the count of compute.
+        setting: the sampling setting of all points, as text.
+        sizes: the laws of the sizes with enough snapshots.
+        family: the law of the best size at each compute; None if its frontier has too few points.
+        left_out: sizes with too few snapshots.
+    """
 
     metric: str
     axis: str
@@ -41,79 +55,105 @@ class Scaling:
     left_out: tuple[str, ...]
 
 
-def compute_curves(table: pd.DataFrame, metric: str, batch_size: int) -> pd.DataFrame:
-    """The points of quality against compute: one setting for all sizes and snapshots, with `normalized_training_compute` beside `training_gflop`.
+def points_over_compute(table: pd.DataFrame, metric: str, batch_size: int | None = None) -> pd.DataFrame:
+    """Select the points of quality against training compute: all snapshots of all sizes at one sampling setting.
 
-    The setting is the one that most snapshots were scored at; ties go to more steps, then less guidance.
+    The setting is the one with the most points, of the settings with points of earlier snapshots if there are any. Ties are
+    resolved by more steps, then lower guidance, then the solver's name. Laws, figures and claims all use this selection, so
+    they rest on the same points.
+
+    Args:
+        batch_size: of the training. If given, the column `normalized_training_compute` is computed from `training_gflop`.
+
+    Returns:
+        The points, ordered by number of parameters and training compute.
 
     Raises:
-        ConfigError: no point carries the metric, or the points cannot be compared.
+        ConfigError: no point has the metric, or the scores cannot be compared.
     """
     rows = with_metric(table, metric)
-    settings = rows.groupby(list(SETTING), as_index=False).agg(snapshots=("images_seen", "count"))
-    order = ["snapshots", "num_steps", "guidance", "solver"]
-    chosen = settings.sort_values(order, ascending=[False, False, True, True]).iloc[0]
-    rows = rows[(rows[list(SETTING)] == chosen[list(SETTING)]).all(axis=1)]
-    compute = normalized_training_compute(rows["training_gflop"], batch_size)
-    return rows.assign(normalized_training_compute=compute).sort_values(["num_parameters", "training_gflop"])
+    columns = list(SETTING_COLUMNS)
+    settings = (
+        rows.assign(_is_earlier=~rows["is_final"].astype(bool))
+        .groupby(columns, as_index=False)
+        .agg(has_earlier=("_is_earlier", "any"), num_points=("images_seen", "count"))
+    )
+    order = ["has_earlier", "num_points", "num_steps", "guidance", "solver"]
+    setting = settings.sort_values(order, ascending=[False, False, False, True, True]).iloc[0]
+    rows = rows[(rows[columns] == setting[columns]).all(axis=1)]
+    if batch_size is not None:
+        compute = normalized_training_compute(rows["training_gflop"], batch_size)
+        rows = rows.assign(normalized_training_compute=compute)
+    return rows.sort_values(["num_parameters", "training_gflop"])
+
+
+def format_setting(row: Mapping[Any, Any] | pd.Series) -> str:
+    """The sampling setting of a point: "ddim/trailing, 16 steps, guidance 2"."""
+    return f"{row['solver']}, {row['num_steps']} steps, guidance {row['guidance']:g}"
 
 
 def normalized_training_compute(training_gflop: pd.Series, batch_size: int) -> pd.Series:
-    """GFLOP of one forward x iterations, from 3 x forward x images."""
-    return training_gflop / (FORWARDS_A_STEP * batch_size)
+    """GFLOP of one forward pass x iterations, from 3 x forward x images."""
+    return training_gflop / (FORWARDS_PER_STEP * batch_size)
 
 
-def scaling(
-    table: pd.DataFrame, metric: str, batch_size: int, axis: str = "training_gflop", num_bootstrap: int = 200, seed: int = 0
-) -> Scaling:
-    """Fit every size with `MIN_SNAPSHOTS` snapshots or more, and the family.
+def fit_scaling_laws(
+    table: pd.DataFrame, metric: str, batch_size: int, axis: str = "training_gflop", num_replicates: int = 200, seed: int = 0
+) -> ScalingLaws:
+    """Fit the law of every size with at least `MIN_POINTS` snapshots, and the law of the family.
 
     Args:
-        batch_size: images a step of the training, for the paper's axis.
+        batch_size: of the training, for `normalized_training_compute`.
         axis: `training_gflop` or `normalized_training_compute`.
+        num_replicates: number of bootstrap replicates.
+        seed: random seed of the replicates.
 
     Raises:
-        ConfigError: the axis or metric has no law, or there are no points to compare.
+        ConfigError: the axis is unknown, the metric has no law, or there are no points to compare.
     """
     if axis not in ("training_gflop", "normalized_training_compute"):
         raise ConfigError(f"axis {axis!r}: compute is counted as training_gflop or normalized_training_compute")
     check_law(metric)
-    curves = compute_curves(table, metric, batch_size)
-    first = curves.iloc[0]
-    setting = f"{first['solver']}, {first['num_steps']} steps, guidance {first['guidance']:g}"
+    points = points_over_compute(table, metric, batch_size)
     laws, left_out = [], []
-    for size in sizes_in_order(curves):
-        rows = curves[curves["size"] == size]
-        if (law := _law_of(size, rows, metric, axis, num_bootstrap, seed)) is None:
+    for size in sizes_in_order(points):
+        rows = points[points["size"] == size]
+        if (law := _fit_size(size, rows, metric, axis, num_replicates, seed)) is None:
             left_out.append(size)
         else:
             laws.append(law)
-    return Scaling(metric, axis, setting, tuple(laws), _family(curves, metric, axis, num_bootstrap, seed), tuple(left_out))
+    family = _fit_family(points, metric, axis, num_replicates, seed)
+    return ScalingLaws(metric, axis, format_setting(points.iloc[0]), tuple(laws), family, tuple(left_out))
 
 
 def check_law(metric: str) -> None:
-    """Raise ConfigError where a metric has no end that a law could fall towards."""
+    """Check that a metric has a best possible value, which a law can approach.
+
+    Raises:
+        ConfigError: it has none.
+    """
     if metric_of(metric).better == "higher" and metric != "alignment":
-        raise ConfigError(f"{metric}: no law for a quality without an upper end; take a distance or alignment")
+        raise ConfigError(f"{metric}: no law for a metric without a maximum; choose a distance or alignment")
 
 
 def loss_value(rows: pd.DataFrame, metric: str) -> Floats:
-    """What a law is fitted to: a distance itself, of a share what it lacks of 1, [rows]."""
+    """The values that a law is fitted to: a distance itself, or 1 minus a metric that is a fraction, [rows]."""
     values = rows[metric].to_numpy(dtype=float)
     return values if metric_of(metric).better == "lower" else 1 - values
 
 
-def _law_of(name: str, rows: pd.DataFrame, metric: str, axis: str, num_bootstrap: int, seed: int) -> Law | None:
+def _fit_size(name: str, rows: pd.DataFrame, metric: str, axis: str, num_replicates: int, seed: int) -> Law | None:
+    """The law of the snapshots of one size; None if there are too few."""
     values, compute = loss_value(rows, metric), rows[axis].to_numpy(dtype=float)
     usable = values > 0
-    if len(np.unique(compute[usable])) < MIN_SNAPSHOTS:
+    if len(np.unique(compute[usable])) < MIN_POINTS:
         return None
-    return fit_law(name, compute[usable], values[usable], deviations(rows, metric)[usable], num_bootstrap, seed)
+    return fit_law(name, compute[usable], values[usable], standard_errors(rows, metric)[usable], num_replicates, seed)
 
 
-def _family(curves: pd.DataFrame, metric: str, axis: str, num_bootstrap: int, seed: int) -> Law | None:
-    """The law of the points that no point of lower or equal compute matches."""
-    rows = curves.assign(_lacks=loss_value(curves, metric)).sort_values([axis, "_lacks"], kind="stable")
-    compute, values = (rows[column].to_numpy(dtype=float) for column in (axis, "_lacks"))
-    compute, draws = frontier_points(compute, values, deviations(rows, metric), num_bootstrap, seed)
-    return fit_frontier(FAMILY, compute, draws) if len(compute) >= MIN_SNAPSHOTS else None
+def _fit_family(points: pd.DataFrame, metric: str, axis: str, num_replicates: int, seed: int) -> Law | None:
+    """The law of the frontier over training compute; None if it has too few points."""
+    rows = points.assign(_loss=loss_value(points, metric)).sort_values([axis, "_loss"], kind="stable")
+    compute, values = (rows[column].to_numpy(dtype=float) for column in (axis, "_loss"))
+    compute, frontier = frontier_points(compute, values, standard_errors(rows, metric), num_replicates, seed)
+    return fit_frontier(FAMILY, compute, frontier) if len(compute) >= MIN_POINTS else None

@@ -1,7 +1,8 @@
-"""Several studies on one axis: at each budget the best of each, and whether the leader is told apart from the others.
+"""Compare several studies at equal cost: the best point of each study at each budget, and the differences to the leader.
 
-Families, autoencoders, recipes or data sets of training, or people's checkpoints beside one's own: whatever differs, the studies
-must be scored under one protocol. A table is one of `isocost.analysis.frontier`; the united one has the column `study` too.
+The studies may differ in the family, the autoencoder, the training recipe or the training data, or use pretrained checkpoints.
+They must be scored under one protocol. The columns of a table are listed in `isocost.analysis.results_table`; a table of
+several studies has the column `study` as well.
 """
 
 from __future__ import annotations
@@ -13,23 +14,28 @@ import pandas as pd
 
 from isocost.analysis.costs import cost_of
 from isocost.analysis.formatting import format_score
-from isocost.analysis.iso_cost import Comparison, Pairs, best_at_budget
+from isocost.analysis.iso_cost import Comparison, PairedDifferences, best_at_budget
 from isocost.analysis.pareto import default_budgets
-from isocost.analysis.results_table import final_points, fits, rank_points, with_metric
-from isocost.analysis.timings import timed_on_one_device
+from isocost.analysis.results_table import final_points, is_within_budget, rank_points, with_metric
+from isocost.analysis.timings import keep_one_timing_device
 from isocost.errors import ConfigError
 
 NUM_BUDGETS = 6
-SAME_UNIT = 1e-3
-"""Most that two studies' GFLOP of a unit of normalized cost may differ by, as a share, to be one unit."""
+UNIT_TOLERANCE = 1e-3
+"""Two studies have the same unit of normalized cost if its GFLOP differ by at most this fraction."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The studies at one budget: the leader, the score of each at its best within it, and the leader against every other.
+    """The studies at one budget.
 
-    `scores` has the studies from best to worst, those of which nothing fits left out. A choice of the best by the same scores
-    that it is then compared with flatters every study alike; the intervals do not cover it.
+    Every study is represented by its best score within the budget. This selection makes the scores of all studies optimistic in
+    the same way; the intervals do not include it.
+
+    Attributes:
+        leader: the study with the best score.
+        scores: the best score of every study with a point within the budget, as text, from best to worst.
+        against: the leader compared with every other study.
     """
 
     budget: float
@@ -41,99 +47,111 @@ class Ranking:
 
     @property
     def is_decided(self) -> bool:
-        """Whether the leader is better than every other study that fits, by intervals of differences."""
-        return all(one.verdict == "better" for one in self.against if one.other in self.scores)
+        """Whether the leader is better than every other study within the budget, by the intervals of the differences."""
+        return all(comparison.verdict == "better" for comparison in self.against if comparison.other in self.scores)
 
     @property
     def is_contested(self) -> bool:
-        """Whether anything of another study fits."""
+        """Whether another study has a point within the budget."""
         return len(self.scores) > 1
 
     def __str__(self) -> str:
-        first = self.against[0]
-        told = (
-            f"{cost_of(self.cost).amount(self.budget)}: {self.leader}, {self.scores[self.leader]} ({first.one_configuration})"
-        )
+        budget, configuration = cost_of(self.cost).format_amount(self.budget), self.against[0].one_configuration
+        text = f"{budget}: {self.leader}, {self.scores[self.leader]} ({configuration})"
         if not self.is_contested:
-            return f"{told}; nothing else fits"
+            return f"{text}; no other study fits"
         others = [
-            f"{one.other} {self.scores[one.other]} ({one.other_configuration}), {one}"
-            for one in self.against
-            if one.other in self.scores
+            f"{comparison.other}, {self.scores[comparison.other]} ({comparison.other_configuration}); "
+            f"{self.leader} minus {comparison.other} is {comparison}"
+            for comparison in self.against
+            if comparison.other in self.scores
         ]
-        return f"{told}; {self.leader} less {'; less '.join(others)}"
+        return f"{text}; {'; '.join(others)}"
 
 
 def concat_studies(tables: Mapping[str, pd.DataFrame], metric: str) -> pd.DataFrame:
-    """The competing points of several studies, by the name of each, in one table.
+    """Combine the competing points of several studies in one table.
 
-    A size that two studies have carries its study's name: "2.6M (emoji)". Milliseconds stay those of one device.
+    The name of a size that several studies have gets the name of its study: "2.6M (emoji)". Only the milliseconds of one device
+    are kept.
+
+    Args:
+        tables: study name -> table.
 
     Raises:
-        ConfigError: fewer than two studies, a study has nothing finished, or the studies' numbers cannot be compared.
+        ConfigError: there are fewer than two studies, a study has no final point, or the scores cannot be compared.
     """
     if len(tables) < 2:
-        raise ConfigError("one study has nothing to be compared with: give two output folders or more")
+        raise ConfigError("a comparison needs at least two studies: give two output folders or more")
     parts = [final_points(table, metric).assign(study=study) for study, table in tables.items()]
-    homes = pd.concat([part[["size", "study"]] for part in parts]).drop_duplicates().groupby("size")["study"].nunique()
-    shared = set(homes[homes > 1].index)
-    named = [
+    names = pd.concat([part[["size", "study"]] for part in parts]).drop_duplicates()
+    num_studies = names.groupby("size")["study"].nunique()
+    shared = set(num_studies[num_studies > 1].index)
+    renamed = [
         part.assign(size=part["size"].where(~part["size"].isin(shared), part["size"] + f" ({part['study'].iloc[0]})"))
         for part in parts
     ]
-    return timed_on_one_device(with_metric(pd.concat(named, ignore_index=True), metric))
+    return keep_one_timing_device(with_metric(pd.concat(renamed, ignore_index=True), metric))
 
 
-def rankings(table: pd.DataFrame, metric: str, cost: str, pairs: Pairs, budgets: Sequence[float] = ()) -> list[Ranking]:
-    """How the studies of a united table stand at each budget of a cost; spread over the points' costs where none is given.
+def rankings(
+    table: pd.DataFrame, metric: str, cost: str, pairs: PairedDifferences, budgets: Sequence[float] = ()
+) -> list[Ranking]:
+    """Rank the studies of a combined table at each budget.
+
+    Args:
+        table: the result of `concat_studies`.
+        cost: a name of `COSTS`.
+        budgets: in the unit of that cost; if empty, `NUM_BUDGETS` budgets over the range of the points' costs.
 
     Raises:
-        ConfigError: a study has no point with the cost measured, its normalized cost is in other units, or nothing fits a budget.
+        ConfigError: a study has no point with a measured cost, the units of normalized cost differ, or no point fits a budget.
     """
     cost_of(cost)
     studies = list(dict.fromkeys(table["study"]))
     untimed = [study for study in studies if table.loc[table["study"] == study, cost].isna().all()]
     if untimed:
         raise ConfigError(
-            f"{untimed[0]} has no point with {cost} measured on the device of the others: compare by --cost gflop"
+            f"{untimed[0]} has no point with {cost} measured on the device of the other studies: compare by --cost gflop"
         )
     if cost == "normalized_cost":
         _check_units(table)
     rows = rank_points(table[table[cost].notna()], metric, cost)
-    found = []
+    results = []
     for budget in budgets or default_budgets(rows, cost, NUM_BUDGETS):
-        within = rows[fits(rows[cost], budget)]
+        within = rows[is_within_budget(rows[cost], budget)]
         if within.empty:
-            least = cost_of(cost).amount(float(rows[cost].min()))
-            raise ConfigError(f"a budget of {cost_of(cost).amount(budget)} is below every point; the cheapest costs {least}")
+            requested, lowest = (cost_of(cost).format_amount(amount) for amount in (budget, float(rows[cost].min())))
+            raise ConfigError(f"a budget of {requested} is below every point; the cheapest costs {lowest}")
         best = within.drop_duplicates("study")
         leader = str(best["study"].iloc[0])
         scores = {
-            str(row["study"]): format_score(*(float(row[f"{metric}{end}"]) for end in ("", "_low", "_high")))
+            str(row["study"]): format_score(*(float(row[f"{metric}{suffix}"]) for suffix in ("", "_low", "_high")))
             for row in best.to_dict("records")
         }
-        others = [study for study in [*scores, *(each for each in studies if each not in scores)] if study != leader]
+        others = [study for study in [*scores, *(name for name in studies if name not in scores)] if study != leader]
         against = tuple(best_at_budget(rows, metric, pairs, cost, budget, leader, other, by="study") for other in others)
-        found.append(Ranking(float(budget), cost, metric, leader, scores, against))
-    return found
+        results.append(Ranking(float(budget), cost, metric, leader, scores, against))
+    return results
 
 
-def headline(told: Sequence[Ranking]) -> str:
-    """What the budgets say together: who leads how often, and how often that is decided."""
-    contested = [standing for standing in told if standing.is_contested]
+def headline(results: Sequence[Ranking]) -> str:
+    """A summary of all budgets: how often each study leads, and how often that is decided."""
+    contested = [ranking for ranking in results if ranking.is_contested]
     if not contested:
-        return "no budget takes in two studies."
-    leaders = list(dict.fromkeys(standing.leader for standing in contested))
+        return "no budget has points of two studies."
+    leaders = list(dict.fromkeys(ranking.leader for ranking in contested))
     parts = []
     for leader in leaders:
-        own = [standing for standing in contested if standing.leader == leader]
-        parts.append(f"{leader} leads at {len(own)} of {len(contested)} budgets, decided at {sum(s.is_decided for s in own)}")
+        led = [ranking for ranking in contested if ranking.leader == leader]
+        num_decided = sum(ranking.is_decided for ranking in led)
+        parts.append(f"{leader} leads at {len(led)} of {len(contested)} budgets, decided at {num_decided}")
     return "; ".join(parts) + "."
 
 
 def _check_units(table: pd.DataFrame) -> None:
-    """Paper cost is in units of the largest U-Net at a study's own latents and captions."""
+    """Check that the unit of normalized cost, the largest U-Net at the study's latent shape and prompt length, is the same."""
     units = (table["gflop"] / (table["normalized_cost"] * table["nfe"] / table["num_steps"])).groupby(table["study"]).median()
-    if units.max() > units.min() * (1 + SAME_UNIT):
-        told = ", ".join(f"{unit:.3g} GFLOP ({study})" for study, unit in units.items())
-        raise ConfigError(f"a unit of normalized cost is not the same in these studies: {told}; compare by --cost gflop")
+    if units.max() > units.min() * (1 + UNIT_TOLERANCE):
+        values = ", ".join(f"{unit:.3g} GFLOP ({study})" for study, unit in units.items())
+        raise ConfigError(f"the unit of normalized cost differs between these studies: {values}; compare by --cost gflop")

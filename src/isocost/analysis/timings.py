@@ -1,4 +1,4 @@
-"""Milliseconds are compared on one device alone: a table keeps those of the device that timed the most of its points."""
+"""Compare milliseconds on one device only: a table keeps the times of the device that timed most of its points."""
 
 from __future__ import annotations
 
@@ -7,40 +7,44 @@ from typing import Any
 
 import pandas as pd
 
-TIMED = "ms_per_image"
+TIME_COLUMN = "ms_per_image"
 
 
-def timed_on(provenance: Any) -> str:
-    """The device that a point's milliseconds were taken on, out of its row's `provenance` (JSON): that of its sweep, or of
-    `isocost remeasure`; empty where it is not recorded."""
-    told = json.loads(provenance) if isinstance(provenance, str) else {}
-    return str(told.get("timed_with", told).get("device", ""))
+def timing_device(provenance: Any) -> str:
+    """The device that measured a point's milliseconds, or "" if it is not recorded.
 
-
-def timed_on_one_device(table: pd.DataFrame) -> pd.DataFrame:
-    """The table, without the milliseconds that were taken on another device than most of its points' were.
-
-    Scores, evaluations and FLOPs do not depend on the device, and stay.
+    Args:
+        provenance: the JSON text in the point's column `provenance`. A measurement by `isocost remeasure` replaces that of the
+            sweep.
     """
-    counts = _devices(table)
+    record = json.loads(provenance) if isinstance(provenance, str) else {}
+    return str(record.get("timed_with", record).get("device", ""))
+
+
+def keep_one_timing_device(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with NaN for all milliseconds that were not measured on the most frequent device.
+
+    Scores, evaluations and FLOPs do not depend on the device and stay.
+    """
+    counts = _points_per_device(table)
     if len(counts) < 2:
         return table
-    return table.assign(**{TIMED: table[TIMED].where(table["provenance"].map(timed_on) == counts.idxmax())})
+    return table.assign(**{TIME_COLUMN: table[TIME_COLUMN].where(table["provenance"].map(timing_device) == counts.idxmax())})
 
 
-def format_untimed(table: pd.DataFrame) -> str | None:
-    """What a reader must know of a table that `timed_on_one_device` has taken milliseconds from; None where it took none."""
-    counts = _devices(table)
+def format_excluded_timings(table: pd.DataFrame) -> str | None:
+    """A note on the milliseconds that `keep_one_timing_device` removed from this table; None if it removed none."""
+    counts = _points_per_device(table)
     if len(counts) < 2:
         return None
     return (
-        f"on {counts.idxmax()}; {counts.sum() - counts.max()} of {len(table)} points were timed on another device and carry "
-        "none here (`isocost remeasure` measures them again)"
+        f"measured on {counts.idxmax()}; {counts.sum() - counts.max()} of {len(table)} points were timed on another device and "
+        "have no time here (`isocost remeasure` measures them again)"
     )
 
 
-def _devices(table: pd.DataFrame) -> pd.Series[int]:
-    """How many points each device timed; nothing where the table does not tell."""
+def _points_per_device(table: pd.DataFrame) -> pd.Series[int]:
+    """The number of points that each device timed; empty if the table has no provenance."""
     if "provenance" not in table.columns:
         return pd.Series(dtype=int)
-    return table["provenance"].map(timed_on).value_counts().sort_index()
+    return table["provenance"].map(timing_device).value_counts().sort_index()

@@ -1,4 +1,4 @@
-"""The command line. Progress goes to stderr; the last line on stdout is one JSON document.
+"""The command line. Progress and messages go to stderr; the last line on stdout is one JSON document.
 
 Exit status: 0 done (or stopped by --stop-after), 1 the work failed, 2 the request was wrong.
 """
@@ -8,26 +8,28 @@ from __future__ import annotations
 import sys
 import warnings
 
-from isocost.cli import benchmark, checkpoint, evaluate, model_family, output_dir, study
+from isocost.cli import benchmark, checkpoint, evaluate, list_names, model_family, output_dir, study
 from isocost.cli.app import app
 from isocost.errors import ConfigError, RunError
+from isocost.utils.progress import log_messages_on_stderr
 
 ORDER = (
     *("demo", "family", "run", "autoencoder", "train", "sweep", "remeasure", "worker", "status", "merge", "archive", "report"),
     *("dreambooth", "recommend", "compare"),
-    *("sample", "upscale", "latency", "export", "score", "reference", "verify"),
+    *("sample", "upscale", "latency", "export", "score", "reference", "verify", "list"),
 )
-"""As `isocost --help` lists the commands: studies, then checkpoints, then scores."""
-app.registered_commands.sort(key=lambda command: ORDER.index(command.callback.__name__))  # type: ignore[union-attr]
+"""Order of the commands in `isocost --help`: studies, checkpoints, scores."""
+app.registered_commands.sort(key=lambda command: ORDER.index(command.name or command.callback.__name__))  # type: ignore[union-attr]
 
-__all__ = ["app", "benchmark", "checkpoint", "evaluate", "main", "model_family", "output_dir", "study"]
+__all__ = ["app", "benchmark", "checkpoint", "evaluate", "list_names", "main", "model_family", "output_dir", "study"]
 
 
 def main() -> None:
-    """Entry point: turns mistakes into one line and an exit status."""
+    """Run the command of `sys.argv`; an error becomes one line on stderr and an exit status."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        app(standalone_mode=True)
+        with log_messages_on_stderr():
+            app(standalone_mode=True)
     except ConfigError as error:
         print(f"isocost: {error}", file=sys.stderr)
         sys.exit(2)

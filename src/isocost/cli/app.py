@@ -1,23 +1,42 @@
-"""What all commands share: the application, and the last line of their output."""
+"""The application that all commands belong to, and the last line of their output."""
 
 from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from importlib.metadata import entry_points, version
+from typing import Annotated, Any
 
 import typer
 
 app = typer.Typer(
-    help="Which diffusion model, solver, steps and guidance give the best images for an inference budget.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+PLUGINS = "isocost.plugins"
+"""Group of entry points: modules of installed packages that register solvers, metrics and feature extractors."""
+
+
+def _show_version(is_requested: bool) -> None:
+    if is_requested:
+        print(f"isocost {version('isocost')}")
+        raise typer.Exit
+
+
+@app.callback()
+def load_plugins(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="show the version and exit")
+    ] = False,
+) -> None:
+    """Which diffusion model, guidance, solver and number of steps give the best images for an inference budget."""
+    for plugin in entry_points(group=PLUGINS):
+        plugin.load()
 
 
 def print_json(value: Any) -> None:
-    """Print `value` as one line of JSON; of several processes the first one speaks."""
+    """Print `value` as one line of JSON; of several processes that torchrun started, only the first one prints."""
     if os.environ.get("RANK", "0") != "0":
         return
     print(json.dumps(value, ensure_ascii=False, default=str), flush=True)

@@ -1,4 +1,4 @@
-"""The commands that measure: `latency` a checkpoint, `retime` the points of a study."""
+"""The commands that measure time: `latency` for a checkpoint, `remeasure` for the points of a study."""
 
 from __future__ import annotations
 
@@ -9,9 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from isocost.cli.app import app, print_json
-from isocost.cli.study import DatabaseOption, Out, Set, Study, Tasks, known_tasks, load_with, output_folder
-from isocost.config.base import parse_spec
-from isocost.config.sampling import SolverSpec
+from isocost.cli.options import (
+    CHECKPOINT_HELP,
+    Database,
+    NumSteps,
+    OutputDir,
+    Overrides,
+    SolverName,
+    StudyFile,
+    Tasks,
+    output_dir_of,
+    parse_solver,
+    parse_tasks,
+    read_study,
+)
 from isocost.errors import ConfigError
 from isocost.utils.artifact_store import write_atomically
 
@@ -21,35 +32,34 @@ if TYPE_CHECKING:
 
 @app.command()
 def latency(
-    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint folder: OUT/artefacts/checkpoint/DIGEST")],
-    steps: Annotated[int | None, typer.Option(help="solver steps; 16 where absent, 4 for a few-step student")] = None,
+    checkpoint: Annotated[Path, typer.Argument(help=CHECKPOINT_HELP)],
+    num_steps: NumSteps = None,
     guidance: Annotated[
-        float | None, typer.Option(help="1 is one pass; 2 where absent, 1 for super-resolution; students take any w in one")
+        float | None,
+        typer.Option(help="guidance scale; 1 takes one network pass; default: 2, or 1 for super-resolution"),
     ] = None,
-    solver: Annotated[str | None, typer.Option(help="a name of `isocost list solvers`; default: the checkpoint's own")] = None,
-    batch: Annotated[
-        list[int] | None, typer.Option("--batch", help="images at once, may be given several times; 1 and 4 where absent")
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="measured passes of each batch size, at least 3")] = 20,
+    solver_name: SolverName = None,
+    batch: Annotated[list[int] | None, typer.Option("--batch", help="batch size; may be repeated; default: 1 and 4")] = None,
+    repeats: Annotated[int, typer.Option(help="measured passes of each batch size, 3 or more")] = 20,
     dtype: Annotated[
-        Literal["fp32", "bf16", "fp16"], typer.Option(help="what the network computes in; fp16 on CUDA devices alone")
+        Literal["fp32", "bf16", "fp16"], typer.Option(help="data type of the network; fp16 needs a CUDA device")
     ] = "fp32",
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="compile the network, for each batch size")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; CUDA's where there is one")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="a file for the answer as well, .json")] = None,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="compile the network for each batch size")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="also write the result to this .json file")] = None,
 ) -> None:
-    """Measured milliseconds of one checkpoint: text encoder, denoiser, decoder and the whole, by batch size."""
+    """Measure the milliseconds of one checkpoint by batch size: text encoder, denoiser, decoder and total."""
     if out is not None and (out.suffix.lower() != ".json" or out.is_dir()):
         raise ConfigError(f"{out}: give a file that ends in .json")
-    spec = None if solver is None else parse_spec(SolverSpec, {"name": solver}, "--solver")
+    solver = parse_solver(solver_name)
 
     from isocost.sampling.latency import DEFAULT_BATCHES
     from isocost.sampling.latency import latency as measure
 
     measured = measure(
         checkpoint,
-        solver=spec,
-        num_steps=steps,
+        solver=solver,
+        num_steps=num_steps,
         guidance=guidance,
         batches=batch or DEFAULT_BATCHES,
         repeats=repeats,
@@ -67,44 +77,51 @@ def latency(
 
 @app.command()
 def remeasure(
-    study: Study, out: Out = None, overrides: Set = None, tasks: Tasks = None, results_db: DatabaseOption = None
+    study_file: StudyFile,
+    out: OutputDir = None,
+    overrides: Overrides = None,
+    tasks: Tasks = None,
+    results_db: Database = None,
 ) -> None:
-    """Time every point of a study again while nothing else runs: what shared a device was timed with its neighbours' load."""
+    """Measure the milliseconds of every point of a study again. Run it while nothing else uses the device."""
     from isocost.pipeline.pipeline import Pipeline
 
-    spec = load_with(study, overrides)
-    pipeline = Pipeline(spec, output_folder(spec, out), results_db)
+    study = read_study(study_file, overrides)
+    pipeline = Pipeline(study, output_dir_of(study, out), results_db)
     try:
-        runs = pipeline.runs_of(known_tasks(tasks))
+        runs = pipeline.runs_of(parse_tasks(tasks))
         pipeline.prepare()
         pipeline.check_trained(runs)
-        timed = sum(pipeline.remeasure(one) for one in runs)
+        pipeline.check_checkpoints(runs)
+        num_timed = sum(pipeline.remeasure(run) for run in runs)
     finally:
         pipeline.close()
-    print_json({"study": spec.name, "timed": timed})
+    print_json({"study": study.name, "timed": num_timed})
 
 
 def _print_times(measured: Latency) -> None:
-    """A line a stage and batch size, rounded for the eye alone."""
+    """Print a line for each batch size and stage, rounded for reading."""
     from rich.console import Console
     from rich.table import Table
 
     settings, device = measured.settings, measured.device
     title = f"{measured.checkpoint['size']}, {settings['solver']}, {settings['num_steps']} steps, w = {settings['guidance']:g}"
     table = Table(title=title, title_justify="left", caption_justify="left")
-    for name in ("batch", "stage", "median ms", "MAD", "p90", "ms an image", "share"):
+    for name in ("batch", "stage", "median ms", "MAD", "p90", "ms per image", "fraction"):
         table.add_column(name, justify="left" if name == "stage" else "right")
-    for one in measured.batches:
-        for stage, times in one.stages.items():
-            numbers = (times.median_ms, times.mad_ms, times.p90_ms, times.median_ms / one.batch)
-            share = times.median_ms / one.stages["whole"].median_ms
-            table.add_row(str(one.batch), stage, *(f"{number:.2f}" for number in numbers), f"{share:.1%}")
+    for batch in measured.batches:
+        for stage, times in batch.stages.items():
+            numbers = (times.median_ms, times.mad_ms, times.p90_ms, times.median_ms / batch.batch)
+            fraction = times.median_ms / batch.stages["whole"].median_ms
+            table.add_row(str(batch.batch), stage, *(f"{number:.2f}" for number in numbers), f"{fraction:.1%}")
         table.add_section()
+    num_passes = settings["passes_per_evaluation"]
     evaluations = (
-        f"{measured.batches[0].nfe_per_image} network evaluations an image: {settings['num_function_evaluations']} of the solver, "
-        f"{settings['passes_per_evaluation']} {'pass' if settings['passes_per_evaluation'] == 1 else 'passes'} each"
+        f"{measured.batches[0].nfe_per_image} network passes per image: {settings['num_function_evaluations']} solver "
+        f"evaluations, {num_passes} {'pass' if num_passes == 1 else 'passes'} each"
     )
-    on = f"{device['name']}, {device['num_threads']} {'thread' if device['num_threads'] == 1 else 'threads'}"
-    how = f"{settings['dtype']['denoiser']}, {'compiled' if settings['compiled'] else 'eager'}"
-    table.caption = "\n".join([evaluations, f"{on}; {how}; {settings['repeats']} passes of each size", *measured.notes])
+    hardware = f"{device['name']}, {device['num_threads']} {'thread' if device['num_threads'] == 1 else 'threads'}"
+    numerics = f"{settings['dtype']['denoiser']}, {'compiled' if settings['compiled'] else 'eager'}"
+    repeats = f"{settings['repeats']} passes of each batch size"
+    table.caption = "\n".join([evaluations, f"{hardware}; {numerics}; {repeats}", *measured.notes])
     Console(stderr=True, width=110).print(table)

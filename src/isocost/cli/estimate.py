@@ -1,4 +1,4 @@
-"""What `run --dry-run` says: a plan against what stands in an output folder, or a forecast on paper for named devices."""
+"""The output of `run --dry-run`: the remaining work of an output folder, or an estimate for named devices."""
 
 from __future__ import annotations
 
@@ -16,70 +16,70 @@ LOG_WIDTH = 132
 
 
 def print_plan(plan: dict[str, Any]) -> None:
-    """The totals of a plan in a line, and the plan as JSON."""
+    """Print the totals of a plan as one line on stderr, and the plan as JSON."""
     total = plan["total"]
     print(
-        f"{total['points']:,} points of {total['images']:,} images, {total['points_to_make']:,} of "
-        f"{total['images_to_make']:,} to make; {_bytes(total['disk_bytes'])} of disk. Hours: `isocost train STUDY "
-        "--forecast` measures, --devices NxNAME computes",
+        f"{total['points']:,} points of {total['images']:,} images, of these {total['points_to_make']:,} points of "
+        f"{total['images_to_make']:,} images to sample; {_bytes(total['disk_bytes'])} of disk. For hours, measure with "
+        "`isocost train STUDY --estimate`, or give --devices NxNAME as well",
         file=sys.stderr,
     )
     print_json(plan)
 
 
 def print_estimate(study: StudySpec, devices: str | None, utilisation: float | None, dry_run: bool) -> None:
-    """A forecast on paper as a table with its assumptions, and as JSON.
+    """Print the estimate of a study on named devices as a table with its assumptions, and as JSON.
 
     Raises:
-        ConfigError: the options do not go together, or the forecast cannot be made.
+        ConfigError: the options do not fit together, or the study cannot be estimated.
     """
     if not dry_run:
-        raise ConfigError("--devices and --utilisation are for a forecast on paper: give --dry-run as well")
+        raise ConfigError("--devices and --utilisation estimate a study without a run: give --dry-run as well")
     if devices is None:
         raise ConfigError("--utilisation: give --devices as well, such as --devices 64xH200")
     from isocost.estimate.accelerators import DEFAULT_UTILISATION, parse_cluster
     from isocost.estimate.estimator import estimate_study
 
-    made = estimate_study(study, parse_cluster(devices), DEFAULT_UTILISATION if utilisation is None else utilisation)
-    _print(made)
-    print_json(made.plain())
+    estimate = estimate_study(study, parse_cluster(devices), DEFAULT_UTILISATION if utilisation is None else utilisation)
+    _print_table(estimate)
+    print_json(estimate.plain())
 
 
-def _print(made: StudyEstimate) -> None:
+def _print_table(estimate: StudyEstimate) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    cluster, total = made.cluster, made.total
+    cluster, total = estimate.cluster, estimate.total
     table = Table(
-        title=f"{made.study} on {cluster} at {made.utilisation:.0%} of peak: hours on all of them",
+        title=f"{estimate.study} on {cluster} at {estimate.utilisation:.0%} of peak; hours with all devices",
         title_justify="left",
         box=box.SIMPLE,
     )
     for title in (
         "",
         "GFLOP",
-        "trained on",
-        "train",
-        "prepare",
+        "training images",
+        "train h",
+        "prepare h",
         "points",
         "images",
-        "sweep",
-        "all",
-        "GB of disk",
-        "GB held",
+        "sweep h",
+        "total h",
+        "disk GB",
+        "memory GB",
     ):
         table.add_column(title, justify="left" if not title else "right", no_wrap=True)
-    assets = made.assets
+    assets = estimate.assets
     if assets.autoencoder_gflop:
         table.add_row("autoencoder", "", "", "", _hours(assets.autoencoder_device_hours))
     if assets.cache_images is not None and assets.cache_device_hours is not None:
         encoding, disk = _hours(assets.cache_device_hours / cluster.number), _gb(assets.cache_bytes or 0)
         table.add_row("latent cache", "", _count(assets.cache_images), "", encoding, "", "", "", encoding, disk)
-    for size in made.sizes:
-        parts = (size.training_device_hours, size.preparing_device_hours, size.sweep_device_hours)
-        train, prepare, sweep = (_hours(part / cluster.number) for part in parts)
-        held = "" if size.held_bytes is None else _gb(size.held_bytes) + ("" if size.fits else " !")
+    for size in estimate.sizes:
+        device_hours = (size.training_device_hours, size.preparing_device_hours, size.sweep_device_hours)
+        train, prepare, sweep = (_hours(hours / cluster.number) for hours in device_hours)
+        memory = "" if size.model_state_bytes is None else _gb(size.model_state_bytes) + ("" if size.fits else " !")
         table.add_row(
             _title(size),
             _gflop(size.gflop_per_forward),
@@ -91,15 +91,15 @@ def _print(made: StudyEstimate) -> None:
             sweep,
             _hours(size.hours),
             _gb(size.disk_bytes),
-            held,
+            memory,
         )
     table.add_section()
     table.add_row(
-        "in all",
+        "total",
         "",
         _count(total["training_images"]),
         _hours(total["training_device_hours"] / cluster.number),
-        _hours((total["preparing_device_hours"] + total["materials_device_hours"]) / cluster.number),
+        _hours((total["preparing_device_hours"] + total["assets_device_hours"]) / cluster.number),
         _count(total["points"]),
         _count(total["images"]),
         _hours(total["sweep_device_hours"] / cluster.number),
@@ -115,16 +115,16 @@ def _print(made: StudyEstimate) -> None:
     disk = f"{_bytes(total['disk_bytes'])} of disk"
     console.print(f"{total['points']:,} points, {total['images']:,} images, {hours}, {disk}.", soft_wrap=True)
     remedies: dict[str, list[str]] = {}
-    for size in made.sizes:
+    for size in estimate.sizes:
         if size.remedy:
             remedies.setdefault(size.remedy, []).append(_title(size))
     for remedy, titles in remedies.items():
         console.print(f"! {', '.join(titles)}: does not fit as the study has it. {remedy}.", soft_wrap=True)
     console.print("Assumed:")
-    for sentence in made.assumptions:
+    for sentence in estimate.assumptions:
         console.print(f"- {sentence}", soft_wrap=True)
     console.print("Not counted:")
-    for part in made.not_counted:
+    for part in estimate.not_counted:
         console.print(f"- {part}", soft_wrap=True)
 
 

@@ -1,7 +1,7 @@
-"""What a spec is: frozen, every key known, named by a digest; a mistake in one is one line.
+"""The base class of all specs, their digests, and one-line messages for mistakes in them.
 
-Every stage of isocost is a function from a spec (and the artefacts it names) to an artefact named by the spec's digest.
-Fields left at their default do not enter a digest, so a new field renames nothing that stands.
+Every stage of isocost is a function from a spec (and the artefacts that it names) to an artefact named by the spec's digest. A
+field at its default does not enter the digest, so a new field changes no existing digest.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ S = TypeVar("S", bound="Spec")
 
 
 class Spec(BaseModel):
-    """A frozen description of one stage; unknown keys are errors."""
+    """A frozen description of a stage; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def canonical(self) -> dict[str, Any]:
-        """Plain data without the fields that stand at their default: what enters a digest."""
+        """Plain data without the fields at their default, for the digest."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
 def digest(*parts: Spec | Mapping[str, Any] | str | int) -> str:
-    """Name of an artefact: 16 hex digits of SHA-256 over the canonical JSON of `parts`."""
+    """The name of an artefact: 16 hex digits of SHA-256 over the canonical JSON of `parts`."""
     plain = [part.canonical() if isinstance(part, Spec) else part for part in parts]
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_spec_to_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -42,29 +42,35 @@ def _spec_to_plain(value: Any) -> Any:
 
 
 def parse_spec(spec_type: type[S], plain: Mapping[str, Any], where: str) -> S:
-    """Validate `plain` as `spec_type`; a mistake is one line with `where`, key, value and what is allowed.
+    """Validate `plain` as `spec_type`.
+
+    Args:
+        spec_type: class of the spec.
+        plain: keys and values.
+        where: file or option that `plain` comes from, for the message.
 
     Raises:
-        ConfigError: that line.
+        ConfigError: one line with `where`, the key, the value and the allowed values.
     """
     try:
         return spec_type.model_validate(plain)
     except ValidationError as error:
-        raise ConfigError(_one_line(error, spec_type, where)) from error
+        raise ConfigError(_format_error(error, spec_type, where)) from error
 
 
-def _one_line(error: ValidationError, spec_type: type[Spec], where: str) -> str:
+def _format_error(error: ValidationError, spec_type: type[Spec], where: str) -> str:
     problem = error.errors()[0]
-    tags = {"folder", "webdataset", "hub", "scenes", "pca", "kl", "pretrained"}
+    tags = _union_tags(spec_type)  # pydantic adds the tag of a discriminated union to the location
     location = [part for part in problem["loc"] if part not in tags or part == problem["loc"][-1]]
-    key = ".".join(str(part) for part in location) or "(whole)"
+    key = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         owner = _spec_at(spec_type, problem["loc"][:-1])
-        said = f"unknown key; allowed here: {', '.join(owner.model_fields)}" if owner else "unknown key"
-        return f"{where}: {key}: {said}"
+        allowed = f"; allowed here: {', '.join(owner.model_fields)}" if owner else ""
+        return f"{where}: {key}: unknown key{allowed}"
     value = problem.get("input")
     shown = "" if problem["type"] == "missing" or isinstance(value, dict | list) else f" = {value!r}"
-    return f"{where}: {key}{shown}: {problem['msg'].removeprefix('Value error, ')}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {key}{shown}: {message}" if key else f"{where}: {message}"
 
 
 def _spec_at(spec_type: type[Spec], location: tuple[int | str, ...]) -> type[Spec] | None:
@@ -84,11 +90,24 @@ def _spec_at(spec_type: type[Spec], location: tuple[int | str, ...]) -> type[Spe
 
 
 def _specs_in(annotation: Any) -> list[type[Spec]]:
+    """All spec classes in a type annotation."""
     if isinstance(annotation, type) and issubclass(annotation, Spec):
         return [annotation]
     return [spec for part in getattr(annotation, "__args__", ()) for spec in _specs_in(part)]
 
 
 def _kinds(spec_type: type[Spec]) -> tuple[str, ...]:
+    """The values of the literal field `kind`."""
     field = spec_type.model_fields.get("kind")
     return tuple(getattr(field.annotation, "__args__", ())) if field else ()
+
+
+def _union_tags(spec_type: type[Spec]) -> frozenset[str]:
+    """The kinds of all discriminated unions in `spec_type` and in the specs that it contains."""
+    tags: frozenset[str] = frozenset()
+    for field in spec_type.model_fields.values():
+        specs = _specs_in(field.annotation)
+        if len(specs) > 1:
+            tags = tags.union(*(_kinds(spec) for spec in specs))
+        tags = tags.union(*(_union_tags(spec) for spec in specs))
+    return tags

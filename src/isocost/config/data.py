@@ -1,4 +1,4 @@
-"""Configuration of the image data sets."""
+"""Configuration of the data sets."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from pydantic import Field
 
 from isocost.config.base import Spec
 
-# --- data -------------------------------------------------------------------------------------------------------------
-
 
 class FileSource(Spec):
-    """What sources of files have in common. An image's name alone decides whether it is held out, one in ten."""
+    """The common fields of file sources. A hash of the file name assigns one image in ten to the test set."""
 
     path: str
-    limit: int | None = Field(None, ge=1)
-    subset: Literal["all", "train", "test"] = Field("all", description="for one set of images as both train and reference")
+    limit: int | None = Field(None, ge=1, description="largest number of images that are read; all if absent")
+    subset: Literal["all", "train", "test"] = Field("all", description="`train` or `test` splits one data set by file name")
 
 
 class FolderSource(FileSource):
-    """Images in a folder with `captions.jsonl` ({"file", "caption" or "captions"}) or one .txt/.json beside each image."""
+    """Images in a folder with `captions.jsonl` ({"file", "caption" or "captions"}) or one .txt or .json file per image."""
 
     kind: Literal["folder"]
 
@@ -32,7 +30,7 @@ class WebdatasetSource(FileSource):
 
 
 class HubSource(FileSource):
-    """A data set of the `datasets` library: a Hub id, or a local folder or file of Parquet with the same layout."""
+    """A data set of the `datasets` library: a Hub id, or a local Parquet folder or file with the same layout."""
 
     kind: Literal["hub"]
     split: str = "train"
@@ -42,7 +40,7 @@ class HubSource(FileSource):
 
 
 class ScenesSource(Spec):
-    """The embedded procedural images: scene `index` of `seed`, for `first <= index < first + num_images`."""
+    """The built-in procedural images: scene `index` of `seed` for `first <= index < first + num_images`."""
 
     kind: Literal["scenes"]
     num_images: int = Field(ge=1)
@@ -54,9 +52,11 @@ SourceSpec = Annotated[FolderSource | WebdatasetSource | HubSource | ScenesSourc
 
 
 class DataSpec(Spec):
-    """Images with captions: what is trained on, and what generated images are compared with."""
+    """Images with captions: the training set and the reference set of the metrics."""
 
-    train: SourceSpec | None = Field(None, description="a study of given checkpoints has none")
+    train: SourceSpec | None = Field(None, description="absent in a study of pretrained checkpoints")
     reference: SourceSpec
-    resolution: int = Field(ge=8, description="side of the square images, pixels")
-    max_unreadable_fraction: float = Field(0.01, ge=0, lt=1, description="unreadable share above which the run stops")
+    resolution: int = Field(ge=8, description="size of the square images, pixels")
+    max_unreadable_fraction: float = Field(
+        0.01, ge=0, lt=1, description="fraction of unreadable images above which the run stops"
+    )

@@ -1,4 +1,4 @@
-"""The specs of what is tuned from a trained family."""
+"""Configuration of fine-tuning: super-resolution, DreamBooth and distillation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from isocost.config.base import Spec
-from isocost.config.evaluation import MIN_IMAGES, MetricGroupName, PairedMetricName, ProtocolSpec
+from isocost.config.evaluation import MIN_IMAGES, PairedMetricName, ProtocolSpec
 from isocost.config.sampling import SolverSpec
 from isocost.config.sweep import SweepSpec
 from isocost.config.training import TrainSpec
@@ -16,22 +16,24 @@ from isocost.config.types import NUM_TRAIN_TIMESTEPS
 
 DistillVariant = Literal["consistency", "codi", "codi-efficient", "progressive"]
 ADAPTED_VARIANTS: frozenset[DistillVariant] = frozenset({"codi", "codi-efficient"})
-NO_ADAPTER = "codi adapts a U-Net's encoder, and a transformer has none; take consistency or progressive"
+NO_ADAPTER = "codi copies the encoder of a U-Net, and a transformer has none; use consistency or progressive"
 Range = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
 
 
 class DegradationStage(Spec):
-    """One of the two rounds of Real-ESRGAN's degradation; the first one's published values (arXiv 2107.10833, section 4.1)."""
+    """One of the two rounds of Real-ESRGAN's degradation. Defaults: its first round (arXiv 2107.10833, section 4.1)."""
 
     blur_probability: float = Field(1.0, ge=0, le=1)
-    sinc_probability: float = Field(0.1, ge=0, le=1, description="share of the blurs that are sinc filters")
-    blur_sigma: Range = Field((0.2, 3.0), description="pixels")
+    sinc_probability: float = Field(0.1, ge=0, le=1, description="fraction of the blurs that are sinc filters")
+    blur_sigma: Range = Field((0.2, 3.0), description="standard deviation of the blur, pixels")
     generalized_beta: Range = (0.5, 4.0)
     plateau_beta: Range = (1.0, 2.0)
-    resize_probabilities: tuple[float, float, float] = Field((0.2, 0.7, 0.1), description="enlarged, shrunk, kept")
-    resize_range: Range = Field((0.15, 1.5), description="of the side it would have")
-    gaussian_probability: float = Field(0.5, ge=0, le=1, description="share of Gaussian noise, the rest is Poisson's")
-    noise_sigma: Range = Field((1.0, 30.0), description="grey levels")
+    resize_probabilities: tuple[float, float, float] = Field(
+        (0.2, 0.7, 0.1), description="probabilities to enlarge, to shrink, and not to resize"
+    )
+    resize_range: Range = Field((0.15, 1.5), description="factor on the target size")
+    gaussian_probability: float = Field(0.5, ge=0, le=1, description="fraction of Gaussian noise; the rest is Poisson noise")
+    noise_sigma: Range = Field((1.0, 30.0), description="standard deviation of Gaussian noise, grey levels of 255")
     poisson_scale: Range = (0.05, 3.0)
     grey_noise_probability: float = Field(0.4, ge=0, le=1)
     jpeg_quality: Range = (30.0, 95.0)
@@ -40,9 +42,11 @@ class DegradationStage(Spec):
     def _ranges(self) -> DegradationStage:
         for name, value in self:
             if isinstance(value, tuple) and len(value) == 2 and value[0] > value[1]:
-                raise ValueError(f"{name}: {list(value)} runs backwards")
+                raise ValueError(f"{name}: {list(value)} runs backwards; give [low, high]")
         if abs(sum(self.resize_probabilities) - 1) > 1e-6:
-            raise ValueError(f"resize_probabilities {list(self.resize_probabilities)} do not add up to 1")
+            raise ValueError(
+                f"resize_probabilities {list(self.resize_probabilities)} do not add up to 1; change them so that they do"
+            )
         return self
 
 
@@ -57,7 +61,7 @@ SECOND_STAGE = DegradationStage(
 
 
 class DegradationSpec(Spec):
-    """How an image loses its resolution: Real-ESRGAN's two rounds and a final sinc filter, or `bicubic` alone."""
+    """The degradation to low resolution: Real-ESRGAN's two rounds and a final sinc filter, or only `bicubic` resizing."""
 
     kind: Literal["real-esrgan", "bicubic"] = "real-esrgan"
     first: DegradationStage = DegradationStage()
@@ -66,7 +70,7 @@ class DegradationSpec(Spec):
 
 
 class DistillSweepSpec(SweepSpec):
-    """Few steps by consistency sampling. A progressive student takes DDIM's steps instead, those of its stages."""
+    """The sweep of few-step students. A progressive student uses DDIM at the steps of its stages instead."""
 
     solvers: tuple[SolverSpec, ...] = (SolverSpec(name="lcm"),)
     num_steps: tuple[Annotated[int, Field(ge=1, le=NUM_TRAIN_TIMESTEPS)], ...] = (1, 2, 4, 8)
@@ -74,7 +78,7 @@ class DistillSweepSpec(SweepSpec):
 
 
 class SuperresDistillSweepSpec(DistillSweepSpec):
-    """Without guidance where nothing else is said."""
+    """A sweep without guidance by default."""
 
     guidance: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
     snapshot_guidance: float = Field(1.0, ge=0)
@@ -83,122 +87,134 @@ class SuperresDistillSweepSpec(DistillSweepSpec):
 class DistillSpec(Spec):
     """Few-step students of the last checkpoint of every size (arXiv 2404.01367, section 4.7).
 
-    `train` takes what it does not say from that of the teacher, numbers of images and snapshots apart. `train.num_images` are those
-    of a student; of a progressive one they are shared out over its stages.
+    Fields not set in `train` are inherited from the `train` of the teacher, except `num_images`, `snapshots`,
+    `snapshots_gflop` and `warmup_images`. `train.num_images` is per student; a progressive student divides it between its
+    stages.
     """
 
     variants: tuple[DistillVariant, ...] = Field(("consistency",), min_length=1)
-    teachers: tuple[str, ...] = Field((), description="checkpoint folders to distil, in place of the study's own")
+    teachers: tuple[str, ...] = Field((), description="checkpoint folders to distil, instead of those of the study")
     guidance_range: tuple[float, float] | None = Field(
-        (1.0, 8.0), description="w is drawn from it and becomes an input of the student, of one pass; null: no guidance"
+        (1.0, 8.0), description="range of w, which becomes an input of the student (one pass); null disables guidance"
     )
-    guidance_embed_dim: int = Field(256, ge=8, description="width of its embedding; Stable Diffusion's students have 256")
-    solver_steps: int = Field(50, ge=2, description="grid of consistency distillation; the solver lcm counts on 50")
-    huber_delta: float = Field(1e-3, gt=0, description="of consistency distillation's pseudo-Huber distance")
-    latent_weight: float = Field(1.0, ge=0, description="CoDi: of the clean latent's error beside the noise's consistency")
-    one_timestep_per_batch: bool = Field(False, description="CoDi's own way; every image draws its own where false")
-    target_half_life_images: int = Field(500, ge=1, description="of the average that consistency is asked with")
-    stages: tuple[Annotated[int, Field(ge=1)], ...] = Field((16, 8, 4), description="steps after each stage of progressive")
+    guidance_embed_dim: int = Field(256, ge=8, description="width of the embedding of w; 256 in Stable Diffusion's students")
+    solver_steps: int = Field(
+        50, ge=2, description="number of training timesteps of consistency distillation; the solver lcm assumes 50"
+    )
+    huber_delta: float = Field(1e-3, gt=0, description="delta of the pseudo-Huber loss of consistency distillation")
+    latent_weight: float = Field(1.0, ge=0, description="CoDi: weight of the error in the clean latent")
+    one_timestep_per_batch: bool = Field(False, description="one timestep per batch, as in CoDi; if false, one per image")
+    target_half_life_images: int = Field(
+        500, ge=1, description="half-life of the EMA that gives the consistency targets, images"
+    )
+    stages: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (16, 8, 4), description="progressive: number of steps after each stage"
+    )
     train: TrainSpec
-    sweep: DistillSweepSpec = Field(description="guidance within guidance_range")
-    metric: str | None = Field(None, description="what its report leads with; that of the teacher's where absent")
+    sweep: DistillSweepSpec = Field(description="sweep of the students; its guidance must be within guidance_range")
+    metric: str | None = Field(None, description="main metric of its report; the teacher's if absent")
 
     @model_validator(mode="after")
     def _fits_together(self) -> DistillSpec:
         if NUM_TRAIN_TIMESTEPS % self.solver_steps:
-            raise ValueError(f"solver_steps={self.solver_steps} does not divide {NUM_TRAIN_TIMESTEPS} timesteps")
+            raise ValueError(f"solver_steps={self.solver_steps} does not divide {NUM_TRAIN_TIMESTEPS} timesteps; use 50")
         if self.guidance_range is not None:
             low, high = self.guidance_range
             if not 0 < low <= high:
-                raise ValueError(f"guidance_range={[low, high]} runs backwards, or begins at 0")
+                raise ValueError(
+                    f"guidance_range={[low, high]} runs backwards or is not above 0; give [low, high] with low > 0"
+                )
         else:
             low, high = 1.0, 1.0
-        asked = (
-            *self.sweep.guidance,
-            *((self.sweep.snapshot_guidance,) if self.train.snapshots or self.train.snapshots_gflop else ()),
-        )
-        outside = [w for w in asked if not low <= w <= high]
+        has_snapshots = self.train.snapshots or self.train.snapshots_gflop
+        guidance = (*self.sweep.guidance, *((self.sweep.snapshot_guidance,) if has_snapshots else ()))
+        outside = [w for w in guidance if not low <= w <= high]
         if outside:
-            raise ValueError(f"sweep.guidance: {outside[0]:g} lies outside what students learn, {low:g} to {high:g}")
+            raise ValueError(f"sweep.guidance: {outside[0]:g} is outside guidance_range, {low:g} to {high:g}; remove it")
         if any(2 * later != earlier for earlier, later in pairwise(self.stages)) or not self.stages:
-            raise ValueError(f"stages={list(self.stages)}: each has half the steps of the one before")
+            raise ValueError(
+                f"stages={list(self.stages)}: each stage must have half the steps of the previous one, as in [16, 8, 4]"
+            )
         if self.train.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(
-                f"train.prediction_type: {self.train.prediction_type} is not distilled; epsilon and v_prediction are"
+                f"train.prediction_type: {self.train.prediction_type} cannot be distilled; use epsilon or v_prediction"
             )
         if self.train.sharding != "none":
-            raise ValueError("train.sharding: a student and its teacher are not sharded; take none")
+            raise ValueError("train.sharding: distillation does not support sharding; use none")
         return self
 
 
 class SuperresDistillSpec(DistillSpec):
-    """Without guidance where nothing else is said."""
+    """Few-step students of super-resolution, without guidance by default."""
 
     guidance_range: tuple[float, float] | None = None
     sweep: SuperresDistillSweepSpec = SuperresDistillSweepSpec()
 
 
 class SuperresSweepSpec(SweepSpec):
-    """Without guidance where nothing else is said."""
+    """A sweep without guidance by default."""
 
     guidance: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
     snapshot_guidance: float = Field(1.0, ge=0)
 
 
 class SuperresProtocolSpec(ProtocolSpec):
-    """Images against their originals, and both sets."""
+    """Metrics between images and their originals, and between both sets."""
 
-    metrics: tuple[MetricGroupName, ...] = ("mmd", "frechet")
+    metrics: tuple[str, ...] = ("mmd", "frechet")
     paired_metrics: tuple[PairedMetricName, ...] = ("psnr", "ssim", "lpips")
 
 
 class SuperresSpec(Spec):
     """Super-resolution, fine-tuned from the last checkpoint of every size (arXiv 2404.01367, section 4.3).
 
-    `train` takes what it does not say from the study's own `train`, numbers of images and snapshots apart.
+    Fields not set in `train` are inherited from the study's `train`, except `num_images`, `snapshots`, `snapshots_gflop` and
+    `warmup_images`.
     """
 
-    scale: int = Field(4, ge=2)
+    scale: int = Field(4, ge=2, description="enlargement")
     degradation: DegradationSpec = DegradationSpec()
-    captions: Literal["empty", "dataset"] = "empty"
-    parents: tuple[str, ...] = Field((), description="checkpoint folders to start from, in place of the study's own family")
-    starts: tuple[Literal["pretrained", "scratch"], ...] = Field(("pretrained",), min_length=1)
+    captions: Literal["empty", "dataset"] = Field("empty", description="train on the empty caption or on those of the data set")
+    parents: tuple[str, ...] = Field((), description="checkpoint folders to start from, instead of the study's family")
+    starts: tuple[Literal["pretrained", "scratch"], ...] = Field(
+        ("pretrained",), min_length=1, description="initial weights: the parent's, or random ones for comparison"
+    )
     train: TrainSpec
     sweep: SuperresSweepSpec
     protocol: SuperresProtocolSpec = SuperresProtocolSpec()
-    metric: str = Field("lpips", description="what its report leads with")
-    distill: SuperresDistillSpec | None = Field(None, description="few-step students of what was tuned")
+    metric: str = Field("lpips", description="main metric of its report")
+    distill: SuperresDistillSpec | None = Field(None, description="few-step students of the fine-tuned models")
 
 
 class PhotographedSubjects(Spec):
-    """Folders of photographs beside google/dreambooth's `prompts_and_classes.txt`; all subjects where `names` is empty."""
+    """A folder in the layout of google/dreambooth: one folder per subject, and `prompts_and_classes.txt`."""
 
     kind: Literal["folder"]
     path: str
-    names: tuple[str, ...] = ()
-    num_prompts: int | None = Field(None, ge=1, description="the first prompts of each subject; all 25 where absent")
+    names: tuple[str, ...] = Field((), description="subjects; all if empty")
+    num_prompts: int | None = Field(None, ge=1, description="number of prompts per subject, the first ones; all 25 if absent")
 
 
 class SyntheticSubjects(Spec):
-    """Drawn objects that the scenes never show and no caption can name: what was learned can be measured."""
+    """Rendered objects that occur in no scene and no caption, so that learning them can be measured."""
 
     kind: Literal["scenes"]
     num_subjects: int = Field(1, ge=1)
-    num_images: int = Field(4, ge=1, description="to learn from")
-    num_prompts: int | None = Field(None, ge=1)
+    num_images: int = Field(4, ge=1, description="training images per subject")
+    num_prompts: int | None = Field(None, ge=1, description="number of prompts per subject; all if absent")
 
 
 class PriorSpec(Spec):
-    """Prior preservation: the untuned model's own images of the class are learned beside the subject's."""
+    """Prior preservation: training also uses images of the class that the original model generates."""
 
-    num_images: int = Field(100, ge=0, description="0 tunes without it")
-    weight: float = Field(1.0, ge=0, description="of their loss")
+    num_images: int = Field(100, ge=0, description="class images; 0 disables prior preservation")
+    weight: float = Field(1.0, ge=0, description="weight of their loss")
     num_steps: int = Field(20, ge=1, le=NUM_TRAIN_TIMESTEPS)
     guidance: float = Field(3.0, ge=0)
 
 
 class DreamboothSweepSpec(SweepSpec):
-    """The paper's setting where nothing else is said (arXiv 2404.01367, section 4.4)."""
+    """The paper's sweep by default (arXiv 2404.01367, section 4.4)."""
 
     num_steps: tuple[Annotated[int, Field(ge=1, le=NUM_TRAIN_TIMESTEPS)], ...] = (50,)
     guidance: tuple[Annotated[float, Field(ge=0)], ...] = (7.5,)
@@ -208,24 +224,26 @@ class DreamboothSweepSpec(SweepSpec):
 
 
 class DreamboothProtocolSpec(ProtocolSpec):
-    """Likeness to the subject's images; with CLIP among the features also to the prompt."""
+    """The protocol of `dreambooth`. Its default metric is the similarity to the images of the subject."""
 
-    metrics: tuple[MetricGroupName, ...] = ("subject_similarity",)
+    metrics: tuple[str, ...] = ("subject_similarity",)
 
 
 class DreamboothSpec(Spec):
-    """A subject learned from a few images, from the last checkpoint of every size (arXiv 2208.12242).
+    """A subject learned from a few images, fine-tuned from the last checkpoint of every size (arXiv 2208.12242).
 
-    `train` takes what it does not say from the study's own `train`, as super-resolution's does, without caption dropout.
+    Fields not set in `train` are inherited as in `SuperresSpec`, except that caption dropout is 0.
     """
 
     subjects: Annotated[PhotographedSubjects | SyntheticSubjects, Field(discriminator="kind")]
-    token: str = Field("sks", min_length=1, description="the rare word that comes to mean the subject")
+    token: str = Field("sks", min_length=1, description="the rare word that names the subject in prompts")
     prior: PriorSpec = PriorSpec()
-    train_text_encoder: bool = Field(False, description="the text encoder learns as well, and becomes part of the checkpoint")
-    num_images: int = Field(4, ge=1, description="images of each prompt")
-    num_prior_images: int = Field(128, ge=MIN_IMAGES, description="by which it is told whether the rest was kept")
+    train_text_encoder: bool = Field(False, description="also fine-tune the text encoder; the checkpoint then contains it")
+    num_images: int = Field(4, ge=1, description="images per prompt")
+    num_prior_images: int = Field(
+        128, ge=MIN_IMAGES, description="images of other prompts, which show the quality that the model lost on them"
+    )
     train: TrainSpec
     sweep: DreamboothSweepSpec = DreamboothSweepSpec()
     protocol: DreamboothProtocolSpec = DreamboothProtocolSpec()
-    metric: str = Field("subject_efficientnet", description="what its report leads with")
+    metric: str = Field("subject_efficientnet", description="main metric of its report")

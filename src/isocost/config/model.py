@@ -1,4 +1,4 @@
-"""Configuration of the autoencoder, the text encoder and the denoising network."""
+"""Configuration of the autoencoder, the text encoder and the denoiser."""
 
 from __future__ import annotations
 
@@ -11,37 +11,39 @@ from isocost.config.base import Spec
 FamilyKind = Literal["unet", "dit"]
 
 
-# --- autoencoder and captions -----------------------------------------------------------------------------------------------
+# --- autoencoder and text encoder ---
 
 
 class PCAAutoencoderSpec(Spec):
-    """Patch PCA fitted in seconds: `patch` x `patch` pixels to `num_channels` components. The baseline."""
+    """A PCA of image patches, fitted in seconds: `patch` x `patch` pixels to `num_channels` components."""
 
     kind: Literal["pca"]
-    patch: int = Field(ge=2)
-    num_channels: int = Field(ge=1)
-    num_fit_images: int = Field(2000, ge=16)
+    patch: int = Field(ge=2, description="size of a patch, pixels")
+    num_channels: int = Field(ge=1, description="latent channels")
+    num_fit_images: int = Field(2000, ge=16, description="images that the PCA is fitted to")
 
 
 class TrainedAutoencoderSpec(Spec):
-    """A diffusers AutoencoderKL trained on the study's own images: L1 + perceptual + KL."""
+    """A diffusers AutoencoderKL, trained on `data.train` with an L1, a perceptual and a KL loss."""
 
     kind: Literal["kl"]
-    block_widths: tuple[int, ...] = Field(description="channels by level; each level after the first halves the side")
-    num_channels: int = Field(ge=1)
-    num_images: int = Field(ge=1, description="images shown in training")
+    block_widths: tuple[int, ...] = Field(description="channels per level; each level after the first halves the resolution")
+    num_channels: int = Field(ge=1, description="latent channels")
+    num_images: int = Field(ge=1, description="images seen in training")
     batch_size: int = Field(32, ge=1)
     lr: float = Field(1e-3, gt=0)
     layers_per_block: int = Field(1, ge=1)
     kl_weight: float = Field(1e-4, ge=0)
     perceptual_weight: float = Field(0.1, ge=0)
-    perceptual_fraction: float = Field(1.0, gt=0, le=1, description="share of each batch that the perceptual term sees")
-    perceptual: str = Field("efficientnet-lite0", description="that, or a safetensors file of AlexNet for LPIPS")
+    perceptual_fraction: float = Field(1.0, gt=0, le=1, description="fraction of each batch in the perceptual loss")
+    perceptual: str = Field(
+        "efficientnet-lite0", description="`efficientnet-lite0`, or a safetensors file of AlexNet for LPIPS"
+    )
     seed: int = 0
 
 
 class PretrainedAutoencoderSpec(Spec):
-    """Any diffusers autoencoder: a Hub id, a local folder, or `scenes` (shipped with isocost)."""
+    """A pretrained diffusers autoencoder: a Hub id, a local folder, or the built-in `scenes`."""
 
     kind: Literal["pretrained"]
     path: str
@@ -54,48 +56,60 @@ AutoencoderSpec = Annotated[
 
 
 class TextEncoderSpec(Spec):
-    """Captions to states through a transformers text encoder: a Hub id, a local folder, or `minilm` (extra `demo`)."""
+    """A text encoder of the transformers library: a Hub id, a local folder, or `minilm` (extra `demo`)."""
 
     path: str = "minilm"
     max_tokens: int = Field(32, ge=4)
     subfolder: str | None = None
-    cache_prompt_embeds: bool = Field(True, description="keep the states of every distinct caption; else encode in each step")
+    cache_prompt_embeds: bool = Field(
+        True, description="store the embeddings of each distinct caption; if false, encode at every step"
+    )
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
+# --- denoiser ---
 
 
 class FamilySpec(Spec):
-    """Networks that differ in one dial, the width c: U-Nets of block widths [c, 2c, 4c, 4c] (arXiv 2404.01367), or `dit`.
+    """A size family, in which networks differ only in the width c.
 
-    U-Nets of fewer levels or layers are another family, for trials where the paper's depth does not fit the machine. `dit` are
-    transformers whose depth and heads follow from c (`models/dit.py`).
+    `unet` are U-Nets with block widths [c, 2c, 4c, 4c] (arXiv 2404.01367). U-Nets with fewer levels or layers are another
+    family, for machines that cannot run the paper's depth. `dit` are transformers; their depth and heads follow from c
+    (`models/dit.py`).
     """
 
     kind: FamilyKind = "unet"
-    widths: tuple[int, ...]
+    widths: tuple[int, ...] = Field(description="one network per width c")
     layers_per_block: int = Field(2, ge=1)
-    num_levels: int = Field(4, ge=2, le=4, description="block widths are the first of [c, 2c, 4c, 4c]")
-    patch: int | None = Field(None, ge=1, description="dit: side of a token in the latent; 2, or 1 where that is below 16")
+    num_levels: int = Field(4, ge=2, le=4, description="the block widths are the first `num_levels` of [c, 2c, 4c, 4c]")
+    patch: int | None = Field(
+        None, ge=1, description="dit: size of a token in the latent; if absent 2, or 1 for latents below 16 x 16"
+    )
 
     @field_validator("widths")
     @classmethod
     def _distinct(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(widths)) != len(widths) or not widths:
-            raise ValueError("widths must be given, each once")
+            raise ValueError("give at least one width, and each width once")
         return widths
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> FamilySpec:
         if self.kind == "dit" and (self.layers_per_block, self.num_levels) != (2, 4):
-            raise ValueError("layers_per_block and num_levels are a U-Net's; a transformer's depth follows from its width")
+            raise ValueError(
+                "layers_per_block and num_levels are for kind: unet; remove them: a transformer's depth follows from its width"
+            )
         if self.kind == "unet" and self.patch is not None:
-            raise ValueError("patch is a transformer's; leave it out, or take kind: dit")
+            raise ValueError("patch is for kind: dit; remove it, or choose kind: dit")
         return self
 
 
 class ModelSpec(Spec):
-    """One network: width, depth, latent shape [channels, side, side], width of the prompt embeddings."""
+    """One network.
+
+    Attributes:
+        latent_channels, latent_size: shape [C, L, L] of the latent.
+        cross_attention_dim: width of the prompt embeddings.
+    """
 
     kind: FamilyKind = "unet"
     width: int
@@ -106,12 +120,12 @@ class ModelSpec(Spec):
     layers_per_block: int = 2
     num_levels: int = 4
     guidance_embed_dim: int | None = Field(
-        None, description="of the guidance embedding, for students that take w; 1 is w itself"
+        None, description="width of the guidance embedding, for students with w as an input; 1 is w itself"
     )
-    adapter: Literal["none", "noisy", "concat_cond"] = Field("none", description="a second encoder, and what it sees")
-    patch: int | None = Field(None, description="of a transformer; by the latent side where absent")
+    adapter: Literal["none", "noisy", "concat_cond"] = Field("none", description="CoDi: input of the second encoder")
+    patch: int | None = Field(None, description="dit: size of a token in the latent; chosen by latent_size if absent")
 
     @property
     def embeds_guidance(self) -> bool:
-        """True for a student that takes w as an input: one pass is enough."""
+        """True for a student with w as an input, which needs one pass."""
         return self.guidance_embed_dim is not None

@@ -1,4 +1,4 @@
-"""What a published checkpoint says of itself beyond what ours say: its kind, its noise, its captions."""
+"""Configuration that is read from a published pipeline: its family, its noise schedule, its text encoder."""
 
 from __future__ import annotations
 
@@ -13,30 +13,23 @@ FamilyName = Literal["sd", "sdxl", "pixart", "sd3", "flux"]
 
 
 class NoiseSpec(Spec):
-    """A noise schedule by the fields of diffusers' scheduler configurations.
-
-    `set_alpha_to_one` is `set_alpha_to_one`: where DDIM's last step leads to. `shift` is a flow's.
-    """
+    """A noise schedule, with the fields of diffusers' scheduler configurations."""
 
     kind: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "flow"]
     beta_start: float = Field(0.0001, gt=0, lt=1)
     beta_end: float = Field(0.02, gt=0, lt=1)
     num_timesteps: int = Field(1000, ge=1)
     rescale_betas_zero_snr: bool = False
-    set_alpha_to_one: bool = False
-    shift: float = Field(1.0, gt=0)
+    set_alpha_to_one: bool = Field(False, description="DDIM's last step ends at the clean latent")
+    shift: float = Field(1.0, gt=0, description="time shift of a flow")
 
 
 class PretrainedSpec(Spec):
-    """A pipeline folder or Hub id with LoRAs or without (`FOLDER + LORA:SCALE`), and how it is sampled.
+    """A published pipeline and its sampling defaults."""
 
-    `solver` is what its own scheduler comes nearest to. `null_is_zero` says that guidance leads away from zeros in place of
-    the empty caption's states.
-    """
-
-    path: str
+    path: str = Field(description="folder or Hub id, with LoRAs or without: `FOLDER + LORA:SCALE`")
     kind: FamilyName
     noise: NoiseSpec
-    solver: SolverSpec
-    max_tokens: int
-    null_is_zero: bool = False
+    solver: SolverSpec = Field(description="the solver that is nearest to the pipeline's scheduler")
+    max_tokens: int = Field(description="prompt length, tokens")
+    null_is_zero: bool = Field(False, description="the unconditional embeddings are zeros, not those of the empty prompt")

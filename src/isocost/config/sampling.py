@@ -14,15 +14,15 @@ TimestepSpacingName = Literal["leading", "trailing", "linspace", "karras"]
 
 
 class SolverSpec(Spec):
-    """A solver with its time grid; the number of steps and the guidance belong to the point."""
+    """A solver with its timestep spacing. The number of steps and the guidance belong to the sweep point."""
 
-    name: str = Field("ddim", pattern=r"^[^/\s]+$", description="`isocost list solvers` shows the names")
+    name: str = Field("ddim", pattern=r"^[^/\s]+$", description="name of a solver; see `isocost list solvers`")
     timestep_spacing: TimestepSpacingName = "trailing"
-    eta: float = Field(0.0, ge=0, le=1)
-    steps_offset: int = Field(1, ge=0, description="added to a leading grid: Stable Diffusion's steps_offset")
+    eta: float = Field(0.0, ge=0, le=1, description="ddim: fraction of DDPM's noise; 0 is deterministic")
+    steps_offset: int = Field(1, ge=0, description="added to the timesteps of leading spacing, as in diffusers")
 
     @property
     def label(self) -> str:
-        """Short text for tables: `ddim/trailing`, with eta and offset where they are not the default."""
+        """Label for tables, such as `ddim/trailing`; eta and offset are shown if they are not the default."""
         eta = f"/eta={self.eta:g}" if self.eta else ""
         return f"{self.name}/{self.timestep_spacing}{eta}" + (f"/offset={self.steps_offset}" if self.steps_offset != 1 else "")

@@ -1,12 +1,14 @@
-"""The study: all stages' specs in one file (`study_file.py` reads and writes it)."""
+"""Configuration of a whole study: the specs of all stages (`study_yaml.py` reads and writes them)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from isocost.config.base import Spec
+from isocost.config.base import Spec, parse_spec
 from isocost.config.data import DataSpec, SourceSpec
 from isocost.config.evaluation import ProtocolSpec
 from isocost.config.finetune import ADAPTED_VARIANTS, NO_ADAPTER, DistillSpec, DreamboothSpec, SuperresSpec
@@ -17,36 +19,37 @@ from isocost.errors import ConfigError
 
 
 class ReportSpec(Spec):
-    """What the report leads with."""
+    """Configuration of the report."""
 
-    metric: str = "mmd_efficientnet"
+    metric: str = Field("mmd_efficientnet", description="main metric of the report")
     budgets: tuple[float, ...] = Field(
-        (), description="normalized cost budgets for the answer; chosen from the data where empty"
+        (), description="normalized cost budgets of the recommendations; chosen from the data if empty"
     )
 
 
 class SeedReplicatesSpec(Spec):
-    """Sizes of the family trained again from other seeds: how much of a difference between two trainings is luck."""
+    """Sizes of the family that are trained again from other seeds, to estimate the seed variance."""
 
-    seeds: tuple[int, ...] = Field(description="of the further trainings; train.seed is the first one's")
-    widths: tuple[int, ...] = Field((), description="of family.widths; all where empty")
+    seeds: tuple[int, ...] = Field(description="seeds of the further trainings; they must differ from train.seed")
+    widths: tuple[int, ...] = Field((), description="widths out of family.widths; all if empty")
 
     @field_validator("seeds")
     @classmethod
     def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(seeds)) != len(seeds) or not seeds:
-            raise ValueError("seeds must be given, each once")
+            raise ValueError("give at least one seed, and each seed once")
         return seeds
 
 
-DOWNSTREAM = ("superres", "dreambooth", "distill")
-"""Parts of a study that start from what `train` made; `superres` may have a `distill` of its own."""
+FINETUNE_SECTIONS = ("superres", "dreambooth", "distill")
+"""Sections of a study that start from the checkpoints of `train`. `superres` may have a section `distill`, too."""
 
 PER_RUN_FIELDS = frozenset({"num_images", "snapshots", "snapshots_gflop", "warmup_images"})
+"""Fields of `train` that fine-tuning sections do not inherit."""
 
 
 class TrainingParts(NamedTuple):
-    """What a study has that trains: its networks, their training, its autoencoder, and the images of `data.train`."""
+    """The parts of a study that trains its models. `images` is `data.train`."""
 
     family: FamilySpec
     train: TrainSpec
@@ -55,9 +58,9 @@ class TrainingParts(NamedTuple):
 
 
 class StudySpec(Spec):
-    """A whole study: one YAML file.
+    """A study, as in one YAML file.
 
-    A study of `checkpoints` scores what others have trained: it has no family, train and autoencoder, and no `data.train`.
+    A study of `checkpoints` scores pretrained models. It has no family, train, autoencoder and `data.train`.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -68,7 +71,7 @@ class StudySpec(Spec):
     train: TrainSpec | None = None
     seed_replicates: SeedReplicatesSpec | None = None
     checkpoints: tuple[str, ...] = Field(
-        (), description="pipelines of diffusers: folders or Hub ids (OWNER/NAME[@REVISION]), with ` + LORA[:SCALE]` or without"
+        (), description="diffusers pipelines: folders or Hub ids (OWNER/NAME[@REVISION]), optionally with ` + LORA[:SCALE]`"
     )
     sweep: SweepSpec
     protocol: ProtocolSpec = ProtocolSpec()
@@ -80,11 +83,11 @@ class StudySpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _inherit_train(cls, plain: Any) -> Any:
-        """What the training of a downstream task does not say is as in `train`."""
+        """Fine-tuning sections inherit the fields of `train` that they do not set."""
         if not isinstance(plain, dict) or not isinstance(plain.get("train"), dict):
             return plain
-        tuned = {name: _inherit(plain[name], plain["train"], name) for name in DOWNSTREAM if name in plain}
-        return {**plain, **tuned}
+        sections = {name: _inherit(plain[name], plain["train"], name) for name in FINETUNE_SECTIONS if name in plain}
+        return {**plain, **sections}
 
     @model_validator(mode="after")
     def _check_source_of_models(self) -> StudySpec:
@@ -92,17 +95,17 @@ class StudySpec(Spec):
         if not self.checkpoints:
             missing = [name for name, part in trained.items() if part is None]
             if missing:
-                raise ValueError(f"{missing[0]}: missing; a study trains a family, or has checkpoints to score")
+                raise ValueError(f"{missing[0]}: missing; a study needs it to train a family, or `checkpoints` to score")
             return self
         if len(set(self.checkpoints)) != len(self.checkpoints):
-            raise ValueError("checkpoints: each once")
-        unused = [name for name, part in trained.items() if part is not None] + list(self.tuned())
+            raise ValueError("checkpoints: name each checkpoint once")
+        unused = [name for name, part in trained.items() if part is not None] + list(self.finetune_parts())
         unused += ["seed_replicates"] if self.seed_replicates is not None else []
         unused += ["text_encoder"] if self.text_encoder != TextEncoderSpec() else []
         if unused:
-            raise ValueError(f"{unused[0]}: has no place beside checkpoints, which bring their own; leave it out")
+            raise ValueError(f"{unused[0]}: a study of pretrained checkpoints does not use it; remove it")
         if self.protocol.alignment != "none":
-            raise ValueError("protocol.alignment: needs a probe that is fitted to data.train; beside checkpoints take none")
+            raise ValueError("protocol.alignment: needs a classifier trained on data.train; use none in a study of checkpoints")
         return self
 
     @model_validator(mode="after")
@@ -110,83 +113,115 @@ class StudySpec(Spec):
         if self.seed_replicates is None or self.family is None or self.train is None:
             return self
         if self.train.seed in self.seed_replicates.seeds:
-            raise ValueError(f"seed_replicates.seeds: {self.train.seed} is train.seed, of the first training; take it out")
+            raise ValueError(
+                f"seed_replicates.seeds: {self.train.seed} is train.seed, the seed of the first training; remove it"
+            )
         unknown = [width for width in self.seed_replicates.widths if width not in self.family.widths]
         if unknown:
-            raise ValueError(f"seed_replicates.widths: {unknown[0]} is not in family.widths; leave it out")
+            raise ValueError(f"seed_replicates.widths: {unknown[0]} is not in family.widths; remove it")
         return self
 
     @model_validator(mode="after")
     def _check_finetune_parts(self) -> StudySpec:
-        for name, tuned in self.tuned().items():
+        for name, part in self.finetune_parts().items():
             for field in ("prediction_type", "rescale_betas_zero_snr"):
-                own = getattr(self.train, field)
-                if getattr(tuned.train, field) != own:
-                    raise ValueError(
-                        f"{name}.train.{field}: a network is tuned as it was trained, {field}: {own}; leave it out"
-                    )
-            adapts = isinstance(tuned, DistillSpec) and not tuned.teachers and ADAPTED_VARIANTS & set(tuned.variants)
-            if adapts and self.own.family.kind != "unet":
+                pretrained = getattr(self.train, field)
+                if getattr(part.train, field) != pretrained:
+                    raise ValueError(f"{name}.train.{field}: fine-tuning needs the value of train, {pretrained}; remove it")
+            uses_adapter = isinstance(part, DistillSpec) and not part.teachers and ADAPTED_VARIANTS & set(part.variants)
+            if uses_adapter and self.training_parts.family.kind != "unet":
                 raise ValueError(f"{name}.variants: {NO_ADAPTER}")
         if self.superres is not None and self.data.resolution % self.superres.scale:
-            raise ValueError(f"superres.scale: {self.superres.scale} does not divide data.resolution {self.data.resolution}")
+            raise ValueError(
+                f"superres.scale: {self.superres.scale} does not divide data.resolution {self.data.resolution}; use a divisor"
+            )
         return self
 
     @property
-    def own(self) -> TrainingParts:
-        """What a study that trains has.
+    def training_parts(self) -> TrainingParts:
+        """The parts of a study that trains its models; `require_training_parts` lists the errors."""
+        return self.require_training_parts()
+
+    def require_training_parts(self) -> TrainingParts:
+        """The parts of a study that trains its models.
 
         Raises:
-            ConfigError: it is one of given checkpoints.
+            ConfigError: the study is one of pretrained checkpoints and trains nothing.
         """
         if self.family is None or self.train is None or self.autoencoder is None or self.data.train is None:
-            raise ConfigError(f"{self.name}: its checkpoints are given: it trains nothing, and has no autoencoder of its own")
+            raise ConfigError(
+                f"{self.name}: this study scores pretrained checkpoints and trains nothing; use `isocost run` without --devices"
+            )
         return TrainingParts(self.family, self.train, self.autoencoder, self.data.train)
 
-    def tuned(self) -> dict[str, SuperresSpec | DreamboothSpec | DistillSpec]:
-        """The parts that start from what `train` made, by where they stand in the file."""
-        parts = {name: getattr(self, name) for name in DOWNSTREAM}
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> StudySpec:
+        """Read a study file.
+
+        Args:
+            path: the YAML file.
+            overrides: dotted key -> value: {"train.lr": 2e-4}.
+
+        Raises:
+            ConfigError: the file is missing, or a key or value is wrong; one line names file, key and remedy.
+        """
+        from isocost.config.study_yaml import load_study
+
+        return load_study(path, overrides)
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> StudySpec:
+        """Read a study from the keys of a study file.
+
+        Raises:
+            ConfigError: a key or value is wrong; one line names key and remedy.
+        """
+        return parse_spec(cls, plain, "study")
+
+    def finetune_parts(self) -> dict[str, SuperresSpec | DreamboothSpec | DistillSpec]:
+        """The fine-tuning sections by dotted key."""
+        parts = {name: getattr(self, name) for name in FINETUNE_SECTIONS}
         if self.superres is not None:
             parts["superres.distill"] = self.superres.distill
         return {name: part for name, part in parts.items() if part is not None}
 
     def immutable_fields(self) -> dict[str, Any]:
-        """What may not change in an output folder. Sizes, steps, guidance, solvers, snapshots and images seen may grow."""
+        """The fields that may not change in an output folder. Sizes, steps, guidance, solvers and the training may grow."""
         plain = self.model_dump(mode="json")
         return {
             "data": plain["data"],
             "autoencoder": plain["autoencoder"],
             "text_encoder": plain["text_encoder"],
-            "train": None if self.train is None else self.train.fixed(),
-            "protocol": _fixed(plain["protocol"]),
-            **{name: _immutable_finetune_fields(part) for name, part in self.tuned().items()},
+            "train": None if self.train is None else self.train.immutable_fields(),
+            "protocol": _immutable_protocol_fields(plain["protocol"]),
+            **{name: _immutable_finetune_fields(part) for name, part in self.finetune_parts().items()},
         }
 
 
 GROWABLE_FIELDS = frozenset(
     {"sweep", "starts", "parents", "teachers", "variants", "metric", "subjects", "num_prior_images", "distill"}
 )
-"""What may change of a part that starts from what `train` made."""
+"""Fields of a fine-tuning section that may change in an output folder."""
 
 
 def _immutable_finetune_fields(part: SuperresSpec | DreamboothSpec | DistillSpec) -> dict[str, Any]:
     plain = part.model_dump(mode="json")
-    kept = {key: value for key, value in plain.items() if key not in GROWABLE_FIELDS}
-    protocol = {"protocol": _fixed(plain["protocol"])} if "protocol" in plain else {}
-    return {**kept, "train": part.train.fixed(), **protocol}
+    fields = {key: value for key, value in plain.items() if key not in GROWABLE_FIELDS}
+    protocol = {"protocol": _immutable_protocol_fields(plain["protocol"])} if "protocol" in plain else {}
+    return {**fields, "train": part.train.immutable_fields(), **protocol}
 
 
-def _inherit(part: Any, train: dict[str, Any], name: str) -> Any:
-    """A part of the file whose training takes from `train` what it does not say."""
-    if not isinstance(part, dict) or not isinstance(part.get("train"), dict):
-        return part
-    shared = {key: value for key, value in train.items() if key not in PER_RUN_FIELDS}
-    without = {"caption_dropout": 0.0} if name == "dreambooth" else {}
-    whole = {**part, "train": {**shared, **without, **part["train"]}}
-    if name == "superres" and "distill" in part:
-        whole["distill"] = _inherit(part["distill"], whole["train"], "distill")
-    return whole
+def _inherit(section: Any, train: dict[str, Any], name: str) -> Any:
+    """A fine-tuning section whose `train` inherits the fields that it does not set."""
+    if not isinstance(section, dict) or not isinstance(section.get("train"), dict):
+        return section
+    inherited = {key: value for key, value in train.items() if key not in PER_RUN_FIELDS}
+    defaults = {"caption_dropout": 0.0} if name == "dreambooth" else {}
+    merged = {**section, "train": {**inherited, **defaults, **section["train"]}}
+    if name == "superres" and "distill" in section:
+        merged["distill"] = _inherit(section["distill"], merged["train"], "distill")
+    return merged
 
 
-def _fixed(protocol: dict[str, Any]) -> dict[str, Any]:
+def _immutable_protocol_fields(protocol: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in protocol.items() if key not in {"metrics", "weights", "lpips"}}

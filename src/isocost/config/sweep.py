@@ -1,4 +1,4 @@
-"""Configuration of a sweep, of its points and of the guidance search."""
+"""Configuration of a sweep, its points and the guidance search."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEFAULT_BATCH_SIZE = 64
 
 
 class PointSpec(Spec):
-    """A coordinate of the sweep: everything that decides the generated images."""
+    """A point of the sweep: everything that determines the generated images."""
 
     checkpoint: str
     solver: SolverSpec
@@ -29,63 +29,69 @@ class PointSpec(Spec):
 
     @property
     def numerics(self) -> tuple[str, bool, int]:
-        """What decides the last bits of an image: precision, compiled or eager, places of a network call."""
+        """The settings that change only the rounding of an image: dtype, compiled, batch size."""
         return self.dtype, self.compiled, self.batch_size
 
 
 class RaceSpec(Spec):
-    """How the best guidance is searched (`sweep/race.py`). Its images have noise of their own, winners are scored anew."""
+    """Guidance search by successive halving (`sweep/guidance_search.py`). The winner is scored again with other noise."""
 
     rungs: tuple[Annotated[int, Field(ge=16)], ...] = Field(
-        (), description="images of a value, rising; from protocol.num_images where absent"
+        (), description="images per guidance value in each rung, rising; if absent, derived from protocol.num_images"
     )
     tolerance: float | None = Field(
-        None, gt=0, lt=1, description="what a choice may lose, as a share of the score; from protocol.num_images where absent"
+        None,
+        gt=0,
+        lt=1,
+        description="allowed loss of the selected value, as a fraction of the score; if absent, from protocol.num_images",
     )
-    confidence: float = Field(0.95, gt=0.5, lt=1, description="by which values are dropped and a race ends")
-    seed: int = Field(1, description="of the search; sweep.seed is that of the scores")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="confidence of dropping a value and of ending a race")
+    seed: int = Field(1, description="seed of the search; must differ from sweep.seed, the seed of the scores")
     stop_confidence: float | None = Field(
-        0.99, gt=0.5, lt=1, description="by which a cell that cannot be on any frontier is not scored; null scores all"
+        0.99, gt=0.5, lt=1, description="confidence that a winner is on no frontier, so that it is not scored; null scores all"
     )
 
     @field_validator("rungs")
     @classmethod
     def _rising(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
         if any(later <= earlier for earlier, later in itertools.pairwise(rungs)):
-            raise ValueError("rungs must rise")
+            raise ValueError("rungs must rise; sort them and use each number once")
         return rungs
 
 
 class SweepSpec(Spec):
-    """The grid: every trained size x solver x num_steps x guidance; `marks_at` is the point scored at each snapshot.
+    """The grid of points: every size x solver x num_steps x guidance.
 
-    With `search: race` the values of guidance are a range, and the best in it is found for every size, solver and num_steps.
+    With `search: race` the values of guidance are a range, and the best value is searched for every size, solver and num_steps.
+    Snapshots are scored at one point: the first solver, `snapshot_num_steps` and `snapshot_guidance`.
     """
 
     solvers: tuple[SolverSpec, ...] = (SolverSpec(),)
     num_steps: tuple[Annotated[int, Field(ge=1, le=NUM_TRAIN_TIMESTEPS)], ...]
     guidance: tuple[Annotated[float, Field(ge=0)], ...]
-    search: Literal["grid", "race"] = Field("grid", description="every value of guidance, or the best found with few images")
+    search: Literal["grid", "race"] = Field(
+        "grid", description="score every guidance value, or search the best one with few images"
+    )
     race: RaceSpec = RaceSpec()
     seed: int = 0
     dtype: DTypeName = "fp32"
-    compiled: bool = Field(False, description="compile the network: minutes once a machine, then faster calls")
-    batch_size: int = Field(DEFAULT_BATCH_SIZE, ge=1, description="passes of a call; on a CPU each core makes its own")
-    shard_size: int = Field(256, ge=1, description="images that are made, kept and shared out at once; changes no number")
-    snapshot_num_steps: int = Field(16, ge=1, le=NUM_TRAIN_TIMESTEPS)
-    snapshot_guidance: float = Field(2.0, ge=0)
+    compiled: bool = Field(False, description="compile the network; takes minutes once per machine")
+    batch_size: int = Field(DEFAULT_BATCH_SIZE, ge=1, description="slots of a network call; on a CPU one call per core")
+    shard_size: int = Field(256, ge=1, description="images per unit of work of a worker; changes no result")
+    snapshot_num_steps: int = Field(16, ge=1, le=NUM_TRAIN_TIMESTEPS, description="num_steps of the snapshots' points")
+    snapshot_guidance: float = Field(2.0, ge=0, description="guidance of the snapshots' points")
 
     @model_validator(mode="after")
-    def _races_on_fresh_noise(self) -> SweepSpec:
+    def _check_search(self) -> SweepSpec:
         if self.search == "race" and self.race.seed == self.seed:
-            raise ValueError(f"race.seed: {self.seed} is sweep.seed too; a winner is scored with noise it was not chosen by")
+            raise ValueError(f"race.seed = {self.seed} equals sweep.seed; choose another seed")
         if self.search == "race" and min(self.guidance) < 1:
-            raise ValueError("search: race takes guidance from 1 on; take the lower values out, or search: grid")
+            raise ValueError("search: race needs guidance of 1 or more; remove the lower values, or use search: grid")
         return self
 
     @field_validator("solvers", "num_steps", "guidance")
     @classmethod
     def _not_empty(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if not values:
-            raise ValueError("needs at least one value")
+            raise ValueError("give at least one value")
         return values

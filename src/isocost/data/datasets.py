@@ -1,9 +1,9 @@
-"""Images with captions, from wherever they lie: folder, tar shards, a `datasets` data set, or the embedded scenes.
+"""Read images with captions from a folder, tar shards, a data set of `datasets` or the built-in synthetic scenes.
 
-A source is read in one fixed order, so the position of an image is its id. What cannot be read is yielded as `Bad` with
-its name and reason, never dropped in silence; the caller counts.
+A source is read in a fixed order, so the position of an image is its id. A sample that cannot be read is yielded as an
+`UnreadableSample` with its name and the reason; it is never dropped silently.
 
-Shapes: H = W resolution, pixels.
+Shapes: R resolution, A number of labels.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from isocost.data.synthetic import scenes
 from isocost.errors import ConfigError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-TEST_OF_256 = 26
-"""First bytes of a name's hash that `subset: test` takes: one in ten."""
+NUM_TEST_BYTES = 26
+"""`subset: test` takes the images whose name hash has a first byte below this number: 26 of 256, about 10 %."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image uint8 [H, W, 3] with its captions, and its labels int64 [A] where the source knows attributes."""
+    """An image, uint8 [R, R, 3], with its captions and its labels, int64 [A]; labels are None if the source has none."""
 
     name: str
     image: np.ndarray
@@ -55,50 +55,51 @@ class UnreadableSample:
 
 @dataclass(frozen=True)
 class SkippedSample:
-    """An image that was not asked for, with its captions."""
+    """An image that was not decoded because the caller does not need it, with its captions."""
 
     name: str
     captions: tuple[str, ...]
 
 
 def read_source(
-    source: SourceSpec, resolution: int, wanted: Callable[[int], bool] = lambda position: True
+    source: SourceSpec, resolution: int, is_needed: Callable[[int], bool] = lambda position: True
 ) -> Iterator[Sample | UnreadableSample | SkippedSample]:
     """Read a source in its fixed order; images are cropped to the centre square and resized to `resolution`.
 
-    Images at positions that are not `wanted` are not decoded.
+    Args:
+        is_needed: whether the image at a position must be decoded; other images are yielded as `SkippedSample`.
 
     Raises:
-        ConfigError: the source itself is missing or its caption file is broken.
+        ConfigError: the source itself is missing, or its caption file is broken.
     """
     if isinstance(source, ScenesSource):
-        yield from _read_scenes(source, resolution, wanted)
+        yield from _read_scenes(source, resolution, is_needed)
         return
     readers = {"folder": _raw_folder, "webdataset": _raw_webdataset, "hub": _raw_hub}
-    kept = (raw for raw in readers[source.kind](source) if _in_split(raw, source))  # type: ignore[operator]
-    for position, raw in enumerate(kept):
+    subset = (raw for raw in readers[source.kind](source) if _in_subset(raw, source))  # type: ignore[operator]
+    for position, raw in enumerate(subset):
         if source.limit is not None and position >= source.limit:
             return
         if isinstance(raw, UnreadableSample):
             yield raw
         else:
-            yield _decode(raw, resolution) if wanted(position) else SkippedSample(raw.name, raw.captions)
+            yield _decode(raw, resolution) if is_needed(position) else SkippedSample(raw.name, raw.captions)
 
 
 def name_hash(name: str) -> bytes:
-    """Where an image stands among all by a hash of its name: what is held out comes first, in an order that is none."""
+    """Hash the name of an image. The test subset has the lowest hashes; sorting by hash gives a pseudo-random order."""
     return hashlib.sha256(name.encode()).digest()
 
 
-def _in_split(raw: _Raw | UnreadableSample, source: FolderSource | WebdatasetSource | HubSource) -> bool:
-    """Whether an image is in the source's part, by its name alone; a shard that cannot be read is missing from every part."""
+def _in_subset(raw: _Raw | UnreadableSample, source: FolderSource | WebdatasetSource | HubSource) -> bool:
+    """Whether the subset has an image, by a hash of its name. A tar shard that cannot be read is reported in every subset."""
     if source.subset == "all" or (source.kind == "webdataset" and "/" not in raw.name):
         return True
-    return (name_hash(raw.name)[0] < TEST_OF_256) == (source.subset == "test")
+    return (name_hash(raw.name)[0] < NUM_TEST_BYTES) == (source.subset == "test")
 
 
 def source_fingerprint(source: SourceSpec) -> str:
-    """Content hash of what a source holds: names and bytes of its files; for a Hub id its name and split.
+    """Hash the content of a source: names and bytes of its files. For a Hub id it is the id itself.
 
     Raises:
         ConfigError: the files are missing.
@@ -109,8 +110,8 @@ def source_fingerprint(source: SourceSpec) -> str:
         return f"hub:{source.path}"
     sha = hashlib.sha256()
     for file in _files_of(source):
-        inside = file.relative_to(source.path) if Path(source.path).is_dir() else file.name
-        sha.update(str(inside).encode())
+        name = file.relative_to(source.path) if Path(source.path).is_dir() else file.name
+        sha.update(str(name).encode())
         with file.open("rb") as stream:
             for block in iter(lambda: stream.read(1 << 20), b""):
                 sha.update(block)
@@ -118,7 +119,7 @@ def source_fingerprint(source: SourceSpec) -> str:
 
 
 def num_classes(source: SourceSpec) -> tuple[int, ...] | None:
-    """Number of values of each attribute head that the source's labels have; None where it has no labels known ahead."""
+    """Return the number of classes of each label of a source; None if it is not known before reading."""
     return tuple(scenes.ATTRIBUTES.values()) if isinstance(source, ScenesSource) else None
 
 
@@ -133,11 +134,11 @@ class _Raw:
     label: int | None = None
 
 
-def _read_scenes(source: ScenesSource, resolution: int, wanted: Callable[[int], bool]) -> Iterator[Sample | SkippedSample]:
+def _read_scenes(source: ScenesSource, resolution: int, is_needed: Callable[[int], bool]) -> Iterator[Sample | SkippedSample]:
     for position, index in enumerate(range(source.first, source.first + source.num_images)):
         scene, name = scenes.scene(source.seed, index), f"scene-{source.seed}-{index}"
         captions = scenes.captions(scene)[:1]
-        if wanted(position):
+        if is_needed(position):
             yield Sample(name, scenes.render(scene, resolution), captions, scenes.attribute_labels(scene))
         else:
             yield SkippedSample(name, captions)
@@ -153,35 +154,37 @@ def _files_of(source: FolderSource | WebdatasetSource | HubSource) -> list[Path]
             raise ConfigError(f"{source.path}: no such tar shard; give a path or a glob like data/train-*.tar")
         return files
     if not path.exists():
-        raise ConfigError(f"{source.path}: no such file or folder; paths in a study are relative to where isocost is started")
+        raise ConfigError(
+            f"{source.path}: no such file or folder; paths in a study are relative to the folder in which isocost is started"
+        )
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     if isinstance(source, HubSource) and path.is_dir():
         word = re.compile(rf"(?<![A-Za-z]){re.escape(source.split)}(?![A-Za-z])")
         files = [file for file in files if file.suffix == ".parquet" and word.search(file.stem)]
         if not files:
-            raise ConfigError(f"{source.path}: no Parquet file whose name holds the split '{source.split}'")
+            raise ConfigError(f"{source.path}: no Parquet file has the split '{source.split}' in its name; set `split`")
     if isinstance(source, FolderSource) and not any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
-        raise ConfigError(f"{source.path}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise ConfigError(f"{source.path}: the folder has no images; supported are {', '.join(sorted(IMAGE_SUFFIXES))}")
     return files
 
 
 def _raw_folder(source: FolderSource) -> Iterator[_Raw | UnreadableSample]:
     root = Path(source.path)
     if not root.is_dir():
-        raise ConfigError(f"{source.path}: no such folder of images")
+        raise ConfigError(f"{source.path}: no such folder of images; set `path` to an existing folder")
     images = [file for file in _files_of(source) if file.suffix.lower() in IMAGE_SUFFIXES]
-    listed = root / "captions.jsonl"
-    if listed.is_file():
-        captions = _caption_lines(listed)
+    captions_file = root / "captions.jsonl"
+    if captions_file.is_file():
+        captions = _read_captions_file(captions_file)
         unlisted = {str(file.relative_to(root)) for file in images} - captions.keys()
         for name in sorted(captions.keys() | unlisted):
             file = root / name
             if name in unlisted:
-                yield UnreadableSample(name, "no line in captions.jsonl")
+                yield UnreadableSample(name, "captions.jsonl has no line for it")
             elif not file.resolve().is_relative_to(root.resolve()):
                 yield UnreadableSample(name, "captions.jsonl names a file outside its folder")
             elif not file.is_file():
-                yield UnreadableSample(name, "named in captions.jsonl but not there")
+                yield UnreadableSample(name, "captions.jsonl names it, but the image file is missing")
             elif not _captions_nonempty(captions[name]):
                 yield UnreadableSample(name, "empty caption")
             else:
@@ -189,23 +192,23 @@ def _raw_folder(source: FolderSource) -> Iterator[_Raw | UnreadableSample]:
         return
     for file in images:
         name = str(file.relative_to(root))
-        sidecars = [side for suffix in (".txt", ".json") if (side := file.with_suffix(suffix)).is_file()]
+        sidecars = [sidecar for suffix in (".txt", ".json") if (sidecar := file.with_suffix(suffix)).is_file()]
         if not sidecars:
-            yield UnreadableSample(name, "no caption: neither captions.jsonl nor a .txt or .json beside it")
+            yield UnreadableSample(name, "no caption: there is no captions.jsonl, and no .txt or .json file of the same name")
             continue
         yield _with_sidecar(name, file.read_bytes(), sidecars[0].name, sidecars[0].read_bytes())
 
 
-def _caption_lines(file: Path) -> dict[str, tuple[str, ...]]:
+def _read_captions_file(file: Path) -> dict[str, tuple[str, ...]]:
     captions: dict[str, tuple[str, ...]] = {}
     for number, line in enumerate(file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line.decode("utf-8"))
-            captions[str(entry["file"])] = _captions_of(entry)
+            captions[str(entry["file"])] = _parse_captions(entry)
         except (ValueError, KeyError, TypeError) as error:
-            remedy = 'each line is {"file": NAME, "caption": TEXT} or {"file": NAME, "captions": [TEXT, ...]}'
+            remedy = 'each line must be {"file": NAME, "caption": TEXT} or {"file": NAME, "captions": [TEXT, ...]}'
             raise ConfigError(f"{file}: line {number} is broken; {remedy}") from error
     return captions
 
@@ -257,22 +260,24 @@ def _raw_hub(source: HubSource) -> Iterator[_Raw | UnreadableSample]:
         try:
             table = datasets.load_dataset("parquet", data_files={source.split: files}, split=source.split)
         except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
-            raise ConfigError(f"{source.path}: not readable as Parquet: {' '.join(str(error).split())[:200]}") from error
+            raise ConfigError(
+                f"{source.path}: cannot be read as Parquet; set `path` to Parquet files: {' '.join(str(error).split())[:200]}"
+            ) from error
     else:
         try:
             table = datasets.load_dataset(source.path, split=source.split)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(
-                f"{source.path}: neither a local path nor a data set that loads from the Hub: {reason}"
+                f"{source.path}: neither a local path nor a data set that can be loaded from the Hub: {reason}"
             ) from error
-    wanted = [source.image_column, source.caption_column] + ([source.label_column] if source.label_column else [])
-    missing = [column for column in wanted if column not in table.column_names]
+    columns = [source.image_column, source.caption_column] + ([source.label_column] if source.label_column else [])
+    missing = [column for column in columns if column not in table.column_names]
     if missing:
-        raise ConfigError(f"{source.path}: no column '{missing[0]}'; there are: {', '.join(table.column_names)}")
+        raise ConfigError(f"{source.path}: no column '{missing[0]}'; its columns are: {', '.join(table.column_names)}")
     if isinstance(table.features[source.image_column], datasets.Image):
         table = table.cast_column(source.image_column, datasets.Image(decode=False))
-    for position, row in enumerate(table.select_columns(wanted)):
+    for position, row in enumerate(table.select_columns(columns)):
         name, image = f"{source.split}/{position}", row[source.image_column]
         data = image.get("bytes") if isinstance(image, dict) else None
         captions = row[source.caption_column]
@@ -294,7 +299,7 @@ def _raw_hub(source: HubSource) -> Iterator[_Raw | UnreadableSample]:
 def _with_sidecar(name: str, data: bytes, sidecar_name: str, sidecar: bytes) -> _Raw | UnreadableSample:
     try:
         text = sidecar.decode("utf-8-sig")
-        captions = _captions_of(json.loads(text)) if sidecar_name.endswith(".json") else _captions_of({"caption": text.strip()})
+        captions = _parse_captions(json.loads(text) if sidecar_name.endswith(".json") else {"caption": text.strip()})
     except (ValueError, KeyError, TypeError) as error:
         return UnreadableSample(name, f"caption file {sidecar_name} cannot be read: {' '.join(str(error).split())}")
     return (
@@ -304,11 +309,11 @@ def _with_sidecar(name: str, data: bytes, sidecar_name: str, sidecar: bytes) -> 
     )
 
 
-def _captions_of(entry: dict[str, Any]) -> tuple[str, ...]:
-    found = entry["captions"] if "captions" in entry else entry["caption"]
-    captions = [found] if isinstance(found, str) else found
+def _parse_captions(entry: dict[str, Any]) -> tuple[str, ...]:
+    value = entry["captions"] if "captions" in entry else entry["caption"]
+    captions = [value] if isinstance(value, str) else value
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise TypeError("captions are a text or a list of texts")
+        raise TypeError("captions must be a text or a list of texts")
     return tuple(captions)
 
 
@@ -321,14 +326,14 @@ def _decode(raw: _Raw, resolution: int) -> Sample | UnreadableSample:
         with Image.open(io.BytesIO(raw.data)) as opened:
             image = square_rgb(opened, resolution)
     except UnidentifiedImageError:
-        return UnreadableSample(raw.name, "image cannot be read: no known format")
+        return UnreadableSample(raw.name, "image cannot be read: unknown format")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return UnreadableSample(raw.name, f"image cannot be read: {' '.join(str(error).split())[:120]}")
     labels = None if raw.label is None else np.array([raw.label], dtype=np.int64)
     return Sample(raw.name, image, raw.captions, labels)
 
 
-_TURNS = {
+_EXIF_ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -340,16 +345,16 @@ _TURNS = {
 
 
 def _apply_exif_orientation(opened: Image.Image) -> Image.Image:
-    """Turned by its EXIF orientation; a broken EXIF block is not worth losing the image."""
+    """Turn an image by its EXIF orientation; a broken EXIF block is ignored."""
     try:
-        turn = _TURNS.get(opened.getexif().get(0x0112, 1))
+        transpose = _EXIF_ORIENTATIONS.get(opened.getexif().get(0x0112, 1))
     except (ValueError, TypeError, SyntaxError, OSError, KeyError, struct.error):
-        turn = None
-    return opened if turn is None else opened.transpose(turn)
+        transpose = None
+    return opened if transpose is None else opened.transpose(transpose)
 
 
 def square_rgb(opened: Image.Image, resolution: int) -> np.ndarray:
-    """Centre square of an image, on white where it is transparent, as uint8 [resolution, resolution, 3] (Lanczos)."""
+    """Crop an image to its centre square, composite it onto white and resize it (Lanczos) to uint8 [R, R, 3]."""
     opened = _apply_exif_orientation(opened)
     if opened.mode.startswith("I;16"):
         opened = Image.fromarray((np.asarray(opened) / 257).round().astype(np.uint8))
@@ -357,24 +362,24 @@ def square_rgb(opened: Image.Image, resolution: int) -> np.ndarray:
         rgba = opened.convert("RGBA")
         opened = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     rgb = opened.convert("RGB")
-    side = min(rgb.size)
-    left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
-    rgb = rgb.crop((left, top, left + side, top + side))
-    if side != resolution:
+    size = min(rgb.size)
+    left, top = (rgb.width - size) // 2, (rgb.height - size) // 2
+    rgb = rgb.crop((left, top, left + size, top + size))
+    if size != resolution:
         rgb = rgb.resize((resolution, resolution), Image.Resampling.LANCZOS)
     return np.asarray(rgb)
 
 
 def read_photograph(file: Path) -> Image.Image:
-    """An image that a person names, RGB, turned as its EXIF says.
+    """Read an image that the user names as RGB, turned by its EXIF orientation.
 
     Raises:
-        ConfigError: there is none, or it cannot be read.
+        ConfigError: there is no such file, or it cannot be read.
     """
     if not file.is_file():
-        raise ConfigError(f"{file}: no such image")
+        raise ConfigError(f"{file}: no such image; give the path of an image file")
     try:
         with Image.open(file) as image:
             return _apply_exif_orientation(image).convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{file}: no image can be read from it ({error}); take it out, or give another") from error
+        raise ConfigError(f"{file}: the image cannot be read ({error}); remove or replace it") from error

@@ -1,15 +1,15 @@
-"""The latent cache: moments, captions and prompt embeddings of a whole data set, in tables of fixed-shape rows.
+"""The latent cache: latent moments, captions and prompt embeddings of a whole data set, in tables of fixed-shape rows.
 
-latents-*    mean, std  float16 [S, C, L, L]   a row for every image of the source in its order; rows of bad ones are void
-captions-*   numbers    int32 [S, K]           which captions an image has, -1 where there are no more
-text-*       token_ids  int32 [S, T]           every distinct caption in sorted order, the empty one last
-             states     float16 [S, T, D]      on request
-isocost.json           written last: a cache without it is not there
+latents-*    mean, std      float16 [S, C, L, L]   one row per image in the order of the source; zeros for unreadable images
+captions-*   numbers        int32 [S, K]           numbers of each image's captions, padded with -1
+text-*       token_ids      int32 [S, T]           one row per distinct caption in sorted order; the last is the empty caption
+             prompt_embeds  float16 [S, T, D]      optional
+isocost.json                                       the index, written last: without it the cache does not exist
 
-Several processes write one cache together, and what a killed one left is not encoded again.
+Several processes can write one cache together. Shards that a killed process has written are not encoded again.
 
-Shapes: N images, S rows a shard, C latent channels, L latent side, U distinct captions, K most captions an image has,
-T tokens, D width of the prompt embeddings, B batch.
+Shapes: N images, S rows per shard, C latent channels, L latent size, K maximum number of captions of an image, T tokens, D
+width of the prompt embeddings, B batch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from isocost.errors import RunError
 from isocost.models.autoencoder import Autoencoder
 from isocost.models.text_encoder import MiniLMTextEncoder
 
-VERSION = 2
+CACHE_VERSION = 2
 SHARD_SIZE = 4096
 ENCODE_BATCH = 256
 NULL_CAPTION = ""
@@ -41,104 +41,125 @@ INDEX = "isocost.json"
 
 Progress = Callable[[int], None]
 Reader = Callable[[Callable[[int], bool]], Iterator[Sample | UnreadableSample | SkippedSample]]
-"""Items of a source in order; those at whose position the question is answered False need not be decoded."""
+"""Reads the items of a source in order. It may skip decoding the images at positions for which its argument returns False."""
 
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """One process of several that write a cache together; `wait` returns when all have come to it."""
+    """Rank and number of processes that work together; `wait` is a barrier of all processes."""
 
     rank: int = 0
-    num_parts: int = 1
+    num_processes: int = 1
     wait: Callable[[], None] = lambda: None
 
-    def has(self, shard: int) -> bool:
-        """Whether this process writes the shard."""
-        return shard % self.num_parts == self.rank
+    def owns(self, shard: int) -> bool:
+        """Whether this process writes a shard of the cache."""
+        return shard % self.num_processes == self.rank
 
 
 @dataclass
 class ImageDataset:
-    """Images in memory: uint8 [N, 3, R, R], captions of each, labels int64 [N, A] where known, what was skipped."""
+    """A data set in memory.
+
+    Attributes:
+        images: uint8 [N, 3, R, R].
+        captions: of each image.
+        labels: attribute labels, int64 [N, A]; None if not all images have them.
+        unreadable: images or captions that could not be read.
+    """
 
     images: Tensor
     captions: list[tuple[str, ...]]
     names: list[str]
     labels: Tensor | None
-    bad: list[UnreadableSample] = field(default_factory=list)
+    unreadable: list[UnreadableSample] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, wanted: Callable[[int], bool]) -> Iterator[Sample | UnreadableSample | SkippedSample]:
-        """The set as a source: its images, then what was skipped."""
+    def read(self, is_needed: Callable[[int], bool]) -> Iterator[Sample | UnreadableSample | SkippedSample]:
+        """Read the data set as a source: its images, then the unreadable samples."""
         for position, (name, captions) in enumerate(zip(self.names, self.captions, strict=True)):
-            if wanted(position):
+            if is_needed(position):
                 yield Sample(name, self.images[position].permute(1, 2, 0).numpy(), captions)
             else:
                 yield SkippedSample(name, captions)
-        yield from self.bad
+        yield from self.unreadable
 
     def random_subset(self, num: int) -> Tensor:
-        """Images uint8 [num, 3, R, R], fewer if there are fewer, by a hash of the names: sources may be sorted by kind."""
+        """Return up to `num` images, uint8 [num, 3, R, R], chosen by a hash of their names, because a source may be sorted."""
         order = sorted(range(len(self)), key=lambda position: name_hash(self.names[position]))
         return self.images[order[:num]]
 
     def fingerprint(self) -> str:
-        """Content hash of images and captions."""
+        """Hash the images and captions."""
         sha = hashlib.sha256(self.images.numpy().tobytes())
         sha.update(json.dumps(self.captions, ensure_ascii=False).encode())
         return sha.hexdigest()[:16]
 
 
 def load_images(source: SourceSpec, resolution: int, max_unreadable_fraction: float, limit: int | None = None) -> ImageDataset:
-    """Read a source into memory; what is held out by a hash of the names comes in the hash's order.
+    """Read a source into memory.
 
-    The first of them are then a fair draw, also where the names are sorted by what the images show.
+    The images of `subset: test` come in the order of a hash of their names. Their first images are therefore a random sample,
+    even if names are sorted by content.
+
+    Args:
+        limit: the maximum number of items to read.
 
     Raises:
-        RunError: more than `max_unreadable_fraction` of it cannot be read, or nothing can.
+        RunError: more than `max_unreadable_fraction` of the items cannot be read, or none can.
     """
     samples: list[Sample] = []
-    bad: list[UnreadableSample] = []
+    unreadable: list[UnreadableSample] = []
     for item in islice(read_source(source, resolution), limit):
         if isinstance(item, UnreadableSample):
-            bad.append(item)
+            unreadable.append(item)
         elif isinstance(item, Sample):
             samples.append(item)
-    _refuse_bad(len(samples), bad, max_unreadable_fraction)
+    _refuse_unreadable(len(samples), unreadable, max_unreadable_fraction)
     if not isinstance(source, ScenesSource) and source.subset == "test":
         samples.sort(key=lambda sample: name_hash(sample.name))
     stacked = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2).contiguous()
     labels = None
     if all(sample.labels is not None for sample in samples):
         labels = torch.from_numpy(np.stack([sample.labels for sample in samples if sample.labels is not None]))
-    return ImageDataset(stacked, [s.captions for s in samples], [s.name for s in samples], labels, bad)
+    return ImageDataset(stacked, [s.captions for s in samples], [s.name for s in samples], labels, unreadable)
 
 
-def _refuse_bad(num_good: int, bad: list[UnreadableSample], max_unreadable_fraction: float) -> None:
-    total = num_good + len(bad)
-    if not num_good or len(bad) > max_unreadable_fraction * total:
-        first = f"; first: {bad[0].name}: {bad[0].reason}" if bad else ""
-        raise RunError(
-            f"{len(bad)} of {total} images cannot be read, more than data.max_unreadable_fraction={max_unreadable_fraction:g}{first}"
-        )
+def _refuse_unreadable(num_readable: int, unreadable: list[UnreadableSample], max_unreadable_fraction: float) -> None:
+    total = num_readable + len(unreadable)
+    if not num_readable or len(unreadable) > max_unreadable_fraction * total:
+        first = f"; first: {unreadable[0].name}: {unreadable[0].reason}" if unreadable else ""
+        limit = f"data.max_unreadable_fraction={max_unreadable_fraction:g}"
+        raise RunError(f"{len(unreadable)} of {total} images cannot be read, more than {limit}{first}")
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def forecast_bytes(
-    num_images: int, latent_shape: tuple[int, int, int], num_captions: int, text: tuple[int, int], with_states: bool
+def estimate_cache_bytes(
+    num_images: int,
+    latent_shape: tuple[int, int, int],
+    num_captions: int,
+    text_shape: tuple[int, int],
+    with_prompt_embeds: bool,
 ) -> int:
-    """Bytes that a cache will take, within its headers; `text` is (T, D)."""
+    """Estimate the bytes of a cache, without file headers.
+
+    Args:
+        latent_shape: (C, L, L).
+        num_captions: number of distinct captions.
+        text_shape: (T, D).
+    """
+    num_tokens, width = text_shape
     latents = num_images * (4 * int(np.prod(latent_shape)) + 8)
-    tokens = (num_captions + 1) * (4 * text[0] + 8 + (2 * text[0] * text[1] if with_states else 0))
-    return latents + tokens + 12 * num_images
+    texts = (num_captions + 1) * (4 * num_tokens + 8 + (2 * num_tokens * width if with_prompt_embeds else 0))
+    return latents + texts + 12 * num_images
 
 
-def count(read: Reader) -> tuple[int, int]:
-    """Number of items of a source, readable or not, and of their distinct captions; no image is decoded."""
+def count_images_and_captions(read: Reader) -> tuple[int, int]:
+    """Count the items of a source, readable or not, and their distinct captions, without decoding images."""
     num_items = 0
     captions: set[str] = set()
     for item in read(lambda position: False):
@@ -148,50 +169,62 @@ def count(read: Reader) -> tuple[int, int]:
 
 
 def write_cache(
-    place: ShardStore,
+    store: ShardStore,
     read: Reader,
     autoencoder: Autoencoder,
-    text: MiniLMTextEncoder,
+    text_encoder: MiniLMTextEncoder,
     *,
-    with_states: bool = True,
+    with_prompt_embeds: bool = True,
     max_unreadable_fraction: float = 0.0,
-    part: ProcessInfo = ProcessInfo(),
+    process: ProcessInfo = ProcessInfo(),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Encode every image and every distinct caption once; returns what the index should say, which is not written here.
+    """Encode every image and every distinct caption once, and write the shards.
 
-    `progress` is told how many more images this process encoded, then how many more captions.
+    Args:
+        process: this process among those that write the cache together.
+        progress: called with the number of images that this process has encoded since the last call, then of captions.
+
+    Returns:
+        The content of the index. The caller writes it with `write_index`, which makes the cache exist.
 
     Raises:
-        RunError: more than `max_unreadable_fraction` of the source cannot be read, or nothing can; or the place is full.
+        RunError: more than `max_unreadable_fraction` of the source cannot be read, or nothing can; or the store is full.
     """
     try:
-        captions = _write_latents(place, read, autoencoder, part, progress)
-        part.wait()
-        shards = [json.loads(place.read(f"latents-{n:05d}.json")) for n in range(-(-len(captions) // SHARD_SIZE))]
-        bad = {
+        captions = _write_latents(store, read, autoencoder, process, progress)
+        process.wait()
+        num_shards = -(-len(captions) // SHARD_SIZE)
+        shards = [json.loads(store.read(f"latents-{number:05d}.json")) for number in range(num_shards)]
+        unreadable = {
             int(item["position"]): UnreadableSample(item["name"], item["reason"]) for shard in shards for item in shard["bad"]
         }
-        good = [captions[position] for position in range(len(captions)) if position not in bad]
-        _refuse_bad(len(good), list(bad.values()), max_unreadable_fraction)
-        distinct = sorted({caption for several in good for caption in several})
-        texts = _write_texts(place, [*distinct, NULL_CAPTION], text, with_states, part, progress)
-        part.wait()
-        numbers = _write_numbers(place, good, distinct) if part.rank == 0 else []
+        readable = [captions[position] for position in range(len(captions)) if position not in unreadable]
+        _refuse_unreadable(len(readable), list(unreadable.values()), max_unreadable_fraction)
+        distinct_captions = sorted({caption for image_captions in readable for caption in image_captions})
+        texts = _write_texts(store, [*distinct_captions, NULL_CAPTION], text_encoder, with_prompt_embeds, process, progress)
+        process.wait()
+        numbers = _write_caption_numbers(store, readable, distinct_captions) if process.rank == 0 else []
     except OSError as error:
-        raise RunError(f"{place.url}: the latent cache cannot be written ({error}); what is written is kept") from error
+        raise RunError(
+            f"{store.url}: the latent cache cannot be written ({error}); free some space, and the same command continues it"
+        ) from error
     return {
-        "num_images": len(good),
-        "num_captions": len(distinct),
+        "num_images": len(readable),
+        "num_captions": len(distinct_captions),
         "latent_shape": next(shard["latent_shape"] for shard in shards if shard["latent_shape"]),
-        "num_tokens": text.max_tokens,
-        "cross_attention_dim": text.cross_attention_dim,
-        "with_states": with_states,
-        "num_bad": len(bad),
-        "bad": [{"position": at, "name": item.name, "reason": item.reason} for at, item in sorted(bad.items())],
+        "num_tokens": text_encoder.max_tokens,
+        "cross_attention_dim": text_encoder.cross_attention_dim,
+        "with_prompt_embeds": with_prompt_embeds,
+        "num_bad": len(unreadable),
+        "bad": [
+            {"position": position, "name": item.name, "reason": item.reason} for position, item in sorted(unreadable.items())
+        ],
         "shard_size": SHARD_SIZE,
         "tables": {
-            "latents": [{"name": f"latents-{n:05d}.safetensors", "bytes": s["bytes"]} for n, s in enumerate(shards)],
+            "latents": [
+                {"name": f"latents-{number:05d}.safetensors", "bytes": shard["bytes"]} for number, shard in enumerate(shards)
+            ],
             "captions": numbers,
             "text": texts,
         },
@@ -199,119 +232,126 @@ def write_cache(
 
 
 def _write_latents(
-    place: ShardStore, read: Reader, autoencoder: Autoencoder, part: ProcessInfo, progress: Progress | None
+    store: ShardStore, read: Reader, autoencoder: Autoencoder, process: ProcessInfo, progress: Progress | None
 ) -> list[tuple[str, ...]]:
-    """The shards of this process; returns the captions of every item of the source, none for those it found bad."""
-    there = place.sizes()
+    """Write the latent shards of this process.
+
+    Returns:
+        The captions of every item of the source; empty for items that cannot be read.
+    """
+    existing = store.sizes()
     captions: list[tuple[str, ...]] = []
 
     def is_done(shard: int) -> bool:
-        about = f"latents-{shard:05d}.json"
-        if about not in there:
+        info_file = f"latents-{shard:05d}.json"
+        if info_file not in existing:
             return False
-        return there.get(f"latents-{shard:05d}.safetensors", 0) == json.loads(place.read(about))["bytes"]
+        return existing.get(f"latents-{shard:05d}.safetensors", 0) == json.loads(store.read(info_file))["bytes"]
 
-    mine = {}
+    is_shard_needed: dict[int, bool] = {}
 
-    def wanted(position: int) -> bool:
+    def is_needed(position: int) -> bool:
         shard = position // SHARD_SIZE
-        if shard not in mine:
-            mine[shard] = part.has(shard) and not is_done(shard)
-        return mine[shard]
+        if shard not in is_shard_needed:
+            is_shard_needed[shard] = process.owns(shard) and not is_done(shard)
+        return is_shard_needed[shard]
 
-    shard: list[Sample | UnreadableSample] = []
-    for item in read(wanted):
+    items: list[Sample | UnreadableSample] = []
+    for item in read(is_needed):
         position = len(captions)
         captions.append(() if isinstance(item, UnreadableSample) else item.captions)
-        if wanted(position) and not isinstance(item, SkippedSample):
-            shard.append(item)
-        if len(captions) % SHARD_SIZE == 0 and shard:
-            _write_latent_shard(place, position // SHARD_SIZE, shard, autoencoder, progress)
-            shard = []
-    if shard:
-        _write_latent_shard(place, (len(captions) - 1) // SHARD_SIZE, shard, autoencoder, progress)
+        if is_needed(position) and not isinstance(item, SkippedSample):
+            items.append(item)
+        if len(captions) % SHARD_SIZE == 0 and items:
+            _write_latent_shard(store, position // SHARD_SIZE, items, autoencoder, progress)
+            items = []
+    if items:
+        _write_latent_shard(store, (len(captions) - 1) // SHARD_SIZE, items, autoencoder, progress)
     return captions
 
 
 def _write_latent_shard(
-    place: ShardStore, number: int, shard: list[Sample | UnreadableSample], autoencoder: Autoencoder, progress: Progress | None
+    store: ShardStore, number: int, items: list[Sample | UnreadableSample], autoencoder: Autoencoder, progress: Progress | None
 ) -> None:
-    good = [(row, item) for row, item in enumerate(shard) if isinstance(item, Sample)]
-    bad = [
+    readable = [(row, item) for row, item in enumerate(items) if isinstance(item, Sample)]
+    unreadable = [
         {"position": number * SHARD_SIZE + row, "name": item.name, "reason": item.reason}
-        for row, item in enumerate(shard)
+        for row, item in enumerate(items)
         if isinstance(item, UnreadableSample)
     ]
     columns: dict[str, Tensor] = {}
     latent_shape: list[int] = []
-    for start in range(0, len(good), ENCODE_BATCH):
-        rows = [row for row, _ in good[start : start + ENCODE_BATCH]]
-        stacked = torch.from_numpy(np.stack([item.image for _, item in good[start : start + ENCODE_BATCH]]))
+    for start in range(0, len(readable), ENCODE_BATCH):
+        rows = [row for row, _ in readable[start : start + ENCODE_BATCH]]
+        stacked = torch.from_numpy(np.stack([item.image for _, item in readable[start : start + ENCODE_BATCH]]))
         for name, values in zip(("mean", "std"), autoencoder.encode(stacked.permute(0, 3, 1, 2).contiguous()), strict=True):
             latent_shape = list(values.shape[1:])
             if name not in columns:
-                columns[name] = torch.zeros(len(shard), *latent_shape, dtype=torch.float16)
+                columns[name] = torch.zeros(len(items), *latent_shape, dtype=torch.float16)
             columns[name][rows] = values.cpu().half()
         if progress is not None:
             progress(len(rows))
-    size = write_shard(place, f"latents-{number:05d}.safetensors", columns) if columns else 0
-    about = {"bytes": size, "latent_shape": latent_shape, "bad": bad}
-    place.write(f"latents-{number:05d}.json", json.dumps(about).encode())
+    size = write_shard(store, f"latents-{number:05d}.safetensors", columns) if columns else 0
+    info = {"bytes": size, "latent_shape": latent_shape, "bad": unreadable}
+    store.write(f"latents-{number:05d}.json", json.dumps(info).encode())
 
 
 def _write_texts(
-    place: ShardStore,
+    store: ShardStore,
     captions: list[str],
-    text: MiniLMTextEncoder,
-    with_states: bool,
-    part: ProcessInfo,
+    text_encoder: MiniLMTextEncoder,
+    with_prompt_embeds: bool,
+    process: ProcessInfo,
     progress: Progress | None,
 ) -> list[dict[str, Any]]:
     files = []
-    there = place.sizes()
+    existing = store.sizes()
     for number, start in enumerate(range(0, len(captions), SHARD_SIZE)):
-        some = captions[start : start + SHARD_SIZE]
+        chunk = captions[start : start + SHARD_SIZE]
         name = f"text-{number:05d}.safetensors"
-        if part.has(number) and name not in there:
-            token_ids = text.tokenize(some)
+        if process.owns(number) and name not in existing:
+            token_ids = text_encoder.tokenize(chunk)
             columns = {"token_ids": torch.from_numpy(token_ids)}
-            if with_states:
-                states = []
+            if with_prompt_embeds:
+                prompt_embeds = []
                 for batch in np.array_split(token_ids, -(-len(token_ids) // ENCODE_BATCH)):
-                    states.append(text.states(batch).half().cpu())
+                    prompt_embeds.append(text_encoder.encode_tokens(batch).half().cpu())
                     if progress is not None:
                         progress(len(batch))
-                columns["states"] = torch.cat(states)
-            write_shard(place, name, columns)
+                columns["prompt_embeds"] = torch.cat(prompt_embeds)
+            write_shard(store, name, columns)
         files.append(name)
-    part.wait()
-    return [{"name": name, "bytes": place.size(name)} for name in files]
+    process.wait()
+    return [{"name": name, "bytes": store.size(name)} for name in files]
 
 
-def _write_numbers(place: ShardStore, captions: list[tuple[str, ...]], distinct: list[str]) -> list[dict[str, Any]]:
-    number_of = {caption: number for number, caption in enumerate(distinct)}
-    most = max(len(several) for several in captions)
+def _write_caption_numbers(
+    store: ShardStore, captions: list[tuple[str, ...]], distinct_captions: list[str]
+) -> list[dict[str, Any]]:
+    number_of = {caption: number for number, caption in enumerate(distinct_captions)}
+    max_captions = max(len(image_captions) for image_captions in captions)
     files = []
-    for number, start in enumerate(range(0, len(captions), SHARD_SIZE)):
-        some = captions[start : start + SHARD_SIZE]
-        rows = torch.full((len(some), most), -1, dtype=torch.int32)
-        for row, several in enumerate(some):
-            rows[row, : len(several)] = torch.tensor([number_of[caption] for caption in several], dtype=torch.int32)
-        name = f"captions-{number:05d}.safetensors"
-        files.append({"name": name, "bytes": write_shard(place, name, {"numbers": rows})})
+    for shard, start in enumerate(range(0, len(captions), SHARD_SIZE)):
+        chunk = captions[start : start + SHARD_SIZE]
+        numbers = torch.full((len(chunk), max_captions), -1, dtype=torch.int32)
+        for row, image_captions in enumerate(chunk):
+            values = [number_of[caption] for caption in image_captions]
+            numbers[row, : len(image_captions)] = torch.tensor(values, dtype=torch.int32)
+        name = f"captions-{shard:05d}.safetensors"
+        files.append({"name": name, "bytes": write_shard(store, name, {"numbers": numbers})})
     return files
 
 
-def write_index(place: ShardStore, index: dict[str, Any]) -> None:
-    """Make a cache exist."""
-    place.write(INDEX, (json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode())
+def write_index(store: ShardStore, index: dict[str, Any]) -> None:
+    """Write the index, which makes a cache exist."""
+    store.write(INDEX, (json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
 class Cache(Protocol):
-    """What a training draws from."""
+    """Latent moments and captions of the images of a training."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -322,38 +362,38 @@ class Cache(Protocol):
 
     @property
     def has_prompt_embeds(self) -> bool:
-        """Whether prompt embeddings are there, beside token ids."""
+        """Whether the cache has prompt embeddings in addition to token ids."""
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents of images int64 [B]: float32 [B, C, L, L] each."""
 
     def captions(self, images: Tensor) -> Tensor:
-        """Caption numbers of images int64 [B]: int64 [B, K], -1 where an image has no more."""
+        """Caption numbers of images int64 [B]: int64 [B, K], padded with -1."""
 
     def token_ids(self, captions: Tensor) -> Tensor:
         """Token ids int32 [B, T] of caption numbers int64 [B]."""
 
-    def states(self, captions: Tensor) -> Tensor:
+    def prompt_embeds(self, captions: Tensor) -> Tensor:
         """Prompt embeddings float32 [B, T, D] of caption numbers int64 [B]; needs `has_prompt_embeds`."""
 
 
 class LatentCache(Cache):
-    """A cache opened for training.
+    """A latent cache on disk or in an object store.
 
     Raises:
-        RunError: a shard is missing or cut off.
+        RunError: a shard is missing or truncated.
     """
 
-    def __init__(self, place: ShardStore | str | Path) -> None:
-        self.place = place if isinstance(place, ShardStore) else ShardStore(place)
-        index = self.index = json.loads(self.place.read(INDEX))
+    def __init__(self, store: ShardStore | str | Path) -> None:
+        self.store = store if isinstance(store, ShardStore) else ShardStore(store)
+        index = self.index = json.loads(self.store.read(INDEX))
         tables, size = index["tables"], index["shard_size"]
         self._latents, self._captions, self._text = (
-            RowTable(self.place, tables[name], size) for name in ("latents", "captions", "text")
+            RowTable(self.store, tables[name], size) for name in ("latents", "captions", "text")
         )
         self.num_captions: int = index["num_captions"]
-        bad = np.array(sorted(item["position"] for item in index["bad"]), dtype=np.int64)
-        self._bad_before = bad - np.arange(len(bad))
+        unreadable = np.array(sorted(item["position"] for item in index["bad"]), dtype=np.int64)
+        self._next_readable = unreadable - np.arange(len(unreadable))  # index of the first image after each unreadable item
 
     def __len__(self) -> int:
         return int(self.index["num_images"])
@@ -365,37 +405,42 @@ class LatentCache(Cache):
 
     @property
     def has_prompt_embeds(self) -> bool:
-        """Whether prompt embeddings are there, beside token ids."""
-        return bool(self.index["with_states"])
+        """Whether the cache has prompt embeddings in addition to token ids."""
+        return bool(self.index["with_prompt_embeds"])
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents of images int64 [B]: float32 [B, C, L, L] each."""
-        numbers = images.numpy()
-        rows = self._latents.rows(torch.from_numpy(numbers + np.searchsorted(self._bad_before, numbers, side="right")))
+        indices = images.numpy()
+        positions = indices + np.searchsorted(self._next_readable, indices, side="right")
+        rows = self._latents.rows(torch.from_numpy(positions))
         return rows["mean"].float(), rows["std"].float()
 
     def captions(self, images: Tensor) -> Tensor:
-        """Caption numbers of images int64 [B]: int64 [B, K], -1 where an image has no more."""
+        """Caption numbers of images int64 [B]: int64 [B, K], padded with -1."""
         return self._captions.rows(images)["numbers"].long()
 
     def token_ids(self, captions: Tensor) -> Tensor:
         """Token ids int32 [B, T] of caption numbers int64 [B]."""
         return self._text.rows(captions)["token_ids"]
 
-    def states(self, captions: Tensor) -> Tensor:
+    def prompt_embeds(self, captions: Tensor) -> Tensor:
         """Prompt embeddings float32 [B, T, D] of caption numbers int64 [B]; needs `has_prompt_embeds`."""
-        return self._text.rows(captions)["states"].float()
+        return self._text.rows(captions)["prompt_embeds"].float()
 
 
 class MemoryCache(Cache):
-    """A few images, one caption each, encoded on the spot."""
+    """A cache in memory: encodes a few images with one caption each."""
 
-    def __init__(self, images: Tensor, captions: list[str], autoencoder: Autoencoder, text: MiniLMTextEncoder) -> None:
-        """`images` uint8 [N, 3, R, R]."""
-        distinct = sorted(set(captions))
-        self._tokens = torch.from_numpy(text.tokenize([*distinct, NULL_CAPTION]))
-        self._states = text.states(self._tokens.numpy()).clone().cpu()
-        self._numbers = torch.tensor([[distinct.index(caption)] for caption in captions])
+    def __init__(self, images: Tensor, captions: list[str], autoencoder: Autoencoder, text_encoder: MiniLMTextEncoder) -> None:
+        """
+        Args:
+            images: uint8 [N, 3, R, R].
+            captions: one for each image.
+        """
+        distinct_captions = sorted(set(captions))
+        self._tokens = torch.from_numpy(text_encoder.tokenize([*distinct_captions, NULL_CAPTION]))
+        self._prompt_embeds = text_encoder.encode_tokens(self._tokens.numpy()).clone().cpu()
+        self._numbers = torch.tensor([[distinct_captions.index(caption)] for caption in captions])
         encoded = [autoencoder.encode(batch) for batch in images.split(ENCODE_BATCH)]
         self._mean, self._std = (torch.cat([moments[i] for moments in encoded]).float().cpu() for i in range(2))
 
@@ -419,5 +464,5 @@ class MemoryCache(Cache):
     def token_ids(self, captions: Tensor) -> Tensor:
         return self._tokens[captions]
 
-    def states(self, captions: Tensor) -> Tensor:
-        return self._states[captions]
+    def prompt_embeds(self, captions: Tensor) -> Tensor:
+        return self._prompt_embeds[captions]

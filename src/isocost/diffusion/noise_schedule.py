@@ -1,9 +1,9 @@
-"""How noise mixes into latents, and the noise itself as a function of the image.
+"""Noise schedules: the mixing of latents and noise at every training timestep.
 
 The forward process is `x_t = alpha_t x0 + sigma_t noise`: variance preserving (Ho et al., arXiv 2006.11239, eq. 4:
 `alpha_t^2 + sigma_t^2 = 1`) or a straight flow (Lipman et al., arXiv 2210.02747: `alpha_t + sigma_t = 1`).
 
-Shape letters: T training timesteps, B rows, C H W latent, K blocks of four elements (`K = ceil(C H W / 4)`).
+Shape letters: T training timesteps, B rows.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ Floats = NDArray[np.float64]
 class NoiseSchedule:
     """A discrete noise schedule, from nearly clean (index 0) to nearly pure noise (index T - 1).
 
-    Two schedules are the same only if they are the same object; the constructors below give the same object for the same
-    arguments.
+    A schedule equals only itself. The cached constructors below return the same object for the same arguments.
 
     Attributes:
-        alpha, sigma: float64 [T], `x_t = alpha x0 + sigma noise`; alpha falls inside [0, 1), sigma rises inside (0, 1].
-        timesteps: float64 [T], what the network is told at each index.
-        set_alpha_to_one: DDIM's last step leads to the clean latent (diffusers' `set_alpha_to_one`), not to index 0.
+        alpha, sigma: float64 [T], `x_t = alpha x0 + sigma noise`; alpha falls within [0, 1), sigma rises within (0, 1].
+        timesteps: float64 [T], the network's input at each index.
+        set_alpha_to_one: DDIM's last step ends at the clean latent, not at index 0 (as in diffusers).
+
+    Raises:
+        ConfigError: alpha or sigma is outside its range, or not monotonic.
     """
 
     alpha: Floats
@@ -51,18 +53,18 @@ class NoiseSchedule:
         falls = np.all(np.diff(self.alpha) < 0) and np.all(np.diff(self.sigma) > 0)
         inside = self.alpha.size and 0 <= self.alpha[-1] <= self.alpha[0] < 1 and 0 < self.sigma[0] <= self.sigma[-1] <= 1
         if not (falls and inside):
-            raise ConfigError("a schedule's alpha must fall inside [0, 1) and its sigma rise inside (0, 1]")
+            raise ConfigError("a noise schedule needs alpha that falls within [0, 1) and sigma that rises within (0, 1]")
 
     @staticmethod
     def from_alphas_cumprod(alphas_cumprod: NDArray[np.floating], set_alpha_to_one: bool = False) -> NoiseSchedule:
         """The variance-preserving schedule of `alphas_cumprod` [T] (diffusers' name for alpha^2).
 
         Raises:
-            ConfigError: they do not fall, or leave [0, 1).
+            ConfigError: the values do not fall, or are outside [0, 1).
         """
         values = np.asarray(alphas_cumprod, dtype=np.float64)
         if values.ndim != 1 or not values.size or np.any(np.diff(values) >= 0) or not 0 <= values[-1] <= values[0] < 1:
-            raise ConfigError("alphas_cumprod must fall and stay inside [0, 1)")
+            raise ConfigError("alphas_cumprod must be strictly decreasing, with all values in [0, 1)")
         return NoiseSchedule(np.sqrt(values), np.sqrt(1 - values), np.arange(len(values), dtype=np.float64), set_alpha_to_one)
 
     @staticmethod
@@ -75,11 +77,11 @@ class NoiseSchedule:
     ) -> NoiseSchedule:
         """Stable Diffusion's schedule: the square roots of the betas rise linearly (arXiv 2112.10752, released configs).
 
-        With `rescale_betas_zero_snr` alpha is shifted and scaled so that it ends at 0, and begins where it began (Lin et al.,
+        With `rescale_betas_zero_snr` alpha is shifted and scaled so that it ends at 0 and keeps its first value (Lin et al.,
         arXiv 2305.08891, algorithm 1).
         """
-        roots: Floats = np.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_timesteps)
-        alphas_cumprod = np.cumprod(1 - roots**2, dtype=np.float64)
+        sqrt_betas: Floats = np.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_timesteps)
+        alphas_cumprod = np.cumprod(1 - sqrt_betas**2, dtype=np.float64)
         return NoiseSchedule.from_alphas_cumprod(
             _rescale_zero_terminal_snr(alphas_cumprod) if rescale_betas_zero_snr else alphas_cumprod
         )
@@ -87,42 +89,41 @@ class NoiseSchedule:
     @staticmethod
     @lru_cache(maxsize=64)
     def flow(shift: float = 1.0, num_timesteps: int = NUM_TRAIN_TIMESTEPS) -> NoiseSchedule:
-        """Flow matching: sigma = s / T for s = 1 to T, shifted to `shift sigma / (1 + (shift - 1) sigma)` (SD3, arXiv
-        2403.03206, eq. 23); the network is told T sigma.
+        """Flow matching: sigma = s / T for s = 1 to T, shifted by `apply_time_shift`; the network's input is T sigma.
 
         Raises:
             ConfigError: shift is not positive.
         """
         if not shift > 0:
-            raise ConfigError(f"shift = {shift}: a flow's shift is above 0")
-        sigma = shifted(np.arange(1, num_timesteps + 1) / num_timesteps, shift)
+            raise ConfigError(f"shift = {shift}: give a shift above 0")
+        sigma = apply_time_shift(np.arange(1, num_timesteps + 1) / num_timesteps, shift)
         return NoiseSchedule(1 - sigma, sigma, sigma * num_timesteps)
 
     @staticmethod
     @lru_cache(maxsize=64)
-    def of(noise: NoiseSpec) -> NoiseSchedule:
-        """The schedule of a published checkpoint, as diffusers' schedulers make it of the same fields.
+    def from_spec(spec: NoiseSpec) -> NoiseSchedule:
+        """The schedule of a published checkpoint, computed as diffusers' schedulers do from the same fields.
 
         `squaredcos_cap_v2` is the cosine schedule of arXiv 2102.09672, eq. 17, with betas up to 0.999.
 
         Raises:
-            ConfigError: the fields make no schedule.
+            ConfigError: the fields give no valid schedule.
         """
-        if noise.kind == "flow":
-            return NoiseSchedule.flow(noise.shift, noise.num_timesteps)
-        start, end, number = noise.beta_start, noise.beta_end, noise.num_timesteps
+        if spec.kind == "flow":
+            return NoiseSchedule.flow(spec.shift, spec.num_timesteps)
+        start, end, number = spec.beta_start, spec.beta_end, spec.num_timesteps
         betas: Floats
-        if noise.kind == "linear":
+        if spec.kind == "linear":
             betas = np.linspace(start, end, number)
-        elif noise.kind == "scaled_linear":
+        elif spec.kind == "scaled_linear":
             betas = np.linspace(math.sqrt(start), math.sqrt(end), number) ** 2
         else:
-            level = np.cos((np.arange(number + 1) / number + 0.008) / 1.008 * math.pi / 2) ** 2
-            betas = np.minimum(1 - level[1:] / level[:-1], 0.999)
+            alpha_bar = np.cos((np.arange(number + 1) / number + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
         alphas_cumprod = np.cumprod(1 - betas, dtype=np.float64)
-        if noise.rescale_betas_zero_snr:
+        if spec.rescale_betas_zero_snr:
             alphas_cumprod = _rescale_zero_terminal_snr(alphas_cumprod)
-        return NoiseSchedule.from_alphas_cumprod(alphas_cumprod, noise.set_alpha_to_one)
+        return NoiseSchedule.from_alphas_cumprod(alphas_cumprod, spec.set_alpha_to_one)
 
     @property
     def num_timesteps(self) -> int:
@@ -135,16 +136,16 @@ class NoiseSchedule:
 
     @cached_property
     def is_flow(self) -> bool:
-        """True where `alpha + sigma = 1`."""
+        """True if `alpha + sigma = 1`."""
         return bool(np.allclose(self.alpha + self.sigma, 1, rtol=0, atol=1e-12))
 
     @property
     def has_zero_terminal_snr(self) -> bool:
-        """True where the last index holds no trace of the data (zero terminal SNR, flows)."""
+        """True if the last index is pure noise (zero terminal SNR, flows)."""
         return bool(self.alpha[-1] == 0)
 
     def add_noise(self, x0: Tensor, noise: Tensor, indices: Tensor) -> Tensor:
-        """`alpha x0 + sigma noise` for x0, noise [B, ...] and schedule indices int64 [B]."""
+        """`alpha x0 + sigma noise` for x0 and noise [B, ...] at schedule indices int64 [B]."""
         alpha, sigma = _gather(self, indices, x0)
         return alpha * x0 + sigma * noise
 
@@ -154,7 +155,7 @@ class NoiseSchedule:
         return alpha * noise - sigma * x0
 
     def training_target(self, prediction_type: PredictionType, x0: Tensor, noise: Tensor, indices: Tensor) -> Tensor:
-        """What a network of this prediction type is trained to say, [B, ...].
+        """The training target of a network of this prediction type, [B, ...].
 
         Raises:
             ConfigError: unknown prediction type.
@@ -167,43 +168,43 @@ class NoiseSchedule:
         return x0 if prediction_type == "sample" else self.velocity(x0, noise, indices)
 
     def predicted_x0(self, prediction_type: PredictionType, output: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-        """The clean latent that a network's output stands for; output, x [B, ...], indices int64 [B].
+        """The clean latent predicted by a network's output; output and x [B, ...], indices int64 [B].
 
         Raises:
             ConfigError: unknown prediction type.
         """
-        at = indices.cpu().numpy()
+        host_indices = indices.cpu().numpy()
         from_x, from_output = (
             torch.from_numpy(values).to(x).view(-1, *[1] * (x.ndim - 1))
-            for values in x0_coefficients(prediction_type, self.alpha[at], self.sigma[at])
+            for values in x0_coefficients(prediction_type, self.alpha[host_indices], self.sigma[host_indices])
         )
         return from_x * x + from_output * output
 
 
 def _rescale_zero_terminal_snr(alphas_cumprod: Floats) -> Floats:
-    """alpha shifted and scaled so that it ends at 0 and begins where it began (arXiv 2305.08891, algorithm 1)."""
+    """Shift and scale alpha so that it ends at 0 and keeps its first value (arXiv 2305.08891, algorithm 1)."""
     alpha = np.sqrt(alphas_cumprod)
     values: Floats = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
     return values
 
 
-def shifted(sigma: Floats, shift: float) -> Floats:
-    """`shift sigma / (1 + (shift - 1) sigma)`: the same flow seen at another resolution (arXiv 2403.03206, eq. 23)."""
+def apply_time_shift(sigma: Floats, shift: float) -> Floats:
+    """`shift sigma / (1 + (shift - 1) sigma)`, the shift for higher resolutions (SD3, arXiv 2403.03206, eq. 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def x0_coefficients(prediction_type: PredictionType, alpha: Floats, sigma: Floats) -> tuple[Floats, Floats]:
-    """Float64 (p, q), shaped as alpha, with `x0 = p x + q output` for a state `x = alpha x0 + sigma noise`.
+    """Float64 (p, q) of alpha's shape with `x0 = p x + q output` for a state `x = alpha x0 + sigma noise`.
 
     epsilon: arXiv 2006.11239, eq. 15; v: arXiv 2202.00512, section 4; flow (output = noise - x0): arXiv 2210.02747, eq. 23.
 
     Raises:
-        ConfigError: unknown prediction type, or epsilon where alpha is 0 (noise alone says nothing of the data).
+        ConfigError: unknown prediction type, or epsilon at alpha = 0 (pure noise contains no information about x0).
     """
     _check_prediction(prediction_type)
     if prediction_type == "epsilon":
         if np.any(alpha == 0):
-            raise ConfigError("prediction epsilon cannot start from zero terminal SNR; train and sample with v_prediction")
+            raise ConfigError("prediction type epsilon cannot start from zero terminal SNR; train and sample with v_prediction")
         return 1 / alpha, -sigma / alpha
     if prediction_type == "v_prediction":
         scale = alpha**2 + sigma**2
@@ -221,8 +222,8 @@ def _check_prediction(prediction_type: str) -> None:
 def _gather(schedule: NoiseSchedule, indices: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     alpha, sigma = _on_device(schedule, like.device)
     shape = (-1,) + (1,) * (like.ndim - 1)
-    at = indices.to(like.device)
-    return alpha[at].to(like.dtype).view(shape), sigma[at].to(like.dtype).view(shape)
+    indices = indices.to(like.device)
+    return alpha[indices].to(like.dtype).view(shape), sigma[indices].to(like.dtype).view(shape)
 
 
 @lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""Accelerators by name, what their makers say that they can do, and how long an amount of work takes on some of them."""
+"""Accelerators by name with their peak performance, and the time that an amount of work takes on a number of them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ DEFAULT_UTILISATION = 0.4
 
 @dataclass(frozen=True)
 class Device:
-    """Peak rates of dense products in TFLOP/s, sums kept in fp32, and memory in GB (1e9 bytes).
+    """An accelerator.
 
-    `tf32_tflops` is the rate of fp32 numbers through the matrix units at reduced precision, `fp32_tflops` the plain one.
+    Attributes:
+        name: name as in `--devices`.
+        bf16_tflops: peak rate of dense bf16 matrix products with fp32 accumulation, in TFLOP/s.
+        tf32_tflops: peak rate of fp32 inputs in the matrix units, at reduced precision.
+        fp32_tflops: peak rate of full-precision fp32.
+        memory_gb: memory in GB (1e9 bytes).
+        source: where the numbers are from.
     """
 
     name: str
@@ -28,12 +34,12 @@ class Device:
 
     @property
     def memory_bytes(self) -> int:
-        """By the data sheet, a little less than what drivers report, which leaves the runtime its part."""
+        """Memory by the data sheet; drivers report slightly more, and the runtime uses about the difference."""
         return self.memory_gb * 10**9
 
 
-_SHEET = "NVIDIA's data sheet, the dense half of the rate that it gives with sparsity"
-_CLOUD = "Google Cloud's documentation; fp32 is a sixth of bf16, the six passes of XLA's highest precision"
+_SHEET = "NVIDIA's data sheet, half of its rate with sparsity"
+_CLOUD = "Google Cloud's documentation; fp32 is one sixth of bf16, because XLA's highest precision takes six passes"
 
 DEVICES = {
     device.name: device
@@ -62,7 +68,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """So many of one device."""
+    """A number of equal devices."""
 
     number: int
     device: Device
@@ -72,27 +78,28 @@ class Cluster:
 
 
 def parse_cluster(text: str) -> Cluster:
-    """Devices as people write them: "64xH200", "1xrtx-4090".
+    """Parse a number of devices, such as "64xH200" or "1xrtx-4090".
 
     Raises:
-        ConfigError: another form, or a device that is not in the table.
+        ConfigError: the text has another form, or the device is unknown.
     """
-    form = re.fullmatch(r"\s*(\d+)\s*[xX*]\s*(\S.*?)\s*", text)
-    if form is None or int(form[1]) < 1:
-        raise ConfigError(f"--devices {text}: give NUMBERxNAME, such as 64xH200; known: {', '.join(DEVICES)}")
-    by_name = {_plain(name): device for name, device in DEVICES.items()}
-    if _plain(form[2]) not in by_name:
-        raise ConfigError(f"--devices {text}: no device is called {form[2]}; known: {', '.join(DEVICES)}")
-    return Cluster(int(form[1]), by_name[_plain(form[2])])
+    match = re.fullmatch(r"\s*(\d+)\s*[xX*]\s*(\S.*?)\s*", text)
+    if match is None or int(match[1]) < 1:
+        raise ConfigError(f"--devices {text}: give NUMBERxNAME, such as 64xH200; known devices: {', '.join(DEVICES)}")
+    by_name = {_normalize_name(name): device for name, device in DEVICES.items()}
+    name = _normalize_name(match[2])
+    if name not in by_name:
+        raise ConfigError(f"--devices {text}: unknown device {match[2]}; known devices: {', '.join(DEVICES)}")
+    return Cluster(int(match[1]), by_name[name])
 
 
-def _plain(name: str) -> str:
+def _normalize_name(name: str) -> str:
     return re.sub(r"[^A-Z0-9]", "", name.upper())
 
 
 @dataclass(frozen=True)
 class Work:
-    """GFLOP by the arithmetic that they are done in."""
+    """GFLOP by their arithmetic."""
 
     bf16: float = 0.0
     tf32: float = 0.0
@@ -100,7 +107,7 @@ class Work:
 
     @classmethod
     def of(cls, arithmetic: Arithmetic, gflop: float) -> Work:
-        """All in one arithmetic."""
+        """Work in a single arithmetic."""
         return cls(**{arithmetic: gflop})
 
     def __add__(self, other: Work) -> Work:
@@ -108,10 +115,10 @@ class Work:
 
     @property
     def gflop(self) -> float:
-        """In all."""
+        """Total GFLOP."""
         return self.bf16 + self.tf32 + self.fp32
 
     def device_hours(self, device: Device, utilisation: float) -> float:
-        """Hours of one device that reaches this share of its peak."""
+        """Hours that one device takes at a utilisation (fraction of its peak)."""
         seconds = self.bf16 / device.bf16_tflops + self.tf32 / device.tf32_tflops + self.fp32 / device.fp32_tflops
         return seconds / 1000 / utilisation / 3600

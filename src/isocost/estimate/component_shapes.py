@@ -1,9 +1,7 @@
-"""What can be known of a study's autoencoder, caption encoder and extractors without their weights: shapes, and GFLOP.
+"""Shapes and GFLOP of a study's autoencoder, text encoder and feature extractors, without their weights.
 
-A configuration that lies here is read: in a folder, or in the Hub's cache. What does not is looked up among well-known names,
-and the forecast says so; an unknown name is refused, for nothing is guessed.
-
-Shapes: R resolution, C latent channels, L latent side, T tokens, D width of the prompt embeddings.
+A config is read from its folder or from the Hub's cache. If it is in neither, the name is looked up in a table of well-known
+models, and the estimate reports this. Unknown names are refused; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -67,47 +65,55 @@ KNOWN_AUTOENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     **dict.fromkeys(("madebyollin/taesd", "madebyollin/taesdxl"), ("the tiny autoencoder TAESD", _TINY)),
 }
-"""Autoencoders by Hub id: what they are called, and their configuration (arXiv 2112.10752, appendix; model cards)."""
+"""Titles and configs of autoencoders by Hub id (arXiv 2112.10752, appendix; model cards)."""
 
 
 @dataclass(frozen=True)
 class AutoencoderShape:
-    """Latent channels, pixels a place of the latent is wide, GFLOP to encode and to decode one image of the study."""
+    """Shape and cost of an autoencoder.
+
+    Attributes:
+        latent_channels: latent channels.
+        factor: pixels per latent position along one side.
+        encode_gflop: GFLOP to encode one image at the study's resolution.
+        decode_gflop: GFLOP to decode one image at the study's resolution.
+        description: sentence for the list of assumptions.
+    """
 
     latent_channels: int
     factor: int
     encode_gflop: float
     decode_gflop: float
-    said: str
+    description: str
 
 
 def autoencoder_shape(study: StudySpec) -> AutoencoderShape:
-    """What is known of a study's autoencoder.
+    """Find the shape of a study's autoencoder.
 
     Raises:
-        ConfigError: a pretrained one is neither here nor among the known.
+        ConfigError: the config of a pretrained autoencoder is not available, and its name is unknown.
     """
-    spec, resolution = study.own.autoencoder, study.data.resolution
+    spec, resolution = study.training_parts.autoencoder, study.data.resolution
     if isinstance(spec, PCAAutoencoderSpec):
-        return _linear(spec.num_channels, spec.patch, resolution, "the study's linear autoencoder")
+        return _pca_shape(spec.num_channels, spec.patch, resolution, "the study's PCA autoencoder")
     if isinstance(spec, TrainedAutoencoderSpec):
         with torch.device("meta"):
             network = build_autoencoder(spec, resolution)
-        return _counted(network, resolution, "the study's own autoencoder")
+        return _network_shape(network, resolution, "the autoencoder that the study trains")
     folder = Path(spec.path) / (spec.subfolder or "")
     if (folder / "linear_autoencoder.safetensors").is_file():
         autoencoder = PCAAutoencoder.load(folder)
-        return _linear(autoencoder.latent_channels, autoencoder.factor, resolution, f"{spec.path}, read here")
+        return _pca_shape(autoencoder.latent_channels, autoencoder.factor, resolution, f"{spec.path}, which was read")
     config = _autoencoder_config(spec)
     if config is not None:
-        return _counted(_on_meta(config), resolution, f"{spec.path}, whose configuration was read here")
+        return _network_shape(_build_on_meta(config), resolution, f"{spec.path}, whose config was read")
     if spec.path not in KNOWN_AUTOENCODERS:
         raise ConfigError(
-            f"autoencoder.path: {spec.path} cannot be read here; for a forecast name one of its shape, --set autoencoder.path=NAME of "
-            f"{', '.join(KNOWN_AUTOENCODERS)}"
+            f"autoencoder.path: {spec.path}: its config was not found; for an estimate give an autoencoder of the same shape, "
+            f"--set autoencoder.path=NAME with one of {', '.join(KNOWN_AUTOENCODERS)}"
         )
     title, known = KNOWN_AUTOENCODERS[spec.path]
-    return _counted(_on_meta(known), resolution, f"{spec.path}, which was not read: taken for {title}")
+    return _network_shape(_build_on_meta(known), resolution, f"{spec.path}, which was not read; assumed: {title}")
 
 
 def _autoencoder_config(spec: PretrainedAutoencoderSpec) -> dict[str, Any] | None:
@@ -120,7 +126,7 @@ def _autoencoder_config(spec: PretrainedAutoencoderSpec) -> dict[str, Any] | Non
 
 
 def _config_file(path: str, subfolder: str | None) -> Path | None:
-    """The `config.json` of a folder, or of a Hub id that lies in the Hub's cache; None where there is neither."""
+    """`config.json` of a folder or of a Hub id in the Hub's cache; None if there is neither."""
     file = Path(path) / (subfolder or "") / "config.json"
     if file.is_file():
         return file
@@ -130,61 +136,69 @@ def _config_file(path: str, subfolder: str | None) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _on_meta(config: dict[str, Any]) -> AutoencoderKL | AutoencoderTiny:
-    kind = AutoencoderTiny if config.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
+def _build_on_meta(config: dict[str, Any]) -> AutoencoderKL | AutoencoderTiny:
+    network_class = AutoencoderTiny if config.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
     with torch.device("meta"):
-        return kind.from_config(config)
+        return network_class.from_config(config)
 
 
-def _linear(channels: int, patch: int, resolution: int, title: str) -> AutoencoderShape:
+def _pca_shape(channels: int, patch: int, resolution: int, title: str) -> AutoencoderShape:
     gflop = 2 * channels * 3 * resolution**2 / 1e9
-    return AutoencoderShape(channels, patch, gflop, gflop, _autoencoder_words(title, channels, patch))
+    return AutoencoderShape(channels, patch, gflop, gflop, _describe_autoencoder(title, channels, patch))
 
 
-def _counted(network: AutoencoderKL | AutoencoderTiny, resolution: int, title: str) -> AutoencoderShape:
+def _network_shape(network: AutoencoderKL | AutoencoderTiny, resolution: int, title: str) -> AutoencoderShape:
     autoencoder = DiffusersVAE(network, "meta")
-    channels, side = autoencoder.latent_channels, resolution // autoencoder.factor
-    encode = _gflop(network.encode, torch.empty(1, 3, resolution, resolution, device="meta"))
-    decode = _gflop(network.decode, torch.empty(1, channels, side, side, device="meta"))
-    return AutoencoderShape(
-        channels, autoencoder.factor, encode, decode, _autoencoder_words(title, channels, autoencoder.factor)
-    )
+    channels, factor = autoencoder.latent_channels, autoencoder.factor
+    latent_size = resolution // factor
+    encode = _count_gflop(network.encode, torch.empty(1, 3, resolution, resolution, device="meta"))
+    decode = _count_gflop(network.decode, torch.empty(1, channels, latent_size, latent_size, device="meta"))
+    return AutoencoderShape(channels, factor, encode, decode, _describe_autoencoder(title, channels, factor))
 
 
-def _gflop(function: Callable[[torch.Tensor], Any], given: torch.Tensor) -> float:
+def _count_gflop(function: Callable[[torch.Tensor], Any], argument: torch.Tensor) -> float:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        function(given)
+        function(argument)
     return counter.get_total_flops() / 1e9
 
 
-def _autoencoder_words(title: str, channels: int, factor: int) -> str:
-    return f"The autoencoder is {title}: {channels} channels, {factor} x {factor} pixels a place."
+def _describe_autoencoder(title: str, channels: int, factor: int) -> str:
+    return f"The autoencoder is {title}: {channels} channels, {factor} x {factor} pixels per latent position."
 
 
-# --- captions ---------------------------------------------------------------------------------------------------------
+# --- text encoders ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Transformer:
-    """A caption encoder: widths of its states, of its attention and between its products; 2 or (gated) 3 products."""
+class TransformerShape:
+    """Shape of a text encoder.
+
+    Attributes:
+        width: width of its hidden states.
+        num_layers: number of layers.
+        feedforward_width: inner width of the feed-forward layers.
+        feedforward_products: matrix products of a feed-forward layer, 2, or 3 if it is gated.
+        attention_width: width of all attention heads; `width` if None.
+    """
 
     width: int
-    layers: int
-    inner: int
-    products: int = 2
-    attention: int | None = None
+    num_layers: int
+    feedforward_width: int
+    feedforward_products: int = 2
+    attention_width: int | None = None
 
     def gflop(self, num_tokens: int) -> float:
-        """GFLOP of one caption: matrix products and attention, as `models/cost.py` counts them."""
-        attention = self.attention or self.width
-        a_token = 4 * self.width * attention + self.products * self.width * self.inner + 2 * num_tokens * attention
-        return 2 * num_tokens * self.layers * a_token / 1e9
+        """GFLOP of one prompt: matrix products and attention, counted as in `models/flops.py`."""
+        attention = self.attention_width or self.width
+        feedforward = self.feedforward_products * self.width * self.feedforward_width
+        per_token = 4 * self.width * attention + feedforward + 2 * num_tokens * attention
+        return 2 * num_tokens * self.num_layers * per_token / 1e9
 
 
-_MINILM, _CLIP_L = Transformer(384, 6, 1536), Transformer(768, 12, 3072)
-KNOWN_TEXT_ENCODERS: dict[str, tuple[str, Transformer]] = {
+_MINILM, _CLIP_L = TransformerShape(384, 6, 1536), TransformerShape(768, 12, 3072)
+KNOWN_TEXT_ENCODERS: dict[str, tuple[str, TransformerShape]] = {
     **dict.fromkeys(("minilm", "sentence-transformers/all-MiniLM-L6-v2"), ("all-MiniLM-L6-v2", _MINILM)),
-    "openai/clip-vit-base-patch32": ("CLIP ViT-B/32's text encoder", Transformer(512, 12, 2048)),
+    "openai/clip-vit-base-patch32": ("CLIP ViT-B/32's text encoder", TransformerShape(512, 12, 2048)),
     **dict.fromkeys(
         (
             *("openai/clip-vit-large-patch14", "CompVis/stable-diffusion-v1-4"),
@@ -192,73 +206,80 @@ KNOWN_TEXT_ENCODERS: dict[str, tuple[str, Transformer]] = {
         ),
         ("CLIP ViT-L/14's text encoder", _CLIP_L),
     ),
-    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": ("OpenCLIP ViT-H/14's text encoder", Transformer(1024, 24, 4096)),
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": ("OpenCLIP ViT-H/14's text encoder", TransformerShape(1024, 24, 4096)),
     **dict.fromkeys(
         (
             *("stabilityai/stable-diffusion-2", "stabilityai/stable-diffusion-2-base"),
             *("stabilityai/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1-base"),
         ),
-        ("OpenCLIP ViT-H/14's text encoder without its last layer", Transformer(1024, 23, 4096)),
+        ("OpenCLIP ViT-H/14's text encoder without its last layer", TransformerShape(1024, 23, 4096)),
     ),
-    "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": ("OpenCLIP ViT-bigG/14's text encoder", Transformer(1280, 32, 5120)),
-    "google/t5-v1_1-large": ("T5 v1.1 large's encoder", Transformer(1024, 24, 2816, 3)),
-    "google/t5-v1_1-xl": ("T5 v1.1 XL's encoder", Transformer(2048, 24, 5120, 3)),
-    "google/t5-v1_1-xxl": ("T5 v1.1 XXL's encoder", Transformer(4096, 24, 10240, 3)),
+    "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": ("OpenCLIP ViT-bigG/14's text encoder", TransformerShape(1280, 32, 5120)),
+    "google/t5-v1_1-large": ("T5 v1.1 large's encoder", TransformerShape(1024, 24, 2816, 3)),
+    "google/t5-v1_1-xl": ("T5 v1.1 XL's encoder", TransformerShape(2048, 24, 5120, 3)),
+    "google/t5-v1_1-xxl": ("T5 v1.1 XXL's encoder", TransformerShape(4096, 24, 10240, 3)),
 }
-"""Caption encoders by Hub id: what they are called, and their shape (model cards; arXiv 2103.00020, 2002.05202)."""
+"""Titles and shapes of text encoders by Hub id (model cards; arXiv 2103.00020, 2002.05202)."""
 
 
 @dataclass(frozen=True)
 class TextEncoderShape:
-    """Width of the prompt embeddings, and GFLOP of one caption; None where the kind of encoder is not one that is counted."""
+    """Shape and cost of a text encoder.
+
+    Attributes:
+        cross_attention_dim: width of the prompt embeddings.
+        gflop: GFLOP of one prompt; None if the architecture is unknown.
+        description: sentence for the list of assumptions.
+    """
 
     cross_attention_dim: int
     gflop: float | None
-    said: str
+    description: str
 
 
 def text_encoder_shape(spec: TextEncoderSpec) -> TextEncoderShape:
-    """What is known of a study's caption encoder.
+    """Find the shape of a study's text encoder.
 
     Raises:
-        ConfigError: it is neither here nor among the known.
+        ConfigError: its config is not available, and its name is unknown.
     """
     file = _config_file(spec.path, spec.subfolder)
     if file is not None:
-        width, network = _read_text(file.parent, spec.path)
-        gflop = None if network is None else network.gflop(spec.max_tokens)
-        return TextEncoderShape(width, gflop, _text_words(f"{spec.path}, whose configuration was read here", width))
+        width, shape = _read_text_encoder(file.parent, spec.path)
+        gflop = None if shape is None else shape.gflop(spec.max_tokens)
+        return TextEncoderShape(width, gflop, _describe_text_encoder(f"{spec.path}, whose config was read", width))
     if spec.path not in KNOWN_TEXT_ENCODERS:
+        widths = ", ".join(f"{name} ({known.width})" for name, (_, known) in KNOWN_TEXT_ENCODERS.items())
         raise ConfigError(
-            f"text.path: {spec.path} cannot be read here; for a forecast name one whose states are as wide, --set "
-            f"text.path=NAME of {', '.join(f'{name} ({known.width})' for name, (_, known) in KNOWN_TEXT_ENCODERS.items())}"
+            f"text_encoder.path: {spec.path}: its config was not found; for an estimate give a text encoder of the same width, "
+            f"--set text_encoder.path=NAME with one of {widths}"
         )
     title, known = KNOWN_TEXT_ENCODERS[spec.path]
-    of = f"{spec.path}, which was not read: taken for {title}"
-    return TextEncoderShape(known.width, known.gflop(spec.max_tokens), _text_words(of, known.width))
+    description = _describe_text_encoder(f"{spec.path}, which was not read; assumed: {title}", known.width)
+    return TextEncoderShape(known.width, known.gflop(spec.max_tokens), description)
 
 
-def _read_text(folder: Path, path: str) -> tuple[int, Transformer | None]:
-    """Width of the states, and the encoder's shape where its kind is one that is counted here."""
+def _read_text_encoder(folder: Path, path: str) -> tuple[int, TransformerShape | None]:
+    """Width of the embeddings, and the shape of the encoder; None if the architecture is unknown."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"text.path: {path}: {' '.join(str(error).split())[:200]}") from error
+        raise ConfigError(f"text_encoder.path: {path}: {' '.join(str(error).split())[:200]}") from error
     config = config.text_config if config.model_type == "clip" else config
     if config.model_type == "t5":
         products = 3 if config.is_gated_act else 2
         attention = config.num_heads * config.d_kv
-        return config.d_model, Transformer(config.d_model, config.num_layers, config.d_ff, products, attention)
+        return config.d_model, TransformerShape(config.d_model, config.num_layers, config.d_ff, products, attention)
     if config.model_type in ("clip_text_model", "bert"):
-        network = Transformer(config.hidden_size, config.num_hidden_layers, config.intermediate_size)
-        return config.hidden_size, network
+        shape = TransformerShape(config.hidden_size, config.num_hidden_layers, config.intermediate_size)
+        return config.hidden_size, shape
     return int(config.hidden_size), None
 
 
-def _text_words(title: str, width: int) -> str:
-    return f"The caption encoder is {title}: states of width {width}."
+def _describe_text_encoder(title: str, width: int) -> str:
+    return f"The text encoder is {title}: embeddings of width {width}."
 
 
 # --- extractors -------------------------------------------------------------------------------------------------------
@@ -275,33 +296,33 @@ EXTRACTOR_GFLOP = {
     "pickscore": 334.59,
     "hpsv2": 334.59,
 }
-"""GFLOP of one image at the side that the extractor has, counted on the meta device as `models/cost.py` counts."""
+"""GFLOP of one image at the extractor's input size, counted on the meta device as in `models/flops.py`."""
 
 
 def extractor_gflop(protocol: ProtocolSpec) -> float:
-    """GFLOP of the features of one image, all extractors of a protocol together."""
+    """GFLOP of one image in all extractors of a protocol."""
     efficientnet = _EFFICIENTNET_GFLOP_PER_PIXEL * protocol.feature_size**2
     return sum(efficientnet if name == "efficientnet-lite0" else EXTRACTOR_GFLOP[name] for name in protocol.features)
 
 
 def feature_width(protocol: ProtocolSpec) -> int:
-    """Numbers that are kept of one image, all extractors of a protocol together."""
-    own = {"efficientnet-lite0": EfficientNetLite0.width, "inception": Inception.width}
-    return sum(own[name] if name in own else VIT_EXTRACTORS[name].width for name in protocol.features)
+    """Number of features that are stored per image, from all extractors of a protocol."""
+    dims = {"efficientnet-lite0": EfficientNetLite0.feature_dim, "inception": Inception.feature_dim}
+    return sum(dims[name] if name in dims else VIT_EXTRACTORS[name].feature_dim for name in protocol.features)
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """What a forecast goes by in place of a study's autoencoder and captions."""
+class ComponentShapes:
+    """Shapes of a study's autoencoder and text encoder, which an estimate uses instead of the networks."""
 
     autoencoder: AutoencoderShape
     text_encoder: TextEncoderShape
 
     @classmethod
-    def of(cls, study: StudySpec) -> Shapes:
-        """Of a study's own.
+    def from_study(cls, study: StudySpec) -> ComponentShapes:
+        """Find the shapes of a study.
 
         Raises:
-            ConfigError: autoencoder or caption encoder are neither here nor known.
+            ConfigError: autoencoder or text encoder are neither available nor known.
         """
         return cls(autoencoder_shape(study), text_encoder_shape(study.text_encoder))

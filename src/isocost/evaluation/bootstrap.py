@@ -1,76 +1,71 @@
-"""A score for every bootstrap resample: what intervals of differences, of fitted curves and of choices are made from.
+"""A score for every bootstrap resample: the basis of intervals for differences, fitted curves and choices.
 
-Resamples of two sets of the same images draw the same ids, so they are paired row by row.
+Resamples of two sets with the same sample indices draw the same indices, so they are paired row by row.
 
-Shapes: N images, D features, R resamples; row 0 of [1 + R] is the score itself.
+Shapes: N images, R resamples; row 0 of [1 + R] is the score itself.
 """
 
 from __future__ import annotations
 
-from typing import get_args
-
 import numpy as np
 
-from isocost.config.evaluation import ExtractorName
 from isocost.errors import ConfigError
-from isocost.evaluation.confidence_intervals import (
-    frechet_resamples,
-    generated_counts,
-    kernel_resamples,
-    mean_resamples,
-    reference_counts,
-)
+from isocost.evaluation.confidence_intervals import generated_counts, mean_resamples
 from isocost.evaluation.feature_store import SampleFeatures
+from isocost.evaluation.metric_registry import METRIC_GROUPS, PER_IMAGE_METRICS, MetricInputs, metric_columns, metric_of
 from isocost.evaluation.reference_set import ReferenceSet
 from isocost.metrics.arrays import Array
-from isocost.metrics.image_similarity import cosine
-from isocost.metrics.mmd import GAUSSIAN, POLYNOMIAL
-from isocost.metrics.registry import PREFERENCE, metric_of, metrics_of
+from isocost.metrics.feature_extractors import EXTRACTORS
 
-PER_IMAGE_METRICS = ("alignment", "psnr", "ssim", "lpips")
-_DISTANCES = {
-    metric: (distance, name)
-    for name in get_args(ExtractorName)
-    for distance in ("mmd", "cmmd", "frechet", "prompt_similarity")
-    for metric in metrics_of(distance, name)
-}
-"""Distance and extractor of the metrics that have resamples, beside those that images have one by one."""
+
+def _resampled_columns() -> dict[str, tuple[str, str]]:
+    """Column -> (metric, extractor) for the metrics on features that have resamples."""
+    return {
+        column: (name, extractor)
+        for extractor in EXTRACTORS
+        for name, group in METRIC_GROUPS.items()
+        if group.resamples is not None
+        for column in metric_columns(name, extractor)
+    }
 
 
 def check_resampled(metric: str) -> None:
-    """Raise ConfigError where a metric has no resamples."""
+    """
+    Raises:
+        ConfigError: the metric is unknown or has no resamples, so the guidance search cannot use it.
+    """
     metric_of(metric)
-    if metric not in PER_IMAGE_METRICS and metric not in _DISTANCES:
-        known = ", ".join((*PER_IMAGE_METRICS, *list(_DISTANCES)[:4]))
-        raise ConfigError(f"{metric}: has no paired resamples, so nothing can be raced by it; take one of {known}, ...")
+    columns = _resampled_columns()
+    if metric not in PER_IMAGE_METRICS and metric not in columns:
+        known = ", ".join((*PER_IMAGE_METRICS, *list(columns)[:4]))
+        raise ConfigError(f"{metric}: has no paired resamples, so the guidance search cannot use it; take one of {known}, ...")
 
 
-def resamples(measured: SampleFeatures, num_images: int, metric: str, reference: ReferenceSet) -> Array:
-    """The metric of images 0 to `num_images` - 1 for every resample, [1 + R]; images that were not kept are left out.
+def resamples(samples: SampleFeatures, num_images: int, metric: str, reference: ReferenceSet) -> Array:
+    """The score of images 0 to `num_images` - 1 for every bootstrap resample.
 
-    The Frechet distance is taken to first order, see `frechet_resamples`.
+    Images whose pixels were not finite have no features and are left out. The Fréchet distance is resampled to first order
+    (`frechet_resamples`).
+
+    Returns:
+        float64 [1 + R].
 
     Raises:
-        ConfigError: the metric has no resamples, or the images were not measured for it.
+        ConfigError: the metric has no resamples, or the protocol does not measure it.
     """
-    of = reference.protocol
-    ids = np.arange(num_images) if measured.ids is None else measured.ids[measured.ids < num_images]
-    counts = generated_counts(num_images, of.num_bootstrap, of.seed)[:, ids]
-    by_image = {"alignment": measured.alignment, **measured.paired_metrics}
-    if (values := by_image.get(metric)) is not None:
-        return mean_resamples(values[: len(ids)], counts)
+    protocol = reference.protocol
+    indices = np.arange(num_images) if samples.ids is None else samples.ids[samples.ids < num_images]
+    counts = generated_counts(num_images, protocol.num_bootstrap, protocol.seed)[:, indices]
+    per_image = {"alignment": samples.alignment, **samples.paired_metrics}
+    if (values := per_image.get(metric)) is not None:
+        return mean_resamples(values[: len(indices)], counts)
     check_resampled(metric)
-    distance, name = _DISTANCES.get(metric, ("", ""))
-    if name not in measured.features:
+    group, extractor = _resampled_columns().get(metric, ("", ""))
+    if extractor not in samples.features:
         raise ConfigError(
-            f"{metric}: the protocol does not measure it; see protocol.features, protocol.alignment and paired_metrics"
+            f"{metric}: the protocol does not measure it; see protocol.features, protocol.alignment and protocol.paired_metrics"
         )
-    features = measured.features[name][: len(ids)]
-    if distance == "frechet":
-        real = reference.features[name]
-        drawn = reference_counts(len(real), of.num_bootstrap, of.seed)
-        return frechet_resamples(features, counts, real, reference.moments(name), drawn)
-    if distance == "prompt_similarity":
-        told = cosine(features, reference.prompt_features(name)[ids])
-        return mean_resamples(told * (reference.clip(name).scale if name in PREFERENCE else 1.0), counts)
-    return kernel_resamples(features, counts, reference.kernel(name, POLYNOMIAL if distance == "mmd" else GAUSSIAN))
+    make_resamples = METRIC_GROUPS[group].resamples
+    assert make_resamples is not None, "only metrics with resamples are listed"
+    features = samples.features[extractor][: len(indices)]
+    return make_resamples(MetricInputs(features, extractor, indices, reference), counts)

@@ -1,9 +1,9 @@
-"""Images in blocks of one shape, so that numbers do not depend on who hands them over, in what portions and order.
+"""Runs images through networks in batches of one shape, so that no result depends on the order or grouping of the images.
 
-What a network makes of an image depends in its last bits on how many rows the call has and on which of them the image is
-(oneDNN on AVX-512, cuBLAS). So every call has BLOCK rows, and an image's row is its place modulo BLOCK.
+The last bits of a network's output for an image depend on the number of rows in the call and on the row of the image
+(oneDNN on AVX-512, cuBLAS). Every call therefore has FEATURE_BATCH rows, and an image has the row `index % FEATURE_BATCH`.
 
-Shapes: C x H x W an image; a function maps uint8 [BLOCK, C, H, W] to [BLOCK, ...].
+Shapes: an image is [C, H, W]; a function maps uint8 [FEATURE_BATCH, C, H, W] to [FEATURE_BATCH, ...].
 """
 
 from __future__ import annotations
@@ -17,71 +17,72 @@ from isocost.errors import RunError
 
 FEATURE_BATCH = 32
 MAX_BUFFERED = 1024
-"""Images held back for their block to fill up; beyond it blocks run with rows that are free."""
+"""Images that wait for their batch to fill; with more of them, a batch runs with unused rows."""
 
-Function = Callable[[Tensor], Tensor]
+BatchFunction = Callable[[Tensor], Tensor]
 _Shape = tuple[int, ...]
 
 
 class FixedBatchRunner:
-    """Functions of images, computed as images come.
+    """Computes functions of images while the images arrive.
 
-    Each image has a place: its id, or its number in the order of ids. Block k holds places k BLOCK to (k + 1) BLOCK - 1 and
-    runs when it is full. Where places stay empty, or images have several sizes, the rest share blocks, each in its own row;
-    free rows are black.
+    Every image has an index: its id, or its position in the order of ids. Batch k holds the indices k FEATURE_BATCH to
+    (k + 1) FEATURE_BATCH - 1 and runs when it is full. If indices are missing, or images have several sizes, the remaining
+    images share batches, each in its own row; unused rows are black.
     """
 
-    def __init__(self, functions: Mapping[str, Function]) -> None:
+    def __init__(self, functions: Mapping[str, BatchFunction]) -> None:
         self._functions = dict(functions)
-        self._waiting: dict[_Shape, dict[int, Tensor]] = {}
-        self._num_waiting = 0
-        self._made: dict[int, dict[str, Tensor]] = {}
+        self._buffers: dict[_Shape, dict[int, Tensor]] = {}
+        self._num_buffered = 0
+        self._outputs: dict[int, dict[str, Tensor]] = {}
 
-    def add(self, place: int, image: Tensor) -> None:
-        """Hand over uint8 [C, H, W].
+    def add(self, index: int, image: Tensor) -> None:
+        """Add the image uint8 [C, H, W] with this index.
 
         Raises:
-            RunError: there is an image at this place.
+            RunError: this index already has an image.
         """
-        waiting = self._waiting.setdefault(tuple(image.shape), {})
-        if place in self._made or any(place in some for some in self._waiting.values()):
-            raise RunError(f"image {place} came twice")
-        waiting[place] = image
-        self._num_waiting += 1
-        first = place - place % FEATURE_BATCH
-        block = range(first, first + FEATURE_BATCH)
-        if all(one in waiting for one in block):
-            self._run(waiting, block)
-        elif self._num_waiting > MAX_BUFFERED:
-            fullest, rows = max(((some, _rows(some)) for some in self._waiting.values()), key=lambda pair: len(pair[1]))
-            self._run(fullest, rows)
+        buffer = self._buffers.setdefault(tuple(image.shape), {})
+        if index in self._outputs or any(index in buffered for buffered in self._buffers.values()):
+            raise RunError(f"image {index} was added twice")
+        buffer[index] = image
+        self._num_buffered += 1
+        start = index - index % FEATURE_BATCH
+        batch = range(start, start + FEATURE_BATCH)
+        if all(batch_index in buffer for batch_index in batch):
+            self._run(buffer, batch)
+        elif self._num_buffered > MAX_BUFFERED:
+            candidates = ((buffered, _one_index_per_row(buffered)) for buffered in self._buffers.values())
+            fullest, indices = max(candidates, key=lambda candidate: len(candidate[1]))
+            self._run(fullest, indices)
 
     def results(self) -> tuple[list[int], dict[str, Tensor]]:
-        """The places, rising, and what each function made of their images, [N, ...] on the CPU."""
-        for waiting in self._waiting.values():
-            while waiting:
-                self._run(waiting, _rows(waiting))
-        places = sorted(self._made)
-        if not places:
+        """The indices in ascending order, and the output of each function for their images, [N, ...] on the CPU."""
+        for buffer in self._buffers.values():
+            while buffer:
+                self._run(buffer, _one_index_per_row(buffer))
+        indices = sorted(self._outputs)
+        if not indices:
             return [], {}
-        return places, {name: torch.stack([self._made[place][name] for place in places]) for name in self._functions}
+        return indices, {name: torch.stack([self._outputs[index][name] for index in indices]) for name in self._functions}
 
-    def _run(self, waiting: dict[int, Tensor], places: Iterable[int]) -> None:
-        """One call of each function on images that wait, no two of them of one row."""
-        images = {place: waiting.pop(place) for place in places}
-        self._num_waiting -= len(images)
-        some = next(iter(images.values()))
-        block = some.new_zeros(FEATURE_BATCH, *some.shape)
-        for place, image in images.items():
-            block[place % FEATURE_BATCH] = image
-        made = {name: function(block).cpu() for name, function in self._functions.items()}
-        for place in images:
-            self._made[place] = {name: values[place % FEATURE_BATCH] for name, values in made.items()}
+    def _run(self, buffer: dict[int, Tensor], indices: Iterable[int]) -> None:
+        """Call each function once on buffered images, of which no two have the same row."""
+        images = {index: buffer.pop(index) for index in indices}
+        self._num_buffered -= len(images)
+        any_image = next(iter(images.values()))
+        batch = any_image.new_zeros(FEATURE_BATCH, *any_image.shape)
+        for index, image in images.items():
+            batch[index % FEATURE_BATCH] = image
+        outputs = {name: function(batch).cpu() for name, function in self._functions.items()}
+        for index in images:
+            self._outputs[index] = {name: values[index % FEATURE_BATCH] for name, values in outputs.items()}
 
 
-def _rows(waiting: Mapping[int, Tensor]) -> list[int]:
-    """For each row the first place that waits for it."""
-    first: dict[int, int] = {}
-    for place in sorted(waiting):
-        first.setdefault(place % FEATURE_BATCH, place)
-    return list(first.values())
+def _one_index_per_row(buffer: Mapping[int, Tensor]) -> list[int]:
+    """For each row the smallest buffered index that belongs to it."""
+    index_of_row: dict[int, int] = {}
+    for index in sorted(buffer):
+        index_of_row.setdefault(index % FEATURE_BATCH, index)
+    return list(index_of_row.values())

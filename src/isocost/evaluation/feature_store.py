@@ -1,6 +1,6 @@
-"""What a point keeps of its images: features in shards, so that new scores and bootstraps need no sampling.
+"""The saved features of a point's images, in shards. New scores and bootstraps of a point need no sampling.
 
-Shapes: N images, D features, S images a shard.
+Shapes: N images, D features per image.
 """
 
 from __future__ import annotations
@@ -17,19 +17,17 @@ from isocost.errors import RunError
 
 SHARD_SIZE = 4096
 PER_IMAGE_FILE = "by_image.safetensors"
-ONE_EXTRACTOR_FILE = "measured.safetensors"
-"""Where points kept features and alignment when there was one extractor."""
 
 
 @dataclass
 class SampleFeatures:
-    """What is kept of a point's images.
+    """The data of a point's images from which scores are computed.
 
     Attributes:
         features: float32 [N, D] by extractor name, in the order of image ids.
-        alignment: the share of labels found in each image, float64 [N]; None where there are none to find.
-        paired_metrics: each image against its original, float64 [N] by score name; empty where there are no originals.
-        ids: image ids of the rows, int64 [N], rising; None where row i is image i.
+        alignment: fraction of labels that the attribute classifier recognises in each image, float64 [N]; None without labels.
+        ids: image ids of the rows, int64 [N], ascending; None if row i is image i.
+        paired_metrics: scores of each image against its original, float64 [N] by metric; empty without originals.
     """
 
     features: dict[str, np.ndarray]
@@ -39,25 +37,32 @@ class SampleFeatures:
 
 
 def write_features(folder: Path, features: Mapping[str, np.ndarray], feature_dtype: str = "fp32") -> None:
-    """`NAME-00000.safetensors` and so on: features [N, D] of each extractor in shards of 4096 images.
+    """Write the features of each extractor as shards `NAME-00000.safetensors`, ... of 4096 images.
 
-    `kept` "fp16" halves them: a feature moves by at most 2⁻¹¹ of itself, or by 2⁻²⁵ where it is below 2⁻¹⁴.
+    Args:
+        folder: an existing folder.
+        features: float32 [N, D] by extractor name.
+        feature_dtype: "fp32", or "fp16" for half the size. float16 changes a feature by at most 2⁻¹¹ of its value, or by
+            2⁻²⁵ if the value is below 2⁻¹⁴.
 
     Raises:
-        RunError: a feature is no finite number, or too large for float16.
+        RunError: a feature is not finite, or too large for float16.
     """
     for name, matrix in features.items():
         if not np.isfinite(matrix).all():
-            raise RunError(f"{name}: {int((~np.isfinite(matrix)).any(1).sum())} images have features that are not finite")
+            raise RunError(
+                f"{name}: {int((~np.isfinite(matrix)).any(1).sum())} images have NaN or infinite features; "
+                "check the weights of this feature extractor"
+            )
         if feature_dtype == "fp16" and np.abs(matrix).max(initial=0.0) > np.finfo(np.float16).max:
             raise RunError(f"{name}: features are too large for float16: set protocol.feature_dtype to fp32")
-        whole = torch.from_numpy(np.ascontiguousarray(matrix)).to(torch.float32 if feature_dtype == "fp32" else torch.float16)
-        for number, shard in enumerate(whole.split(SHARD_SIZE)):
+        tensor = torch.from_numpy(np.ascontiguousarray(matrix)).to(torch.float32 if feature_dtype == "fp32" else torch.float16)
+        for number, shard in enumerate(tensor.split(SHARD_SIZE)):
             save_file({"features": shard.contiguous()}, folder / f"{name}-{number:05d}.safetensors")
 
 
 def read_features(folder: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Features by extractor, float32 [N, D], of an artefact's folder.
+    """Read the features of the extractors `names`, float32 [N, D] each, from an artefact's folder.
 
     Raises:
         RunError: an extractor has no shards there.
@@ -66,24 +71,29 @@ def read_features(folder: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]
     for name in names:
         shards = sorted(folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9].safetensors"))
         if not shards:
-            raise RunError(f"{folder}: no features of {name}; remove the folder, and the next run makes it anew")
+            raise RunError(f"{folder}: no features of {name}; delete the folder, then the next run computes them again")
         features[name] = torch.cat([load_file(shard)["features"].float() for shard in shards]).numpy()
     return features
 
 
-def write_measured(folder: Path, measured: SampleFeatures, feature_dtype: str = "fp32") -> None:
-    """Features in shards, and beside them the images' ids, alignment and pair scores where they have them."""
-    write_features(folder, measured.features, feature_dtype)
-    by_image = {"ids": measured.ids, "alignment": measured.alignment, **measured.paired_metrics}
-    tensors = {name: torch.from_numpy(values) for name, values in by_image.items() if values is not None}
+def write_sample_features(folder: Path, samples: SampleFeatures, feature_dtype: str = "fp32") -> None:
+    """Write features as shards, and ids, alignment and paired metrics as one file.
+
+    Raises:
+        RunError: a feature is not finite, or too large for float16.
+    """
+    write_features(folder, samples.features, feature_dtype)
+    per_image = {"ids": samples.ids, "alignment": samples.alignment, **samples.paired_metrics}
+    tensors = {name: torch.from_numpy(values) for name, values in per_image.items() if values is not None}
     save_file(tensors, folder / PER_IMAGE_FILE)
 
 
-def read_measured(folder: Path, names: tuple[str, ...]) -> SampleFeatures:
-    """What `write_measured` wrote, or a point from when there was one extractor and one file."""
-    older = folder / ONE_EXTRACTOR_FILE
-    file = older if older.is_file() else folder / PER_IMAGE_FILE
-    tensors = {name: tensor.numpy() for name, tensor in load_file(file).items()}
-    features = {names[0]: tensors["features"]} if older.is_file() else read_features(folder, names)
-    pairs = {name: values for name, values in tensors.items() if name not in ("features", "alignment", "ids")}
-    return SampleFeatures(features, tensors.get("alignment"), tensors.get("ids"), pairs)
+def read_sample_features(folder: Path, names: tuple[str, ...]) -> SampleFeatures:
+    """Read the output of `write_sample_features`, or the single file of an older version.
+
+    Raises:
+        RunError: the folder has no features of an extractor in `names`.
+    """
+    tensors = {name: tensor.numpy() for name, tensor in load_file(folder / PER_IMAGE_FILE).items()}
+    paired_metrics = {name: values for name, values in tensors.items() if name not in ("alignment", "ids")}
+    return SampleFeatures(read_features(folder, names), tensors.get("alignment"), tensors.get("ids"), paired_metrics)

@@ -1,4 +1,4 @@
-"""Images from wherever people keep them, with their ids: a folder, an array file, tar shards, a Hub set, the scenes.
+"""Readers of images with ids: folders, array files, tar shards, Hub data sets, embedded scenes.
 
 Shapes: N images, H x W pixels, R resolution.
 """
@@ -28,18 +28,25 @@ ARRAY_SUFFIXES = (".npy", ".npz")
 
 @dataclass(frozen=True)
 class SourceImage:
-    """One image uint8 [3, H, W], its id (`image_id` its name), its name, and its captions where it has any."""
+    """An image of a source.
 
-    key: str
+    Attributes:
+        id: `image_id` of its name.
+        name: its file or sample, for messages.
+        pixels: uint8 [3, H, W].
+        prompts: its captions; empty if it has none.
+    """
+
+    id: str
     name: str
     pixels: Tensor
     prompts: tuple[str, ...] = ()
 
 
 def image_id(name: str) -> str:
-    """An image's id: its file's stem; of a stem that ends in a long number, that number without leading zeros.
+    """The id of an image: the stem of its file name, or, if the stem is a number or a COCO name, its number without zeros.
 
-    COCO_val2014_000000203564.jpg, 000000203564.png and 203564 are one image; airport_348.jpg stays airport_348.
+    COCO_val2014_000000203564.jpg, 000000203564.png and 203564 are the same image; airport_348.jpg has the id airport_348.
     """
     stem = name.rsplit("/", 1)[-1]
     stem = re.sub(r"\.(jpe?g|png|webp|bmp)$", "", stem, flags=re.IGNORECASE)
@@ -47,70 +54,74 @@ def image_id(name: str) -> str:
     return str(int(number[1])) if number else stem
 
 
-def is_source(place: str) -> bool:
-    """Whether a place is read by the readers of training data: tar shards, a Hub set, the embedded scenes."""
-    return place.startswith((HUB, SCENES)) or place.endswith(".tar")
+def is_dataset(source: str) -> bool:
+    """Whether a source is read like training data: tar shards, a Hub data set, or the embedded scenes."""
+    return source.startswith((HUB, SCENES)) or source.endswith(".tar")
 
 
-def iter_samples(place: str, resolution: int) -> Iterator[Sample]:
-    """The samples of tar shards, a Hub set or the scenes, cropped to the centre square and resized to `resolution`.
+def iter_samples(source: str, resolution: int) -> Iterator[Sample]:
+    """Iterate over tar shards, a Hub data set or the scenes; images are centre squares, resized to `resolution` pixels.
 
     Raises:
-        ConfigError: something of it cannot be read.
+        ConfigError: a sample cannot be read.
     """
-    for item in read_source(_source(place), resolution):
+    for item in read_source(_source_spec(source), resolution):
         if isinstance(item, UnreadableSample):
-            raise ConfigError(f"{place}: {item.name}: {item.reason}")
-        assert isinstance(item, Sample), "every image is wanted"
+            raise ConfigError(f"{source}: {item.name}: {item.reason}")
+        assert isinstance(item, Sample), "no sample is skipped"
         yield item
 
 
-def iter_images(place: str, *, side: int | None, exact: bool, ids: Sequence[str] | None = None) -> Iterator[SourceImage]:
-    """The images of a place in one fixed order; of a folder those of `ids` alone, in their order, where given.
+def iter_images(source: str, *, resolution: int | None, exact: bool, ids: Sequence[str] | None = None) -> Iterator[SourceImage]:
+    """Iterate over the images of a source in a fixed order.
 
-    Where `exact`, each must be RGB of `side` x `side`, as a generator makes them; otherwise each is its centre square,
-    in RGB on white, at its own size (`side` None) or resized to `side` (Lanczos).
+    Args:
+        source: a folder, a .npy or .npz file, tar shards, `hub:NAME:SPLIT` or `scenes:NUMBER`.
+        resolution: height and width in pixels; None leaves each image at its own size.
+        exact: an image of a folder or array file must be RGB and have that resolution already. Otherwise it is converted to
+            RGB on white, cropped to its centre square and resized (Lanczos).
+        ids: of a folder, only the images with these ids, in their order.
 
     Raises:
-        ConfigError: the place is missing, or an image cannot be read or is not what `exact` asks for.
+        ConfigError: the source is missing, or an image cannot be read or does not meet `exact`.
     """
-    if is_source(place):
-        if side is None:
-            raise ConfigError(f"{place}: a protocol without a resolution takes folders and array files")
-        for sample in iter_samples(place, side):
+    if is_dataset(source):
+        if resolution is None:
+            raise ConfigError(f"{source}: a protocol without a resolution needs a folder or an array file")
+        for sample in iter_samples(source, resolution):
             pixels = torch.from_numpy(sample.image.copy()).permute(2, 0, 1)
             yield SourceImage(image_id(sample.name), sample.name, pixels, sample.captions)
-    elif place.endswith(ARRAY_SUFFIXES):
-        yield from _of_array(Path(place), side if exact else None)
+    elif source.endswith(ARRAY_SUFFIXES):
+        yield from _iter_array(Path(source), resolution if exact else None)
     else:
-        files = image_files(Path(place))
+        files = image_files(Path(source))
         if ids is not None:
-            name_hash = {key: number for number, key in enumerate(ids)}
-            wanted = (file for file in files if image_id(file.name) in name_hash)
-            files = sorted(wanted, key=lambda file: name_hash[image_id(file.name)])
+            position = {key: number for number, key in enumerate(ids)}
+            selected = (file for file in files if image_id(file.name) in position)
+            files = sorted(selected, key=lambda file: position[image_id(file.name)])
         for file in files:
-            yield SourceImage(image_id(file.name), str(file), _read(file, side, exact))
+            yield SourceImage(image_id(file.name), str(file), _read_image(file, resolution, exact))
 
 
-def images_by_key(place: str, *, side: int | None, exact: bool) -> dict[str, Callable[[], SourceImage]]:
-    """The images of a folder or array file by id, each read when it is called for.
+def images_by_id(source: str, *, resolution: int | None, exact: bool) -> dict[str, Callable[[], SourceImage]]:
+    """Functions that read the images of a folder or array file, by image id; arguments as of `iter_images`.
 
     Raises:
-        ConfigError: the place is missing, or two images have one id.
+        ConfigError: the source is missing, or two images have the same id.
     """
-    if place.endswith(ARRAY_SUFFIXES):
-        return {image.key: partial(_identity, image) for image in _of_array(Path(place), side if exact else None)}
-    by_key: dict[str, Path] = {}
-    for file in image_files(Path(place)):
+    if source.endswith(ARRAY_SUFFIXES):
+        return {image.id: partial(_identity, image) for image in _iter_array(Path(source), resolution if exact else None)}
+    files: dict[str, Path] = {}
+    for file in image_files(Path(source)):
         key = image_id(file.name)
-        if key in by_key:
-            raise ConfigError(f"{file}: id {key} came twice; the other is {by_key[key]}")
-        by_key[key] = file
-    return {key: partial(_open, key, file, side, exact) for key, file in by_key.items()}
+        if key in files:
+            raise ConfigError(f"{file}: id {key} appears twice; the other image is {files[key]}")
+        files[key] = file
+    return {key: partial(_open_image, key, file, resolution, exact) for key, file in files.items()}
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Every image below a folder, by name.
+    """All image files in a folder and its subfolders, sorted by path.
 
     Raises:
         ConfigError: there is no such folder.
@@ -120,72 +131,80 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def _source(place: str) -> SourceSpec:
-    if place.startswith(SCENES):
-        count = place.removeprefix(SCENES)
+def _source_spec(source: str) -> SourceSpec:
+    if source.startswith(SCENES):
+        count = source.removeprefix(SCENES)
         if not count.isdigit() or int(count) < 1:
-            raise ConfigError(f"{place}: give scenes:NUMBER, such as scenes:2000")
+            raise ConfigError(f"{source}: give scenes:NUMBER, such as scenes:2000")
         return ScenesSource(kind="scenes", num_images=int(count), seed=SCENES_SEED)
-    if place.startswith(HUB):
-        path, *rest = place.removeprefix(HUB).split(":")
-        columns = dict(zip(("split", "image_column", "caption_column"), rest, strict=False))
+    if source.startswith(HUB):
+        path, *options = source.removeprefix(HUB).split(":")
+        columns = dict(zip(("split", "image_column", "caption_column"), options, strict=False))
         return HubSource(kind="hub", path=path, **columns)
-    return WebdatasetSource(kind="webdataset", path=place)
+    return WebdatasetSource(kind="webdataset", path=source)
 
 
 def _identity(image: SourceImage) -> SourceImage:
     return image
 
 
-def _open(key: str, file: Path, side: int | None, exact: bool) -> SourceImage:
-    return SourceImage(key, str(file), _read(file, side, exact))
+def _open_image(key: str, file: Path, resolution: int | None, exact: bool) -> SourceImage:
+    return SourceImage(key, str(file), _read_image(file, resolution, exact))
 
 
-def _read(file: Path, side: int | None, exact: bool) -> Tensor:
+def _read_image(file: Path, resolution: int | None, exact: bool) -> Tensor:
     try:
         with Image.open(file) as opened:
             if exact:
-                _check_image(file, opened, side)
-            image = square_rgb(opened, side or min(opened.size))
+                _check_image(file, opened, resolution)
+            image = square_rgb(opened, resolution or min(opened.size))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{file}: cannot be read as an image: {' '.join(str(error).split())[:120]}") from error
+        raise ConfigError(
+            f"{file}: cannot be read as an image ({' '.join(str(error).split())[:120]}); replace or remove the file"
+        ) from error
     return torch.from_numpy(image.copy()).permute(2, 0, 1)
 
 
-def _check_image(file: Path, opened: Image.Image, side: int | None) -> None:
+def _check_image(file: Path, opened: Image.Image, resolution: int | None) -> None:
     if opened.mode != "RGB":
-        kind = {"L": "grey", "RGBA": "RGBA, with transparency", "P": "of a palette"}.get(opened.mode, opened.mode)
-        raise ConfigError(f"{file}: is {kind}; this protocol takes RGB images: save it as RGB on the ground it stands on")
-    if side is not None and opened.size != (side, side):
-        raise ConfigError(f"{file}: {opened.width} x {opened.height} pixels; this protocol takes {side} x {side}, not resized")
+        kind = {"L": "is grey", "RGBA": "is RGBA, with transparency", "P": "has a palette"}.get(
+            opened.mode, f"is {opened.mode}"
+        )
+        raise ConfigError(f"{file}: {kind}; this protocol needs RGB images: composite it onto a background and save it as RGB")
+    if resolution is not None and opened.size != (resolution, resolution):
+        raise ConfigError(_size_message(file, opened.width, opened.height, resolution))
 
 
-def _of_array(file: Path, side: int | None) -> Iterator[SourceImage]:
-    """uint8 [N, H, W, 3] of a .npy, or of the first array of a .npz; an image's id is its place."""
+def _size_message(file: Path, width: int, height: int, resolution: int) -> str:
+    return f"{file}: {width} x {height} pixels; this protocol needs {resolution} x {resolution} and does not resize"
+
+
+def _iter_array(file: Path, resolution: int | None) -> Iterator[SourceImage]:
+    """The images uint8 [N, H, W, 3] of a .npy file, or of the first array in a .npz file; their ids are their positions."""
     images = _load_array(file)
     if images.dtype.kind == "f":
         bad = int((~np.isfinite(images)).reshape(len(images), -1).any(1).sum())
-        what = f"{bad} images hold NaN or infinite pixels" if bad else "pixels are floating point"
-        raise ConfigError(f"{file}: {what}; give whole levels, uint8 [N, H, W, 3]")
+        problem = f"{bad} images contain NaN or infinite pixels" if bad else "pixels are floating point"
+        raise ConfigError(f"{file}: {problem}; give integers 0..255, uint8 [N, H, W, 3]")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        kind = {1: "grey", 4: "RGBA"}.get(images.shape[-1], "not RGB") if images.ndim == 4 else "no stack of images"
-        raise ConfigError(f"{file}: {images.dtype} {list(images.shape)} ({kind}); images are uint8 [N, H, W, 3]")
-    if side is not None and images.shape[1:3] != (side, side):
+        kind = {1: "grey", 4: "RGBA"}.get(images.shape[-1], "not RGB") if images.ndim == 4 else "not four-dimensional"
+        raise ConfigError(f"{file}: {images.dtype} {list(images.shape)} ({kind}); give images as uint8 [N, H, W, 3]")
+    if resolution is not None and images.shape[1:3] != (resolution, resolution):
         height, width = images.shape[1:3]
-        raise ConfigError(f"{file}: {width} x {height} pixels; this protocol takes {side} x {side}, not resized")
-    for place, image in enumerate(images):
-        yield SourceImage(str(place), f"{file.name}[{place}]", torch.from_numpy(image.copy()).permute(2, 0, 1))
+        raise ConfigError(_size_message(file, width, height, resolution))
+    for index, image in enumerate(images):
+        yield SourceImage(str(index), f"{file.name}[{index}]", torch.from_numpy(image.copy()).permute(2, 0, 1))
 
 
 def _load_array(file: Path) -> np.ndarray:
     if not file.is_file():
-        raise ConfigError(f"{file}: no such file of images")
+        raise ConfigError(f"{file}: no such image file")
     try:
         loaded: Any = np.load(file, allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else loaded[loaded.files[0]]
     except ValueError as error:
-        raise ConfigError(f"{file}: holds pickled objects, which are refused; save uint8 [N, H, W, 3]") from error
+        raise ConfigError(f"{file}: contains pickled objects, which are refused; save uint8 [N, H, W, 3]") from error
     except (OSError, EOFError, IndexError, KeyError) as error:
-        raise ConfigError(f"{file}: cut short or not an array file ({' '.join(str(error).split())[:80]})") from error
+        raise ConfigError(f"{file}: truncated or not an array file ({' '.join(str(error).split())[:80]})") from error

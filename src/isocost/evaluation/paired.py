@@ -9,76 +9,73 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from isocost.evaluation.confidence_intervals import Interval, mean_interval, paired_frechet_difference, paired_kernel_difference
-from isocost.evaluation.feature_store import SampleFeatures, read_measured
+from isocost.evaluation.confidence_intervals import Interval
+from isocost.evaluation.feature_store import SampleFeatures, read_sample_features
+from isocost.evaluation.metric_registry import METRIC_GROUPS, MetricInputs, mean_of, metric_columns
 from isocost.evaluation.reference_set import ReferenceSet
-from isocost.metrics.mmd import GAUSSIAN, POLYNOMIAL
-from isocost.metrics.registry import metrics_of
 from isocost.utils.artifact_store import Store
-
-PAIRED_DISTANCES = ("mmd", "cmmd", "frechet")
 
 
 def paired_differences(
     first: SampleFeatures, second: SampleFeatures, reference: ReferenceSet, metrics: tuple[str, ...]
 ) -> dict[str, Interval]:
-    """Score of `first` less that of `second` by metric, with 95 % intervals in which what they share cancels.
+    """Score of `first` minus score of `second`, with 95 % intervals in which their shared noise cancels.
 
-    Of the distances those that have a paired interval (`PAIRED_DISTANCES`), and every score that images have one by one.
+    Covers the metrics that have a paired difference and every score that is a mean of values per image.
+
+    Returns:
+        Column name -> difference.
 
     Raises:
-        ValueError: the two do not hold the same image ids.
+        ValueError: the two do not hold the same sample indices.
     """
-    one, two = first.ids, second.ids
-    if one is not None and two is not None and not np.array_equal(one, two):
-        raise ValueError("paired differences take the same images on both sides")
-    told: dict[str, Interval] = {}
-    for name, features in first.features.items():
-        for distance in (each for each in metrics if each in PAIRED_DISTANCES):
-            for metric in metrics_of(distance, name):
-                told[metric] = _difference(distance, name, features, second.features[name], reference)
-    by_image = {name: (values, second.paired_metrics[name]) for name, values in first.paired_metrics.items()}
+    if first.ids is not None and second.ids is not None and not np.array_equal(first.ids, second.ids):
+        raise ValueError("paired differences need the same sample indices on both sides")
+    differences: dict[str, Interval] = {}
+    for extractor, features in first.features.items():
+        inputs = MetricInputs(features, extractor, first.ids, reference)
+        others = MetricInputs(second.features[extractor], extractor, second.ids, reference)
+        for name in metrics:
+            difference = METRIC_GROUPS[name].difference
+            if difference is not None:
+                differences |= {column: difference(inputs, others) for column in metric_columns(name, extractor)}
+    per_image = {name: (values, second.paired_metrics[name]) for name, values in first.paired_metrics.items()}
     if first.alignment is not None and second.alignment is not None:
-        by_image["alignment"] = (first.alignment, second.alignment)
-    of = reference.protocol
-    for metric, (ours, theirs) in by_image.items():
-        told[metric] = mean_interval(ours - theirs, num_bootstrap=of.num_bootstrap, seed=of.seed)
-    return told
+        per_image["alignment"] = (first.alignment, second.alignment)
+    return differences | {name: mean_of(ours - theirs, reference) for name, (ours, theirs) in per_image.items()}
 
 
 @dataclass
 class PairedComparer:
-    """Differences between points under one protocol, from the features that output folders keep of them."""
+    """Paired differences between points under one protocol, from the stored features of output folders."""
 
     stores: tuple[Store, ...]
     reference: ReferenceSet
     metrics: tuple[str, ...]
-    _kept: dict[str, SampleFeatures] = field(default_factory=dict)
+    _features: dict[str, SampleFeatures] = field(default_factory=dict)
 
-    def has(self, point: str) -> bool:
-        """Whether a point's features are here: `isocost archive` leaves them where they were made."""
+    def has_features(self, point: str) -> bool:
+        """Whether one of the output folders has the features of a point. An archive does not contain them."""
         return any(store.has("point", point) for store in self.stores)
 
-    def measured(self, point: str) -> SampleFeatures:
-        """What is kept of a point, by its digest."""
-        if point not in self._kept:
-            home = next((store for store in self.stores if store.has("point", point)), self.stores[0])
-            folder = home.folder("point", point)
-            self._kept[point] = read_measured(folder, tuple(self.reference.extractors))
-        return self._kept[point]
+    def features_of(self, point: str) -> SampleFeatures:
+        """The features of a point, by its digest."""
+        if point not in self._features:
+            store = next((store for store in self.stores if store.has("point", point)), self.stores[0])
+            folder = store.folder("point", point)
+            self._features[point] = read_sample_features(folder, tuple(self.reference.extractors))
+        return self._features[point]
 
-    def of(self, first: SampleFeatures, second: SampleFeatures) -> dict[str, Interval]:
-        """First less second, by metric."""
+    def differences(self, first: SampleFeatures, second: SampleFeatures) -> dict[str, Interval]:
+        """The scores of `first` minus those of `second`, by metric."""
         return paired_differences(first, second, self.reference, self.metrics)
 
-    def of_points(self, first: str, second: str, metric: str) -> Interval | None:
-        """First less second in one metric; None where it has no paired interval, or a point's features are not here."""
-        if not (self.has(first) and self.has(second)):
+    def difference(self, first: str, second: str, metric: str) -> Interval | None:
+        """The score of the first point minus that of the second.
+
+        Returns:
+            None if the metric has no paired interval, or the features of a point are not stored.
+        """
+        if not (self.has_features(first) and self.has_features(second)):
             return None
-        return self.of(self.measured(first), self.measured(second)).get(metric)
-
-
-def _difference(distance: str, name: str, first: np.ndarray, second: np.ndarray, reference: ReferenceSet) -> Interval:
-    if distance == "frechet":
-        return paired_frechet_difference(first, second, reference.features[name], reference_moments=reference.moments(name))
-    return paired_kernel_difference(first, second, reference.kernel(name, POLYNOMIAL if distance == "mmd" else GAUSSIAN))
+        return self.differences(self.features_of(first), self.features_of(second)).get(metric)

@@ -1,4 +1,4 @@
-"""Images that have a counterpart: super-resolution against the original, DreamBooth against subject and prompt.
+"""Scores of images with counterparts: super-resolution against originals, DreamBooth against subject photographs and prompts.
 
 Shapes: N images, K photographs of a subject, R resolution, D features.
 """
@@ -18,17 +18,17 @@ from torch import Tensor
 from isocost.config.evaluation import ProtocolSpec
 from isocost.errors import ConfigError
 from isocost.evaluation.confidence_intervals import Interval, mean_interval
-from isocost.evaluation.feature_batches import FixedBatchRunner, Function
+from isocost.evaluation.feature_batches import BatchFunction, FixedBatchRunner
 from isocost.evaluation.image_sources import SourceImage, image_files, iter_images
 from isocost.evaluation.protocol import Protocol
-from isocost.evaluation.reference_stats import check_num_images, take
+from isocost.evaluation.reference_stats import check_num_images, extract_features
 from isocost.metrics.extractor_base import FeatureExtractor
 from isocost.metrics.image_similarity import cosine, mean_cosine_to_set, psnr, ssim
 from isocost.metrics.lpips import load_lpips
 from isocost.metrics.vit import CLIPFeatureExtractor
 
 LPIPS_MIN_SIZE = 64
-"""Smaller images are enlarged to it for LPIPS, as its networks see nothing in them."""
+"""Smaller images are upsampled to this size for LPIPS, because its networks are too deep for them."""
 CLIP, DINO = "clip-vit-b-32", "dino-vit-s-16"
 
 
@@ -37,57 +37,66 @@ def paired_image_metrics(
     originals: Iterable[SourceImage],
     names: tuple[str, ...],
     lpips_weights: str | None,
-    fixed: Protocol,
+    protocol: Protocol,
 ) -> dict[str, Interval]:
-    """Mean PSNR (dB, over RGB), SSIM and LPIPS (AlexNet) of images and the originals of the same id, with intervals.
+    """Mean PSNR (dB, over RGB), SSIM and LPIPS (AlexNet) of images against the originals with the same id, with intervals.
+
+    Args:
+        images: functions that read the images, by id.
+        originals: the reference images; those without an image are ignored.
+        names: of "psnr", "ssim", "lpips".
+        lpips_weights: source of the AlexNet weights; None for torchvision's.
+        protocol: number and seed of the bootstrap resamples.
 
     Raises:
-        ConfigError: an image has no original, two, or one of another size, or equals it, so that PSNR has no end.
+        ConfigError: an image has no original, has two, has another size, or equals its original (its PSNR is infinite).
     """
-    name_hash = {key: place for place, key in enumerate(sorted(images, key=lambda key: (len(key), key)))}
-    blocks = FixedBatchRunner({name: paired_image_metric(name, lpips_weights).function for name in names})
+    index_of_id = {key: index for index, key in enumerate(sorted(images, key=lambda key: (len(key), key)))}
+    runner = FixedBatchRunner({name: paired_image_metric(name, lpips_weights).function for name in names})
     seen: set[str] = set()
     for original in originals:
-        if original.key not in name_hash:
+        if original.id not in index_of_id:
             continue
-        if original.key in seen:
-            raise ConfigError(f"{original.name}: id {original.key} came twice in the reference")
-        seen.add(original.key)
-        made = images[original.key]()
-        if made.pixels.shape != original.pixels.shape:
+        if original.id in seen:
+            raise ConfigError(f"{original.name}: id {original.id} appears twice in the reference")
+        seen.add(original.id)
+        image = images[original.id]()
+        if image.pixels.shape != original.pixels.shape:
             raise ConfigError(
-                f"{made.name}: {list(made.pixels.shape[1:])} pixels, its original {list(original.pixels.shape[1:])}"
+                f"{image.name}: {list(image.pixels.shape[1:])} pixels, but its original has {list(original.pixels.shape[1:])}"
             )
-        blocks.add(name_hash[original.key], torch.cat([made.pixels, original.pixels]))
-    _, values = blocks.results()
-    absent = [key for key in name_hash if key not in seen]
-    if absent:
-        raise ConfigError(f"{len(absent)} images have no original in the reference; the first is {absent[0]}")
-    equal = int(values["psnr"].isinf().sum()) if "psnr" in values else 0
-    if equal:
-        raise ConfigError(f"{equal} images equal their originals, and their PSNR has no end: give upscaled images")
+        runner.add(index_of_id[original.id], torch.cat([image.pixels, original.pixels]))
+    _, values = runner.results()
+    missing = [key for key in index_of_id if key not in seen]
+    if missing:
+        raise ConfigError(f"{len(missing)} images have no original in the reference; the first is {missing[0]}")
+    num_equal = int(values["psnr"].isinf().sum()) if "psnr" in values else 0
+    if num_equal:
+        raise ConfigError(f"{num_equal} images equal their originals, so their PSNR is infinite: give upscaled images")
     return {
-        name: mean_interval(by_pair.double().numpy(), num_bootstrap=fixed.num_bootstrap, seed=fixed.seed)
-        for name, by_pair in values.items()
+        name: mean_interval(per_pair.double().numpy(), num_bootstrap=protocol.num_bootstrap, seed=protocol.seed)
+        for name, per_pair in values.items()
     }
 
 
 @dataclass(frozen=True)
 class PairedImageMetric:
-    """A score of an image and its original; `id` says what it depends on.
+    """A score of an image against its original.
 
-    `function` takes both in one, uint8 [N, 6, R, R], and gives [N].
+    Attributes:
+        id: identifies everything that the score depends on; part of a protocol's id.
+        function: maps images and originals, concatenated along channels as uint8 [N, 6, R, R], to scores [N].
     """
 
     id: str
-    function: Function
+    function: BatchFunction
 
 
 def paired_image_metric(name: str, lpips_weights: str | None) -> PairedImageMetric:
-    """PSNR (dB, over RGB), SSIM, or LPIPS by AlexNet.
+    """Make the metric "psnr" (dB, over RGB), "ssim" or "lpips" (AlexNet).
 
     Raises:
-        ConfigError: LPIPS' weights cannot be had.
+        ConfigError: the weights of LPIPS cannot be loaded.
     """
     if name == "psnr":
         return PairedImageMetric("psnr/rgb", lambda pairs: torch.from_numpy(psnr(pairs[:, :3].numpy(), pairs[:, 3:].numpy())))
@@ -98,23 +107,30 @@ def paired_image_metric(name: str, lpips_weights: str | None) -> PairedImageMetr
 
     @torch.inference_mode()
     def compare(pairs: Tensor) -> Tensor:
-        return lpips(*(_upsample_for_lpips(one) / 127.5 - 1 for one in pairs.split(3, dim=1)))
+        return lpips(*(_upsample_for_lpips(images) / 127.5 - 1 for images in pairs.split(3, dim=1)))
 
     return PairedImageMetric(f"{lpips.id}/least-side={LPIPS_MIN_SIZE}", compare)
 
 
 def _upsample_for_lpips(images: Tensor) -> Tensor:
-    """Bicubic, to `LPIPS_MIN_SIZE` where they are smaller; uint8 [N, 3, H, W] -> float32."""
+    """Images uint8 [N, 3, H, W] as float32, upsampled (bicubic) if their shorter side is below `LPIPS_MIN_SIZE`."""
     height, width = images.shape[-2:]
-    times = LPIPS_MIN_SIZE / min(height, width)
-    if times <= 1:
+    factor = LPIPS_MIN_SIZE / min(height, width)
+    if factor <= 1:
         return images.float()
-    return functional.interpolate(images.float(), (round(height * times), round(width * times)), mode="bicubic").clamp(0, 255)
+    return functional.interpolate(images.float(), (round(height * factor), round(width * factor)), mode="bicubic").clamp(0, 255)
 
 
 @dataclass(frozen=True)
-class SubjectScores:
-    """CLIP-I, CLIP-T and DINO over all images; `content` names the photographs."""
+class SubjectComparison:
+    """DreamBooth scores of a folder of images.
+
+    Attributes:
+        scores: `clip_i`, `clip_t` and `dino` over all images.
+        num_images: number of images.
+        num_reference: number of photographs of all subjects.
+        content: hash of the photographs, 16 hex digits.
+    """
 
     scores: dict[str, Interval]
     num_images: int
@@ -129,43 +145,54 @@ def subject_scores(
     extractors: dict[str, FeatureExtractor],
     spec: ProtocolSpec,
     num_images: int | None,
-) -> SubjectScores:
-    """Each image SUBJECT/PP_K against all photographs of SUBJECT and against prompt SUBJECT/PP (arXiv 2208.12242).
+) -> SubjectComparison:
+    """Compare each image SUBJECT/PP_K with all photographs of SUBJECT and with prompt SUBJECT/PP (arXiv 2208.12242).
 
-    The interval resamples images, all subjects together.
+    The intervals resample the images of all subjects together.
+
+    Args:
+        images: folder with one subfolder per subject.
+        reference: folder with the photographs of each subject in a subfolder.
+        prompts: by id SUBJECT/PP.
+        extractors: with CLIP and DINO.
+        spec: number and seed of the bootstrap resamples.
+        num_images: required number of images; None for any.
 
     Raises:
-        ConfigError: an image's name says no known subject and prompt, or a subject has no photographs.
+        ConfigError: the name of an image has no known subject and prompt, a subject has no photographs, or the number of
+            images is wrong.
     """
     files = image_files(images)
     keys = [f"{file.parent.name}/{file.stem}" for file in files]
     for file, key in zip(files, keys, strict=True):
         if key.rpartition("_")[0] not in prompts:
-            raise ConfigError(f"{file}: names no subject and prompt; images are SUBJECT/PP_K.png, prompt PP from 00 to 24")
+            raise ConfigError(f"{file}: unknown subject or prompt; name images SUBJECT/PP_K.png, with prompt PP from 00 to 24")
     check_num_images(str(images), len(files), num_images)
     subjects = sorted({key.partition("/")[0] for key in keys})
     values: dict[str, list[float]] = {"clip_i": [], "clip_t": [], "dino": []}
     contents, num_reference = [], 0
     for subject in subjects:
-        real = take(iter_images(str(reference / subject), side=None, exact=False), extractors)
+        real = extract_features(iter_images(str(reference / subject), resolution=None, exact=False), extractors)
         if not len(real):
-            raise ConfigError(f"{reference / subject}: no photographs of the subject")
-        made = take(iter_images(str(images / subject), side=None, exact=False), extractors)
-        values["clip_i"] += mean_cosine_to_set(made.features[CLIP], real.features[CLIP]).tolist()
-        values["dino"] += mean_cosine_to_set(made.features[DINO], real.features[DINO]).tolist()
+            raise ConfigError(f"{reference / subject}: no photographs of the subject; put its images into this folder")
+        generated = extract_features(iter_images(str(images / subject), resolution=None, exact=False), extractors)
+        values["clip_i"] += mean_cosine_to_set(generated.features[CLIP], real.features[CLIP]).tolist()
+        values["dino"] += mean_cosine_to_set(generated.features[DINO], real.features[DINO]).tolist()
         clip = extractors[CLIP]
         assert isinstance(clip, CLIPFeatureExtractor)
-        told = [prompts[f"{subject}/{Path(name).stem.rpartition('_')[0]}"] for name in made.ids]
-        values["clip_t"] += cosine(made.features[CLIP], _embedded(clip, told)).tolist()
+        image_prompts = [prompts[f"{subject}/{Path(name).stem.rpartition('_')[0]}"] for name in generated.ids]
+        values["clip_t"] += cosine(generated.features[CLIP], _encode_prompts(clip, image_prompts)).tolist()
         contents.append(f"{subject}:{real.content}")
         num_reference += len(real)
-    scores = {name: mean_interval(some, num_bootstrap=spec.num_bootstrap, seed=spec.seed) for name, some in values.items()}
+    scores = {
+        name: mean_interval(per_image, num_bootstrap=spec.num_bootstrap, seed=spec.seed) for name, per_image in values.items()
+    }
     content = hashlib.sha256("\n".join(contents).encode()).hexdigest()[:16]
-    return SubjectScores(scores, len(files), num_reference, content)
+    return SubjectComparison(scores, len(files), num_reference, content)
 
 
-def _embedded(clip: CLIPFeatureExtractor, prompts: list[str]) -> np.ndarray:
-    """float32 [N, D], each distinct caption embedded once."""
+def _encode_prompts(clip: CLIPFeatureExtractor, prompts: list[str]) -> np.ndarray:
+    """Text embeddings float32 [N, D]; each distinct prompt is encoded once."""
     distinct = sorted(set(prompts))
-    rows = clip.encode_text(distinct).numpy()
-    return rows[[distinct.index(prompt) for prompt in prompts]]
+    embeddings = clip.encode_text(distinct).numpy()
+    return embeddings[[distinct.index(prompt) for prompt in prompts]]

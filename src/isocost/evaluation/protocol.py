@@ -1,7 +1,8 @@
-"""What makes two numbers comparable, in one id.
+"""The evaluation protocol: everything besides the images that a score depends on, and an id for it.
 
-A protocol is the images' captions and number, the reference and its number, the resolution, and the feature extractors
-with their weights. Its id travels with every score; scores of different ids are never compared or drawn together.
+A protocol fixes the prompts and their number, the reference images and their number, the resolution, and the feature
+extractors with their weights. Every score carries the protocol's id. Scores with different ids are never compared or
+plotted together.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from typing import Any
 from isocost.config.base import digest
 from isocost.config.evaluation import ProtocolSpec
 
-BETWEEN_EXTRACTORS = " + "
-_WORDS = {
+EXTRACTOR_SEPARATOR = " + "
+_FIELD_LABELS = {
     "num_images": "N",
     "num_reference": "number of reference images",
     "resolution": "resolution",
     "reference": "reference",
     "prompts": "prompts",
     "alignment": "alignment",
-    "inputs": "inputs images",
+    "inputs": "input images",
     "num_bootstrap": "bootstrap resamples",
     "seed": "seed",
 }
@@ -31,7 +32,20 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything that a score depends on besides the generated images."""
+    """Everything that a score depends on besides the generated images.
+
+    Attributes:
+        num_images: N, generated images.
+        num_reference: M, reference images.
+        resolution: height and width of the images in pixels; 0 if it is not fixed.
+        extractor: ids of the feature extractors and paired metrics, joined by `EXTRACTOR_SEPARATOR`.
+        reference: content hash of the reference images.
+        prompts: hash of the prompts.
+        alignment: kind of labels, and the digest of the attribute classifier.
+        num_bootstrap: R, bootstrap resamples.
+        seed: of the resamples.
+        inputs: identifies the images from which images are generated (super-resolution); empty without such images.
+    """
 
     num_images: int
     num_reference: int
@@ -46,19 +60,19 @@ class Protocol:
 
     @property
     def id(self) -> str:
-        """12 hex digits that name the protocol."""
+        """Digest of the protocol, 12 hex digits."""
         return digest(self.parts)[:12]
 
     @property
     def parts(self) -> dict[str, Any]:
-        """The fields as plain data, as the results database keeps them beside the id; `inputs` where images are made from images."""
+        """The fields as plain data, as saved with the id in the results database; without `inputs` if it is empty."""
         return {name: value for name, value in asdict(self).items() if name != "inputs" or value}
 
     def sentence(self) -> str:
-        """The protocol in words, for a report."""
+        """Describe the protocol in one sentence, for a report."""
         return (
             f"{self.num_images} images of {self.resolution} x {self.resolution} pixels against {self.num_reference} "
-            f"reference images (content {self.reference}), captions {self.prompts}, features {self.extractor}, alignment by "
+            f"reference images (content {self.reference}), prompts {self.prompts}, features {self.extractor}, alignment "
             f"{self.alignment}, {self.num_bootstrap} bootstrap resamples"
         )
 
@@ -71,58 +85,70 @@ def make_protocol(
     reference: str,
     num_reference: int,
     prompts: Sequence[str],
-    probe: str | None = None,
+    attribute_classifier: str | None = None,
     inputs: str = "",
 ) -> Protocol:
-    """Fix a protocol on a study's own reference (its content hash), its captions, and the digest of its probe.
+    """Make the protocol of given reference images and prompts.
 
-    `extractor` is the id of each extractor, and of what compares images with their originals; features kept in less than
-    float32 add how to it. `inputs` names the images that generated ones are made from.
+    Args:
+        spec: numbers of images and resamples, seed, kind of alignment, and dtype of saved features.
+        resolution: height and width of the images in pixels.
+        extractor: ids of the feature extractors and paired metrics. A `feature_dtype` other than fp32 is appended to each.
+        reference: content hash of the reference images.
+        num_reference: number of reference images.
+        prompts: in order.
+        attribute_classifier: digest of the attribute classifier; None without alignment.
+        inputs: identifies the images from which images are generated.
     """
-    listed = hashlib.sha256(json.dumps(list(prompts), ensure_ascii=False).encode()).hexdigest()[:12]
+    prompts_hash = hashlib.sha256(json.dumps(list(prompts), ensure_ascii=False).encode()).hexdigest()[:12]
     ids = [extractor] if isinstance(extractor, str) else list(extractor)
     feature_dtype = "" if spec.feature_dtype == "fp32" else f"/dtype={spec.feature_dtype}"
     return Protocol(
         spec.num_images,
         num_reference,
         resolution,
-        BETWEEN_EXTRACTORS.join(f"{one}{feature_dtype}" for one in ids),
+        EXTRACTOR_SEPARATOR.join(f"{extractor_id}{feature_dtype}" for extractor_id in ids),
         reference,
-        listed,
-        spec.alignment if probe is None else f"{spec.alignment}/probe={probe}",
+        prompts_hash,
+        spec.alignment if attribute_classifier is None else f"{spec.alignment}/probe={attribute_classifier}",
         spec.num_bootstrap,
         spec.seed,
         inputs,
     )
 
 
-def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """In words, what differs between the parts of two protocols: "N (1000, 5000); resize (...)"; empty where nothing does."""
-    told = [
-        f"{words} ({one.get(name)}, {other.get(name)})" for name, words in _WORDS.items() if one.get(name) != other.get(name)
+def format_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """Describe the differences between the parts of two protocols; empty if there are none.
+
+    Example: "N (1000, 5000); resize of inception-v3-fid (bilinear, bicubic)".
+    """
+    differences = [
+        f"{label} ({first.get(field)}, {second.get(field)})"
+        for field, label in _FIELD_LABELS.items()
+        if first.get(field) != second.get(field)
     ]
-    left, right = (_by_extractor(str(parts.get("extractor", ""))) for parts in (one, other))
+    left, right = (_parse_extractor_ids(str(parts.get("extractor", ""))) for parts in (first, second))
     if left.keys() != right.keys():
-        told.append(f"features ({', '.join(left)}; {', '.join(right)})")
+        differences.append(f"features ({', '.join(left)}; {', '.join(right)})")
     for name in left.keys() & right.keys():
         keys = sorted(left[name].keys() | right[name].keys())
-        told += [
+        differences += [
             f"{key} of {name} ({left[name].get(key, 'none')}, {right[name].get(key, 'none')})"
             for key in keys
             if left[name].get(key) != right[name].get(key)
         ]
-    return "; ".join(told)
+    return "; ".join(differences)
 
 
-def _by_extractor(ids: str) -> dict[str, dict[str, str]]:
-    """Extractor ids to their parts by name: {"inception-v3-fid": {"weights": ..., "resize": ..., "precision": "fp32"}}."""
+def _parse_extractor_ids(ids: str) -> dict[str, dict[str, str]]:
+    """Parts of extractor ids by name: {"inception-v3-fid": {"weights": ..., "resize": ..., "precision": "fp32"}}."""
     parsed: dict[str, dict[str, str]] = {}
-    for one in ids.split(BETWEEN_EXTRACTORS):
-        first, *rest = one.split("/")
-        name, _, weights = first.partition(":")
+    for extractor_id in ids.split(EXTRACTOR_SEPARATOR):
+        head, *settings = extractor_id.split("/")
+        name, _, weights = head.partition(":")
         parts = {"weights": weights}
-        for part in rest:
-            key, equals, value = part.partition("=")
-            parts[key if equals else "precision"] = value if equals else part
+        for setting in settings:
+            key, equals, value = setting.partition("=")
+            parts[key if equals else "precision"] = value if equals else setting
         parsed[name] = parts
     return parsed

@@ -1,7 +1,8 @@
-"""The named protocols: what is compared, on which images, by which features, so that two people's numbers compare.
+"""Protocol presets: named protocols that fix images, prompts, features and metrics, so that published numbers are comparable.
 
-A protocol that fixes its captions holds the SHA-256 of the list of [id, caption]; one that fixes its images holds the ids.
-A change of what a name stands for raises its version, and numbers of two versions do not compare.
+A preset that fixes its prompts contains the SHA-256 of the list of [id, prompt]. A preset that fixes its reference images
+contains their number, and takes their ids from the prompt list. Any change of a preset raises its version; numbers of two
+versions are not comparable.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from isocost.errors import ConfigError
 
 @dataclass(frozen=True)
 class PromptList:
-    """Captions with ids, in order: their number, the SHA-256 of the JSON of [[id, caption], ...], and where they are from."""
+    """A list of prompts with ids, in order.
+
+    Attributes:
+        num: number of prompts.
+        sha256: SHA-256 of the JSON of [[id, prompt], ...].
+        source: where to get the list, for messages.
+    """
 
     num: int
     sha256: str
@@ -26,26 +33,42 @@ class PromptList:
 
 @dataclass(frozen=True)
 class Crops:
-    """`num` squares of `side` pixels from `num_sources` images in turn; where each lies is a function of its number."""
+    """Square crops of real images; the position of a crop is a function of its number.
+
+    Attributes:
+        num: number of crops.
+        side: height and width in pixels.
+        num_sources: number of images; crop i is from image i % num_sources.
+    """
 
     num: int
     side: int
     num_sources: int
 
     def corner(self, number: int, height: int, width: int) -> tuple[int, int]:
-        """Top and left of crop `number` in an image of `height` x `width`, by Philox keyed with the number."""
+        """Top and left of crop `number` in an image of `height` x `width` pixels, drawn by Philox with the number as key."""
         generator = np.random.Generator(np.random.Philox(key=[0, number]))
         return int(generator.integers(height - self.side + 1)), int(generator.integers(width - self.side + 1))
 
 
 @dataclass(frozen=True)
 class ProtocolPreset:
-    """One way to score a set of images.
+    """A named protocol.
 
-    `compares` is `sets` (distances between two sets), `pairs` (each image with the reference of its name, and the sets)
-    or `subjects` (DreamBooth: each image with the photographs of its subject and with its prompt). `resolution` is the side
-    that images must have, `num_images` their number; None leaves it to the images. `reference_ids` says that the
-    reference's images are those of the caption list.
+    Attributes:
+        name: name on the command line.
+        version: raised by every change.
+        about: one sentence for lists.
+        compares: "sets" (distances between two sets), "pairs" (each image with the reference of the same name, and the
+            sets) or "subjects" (DreamBooth: each image with the photographs of its subject and with its prompt).
+        spec: metrics and feature extractors.
+        resolution: required height and width of the images in pixels; None for any.
+        num_images: required number of images; None for any.
+        num_reference: required number of reference images; None for any.
+        prompts: the fixed prompt list; None without prompts.
+        reference_ids: the reference images are those with the ids of the prompt list.
+        paired_image_metrics: metrics of each image against its original.
+        crops: the reference images are these crops.
     """
 
     name: str
@@ -63,7 +86,7 @@ class ProtocolPreset:
 
     @property
     def title(self) -> str:
-        """Name and version: "coco30k-fid-clip@1"."""
+        """Name and version, for example "coco30k-fid-clip@1"."""
         return f"{self.name}@{self.version}"
 
 
@@ -72,7 +95,7 @@ def _lite(distance: str, side: int) -> ProtocolPreset:
     return ProtocolPreset(
         f"{distance}-efficientnet-{side}",
         1,
-        f"any images at their own size, EfficientNet-lite0 at {side} pixels, no network needed",
+        f"any images at their own size, EfficientNet-lite0 at {side} pixels, works offline",
         "sets",
         ProtocolSpec(feature_size=side, metrics=metrics),
     )
@@ -81,7 +104,7 @@ def _lite(distance: str, side: int) -> ProtocolPreset:
 COCO_30K = PromptList(
     30_000,
     "416c9597605906c14d9ff05fb60fa91ed33600655c0d2db1b52a88583416588f",
-    "coco_30k.csv (columns image_id, prompt): COCO-2014 validation captions, one of each of 30,000 images",
+    "coco_30k.csv (columns image_id, prompt): COCO-2014 validation captions, one for each of 30,000 images",
 )
 RSICD_TEST = PromptList(
     1_093,
@@ -91,12 +114,12 @@ RSICD_TEST = PromptList(
 DREAMBOOTH = PromptList(
     750,
     "dc123c81ff3e0b96048ad45aa0b3a0f4b511ffc41aacdea57a982f35e57f3e72",
-    "prompts_and_classes.txt of google/dreambooth: 25 prompts of each of 30 subjects, id SUBJECT/00 to SUBJECT/24",
+    "prompts_and_classes.txt of google/dreambooth: 25 prompts for each of 30 subjects, id SUBJECT/00 to SUBJECT/24",
 )
 SCENES = PromptList(
     256,
     "5e1696841e4ee74a1f8745f2ebffb42100bef0e07f035f7097690790c21c603f",
-    "scenes:256: the first 256 scenes of seed 1, drawn on the spot",
+    "scenes:256: the first 256 scenes of seed 1, generated when needed",
 )
 
 PRESETS: dict[str, ProtocolPreset] = {
@@ -105,8 +128,8 @@ PRESETS: dict[str, ProtocolPreset] = {
         ProtocolPreset(
             "coco30k-fid-clip",
             1,
-            "arXiv 2404.01367: one image of each of 30,000 COCO-2014 validation captions at 256 x 256, FID against those "
-            "captions' own photographs (centre square, Lanczos), CLIP score by ViT-B/32",
+            "arXiv 2404.01367: one image for each of 30,000 COCO-2014 validation captions at 256 x 256, FID against the "
+            "photographs of these captions (centre square, Lanczos), CLIP score by ViT-B/32",
             "sets",
             ProtocolSpec(
                 num_images=30_000,
@@ -122,7 +145,7 @@ PRESETS: dict[str, ProtocolPreset] = {
         ProtocolPreset(
             "div2k-sr",
             1,
-            "super-resolution to 512 x 512: 3,000 crops of the 100 DIV2K validation images as `isocost reference` cuts them; "
+            "super-resolution to 512 x 512: 3,000 crops of the 100 DIV2K validation images, made by `isocost reference`; "
             "PSNR (RGB), SSIM, LPIPS of pairs, FID and Inception score of the sets",
             "pairs",
             ProtocolSpec(num_images=3_000, features=("inception",), metrics=("frechet", "mmd", "inception_score")),
@@ -145,8 +168,8 @@ PRESETS: dict[str, ProtocolPreset] = {
         ProtocolPreset(
             "aerial-fd",
             1,
-            "one image of each of RSICD's 1,093 test captions at 128 x 128 against the 8,734 photographs of its training "
-            "split; kernel and Frechet distance on EfficientNet-lite0 at 128 pixels, precision and recall",
+            "one image for each of RSICD's 1,093 test captions at 128 x 128 against the 8,734 photographs of its training "
+            "split; squared MMD and Frechet distance on EfficientNet-lite0 at 128 pixels, precision and recall",
             "sets",
             ProtocolSpec(
                 num_images=1_093,
@@ -161,7 +184,7 @@ PRESETS: dict[str, ProtocolPreset] = {
         ProtocolPreset(
             "demo",
             1,
-            "the embedded scenes at 32 x 32: one image of each of 256 captions against 2,000 scenes; squared MMD on "
+            "the embedded scenes at 32 x 32: one image for each of 256 captions against 2,000 scenes; squared MMD on "
             "EfficientNet-lite0 at 64 pixels",
             "sets",
             ProtocolSpec(num_images=256, feature_size=64, metrics=("mmd",)),
@@ -176,7 +199,7 @@ PRESETS: dict[str, ProtocolPreset] = {
 
 
 def protocol_preset(name: str) -> ProtocolPreset:
-    """The protocol called `name`; ConfigError with the known names where there is none."""
+    """The preset `name`; raises ConfigError with the known names if there is none."""
     if name not in PRESETS:
         raise ConfigError(f"protocol '{name}': choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -1,6 +1,6 @@
-"""What an autoencoder loses: held-out images encoded, decoded and compared with themselves and with other real images.
+"""Reconstruction quality of an autoencoder: decoded test images compared with the originals and with other real images.
 
-Shapes: N held-out images, M other real images, R resolution.
+Shapes: N test images, M other real images, R resolution.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BATCH = 128
 
 
 def round_trip(autoencoder: Autoencoder, images: Tensor) -> Tensor:
-    """Images uint8 [N, 3, R, R] through the autoencoder and back, by the latents' means."""
+    """Encode images uint8 [N, 3, R, R] to their mean latents and decode them again."""
     return torch.cat([autoencoder.decode(autoencoder.encode(batch)[0]).cpu() for batch in images.split(BATCH)])
 
 
@@ -28,17 +28,26 @@ def round_trip(autoencoder: Autoencoder, images: Tensor) -> Tensor:
 def autoencoder_quality(
     autoencoder: Autoencoder, held_out: Tensor, others: Tensor, extractor: FeatureExtractor, lpips: Lpips | None
 ) -> dict[str, Any]:
-    """PSNR (dB, mean over images), LPIPS (AlexNet; absent without its weights) and squared MMD of decoded images.
+    """PSNR, LPIPS and squared MMD of decoded images.
 
-    `kernel_of_decoded` compares decoded held-out images [N, 3, R, R] with other real ones [M, 3, R, R];
-    `kernel_of_real` compares the same held-out images undecoded: what remains when nothing is lost.
+    Args:
+        autoencoder: encodes and decodes the images.
+        held_out: test images, uint8 [N, 3, R, R].
+        others: other real images, uint8 [M, 3, R, R].
+        extractor: features of the squared MMD.
+        lpips: AlexNet LPIPS; None leaves it out.
+
+    Returns:
+        `psnr_db`: mean over images; `lpips_alexnet`: mean over images; `mmd_of_decoded`: squared MMD between the decoded
+        test images and the other real images; `mmd_of_real`: the same of the original test images, the value without any
+        loss; the number of test images and the extractor's id.
     """
     decoded = round_trip(autoencoder, held_out)
     real = extractor(others).cpu().numpy()
     quality: dict[str, Any] = {
         "psnr_db": float(psnr(held_out.numpy(), decoded.numpy()).mean()),
-        "kernel_of_decoded": float(squared_mmd(extractor(decoded).cpu().numpy(), real)),
-        "kernel_of_real": float(squared_mmd(extractor(held_out).cpu().numpy(), real)),
+        "mmd_of_decoded": float(squared_mmd(extractor(decoded).cpu().numpy(), real)),
+        "mmd_of_real": float(squared_mmd(extractor(held_out).cpu().numpy(), real)),
         "num_held_out": len(held_out),
         "features": extractor.id,
     }

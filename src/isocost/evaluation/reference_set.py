@@ -1,4 +1,4 @@
-"""The reference side of a protocol: real images' features, the captions to draw, and the probe that reads images back.
+"""The reference side of a protocol: features of real images, the prompts, and the attribute classifier.
 
 Shapes: M reference images, N generated images, D features, A attribute heads.
 """
@@ -19,7 +19,8 @@ from isocost.config.evaluation import ProtocolSpec
 from isocost.data.latent_cache import ImageDataset
 from isocost.errors import ConfigError
 from isocost.evaluation.confidence_intervals import KernelReference
-from isocost.evaluation.feature_batches import Function
+from isocost.evaluation.feature_batches import BatchFunction
+from isocost.evaluation.metric_registry import check_metrics
 from isocost.evaluation.protocol import Protocol
 from isocost.metrics.attribute_classifier import AttributeClassifier, train_attribute_classifier
 from isocost.metrics.efficientnet import EfficientNetLite0
@@ -29,10 +30,9 @@ from isocost.metrics.frechet import Moments
 from isocost.metrics.inception import Inception
 from isocost.metrics.mmd import POLYNOMIAL, Kernel
 from isocost.metrics.precision_recall import radii
-from isocost.metrics.registry import check_distances
 from isocost.metrics.vit import CLIPFeatureExtractor
 
-PROBE_EPOCHS = 6
+CLASSIFIER_EPOCHS = 6
 VERSION = 1
 LABELS_NEEDED = "protocol.alignment needs labels in data.train and data.reference (label_column), or alignment: none"
 
@@ -45,11 +45,11 @@ class ReferenceSet:
         extractors: by name, in the order of the protocol.
         features: float32 [M, D] of the real images, by extractor.
         captions: the N captions to draw, one an image id.
-        said: what caption scores compare images with, where it is not what is drawn (DreamBooth leaves its token out).
+        clip_texts: what caption scores compare images with, where it is not what is drawn (DreamBooth leaves its token out).
         labels: int64 [N, A] of those captions, where alignment is measured; -1 where a caption does not say.
-        probe: reads labels from images; None where alignment is not measured.
-        originals: uint8 [N, 3, R, R], what image i is compared with; None where there is no such thing.
-        paired_metrics: what is compared, by score name: functions of an image and its original in one, uint8 [N, 6, R, R] -> [N].
+        attribute_classifier: reads labels from images; None if alignment is not measured.
+        originals: uint8 [N, 3, R, R], what image i is compared with; None if there is no such thing.
+        paired_metrics: functions of an image and its original stacked, uint8 [N, 6, R, R] -> [N], by score name.
         kept: precision in which a point keeps its features.
     """
 
@@ -58,32 +58,34 @@ class ReferenceSet:
     features: dict[str, np.ndarray]
     prompts: list[str]
     labels: Tensor | None = None
-    probe: AttributeClassifier | None = None
+    attribute_classifier: AttributeClassifier | None = None
     feature_dtype: str = "fp32"
-    said: list[str] | None = None
+    clip_texts: list[str] | None = None
     originals: Tensor | None = None
-    paired_metrics: dict[str, Function] = field(default_factory=dict)
-    _once: dict[tuple[str, ...], Any] = field(default_factory=dict, init=False, repr=False)
+    paired_metrics: dict[str, BatchFunction] = field(default_factory=dict)
+    _cache: dict[tuple[str, ...], Any] = field(default_factory=dict, init=False, repr=False)
 
     def kernel(self, name: str, kernel: Kernel = POLYNOMIAL) -> KernelReference:
         """The reference side of every kernel interval on an extractor's features, resampled once."""
-        of = self.protocol
-        return self._made(
+        protocol = self.protocol
+        return self._cached(
             ("mmd", kernel.name, name),
-            lambda: KernelReference.of(self.features[name], num_bootstrap=of.num_bootstrap, seed=of.seed, kernel=kernel),
+            lambda: KernelReference.of(
+                self.features[name], num_bootstrap=protocol.num_bootstrap, seed=protocol.seed, kernel=kernel
+            ),
         )
 
     def moments(self, name: str) -> Moments:
-        """Mean, covariance and its root for the Frechet distance, made once."""
-        return self._made(("moments", name), lambda: Moments.of(self.features[name]))
+        """Mean, covariance and its root for the Fréchet distance, made once."""
+        return self._cached(("moments", name), lambda: Moments.of(self.features[name]))
 
     def radii(self, name: str, neighbour: int) -> Tensor:
         """How far each real image reaches among the others, float64 [M], made once."""
-        return self._made(("radii", name, str(neighbour)), lambda: radii(self.features[name], neighbour))
+        return self._cached(("radii", name, str(neighbour)), lambda: radii(self.features[name], neighbour))
 
     def prompt_features(self, name: str) -> np.ndarray:
         """Embeddings of the captions to draw, float32 [N, D], made once."""
-        return self._made(("prompts", name), lambda: self.clip(name).encode_text(self.said or self.prompts).numpy())
+        return self._cached(("prompts", name), lambda: self.clip(name).encode_text(self.clip_texts or self.prompts).numpy())
 
     def clip(self, name: str) -> CLIPFeatureExtractor:
         """The extractor called `name`, which reads captions."""
@@ -97,10 +99,10 @@ class ReferenceSet:
         assert isinstance(extractor, Inception | EfficientNetLite0), name
         return extractor.logits(features)
 
-    def _made(self, key: tuple[str, ...], make: Callable[[], Any]) -> Any:
-        if key not in self._once:
-            self._once[key] = make()
-        return self._once[key]
+    def _cached(self, key: tuple[str, ...], make: Callable[[], Any]) -> Any:
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
 
 def make_extractors(spec: ProtocolSpec, device: torch.device | str = "cpu") -> dict[str, FeatureExtractor]:
@@ -109,7 +111,7 @@ def make_extractors(spec: ProtocolSpec, device: torch.device | str = "cpu") -> d
     Raises:
         ConfigError: a distance has none, or weights cannot be had.
     """
-    check_distances(spec.metrics, spec.features)
+    check_metrics(spec.metrics, spec.features)
     return {
         name: make_extractor(name, feature_size=spec.feature_size, weights=spec.weights, device=device)
         for name in spec.features
@@ -142,7 +144,7 @@ def read_features(folder: Path) -> np.ndarray:
 
 
 def require_labels(train: ImageDataset, held_out: ImageDataset) -> None:
-    """Raise ConfigError where alignment cannot be measured for want of labels."""
+    """Raise ConfigError if alignment is required but the images have no labels."""
     if train.labels is None or held_out.labels is None:
         raise ConfigError(LABELS_NEEDED)
 
@@ -150,12 +152,12 @@ def require_labels(train: ImageDataset, held_out: ImageDataset) -> None:
 def fit_attribute_classifier(
     folder: Path, train: ImageDataset, held_out: ImageDataset, num_classes: tuple[int, ...], seed: int
 ) -> dict[str, object]:
-    """Fit the probe on real training images, save it, and return its accuracy on held-out real images for the manifest."""
+    """Train the attribute classifier on real images, save it, and return its accuracy on held-out real images."""
     assert train.labels is not None, "require_labels comes first"
     assert held_out.labels is not None, "require_labels comes first"
-    probe = train_attribute_classifier(train.images, train.labels, num_classes, num_epochs=PROBE_EPOCHS, seed=seed)
-    probe.save(folder)
-    accuracy = probe.accuracy(held_out.images, held_out.labels)
+    classifier = train_attribute_classifier(train.images, train.labels, num_classes, num_epochs=CLASSIFIER_EPOCHS, seed=seed)
+    classifier.save(folder)
+    accuracy = classifier.accuracy(held_out.images, held_out.labels)
     return {
         "accuracy": float(accuracy.mean()),
         "accuracy_by_head": [float(value) for value in accuracy],

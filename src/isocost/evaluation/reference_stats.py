@@ -1,7 +1,7 @@
-"""Reference statistics: features of real images with their ids and captions, made once, kept with hashes.
+"""Reference statistics: features of real images with ids and captions, computed once and saved in a folder.
 
-A folder of statistics holds the features of every extractor in shards, `images.jsonl` with id and captions of each row,
-for protocols of pairs the images themselves, and a manifest that says what made it.
+The folder contains the features of every extractor in shards; `images.jsonl` with id and captions of each row; the images
+themselves, for protocols that compare pairs; and a manifest with the protocol, the extractors and a content hash.
 
 Shapes: M reference images, D features.
 """
@@ -27,19 +27,20 @@ from isocost.metrics.extractor_base import FeatureExtractor
 from isocost.utils.artifact_store import MANIFEST, publish, read_manifest
 
 KIND = "statistics"
-ROWS_FILE, IMAGES_FOLDER = "images.jsonl", "images"
-ONE_EXTRACTOR_FILE = "features.safetensors"
+IMAGE_LIST_FILE, IMAGES_FOLDER = "images.jsonl", "images"
+STUDY_FEATURES_FILE = "features.safetensors"
+"""Reference features that a study saves, of one extractor."""
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """What was taken of a set of images, one row each.
+    """Features of a set of images.
 
     Attributes:
-        ids: of the rows, in order.
-        captions: of the rows; empty tuples where there are none.
-        features: float32 [M, D] by extractor.
-        content: 16 hex digits over the pixels, whatever the order.
+        ids: image id of each row.
+        prompts: captions of each row; empty tuples if there are none.
+        features: float32 [M, D] by extractor name.
+        content: hash of the pixels, 16 hex digits; independent of the order of the images.
     """
 
     ids: tuple[str, ...]
@@ -51,106 +52,117 @@ class FeatureSet:
         return len(self.ids)
 
 
-def take(
+def extract_features(
     images: Iterable[SourceImage], extractors: dict[str, FeatureExtractor], ids: Sequence[str] | None = None
 ) -> FeatureSet:
-    """Features of images as they come, in the order of `ids`, or as they come where None.
+    """Compute the features of images.
 
-    Images whose id is not among `ids` are passed over. With `ids`, the order of arrival changes no bit.
+    Args:
+        images: in any order; with `ids`, the order of arrival changes no bit of the result.
+        extractors: by name.
+        ids: the images to use, in the order of the rows; other images are ignored. None uses all images as they arrive.
 
     Raises:
-        ConfigError: an id is missing, or came twice.
+        ConfigError: an id is missing or appears twice.
     """
-    name_hash = None if ids is None else {key: place for place, key in enumerate(ids)}
-    rows: dict[int, tuple[str, tuple[str, ...], str]] = {}
-    blocks = FixedBatchRunner(extractors)
+    index_of_id = None if ids is None else {key: index for index, key in enumerate(ids)}
+    infos: dict[int, tuple[str, tuple[str, ...], str]] = {}
+    runner = FixedBatchRunner(extractors)
     for image in images:
-        place = len(rows) if name_hash is None else name_hash.get(image.key)
-        if place is None:
+        index = len(infos) if index_of_id is None else index_of_id.get(image.id)
+        if index is None:
             continue
-        if place in rows:
-            raise ConfigError(f"{image.name}: id {image.key} came twice; the other is {rows[place][0]}")
+        if index in infos:
+            raise ConfigError(f"{image.name}: id {image.id} appears twice; the other image is {infos[index][0]}")
         pixels = image.pixels.contiguous()
-        blocks.add(place, pixels)
+        runner.add(index, pixels)
         sha256 = hashlib.sha256(str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()).hexdigest()
-        rows[place] = image.name, image.prompts, sha256
-    if ids is not None and len(rows) < len(ids):
-        missing = [key for place, key in enumerate(ids) if place not in rows]
+        infos[index] = image.name, image.prompts, sha256
+    if ids is not None and len(infos) < len(ids):
+        missing = [key for index, key in enumerate(ids) if index not in infos]
         raise ConfigError(f"{len(missing)} of {len(ids)} images are missing; the first is id {missing[0]}")
-    order, features = blocks.results()
+    order, features = runner.results()
     return FeatureSet(
-        tuple(ids) if ids is not None else tuple(rows[place][0] for place in order),
-        tuple(rows[place][1] for place in order),
-        {name: made.numpy() for name, made in features.items()},
-        hashlib.sha256("".join(sorted(sha256 for *_, sha256 in rows.values())).encode()).hexdigest()[:16],
+        tuple(ids) if ids is not None else tuple(infos[index][0] for index in order),
+        tuple(infos[index][1] for index in order),
+        {name: values.numpy() for name, values in features.items()},
+        hashlib.sha256("".join(sorted(sha256 for *_, sha256 in infos.values())).encode()).hexdigest()[:16],
     )
 
 
-def reference_images(place: str, named: ProtocolPreset, ids: Sequence[str] | None = None) -> Iterator[SourceImage]:
-    """The reference images of a protocol: whole ones as centre squares at its resolution (those of `ids`), or its crops."""
-    folder = Path(place)
+def reference_images(source: str, preset: ProtocolPreset, ids: Sequence[str] | None = None) -> Iterator[SourceImage]:
+    """Iterate over the reference images of a protocol.
+
+    They are the images that a statistics folder saved, the protocol's crops, or centre squares at its resolution (with
+    `ids`, only those images).
+
+    Raises:
+        ConfigError: the source is missing, or its images cannot be read or do not fit the protocol.
+    """
+    folder = Path(source)
     if (folder / IMAGES_FOLDER).is_dir() and (folder / MANIFEST).is_file():
-        place = str(folder / IMAGES_FOLDER)
-    elif named.crops is not None:
-        return _cropped(folder, named.crops)
-    return iter_images(place, side=named.resolution, exact=False, ids=ids)
+        source = str(folder / IMAGES_FOLDER)
+    elif preset.crops is not None:
+        return _iter_crops(folder, preset.crops)
+    return iter_images(source, resolution=preset.resolution, exact=False, ids=ids)
 
 
 def build_statistics(
-    place: str, out: Path, named: ProtocolPreset, extractors: dict[str, FeatureExtractor], ids: Sequence[str] | None
+    source: str, out: Path, preset: ProtocolPreset, extractors: dict[str, FeatureExtractor], ids: Sequence[str] | None
 ) -> FeatureSet:
-    """Take the reference images of `place` once and write a folder of statistics at `out`; there whole or not at all.
+    """Compute the statistics of the reference images in `source` and publish them as the folder `out` in one step.
 
     Raises:
-        ConfigError: `out` is there already, or the images are not what the protocol asks for.
+        ConfigError: `out` exists already, or the images do not fit the protocol.
     """
     if out.exists():
-        raise ConfigError(f"{out}: is there already; give a new folder")
+        raise ConfigError(f"{out}: exists already; give a new folder")
     partial = out.with_name(f".{out.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
 
-    def feature_dtype() -> Iterator[SourceImage]:
-        for image in reference_images(place, named, ids):
-            if named.compares == "pairs":
+    def iter_and_save() -> Iterator[SourceImage]:
+        for image in reference_images(source, preset, ids):
+            if preset.compares == "pairs":
                 (partial / IMAGES_FOLDER).mkdir(exist_ok=True)
                 pixels = image.pixels.permute(1, 2, 0).numpy()
-                Image.fromarray(pixels).save(partial / IMAGES_FOLDER / f"{image.key:0>5}.png")
+                Image.fromarray(pixels).save(partial / IMAGES_FOLDER / f"{image.id:0>5}.png")
             yield image
 
-    taken = take(feature_dtype(), extractors, ids)
-    check_num_images(f"{place}", len(taken), named.num_reference)
-    write_features(partial, taken.features)
+    feature_set = extract_features(iter_and_save(), extractors, ids)
+    check_num_images(source, len(feature_set), preset.num_reference)
+    write_features(partial, feature_set.features)
     lines = [
-        json.dumps({"id": key, "prompts": said}, ensure_ascii=False) for key, said in zip(taken.ids, taken.prompts, strict=True)
+        json.dumps({"id": key, "prompts": prompts}, ensure_ascii=False)
+        for key, prompts in zip(feature_set.ids, feature_set.prompts, strict=True)
     ]
-    (partial / ROWS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (partial / IMAGE_LIST_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     manifest = {
         "kind": KIND,
-        "protocol": named.title,
+        "protocol": preset.title,
         "extractors": {name: extractor.id for name, extractor in extractors.items()},
-        "num_images": len(taken),
-        "resolution": named.resolution,
-        "content": taken.content,
+        "num_images": len(feature_set),
+        "resolution": preset.resolution,
+        "content": feature_set.content,
     }
     publish(partial, out, manifest)
-    return taken
+    return feature_set
 
 
 def read_statistics(folder: Path, extractors: dict[str, FeatureExtractor]) -> FeatureSet | None:
-    """What `build_statistics` wrote, or features that a study keeps; None where the folder holds neither.
+    """Read the output of `build_statistics`, or the reference features that a study saved; None if the folder has neither.
 
     Raises:
-        ConfigError: they were made by other extractors than those asked for.
+        ConfigError: other extractors made the features.
     """
-    folder = folder.parent if folder.name == ONE_EXTRACTOR_FILE else folder
-    if (folder / ONE_EXTRACTOR_FILE).is_file():
-        return _read_one(folder, extractors)
-    if not (folder / ROWS_FILE).is_file() or not (folder / MANIFEST).is_file():
+    folder = folder.parent if folder.name == STUDY_FEATURES_FILE else folder
+    if (folder / STUDY_FEATURES_FILE).is_file():
+        return _read_study_features(folder, extractors)
+    if not (folder / IMAGE_LIST_FILE).is_file() or not (folder / MANIFEST).is_file():
         return None
     manifest = read_manifest(folder)
     for name, extractor in extractors.items():
         _check_same_extractor(folder, manifest["extractors"].get(name), extractor)
-    rows = [json.loads(line) for line in (folder / ROWS_FILE).read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (folder / IMAGE_LIST_FILE).read_text(encoding="utf-8").splitlines()]
     return FeatureSet(
         tuple(row["id"] for row in rows),
         tuple(tuple(row["prompts"]) for row in rows),
@@ -159,21 +171,21 @@ def read_statistics(folder: Path, extractors: dict[str, FeatureExtractor]) -> Fe
     )
 
 
-def check_num_images(where: str, found: int, demanded: int | None, least: int = 0) -> None:
-    """Raise ConfigError where there are not exactly `demanded` images, or fewer than `least`."""
-    if demanded is not None and found != demanded:
-        raise ConfigError(f"{where}: {found} images; this protocol takes {demanded}")
-    if found < least:
-        raise ConfigError(f"{where}: {found} images; a distance takes at least {least}")
+def check_num_images(source: str, num_images: int, required: int | None, minimum: int = 0) -> None:
+    """Raise ConfigError if there are not exactly `required` images (None: any number), or fewer than `minimum`."""
+    if required is not None and num_images != required:
+        raise ConfigError(f"{source}: {num_images} images; this protocol needs {required}")
+    if num_images < minimum:
+        raise ConfigError(f"{source}: {num_images} images; a metric needs at least {minimum}")
 
 
-def _read_one(folder: Path, extractors: dict[str, FeatureExtractor]) -> FeatureSet:
-    from isocost.evaluation.reference_set import read_features as read_one
+def _read_study_features(folder: Path, extractors: dict[str, FeatureExtractor]) -> FeatureSet:
+    from isocost.evaluation.reference_set import read_features as read_study_features
 
     made_by = read_manifest(folder).get("extractor") if (folder / MANIFEST).is_file() else None
     for extractor in extractors.values():
         _check_same_extractor(folder, made_by, extractor)
-    features = read_one(folder)
+    features = read_study_features(folder)
     content = hashlib.sha256(features.tobytes()).hexdigest()[:16]
     ids = tuple(map(str, range(len(features))))
     return FeatureSet(ids, ((),) * len(ids), dict.fromkeys(extractors, features), content)
@@ -184,15 +196,15 @@ def _check_same_extractor(folder: Path, made_by: str | None, extractor: FeatureE
         raise ConfigError(f"{folder}: features of another extractor ({made_by}); this protocol needs {extractor.id}")
 
 
-def _cropped(folder: Path, crops: Crops) -> Iterator[SourceImage]:
+def _iter_crops(folder: Path, crops: Crops) -> Iterator[SourceImage]:
     files = image_files(folder)
     check_num_images(str(folder), len(files), crops.num_sources)
-    for place, file in enumerate(files):
+    for file_index, file in enumerate(files):
         with Image.open(file) as opened:
-            whole = np.asarray(opened.convert("RGB"))
-        if min(whole.shape[:2]) < crops.side:
-            raise ConfigError(f"{file}: {whole.shape[1]} x {whole.shape[0]} pixels; crops of {crops.side} do not fit")
-        for number in range(place, crops.num, crops.num_sources):
-            top, left = crops.corner(number, *whole.shape[:2])
-            square = whole[top : top + crops.side, left : left + crops.side]
-            yield SourceImage(str(number), f"{file.name}[{number}]", torch.from_numpy(square.copy()).permute(2, 0, 1))
+            image = np.asarray(opened.convert("RGB"))
+        if min(image.shape[:2]) < crops.side:
+            raise ConfigError(f"{file}: {image.shape[1]} x {image.shape[0]} pixels; crops of {crops.side} do not fit")
+        for number in range(file_index, crops.num, crops.num_sources):
+            top, left = crops.corner(number, *image.shape[:2])
+            crop = image[top : top + crops.side, left : left + crops.side]
+            yield SourceImage(str(number), f"{file.name}[{number}]", torch.from_numpy(crop.copy()).permute(2, 0, 1))

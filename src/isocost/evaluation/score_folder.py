@@ -1,4 +1,4 @@
-"""Scores of anybody's images against a reference under a named protocol.
+"""Scores of any set of images against a reference, under a protocol preset.
 
 Shapes: N images, M reference images, D features.
 """
@@ -10,24 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isocost.config.evaluation import MIN_IMAGES, ExtractorName, ProtocolSpec
+from isocost.config.evaluation import MIN_IMAGES, ProtocolSpec
 from isocost.errors import ConfigError
 from isocost.evaluation.confidence_intervals import Interval
 from isocost.evaluation.evaluator import frechet_is_biased, score
 from isocost.evaluation.feature_store import SampleFeatures
-from isocost.evaluation.image_sources import ARRAY_SUFFIXES, images_by_key, iter_images
+from isocost.evaluation.image_sources import ARRAY_SUFFIXES, images_by_id, iter_images
 from isocost.evaluation.paired_images import paired_image_metrics, subject_scores
 from isocost.evaluation.prompt_lists import read_prompt_list
-from isocost.evaluation.protocol import make_protocol
+from isocost.evaluation.protocol import Protocol, make_protocol
 from isocost.evaluation.protocol_presets import PRESETS, ProtocolPreset, protocol_preset
 from isocost.evaluation.reference_set import ReferenceSet, make_extractors
 from isocost.evaluation.reference_stats import (
     FeatureSet,
     build_statistics,
     check_num_images,
+    extract_features,
     read_statistics,
     reference_images,
-    take,
 )
 from isocost.metrics.extractor_base import FeatureExtractor
 from isocost.utils.device import best_device
@@ -38,7 +38,17 @@ LPIPS = "lpips"
 
 @dataclass(frozen=True)
 class FolderScore:
-    """Scores of one set of images, with what made them; `protocol` is name@version:id, `parts` what the id stands for."""
+    """Scores of one set of images.
+
+    Attributes:
+        protocol: "name@version:id"; the version only if the preset fixes the number of images.
+        extractor: ids of the feature extractors.
+        num_images: number of scored images.
+        num_reference: number of reference images.
+        scores: value and interval by metric.
+        notes: warnings for the user.
+        parts: everything that the protocol's id depends on.
+    """
 
     protocol: str
     extractor: str
@@ -60,45 +70,45 @@ def score_folder(
     """Score images against a reference.
 
     Args:
-        images: a folder, or a .npy or .npz of uint8 [N, H, W, 3] in the order of the captions.
+        images: a folder, or a .npy or .npz file of uint8 [N, H, W, 3] in the order of the prompts.
         reference: a folder of images, tar shards, `hub:NAME:SPLIT`, `scenes:NUMBER`, statistics of `isocost reference`,
-            or the features that a study keeps.
-        protocol: a name of `PROTOCOLS`.
-        captions: where the protocol's captions lie; it says what they are.
-        weights: places of weights by extractor, and of AlexNet under `lpips`, where the published ones are not to be fetched.
+            or the reference features that a study saved.
+        protocol: a name of `PRESETS`.
+        prompts: source of the protocol's prompts, if it has prompts.
+        weights: sources of weights by extractor name, and of AlexNet under "lpips"; by default the published weights.
 
     Raises:
-        ConfigError: something is missing, of the wrong number, size or kind, or made by other weights.
+        ConfigError: an input is missing, has the wrong number, size or type, or was made with other weights.
     """
-    named = protocol_preset(protocol)
-    lpips, spec = _with_weights(named.spec, weights)
+    preset = protocol_preset(protocol)
+    lpips_weights, spec = _with_weights(preset.spec, weights)
     extractors = make_extractors(spec, best_device())
-    listed = _captions(named, prompts)
-    if named.compares == "subjects":
-        assert listed is not None
-        return subjects_score(named, spec, Path(images), Path(reference), listed, extractors)
-    generated = _generated(str(images), named, extractors, listed)
-    real = _reference(str(reference), named, extractors, None if listed is None or not named.reference_ids else list(listed))
-    least = MIN_IMAGES if named.num_images is None else 0
-    check_num_images(str(images), len(generated), named.num_images, least)
-    check_num_images(str(reference), len(real), named.num_reference, least)
-    words = list(listed.values()) if listed is not None else []
-    fixed = make_protocol(
+    prompts_by_id = _read_prompts(preset, prompts)
+    if preset.compares == "subjects":
+        assert prompts_by_id is not None
+        return _score_subjects(preset, spec, Path(images), Path(reference), prompts_by_id, extractors)
+    generated = _generated_features(str(images), preset, extractors, prompts_by_id)
+    reference_ids = list(prompts_by_id) if prompts_by_id is not None and preset.reference_ids else None
+    real = _reference_features(str(reference), preset, extractors, reference_ids)
+    minimum = MIN_IMAGES if preset.num_images is None else 0
+    check_num_images(str(images), len(generated), preset.num_images, minimum)
+    check_num_images(str(reference), len(real), preset.num_reference, minimum)
+    prompt_list = list(prompts_by_id.values()) if prompts_by_id is not None else []
+    full_protocol = make_protocol(
         spec.model_copy(update={"num_images": len(generated)}),
-        resolution=named.resolution or 0,
+        resolution=preset.resolution or 0,
         extractor=[extractor.id for extractor in extractors.values()],
         reference=real.content,
         num_reference=len(real),
-        prompts=words,
+        prompts=prompt_list,
     )
-    against = ReferenceSet(fixed, extractors, real.features, words)
-    scores = score(SampleFeatures(generated.features), against, spec.metrics)
-    if named.paired_image_metrics:
-        pairs = images_by_key(str(images), side=named.resolution, exact=True)
-        scores.update(
-            paired_image_metrics(pairs, reference_images(str(reference), named), named.paired_image_metrics, lpips, fixed)
-        )
-    return _answer(named, fixed.id, fixed.parts, extractors, len(generated), len(real), scores)
+    reference_set = ReferenceSet(full_protocol, extractors, real.features, prompt_list)
+    scores = score(SampleFeatures(generated.features), reference_set, spec.metrics)
+    if preset.paired_image_metrics:
+        generated_images = images_by_id(str(images), resolution=preset.resolution, exact=True)
+        originals = reference_images(str(reference), preset)
+        scores |= paired_image_metrics(generated_images, originals, preset.paired_image_metrics, lpips_weights, full_protocol)
+    return _folder_score(preset, full_protocol, extractors, len(generated), len(real), scores)
 
 
 def make_reference(
@@ -109,22 +119,29 @@ def make_reference(
     prompts: str | None = None,
     weights: Mapping[str, str] | None = None,
 ) -> FeatureSet:
-    """Reference statistics of a named protocol, taken once of real images and written to a new folder `out`.
+    """Compute the reference statistics of a protocol preset and write them to the new folder `out`.
+
+    Args:
+        images: a folder of real images, tar shards, `hub:NAME:SPLIT` or `scenes:NUMBER`.
+        out: a folder that does not exist.
+        protocol: a name of `PRESETS`.
+        prompts: source of the protocol's prompts, if their ids select the reference images.
+        weights: sources of weights by extractor name; by default the published weights.
 
     Raises:
-        ConfigError: the images are not what the protocol asks for, or `out` is there already.
+        ConfigError: the images do not fit the protocol, or `out` exists already.
     """
-    named = protocol_preset(protocol)
-    if named.compares == "subjects":
-        raise ConfigError(f"protocol '{protocol}' compares with photographs by subject and takes their folder as it is")
-    _, spec = _with_weights(named.spec, weights)
-    listed = _captions(named, prompts) if named.reference_ids else None
-    ids = None if listed is None else list(listed)
-    return build_statistics(str(images), Path(out), named, make_extractors(spec, best_device()), ids)
+    preset = protocol_preset(protocol)
+    if preset.compares == "subjects":
+        raise ConfigError(f"protocol '{protocol}' needs no statistics; give the folder of photographs as --reference")
+    _, spec = _with_weights(preset.spec, weights)
+    prompts_by_id = _read_prompts(preset, prompts) if preset.reference_ids else None
+    ids = None if prompts_by_id is None else list(prompts_by_id)
+    return build_statistics(str(images), Path(out), preset, make_extractors(spec, best_device()), ids)
 
 
-def subjects_score(
-    named: ProtocolPreset,
+def _score_subjects(
+    preset: ProtocolPreset,
     spec: ProtocolSpec,
     images: Path,
     reference: Path,
@@ -132,74 +149,77 @@ def subjects_score(
     extractors: dict[str, FeatureExtractor],
 ) -> FolderScore:
     """DreamBooth's scores of SUBJECT/PP_K.png against SUBJECT/*.jpg and the prompts (arXiv 2208.12242, section 4.2)."""
-    found = subject_scores(images, reference, prompts, extractors, spec, named.num_images)
-    fixed = make_protocol(
-        spec.model_copy(update={"num_images": found.num_images}),
-        resolution=named.resolution or 0,
+    comparison = subject_scores(images, reference, prompts, extractors, spec, preset.num_images)
+    full_protocol = make_protocol(
+        spec.model_copy(update={"num_images": comparison.num_images}),
+        resolution=preset.resolution or 0,
         extractor=[extractor.id for extractor in extractors.values()],
-        reference=found.content,
-        num_reference=found.num_reference,
+        reference=comparison.content,
+        num_reference=comparison.num_reference,
         prompts=list(prompts.values()),
     )
-    return _answer(named, fixed.id, fixed.parts, extractors, found.num_images, found.num_reference, found.scores)
+    num_images, num_reference = comparison.num_images, comparison.num_reference
+    return _folder_score(preset, full_protocol, extractors, num_images, num_reference, comparison.scores)
 
 
-def _answer(
-    named: ProtocolPreset,
-    protocol: str,
-    parts: dict[str, Any],
+def _folder_score(
+    preset: ProtocolPreset,
+    protocol: Protocol,
     extractors: dict[str, FeatureExtractor],
-    num: int,
+    num_images: int,
     num_reference: int,
     scores: dict[str, Interval],
 ) -> FolderScore:
     notes = []
     for extractor in extractors.values():
-        least = min(num, num_reference)
-        if "frechet" in named.spec.metrics and frechet_is_biased(least, extractor.width):
+        fewest = min(num_images, num_reference)
+        if "frechet" in preset.spec.metrics and frechet_is_biased(fewest, extractor.feature_dim):
             notes.append(
-                f"Frechet from {least} images, fewer than twice its {extractor.width} features: "
-                "biased upwards, compare at equal numbers only"
+                f"Frechet distance from {fewest} images, fewer than twice its {extractor.feature_dim} features: "
+                "biased upwards, compare at equal numbers of images only"
             )
-    title = named.title if named.num_images is not None else named.name
+    title = preset.title if preset.num_images is not None else preset.name
     ids = " + ".join(extractor.id for extractor in extractors.values())
-    whole = {"name": named.title, **parts}
-    return FolderScore(f"{title}:{protocol}", ids, num, num_reference, scores, tuple(notes), whole)
+    parts = {"name": preset.title, **protocol.parts}
+    return FolderScore(f"{title}:{protocol.id}", ids, num_images, num_reference, scores, tuple(notes), parts)
 
 
 def _with_weights(spec: ProtocolSpec, weights: Mapping[str, str] | None) -> tuple[str | None, ProtocolSpec]:
-    """The place of LPIPS's convolutions, and the spec with the places of its extractors."""
-    places = dict(weights or {})
-    lpips = places.pop(LPIPS, None)
-    unknown = set(places) - set(spec.features)
+    """The source of LPIPS's convolutions, and the spec with the sources of its extractors' weights."""
+    sources = dict(weights or {})
+    lpips_weights = sources.pop(LPIPS, None)
+    unknown = set(sources) - set(spec.features)
     if unknown:
-        raise ConfigError(f"weights: {unknown.pop()} is not used here; this protocol uses {', '.join((*spec.features, LPIPS))}")
-    typed: dict[ExtractorName, str] = {name: places[name] for name in spec.features if name in places}
-    return lpips, spec.model_copy(update={"weights": typed})
+        raise ConfigError(f"weights: {unknown.pop()} is not used; this protocol uses {', '.join((*spec.features, LPIPS))}")
+    ordered = {name: sources[name] for name in spec.features if name in sources}
+    return lpips_weights, spec.model_copy(update={"weights": ordered})
 
 
-def _captions(named: ProtocolPreset, place: str | None) -> dict[str, str] | None:
-    if named.prompts is None:
-        if place is not None:
-            raise ConfigError(f"--prompts {place}: protocol '{named.name}' has no captions; leave it out")
+def _read_prompts(preset: ProtocolPreset, source: str | None) -> dict[str, str] | None:
+    """The protocol's prompts by id; None if it has none."""
+    if preset.prompts is None:
+        if source is not None:
+            raise ConfigError(f"--prompts {source}: protocol '{preset.name}' has no prompts; omit the option")
         return None
-    if place is None and named.prompts.source.startswith("scenes:"):
-        place = named.prompts.source.split(": ")[0]
-    if place is None:
-        raise ConfigError(f"protocol '{named.name}' needs --prompts: {named.prompts.source}")
-    return read_prompt_list(place, named.prompts)
+    if source is None and preset.prompts.source.startswith("scenes:"):
+        source = preset.prompts.source.split(": ")[0]
+    if source is None:
+        raise ConfigError(f"protocol '{preset.name}' needs --prompts: {preset.prompts.source}")
+    return read_prompt_list(source, preset.prompts)
 
 
-def _generated(
-    place: str, named: ProtocolPreset, extractors: dict[str, FeatureExtractor], listed: dict[str, str] | None
+def _generated_features(
+    source: str, preset: ProtocolPreset, extractors: dict[str, FeatureExtractor], prompts: dict[str, str] | None
 ) -> FeatureSet:
-    ids = None if listed is None else list(listed)
-    if place.endswith(ARRAY_SUFFIXES) and ids is not None:
-        ids = [str(number) for number in range(len(ids))]
-    exact = named.resolution is not None
-    return take(iter_images(place, side=named.resolution, exact=exact, ids=ids), extractors, ids)
+    ids = None if prompts is None else list(prompts)
+    if source.endswith(ARRAY_SUFFIXES) and ids is not None:
+        ids = [str(index) for index in range(len(ids))]
+    exact = preset.resolution is not None
+    return extract_features(iter_images(source, resolution=preset.resolution, exact=exact, ids=ids), extractors, ids)
 
 
-def _reference(place: str, named: ProtocolPreset, extractors: dict[str, FeatureExtractor], ids: list[str] | None) -> FeatureSet:
-    feature_dtype = read_statistics(Path(place), extractors)
-    return feature_dtype if feature_dtype is not None else take(reference_images(place, named, ids), extractors, ids)
+def _reference_features(
+    source: str, preset: ProtocolPreset, extractors: dict[str, FeatureExtractor], ids: list[str] | None
+) -> FeatureSet:
+    saved = read_statistics(Path(source), extractors)
+    return saved if saved is not None else extract_features(reference_images(source, preset, ids), extractors, ids)

@@ -1,6 +1,6 @@
-"""What an experiment of a study is: its trainings, and what the points of their checkpoints rest on.
+"""Base class of the experiments of a study: their trainings, and the evaluation of their checkpoints.
 
-The pipeline trains and sweeps all of them alike.
+The pipeline trains and sweeps all experiments in the same way.
 """
 
 from __future__ import annotations
@@ -37,11 +37,17 @@ TRAIN_VERSION = 2
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One training: its network, the digest of its run, and the digest of its checkpoint by images seen.
+    """One training, or one pretrained checkpoint.
 
-    `parent` is the folder of the checkpoint whose weights it starts from; None starts from random ones. `variant` sets it apart
-    from other runs of its size. A run that is given is trained elsewhere: its one checkpoint is there, and nothing of `spec` is
-    asked.
+    Attributes:
+        task: name of the experiment.
+        model: network to train.
+        spec: training configuration; unused if `is_pretrained`.
+        digest: name of the run's artefact.
+        checkpoints: digest of every checkpoint, by images seen.
+        parent: folder of the checkpoint to start from; None starts from random weights.
+        variant: distinguishes the run from others of the same task and size.
+        is_pretrained: the only checkpoint exists already and is not trained here.
     """
 
     task: TaskName
@@ -54,13 +60,18 @@ class TrainingRun:
     is_pretrained: bool = False
 
     @property
+    def sources(self) -> tuple[Path, ...]:
+        """Folders of the checkpoints that the training reads."""
+        return () if self.parent is None else (self.parent,)
+
+    @property
     def final(self) -> str:
         """Digest of the last checkpoint."""
         return self.checkpoints[max(self.checkpoints)]
 
     @property
     def title(self) -> str:
-        """Which training it is: "superres width 8 from scratch"."""
+        """Title such as "superres width 8 from scratch"."""
         if self.is_pretrained:
             return self.variant
         name = "" if self.task == "text2image" else f"{self.task} "
@@ -69,10 +80,15 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class EvalContext:
-    """What points are made and scored with.
+    """Everything needed to sample and score points.
 
-    `captions` are the states of the captions that are drawn, `kept` the ids of the images that every point keeps, `beside`
-    what the network sees beside the noisy latent, by image id. `autoencoder` is a given checkpoint's; the study's where None.
+    Attributes:
+        reference: reference set.
+        prompts: prompt embeddings by sample index.
+        saved_indices: indices of the samples whose images every point saves.
+        metrics: metrics to compute.
+        concat_cond: second input of the network by sample index (super-resolution).
+        autoencoder: autoencoder of a pretrained checkpoint; None takes the study's.
     """
 
     reference: ReferenceSet
@@ -85,15 +101,21 @@ class EvalContext:
 
 @dataclass(frozen=True)
 class EvalJob:
-    """Points of one checkpoint that share a bench, which is set up when it is needed.
+    """Points of one checkpoint with a common evaluation context.
 
-    `cells` are those whose best guidance is raced for; what is scored of them is known afterwards.
+    Attributes:
+        checkpoint: digest of the checkpoint.
+        points: points to score.
+        eval_context: builds the context; called only if something is to be sampled or scored.
+        cells: cells whose best guidance a race searches; their points are known after the race.
+        protocol_spec: configuration of the protocol, if it differs from `Experiment.protocol_spec`.
     """
 
     checkpoint: str
     points: tuple[SweepPoint, ...]
     eval_context: Callable[[], EvalContext]
     cells: tuple[SearchCell, ...] = ()
+    protocol_spec: ProtocolSpec | None = None
 
 
 class Experiment(ABC):
@@ -102,96 +124,113 @@ class Experiment(ABC):
     sweep: SweepSpec
     protocol_spec: ProtocolSpec
     metric: str
-    """What its report leads with."""
+    """Main metric of the report."""
     baseline: Experiment | None = None
-    """Another experiment of the same protocol, whose last checkpoints its report shows as well."""
+    """Another experiment with the same protocol, whose final checkpoints the report also shows."""
 
     # --- trainings ---
 
     @property
     @abstractmethod
     def runs(self) -> list[TrainingRun]:
-        """The trainings that the study asks for, smallest first."""
+        """All trainings of the experiment, smallest network first."""
 
     @abstractmethod
-    def task(self, run: TrainingRun, network: nn.Module) -> Objective:
-        """What the run trains `network` on."""
+    def objective(self, run: TrainingRun, network: nn.Module) -> Objective:
+        """Build the training objective of a run."""
 
     @abstractmethod
     def network(self, run: TrainingRun) -> nn.Module:
-        """The network as the training begins."""
+        """Build the network with its initial weights."""
 
     def save(self, folder: Path, network: nn.Module, run: TrainingRun, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Write the networks of a checkpoint with these weights."""
-        assert isinstance(network, Network), "another network has another way"
+        assert isinstance(network, Network), "other networks override save()"
         dtype = torch.bfloat16 if run.spec.snapshot_dtype == "bf16" else torch.float32
         save_networks(folder, network, run.spec.prediction_type, run.spec.rescale_betas_zero_snr, weights, dtype)
 
-    def facts(self, run: TrainingRun) -> dict[str, Any]:
-        """What a checkpoint's `isocost.json` says beyond the rest, or in its place."""
+    def checkpoint_metadata(self, run: TrainingRun) -> dict[str, Any]:
+        """Return fields of `CheckpointInfo` to add or to replace in a checkpoint's `isocost.json`."""
         return {}
 
     def pretrained(self, run: TrainingRun) -> CheckpointInfo | None:
-        """What a run that is given is, trained elsewhere; None of one that is trained here."""
+        """Return the metadata of a pretrained checkpoint; None for a run that is trained here."""
         return None
 
     def training_gflop(self, run: TrainingRun, images_seen: int) -> float | None:
-        """What a training took; None where that is 3 x forward x images."""
+        """Return the training compute; None means 3 x forward x images."""
         return None
 
     # --- points ---
 
     @abstractmethod
-    def check(self) -> None:
-        """Raise ConfigError where its scores cannot be had, before anything is trained."""
+    def validate(self) -> None:
+        """Check, before any training, that the scores can be computed.
+
+        Raises:
+            ConfigError: weights, labels or images are missing, or the study contradicts them.
+        """
 
     @abstractmethod
     def jobs(self, run: TrainingRun) -> list[EvalJob]:
-        """The points of one run, by checkpoint and bench."""
+        """Return the points and guidance searches of one run, grouped into jobs.
+
+        All points of a job have the same checkpoint and the same evaluation context.
+        """
+
+    def has_points(self, run: TrainingRun) -> bool:
+        """Whether the sweep has points at each of the run's checkpoints."""
+        return True
 
     def points(self, run: TrainingRun) -> list[SweepPoint]:
-        """All points of one run that are known before anything is raced for."""
+        """Return all points of one run that do not depend on a race."""
         return [point for job in self.jobs(run) for point in job.points]
 
     def eval_jobs_of_run(
         self, run: TrainingRun, sweep: SweepSpec, protocol: Protocol, eval_context: Callable[[], EvalContext]
     ) -> list[EvalJob]:
-        """A point at every snapshot, and at the last checkpoint the grid, or cells to race in."""
-        names = tuple(run.checkpoints.values())
-        embeds = run.model.embeds_guidance
-        cells = tuple(search_cells(names[-1], sweep, self.protocol_spec, protocol, self.metric, embeds))
-        points = run_points(names, sweep, self.protocol_spec, protocol)
-        return [EvalJob(name, some, eval_context, cells if name == names[-1] else ()) for name, some in points.items()]
+        """Return the jobs of a run: a point at every snapshot, and the grid or the search cells at the last checkpoint."""
+        checkpoints = tuple(run.checkpoints.values())
+        embeds_guidance = run.model.embeds_guidance
+        cells = tuple(search_cells(checkpoints[-1], sweep, self.protocol_spec, protocol, self.metric, embeds_guidance))
+        points_by_checkpoint = run_points(checkpoints, sweep, self.protocol_spec, protocol)
+        return [
+            EvalJob(checkpoint, points, eval_context, cells if checkpoint == checkpoints[-1] else ())
+            for checkpoint, points in points_by_checkpoint.items()
+        ]
 
     # --- report ---
 
     @property
     @abstractmethod
     def protocol_summary(self) -> str:
-        """What its scores rest on, in a sentence."""
+        """One sentence about the protocol."""
 
     @property
     @abstractmethod
     def baselines(self) -> Mapping[str, Mapping[str, float]]:
-        """Scores of images that no model made, by what made them and metric; the first is what no model can pass."""
+        """Scores of images that no model generated, by source and metric; the first source is the bound for every model."""
 
     @property
     @abstractmethod
     def sample_labels(self) -> list[str]:
-        """What the images of the report are called, in their order."""
+        """Labels of the report's images, in their order."""
 
     def summarise(
         self, table: pd.DataFrame, samples: Mapping[str, np.ndarray]
     ) -> tuple[pd.DataFrame, Mapping[str, np.ndarray]]:
-        """The rows and the images by point that the report shows, from those of all points."""
+        """Return the rows and the images by point that the report shows, from those of all points."""
         return table, samples
 
     def findings(self, table: pd.DataFrame) -> dict[str, Any]:
-        """What the points say beyond the frontier, by title: plain text, or mappings of it."""
+        """Return further results for the report: text, or a mapping to text, by title."""
         return {}
 
-    def strips(self) -> Mapping[str, Tensor]:
-        """Images to lay beside the kept ones, uint8 [K, 3, R, R] by title, the last behind what models made."""
+    def comparison_rows(self) -> Mapping[str, Tensor]:
+        """Return images to compare with the saved samples: uint8 [K, 3, R, R] by title.
+
+        The report shows the last row after the samples of the models, and the others before them.
+        """
         return {}
 
 
@@ -204,12 +243,22 @@ def make_run(
     parent: Path | None = None,
     variant: str = "",
 ) -> TrainingRun:
-    """A run named by what decides its weights: `stage`, the recipe, the network."""
+    """Create a run whose digest depends on everything that decides its weights: `stage`, the recipe and the network.
+
+    Args:
+        task: name of the experiment.
+        model: network to train.
+        spec: training configuration.
+        stage: further inputs of the digest, such as the data and the parent.
+        gflop_per_forward: cost of the network, for snapshots that are given in GFLOP.
+        parent: see `TrainingRun`.
+        variant: see `TrainingRun`.
+    """
     name = digest({"stage": "train", "version": TRAIN_VERSION, **stage, "recipe": spec.recipe()}, model)
     snapshots = sorted({spec.whole_batches(snapshot) for snapshot in spec.all_snapshots(gflop_per_forward)})
-    published: dict[str, Any] = {} if spec.snapshot_ema is None else {"ema": spec.snapshot_ema}
-    published |= {} if spec.snapshot_dtype == "fp32" else {"dtype": spec.snapshot_dtype}
+    saved_as: dict[str, Any] = {} if spec.snapshot_ema is None else {"ema": spec.snapshot_ema}
+    saved_as |= {} if spec.snapshot_dtype == "fp32" else {"dtype": spec.snapshot_dtype}
     checkpoints = {
-        snapshot: digest({"stage": "checkpoint", "run": name, "images": snapshot, **published}) for snapshot in snapshots
+        snapshot: digest({"stage": "checkpoint", "run": name, "images": snapshot, **saved_as}) for snapshot in snapshots
     }
     return TrainingRun(task, model, spec, name, checkpoints, parent, variant)

@@ -1,7 +1,7 @@
-"""Few-step students of every size, of text-to-image or of super-resolution (arXiv 2404.01367, section 4.7).
+"""Few-step students of every size, for text-to-image or super-resolution (arXiv 2404.01367, section 4.7).
 
-A student is a run that starts from its teacher's last checkpoint; a progressive one is a chain of runs, each of which starts
-from the student of the stage before. Students are scored by the teacher's own protocol, so both stand on one axis.
+A student is a run that starts from its teacher's final checkpoint. Progressive distillation is a chain of runs, each of which
+starts from the student of the previous stage. Students are scored with the teacher's protocol, so their scores are comparable.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
-from isocost.analysis.distillation import accelerations, against_teacher, at_equal_cost
+from isocost.analysis.distillation import format_accelerations, format_equal_cost, format_teacher_differences
 from isocost.config.finetune import ADAPTED_VARIANTS, NO_ADAPTER, DistillSpec, DistillVariant
 from isocost.config.model import ModelSpec
 from isocost.config.sampling import SolverSpec
@@ -29,7 +29,7 @@ from isocost.experiments.study_assets import StudyAssets
 from isocost.experiments.superres import SuperresExperiment
 from isocost.models.checkpoint import Checkpoint, load_checkpoint
 from isocost.models.codi_unet import CoDiUNet
-from isocost.models.factory import with_guidance
+from isocost.models.factory import add_guidance_embedding
 from isocost.models.flops import model_cost
 from isocost.sweep.grid import grid_points, search_cells
 from isocost.training.distillation import (
@@ -40,19 +40,19 @@ from isocost.training.distillation import (
 )
 from isocost.training.objectives import Objective, TextToImage
 
-VERSION = 1
-OF_VARIANT: dict[DistillVariant, tuple[str, ...]] = {
+DISTILL_VERSION = 1
+DIGEST_FIELDS: dict[DistillVariant, tuple[str, ...]] = {
     "consistency": ("solver_steps", "huber_delta", "target_half_life_images"),
     "codi": ("solver_steps", "latent_weight", "one_timestep_per_batch", "target_half_life_images"),
     "codi-efficient": ("solver_steps", "latent_weight", "one_timestep_per_batch", "target_half_life_images"),
     "progressive": (),
 }
-"""What of the spec decides a student beside its training and its guidance."""
+"""Fields of the spec that decide a student's weights, besides its training and its guidance."""
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """What a student is made from: the undistilled run, and the checkpoint that a variant starts from."""
+    """A checkpoint that a student learns from or starts from."""
 
     folder: Path
     model: ModelSpec
@@ -64,9 +64,14 @@ class Teacher:
 class StudentRun(TrainingRun):
     """A training of a student.
 
-    `teacher` is the folder of the undistilled checkpoint, `num_steps` what a stage of progressive distillation is for, and
-    `is_first` whether it is the first stage. `gflop_per_image` counts teacher and average, `gflop_before` is what the stages
-    before took.
+    Attributes:
+        kind: variant of distillation.
+        size: size name of the teacher.
+        teacher: folder of the undistilled checkpoint.
+        num_steps: number of steps that a progressive stage learns; None for the other variants.
+        is_first: whether it is the first progressive stage.
+        gflop_per_image: training compute per image, with the passes of the teacher and of the weight average.
+        gflop_before: training compute of the previous progressive stages.
     """
 
     kind: DistillVariant
@@ -77,27 +82,39 @@ class StudentRun(TrainingRun):
     gflop_per_image: float
     gflop_before: float = 0.0
 
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """The parent, and the teacher if it is another checkpoint."""
+        folders = () if self.parent is None else (self.parent,)
+        return folders if self.kind == "progressive" else tuple(dict.fromkeys([*folders, self.teacher]))
+
 
 class DistillExperiment(Experiment):
-    """`distill` of a study, or `superres.distill`."""
+    """The part `distill` of a study, or `superres.distill`."""
 
     def __init__(
-        self, name: TaskName, spec: DistillSpec, assets: StudyAssets, of: PretrainExperiment | SuperresExperiment
+        self, name: TaskName, spec: DistillSpec, assets: StudyAssets, base: PretrainExperiment | SuperresExperiment
     ) -> None:
-        """`of` is what the teachers were trained on."""
-        self.name, self.spec, self.assets, self.of = name, spec, assets, of
-        self.sweep, self.protocol_spec = spec.sweep, of.protocol_spec
-        self.metric = spec.metric or of.metric
-        self.baseline = of
+        """
+        Args:
+            name: name of the experiment.
+            spec: its configuration.
+            assets: shared artefacts of the study.
+            base: the experiment that trained the teachers.
+        """
+        self.name, self.spec, self.assets, self.base = name, spec, assets, base
+        self.sweep, self.protocol_spec = spec.sweep, base.protocol_spec
+        self.metric = spec.metric or base.metric
+        self.baseline = base
 
     # --- trainings ---
 
     @cached_property
     def runs(self) -> list[TrainingRun]:
-        """Every variant of every size; a progressive student's stages in their order.
+        """Every variant of every size; the stages of a progressive student are in order.
 
         Raises:
-            ConfigError: a given teacher does not fit the study, or is a transformer where CoDi is asked for.
+            ConfigError: a teacher does not fit the study, or is a transformer and CoDi is requested.
         """
         return [run for teacher in self._teachers() for kind in self.spec.variants for run in self._runs_of(teacher, kind)]
 
@@ -110,18 +127,17 @@ class DistillExperiment(Experiment):
         return [self._student(kind, start, start.folder, teacher)]
 
     def _stages(self, teacher: Teacher) -> list[TrainingRun]:
-        """A chain: each stage's parent is the last checkpoint of the one before."""
+        """Return the runs of a progressive student; the parent of each is the final checkpoint of the previous one."""
         stages = self.spec.stages
-        share = self.spec.train.whole_batches(max(1, self.spec.train.num_images // len(stages)))
-        spec = self.spec.train.model_copy(update={"num_images": share, "snapshots": (), "snapshots_gflop": ()})
+        images_per_stage = self.spec.train.whole_batches(max(1, self.spec.train.num_images // len(stages)))
+        train = self.spec.train.model_copy(update={"num_images": images_per_stage, "snapshots": (), "snapshots_gflop": ()})
         runs: list[TrainingRun] = []
-        parent, before = teacher.folder, 0.0
-        for number, num_steps in enumerate(stages):
-            run = self._student(
-                "progressive", teacher, parent, teacher, spec, num_steps=num_steps, is_first=number == 0, gflop_before=before
-            )
+        parent, gflop_before = teacher.folder, 0.0
+        for index, num_steps in enumerate(stages):
+            stage: dict[str, Any] = {"num_steps": num_steps, "is_first": index == 0, "gflop_before": gflop_before}
+            run = self._student("progressive", teacher, parent, teacher, train, **stage)
             parent = self.assets.store.folder("checkpoint", run.final)
-            before += run.gflop_per_image * max(run.checkpoints)
+            gflop_before += run.gflop_per_image * max(run.checkpoints)
             runs.append(run)
         return runs
 
@@ -134,47 +150,59 @@ class DistillExperiment(Experiment):
         train: TrainSpec | None = None,
         **stage: Any,
     ) -> StudentRun:
-        spec, of_train = self.spec, train or self.spec.train
-        own_lives = of_train.half_lives
-        lives = own_lives if spec.target_half_life_images in own_lives else (*own_lives, spec.target_half_life_images)
-        of_train = of_train.model_copy(update={"ema_half_life_images": lives})
-        embedding = None if spec.guidance_range is None else spec.guidance_embed_dim
-        changes: dict[str, Any] = {"guidance_embed_dim": embedding}
+        """Create the run of a student.
+
+        Args:
+            kind: variant of distillation.
+            start: checkpoint whose network the student adapts.
+            parent: folder of the initial weights.
+            teacher: undistilled checkpoint.
+            train: training configuration; None takes that of the spec.
+            stage: fields of `StudentRun` that belong to a progressive stage.
+        """
+        spec, train = self.spec, train or self.spec.train
+        half_lives = train.half_lives
+        if spec.target_half_life_images not in half_lives:
+            half_lives = (*half_lives, spec.target_half_life_images)
+        train = train.model_copy(update={"ema_half_life_images": half_lives})
+        guidance_embed_dim = None if spec.guidance_range is None else spec.guidance_embed_dim
+        changes: dict[str, Any] = {"guidance_embed_dim": guidance_embed_dim}
         if kind in ADAPTED_VARIANTS:
-            changes |= {"adapter": self._write_prompt_embeds, "extra_input_channels": teacher.model.extra_input_channels}
+            changes |= {"adapter": self._adapter, "extra_input_channels": teacher.model.extra_input_channels}
         model = start.model.model_copy(update=changes)
-        named: dict[str, Any] = {"task": self.name, "distill": VERSION, "variant": kind, **self.of.stage}
-        named |= {"parent": parent.name, "teacher": teacher.folder.name, "guidance": spec.guidance_range}
-        named |= {field: getattr(spec, field) for field in OF_VARIANT[kind]}
-        named |= {key: value for key, value in stage.items() if key in ("num_steps", "is_first")}
+        inputs: dict[str, Any] = {"task": self.name, "distill": DISTILL_VERSION, "variant": kind, **self.base.stage}
+        inputs |= {"parent": parent.name, "teacher": teacher.folder.name, "guidance": spec.guidance_range}
+        inputs |= {field: getattr(spec, field) for field in DIGEST_FIELDS[kind]}
+        inputs |= {key: value for key, value in stage.items() if key in ("num_steps", "is_first")}
         num_tokens = self.assets.study.text_encoder.max_tokens
-        gflop, of_teacher = (model_cost(one, num_tokens).gflop_per_forward for one in (model, teacher.model))
+        gflop = model_cost(model, num_tokens).gflop_per_forward
+        teacher_gflop = model_cost(teacher.model, num_tokens).gflop_per_forward
         variant = f"{teacher.variant} {kind}".strip()
-        run = make_run(self.name, model, of_train, named, gflop, parent, variant)
-        taught = _teacher_passes(kind, spec.guidance_range is not None, stage.get("is_first", True))
-        average = 0 if kind == "progressive" else 1
+        run = make_run(self.name, model, train, inputs, gflop, parent, variant)
+        teacher_passes = _teacher_passes(kind, spec.guidance_range is not None, stage.get("is_first", True))
+        average_passes = 0 if kind == "progressive" else 1
         return StudentRun(
             **{field.name: getattr(run, field.name) for field in fields(run)},
             kind=kind,
             size=teacher.size,
             teacher=teacher.folder,
-            gflop_per_image=(3 + average) * gflop + taught * of_teacher,
+            gflop_per_image=(3 + average_passes) * gflop + teacher_passes * teacher_gflop,
             **stage,
         )
 
     @property
-    def _write_prompt_embeds(self) -> str:
-        """What a CoDi adapter sees."""
-        return "concat_cond" if isinstance(self.of, SuperresExperiment) else "noisy"
+    def _adapter(self) -> str:
+        """Input of the CoDi adapter."""
+        return "concat_cond" if isinstance(self.base, SuperresExperiment) else "noisy"
 
     def _teachers(self) -> list[Teacher]:
-        """The undistilled checkpoints: those given, or the last ones of the study's own runs.
+        """Return the undistilled checkpoints: `teachers` of the spec, or the final checkpoints of the study's own runs.
 
-        Of super-resolution those from a pretrained start, where there are such.
+        For super-resolution these are the runs with a pretrained start, if there are any.
         """
         if self.spec.teachers:
-            return [self._given(folder) for folder in self.spec.teachers]
-        store, runs = self.assets.store, self.of.runs
+            return [self._load_teacher(folder) for folder in self.spec.teachers]
+        store, runs = self.assets.store, self.base.runs
         runs = [run for run in runs if not run.variant] or runs
         tokens = self.assets.study.text_encoder.max_tokens
         return [
@@ -182,72 +210,78 @@ class DistillExperiment(Experiment):
             for run in runs
         ]
 
-    def _given(self, folder: str) -> Teacher:
+    def _load_teacher(self, folder: str) -> Teacher:
         info = load_checkpoint(folder).info
-        named = f"{self.name}.teachers: {folder}"
+        source = f"{self.name}.teachers: {folder}"
         if info.distilled:
-            raise ConfigError(f"{named} is a student already ({info.distilled}); give the undistilled checkpoint")
-        if info.task != ("superres" if isinstance(self.of, SuperresExperiment) else "text2image"):
-            raise ConfigError(f"{named} was made for {info.task}, which these students are not for")
-        self.assets.check_parent(info, self.spec.train.prediction_type, named)
+            raise ConfigError(f"{source} is a student already ({info.distilled}); give the undistilled checkpoint")
+        task = "superres" if isinstance(self.base, SuperresExperiment) else "text2image"
+        if info.task != task:
+            raise ConfigError(f"{source} was trained for {info.task}; give a checkpoint of {task}")
+        self.assets.check_compatible_parent(info, self.spec.train.prediction_type, source)
         return Teacher(Path(folder), info.model, info.size, info.variant)
 
     def _start(self, teacher: Teacher) -> Teacher:
-        """What CoDi adapts: the teacher itself, for super-resolution the text-to-image checkpoint that it was tuned from."""
-        if not isinstance(self.of, SuperresExperiment):
+        """Return the checkpoint that CoDi adapts.
+
+        It is the teacher itself, or for super-resolution the text-to-image checkpoint from which the teacher was fine-tuned.
+        """
+        if not isinstance(self.base, SuperresExperiment):
             return teacher
         info = load_checkpoint(teacher.folder).info if self.spec.teachers else None
-        family = self.of.family.runs
-        plain = teacher.model.model_copy(update={"extra_input_channels": 0})
-        own = [run for run in family if run.model == plain]
-        if info is not None or teacher.variant or not own:
-            raise ConfigError(f"{self.name}: codi adapts a text-to-image checkpoint of the study; {teacher.size} has none")
-        folder = self.assets.store.folder("checkpoint", own[0].final)
-        return Teacher(folder, plain, teacher.size)
+        model = teacher.model.model_copy(update={"extra_input_channels": 0})
+        parents = [run for run in self.base.family.runs if run.model == model]
+        if info is not None or teacher.variant or not parents:
+            raise ConfigError(
+                f"{self.name}: codi adapts a text-to-image checkpoint of the study, and {teacher.size} has none; "
+                "leave codi out of the variants"
+            )
+        folder = self.assets.store.folder("checkpoint", parents[0].final)
+        return Teacher(folder, model, teacher.size)
 
     def network(self, run: TrainingRun) -> nn.Module:
-        """The student as it begins: the parent's function, whatever w.
+        """Build the student with its initial weights: it computes the same function as its parent at every guidance.
 
         Raises:
-            ConfigError: the parent is not there.
+            ConfigError: the parent does not exist yet.
         """
         assert isinstance(run, StudentRun)
         network = self._open(run, self._parent(run)).network
         if self.spec.guidance_range is not None and run.is_first:
-            network = with_guidance(network, self.spec.guidance_embed_dim)
+            network = add_guidance_embedding(network, self.spec.guidance_embed_dim)
         if run.model.adapter == "none":
             return network.requires_grad_(True).train()
-        adapted = CoDiUNet.of(network, run.model.adapter).requires_grad_(True).train()
+        adapted = CoDiUNet.from_unet(network, run.model.adapter).requires_grad_(True).train()
         if run.kind == "codi-efficient":
             adapted.freeze_unet()
         return adapted
 
-    def task(self, run: TrainingRun, network: nn.Module) -> Objective:
-        """The variant's loss on what the teacher was trained on."""
+    def objective(self, run: TrainingRun, network: nn.Module) -> Objective:
+        """Build the variant's loss on the teacher's training data."""
         assert isinstance(run, StudentRun)
-        of = self.of.task(run, network)
-        assert isinstance(of, TextToImage), "students learn what was trained on latents and captions"
+        base = self.base.objective(run, network)
+        assert isinstance(base, TextToImage), "students train on latents and captions"
         if run.kind == "progressive":
             teacher = self._open(run, self._parent(run)).network
             assert run.num_steps is not None
-            return ProgressiveDistillation(self.spec, of, teacher, network, run.num_steps, run.is_first)
+            return ProgressiveDistillation(self.spec, base, teacher, network, run.num_steps, run.is_first)
         kind: type[Distillation] = ConsistencyDistillation if run.kind == "consistency" else ConditionalConsistencyDistillation
         needs_teacher = run.kind == "consistency" or self.spec.guidance_range is not None
-        return kind(self.spec, of, self._open(run, run.teacher).network if needs_teacher else None, network)
+        return kind(self.spec, base, self._open(run, run.teacher).network if needs_teacher else None, network)
 
     @staticmethod
     def _parent(run: TrainingRun) -> Path:
-        assert run.parent is not None, "every student has one"
+        assert run.parent is not None, "every student has a parent"
         return run.parent
 
     @staticmethod
     def _open(run: TrainingRun, folder: Path) -> Checkpoint:
         if not folder.is_dir():
-            raise ConfigError(f"{run.title}: no teacher to distil yet; `isocost train` or `isocost run` makes it")
+            raise ConfigError(f"{run.title}: its teacher does not exist yet; run `isocost train` or `isocost run`")
         return load_checkpoint(folder)
 
-    def facts(self, run: TrainingRun) -> dict[str, Any]:
-        """How it was distilled, and what that took."""
+    def checkpoint_metadata(self, run: TrainingRun) -> dict[str, Any]:
+        """Return how the student was distilled."""
         assert isinstance(run, StudentRun)
         return {
             "task": self.name,
@@ -256,31 +290,30 @@ class DistillExperiment(Experiment):
             "variant": run.variant,
             "distilled": run.kind,
             "guidance_range": self.spec.guidance_range,
-            "scale": self.of.spec.scale if isinstance(self.of, SuperresExperiment) else None,
+            "scale": self.base.spec.scale if isinstance(self.base, SuperresExperiment) else None,
         }
 
     def training_gflop(self, run: TrainingRun, images_seen: int) -> float:
-        """Teacher's and average's passes counted, and earlier stages."""
+        """Return the training compute with the passes of the teacher and of the weight average, and the previous stages."""
         assert isinstance(run, StudentRun)
         return run.gflop_before + run.gflop_per_image * images_seen
 
     # --- points ---
 
-    def check(self) -> None:
-        """As of what the teachers were trained on."""
-        self.of.check()
+    def validate(self) -> None:
+        """Validate the experiment of the teachers."""
+        self.base.validate()
 
     def jobs(self, run: TrainingRun) -> list[EvalJob]:
-        """The grid at the last checkpoint, a point at every snapshot; a progressive stage at its own number of steps.
+        """Return the grid or the search cells of the final checkpoint, and a point at every snapshot.
 
-        The last stage also takes fewer steps.
+        A progressive stage is scored at its own number of steps only, the last stage also at fewer steps.
         """
         assert isinstance(run, StudentRun)
-        protocol, eval_context = self.of.protocol, self.of.make_eval_context
+        protocol, eval_context = self.base.protocol, self.base.make_eval_context
         if run.num_steps is None:
             return self.eval_jobs_of_run(run, self.sweep, protocol, eval_context)
-        last = run.num_steps == self.spec.stages[-1]
-        steps = tuple(n for n in self.sweep.num_steps if n == run.num_steps or (last and n < run.num_steps))
+        steps = self._stage_num_steps(run.num_steps)
         if not steps:
             return []
         sweep = self.sweep.model_copy(update={"solvers": (SolverSpec(),), "num_steps": steps})
@@ -289,40 +322,52 @@ class DistillExperiment(Experiment):
             return [EvalJob(run.final, (), eval_context, tuple(cells))]
         return [EvalJob(run.final, tuple(grid_points(run.final, sweep, self.protocol_spec, protocol)), eval_context)]
 
+    def _stage_num_steps(self, stage: int) -> tuple[int, ...]:
+        """Return the sweep's numbers of steps at which a progressive stage is scored; possibly none."""
+        is_last = stage == self.spec.stages[-1]
+        return tuple(n for n in self.sweep.num_steps if n == stage or (is_last and n < stage))
+
+    def has_points(self, run: TrainingRun) -> bool:
+        """False for a progressive stage whose number of steps is not in the sweep."""
+        assert isinstance(run, StudentRun)
+        return run.num_steps is None or bool(self._stage_num_steps(run.num_steps))
+
     # --- report ---
 
     @property
     def protocol_summary(self) -> str:
-        """The teacher's."""
-        return self.of.protocol_summary
+        """One sentence about the teacher's protocol."""
+        return self.base.protocol_summary
 
     @property
     def baselines(self) -> Mapping[str, Mapping[str, float]]:
-        """The teacher's."""
-        return self.of.baselines
+        """Baselines of the teacher's experiment."""
+        return self.base.baselines
 
     @property
     def sample_labels(self) -> list[str]:
-        """The teacher's."""
-        return self.of.sample_labels
+        """Labels of the teacher's experiment."""
+        return self.base.sample_labels
 
-    def strips(self) -> Mapping[str, Tensor]:
-        """The teacher's."""
-        return self.of.strips()
+    def comparison_rows(self) -> Mapping[str, Tensor]:
+        """Return the rows of the teacher's experiment."""
+        return self.base.comparison_rows()
 
     def findings(self, table: pd.DataFrame) -> dict[str, Any]:
-        """Students against teachers: at the same number of steps, in steps saved, and at equal cost."""
-        reference = self.of.make_eval_context().reference
-        pairing = PairedComparer((self.assets.store,), reference, self.protocol_spec.metrics)
+        """Compare students with teachers: at the same number of steps, in saved steps, and at equal cost."""
+        reference = self.base.make_eval_context().reference
+        comparer = PairedComparer((self.assets.store,), reference, self.protocol_spec.metrics)
         return {
-            "student less its own teacher at equal steps": against_teacher(table, self.metric, pairing),
-            "steps that the undistilled needs to match, over the student's": accelerations(table, self.metric),
-            **at_equal_cost(table, self.metric, pairing),
+            "student minus its own teacher at equal steps": format_teacher_differences(table, self.metric, comparer),
+            "steps that the undistilled model needs for the student's score, divided by the student's steps": (
+                format_accelerations(table, self.metric)
+            ),
+            **format_equal_cost(table, self.metric, comparer),
         }
 
 
 def _teacher_passes(kind: DistillVariant, is_guided: bool, is_first: bool) -> int:
-    """Forward passes of the teacher that an image takes."""
+    """Return the teacher's forward passes per training image."""
     if kind == "progressive":
         return 4 if is_guided and is_first else 2
     if kind == "consistency":

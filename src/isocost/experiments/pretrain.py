@@ -1,4 +1,4 @@
-"""Text-to-image from random weights: the family, and what its points rest on."""
+"""Text-to-image training of the model family from random weights, and the evaluation of its checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from isocost.training.objectives import Objective, TextToImage, training_schedul
 
 
 class PretrainExperiment(Experiment):
-    """`train`, `sweep` and `protocol` of a study."""
+    """The parts `family`, `train`, `sweep` and `protocol` of a study."""
 
     def __init__(self, study: StudySpec, assets: StudyAssets) -> None:
         self.study, self.assets = study, assets
@@ -28,71 +28,75 @@ class PretrainExperiment(Experiment):
 
     @cached_property
     def runs(self) -> list[TrainingRun]:
-        """The trainings that the study asks for, smallest first."""
-        channels, side, _ = self.assets.latent_shape
-        family, cross_attention_dim = self.study.own.family, self.assets.text_encoder.cross_attention_dim
+        """One training per width, smallest first."""
+        channels, latent_size, _ = self.assets.latent_shape
+        family, cross_attention_dim = self.study.training_parts.family, self.assets.text_encoder.cross_attention_dim
         runs = []
         for width in sorted(family.widths):
             model = ModelSpec(
                 kind=family.kind,
                 width=width,
                 latent_channels=channels,
-                latent_size=side,
+                latent_size=latent_size,
                 cross_attention_dim=cross_attention_dim,
                 layers_per_block=family.layers_per_block,
                 num_levels=family.num_levels,
                 patch=family.patch,
             )
             gflop = model_cost(model, self.study.text_encoder.max_tokens).gflop_per_forward
-            runs.append(make_run("text2image", model, self.study.own.train, self.stage, gflop))
+            runs.append(make_run("text2image", model, self.study.training_parts.train, self.stage, gflop))
         return runs
 
     @property
     def stage(self) -> dict[str, Any]:
-        """What of the study decides its weights, besides recipe and network."""
+        """Digest inputs of a training besides the recipe and the network."""
         return {"cache": self.assets.cache_digest}
 
-    def task(self, run: TrainingRun, network: nn.Module) -> Objective:
-        """Latents with captions from the cache."""
-        cache = self.assets.cache
+    def objective(self, run: TrainingRun, network: nn.Module) -> Objective:
+        """Train on latents and captions of the latent cache, which is computed first if it is missing."""
+        cache = self.assets.load_or_build_latent_cache()
         return TextToImage(
             run.spec, cache, training_schedule(run.spec), None if cache.has_prompt_embeds else self.assets.text_encoder
         )
 
     def network(self, run: TrainingRun) -> nn.Module:
-        """Random weights by the seed; on device "meta" where another process shares them out."""
+        """Build the network with random weights by the seed; on device "meta" if another process distributes the weights."""
         torch.manual_seed(run.spec.seed)
-        return build_network(run.model, "cpu" if run.spec.sharding == "none" or self.assets.part.rank == 0 else "meta")
+        return build_network(run.model, "cpu" if run.spec.sharding == "none" or self.assets.process.rank == 0 else "meta")
 
-    def check(self) -> None:
-        """The held-out images' features are made."""
-        self.assets.reference  # noqa: B018
+    def validate(self) -> None:
+        """Compute the features of the reference images.
+
+        Raises:
+            ConfigError: there are too few reference images, or the labels that alignment needs are missing.
+        """
+        self.assets.prepare_reference()
 
     def jobs(self, run: TrainingRun) -> list[EvalJob]:
-        """The grid at the last checkpoint, or its races; a point at every snapshot."""
+        """Return the grid or the search cells of the last checkpoint, and a point at every snapshot."""
         return self.eval_jobs_of_run(run, self.sweep, self.protocol, self.make_eval_context)
 
     @property
     def protocol(self) -> Protocol:
-        """The study's."""
+        """The protocol of the study."""
         return self.assets.protocol
 
     def make_eval_context(self) -> EvalContext:
-        """The captions of the reference."""
+        """Build the context with the prompts of the reference set."""
         assets = self.assets
         return EvalContext(assets.reference, assets.prompt_embeds, assets.saved_indices, self.protocol_spec.metrics)
 
     @property
     def protocol_summary(self) -> str:
-        """The study's protocol."""
+        """One sentence about the study's protocol."""
         return self.assets.protocol.sentence()
 
     @property
     def baselines(self) -> Mapping[str, Mapping[str, float]]:
-        """Real images, as they are and after the autoencoder."""
+        """Scores of real images after the autoencoder and before it."""
         return self.assets.reconstruction_floors()
 
     @property
     def sample_labels(self) -> list[str]:
-        """Captions."""
+        """Prompts of the saved samples."""
         return [self.assets.reference.prompts[i] for i in self.assets.saved_indices]

@@ -1,4 +1,4 @@
-"""Checkpoints that others have trained: each is a run whose one checkpoint is there already."""
+"""Evaluation of pretrained checkpoints: each is a run whose only checkpoint exists already."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from isocost.experiments.study_assets import StudyAssets
 from isocost.models.checkpoint import CheckpointInfo, pretrained_info
 from isocost.models.components import DownsamplingDecoder, load_pipeline_autoencoder
 from isocost.models.pretrained.lora import split_loras
-from isocost.models.pretrained.pipeline_config import find_base, source_digest
+from isocost.models.pretrained.pipeline_config import find_base_folder, source_digest
 from isocost.models.pretrained.prompt_encoder import PipelineTextEncoder
 from isocost.sampling.generate import PromptEmbeds, schedule_of
 from isocost.training.objectives import Objective
 from isocost.utils.device import best_device
 
 TRAINED_ELSEWHERE = TrainSpec(num_images=1, batch_size=1)
-"""Stands where the recipe of a training would."""
+"""Placeholder for the training configuration of a run that is not trained here."""
 
 
 class PretrainedExperiment(Experiment):
-    """`checkpoints`, `sweep` and `protocol` of a study.
+    """Sweep over the pretrained checkpoints that a study lists in its key `checkpoints`.
 
-    A few-step student is swept with the solvers that are `lcm`, others with those that are not, and one with LoRAs, which may
-    make a student of it, with all that its schedule takes. Images larger than
-    `data.resolution` are reduced to it before they are scored.
+    A few-step student is swept with the solver `lcm` only, other checkpoints with all solvers except `lcm`. LoRAs may turn a
+    checkpoint into a student, so a checkpoint with LoRAs is swept with every solver that its noise schedule supports. Images
+    larger than `data.resolution` are downsampled to it before scoring.
     """
 
     def __init__(self, study: StudySpec, assets: StudyAssets) -> None:
@@ -42,26 +42,26 @@ class PretrainedExperiment(Experiment):
 
     @cached_property
     def infos(self) -> dict[str, CheckpointInfo]:
-        """What the checkpoints say of themselves, by the digest of their content.
+        """Metadata of the checkpoints by the digest of their content.
 
         Raises:
-            ConfigError: one is not read here, or two are the same or cannot be told apart in a table.
+            ConfigError: isocost cannot read a checkpoint, or two checkpoints have the same content or the same label.
         """
         infos: dict[str, CheckpointInfo] = {}
-        labels: dict[str, str] = {}
+        path_by_label: dict[str, str] = {}
         for path in self.study.checkpoints:
             info, name = pretrained_info(path), source_digest(path)
-            if info.label in labels:
-                other = labels[info.label]
+            if info.label in path_by_label:
+                other = path_by_label[info.label]
                 raise ConfigError(f"checkpoints: {path} and {other} are both called {info.label}; rename a folder")
             if name in infos:
-                raise ConfigError(f"checkpoints: {path} is the same as another one, file by file")
-            infos[name], labels[info.label] = info, path
+                raise ConfigError(f"checkpoints: {path} has the same files as another checkpoint; remove one of the two")
+            infos[name], path_by_label[info.label] = info, path
         return infos
 
     @cached_property
     def runs(self) -> list[TrainingRun]:
-        """One a checkpoint, smallest first."""
+        """One run per checkpoint, smallest network first."""
         by_size = sorted(self.infos.items(), key=lambda item: (item[1].num_parameters, item[1].label))
         return [
             TrainingRun("text2image", info.model, TRAINED_ELSEWHERE, name, {0: name}, variant=info.variant, is_pretrained=True)
@@ -69,88 +69,89 @@ class PretrainedExperiment(Experiment):
         ]
 
     def pretrained(self, run: TrainingRun) -> CheckpointInfo:
-        """What the checkpoint says of itself."""
+        """Return the metadata of the run's checkpoint."""
         return self.infos[run.final]
 
-    def task(self, run: TrainingRun, network: nn.Module) -> Objective:
-        """There is none."""
-        raise AssertionError("what is given is not trained")
+    def objective(self, run: TrainingRun, network: nn.Module) -> Objective:
+        """Not available: pretrained checkpoints are not trained."""
+        raise AssertionError("a pretrained checkpoint is not trained")
 
     def network(self, run: TrainingRun) -> nn.Module:
-        """There is none to train."""
-        raise AssertionError("what is given is not trained")
+        """Not available: pretrained checkpoints are not trained."""
+        raise AssertionError("a pretrained checkpoint is not trained")
 
-    def check(self) -> None:
-        """Every checkpoint takes what the sweep asks of it, and the held-out images' features are made.
+    def validate(self) -> None:
+        """Check that every checkpoint supports the sweep, and compute the features of the reference images.
 
         Raises:
-            ConfigError: a checkpoint draws smaller images than data.resolution, or does not take a solver.
+            ConfigError: a checkpoint generates images smaller than data.resolution, or does not support a solver.
         """
         for run in self.runs:
             info = self.pretrained(run)
             if info.resolution < self.study.data.resolution:
                 raise ConfigError(
-                    f"data.resolution: {self.study.data.resolution}, and {info.variant} draws {info.resolution} pixels; "
-                    "images are reduced, not enlarged: take the smallest side among the checkpoints"
+                    f"data.resolution: {self.study.data.resolution}, but {info.variant} generates {info.resolution} pixels; "
+                    "images are downsampled, never upsampled: set it to the smallest resolution among the checkpoints"
                 )
             sweep = self.sweep_of(info)
             for solver in sweep.solvers:
                 for num_steps in sweep.num_steps:
                     solver_coefficients(solver, num_steps, schedule_of(info))
-        self.assets.reference  # noqa: B018
+        self.assets.prepare_reference()
 
     def sweep_of(self, info: CheckpointInfo) -> SweepSpec:
-        """The sweep with the solvers that a checkpoint is drawn with.
+        """Return the sweep with the solvers that a checkpoint supports.
 
         Raises:
-            ConfigError: the sweep names none.
+            ConfigError: the sweep has no such solver.
         """
         if info.pretrained is not None and split_loras(info.pretrained.path)[1]:
-            return self._sweep_of_added(info)
+            return self._sweep_with_loras(info)
         is_student = info.solver.name == "lcm"
-        solvers = tuple(one for one in self.sweep.solvers if (one.name == "lcm") is is_student)
+        solvers = tuple(solver for solver in self.sweep.solvers if (solver.name == "lcm") is is_student)
         if not solvers:
-            wanted = "a few-step student, which takes lcm" if is_student else "no few-step student, which lcm is for"
-            raise ConfigError(f"sweep.solvers: none for {info.variant}: it is {wanted}")
+            reason = "is a few-step student: add lcm" if is_student else "is not a few-step student: add a solver besides lcm"
+            raise ConfigError(f"sweep.solvers: none for {info.variant}, which {reason}")
         return self.sweep.model_copy(update={"solvers": solvers})
 
-    def _sweep_of_added(self, info: CheckpointInfo) -> SweepSpec:
-        solvers = tuple(one for one in self.sweep.solvers if not (one.name == "lcm" and schedule_of(info).is_flow))
+    def _sweep_with_loras(self, info: CheckpointInfo) -> SweepSpec:
+        solvers = tuple(solver for solver in self.sweep.solvers if not (solver.name == "lcm" and schedule_of(info).is_flow))
         if not solvers:
-            raise ConfigError(f"sweep.solvers: none for {info.variant}: it is a flow, which takes no lcm")
+            raise ConfigError(f"sweep.solvers: none for {info.variant}, which is a flow model: add a solver besides lcm")
         return self.sweep.model_copy(update={"solvers": solvers})
 
     def jobs(self, run: TrainingRun) -> list[EvalJob]:
-        """The grid of the checkpoint, or its races."""
+        """Return the grid or the search cells of the checkpoint."""
         return self.eval_jobs_of_run(run, self.sweep_of(self.pretrained(run)), self.protocol, partial(self._eval_context, run))
 
     def _eval_context(self, run: TrainingRun) -> EvalContext:
-        """The captions of the reference as this checkpoint encodes them, and its autoencoder."""
+        """Build the context with the reference prompts in the checkpoint's own embedding, and its own autoencoder."""
         assets, info = self.assets, self.pretrained(run)
         assert info.pretrained is not None
-        folder = find_base(info.pretrained.path)
-        states = PromptEmbeds.of(assets.reference.prompts, PipelineTextEncoder(folder, info, best_device()))
+        folder = find_base_folder(info.pretrained.path)
+        prompts = PromptEmbeds.encode(assets.reference.prompts, PipelineTextEncoder(folder, info, best_device()))
         autoencoder = load_pipeline_autoencoder(folder, best_device())
-        side = self.study.data.resolution
-        reduced = autoencoder if info.resolution == side else DownsamplingDecoder(autoencoder, side)
-        return EvalContext(assets.reference, states, assets.saved_indices, self.protocol_spec.metrics, autoencoder=reduced)
+        resolution = self.study.data.resolution
+        if info.resolution != resolution:
+            autoencoder = DownsamplingDecoder(autoencoder, resolution)
+        return EvalContext(assets.reference, prompts, assets.saved_indices, self.protocol_spec.metrics, autoencoder=autoencoder)
 
     @property
     def protocol(self) -> Protocol:
-        """The study's."""
+        """The protocol of the study."""
         return self.assets.protocol
 
     @property
     def protocol_summary(self) -> str:
-        """The study's protocol."""
+        """One sentence about the study's protocol."""
         return self.assets.protocol.sentence()
 
     @property
     def baselines(self) -> Mapping[str, Mapping[str, float]]:
-        """None: without training images there are no other real ones to compare."""
+        """No scores: without training images there are no real images besides the reference."""
         return {"real": {}}
 
     @property
     def sample_labels(self) -> list[str]:
-        """Captions."""
+        """Prompts of the saved samples."""
         return [self.assets.reference.prompts[i] for i in self.assets.saved_indices]

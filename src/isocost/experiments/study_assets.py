@@ -1,10 +1,11 @@
-"""What training and scoring draw on: a study's images, autoencoder, caption encoder, latent cache, reference and floors.
+"""Everything that training and scoring of a study share: images, autoencoder, text encoder, latent cache, reference set.
 
-Each is made once, named by the digest of what it depends on, and found again by the next run.
+Each of them is an artefact that is computed once, named by the digest of its inputs, and found again by the next run.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
@@ -25,8 +26,8 @@ from isocost.data.latent_cache import (
     ImageDataset,
     LatentCache,
     ProcessInfo,
-    count,
-    forecast_bytes,
+    count_images_and_captions,
+    estimate_cache_bytes,
     load_images,
     write_cache,
     write_index,
@@ -58,27 +59,38 @@ from isocost.training.autoencoder import fit_autoencoder
 from isocost.utils.artifact_store import Store, free_disk
 from isocost.utils.device import best_device
 from isocost.utils.environment import provenance
-from isocost.utils.progress import Report, progress_bar, say
+from isocost.utils.progress import Report, progress_bar
+
+logger = logging.getLogger(__name__)
 
 AUTOENCODER_VERSION = 1
 RECONSTRUCTION_FLOOR_VERSION = 3
 NUM_AUTOENCODER_IMAGES = 2000
-NUM_KEPT = 12
+NUM_SAVED_IMAGES = 12
 
 
 class StudyAssets:
-    """Made on first use, kept in memory while the object lives."""
+    """The shared artefacts of a study, computed on first use and then kept in memory.
 
-    def __init__(self, study: StudySpec, store: Store, part: ProcessInfo = ProcessInfo()) -> None:  # noqa: B008
-        """`part` is this process among several that train together; the first one makes what is not shared out."""
-        self.study, self.store, self.part = study, store, part
+    A method `load_or_*` may train or compute an artefact. The properties load weights or read images on first use; `reference`
+    and everything that follows from it also compute features on first use, and may train the attribute classifier.
+    """
+
+    def __init__(self, study: StudySpec, store: Store, process: ProcessInfo = ProcessInfo()) -> None:  # noqa: B008
+        """
+        Args:
+            study: the study.
+            store: artefacts of the output folder.
+            process: this process among several that train together; the first one computes everything that is not distributed.
+        """
+        self.study, self.store, self.process = study, store, process
         self._images: dict[str, ImageDataset] = {}
         self._fingerprints: dict[str, str] = {}
 
     # --- images ---
 
     def source_key(self, part: str) -> dict[str, Any]:
-        """What of the source `train` or `reference` enters digests: its content and how it is read, not where it lies."""
+        """Return the digest inputs of the source `train` or `reference`: its content and how it is read, not its location."""
         source: SourceSpec = getattr(self.study.data, part)
         if part not in self._fingerprints:
             self._fingerprints[part] = source_fingerprint(source)
@@ -86,39 +98,43 @@ class StudyAssets:
         return {**plain, "content": self._fingerprints[part], "resolution": self.study.data.resolution}
 
     def images(self, part: str) -> ImageDataset:
-        """The images of `train` or `reference`, read once."""
+        """Return the images of `train` or `reference`; the first call reads and decodes them."""
         if part not in self._images:
             data = self.study.data
             loaded = load_images(getattr(data, part), data.resolution, data.max_unreadable_fraction)
-            if loaded.bad:
-                say(
-                    f"data.{part}: {len(loaded.bad)} of {len(loaded) + len(loaded.bad)} skipped; the results database names them"
+            if loaded.unreadable:
+                logger.warning(
+                    f"data.{part}: {len(loaded.unreadable)} of {len(loaded) + len(loaded.unreadable)} images skipped; "
+                    "the events of the results database name them"
                 )
             self._images[part] = loaded
         return self._images[part]
 
     def skipped(self) -> dict[str, list[tuple[str, str]]]:
-        """Name and reason of what could not be read, of the parts that were read so far."""
-        cached = self.__dict__.get("cache")
-        found = {} if cached is None else {"train": [(bad["name"], bad["reason"]) for bad in cached.index["bad"]]}
-        return found | {part: [(bad.name, bad.reason) for bad in loaded.bad] for part, loaded in self._images.items()}
+        """Return (name, reason) of every unreadable image, for the sources that were read so far."""
+        cache = self.__dict__.get("_latent_cache")
+        skipped = {} if cache is None else {"train": [(bad["name"], bad["reason"]) for bad in cache.index["bad"]]}
+        return skipped | {part: [(bad.name, bad.reason) for bad in loaded.unreadable] for part, loaded in self._images.items()}
 
-    # --- autoencoder and captions ---
+    # --- autoencoder and text encoder ---
 
     @cached_property
     def autoencoder_digest(self) -> str:
-        """Names the study's autoencoder; of given checkpoints all of theirs."""
+        """Digest of the study's autoencoder; for pretrained checkpoints, of all their autoencoders."""
         stage: dict[str, Any] = {"stage": "autoencoder", "version": AUTOENCODER_VERSION}
         if self.study.checkpoints:
             return digest({**stage, "pretrained": [source_digest(path) for path in self.study.checkpoints]})
-        if isinstance(self.study.own.autoencoder, PretrainedAutoencoderSpec):
-            return digest(stage, self.study.own.autoencoder)
-        return digest(stage, self.study.own.autoencoder, self.source_key("train"))
+        if isinstance(self.study.training_parts.autoencoder, PretrainedAutoencoderSpec):
+            return digest(stage, self.study.training_parts.autoencoder)
+        return digest(stage, self.study.training_parts.autoencoder, self.source_key("train"))
+
+    def load_or_train_autoencoder(self) -> Autoencoder:
+        """Return the study's autoencoder; train it first if its artefact does not exist."""
+        return self._autoencoder
 
     @cached_property
-    def autoencoder(self) -> Autoencoder:
-        """The study's autoencoder, fitted where it is not there yet."""
-        spec = self.study.own.autoencoder
+    def _autoencoder(self) -> Autoencoder:
+        spec = self.study.training_parts.autoencoder
         if isinstance(spec, PretrainedAutoencoderSpec):
             return load_autoencoder(spec.path, spec.subfolder, best_device())
         if not self.store.has("autoencoder", self.autoencoder_digest):
@@ -136,200 +152,262 @@ class StudyAssets:
 
     @property
     def autoencoder_from_checkpoint(self) -> str:
-        """Where a checkpoint of this output folder finds the autoencoder."""
-        if isinstance(self.study.own.autoencoder, PretrainedAutoencoderSpec):
-            return self.study.own.autoencoder.path
+        """Path of the autoencoder as a checkpoint of this output folder stores it."""
+        if isinstance(self.study.training_parts.autoencoder, PretrainedAutoencoderSpec):
+            return self.study.training_parts.autoencoder.path
         return f"../../autoencoder/{self.autoencoder_digest}"
 
-    def check_parent(self, info: CheckpointInfo, prediction_type: str, named: str) -> None:
-        """
+    def check_compatible_parent(self, info: CheckpointInfo, prediction_type: str, source: str) -> None:
+        """Check that a checkpoint of another output folder can be fine-tuned or distilled in this study.
+
+        Args:
+            info: its metadata.
+            prediction_type: prediction type of the new training.
+            source: field and path of the checkpoint, for messages.
+
         Raises:
-            ConfigError: a given checkpoint, `named` by where it was given, is of another autoencoder or predicts something else.
+            ConfigError: it is a diffusers pipeline, has another autoencoder, or predicts something else.
         """
         if info.pretrained is not None:
-            raise ConfigError(f"{named} is a pipeline of diffusers: those are scored, not tuned")
-        channels, side, _ = self.latent_shape
-        own = Path(self.autoencoder_from_checkpoint).name
-        if Path(info.autoencoder).name != own or (info.model.latent_channels, info.model.latent_size) != (channels, side):
-            raise ConfigError(f"{named} was trained on latents of another autoencoder; take this study's")
+            raise ConfigError(f"{source} is a diffusers pipeline, which isocost can score but not fine-tune")
+        channels, size, _ = self.latent_shape
+        autoencoder_name = Path(self.autoencoder_from_checkpoint).name
+        model = info.model
+        if Path(info.autoencoder).name != autoencoder_name or (model.latent_channels, model.latent_size) != (channels, size):
+            raise ConfigError(f"{source} was trained on latents of another autoencoder; set autoencoder to the same one")
         if info.prediction_type != prediction_type:
-            raise ConfigError(f"{named} predicts {info.prediction_type}, the study {prediction_type}")
+            raise ConfigError(
+                f"{source} was trained with prediction_type {info.prediction_type}, but the study has {prediction_type}; "
+                f"set train.prediction_type: {info.prediction_type}"
+            )
 
     def autoencoder_report(self) -> dict[str, Any]:
-        """Held-out quality of the autoencoder, and that of the pca autoencoder of the same latent shape beside it."""
-        self.study.own  # noqa: B018  given checkpoints have autoencoders of their own
+        """Measure the quality of the autoencoder on held-out images, and that of a PCA autoencoder of the same latent shape.
+
+        Raises:
+            ConfigError: the study has pretrained checkpoints, which bring their own autoencoders.
+        """
+        spec = self.study.require_training_parts().autoencoder
         stage = {"stage": "autoencoder-quality", "version": AUTOENCODER_VERSION, "autoencoder": self.autoencoder_digest}
         name = digest(stage, self.source_key("train"), self.source_key("reference"))
         if not self.store.has("autoencoder-quality", name):
             held_out, others = (self.images(part).images[:NUM_AUTOENCODER_IMAGES] for part in ("reference", "train"))
-            pca = PCAAutoencoder.fit(others, self.autoencoder.factor, self.autoencoder.latent_channels)
-            weights = str(getattr(self.study.own.autoencoder, "perceptual", ""))
+            trained = self.load_or_train_autoencoder()
+            pca = PCAAutoencoder.fit(others, trained.factor, trained.latent_channels)
+            weights = str(getattr(spec, "perceptual", ""))
             lpips = load_lpips(weights) if weights.endswith(".safetensors") else None
             with self.store.create(
                 "autoencoder-quality", name, manifest := _manifest(autoencoder_digest=self.autoencoder_digest)
             ):
-                for title, autoencoder in (("autoencoder", self.autoencoder), ("pca", pca)):
-                    say(
-                        f"measuring the {'study' if title == 'autoencoder' else title} autoencoder on {len(held_out)} held-out images"
-                    )
+                for title, autoencoder in (("autoencoder", trained), ("pca", pca)):
+                    label = "study's" if title == "autoencoder" else "PCA"
+                    logger.info(f"measuring the {label} autoencoder on {len(held_out)} held-out images")
                     manifest[title] = autoencoder_quality(autoencoder, held_out, others, self.extractor, lpips)
         manifest = self.store.manifest("autoencoder-quality", name)
         parts = {title: manifest[title] for title in ("autoencoder", "pca")}
         if parts["autoencoder"]["psnr_db"] <= parts["pca"]["psnr_db"]:
-            say("the study's autoencoder does not beat the pca one of its latent shape: train it longer, or use kind: pca")
+            logger.warning(
+                "the study's autoencoder is not better than a PCA autoencoder of the same latent shape: "
+                "train it longer, or use kind: pca"
+            )
         return {"digest": self.autoencoder_digest, "latent_shape": list(self.latent_shape), **parts}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, side, side: known from the spec, before the autoencoder is fitted. Of given checkpoints the largest."""
+        """Channels, height, width of the latents, from the configuration; for pretrained checkpoints the largest shape.
+
+        A pretrained autoencoder of the study is loaded.
+        """
         if self.study.checkpoints:
             models = [pretrained_info(path).model for path in self.study.checkpoints]
             return max((model.latent_channels, model.latent_size, model.latent_size) for model in models)
-        spec = self.study.own.autoencoder
+        spec = self.study.training_parts.autoencoder
         if isinstance(spec, PretrainedAutoencoderSpec):
-            channels, factor = self.autoencoder.latent_channels, self.autoencoder.factor
+            autoencoder = self.load_or_train_autoencoder()
+            channels, factor = autoencoder.latent_channels, autoencoder.factor
         elif isinstance(spec, PCAAutoencoderSpec):
             channels, factor = spec.num_channels, spec.patch
         else:
             channels, factor = spec.num_channels, 2 ** (len(spec.block_widths) - 1)
-        side = self.study.data.resolution // factor
-        return channels, side, side
+        size = self.study.data.resolution // factor
+        return channels, size, size
 
     @cached_property
     def text_encoder(self) -> MiniLMTextEncoder:
+        """The study's text encoder; its weights are loaded on first use."""
         return MiniLMTextEncoder(self.study.text_encoder, best_device())
 
     @cached_property
     def cache_digest(self) -> str:
-        stage = {"stage": "cache", "version": caching.VERSION, "autoencoder": self.autoencoder_digest}
+        stage = {"stage": "cache", "version": caching.CACHE_VERSION, "autoencoder": self.autoencoder_digest}
         return digest(stage, self.source_key("train"), self.study.text_encoder)
 
     @property
-    def cache_place(self) -> ShardStore:
-        """Where the latent cache is, or would be."""
-        at = self.study.own.train.cache_dir
+    def cache_store(self) -> ShardStore:
+        """Location of the latent cache, which may not exist yet."""
+        cache_dir = self.study.training_parts.train.cache_dir
         return ShardStore(
-            self.store.folder("cache", self.cache_digest) if at is None else f"{at.rstrip('/')}/{self.cache_digest}"
+            self.store.folder("cache", self.cache_digest)
+            if cache_dir is None
+            else f"{cache_dir.rstrip('/')}/{self.cache_digest}"
         )
 
-    @cached_property
-    def cache(self) -> LatentCache:
-        """Latent moments, captions and prompt embeddings of the training images; processes of one training write it together.
+    def load_or_build_latent_cache(self) -> LatentCache:
+        """Return latent moments, captions and prompt embeddings of the training images; compute them first if they are missing.
+
+        All processes of one training compute the cache together. The autoencoder is trained first if it is missing.
 
         Raises:
-            ConfigError: there is no room for it.
+            ConfigError: the cache does not fit on the disk.
         """
-        place, data, text = self.cache_place, self.study.data, self.study.text_encoder
-        if place.size(caching.INDEX) is None:
-            if self.part.rank == 0:
-                self.autoencoder  # noqa: B018  fitted by one process, read by the others
-            self.part.wait()
-            autoencoder, encoder = self.autoencoder, self.text_encoder
-            read = partial(read_source, self.study.own.images, data.resolution)
+        return self._latent_cache
+
+    @cached_property
+    def _latent_cache(self) -> LatentCache:
+        cache_store, data, text = self.cache_store, self.study.data, self.study.text_encoder
+        if cache_store.size(caching.INDEX) is None:
+            if self.process.rank == 0:
+                self.load_or_train_autoencoder()
+            self.process.wait()
+            autoencoder, encoder = self.load_or_train_autoencoder(), self.text_encoder
+            read_images = partial(read_source, self.study.training_parts.images, data.resolution)
             num_images, num_captions, size = self._cache_size()
-            say(f"latent cache: {num_images} images, {num_captions} captions, {size / 1e9:.2f} GB")
-            if place.is_local and size > (free := free_disk(self.store.out)):
+            logger.info(f"latent cache: {num_images} images, {num_captions} captions, {size / 1e9:.2f} GB")
+            if cache_store.is_local and size > (free := free_disk(self.store.out)):
                 raise ConfigError(
-                    f"the latent cache takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: text.cache_prompt_embeds: false, "
-                    "or train.cache_dir: another disk or an object store"
+                    f"the latent cache takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; set "
+                    "text_encoder.cache_prompt_embeds: false, or train.cache_dir: a folder of another disk or an object store"
                 )
             total = num_images + (num_captions + 1 if text.cache_prompt_embeds else 0)
             with progress_bar("latents and captions", total, "done") as progress:
                 index = write_cache(
-                    place,
-                    read,
+                    cache_store,
+                    read_images,
                     autoencoder,
                     encoder,
-                    with_states=text.cache_prompt_embeds,
+                    with_prompt_embeds=text.cache_prompt_embeds,
                     max_unreadable_fraction=data.max_unreadable_fraction,
-                    part=self.part,
+                    process=self.process,
                     progress=_cumulative(progress),
                 )
-            if self.part.rank == 0:
-                write_index(place, {"kind": "cache", "digest": self.cache_digest, **index, "provenance": provenance()})
-            self.part.wait()
-        return LatentCache(place)
+            if self.process.rank == 0:
+                write_index(cache_store, {"kind": "cache", "digest": self.cache_digest, **index, "provenance": provenance()})
+            self.process.wait()
+        return LatentCache(cache_store)
 
     def _cache_size(self) -> tuple[int, int, int]:
-        """Images and captions of the cache, readable or not, and the bytes that they will take; no image is decoded."""
+        """Count images and captions, readable or not, and estimate the bytes of the cache; no image is decoded."""
         data, text = self.study.data, self.study.text_encoder
-        num_images, num_captions = count(partial(read_source, self.study.own.images, data.resolution))
-        states = (text.max_tokens, self.text_encoder.cross_attention_dim)
-        size = forecast_bytes(num_images, self.latent_shape, num_captions, states, text.cache_prompt_embeds)
+        num_images, num_captions = count_images_and_captions(
+            partial(read_source, self.study.training_parts.images, data.resolution)
+        )
+        embeds_shape = (text.max_tokens, self.text_encoder.cross_attention_dim)
+        size = estimate_cache_bytes(num_images, self.latent_shape, num_captions, embeds_shape, text.cache_prompt_embeds)
         return num_images, num_captions, size
 
     def cache_bytes(self) -> int:
-        """Bytes of the latent cache, as it is or will be."""
-        if self.cache_place.size(caching.INDEX) is None:
+        """Return the bytes of the latent cache, or an estimate if it does not exist yet."""
+        if self.cache_store.size(caching.INDEX) is None:
             return self._cache_size()[2]
-        return sum(file["bytes"] for table in self.cache.index["tables"].values() for file in table)
+        return sum(file["bytes"] for table in self.load_or_build_latent_cache().index["tables"].values() for file in table)
 
     # --- reference ---
 
     @cached_property
     def extractors(self) -> dict[str, FeatureExtractor]:
+        """The protocol's feature extractors; their weights are loaded on first use."""
         return referencing.make_extractors(self.study.protocol, best_device())
 
     @property
     def extractor(self) -> FeatureExtractor:
-        """The first of the protocol's extractors, by which an autoencoder is judged."""
+        """The first of the protocol's extractors; it also measures autoencoders."""
         return next(iter(self.extractors.values()))
 
     @cached_property
     def protocol(self) -> Protocol:
-        """What the study's scores rest on, fixed on its real images; nothing is computed from them yet.
+        """The study's protocol. Its first use reads the reference images, but computes no features.
 
         Raises:
-            ConfigError: there are too few reference images, or no labels where alignment is asked for.
+            ConfigError: there are too few reference images, or alignment needs labels that they do not have.
         """
-        return self.protocol_of(self.study.protocol, self.extractors)
+        return self.build_protocol(self.study.protocol, self.extractors)
 
-    def protocol_of(
-        self, spec: ProtocolSpec, extractors: Mapping[str, FeatureExtractor], inputs: str = "", compared_by: Sequence[str] = ()
+    def build_protocol(
+        self,
+        spec: ProtocolSpec,
+        extractors: Mapping[str, FeatureExtractor],
+        inputs: str = "",
+        paired_metric_ids: Sequence[str] = (),
     ) -> Protocol:
-        """A protocol on the study's held-out images; `given` and `compared_by` are super-resolution's (`make_protocol`).
+        """Build a protocol on the study's reference images.
+
+        Args:
+            spec: its configuration.
+            extractors: its feature extractors by name.
+            inputs: description of the network's further inputs (super-resolution), see `make_protocol`.
+            paired_metric_ids: ids of the paired metrics (super-resolution).
 
         Raises:
-            ConfigError: there are too few reference images, or none of the labels that alignment needs.
+            ConfigError: there are too few reference images, or alignment needs labels that they do not have.
         """
         held_out = self.images("reference")
         num_reference = min(len(held_out), spec.num_reference or len(held_out))
         if num_reference < MIN_IMAGES:
-            raise ConfigError(f"data.reference: {num_reference} images; a distance takes at least {MIN_IMAGES}")
+            raise ConfigError(f"data.reference: {num_reference} images; a metric needs at least {MIN_IMAGES}")
         prompts, labels = select_prompts(held_out, spec.num_images)
         if spec.alignment != "none" and labels is None:
             raise ConfigError(referencing.LABELS_NEEDED)
         return make_protocol(
             spec,
             resolution=self.study.data.resolution,
-            extractor=[*(extractor.id for extractor in extractors.values()), *compared_by],
+            extractor=[*(extractor.id for extractor in extractors.values()), *paired_metric_ids],
             reference=held_out.fingerprint(),
             num_reference=num_reference,
             prompts=prompts,
-            probe=None if spec.alignment == "none" else self.attribute_classifier_digest,
+            attribute_classifier=None if spec.alignment == "none" else self.attribute_classifier_digest,
             inputs=inputs,
         )
 
     @cached_property
     def reference(self) -> ReferenceSet:
-        """The protocol with the reference images' features and the probe."""
+        """The protocol with the features of the reference images and the attribute classifier.
+
+        Its first use computes the features, and trains the classifier if alignment is measured and it does not exist yet.
+        """
         protocol, held_out = self.protocol, self.images("reference")
         prompts, labels = select_prompts(held_out, protocol.num_images)
-        compared = held_out.images[: protocol.num_reference]
-        features = {name: self.features(extractor, compared) for name, extractor in self.extractors.items()}
+        reference_images = held_out.images[: protocol.num_reference]
+        features = {name: self.features(extractor, reference_images) for name, extractor in self.extractors.items()}
         feature_dtype = self.study.protocol.feature_dtype
         if self.study.protocol.alignment == "none":
             return ReferenceSet(protocol, self.extractors, features, prompts, feature_dtype=feature_dtype)
-        return ReferenceSet(protocol, self.extractors, features, prompts, labels, self.probe(), feature_dtype=feature_dtype)
+        return ReferenceSet(
+            protocol,
+            self.extractors,
+            features,
+            prompts,
+            labels,
+            self.load_or_train_attribute_classifier(),
+            feature_dtype=feature_dtype,
+        )
 
-    def features(self, extractor: FeatureExtractor, compared: Tensor) -> np.ndarray:
-        """Features of the reference images, float32 [M, D], made once for each extractor."""
-        stage = {"stage": "features", "version": referencing.VERSION, "extractor": extractor.id, "num": len(compared)}
+    def prepare_reference(self) -> None:
+        """Compute the features of the reference images and train the attribute classifier, if they do not exist yet."""
+        _ = self.reference
+
+    def features(self, extractor: FeatureExtractor, images: Tensor) -> np.ndarray:
+        """Return features of reference images, float32 [M, D]; the first call computes and stores them.
+
+        Args:
+            extractor: feature extractor.
+            images: the first images of `data.reference`, uint8 [M, 3, R, R].
+        """
+        stage = {"stage": "features", "version": referencing.VERSION, "extractor": extractor.id, "num": len(images)}
         name = digest(stage, self.source_key("reference"))
         if not self.store.has("features", name):
-            say(f"features of {len(compared)} reference images: {extractor.id.partition(':')[0]}")
-            with self.store.create("features", name, {"extractor": extractor.id, "num_images": len(compared)}) as folder:
-                write_features(folder, extractor, compared)
+            logger.info(f"features of {len(images)} reference images: {extractor.id.partition(':')[0]}")
+            with self.store.create("features", name, {"extractor": extractor.id, "num_images": len(images)}) as folder:
+                write_features(folder, extractor, images)
         return read_features(self.store.folder("features", name))
 
     @property
@@ -337,24 +415,29 @@ class StudyAssets:
         stage = {"stage": "attribute-classifier", "version": referencing.VERSION, "seed": self.study.protocol.seed}
         return digest(stage, self.source_key("train"), self.source_key("reference"))
 
-    def probe(self) -> AttributeClassifier:
-        """What reads attributes from images, fitted where it is not there yet."""
+    def load_or_train_attribute_classifier(self) -> AttributeClassifier:
+        """Return the classifier that measures alignment; train it first if its artefact does not exist.
+
+        Raises:
+            ConfigError: the images have no labels.
+        """
         name = self.attribute_classifier_digest
         if not self.store.has("attribute-classifier", name):
             training, held_out = self.images("train"), self.images("reference")
             referencing.require_labels(training, held_out)
-            classes = num_classes(self.study.own.images) or num_label_classes(training)
-            say(f"fitting the probe to {len(training)} real images")
+            classes = num_classes(self.study.training_parts.images) or num_label_classes(training)
+            logger.info(f"training the attribute classifier on {len(training)} real images")
             with self.store.create("attribute-classifier", name, manifest := _manifest()) as folder:
                 manifest.update(fit_attribute_classifier(folder, training, held_out, classes, self.study.protocol.seed))
-            say(f"the probe reads {manifest['accuracy']:.3f} of the labels of held-out real images")
+            logger.info(f"attribute classifier: accuracy {manifest['accuracy']:.3f} on held-out real images")
         return AttributeClassifier.load(self.store.folder("attribute-classifier", name))
 
     def reconstruction_floors(self) -> dict[str, dict[str, float]]:
-        """Scores of real images after the autoencoder (`decoded`) and before it (`real`): what no model is expected to pass.
+        """Return scores of real images after the autoencoder (`decoded`) and before it (`real`), by metric.
 
-        Distances take training images, a fair draw of them, against the reference; alignment and caption scores take the
-        reference images with their own labels and captions, so alignment's `real` is the probe's accuracy.
+        No model is expected to score better. Distances compare a random subset of the training images with the reference.
+        Alignment and prompt similarity use the reference images with their own labels and captions, so the `real` alignment is
+        the accuracy of the attribute classifier. The first call computes and stores the scores.
         """
         spec, reference = self.study.protocol, self.reference
         stage = {
@@ -365,57 +448,62 @@ class StudyAssets:
         }
         name = digest({**stage, "metrics": list(spec.metrics)}, self.source_key("train"))
         if not self.store.has("reconstruction-floor", name):
-            say(f"the floor: {spec.num_images} real images scored as they are and after the autoencoder")
+            logger.info(f"reconstruction floor: scoring {spec.num_images} real images before and after the autoencoder")
             with self.store.create("reconstruction-floor", name, manifest := _manifest()):
                 for title in ("decoded", "real"):
                     training = self.images("train").random_subset(spec.num_images)
                     held_out = self.images("reference").images[: spec.num_images]
                     if title == "decoded":
-                        training, held_out = round_trip(self.autoencoder, training), round_trip(self.autoencoder, held_out)
+                        autoencoder = self.load_or_train_autoencoder()
+                        training, held_out = round_trip(autoencoder, training), round_trip(autoencoder, held_out)
                     aligned = None
-                    if reference.probe is not None and reference.labels is not None:
-                        aligned = reference.probe.alignment(held_out, reference.labels)
+                    if reference.attribute_classifier is not None and reference.labels is not None:
+                        aligned = reference.attribute_classifier.alignment(held_out, reference.labels)
                     of_sets = tuple(distance for distance in spec.metrics if distance != "prompt_similarity")
-                    scores = score(SampleFeatures(self._taken(training), aligned), reference, of_sets)
+                    scores = score(SampleFeatures(self._extract(training), aligned), reference, of_sets)
                     if "prompt_similarity" in spec.metrics:
-                        scores.update(score(SampleFeatures(self._taken(held_out)), reference, ("prompt_similarity",)))
+                        scores.update(score(SampleFeatures(self._extract(held_out)), reference, ("prompt_similarity",)))
                     manifest[title] = {metric: interval.value for metric, interval in scores.items()}
         manifest = self.store.manifest("reconstruction-floor", name)
         return {title: manifest[title] for title in ("decoded", "real")}
 
-    def _taken(self, images: Tensor) -> dict[str, np.ndarray]:
+    def _extract(self, images: Tensor) -> dict[str, np.ndarray]:
         return {name: extractor(images).cpu().numpy() for name, extractor in self.extractors.items()}
 
     @cached_property
     def prompt_embeds(self) -> PromptEmbeds:
-        """States of the captions that are drawn."""
-        return PromptEmbeds.of(self.reference.prompts, self.text_encoder)
+        """Embeddings of the reference prompts; computed on first use."""
+        return PromptEmbeds.encode(self.reference.prompts, self.text_encoder)
 
     @cached_property
     def saved_indices(self) -> list[int]:
-        """Image ids whose images every point keeps: the first of each caption, then others, `NUM_KEPT` in all."""
+        """Indices of the samples whose images every point saves, see `images_to_save`."""
         return images_to_save(self.reference.prompts)
 
 
 def images_to_save(prompts: Sequence[str]) -> list[int]:
-    """Ids of the images of `captions` that every point keeps: the first of each caption, then others, `NUM_KEPT` in all."""
+    """Choose the samples to save, `NUM_SAVED_IMAGES` in total: the first of each distinct prompt, then others.
+
+    Args:
+        prompts: prompt of every sample.
+    """
     firsts = sorted({prompt: i for i, prompt in reversed(list(enumerate(prompts)))}.values())
     others = [i for i in range(len(prompts)) if i not in set(firsts)]
-    return sorted([*firsts, *others][:NUM_KEPT])
+    return sorted([*firsts, *others][:NUM_SAVED_IMAGES])
 
 
 def _manifest(**facts: Any) -> dict[str, Any]:
-    """What an artefact's manifest begins with; its stage fills in the rest."""
+    """The start of an artefact's manifest, to which its stage adds entries."""
     return facts
 
 
 def _cumulative(progress: Report) -> Callable[[int], None]:
-    """A callback that is told how many more."""
+    """Turn a callback for the total count into a callback for increments."""
     total = 0
 
-    def add(more: int) -> None:
+    def add(increment: int) -> None:
         nonlocal total
-        total += more
+        total += increment
         progress(total, "")
 
     return add

@@ -1,10 +1,11 @@
-"""Super-resolution from the last checkpoint of every size, and from scratch (arXiv 2404.01367, section 4.3).
+"""Super-resolution, fine-tuned from the final checkpoint of every size, and from scratch (arXiv 2404.01367, section 4.3).
 
-Shapes: N images that are scored, K that are kept, R resolution, S scale.
+Shapes: N scored images, K saved images, R resolution, S scale.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from isocost.analysis.formatting import format_score
-from isocost.analysis.results_table import best_in_each, final_points
+from isocost.analysis.results_table import best_per_group, final_points
 from isocost.config.base import digest
 from isocost.config.finetune import SuperresSpec
 from isocost.config.model import ModelSpec
@@ -24,7 +25,7 @@ from isocost.data.degradations import check_scale, degrade, encode_enlarged, res
 from isocost.errors import ConfigError
 from isocost.evaluation.confidence_intervals import Interval
 from isocost.evaluation.evaluator import FeatureCollector, score
-from isocost.evaluation.feature_store import SampleFeatures, read_measured, write_measured
+from isocost.evaluation.feature_store import SampleFeatures, read_sample_features, write_sample_features
 from isocost.evaluation.paired import PairedComparer
 from isocost.evaluation.paired_images import PairedImageMetric, paired_image_metric
 from isocost.evaluation.protocol import Protocol
@@ -41,47 +42,49 @@ from isocost.sampling.generate import PromptEmbeds
 from isocost.sampling.request import PerSampleFn
 from isocost.training.objectives import Objective, Superres, training_schedule
 from isocost.utils.device import best_device
-from isocost.utils.progress import say
 
-VERSION = 1
+logger = logging.getLogger(__name__)
+
+SUPERRES_VERSION = 1
 FROM_SCRATCH = "from scratch"
 
 
 class SuperresExperiment(Experiment):
-    """`superres` of a study."""
+    """The part `superres` of a study."""
 
     def __init__(self, spec: SuperresSpec, assets: StudyAssets, family: PretrainExperiment) -> None:
         self.spec, self.assets, self.family = spec, assets, family
         self.sweep, self.protocol_spec, self.metric = spec.sweep, spec.protocol, spec.metric
         self.resolution = assets.study.data.resolution
+        self._protocol: Protocol | None = None
 
     # --- trainings ---
 
     @cached_property
     def runs(self) -> list[TrainingRun]:
-        """Every size from its pretrained checkpoint, then from scratch, as `starts` says.
+        """One run for each network size and each kind of initial weights in `starts`: "pretrained" or "scratch".
 
         Raises:
-            ConfigError: the scale does not fit the autoencoder, or a given parent does not fit the study.
+            ConfigError: the scale does not fit the autoencoder, or a checkpoint of `parents` does not fit the study.
         """
-        _, side, _ = self.assets.latent_shape
-        check_scale(self.resolution, self.spec.scale, self.resolution // side)
+        _, latent_size, _ = self.assets.latent_shape
+        check_scale(self.resolution, self.spec.scale, self.resolution // latent_size)
         runs = []
         for start in self.spec.starts:
             for parent, model in self._parents():
-                is_scratch = start == "scratch"
-                wide = model.model_copy(update={"extra_input_channels": model.latent_channels})
-                gflop = model_cost(wide, self.assets.study.text_encoder.max_tokens).gflop_per_forward
-                came_from = None if is_scratch else parent
-                own = self.stage | {"parent": None if came_from is None else came_from.name}
-                variant = FROM_SCRATCH if is_scratch else ""
-                runs.append(make_run("superres", wide, self.spec.train, own, gflop, came_from, variant))
+                from_scratch = start == "scratch"
+                expanded = model.model_copy(update={"extra_input_channels": model.latent_channels})
+                gflop = model_cost(expanded, self.assets.study.text_encoder.max_tokens).gflop_per_forward
+                run_parent = None if from_scratch else parent
+                stage = self.stage | {"parent": None if run_parent is None else run_parent.name}
+                variant = FROM_SCRATCH if from_scratch else ""
+                runs.append(make_run("superres", expanded, self.spec.train, stage, gflop, run_parent, variant))
         return runs
 
     @property
     def stage(self) -> dict[str, Any]:
-        """What of the study decides its weights, besides parent, recipe and network."""
-        stage: dict[str, Any] = {"task": "superres", "superres": VERSION, "cache": self.assets.cache_digest}
+        """Digest inputs of a training besides the parent, the recipe and the network."""
+        stage: dict[str, Any] = {"task": "superres", "superres": SUPERRES_VERSION, "cache": self.assets.cache_digest}
         return stage | {
             "degradation": self.spec.degradation.canonical(),
             "scale": self.spec.scale,
@@ -89,86 +92,99 @@ class SuperresExperiment(Experiment):
         }
 
     def _parents(self) -> list[tuple[Path, ModelSpec]]:
-        """Checkpoint folders to start from, and their networks."""
+        """Return the checkpoint folders to start from, and their networks."""
         if not self.spec.parents:
             store = self.assets.store
             return [(store.folder("checkpoint", run.final), run.model) for run in self.family.runs]
-        return [(Path(folder), self._given_parent(folder)) for folder in self.spec.parents]
+        return [(Path(folder), self._parent_model(folder)) for folder in self.spec.parents]
 
-    def _given_parent(self, folder: str) -> ModelSpec:
+    def _parent_model(self, folder: str) -> ModelSpec:
         info = load_checkpoint(folder).info
         if info.model.extra_input_channels:
             raise ConfigError(
-                f"superres.parents: {folder} has {info.model.extra_input_channels} further input channels already "
-                f"({info.task}); start from a text-to-image checkpoint"
+                f"superres.parents: {folder} is a checkpoint of {info.task} with {info.model.extra_input_channels} extra input "
+                "channels; give a text-to-image checkpoint"
             )
-        self.assets.check_parent(info, self.spec.train.prediction_type, f"superres.parents: {folder}")
+        self.assets.check_compatible_parent(info, self.spec.train.prediction_type, f"superres.parents: {folder}")
         return info.model
 
-    def task(self, run: TrainingRun, network: nn.Module) -> Objective:
-        """The cache's latents, each with the latent of its degraded image."""
+    def objective(self, run: TrainingRun, network: nn.Module) -> Objective:
+        """Train on the latents of the cache, each with the latent of its degraded and enlarged image."""
         assets, spec = self.assets, self.spec
         images = assets.images("train").images
-        cache = assets.cache
-        assert len(cache) == len(images), "the cache holds the images of the source"
+        cache = assets.load_or_build_latent_cache()
+        assert len(cache) == len(images), "the cache has one entry per training image"
 
-        def low_resolution(ids: Tensor, passes: Tensor) -> Tensor:
+        def low_resolution(indices: Tensor, epochs: Tensor) -> Tensor:
             seed = run.spec.seed
-            low = degrade(images[ids], ids.tolist(), spec.degradation, spec.scale, seed=seed, draws=passes.tolist())
-            return encode_enlarged(assets.autoencoder, low, self.resolution)
+            low = degrade(images[indices], indices.tolist(), spec.degradation, spec.scale, seed=seed, draws=epochs.tolist())
+            return encode_enlarged(assets.load_or_train_autoencoder(), low, self.resolution)
 
-        text = None if cache.has_prompt_embeds else assets.text_encoder
-        return Superres(run.spec, cache, training_schedule(run.spec), low_resolution, text, captions=spec.captions)
+        text_encoder = None if cache.has_prompt_embeds else assets.text_encoder
+        return Superres(run.spec, cache, training_schedule(run.spec), low_resolution, text_encoder, captions=spec.captions)
 
     def network(self, run: TrainingRun) -> nn.Module:
-        """The parent's network with input channels that are zero; random weights from scratch.
+        """Build the network of a run.
+
+        With a parent checkpoint it has the parent's weights, and zero weights for the extra input channels. Without one it has
+        random weights. If the training is sharded, only rank 0 loads the weights.
 
         Raises:
-            ConfigError: the parent is not there.
+            ConfigError: the parent checkpoint does not exist yet.
         """
-        sharded_elsewhere = run.spec.sharding != "none" and self.assets.part.rank > 0
-        if run.parent is None or sharded_elsewhere:
+        gets_weights_from_rank_0 = run.spec.sharding != "none" and self.assets.process.rank > 0
+        if run.parent is None or gets_weights_from_rank_0:
             torch.manual_seed(run.spec.seed)
-            return build_network(run.model, "meta" if sharded_elsewhere else "cpu")
+            return build_network(run.model, "meta" if gets_weights_from_rank_0 else "cpu")
         if not run.parent.is_dir():
-            raise ConfigError(f"{run.title}: no checkpoint to start from yet; `isocost train` or `isocost run` makes it")
+            raise ConfigError(f"{run.title}: its parent checkpoint does not exist yet; run `isocost train` or `isocost run`")
         network = load_checkpoint(run.parent).network.requires_grad_(True).train()
         return expand_in_channels(network, run.model.extra_input_channels)
 
-    def facts(self, run: TrainingRun) -> dict[str, Any]:
-        """What `isocost upscale` needs to know."""
+    def checkpoint_metadata(self, run: TrainingRun) -> dict[str, Any]:
+        """Return the parent, the variant and the scale; `isocost upscale` reads the scale."""
         parent = "" if run.parent is None else run.parent.name
         return {"task": "superres", "parent": parent, "variant": run.variant, "scale": self.spec.scale}
 
     # --- scoring ---
 
-    @cached_property
+    @property
     def protocol(self) -> Protocol:
-        """Held-out images against what is made of their low-resolution forms."""
-        given = f"x{self.spec.scale} of {self._low_digest}, captions {self.spec.captions}"
-        ids = [one.id for one in self._pair_scores.values()]
-        return self.assets.protocol_of(self.spec.protocol, self._extractors, given, ids)
+        """The protocol, see `build_protocol`."""
+        return self.build_protocol()
+
+    def build_protocol(self) -> Protocol:
+        """Return the protocol: reference images against samples for their low-resolution versions. It is built once.
+
+        Raises:
+            ConfigError: there are too few reference images, or weights of a metric are missing.
+        """
+        if self._protocol is None:
+            inputs = f"x{self.spec.scale} of {self._low_digest}, captions {self.spec.captions}"
+            metric_ids = [metric.id for metric in self._paired_metrics.values()]
+            self._protocol = self.assets.build_protocol(self.spec.protocol, self._extractors, inputs, metric_ids)
+        return self._protocol
 
     @cached_property
     def _extractors(self) -> dict[str, FeatureExtractor]:
         return make_extractors(self.spec.protocol, best_device())
 
     @cached_property
-    def _pair_scores(self) -> dict[str, PairedImageMetric]:
+    def _paired_metrics(self) -> dict[str, PairedImageMetric]:
         return {name: paired_image_metric(name, self.spec.protocol.lpips) for name in self.spec.protocol.paired_metrics}
 
     @cached_property
     def reference(self) -> ReferenceSet:
-        """The protocol with the held-out images, their features, and what compares them in pairs."""
-        compared = self.assets.images("reference").images[: self.protocol.num_reference]
+        """The protocol with the reference images, their features and the paired metrics; computed on first use."""
+        reference_images = self.assets.images("reference").images[: self.protocol.num_reference]
         return ReferenceSet(
             self.protocol,
             self._extractors,
-            {name: self.assets.features(extractor, compared) for name, extractor in self._extractors.items()},
+            {name: self.assets.features(extractor, reference_images) for name, extractor in self._extractors.items()},
             self._captions,
             feature_dtype=self.spec.protocol.feature_dtype,
             originals=self._originals,
-            paired_metrics={name: one.function for name, one in self._pair_scores.items()},
+            paired_metrics={name: metric.function for name, metric in self._paired_metrics.items()},
         )
 
     @property
@@ -177,111 +193,123 @@ class SuperresExperiment(Experiment):
 
     @property
     def _captions(self) -> list[str]:
-        given = self.assets.images("reference").captions[: self.spec.protocol.num_images]
-        return ["" if self.spec.captions == "empty" else prompts[0] for prompts in given]
+        captions = self.assets.images("reference").captions[: self.spec.protocol.num_images]
+        return ["" if self.spec.captions == "empty" else of_image[0] for of_image in captions]
 
-    def check(self) -> None:
-        """The protocol can be met."""
-        self.protocol  # noqa: B018
+    def validate(self) -> None:
+        """Build the protocol.
+
+        Raises:
+            ConfigError: there are too few reference images, or weights of a metric are missing.
+        """
+        self.build_protocol()
 
     def jobs(self, run: TrainingRun) -> list[EvalJob]:
-        """The grid at the last checkpoint, or its races; a point at every snapshot."""
+        """Return the grid or the search cells of the final checkpoint, and a point at every snapshot."""
         return self.eval_jobs_of_run(run, self.sweep, self.protocol, self.make_eval_context)
 
     def make_eval_context(self) -> EvalContext:
-        """The held-out images' captions, or the empty one for each, beside their low-resolution forms."""
-        prompts = PromptEmbeds.of(self._captions, self.assets.text_encoder)
+        """Build the context with the low-resolution versions of the reference images, and their captions or empty prompts."""
+        prompts = PromptEmbeds.encode(self._captions, self.assets.text_encoder)
         return EvalContext(self.reference, prompts, self.saved_indices, self.spec.protocol.metrics, self.concat_cond)
 
     @property
     def protocol_summary(self) -> str:
-        """Its own protocol."""
+        """One sentence about the protocol."""
         return self.protocol.sentence()
 
     @property
     def sample_labels(self) -> list[str]:
-        """Captions, or numbers where none are given."""
+        """Captions of the saved images, or their numbers if the prompts are empty."""
         return [self._captions[i] or f"image {i}" for i in self.saved_indices]
 
     @property
     def saved_indices(self) -> list[int]:
-        """As of text-to-image: the first image of each caption, then others."""
-        listed = self.assets.images("reference").captions[: self.spec.protocol.num_images]
-        return images_to_save([prompts[0] for prompts in listed])
+        """Indices of the samples whose images every point saves, by the first caption of each; see `images_to_save`."""
+        captions = self.assets.images("reference").captions[: self.spec.protocol.num_images]
+        return images_to_save([of_image[0] for of_image in captions])
 
     @property
     def _low_digest(self) -> str:
-        stage = {"stage": "low-resolution", "version": VERSION, "scale": self.spec.scale, "seed": self.spec.protocol.seed}
+        stage = {
+            "stage": "low-resolution",
+            "version": SUPERRES_VERSION,
+            "scale": self.spec.scale,
+            "seed": self.spec.protocol.seed,
+        }
         stage |= {"num": self.spec.protocol.num_images, "degradation": self.spec.degradation.canonical()}
         return digest(stage, self.assets.source_key("reference"))
 
     @cached_property
     def low(self) -> Tensor:
-        """The degraded held-out images uint8 [N, 3, R / S, R / S], stored: every size is given the same."""
+        """Degraded reference images, uint8 [N, 3, R / S, R / S]. They are computed and stored once, the same for all sizes."""
         store, name = self.assets.store, self._low_digest
         if not store.has("low-resolution", name):
             originals = self._originals
-            say(f"low-resolution forms of {len(originals)} held-out images")
-            ids, seed = range(len(originals)), self.spec.protocol.seed
-            low = degrade(originals, ids, self.spec.degradation, self.spec.scale, seed=seed)
+            logger.info(f"degrading {len(originals)} reference images")
+            indices, seed = range(len(originals)), self.spec.protocol.seed
+            low = degrade(originals, indices, self.spec.degradation, self.spec.scale, seed=seed)
             with store.create("low-resolution", name, {"scale": self.spec.scale}) as folder:
                 save_file({"images": low}, folder / "images.safetensors")
         return load_file(store.folder("low-resolution", name) / "images.safetensors")["images"]
 
     @cached_property
     def concat_cond(self) -> PerSampleFn:
-        """Latents of the enlarged low-resolution images."""
-        batches = self.low.split(32)
-        latents = torch.cat([encode_enlarged(self.assets.autoencoder, low, self.resolution) for low in batches])
-        return lambda ids: latents[ids]
+        """Latents of the enlarged low-resolution images, by sample index; computed on first use."""
+        autoencoder = self.assets.load_or_train_autoencoder()
+        latents = torch.cat([encode_enlarged(autoencoder, low, self.resolution) for low in self.low.split(32)])
+        return lambda indices: latents[indices]
 
-    # --- what no model made ---
+    # --- baselines ---
 
     def _baseline(self, title: str) -> SampleFeatures:
-        """What is measured of the images called `title`, `bicubic` or `decoded`; made once."""
+        """Return the features of the baseline `bicubic` or `decoded`, computed and stored once."""
         store, reference = self.assets.store, self.reference
         make = {
             "bicubic": partial(resize, self.low, self.resolution),
-            "decoded": partial(round_trip, self.assets.autoencoder, self._originals),
+            "decoded": partial(round_trip, self.assets.load_or_train_autoencoder(), self._originals),
         }[title]
-        stage = {"stage": "baseline", "version": VERSION, "title": title, "protocol": reference.protocol.id}
+        stage = {"stage": "baseline", "version": SUPERRES_VERSION, "title": title, "protocol": reference.protocol.id}
         name = digest({**stage, "autoencoder": self.assets.autoencoder_digest if title == "decoded" else None})
         if not store.has("baseline", name):
             images = make()
-            measuring = FeatureCollector(reference)
-            measuring.add(list(range(len(images))), images)
+            collector = FeatureCollector(reference)
+            collector.add(list(range(len(images))), images)
             with store.create("baseline", name, {"title": title}) as folder:
-                write_measured(folder, measuring.measured(), reference.feature_dtype)
-        return read_measured(store.folder("baseline", name), tuple(reference.extractors))
+                write_sample_features(folder, collector.features(), reference.feature_dtype)
+        return read_sample_features(store.folder("baseline", name), tuple(reference.extractors))
 
     @cached_property
     def baselines(self) -> Mapping[str, Mapping[str, float]]:
-        """`decoded`: what no model can pass; `bicubic`: what it must."""
-        scored = {
+        """Scores of `decoded`, the upper bound of every model (the originals after the autoencoder), and of `bicubic`."""
+        scores_by_title = {
             title: score(self._baseline(title), self.reference, self.spec.protocol.metrics) for title in ("decoded", "bicubic")
         }
-        return {title: {metric: interval.value for metric, interval in scores.items()} for title, scores in scored.items()}
+        return {
+            title: {metric: interval.value for metric, interval in scores.items()} for title, scores in scores_by_title.items()
+        }
 
     def findings(self, table: pd.DataFrame) -> dict[str, Any]:
-        """Every size at its best against bicubic, and pretrained against from scratch, in paired differences."""
-        best = best_in_each(final_points(table, self.metric), self.metric, ["size"]).to_dict("records")
-        pairing = PairedComparer((self.assets.store,), self.reference, self.spec.protocol.metrics)
-        measured = {row["size"]: pairing.measured(row["point"]) for row in best if pairing.has(row["point"])}
-        told: dict[str, Any] = {}
+        """Compare every size at its best settings with bicubic, and pretrained with from scratch, by paired differences."""
+        best = best_per_group(final_points(table, self.metric), self.metric, ["size"]).to_dict("records")
+        comparer = PairedComparer((self.assets.store,), self.reference, self.spec.protocol.metrics)
+        features = {row["size"]: comparer.features_of(row["point"]) for row in best if comparer.has_features(row["point"])}
+        findings: dict[str, Any] = {}
         bicubic = self._baseline("bicubic")
-        against = {size: _in_words(pairing.of(one, bicubic)) for size, one in measured.items()}
-        told["less bicubic, at the best settings"] = against | {
-            row["size"]: "its images were measured elsewhere" for row in best if row["size"] not in measured
+        minus_bicubic = {size: _format_intervals(comparer.differences(ours, bicubic)) for size, ours in features.items()}
+        findings["size minus bicubic, at the best settings"] = minus_bicubic | {
+            row["size"]: "its features are in another output folder" for row in best if row["size"] not in features
         }
-        pairs = [(size, f"{size} {FROM_SCRATCH}") for size in measured if f"{size} {FROM_SCRATCH}" in measured]
+        pairs = [(size, f"{size} {FROM_SCRATCH}") for size in features if f"{size} {FROM_SCRATCH}" in features]
         if pairs:
-            told["pretrained less from scratch"] = {
-                size: _in_words(pairing.of(measured[size], measured[other])) for size, other in pairs
+            findings["pretrained minus from scratch"] = {
+                size: _format_intervals(comparer.differences(features[size], features[from_scratch]))
+                for size, from_scratch in pairs
             }
-        return told
+        return findings
 
-    def strips(self) -> Mapping[str, Tensor]:
-        """Low resolution, bicubic and truth of the kept images."""
+    def comparison_rows(self) -> Mapping[str, Tensor]:
+        """Return low resolution, bicubic and original of the saved images."""
         low = self.low[self.saved_indices]
         return {
             "low resolution": low.repeat_interleave(self.spec.scale, 2).repeat_interleave(self.spec.scale, 3),
@@ -290,5 +318,5 @@ class SuperresExperiment(Experiment):
         }
 
 
-def _in_words(found: Mapping[str, Interval]) -> dict[str, str]:
-    return {metric: format_score(interval.value, interval.low, interval.high) for metric, interval in found.items()}
+def _format_intervals(intervals: Mapping[str, Interval]) -> dict[str, str]:
+    return {metric: format_score(interval.value, interval.low, interval.high) for metric, interval in intervals.items()}

@@ -1,6 +1,6 @@
-"""The probe: a small classifier, trained on labelled real images, that reads labels back from generated ones.
+"""The attribute classifier: a small network, trained on labelled real images, that predicts labels of generated images.
 
-Legend: N images, B batch, H x W pixels, A label heads, C channels. Labels are int64 [N, A]: class of each head.
+Shapes: N images, B images per batch, H x W pixels, A label heads, C channels. Labels are int64 [N, A]: the class per head.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ BATCH_SIZE = 128
 PEAK_LR = 4e-3
 WEIGHT_DECAY = 0.05
 WARMUP_FRACTION = 0.2
+WEIGHTS_FILE, CONFIG_FILE = "classifier.safetensors", "classifier.json"
 
 
 class AttributeClassifier:
-    """A fitted classifier of one or several heads; made by `train_attribute_classifier` or `Probe.load`."""
+    """A trained classifier with one or several heads; create it with `train_attribute_classifier` or `load`."""
 
     def __init__(self, network: AttributeClassifierNetwork, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -33,7 +34,11 @@ class AttributeClassifier:
 
     @torch.inference_mode()
     def predict(self, images: Tensor) -> Tensor:
-        """The likeliest class of every head: uint8 [N, 3, H, W] to int64 [N, A] on the CPU."""
+        """Predict the most probable class of every head, int64 [N, A] on the CPU, for images uint8 [N, 3, H, W].
+
+        Raises:
+            ConfigError: the images have another type or size.
+        """
         _check_images(images, self.network.side)
         classes = [
             torch.stack([logits.argmax(1) for logits in self.network(_prepare(batch, self.device))], 1).cpu()
@@ -42,11 +47,19 @@ class AttributeClassifier:
         return torch.cat(classes)
 
     def accuracy(self, images: Tensor, labels: Tensor) -> NDArray[np.float64]:
-        """Share of images that each head gets right, [A]."""
+        """Fraction of images that each head classifies correctly, [A].
+
+        Raises:
+            ConfigError: images or labels do not fit.
+        """
         return self._matches(images, labels).mean(0)
 
     def alignment(self, images: Tensor, labels: Tensor) -> NDArray[np.float64]:
-        """Share of all heads that read the label back, by image: [N]."""
+        """Fraction of heads that predict the given label, per image: [N].
+
+        Raises:
+            ConfigError: images or labels do not fit.
+        """
         return self._matches(images, labels).mean(1)
 
     def _matches(self, images: Tensor, labels: Tensor) -> NDArray[np.float64]:
@@ -54,28 +67,28 @@ class AttributeClassifier:
         return (self.predict(images) == labels.cpu()).double().numpy()
 
     def save(self, folder: str | Path) -> None:
-        """Write `probe.safetensors` and `probe.json` into `folder`, made where absent."""
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
+        """Write `classifier.safetensors` and `classifier.json` into `folder`, which is created if missing."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.contiguous().cpu() for name, tensor in self.network.state_dict().items()}
-        save_file(state, target / "probe.safetensors")
-        plain = {"side": self.network.side, "num_classes": list(self.network.num_classes)}
-        (target / "probe.json").write_text(json.dumps(plain) + "\n", encoding="utf-8")
+        save_file(state, path / WEIGHTS_FILE)
+        config = {"side": self.network.side, "num_classes": list(self.network.num_classes)}
+        (path / CONFIG_FILE).write_text(json.dumps(config) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> AttributeClassifier:
-        """Read what `save` wrote.
+        """Load a classifier that `save` wrote.
 
         Raises:
-            ConfigError: the folder holds no probe.
+            ConfigError: the folder has no attribute classifier.
         """
-        source = Path(folder)
-        for name in ("probe.json", "probe.safetensors"):
-            if not (source / name).is_file():
-                raise ConfigError(f"{source}: no {name}; a probe's folder is written by Probe.save")
-        plain = json.loads((source / "probe.json").read_text(encoding="utf-8"))
-        network = AttributeClassifierNetwork(plain["side"], plain["num_classes"])
-        network.load_state_dict(load_file(source / "probe.safetensors"), strict=True)
+        path = Path(folder)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (path / name).is_file():
+                raise ConfigError(f"{path}: no {name}; give a folder that AttributeClassifier.save wrote")
+        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        network = AttributeClassifierNetwork(config["side"], config["num_classes"])
+        network.load_state_dict(load_file(path / WEIGHTS_FILE), strict=True)
         return cls(network, device)
 
 
@@ -88,53 +101,66 @@ def train_attribute_classifier(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> AttributeClassifier:
-    """Train a probe on uint8 [N, 3, H, W] with labels int64 [N, A]; head a has `num_classes[a]` classes.
+    """Train an attribute classifier with cross-entropy summed over heads, AdamW and a one-cycle learning rate.
 
-    Cross-entropy summed over heads, AdamW, one-cycle learning rate. The result is a function of the arguments and of the
-    number of threads. Images are not augmented: attributes such as side or colour would not survive it.
+    The result depends on the arguments and on the number of threads only. Images are not augmented, because augmentation
+    would change attributes such as position or colour.
+
+    Args:
+        images: uint8 [N, 3, H, W] with H = W.
+        labels: int64 [N, A].
+        num_classes: number of classes of each head, A values.
+        num_epochs: passes over the images.
+        seed: of the initial weights and the order of images.
+        device: where the network is trained.
 
     Raises:
-        ConfigError: the side is no multiple of 16, labels do not fit, or there are fewer images than one batch.
+        ConfigError: the image size is not a multiple of 16, labels do not fit, or there are fewer images than one batch.
     """
     _check_images(images, images.shape[-1])
     _check_labels(labels, len(images), num_classes)
     if len(images) < BATCH_SIZE:
-        raise ConfigError(f"{len(images)} images are too few for a probe; it trains on batches of {BATCH_SIZE}")
-    place = torch.device(device)
+        raise ConfigError(
+            f"{len(images)} images are too few to train an attribute classifier; give at least one batch of {BATCH_SIZE}"
+        )
+    device = torch.device(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = AttributeClassifierNetwork(images.shape[-1], num_classes)
-    network.to(place, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     batches_per_epoch = len(images) // BATCH_SIZE
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, PEAK_LR, total_steps=num_epochs * batches_per_epoch, pct_start=WARMUP_FRACTION
     )
     shuffle = torch.Generator().manual_seed(seed)
-    images, labels = images.to(place), labels.to(place)
+    images, labels = images.to(device), labels.to(device)
     for _ in range(num_epochs):
-        order = torch.randperm(len(images), generator=shuffle).to(place)
+        order = torch.randperm(len(images), generator=shuffle).to(device)
         for rows in order[: batches_per_epoch * BATCH_SIZE].split(BATCH_SIZE):
-            logits = network(_prepare(images[rows], place))
-            loss = torch.stack([functional.cross_entropy(one, labels[rows, head]) for head, one in enumerate(logits)]).sum()
+            logits_by_head = network(_prepare(images[rows], device))
+            loss = torch.stack(
+                [functional.cross_entropy(logits, labels[rows, head]) for head, logits in enumerate(logits_by_head)]
+            ).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
-    return AttributeClassifier(network, place)
+    return AttributeClassifier(network, device)
 
 
 class AttributeClassifierNetwork(nn.Module):
-    """Strided stem to a 16 x 16 map of 32 channels, 8 x 8 of 64 with a residual block, 4 x 4 of 128, and linear heads on it.
+    """A convolutional network with linear heads on its last feature map.
 
-    The heads see where things are, since labels such as "left" ask for it. The stem's stride grows with the side, so the
-    cost of an image hardly depends on it.
+    A strided stem gives a 16 x 16 map with 32 channels. Then follow 8 x 8 with 64 channels and a residual block, and 4 x 4
+    with 128 channels. The heads see the flattened map, not its mean, because labels such as "left" depend on position. The
+    stride of the stem grows with the image size, so the cost per image hardly depends on that size.
     """
 
     def __init__(self, side: int, num_classes: Sequence[int]) -> None:
         super().__init__()
         if side < 32 or side % 16:
-            raise ConfigError(f"a probe sees square images whose side is a multiple of 16, at least 32; not {side}")
+            raise ConfigError(f"the attribute classifier needs an image size of at least 32, a multiple of 16; not {side}")
         self.side = side
         self.num_classes = tuple(num_classes)
         stride = side // 16
@@ -148,13 +174,13 @@ class AttributeClassifierNetwork(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(128 * 4 * 4, count) for count in self.num_classes)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """float [B, 3, H, W] in [-1, 1] to logits, one [B, num_classes[a]] for each head."""
+        """Logits [B, num_classes[a]] of each head a for images float [B, 3, H, W] in [-1, 1]."""
         features = self.body(images)
         return [head(features) for head in self.heads]
 
 
 class Residual(nn.Module):
-    """x + two 3 x 3 convolutions of x, [B, C, H, W] to the same."""
+    """x plus two 3 x 3 convolutions of x; input and output [B, C, H, W]."""
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()
@@ -170,18 +196,20 @@ def _convolution(num_in: int, num_out: int, kernel: int = 3, stride: int = 1, pa
 
 
 def _prepare(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 [B, 3, H, W] to float32 in [-1, 1] on `device`."""
+    """Images uint8 [B, 3, H, W] as float32 in [-1, 1] on `device`."""
     return (images.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def _check_images(images: Tensor, side: int) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, side, side):
-        raise ConfigError(f"a probe needs uint8 [N, 3, {side}, {side}], not {images.dtype} {list(images.shape)}")
+        raise ConfigError(
+            f"the attribute classifier needs uint8 [N, 3, {side}, {side}], not {images.dtype} {list(images.shape)}"
+        )
 
 
 def _check_labels(labels: Tensor, num_images: int, num_classes: Sequence[int]) -> None:
     if labels.shape != (num_images, len(num_classes)):
-        raise ConfigError(f"labels must be [{num_images}, {len(num_classes)}], one column a head, not {list(labels.shape)}")
+        raise ConfigError(f"labels must be [{num_images}, {len(num_classes)}], one column per head, not {list(labels.shape)}")
     for head, count in enumerate(num_classes):
         low, high = int(labels[:, head].min()), int(labels[:, head].max())
         if low < 0 or high >= count:

@@ -1,7 +1,7 @@
-"""Weights from a local file, a URL or the Hub, checked by SHA-256 and read without unpickling code.
+"""Weights from a local file, a URL or the Hugging Face Hub, checked by SHA-256 and read without running pickled code.
 
-A place is written `PATH`, `https://...` or `hub:OWNER/NAME@REVISION`; `#sha256=HEX` behind it says which file is meant
-where it is not the known one.
+A source is `PATH`, `https://...` or `hub:OWNER/NAME@REVISION`. An appended `#sha256=HEX` states the expected hash, for a
+file other than the known one.
 """
 
 from __future__ import annotations
@@ -22,88 +22,102 @@ from torch import Tensor
 from isocost.errors import ConfigError
 
 HUB = "hub:"
-_STATED = re.compile(r"(?P<place>.*)#sha256=(?P<sha256>[0-9a-fA-F]{64})")
+_SOURCE_WITH_HASH = re.compile(r"(?P<source>.*)#sha256=(?P<sha256>[0-9a-fA-F]{64})")
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A file on this machine and the SHA-256 of its bytes."""
+    """A local file and the SHA-256 of its bytes."""
 
     path: Path
     sha256: str
 
 
-def find_weights(place: str, *, known_sha256: str | None, title: str, hub_file: str = "model.safetensors") -> WeightsFile:
-    """The file at `place`, fetched where it is not here, its hash checked.
+def find_weights(source: str, *, known_sha256: str | None, title: str, hub_file: str = "model.safetensors") -> WeightsFile:
+    """Find the weights file of `source`, download it if necessary, and check its hash.
 
-    The expected SHA-256 is the one stated behind `place`, or else `known_sha256`; where neither is there (`None`), a file of
-    the Hub is checked against the hash that the Hub itself lists, and a local file or URL must state one.
+    The expected hash is the one appended to `source`, else `known_sha256`. If both are missing, a file of the Hub is checked
+    against the hash that the Hub lists for it, and a local file or URL is refused.
+
+    Args:
+        source: as in the module docstring.
+        known_sha256: hash of the published file, 64 hex digits.
+        title: name of the network in messages.
+        hub_file: file name inside a Hub repository or a local folder.
 
     Raises:
-        ConfigError: there is no such file, it cannot be fetched, or its hash is another.
+        ConfigError: the file is missing, cannot be downloaded, has another hash, or its hash is unknown.
     """
-    stated = _STATED.fullmatch(place)
-    where, expected = (stated["place"], stated["sha256"].lower()) if stated else (place, known_sha256)
-    if where.startswith(HUB):
-        file, listed = _from_hub(where, hub_file, title)
-        expected = expected or listed
-    elif where.startswith(("https://", "http://")):
-        file = _from_url(where, title)
+    with_hash = _SOURCE_WITH_HASH.fullmatch(source)
+    location, expected = (with_hash["source"], with_hash["sha256"].lower()) if with_hash else (source, known_sha256)
+    if location.startswith(HUB):
+        file, listed_sha256 = _download_from_hub(location, hub_file, title)
+        expected = expected or listed_sha256
+    elif location.startswith(("https://", "http://")):
+        file = _download_url(location, title)
     else:
-        path = Path(where).expanduser()
+        path = Path(location).expanduser()
         file = path / hub_file if path.is_dir() else path
         if not file.is_file():
-            raise ConfigError(f"{title}: {file}: no such file of weights; give a local file, a URL or {HUB}OWNER/NAME@REVISION")
-    found = file_sha256(file)
+            raise ConfigError(f"{title}: {file}: no such weights file; give a local file, a URL or {HUB}OWNER/NAME@REVISION")
+    sha256 = file_sha256(file)
     if expected is None:
         raise ConfigError(
-            f"{title}: the hash of its weights is not known: write {where}#sha256={found} if {file.name} is meant"
+            f"{title}: no expected hash is known for its weights; if you trust {file.name}, give {location}#sha256={sha256}"
         )
-    if found != expected:
+    if sha256 != expected:
         raise ConfigError(
-            f"{title}: {file.name}: SHA-256 {found[:16]}..., expected {expected[:16]}...: fetch it again, "
-            f"or write {where}#sha256={found} if this file is meant"
+            f"{title}: {file.name}: SHA-256 {sha256[:16]}..., expected {expected[:16]}...; download it again, "
+            f"or if you trust this file, give {location}#sha256={sha256}"
         )
-    return WeightsFile(file, found)
+    return WeightsFile(file, sha256)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a torch file that holds tensors alone.
+    """Read the tensors of a safetensors file, or of a torch file that contains only tensors.
 
     Raises:
-        ConfigError: the file is cut short, is neither, or holds pickled objects, which are never run.
+        ConfigError: the file is missing, truncated, of another format, or contains pickled objects, which are never run.
     """
     if not file.is_file():
-        raise ConfigError(f"{file}: no such file of weights")
+        raise ConfigError(f"{file}: no such weights file")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except SafetensorError as error:
-        raise ConfigError(f"{file}: not a safetensors file or cut short ({error}); pickled weights are refused") from error
+        raise ConfigError(f"{file}: truncated or not a safetensors file ({error}); download it again, or convert it") from error
     except pickle.UnpicklingError as error:
-        raise ConfigError(f"{file}: holds pickled objects, which are refused; give it as safetensors") from error
+        raise ConfigError(f"{file}: contains pickled objects, which are refused; convert it to safetensors") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:80]
-        raise ConfigError(f"{file}: cut short or not a file of torch weights ({reason}); fetch it again") from error
+        raise ConfigError(f"{file}: truncated or not a torch weights file ({reason}); download it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ConfigError(f"{file}: not a plain table of tensors; give it as safetensors")
+        raise ConfigError(f"{file}: not a plain dictionary of tensors; convert it to safetensors")
     return tensors
 
 
-def load_into(network: torch.nn.Module, tensors: Mapping[str, Tensor], where: object) -> None:
-    """Strictly load `tensors` into `network`.
+def load_into(network: torch.nn.Module, tensors: Mapping[str, Tensor], file: object) -> None:
+    """Load `tensors` into `network`; names and shapes must match exactly.
+
+    Args:
+        network: the network to fill.
+        tensors: its weights by name.
+        file: name of the source in messages.
 
     Raises:
-        ConfigError: a tensor is missing, left over or of another shape; the line names the first.
+        ConfigError: a tensor is missing, superfluous or of another shape; the message names the first one.
     """
-    own = network.state_dict()
-    for name in sorted(set(own) ^ set(tensors)):
-        what = f"no tensor {name}" if name in own else f"a tensor {name} that the network does not have"
-        raise ConfigError(f"{where}: {what}; these are weights of another network")
-    for name, tensor in own.items():
+    state = network.state_dict()
+    for name in sorted(set(state) ^ set(tensors)):
+        problem = f"no tensor {name}" if name in state else f"a tensor {name} that the network does not have"
+        raise ConfigError(f"{file}: {problem}; these are weights of another network")
+    for name, tensor in state.items():
         if tensor.shape != tensors[name].shape:
-            raise ConfigError(f"{where}: {name} is {list(tensors[name].shape)}, not {list(tensor.shape)}")
+            raise ConfigError(
+                f"{file}: tensor {name} has shape {list(tensors[name].shape)}, not {list(tensor.shape)}; "
+                "these are weights of another network"
+            )
     network.load_state_dict(dict(tensors), strict=True)
 
 
@@ -127,7 +141,7 @@ def text_sha256(value: object) -> str:
     return hashlib.sha256(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
 
 
-def _from_url(url: str, title: str) -> Path:
+def _download_url(url: str, title: str) -> Path:
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -136,23 +150,23 @@ def _from_url(url: str, title: str) -> Path:
             torch.hub.download_url_to_file(url, str(partial), progress=False)
         except OSError as error:
             raise ConfigError(
-                f"{title}: {url} cannot be fetched ({error}); put the file at {file}, or give its place"
+                f"{title}: {url} cannot be downloaded ({error}); put the file at {file}, or give its path"
             ) from error
         partial.replace(file)
     return file
 
 
-def _from_hub(place: str, name: str, title: str) -> tuple[Path, str | None]:
-    """The file in the Hub's cache, and the SHA-256 that the Hub lists for it: its cache names large files by it."""
+def _download_from_hub(source: str, name: str, title: str) -> tuple[Path, str | None]:
+    """The file in the Hub's cache and the SHA-256 that the Hub lists for it; the cache uses it as the name of a large file."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    repository, _, revision = place.removeprefix(HUB).partition("@")
+    repository, _, revision = source.removeprefix(HUB).partition("@")
     try:
         file = Path(hf_hub_download(repository, name, revision=revision or None))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ConfigError(
-            f"{title}: {repository}: {name} is neither in the Hub's cache nor to be fetched; give a local folder in its place"
+            f"{title}: {repository}: {name} is not in the Hub's cache and cannot be downloaded; give a local folder"
         ) from error
     blob = file.resolve().name
     return file, blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None

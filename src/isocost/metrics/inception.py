@@ -1,6 +1,6 @@
-"""Inception as FID, KID and the Inception score know it: torch-fidelity's network, 2048 features an image.
+"""The Inception-v3 network of FID, KID and the Inception score, as torch-fidelity implements it: 2048 features per image.
 
-Legend: N images, H x W pixels, D = 2048 features, L = 1008 logits.
+Shapes: N images, H x W pixels, D = 2048 features, L = 1008 logits.
 """
 
 from __future__ import annotations
@@ -24,29 +24,35 @@ class Inception:
     """The Inception-v3 of the TensorFlow graph of 2015-12-05 (arXiv 1706.08500), in float32.
 
     Images are resized to 299 x 299 in floating point as TensorFlow 1.x did (bilinear, corners not aligned, no
-    antialiasing) and scaled by (x - 128) / 128. Features are the pool before the last layer.
-
-    Raises:
-        ConfigError: torch-fidelity is not installed, or the weights cannot be had or are another file.
+    antialiasing) and scaled by (x - 128) / 128. Features are the output of the average pool before the last layer.
     """
 
-    BUCKET = 16
-    width = 2048
+    BATCH_SIZE = 16
+    feature_dim = 2048
 
     def __init__(self, weights: str = URL, device: torch.device | str = "cpu") -> None:
-        """`weights` is a place as in `isocost.metrics.weights`; by default torch-fidelity's own URL."""
+        """Load the network.
+
+        Args:
+            weights: a source as in `isocost.metrics.download`; by default torch-fidelity's own URL.
+            device: where the network runs.
+
+        Raises:
+            ConfigError: torch-fidelity is not installed, the weights cannot be loaded, or they are another file.
+        """
         try:
-            from torch_fidelity import feature_extractor_inceptionv3 as source
+            from torch_fidelity import feature_extractor_inceptionv3
         except ModuleNotFoundError as error:
             raise ConfigError("Inception features need torch-fidelity: pip install torch-fidelity==0.4.0") from error
         file = find_weights(weights, known_sha256=SHA256, title="inception")
-        # The class takes its weights from a URL or unpickles a file; here it gets tensors that were read safely.
+        network_class = feature_extractor_inceptionv3.FeatureExtractorInceptionV3
+        # The class downloads its weights or unpickles a file; both are disabled, and safely read tensors are loaded below.
         with (
-            mock.patch.object(source, "load_state_dict_from_url", return_value={}),
-            mock.patch.object(source.FeatureExtractorInceptionV3, "load_state_dict", return_value=None),
+            mock.patch.object(feature_extractor_inceptionv3, "load_state_dict_from_url", return_value={}),
+            mock.patch.object(network_class, "load_state_dict", return_value=None),
             torch.random.fork_rng(devices=[]),
         ):
-            network = source.FeatureExtractorInceptionV3("inception-v3-compat", [str(self.width)], verbose=False)
+            network = network_class("inception-v3-compat", [str(self.feature_dim)], verbose=False)
         load_into(network, read_tensors(file.path), file.path)
         self.device = torch.device(device)
         self._network = network.to(self.device)
@@ -55,11 +61,15 @@ class Inception:
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [N, 3, H, W] to float32 [N, 2048], in buckets (`run_in_batches`)."""
+        """Features float32 [N, 2048] of images uint8 [N, 3, H, W], in fixed batches (`run_in_batches`)."""
         return run_in_batches(
-            images, lambda rows: self._network(rows)[0], bucket=self.BUCKET, width=self.width, device=self.device
+            images,
+            lambda batch: self._network(batch)[0],
+            batch_size=self.BATCH_SIZE,
+            feature_dim=self.feature_dim,
+            device=self.device,
         )
 
     def logits(self, features: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Class logits without bias, [N, 1008], from features [N, 2048]: what the Inception score takes."""
+        """Class logits without bias, [N, 1008], from features [N, 2048], for the Inception score."""
         return np.asarray(features, dtype=np.float64) @ self._network.fc.weight.cpu().double().numpy().T

@@ -1,6 +1,8 @@
-"""Precision, recall, density and coverage: whose images lie within reach of whose nearest neighbours.
+"""Precision, recall, density and coverage from k-nearest-neighbour balls.
 
-Legend: N generated images, M real images, D features of an image, k which neighbour sets the reach.
+Every image has a ball around its features. Its radius is the distance to the k-th nearest other image of the same set.
+
+Shapes: N generated images, M real images, D features per image.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ _BLOCK_ROWS = 1024
 
 @dataclass(frozen=True, eq=False)
 class PRDC:
-    """What each image says; the means over images are precision, recall, density and coverage.
+    """Values per image; their means over images are precision, recall, density and coverage.
 
     Attributes:
-        precision: [N], 1 where a generated image lies within reach of some real one (arXiv 1904.06991).
-        recall: [M], 1 where a real image lies within reach of some generated one (arXiv 1904.06991).
-        density: [N], real images within whose reach a generated one lies, divided by k (arXiv 2002.09797).
-        coverage: [M], 1 where some generated image lies within reach of a real one (arXiv 2002.09797).
+        precision: [N], 1 if a generated image lies in the ball of any real image (arXiv 1904.06991).
+        recall: [M], 1 if a real image lies in the ball of any generated image (arXiv 1904.06991).
+        density: [N], number of real balls that contain a generated image, divided by k (arXiv 2002.09797).
+        coverage: [M], 1 if the ball of a real image contains any generated image (arXiv 2002.09797).
     """
 
     precision: Array
@@ -33,54 +35,58 @@ class PRDC:
     coverage: Array
 
 
-def compute_prdc(
-    generated: ArrayLike | Tensor, real: ArrayLike | Tensor, *, neighbour: int, radii_of_real: Tensor | None = None
-) -> PRDC:
-    """Neighbourhoods of generated [N, D] and real features [M, D]; an image reaches as far as its `neighbour`-th other one.
+def compute_prdc(generated: ArrayLike | Tensor, real: ArrayLike | Tensor, *, k: int, real_radii: Tensor | None = None) -> PRDC:
+    """Compute precision, recall, density and coverage of generated images.
 
-    Published with neighbour 3 for precision and recall and 5 for density and coverage. Distances are Euclidean, in float64,
-    on the device of the features. `radii_of_real` saves the work on the real side where it is at hand.
+    The papers use k = 3 for precision and recall and k = 5 for density and coverage. Distances are Euclidean, in float64,
+    on the device of the features.
+
+    Args:
+        generated: features [N, D].
+        real: features [M, D].
+        k: the ball of an image reaches to its k-th nearest other image.
+        real_radii: `radii(real, k)`, float64 [M], if already computed.
 
     Raises:
-        ValueError: a set has no `neighbour` other images.
+        ValueError: a set has no k other images.
     """
-    one, other = _matrix(generated), _matrix(real)
-    if min(len(one), len(other)) <= neighbour:
-        raise ValueError(
-            f"neighbour {neighbour} needs more than {neighbour} images on both sides, not {len(one)}, {len(other)}"
-        )
-    of_generated = radii(one, neighbour)
-    of_real = radii(other, neighbour) if radii_of_real is None else radii_of_real.to(other.device)
-    within_real = torch.zeros(len(one), device=one.device)
-    found_by = torch.zeros(len(other), dtype=torch.bool, device=one.device)
-    nearest = torch.full((len(other),), torch.inf, dtype=torch.float64, device=one.device)
-    for start in range(0, len(one), _BLOCK_ROWS):
+    generated_features, real_features = _as_matrix(generated), _as_matrix(real)
+    num_generated, num_real = len(generated_features), len(real_features)
+    if min(num_generated, num_real) <= k:
+        raise ValueError(f"k = {k} needs more than {k} images in both sets, not {num_generated} and {num_real}")
+    generated_radii = radii(generated_features, k)
+    real_radii = radii(real_features, k) if real_radii is None else real_radii.to(real_features.device)
+    device = generated_features.device
+    num_real_balls = torch.zeros(num_generated, device=device)
+    in_generated_ball = torch.zeros(num_real, dtype=torch.bool, device=device)
+    nearest_generated = torch.full((num_real,), torch.inf, dtype=torch.float64, device=device)
+    for start in range(0, num_generated, _BLOCK_ROWS):
         rows = slice(start, start + _BLOCK_ROWS)
-        apart = _pairwise_distances(one[rows], other)
-        within_real[rows] = (apart <= of_real).sum(1).float()
-        found_by |= (apart <= of_generated[rows, None]).any(0)
-        nearest = torch.minimum(nearest, apart.min(0).values)
+        distances = _pairwise_distances(generated_features[rows], real_features)
+        num_real_balls[rows] = (distances <= real_radii).sum(1).float()
+        in_generated_ball |= (distances <= generated_radii[rows, None]).any(0)
+        nearest_generated = torch.minimum(nearest_generated, distances.min(0).values)
     return PRDC(
         *(
-            numbers.double().cpu().numpy()
-            for numbers in (within_real > 0, found_by, within_real / neighbour, nearest <= of_real)
+            values.double().cpu().numpy()
+            for values in (num_real_balls > 0, in_generated_ball, num_real_balls / k, nearest_generated <= real_radii)
         )
     )
 
 
-def radii(features: ArrayLike | Tensor, neighbour: int) -> Tensor:
-    """How far each image of features [N, D] reaches: to its `neighbour`-th other one, float64 [N]."""
-    matrix = _matrix(features)
-    # The nearest is the image itself.
-    return torch.cat([_pairwise_distances(rows, matrix).kthvalue(neighbour + 1).values for rows in matrix.split(_BLOCK_ROWS)])
+def radii(features: ArrayLike | Tensor, k: int) -> Tensor:
+    """Distance of each image of features [N, D] to its k-th nearest other image, float64 [N]."""
+    matrix = _as_matrix(features)
+    # k + 1, because the nearest is the image itself.
+    return torch.cat([_pairwise_distances(rows, matrix).kthvalue(k + 1).values for rows in matrix.split(_BLOCK_ROWS)])
 
 
 def _pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Distances of [N, D] and [M, D], [N, M], by matrix products: eight times as fast on a CPU, and equal to 1e-13."""
+    """Distances between [N, D] and [M, D], [N, M], by matrix products: eight times as fast on a CPU, and equal to 1e-13."""
     return torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist")
 
 
-def _matrix(features: ArrayLike | Tensor) -> Tensor:
+def _as_matrix(features: ArrayLike | Tensor) -> Tensor:
     matrix = (features if isinstance(features, Tensor) else torch.as_tensor(np.asarray(features))).double()
     if matrix.ndim != 2:
         raise ValueError(f"features must be [N, D], not {list(matrix.shape)}")

@@ -1,8 +1,8 @@
-"""torch-fidelity's numbers: KID, precision and recall, and the Inception score with its subsets, splits and seeds.
+"""KID, precision, recall and Inception score as torch-fidelity computes them, with its subsets, splits and seeds.
 
-For comparing with what others have published. isocost's own scores use every image and draw no subsets.
+These functions serve comparisons with published numbers. The scores of isocost use every image and draw no subsets.
 
-Legend: N, M images of the two sets, D features, L logits.
+Shapes: N, M images of the two sets, D features, L logits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SEED = 2020
 
 @dataclass(frozen=True)
 class MeanAndStd:
-    """Mean and standard deviation (divided by their number) over subsets or splits."""
+    """Mean and standard deviation over subsets or splits; the variance is divided by their number, not by one less."""
 
     mean: float
     std: float
@@ -32,34 +32,35 @@ class MeanAndStd:
 def kid(
     generated: ArrayLike, real: ArrayLike, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = SEED
 ) -> MeanAndStd:
-    """Kernel Inception distance over random subsets of features [N, D] and [M, D], as torch-fidelity 0.4 draws them.
+    """Kernel Inception distance over random subsets of features [N, D] and [M, D], drawn as torch-fidelity 0.4 does.
 
     Raises:
         ValueError: a set is smaller than a subset.
     """
-    one, other = np.asarray(generated), np.asarray(real)
-    if min(len(one), len(other)) < subset_size:
-        raise ValueError(f"subsets of {subset_size} cannot be drawn from {len(one)} and {len(other)} images")
-    draws = np.random.RandomState(seed)
+    generated_features, real_features = np.asarray(generated), np.asarray(real)
+    num_generated, num_real = len(generated_features), len(real_features)
+    if min(num_generated, num_real) < subset_size:
+        raise ValueError(f"subsets of {subset_size} cannot be drawn from {num_generated} and {num_real} images")
+    random = np.random.RandomState(seed)
     values = []
     for _ in range(num_subsets):
-        left = one[draws.choice(len(one), subset_size, replace=False)]
-        right = other[draws.choice(len(other), subset_size, replace=False)]
-        values.append(squared_mmd(left, right))
+        generated_subset = generated_features[random.choice(num_generated, subset_size, replace=False)]
+        real_subset = real_features[random.choice(num_real, subset_size, replace=False)]
+        values.append(squared_mmd(generated_subset, real_subset))
     return MeanAndStd(float(np.mean(values)), float(np.std(values)))
 
 
 def inception_score_of_splits(logits: ArrayLike, *, num_splits: int = 10, shuffle: bool = True, seed: int = SEED) -> MeanAndStd:
-    """Inception score of `num_splits` parts of logits [N, L], shuffled as torch-fidelity 0.4 does."""
+    """Inception score over `num_splits` parts of logits [N, L], shuffled as torch-fidelity 0.4 does."""
     matrix = np.asarray(logits)
     if shuffle:
         matrix = matrix[np.random.RandomState(seed).permutation(len(matrix))]
-    bounds = [part * len(matrix) // num_splits for part in range(num_splits + 1)]
+    bounds = [split * len(matrix) // num_splits for split in range(num_splits + 1)]
     values = [inception_score(matrix[low:high])[0] for low, high in pairwise(bounds)]
     return MeanAndStd(float(np.mean(values)), float(np.std(values)))
 
 
-def precision_recall(generated: ArrayLike, real: ArrayLike, *, neighbour: int = 3) -> tuple[float, float]:
-    """Precision and recall of features [N, D] against [M, D], as torch-fidelity 0.4 counts them."""
-    found = compute_prdc(generated, real, neighbour=neighbour)
-    return float(found.precision.mean()), float(found.recall.mean())
+def precision_recall(generated: ArrayLike, real: ArrayLike, *, k: int = 3) -> tuple[float, float]:
+    """Precision and recall of features [N, D] against [M, D], counted as torch-fidelity 0.4 does."""
+    prdc = compute_prdc(generated, real, k=k)
+    return float(prdc.precision.mean()), float(prdc.recall.mean())

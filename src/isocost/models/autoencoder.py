@@ -1,7 +1,7 @@
-"""Images <-> latents, captions <-> states.
+"""Autoencoders: images to latents and back.
 
-Shapes: N images, R resolution, C latent channels, L latent side = R / factor, T tokens, D width of the prompt embeddings.
-Images are uint8 [N, 3, R, R]; latents float32 [N, C, L, L] of about unit variance; states float32 [N, T, D].
+Shapes: N images, R resolution, C latent channels, L latent size = R / factor.
+Images are uint8 [N, 3, R, R]; latents are float32 [N, C, L, L] of about unit variance.
 """
 
 from __future__ import annotations
@@ -23,54 +23,67 @@ BUILTIN_AUTOENCODER = "scenes"
 
 
 class Autoencoder(Protocol):
-    """Images to latent moments and back."""
+    """Encodes images to the mean and standard deviation of their latents, and decodes latents.
+
+    Attributes:
+        latent_channels: channels C of a latent.
+        factor: pixels per latent position along one side.
+    """
 
     latent_channels: int
     factor: int
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [N, 3, R, R] -> mean and standard deviation of the latents, each float32 [N, C, L, L]."""
+        """Encode uint8 [N, 3, R, R] to the mean and standard deviation of the latents, each float32 [N, C, L, L]."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """float32 [N, C, L, L] -> uint8 [N, 3, R, R], rounded to the nearest grey level."""
+        """Decode float32 [N, C, L, L] to uint8 [N, 3, R, R], rounded to the nearest grey level."""
 
     def save(self, folder: Path) -> None:
-        """Write what `load_autoencoder` reads."""
+        """Write the files that `load_autoencoder` reads."""
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 [N, 3, R, R] -> float32 in [-1, 1]."""
+    """Convert uint8 [N, 3, R, R] to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1.0
 
 
 def to_uint8(values: Tensor) -> Tensor:
-    """Float in [-1, 1] -> uint8, clamped and rounded."""
+    """Convert floats in [-1, 1] to uint8, rounded and clamped."""
     return ((values + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class PCAAutoencoder:
-    """Patch PCA: each `patch` x `patch` x 3 block of pixels to its first C components, each scaled to unit variance.
+    """Patch PCA: maps each `patch` x `patch` x 3 block of pixels to its first C components, each scaled to unit variance.
 
-    The baseline that a trained autoencoder has to beat; it has no diffusers form.
+    A trained autoencoder has to beat this baseline. diffusers has no equivalent class.
     """
 
     def __init__(self, mean: Tensor, basis: Tensor, scale: Tensor, patch: int) -> None:
-        """`mean` [P], `basis` [C, P] with orthonormal rows, `scale` [C]; P = 3 patch^2."""
+        """
+        Args:
+            mean: mean block, [P] with P = 3 patch^2.
+            basis: components, [C, P] with orthonormal rows.
+            scale: standard deviation of each component, [C].
+            patch: side of a block in pixels.
+        """
         self.mean, self.basis, self.scale, self.factor = mean, basis, scale, patch
         self.latent_channels = basis.shape[0]
 
     @classmethod
     def fit(cls, images: Tensor, patch: int, num_channels: int) -> PCAAutoencoder:
-        """Fit to uint8 [N, 3, R, R] by the eigenvectors of the patches' covariance, in float64.
+        """Fit to uint8 [N, 3, R, R] with the eigenvectors of the patch covariance, in float64.
 
         Raises:
-            ConfigError: patches do not divide the images, or hold fewer numbers than channels are asked for.
+            ConfigError: `patch` does not divide the resolution, or `num_channels` exceeds the values of a patch.
         """
-        size = 3 * patch * patch
+        patch_values = 3 * patch * patch
         if images.shape[-1] % patch:
             raise ConfigError(f"autoencoder.patch={patch} does not divide the resolution {images.shape[-1]}")
-        if num_channels > size:
-            raise ConfigError(f"autoencoder.num_channels={num_channels} exceeds the {size} numbers of a {patch}x{patch} patch")
+        if num_channels > patch_values:
+            raise ConfigError(
+                f"autoencoder.num_channels={num_channels} exceeds the {patch_values} values of a {patch}x{patch} patch"
+            )
         blocks = _to_blocks(to_unit(images), patch).transpose(0, 1).flatten(1).double()
         mean = blocks.mean(1)
         values, vectors = torch.linalg.eigh(torch.cov(blocks))
@@ -101,7 +114,7 @@ class PCAAutoencoder:
 
 
 class DiffusersVAE:
-    """Any diffusers autoencoder. Latents are `(z - shift_factor) * scaling_factor` by the checkpoint's own config."""
+    """Any diffusers autoencoder. Latents are `(z - shift_factor) * scaling_factor`, with the factors of its own config."""
 
     def __init__(self, network: AutoencoderKL | AutoencoderTiny, device: torch.device | str = "cpu") -> None:
         self.network = network.to(device).eval().requires_grad_(False)
@@ -131,32 +144,36 @@ class DiffusersVAE:
 
 
 def load_autoencoder(path: str | Path, subfolder: str | None = None, device: torch.device | str = "cpu") -> Autoencoder:
-    """An autoencoder from a folder of ours, a diffusers autoencoder folder or Hub id, or `scenes` (shipped).
+    """Load an autoencoder.
+
+    Args:
+        path: a `PCAAutoencoder` folder, a diffusers autoencoder folder or Hub id, or `scenes` (shipped with isocost).
+        subfolder: folder of the autoencoder inside `path`.
+        device: device to load it on.
 
     Raises:
-        ConfigError: nothing loadable there, or only pickles.
+        ConfigError: `path` holds no loadable autoencoder, or only pickled weights.
     """
     if str(path) == BUILTIN_AUTOENCODER:
         path = str(resources.files("isocost.assets") / "scenes-autoencoder")
     folder = Path(path) / subfolder if subfolder else Path(path)
     if (folder / "linear_autoencoder.safetensors").is_file():
         return PCAAutoencoder.load(folder, device)
-    kind: type[AutoencoderKL] | type[AutoencoderTiny] = AutoencoderKL
+    network_class: type[AutoencoderKL] | type[AutoencoderTiny] = AutoencoderKL
     if folder.is_dir():
         refuse_pickles(folder)
         config = folder / "config.json"
         if not config.is_file():
-            raise ConfigError(
-                f"{folder}: no config.json; an autoencoder is a diffusers autoencoder folder (perhaps subfolder: vae)"
-            )
-        kind = AutoencoderTiny if json.loads(config.read_text()).get("_class_name") == "AutoencoderTiny" else AutoencoderKL
+            raise ConfigError(f"{folder}: no config.json; give a diffusers autoencoder folder (perhaps with subfolder: vae)")
+        is_tiny = json.loads(config.read_text()).get("_class_name") == "AutoencoderTiny"
+        network_class = AutoencoderTiny if is_tiny else AutoencoderKL
     options: dict[str, Any] = {"use_safetensors": True, "subfolder": subfolder, "low_cpu_mem_usage": False}
     try:
-        return DiffusersVAE(kind.from_pretrained(str(path), **options), device)
+        return DiffusersVAE(network_class.from_pretrained(str(path), **options), device)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: no autoencoder loads from there: {' '.join(str(error).split())[:200]}") from error
+        raise ConfigError(f"{path}: cannot load an autoencoder from it: {' '.join(str(error).split())[:200]}") from error
 
 
 def _to_blocks(values: Tensor, patch: int) -> Tensor:
-    """[N, 3, R, R] -> [N, 3 patch^2, R / patch, R / patch], undone by pixel_shuffle."""
+    """Rearrange [N, 3, R, R] to [N, 3 patch^2, R / patch, R / patch]; pixel_shuffle is the inverse."""
     return torch.nn.functional.pixel_unshuffle(values, patch)

@@ -1,9 +1,9 @@
-"""The checkpoint folder: where training and scoring meet.
+"""The checkpoint folder: training writes it and evaluation reads it.
 
-unet/          config.json, diffusion_pytorch_model.safetensors: the EMA weights, as diffusers reads them
-               (transformer/ where the network is one)
-scheduler/     scheduler_config.json: noise schedule and prediction type, as diffusers reads them
-isocost.json   size, width, images seen, where autoencoder and text encoder are, and what made them
+unet/          config.json, diffusion_pytorch_model.safetensors: the EMA weights in diffusers' format
+               (transformer/ if the network is a transformer)
+scheduler/     scheduler_config.json: noise schedule and prediction type in diffusers' format
+isocost.json   size, width, images seen, paths of the autoencoder and the text encoder, provenance
 """
 
 from __future__ import annotations
@@ -30,24 +30,28 @@ from isocost.models.flops import reference_gflop
 from isocost.models.pretrained.architectures import load_network
 from isocost.models.pretrained.files import is_pretrained
 from isocost.models.pretrained.lora import split_loras
-from isocost.models.pretrained.pipeline_config import find_base, kind_at, read_pipeline, source_digest
+from isocost.models.pretrained.pipeline_config import family_at, find_base_folder, read_pipeline, source_digest
 from isocost.models.pretrained.wrappers import ConditionedDenoiser
-from isocost.models.streaming_safetensors import Plan, write_streamed
+from isocost.models.streaming_safetensors import TensorLayout, write_streamed
 from isocost.utils.artifact_store import MANIFEST, read_manifest
 
-CONSISTENT = frozenset({"consistency", "codi", "codi-efficient"})
-"""Ways of distilling whose students are sampled by consistency."""
+CONSISTENCY_METHODS = frozenset({"consistency", "codi", "codi-efficient"})
+"""Distillation methods whose students are consistency models, sampled with the solver `lcm`."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
 
 class CheckpointInfo(Spec):
-    """What `isocost.json` of a checkpoint says.
+    """The content of a checkpoint's `isocost.json`.
 
-    `autoencoder` is a path beside the checkpoint, a folder, a Hub id or `scenes`. `parent` is the digest of the checkpoint that a
-    tuned one started from; `scale` that of super-resolution. A student says how it was `distilled` and, where it takes w as an
-    input, the range that it learned. `training_gflop` is what the training took where that is not 3 x forward x images.
-    `given` is of a published checkpoint: a pipeline folder of diffusers, which stays where it is.
+    Attributes:
+        autoencoder: a path relative to the checkpoint, a folder, a Hub id or `scenes`.
+        parent: digest of the checkpoint that a fine-tuned one started from.
+        scale: enlargement of a super-resolution model.
+        distilled: distillation method of a student.
+        guidance_range: range of w that a student with guidance as an input was trained on.
+        training_gflop: cost of the training, if it is not 3 x GFLOP per forward x images.
+        pretrained: set for a published checkpoint, that is a diffusers pipeline folder, which is not copied.
     """
 
     model: ModelSpec
@@ -74,28 +78,30 @@ class CheckpointInfo(Spec):
 
     @property
     def solver(self) -> SolverSpec:
-        """What it is sampled with where nothing else is asked for."""
+        """Default solver."""
         if self.pretrained is not None:
             return self.pretrained.solver
-        return SolverSpec(name="lcm") if self.distilled in CONSISTENT else SolverSpec()
+        return SolverSpec(name="lcm") if self.distilled in CONSISTENCY_METHODS else SolverSpec()
 
     @property
     def num_steps(self) -> int:
-        """Steps where nothing else is asked for."""
+        """Default number of solver steps."""
         return 4 if self.distilled else 16
 
     def check_guidance(self, guidance: float) -> None:
         """
         Raises:
-            ConfigError: a student that takes w was not taught this one.
+            ConfigError: a student with guidance as an input was not trained on this value.
         """
         if self.guidance_range is not None and not self.guidance_range[0] <= guidance <= self.guidance_range[1]:
             low, high = self.guidance_range
-            raise ConfigError(f"guidance = {guidance:g}: this student was taught {low:g} to {high:g}; take one of these")
+            raise ConfigError(
+                f"guidance = {guidance:g}: this student was trained on guidance {low:g} to {high:g}; choose one of these values"
+            )
 
     @property
     def label(self) -> str:
-        """The size, and what sets the checkpoint apart from others of the size: "0.8M from scratch"."""
+        """The size and the variant, such as "0.8M from scratch"."""
         return f"{self.size} {self.variant}".rstrip()
 
 
@@ -110,23 +116,22 @@ class Checkpoint:
 
     @property
     def autoencoder_path(self) -> str:
-        """Where the autoencoder is, with a path beside the checkpoint resolved."""
+        """Path or id of the autoencoder; a path relative to the checkpoint is resolved."""
         relative = self.folder / self.info.autoencoder
         return str(relative) if relative.is_dir() else self.info.autoencoder
 
     @property
     def text_encoder(self) -> TextEncoderSpec:
-        """Its text encoder: one of its own where that was tuned, else the study's."""
-        relative = self.folder / self.info.text_encoder.path
-        return (
-            self.info.text_encoder.model_copy(update={"path": str(relative)}) if relative.is_dir() else self.info.text_encoder
-        )
+        """The text encoder: the fine-tuned one in the checkpoint folder if there is one, else the study's."""
+        spec = self.info.text_encoder
+        relative = self.folder / spec.path
+        return spec.model_copy(update={"path": str(relative)}) if relative.is_dir() else spec
 
 
 def scheduler_for(prediction_type: PredictionType, rescale_betas_zero_snr: bool = False) -> SchedulerMixin:
-    """Stable Diffusion's noise schedule (scaled linear, 0.00085 to 0.012) as a diffusers scheduler, trailing spacing.
+    """Stable Diffusion's noise schedule (scaled linear, 0.00085 to 0.012) as a diffusers scheduler with trailing spacing.
 
-    A flow's is diffusers' Euler for flow matching.
+    For flow matching it is diffusers' FlowMatchEulerDiscreteScheduler.
     """
     if prediction_type == "flow_prediction":
         return FlowMatchEulerDiscreteScheduler()
@@ -151,26 +156,32 @@ def save_networks(
     weights: Iterable[tuple[str, Tensor]] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write `unet/` or `transformer/`, and `scheduler/`; the manifest comes from the store when it publishes the folder.
+    """Write `unet/` or `transformer/`, and `scheduler/`. The artefact store adds the manifest when it publishes the folder.
 
-    `weights` are names and whole tensors in the order of the network's parameters, its own where None; they are written one
-    at a time, so they need not fit into memory together. They are rounded to `dtype`, and float32 again where they are read.
+    Args:
+        folder: folder to write into.
+        network: the denoiser.
+        prediction_type: prediction type to write into the scheduler's config.
+        rescale_betas_zero_snr: whether the schedule is rescaled to zero terminal SNR.
+        weights: names and whole tensors in the order of the network's parameters; the network's own weights if None. They are
+            written one at a time, so they need not fit into memory together.
+        dtype: type of the weights in the file; they are converted to float32 when loaded.
     """
     assert len(network.state_dict()) == len(list(network.parameters())), "a network with buffers needs them written too"
-    plan: Plan = [(name, dtype, tuple(parameter.shape)) for name, parameter in network.named_parameters()]
-    part = folder / component_name(network)
-    write_config(network, part)
+    layout: TensorLayout = [(name, dtype, tuple(parameter.shape)) for name, parameter in network.named_parameters()]
+    network_path = folder / component_name(network)
+    write_config(network, network_path)
     tensors = (tensor.to(dtype) for _, tensor in (weights if weights is not None else network.named_parameters()))
-    write_streamed(part / WEIGHTS, plan, tensors, {"format": "pt"})
+    write_streamed(network_path / WEIGHTS, layout, tensors, {"format": "pt"})
     scheduler_for(prediction_type, rescale_betas_zero_snr).save_pretrained(folder / "scheduler")
 
 
 def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Open a checkpoint folder: one of isocost, or a text-to-image pipeline of diffusers, by its folder or Hub id.
+    """Open an isocost checkpoint folder, or a diffusers text-to-image pipeline given by its folder or Hub id.
 
     Raises:
-        ConfigError: no such folder, not a checkpoint, pickled or truncated weights, a pipeline that is not read here, or one
-            that has changed since it was entered into an output folder.
+        ConfigError: the folder does not exist or is not a checkpoint, weights are pickled or truncated, the pipeline is not
+            supported, or it has changed since it was added to an output folder.
     """
     path = Path(folder)
     info = read_info(path)
@@ -179,34 +190,38 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> C
     try:
         network = read_network(network_folder(path))
     except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
-        raise ConfigError(f"{path}: the weights cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise ConfigError(f"{path}: cannot read the weights: {' '.join(str(error).split())[:200]}") from error
     return Checkpoint(path, read_manifest(path)["digest"], info, network.to(device).eval().requires_grad_(False))
 
 
 def _open_pretrained(path: Path, info: CheckpointInfo, device: torch.device | str) -> Checkpoint:
     assert info.pretrained is not None
-    source, name = find_base(info.pretrained.path), source_digest(info.pretrained.path)
-    if (path / MANIFEST).is_file() and read_manifest(path)["digest"] != name:
-        raise ConfigError(f"{info.pretrained.path}: has changed since it was scored as {path.name}; run the study again")
-    network = load_network(kind_at(source), source, info.resolution, split_loras(info.pretrained.path)[1])
-    return Checkpoint(source, name, info, network.to(device).eval().requires_grad_(False))
+    source, source_name = find_base_folder(info.pretrained.path), source_digest(info.pretrained.path)
+    if (path / MANIFEST).is_file() and read_manifest(path)["digest"] != source_name:
+        raise ConfigError(
+            f"{info.pretrained.path}: its content has changed since it was scored as {path.name}; run the study again"
+        )
+    network = load_network(family_at(source), source, info.resolution, split_loras(info.pretrained.path)[1])
+    return Checkpoint(source, source_name, info, network.to(device).eval().requires_grad_(False))
 
 
 def pretrained_info(path: str | Path) -> CheckpointInfo:
-    """What a pipeline folder of diffusers, or a Hub id, is as a checkpoint. Its normalized cost is by the paper's network.
+    """Describe a diffusers pipeline folder or Hub id as a checkpoint.
+
+    Its normalized cost is relative to the paper's 866M network at the paper's latent shape.
 
     Raises:
-        ConfigError: the pipeline is not read here, is not whole, or lacks what must be known.
+        ConfigError: the pipeline is not supported, is incomplete, or lacks a required value.
     """
-    facts = read_pipeline(path)
-    return CheckpointInfo(**facts, normalized_cost_per_step=facts["gflop_per_forward"] / reference_gflop())
+    fields = read_pipeline(path)
+    return CheckpointInfo(**fields, normalized_cost_per_step=fields["gflop_per_forward"] / reference_gflop())
 
 
 def read_info(path: Path) -> CheckpointInfo:
-    """What a checkpoint folder says of itself, without its weights.
+    """Read the metadata of a checkpoint folder, without its weights.
 
     Raises:
-        ConfigError: no such folder, not a checkpoint, or pickled weights.
+        ConfigError: the folder does not exist or is not a checkpoint, or its weights are pickled.
     """
     if not (path / MANIFEST).is_file() and is_pretrained(split_loras(path)[0]):
         return pretrained_info(path)
@@ -215,15 +230,15 @@ def read_info(path: Path) -> CheckpointInfo:
             f"{path}: pickled weights are refused (they can run code when loaded); convert to a safetensors folder"
         )
     if not path.is_dir():
-        raise ConfigError(f"{path}: no such checkpoint folder; a run writes them to OUT/artefacts/checkpoint/")
+        raise ConfigError(f"{path}: no such checkpoint folder; `isocost run` writes checkpoints to OUT/artefacts/checkpoint/")
     if (path / MANIFEST).is_file() and (manifest := read_manifest(path)).get("info", {}).get("pretrained") is not None:
         return CheckpointInfo.model_validate(manifest["info"])
-    part = network_folder(path)
+    network_path = network_folder(path)
     refuse_pickles(path)
-    refuse_pickles(part)
-    if not (path / MANIFEST).is_file() or not (part / "config.json").is_file():
+    refuse_pickles(network_path)
+    if not (path / MANIFEST).is_file() or not (network_path / "config.json").is_file():
         needed = " or ".join(f"{name}/config.json" for name in NETWORK_FOLDERS)
-        raise ConfigError(f"{path}: not a checkpoint of isocost (needs {MANIFEST} and {needed})")
+        raise ConfigError(f"{path}: not an isocost checkpoint, which has {MANIFEST} and {needed}")
     manifest = read_manifest(path)
     if manifest.get("kind") != "checkpoint":
         raise ConfigError(f"{path}: a {manifest.get('kind', 'folder')}, not a checkpoint; see OUT/artefacts/checkpoint/")
@@ -231,12 +246,15 @@ def read_info(path: Path) -> CheckpointInfo:
 
 
 def network_folder(path: Path) -> Path:
-    """Where the network of a checkpoint folder lies; `unet/` where there is none."""
+    """Folder of the network in a checkpoint folder; `unet/` if there is no network."""
     return next((path / name for name in NETWORK_FOLDERS if (path / name).is_dir()), path / NETWORK_FOLDERS[0])
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Raise ConfigError where a folder has pickled weights and no safetensors."""
+    """
+    Raises:
+        ConfigError: the folder has pickled weights and no safetensors file.
+    """
     files = [file for file in folder.glob("*") if file.is_file()]
     pickles = [file for file in files if file.suffix in PICKLE_SUFFIXES]
     if pickles and not any(file.suffix == ".safetensors" for file in files):
@@ -244,7 +262,7 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def summary_columns(info: CheckpointInfo) -> dict[str, Any]:
-    """The columns that every point of a checkpoint shares."""
+    """Values of the results table that are the same for all points of a checkpoint, by column."""
     return {
         "task": info.task,
         "size": info.label,

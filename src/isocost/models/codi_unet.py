@@ -1,13 +1,14 @@
-"""A U-Net with a second encoder that sees the condition: the network of conditional consistency distillation.
+"""CoDi: a U-Net with a second encoder for the condition, used in conditional consistency distillation.
 
-CoDi (arXiv 2310.01407, section 4.1): the adapter is a copy of the encoder, as ControlNet's is (arXiv 2302.05543), and what
-the decoder is given is `h' = (1 - mu) h + mu h_c`, with one learnable mu a feature map that starts at 0, so the first forward
-is the U-Net's own. `h_c` are the adapter's features of the condition c:
+CoDi (arXiv 2310.01407, section 4.1): the adapter is a copy of the encoder, as in ControlNet (arXiv 2302.05543). The decoder
+receives `h' = (1 - mu) h + mu h_c`, with one learnable mu per feature map. mu starts at 0, so the first forward pass equals the
+U-Net's own. `h_c` are the adapter's features of the condition c:
 
-- `beside` (super-resolution, the paper's own use): c is the latent that stands behind the noisy one.
-- `noisy` (text-to-image): c is the caption's states together with the noisy latent itself, all that the network is given.
+- `concat_cond` (super-resolution, as in the paper): c is the conditioning latent, concatenated behind the noisy latent.
+- `noisy` (text-to-image): c is the prompt embeddings and the noisy latent itself, that is all inputs of the network.
 
-Shapes: B rows, C latent channels, L latent side, T tokens, D width of the prompt embeddings, G width of the guidance embedding.
+Shapes: B batch, C latent channels, L latent size, T tokens, D width of the prompt embeddings, G width of the guidance
+embedding.
 """
 
 from __future__ import annotations
@@ -20,87 +21,101 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from isocost.models.unet import plain_config
+from isocost.models.unet import init_config
 
 ADAPTER_PARTS = ("time_embedding", "conv_in", "down_blocks", "mid_block")
 
 
 class CoDiUNet(ModelMixin, ConfigMixin):
-    """What a U-Net sees and says; its decoder reads a mixture of its own encoder's features and the adapter's."""
+    """A U-Net whose decoder receives a mixture of the features of its own encoder and of the adapter."""
 
     _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(self, unet_config: dict[str, Any], condition: Literal["noisy", "concat_cond"]) -> None:
-        """`unet_config` is that of the U-Net itself, which takes C channels."""
+        """
+        Args:
+            unet_config: config of the U-Net itself, which has C input channels.
+            condition: input of the adapter; see the module docstring.
+        """
         super().__init__()
         self.unet = UNet2DConditionModel.from_config(unet_config)
-        other = UNet2DConditionModel.from_config(unet_config)  # a deep copy would leave a fake tensor's mode
-        self.adapter = nn.ModuleDict({name: getattr(other, name) for name in ADAPTER_PARTS})
+        copy = UNet2DConditionModel.from_config(unet_config)  # copy.deepcopy would leave the mode of fake tensors
+        self.adapter = nn.ModuleDict({name: getattr(copy, name) for name in ADAPTER_PARTS})
         num_maps = 1 + sum(_num_maps(block) for block in self.unet.down_blocks) + 1
         self.mu = nn.Parameter(torch.zeros(num_maps))
 
     @staticmethod
-    def of(unet: UNet2DConditionModel, condition: Literal["noisy", "concat_cond"]) -> CoDiUNet:
-        """Around a trained U-Net, which is not changed; the adapter begins as its encoder."""
-        adapted = CoDiUNet(plain_config(unet), condition).to(next(unet.parameters()).device)
+    def from_unet(unet: UNet2DConditionModel, condition: Literal["noisy", "concat_cond"]) -> CoDiUNet:
+        """Create a CoDi network from a copy of a trained U-Net; the adapter starts as a copy of its encoder."""
+        network = CoDiUNet(init_config(unet), condition).to(next(unet.parameters()).device)
         weights = unet.state_dict()
-        adapted.unet.load_state_dict(weights)
+        network.unet.load_state_dict(weights)
         encoder = {name: value for name, value in weights.items() if name.split(".")[0] in ADAPTER_PARTS}
-        adapted.adapter.load_state_dict(encoder)
-        return adapted
+        network.adapter.load_state_dict(encoder)
+        return network
 
     def freeze_unet(self) -> None:
-        """Let the adapter and mu learn alone: CoDi's parameter-efficient form (arXiv 2310.01407, section 4.3)."""
+        """Train only the adapter and mu: CoDi's parameter-efficient form (arXiv 2310.01407, section 4.3)."""
         self.unet.requires_grad_(False)
 
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor | None = None
     ) -> UNet2DConditionOutput:
-        """[B, C or 2C, L, L], [B], [B, T, D], [B, G] -> raw output [B, C, L, L]."""
+        """Apply the network.
+
+        Args:
+            sample: noisy latents [B, C, L, L]; for `concat_cond` [B, 2 C, L, L] with the condition in the last C channels.
+            timestep: [B].
+            encoder_hidden_states: prompt embeddings [B, T, D].
+            timestep_cond: guidance embedding [B, G].
+
+        Returns:
+            An output whose `sample` is [B, C, L, L].
+        """
         noisy, condition = sample, sample
         if self.config.condition == "concat_cond":
             noisy, condition = sample.chunk(2, dim=1)
-        embedded = self.unet.get_time_embed(sample=noisy, timestep=timestep)
-        own_time = self.unet.time_embedding(embedded, timestep_cond)
-        own = _encode(self.unet, noisy, own_time, encoder_hidden_states)
-        theirs = _encode(
-            self.adapter, condition, self.adapter["time_embedding"](embedded, timestep_cond), encoder_hidden_states
+        time_features = self.unet.get_time_embed(sample=noisy, timestep=timestep)
+        unet_time = self.unet.time_embedding(time_features, timestep_cond)
+        unet_maps = _encode(self.unet, noisy, unet_time, encoder_hidden_states)
+        adapter_maps = _encode(
+            self.adapter, condition, self.adapter["time_embedding"](time_features, timestep_cond), encoder_hidden_states
         )
-        mixed = [torch.lerp(h, h_c, mu) for h, h_c, mu in zip(own, theirs, self.mu, strict=True)]
-        return UNet2DConditionOutput(sample=_decode(self.unet, mixed, own_time, encoder_hidden_states))
+        mixed = [torch.lerp(h, h_c, mu) for h, h_c, mu in zip(unet_maps, adapter_maps, self.mu, strict=True)]
+        return UNet2DConditionOutput(sample=_decode(self.unet, mixed, unet_time, encoder_hidden_states))
 
 
 def _num_maps(block: nn.Module) -> int:
-    """Feature maps that a block of the encoder hands to the decoder."""
+    """Number of feature maps that an encoder block passes to the decoder."""
     return len(block.resnets) + (0 if block.downsamplers is None else len(block.downsamplers))  # type: ignore[arg-type]
 
 
-def _encode(parts: Any, x: Tensor, time: Tensor, states: Tensor) -> list[Tensor]:
-    """Feature maps of an encoder, the one of the middle last."""
-    part = parts.__getitem__ if isinstance(parts, nn.ModuleDict) else parts.__getattr__
-    x = part("conv_in")(x)
+def _encode(encoder: Any, x: Tensor, time: Tensor, prompt_embeds: Tensor) -> list[Tensor]:
+    """Feature maps of an encoder; the last one is that of the middle block."""
+    module = encoder.__getitem__ if isinstance(encoder, nn.ModuleDict) else encoder.__getattr__
+    x = module("conv_in")(x)
     maps = [x]
-    blocks: Any = part("down_blocks")
+    blocks: Any = module("down_blocks")
     for block in blocks:
         if getattr(block, "has_cross_attention", False):
-            x, further = block(hidden_states=x, temb=time, encoder_hidden_states=states)
+            x, block_maps = block(hidden_states=x, temb=time, encoder_hidden_states=prompt_embeds)
         else:
-            x, further = block(hidden_states=x, temb=time)
-        maps += further
-    return [*maps, part("mid_block")(x, time, encoder_hidden_states=states)]
+            x, block_maps = block(hidden_states=x, temb=time)
+        maps += block_maps
+    return [*maps, module("mid_block")(x, time, encoder_hidden_states=prompt_embeds)]
 
 
-def _decode(unet: Any, maps: list[Tensor], time: Tensor, states: Tensor) -> Tensor:
+def _decode(unet: Any, maps: list[Tensor], time: Tensor, prompt_embeds: Tensor) -> Tensor:
     *skips, x = maps
     for block in unet.up_blocks:
-        given = tuple(skips[-len(block.resnets) :])
+        block_skips = tuple(skips[-len(block.resnets) :])
         del skips[-len(block.resnets) :]
-        size = skips[-1].shape[2:] if skips else None
+        options: dict[str, Any] = {
+            "res_hidden_states_tuple": block_skips,
+            "upsample_size": skips[-1].shape[2:] if skips else None,
+        }
         if getattr(block, "has_cross_attention", False):
-            x = block(
-                hidden_states=x, temb=time, res_hidden_states_tuple=given, encoder_hidden_states=states, upsample_size=size
-            )
-        else:
-            x = block(hidden_states=x, temb=time, res_hidden_states_tuple=given, upsample_size=size)
+            options["encoder_hidden_states"] = prompt_embeds
+        x = block(hidden_states=x, temb=time, **options)
     return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))

@@ -1,6 +1,8 @@
-"""Autoencoder and caption encoders of a checkpoint: ours by its own facts, a published one's as diffusers' pipelines use them.
+"""Load the autoencoder and the text encoder of a checkpoint.
 
-Shapes: N captions, T tokens, D width of the states, P width of a pooled caption.
+A trained checkpoint names both in its `isocost.json`; a published one uses those of its diffusers pipeline.
+
+Shapes: N images, C latent channels, L latent size.
 """
 
 from __future__ import annotations
@@ -19,59 +21,60 @@ from isocost.models.pretrained.prompt_encoder import PipelineTextEncoder
 from isocost.models.text_encoder import MiniLMTextEncoder, TextEncoder
 
 
-def load_checkpoint_autoencoder(opened: Checkpoint, device: torch.device | str = "cpu") -> Autoencoder:
-    """A checkpoint's autoencoder.
+def load_checkpoint_autoencoder(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Autoencoder:
+    """Load the autoencoder of a checkpoint.
 
     Raises:
-        ConfigError: it does not load from where the checkpoint says.
+        ConfigError: the path that the checkpoint names holds no loadable autoencoder.
     """
-    if opened.info.pretrained is not None:
-        return load_pipeline_autoencoder(opened.folder, device)
-    return load_autoencoder(opened.autoencoder_path, opened.info.autoencoder_subfolder, device)
+    if checkpoint.info.pretrained is not None:
+        return load_pipeline_autoencoder(checkpoint.folder, device)
+    return load_autoencoder(checkpoint.autoencoder_path, checkpoint.info.autoencoder_subfolder, device)
 
 
 def load_pipeline_autoencoder(folder: Path, device: torch.device | str = "cpu") -> Autoencoder:
-    """The autoencoder of a pipeline folder, float32.
+    """Load the autoencoder of a diffusers pipeline folder, in float32.
 
     Raises:
         ConfigError: its weights are missing, pickled or truncated.
     """
-    part = folder / "vae"
-    is_tiny = read_config(part / "config.json")["_class_name"] == "AutoencoderTiny"
-    return DiffusersVAE(load_module(AutoencoderTiny, part) if is_tiny else load_module(AutoencoderKL, part), device)
+    vae = folder / "vae"
+    is_tiny = read_config(vae / "config.json")["_class_name"] == "AutoencoderTiny"
+    return DiffusersVAE(load_module(AutoencoderTiny, vae) if is_tiny else load_module(AutoencoderKL, vae), device)
 
 
-def load_checkpoint_text_encoder(opened: Checkpoint, device: torch.device | str = "cpu") -> TextEncoder:
-    """A checkpoint's captions.
+def load_checkpoint_text_encoder(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> TextEncoder:
+    """Load the text encoder of a checkpoint.
 
     Raises:
-        ConfigError: an encoder or a tokenizer does not load from where the checkpoint says, or does not fit the network.
+        ConfigError: a text encoder or tokenizer cannot be loaded from the path that the checkpoint names, or does not fit the
+            denoiser.
     """
-    if opened.info.pretrained is not None:
-        return PipelineTextEncoder(opened.folder, opened.info, device)
-    return MiniLMTextEncoder(opened.text_encoder, device)
+    if checkpoint.info.pretrained is not None:
+        return PipelineTextEncoder(checkpoint.folder, checkpoint.info, device)
+    return MiniLMTextEncoder(checkpoint.text_encoder, device)
 
 
 class DownsamplingDecoder:
-    """An autoencoder whose images are reduced to `side`, so that checkpoints of several resolutions are scored alike.
+    """An autoencoder that downsamples decoded images to `size`, so that checkpoints of all resolutions are scored equally.
 
-    Antialiased bicubic, on values that are rounded to grey levels before and after, as images on disk would be.
+    Uses antialiased bicubic interpolation. Pixel values are rounded to grey levels before and after, as in image files.
     """
 
-    def __init__(self, autoencoder: Autoencoder, side: int) -> None:
-        self.autoencoder, self.side = autoencoder, side
+    def __init__(self, autoencoder: Autoencoder, size: int) -> None:
+        self.autoencoder, self.size = autoencoder, size
         self.latent_channels, self.factor = autoencoder.latent_channels, autoencoder.factor
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """As the autoencoder: images of its own side."""
+        """Encode images at the autoencoder's own resolution; they are not resized."""
         return self.autoencoder.encode(images)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """float32 [N, C, L, L] -> uint8 [N, 3, side, side]."""
+        """Decode float32 [N, C, L, L] to uint8 [N, 3, size, size]."""
         images = self.autoencoder.decode(latents).float()
-        reduced = functional.interpolate(images, size=(self.side, self.side), mode="bicubic", antialias=True)
-        return reduced.round().clamp(0, 255).to(torch.uint8)
+        resized = functional.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True)
+        return resized.round().clamp(0, 255).to(torch.uint8)
 
     def save(self, folder: Path) -> None:
-        """The autoencoder itself."""
+        """Save the wrapped autoencoder."""
         self.autoencoder.save(folder)

@@ -1,7 +1,7 @@
-"""A network's forward pass on a CUDA device as a recorded graph of kernels (CUDA graph), played back in one launch.
+"""Record the forward pass of a network on a CUDA device as a CUDA graph, and replay it in one launch.
 
-A small network's kernels take less time than launching them one by one. The kernels, and so the bits, are those of a plain
-call; inputs are copied to where they were when the graph was recorded, so shapes must recur.
+Kernels of a small network take less time than their launches. The graph runs the same kernels as a plain call, so results are
+equal to the bit. Inputs are copied into the buffers that were used while recording, so shapes must recur.
 """
 
 from __future__ import annotations
@@ -13,45 +13,46 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 WARM_UPS = 3
-"""Plain passes before one is recorded: libraries choose kernels and take workspaces in the first ones."""
+"""Plain passes before the recorded one: libraries choose kernels and allocate workspaces in the first passes."""
 
 Shape = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+"""Size, strides and type of a tensor."""
 
 
 class CudaGraphModule:
-    """A network's forward pass without gradients, played back; a set of shapes that is new takes a few passes to record."""
+    """A network whose forward pass, without gradients, is replayed; each new set of input shapes is recorded first."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.recorded: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
     def __call__(self, *inputs: Tensor, **named: Tensor) -> UNet2DConditionOutput:
-        """The network's output for tensors on its device; the caller's to keep."""
+        """Output of the network for tensors on its device; the result is a copy that the caller owns."""
         tensors = [*inputs, *named.values()]
         shapes = (*map(_shape, tensors), *named)
         if shapes not in self.recorded:
             self.recorded[shapes] = self._record(tensors, len(inputs), tuple(named))
-        graph, places, output = self.recorded[shapes]
-        torch._foreach_copy_(places, tensors)
+        graph, buffers, output = self.recorded[shapes]
+        torch._foreach_copy_(buffers, tensors)
         graph.replay()
         return UNet2DConditionOutput(sample=output.clone())
 
     def _record(
         self, tensors: list[Tensor], num_inputs: int, names: tuple[str, ...]
     ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
-        places = [tensor.clone() for tensor in tensors]
-        named = dict(zip(names, places[num_inputs:], strict=True))
-        here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
-        beside.wait_stream(here)
-        with torch.cuda.stream(beside):
+        buffers = [tensor.clone() for tensor in tensors]
+        named = dict(zip(names, buffers[num_inputs:], strict=True))
+        current_stream, warm_up_stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        warm_up_stream.wait_stream(current_stream)
+        with torch.cuda.stream(warm_up_stream):
             for _ in range(WARM_UPS):
-                self.network(*places[:num_inputs], **named)
-        here.wait_stream(beside)
+                self.network(*buffers[:num_inputs], **named)
+        current_stream.wait_stream(warm_up_stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads decode and measure meanwhile; what they call is none of this graph's business.
+        # "thread_local": other threads decode and score images meanwhile, and their CUDA calls must not abort the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            output = self.network(*places[:num_inputs], **named).sample
-        return graph, places, output
+            output = self.network(*buffers[:num_inputs], **named).sample
+        return graph, buffers, output
 
 
 def _shape(tensor: Tensor) -> Shape:

@@ -1,20 +1,21 @@
-"""Width -> diffusion transformer: one dial, depth and heads derived from it.
+"""Diffusion transformers: the width sets the depth and the attention heads.
 
-The networks are diffusers' PixArtTransformer2DModel (PixArt-alpha, arXiv 2310.00426): DiT's blocks (arXiv 2212.09748) with
-cross-attention to the caption's states, and one projection of the timestep for all blocks (adaLN-single). What follows from
-the width c:
+The networks are diffusers' PixArtTransformer2DModel (PixArt-alpha, arXiv 2310.00426): DiT blocks (arXiv 2212.09748) with
+cross-attention to the prompt embeddings, and one projection of the timestep for all blocks (adaLN-single). The width c sets:
 
-- depth: that of DiT-S, B, L and XL (384 x 12, 768 x 12, 1024 x 24, 1152 x 28; arXiv 2212.09748, table 1), linear in c between
-  them, in proportion to c below the first and above the last, and 4 blocks at least;
-- heads: as wide as the largest power of two up to 64 that divides c and leaves at least 4 of them;
-- a token is a square of 2 x 2 places of the latent, of one place where the latent's side is below 16, or as `patch` says.
+- depth: equal to that of DiT-S, B, L and XL (384 x 12, 768 x 12, 1024 x 24, 1152 x 28; arXiv 2212.09748, table 1) at their
+  widths, linear in c between them, proportional to c below the first and above the last, and at least 4 blocks;
+- heads: the head dimension is the largest power of two up to 64 that divides c and gives at least 4 heads.
+
+A patch (one image token) covers 2 x 2 latent positions, or one position if the latent is smaller than 16 x 16; `patch` in the
+study overrides this.
 
 | c           | 16 | 32 | 64 | 96 | 128 | 192 | 256 | 384 | 512 | 768 | 1024 | 1152 |
 | depth       |  4 |  4 |  4 |  4 |   4 |   6 |   8 |  12 |  12 |  12 |   24 |   28 |
 | heads       |  4 |  4 |  4 |  6 |   4 |   6 |   4 |   6 |   8 |  12 |   16 |   18 |
 
-Shapes: B rows, C latent channels, L latent side, T tokens of a caption, D width of its states, G width of the embedding of
-guidance.
+Shapes: B batch, C latent channels, L latent size, T tokens of a prompt, D width of the prompt embeddings, G width of the
+guidance embedding, c network width.
 """
 
 from __future__ import annotations
@@ -31,82 +32,101 @@ from torch import Tensor, nn
 
 from isocost.config.model import ModelSpec
 from isocost.errors import ConfigError
-from isocost.models.unet import expand_conv_in, plain_config
+from isocost.models.unet import expand_conv_in, init_config
 
-PUBLISHED = ((384, 12), (768, 12), (1024, 24), (1152, 28))
+PUBLISHED_SIZES = ((384, 12), (768, 12), (1024, 24), (1152, 28))
 """Width and depth of DiT-S, B, L and XL."""
-SIZES = (64, 96, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1152)
-"""Widths that stand for the family where none are asked for."""
+DEFAULT_DIT_WIDTHS = (64, 96, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1152)
+"""Widths that `isocost family` lists by default."""
 _MIN_DEPTH = 4
-_MAX_HEAD_WIDTH, _LEAST_HEADS = 64, 4
+_MAX_HEAD_DIM, _MIN_HEADS = 64, 4
 _TIME_FEATURES = 256
 
 
 def check_dit_width(width: int) -> None:
-    """Raise ConfigError for a width that the rule of heads does not fit."""
+    """
+    Raises:
+        ConfigError: attention heads cannot divide this width.
+    """
     multiple = 16 if width < 64 else 32
     if width < 16 or width % multiple:
         below = max(16, width - width % multiple)
-        rule = "a multiple of 16 below 64, a multiple of 32 from 64 on (heads must divide it)"
-        raise ConfigError(f"width {width}: no transformer has it; take {rule}, such as {below} or {below + multiple}")
+        rule = "a multiple of 16 below 64 or a multiple of 32 from 64 on"
+        raise ConfigError(
+            f"width {width}: attention heads of a DiT cannot divide it; use {rule}, such as {below} or {below + multiple}"
+        )
 
 
 def depth_of(width: int) -> int:
-    """Blocks at width c."""
-    widths, depths = zip((0, 0), *PUBLISHED, strict=True)
+    """Number of blocks at a width."""
+    widths, depths = zip((0, 0), *PUBLISHED_SIZES, strict=True)
     if width > widths[-1]:
         return round(width * depths[-1] / widths[-1])
     return max(_MIN_DEPTH, round(float(np.interp(width, widths, depths))))
 
 
-def head_width(width: int) -> int:
-    """Channels of a head at width c."""
-    fitting = [n for n in (4, 8, 16, 32, _MAX_HEAD_WIDTH) if width % n == 0 and width // n >= _LEAST_HEADS]
+def head_dim(width: int) -> int:
+    """Channels of an attention head at a width."""
+    fitting = [n for n in (4, 8, 16, 32, _MAX_HEAD_DIM) if width % n == 0 and width // n >= _MIN_HEADS]
     return fitting[-1]
 
 
-def patch_of(spec: ModelSpec) -> int:
-    """Side of a token's square.
+def patch_size_of(spec: ModelSpec) -> int:
+    """Side of a patch in latent positions.
 
     Raises:
-        ConfigError: it does not divide the latent's side.
+        ConfigError: it does not divide the latent size.
     """
     patch = spec.patch or (2 if spec.latent_size >= 16 else 1)
     if spec.latent_size % patch:
-        side, fitting = spec.latent_size, math.gcd(spec.latent_size, patch)
-        raise ConfigError(f"latent side {side}: patches of {patch} x {patch} do not fill it; family.patch: {fitting} does")
+        size, fitting = spec.latent_size, math.gcd(spec.latent_size, patch)
+        raise ConfigError(
+            f"family.patch: patches of {patch} x {patch} do not divide the latent of {size} x {size}; use patch: {fitting}"
+        )
     return patch
 
 
-class Transformer(PixArtTransformer2DModel):
-    """diffusers' class, called as a U-Net is; on disk it is diffusers' own."""
+class DiT(PixArtTransformer2DModel):
+    """diffusers' PixArtTransformer2DModel with the call signature of a U-Net; saved folders name diffusers' class."""
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Any:
-        """[B, C, L, L], [B], [B, T, D] -> an output whose `sample` is [B, C, L, L]."""
+        """Apply the network to noisy latents [B, C, L, L], timesteps [B] and prompt embeddings [B, T, D].
+
+        Returns:
+            An output whose `sample` is [B, C, L, L].
+        """
         return super().forward(sample, encoder_hidden_states=encoder_hidden_states, timestep=timestep)
 
 
 class GuidedTransformer(ModelMixin, ConfigMixin):
-    """A transformer that takes an embedding of the guidance beside the timestep, as latent consistency models do.
+    """A transformer with an embedding of the guidance as an additional input, as in latent consistency models.
 
-    arXiv 2310.04378, section 4.2: a linear map of it is added to the timestep's sinusoidal features. diffusers has a place for
-    that in its U-Nets (`time_cond_proj_dim`) and none in PixArt's class.
+    arXiv 2310.04378, section 4.2: a linear map of the embedding is added to the sinusoidal features of the timestep. diffusers
+    supports this in its U-Nets (`time_cond_proj_dim`), but not in PixArtTransformer2DModel.
     """
 
     _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(self, transformer_config: dict[str, Any], guidance_embed_dim: int) -> None:
-        """`transformer_config` is that of the transformer itself."""
+        """
+        Args:
+            transformer_config: config of the PixArtTransformer2DModel.
+            guidance_embed_dim: width G of the guidance embedding.
+        """
         super().__init__()
         self.transformer = PixArtTransformer2DModel.from_config(transformer_config)
         time = self.transformer.adaln_single
-        time.emb = _GuidedTime(time.emb.time_proj, self.transformer.inner_dim, guidance_embed_dim)
+        time.emb = _TimeAndGuidanceEmbedding(time.emb.time_proj, self.transformer.inner_dim, guidance_embed_dim)
 
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor | None = None
     ) -> Any:
-        """[B, C, L, L], [B], [B, T, D], [B, G] -> an output whose `sample` is [B, C, L, L]."""
+        """Apply the network to latents [B, C, L, L], timesteps [B], prompt embeddings [B, T, D], guidance embedding [B, G].
+
+        Returns:
+            An output whose `sample` is [B, C, L, L].
+        """
         return self.transformer(
             sample,
             encoder_hidden_states=encoder_hidden_states,
@@ -115,12 +135,12 @@ class GuidedTransformer(ModelMixin, ConfigMixin):
         )
 
 
-class _GuidedTime(nn.Module):
-    """PixArt's embedding of the timestep, [B] and [B, G] -> [B, c], in the place where diffusers calls it."""
+class _TimeAndGuidanceEmbedding(nn.Module):
+    """Replaces PixArt's timestep embedding: [B] and [B, G] to [B, c]. Its signature is the one that diffusers calls."""
 
-    def __init__(self, features: nn.Module, width: int, guidance_embed_dim: int) -> None:
+    def __init__(self, time_proj: nn.Module, width: int, guidance_embed_dim: int) -> None:
         super().__init__()
-        self.time_proj = features
+        self.time_proj = time_proj
         self.timestep_embedder = TimestepEmbedding(_TIME_FEATURES, width, cond_proj_dim=guidance_embed_dim)
         nn.init.zeros_(self.timestep_embedder.cond_proj.weight)
 
@@ -128,38 +148,39 @@ class _GuidedTime(nn.Module):
         return self.timestep_embedder(self.time_proj(timestep).to(hidden_dtype), guidance)
 
 
-def build_dit(spec: ModelSpec, device: str | torch.device = "cpu") -> Transformer | GuidedTransformer:
-    """The network of a spec; on device "meta" it takes no memory.
+def build_dit(spec: ModelSpec, device: str | torch.device = "cpu") -> DiT | GuidedTransformer:
+    """Build the network of a spec with random weights; on device "meta" it takes no memory.
 
     Raises:
-        ConfigError: the width does not fit the rule, or the latent side the patches.
+        ConfigError: attention heads cannot divide the width, or patches the latent.
     """
     check_dit_width(spec.width)
-    assert spec.adapter == "none", "students that need one are refused"
-    channels_each = head_width(spec.width)
+    assert spec.adapter == "none", "students that need an adapter are refused earlier"
+    head_channels = head_dim(spec.width)
     with torch.device(device):
-        network = Transformer(
-            num_attention_heads=spec.width // channels_each,
-            attention_head_dim=channels_each,
+        network = DiT(
+            num_attention_heads=spec.width // head_channels,
+            attention_head_dim=head_channels,
             in_channels=spec.latent_channels + spec.extra_input_channels,
             out_channels=spec.latent_channels,
             num_layers=depth_of(spec.width),
             cross_attention_dim=spec.width,
             sample_size=spec.latent_size,
-            patch_size=patch_of(spec),
+            patch_size=patch_size_of(spec),
             use_additional_conditions=False,
             caption_channels=spec.cross_attention_dim,
         )
         _initialise(network)
         if spec.guidance_embed_dim is None:
             return network
-        return GuidedTransformer(plain_config(network), spec.guidance_embed_dim)
+        return GuidedTransformer(init_config(network), spec.guidance_embed_dim)
 
 
-def _initialise(network: Transformer) -> None:
-    """PixArt-alpha's start (arXiv 2310.00426, section 2.3, and its published code): cross-attention and output say nothing yet.
+def _initialise(network: DiT) -> None:
+    """Initialise as PixArt-alpha does (arXiv 2310.00426, section 2.3, and its published code).
 
-    diffusers' class leaves PyTorch's defaults, since it is made to read weights.
+    The outputs of cross-attention and of the network start at zero. diffusers' class keeps PyTorch's default initialisation,
+    because it is meant for loading weights.
     """
     for module in network.modules():
         if isinstance(module, nn.Linear):
@@ -177,29 +198,29 @@ def _initialise(network: Transformer) -> None:
 
 
 def expand_dit_in_channels(network: PixArtTransformer2DModel, num_channels: int) -> PixArtTransformer2DModel:
-    """The network with `num_channels` further input channels that it does not look at yet: their weights are zero."""
+    """Add `num_channels` input channels in place; their weights are zero, so the output is unchanged."""
     network.pos_embed.proj = expand_conv_in(network.pos_embed.proj, num_channels)
     network.register_to_config(in_channels=network.pos_embed.proj.in_channels)
     return network
 
 
-def embed_dit_guidance(network: PixArtTransformer2DModel, width: int) -> GuidedTransformer:
-    """A copy that takes an embedding of the guidance [B, width] beside the timestep, and does not look at it yet."""
-    taught = GuidedTransformer(plain_config(network), width)
-    missing, unexpected = taught.transformer.load_state_dict(network.state_dict(), strict=False)
+def add_dit_guidance_embedding(network: PixArtTransformer2DModel, width: int) -> GuidedTransformer:
+    """Copy a transformer and add a guidance embedding [B, width] as an input; its weights are zero at first."""
+    guided = GuidedTransformer(init_config(network), width)
+    missing, unexpected = guided.transformer.load_state_dict(network.state_dict(), strict=False)
     assert (missing, unexpected) == (["adaln_single.emb.timestep_embedder.cond_proj.weight"], [])
-    return taught.to(next(network.parameters()).device)
+    return guided.to(next(network.parameters()).device)
 
 
-def as_in_diffusers(network: Transformer) -> PixArtTransformer2DModel:
-    """The same weights in diffusers' own class, as its pipelines call it."""
-    plain = PixArtTransformer2DModel.from_config(plain_config(network))
-    plain.load_state_dict(network.state_dict())
-    return plain
+def to_diffusers(network: DiT) -> PixArtTransformer2DModel:
+    """Copy a network into diffusers' own class, which its pipelines can call."""
+    converted = PixArtTransformer2DModel.from_config(init_config(network))
+    converted.load_state_dict(network.state_dict())
+    return converted
 
 
-def take_caption_projection(network: nn.Module) -> nn.Module | None:
-    """The layers that a transformer puts prompt embeddings through before its blocks, taken out of it; None of a U-Net."""
+def pop_caption_projection(network: nn.Module) -> nn.Module | None:
+    """Remove and return the layers that a transformer applies to prompt embeddings before its blocks; None for a U-Net."""
     for module in network.modules():
         if isinstance(module, PixArtTransformer2DModel):
             projection: nn.Module | None = module.caption_projection

@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that diffusers' pipelines load."""
+"""Export a checkpoint as a folder that diffusers' pipelines can load."""
 
 from __future__ import annotations
 
@@ -18,73 +18,79 @@ from diffusers import (
 from isocost.errors import ConfigError
 from isocost.models.autoencoder import DiffusersVAE, load_autoencoder
 from isocost.models.checkpoint import Checkpoint, load_checkpoint, read_info, scheduler_for
-from isocost.models.dit import GuidedTransformer, Transformer, as_in_diffusers
+from isocost.models.dit import DiT, GuidedTransformer, to_diffusers
 from isocost.models.text_encoder import MiniLMTextEncoder
 
 
 def export(checkpoint: str | Path, folder: str | Path) -> Path:
-    """Write network, autoencoder, text encoder, tokenizer and scheduler into a new `folder`; returns it.
+    """Write network, autoencoder, text encoder, tokenizer and scheduler into a new folder.
 
-    The scheduler is DDIM with trailing spacing; diffusers' others load from its config. Same latents in, same images out:
-    the text encoder is told to use its attention mask where ours does, and the tokenizer pads to the trained length. A
-    consistency student has an LCMScheduler, and where it takes w it becomes a LatentConsistencyModelPipeline.
+    The scheduler is DDIM with trailing spacing; other diffusers schedulers can be created from its config. The pipeline gives
+    the same images as isocost for the same latents: the text encoder uses its attention mask if it did in training, and the
+    tokenizer pads to the trained length. A consistency student gets an LCMScheduler, and a LatentConsistencyModelPipeline if
+    guidance is an input of its network.
 
-    A transformer becomes a PixArtAlphaPipeline, which reads captions with T5 alone: it is given none, and draws from
-    `prompt_embeds` with masks of ones. The text encoder that makes them lies beside, in `text_encoder/` and `tokenizer/`.
+    A transformer becomes a PixArtAlphaPipeline. That pipeline supports only T5 as a text encoder, so it is saved without one
+    and must be called with `prompt_embeds` and masks of ones. The text encoder that makes these embeddings is saved in
+    `text_encoder/` and `tokenizer/` of the same folder.
+
+    Args:
+        checkpoint: checkpoint folder.
+        folder: folder to create; it may exist if it is empty.
+
+    Returns:
+        The folder.
 
     Raises:
-        ConfigError: the folder is there and not empty, or the autoencoder has no diffusers form (the built-in linear one), or the
-            checkpoint is a pipeline of diffusers, one of super-resolution, a student with an adapter, or a transformer that
-            takes w.
+        ConfigError: the folder is not empty, the autoencoder is the built-in PCA, which has no diffusers form, or the
+            checkpoint is a diffusers pipeline, a super-resolution model, a student with an adapter, or a transformer with
+            guidance as an input.
     """
     target = Path(folder)
     if target.exists() and any(target.iterdir()):
-        raise ConfigError(f"{target}: not empty; export writes a new folder")
+        raise ConfigError(f"{target}: not empty; give a new folder to export into")
     if read_info(Path(checkpoint)).pretrained is not None:
-        raise ConfigError(f"{checkpoint}: is a pipeline of diffusers already")
+        raise ConfigError(f"{checkpoint}: is a diffusers pipeline already")
     opened = load_checkpoint(checkpoint)
     if opened.info.scale is not None:
-        raise ConfigError(f"{checkpoint}: made for super-resolution, which diffusers has no pipeline for in this form")
+        raise ConfigError(f"{checkpoint}: diffusers has no pipeline for this form of super-resolution")
     if isinstance(opened.network, GuidedTransformer):
-        raise ConfigError(f"{checkpoint}: a transformer that takes the guidance as an input, which diffusers has no form for")
-    if not isinstance(opened.network, UNet2DConditionModel | Transformer):
-        raise ConfigError(
-            f"{checkpoint}: its network has an adapter ({opened.info.distilled}), which diffusers has no form for"
-        )
+        raise ConfigError(f"{checkpoint}: diffusers has no pipeline for a transformer with guidance as an input")
+    if not isinstance(opened.network, UNet2DConditionModel | DiT):
+        raise ConfigError(f"{checkpoint}: diffusers has no pipeline for a network with an adapter ({opened.info.distilled})")
     autoencoder = load_autoencoder(opened.autoencoder_path, opened.info.autoencoder_subfolder)
     if not isinstance(autoencoder, DiffusersVAE):
         raise ConfigError(
-            f"{checkpoint}: its linear autoencoder has no diffusers form; train with an autoencoder of kind kl or pretrained"
+            f"{checkpoint}: its PCA autoencoder has no diffusers form; train with an autoencoder of kind kl or pretrained"
         )
-    text = MiniLMTextEncoder(opened.text_encoder)
-    text.tokenizer.model_max_length = text.max_tokens
-    text.network.config.use_attention_mask = text.uses_mask
+    text_encoder = MiniLMTextEncoder(opened.text_encoder)
+    text_encoder.tokenizer.model_max_length = text_encoder.max_tokens
+    text_encoder.network.config.use_attention_mask = text_encoder.uses_mask
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    _pipeline(opened, autoencoder, text).save_pretrained(partial, safe_serialization=True)
-    if isinstance(opened.network, Transformer):
-        text.network.save_pretrained(partial / "text_encoder")
-        text.tokenizer.save_pretrained(partial / "tokenizer")
+    _pipeline(opened, autoencoder, text_encoder).save_pretrained(partial, safe_serialization=True)
+    if isinstance(opened.network, DiT):
+        text_encoder.network.save_pretrained(partial / "text_encoder")
+        text_encoder.tokenizer.save_pretrained(partial / "tokenizer")
     if target.exists():
         target.rmdir()
     partial.rename(target)
     return target
 
 
-def _pipeline(opened: Checkpoint, autoencoder: DiffusersVAE, text: MiniLMTextEncoder) -> Any:
-    """diffusers' pipeline around the checkpoint's parts."""
+def _pipeline(opened: Checkpoint, autoencoder: DiffusersVAE, text_encoder: MiniLMTextEncoder) -> Any:
     scheduler = scheduler_for(opened.info.prediction_type, opened.info.rescale_betas_zero_snr)
     is_consistent = opened.info.solver.name == "lcm"
     if is_consistent:
         scheduler = LCMScheduler.from_config(scheduler.config)
     parts = {"vae": autoencoder.network, "scheduler": scheduler}
-    if isinstance(opened.network, Transformer):
-        return PixArtAlphaPipeline(**parts, transformer=as_in_diffusers(opened.network), text_encoder=None, tokenizer=None)
+    if isinstance(opened.network, DiT):
+        return PixArtAlphaPipeline(**parts, transformer=to_diffusers(opened.network), text_encoder=None, tokenizer=None)
     embeds = is_consistent and opened.info.model.embeds_guidance
     return (LatentConsistencyModelPipeline if embeds else StableDiffusionPipeline)(
         **parts,
-        text_encoder=text.network,
-        tokenizer=text.tokenizer,
+        text_encoder=text_encoder.network,
+        tokenizer=text_encoder.tokenizer,
         unet=opened.network,
         safety_checker=None,
         feature_extractor=None,

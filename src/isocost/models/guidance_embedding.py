@@ -8,9 +8,14 @@ from torch import Tensor
 
 
 def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
-    """Sinusoidal embedding [B, width] of w [B] (arXiv 2310.04378, appendix; as diffusers' LCM pipeline: of 1000 (w - 1)).
+    """Sinusoidal embedding of 1000 (w - 1), as in diffusers' LCM pipeline (arXiv 2310.04378, appendix).
 
-    Of width 1 it is w itself, for networks that embed it on their own (Flux).
+    Args:
+        guidance: w, [B].
+        width: width of the embedding; 1 returns w itself, for networks that embed it themselves (Flux).
+
+    Returns:
+        [B, width].
     """
     if width == 1:
         return guidance[:, None]

@@ -1,6 +1,6 @@
-"""safetensors files written one tensor at a time, so that what is written is never held whole.
+"""Write safetensors files one tensor at a time, so that the tensors need not fit into memory together.
 
-The format: 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then the numbers in that order.
+The format: 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then the values in that order.
 """
 
 from __future__ import annotations
@@ -24,24 +24,33 @@ DTYPES = {
     torch.uint8: "U8",
 }
 
-Plan = list[tuple[str, torch.dtype, tuple[int, ...]]]
-"""Name, type and shape of every tensor of a file, in the order in which they will come."""
+TensorLayout = list[tuple[str, torch.dtype, tuple[int, ...]]]
+"""Name, type and shape of every tensor of a file, in file order."""
 
 
-def write_streamed(path: Path, plan: Plan, tensors: Iterable[Tensor], metadata: dict[str, str] | None = None) -> dict[str, int]:
-    """Write a safetensors file and flush it to disk; `tensors` come in the order of `plan`, from any device.
+def write_streamed(
+    path: Path, layout: TensorLayout, tensors: Iterable[Tensor], metadata: dict[str, str] | None = None
+) -> dict[str, int]:
+    """Write a safetensors file and flush it to disk.
 
-    Returns {"bytes", "crc32"} of the file.
+    Args:
+        path: file to write.
+        layout: name, type and shape of every tensor.
+        tensors: the tensors in the order of `layout`, from any device.
+        metadata: the `__metadata__` field of the header.
+
+    Returns:
+        {"bytes", "crc32"} of the file.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
     header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
-    at = 0
-    for name, dtype, shape in plan:
+    offset = 0
+    for name, dtype, shape in layout:
         size = torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     total, crc = 0, 0
@@ -49,18 +58,18 @@ def write_streamed(path: Path, plan: Plan, tensors: Iterable[Tensor], metadata: 
         for block in (len(text).to_bytes(8, "little"), text):
             crc = zlib.crc32(block, crc)
             total += file.write(block)
-        for (name, dtype, shape), tensor in zip(plan, tensors, strict=True):
+        for (name, dtype, shape), tensor in zip(layout, tensors, strict=True):
             assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)), name
-            numbers = raw_bytes(tensor)
-            crc = zlib.crc32(numbers, crc)
-            total += file.write(numbers)
+            values = raw_bytes(tensor)
+            crc = zlib.crc32(values, crc)
+            total += file.write(values)
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": total, "crc32": crc}
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The numbers of a tensor in C order."""
+    """The values of a tensor as bytes in C order."""
     return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 

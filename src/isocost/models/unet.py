@@ -1,9 +1,9 @@
-"""Width -> U-Net: one dial, everything else derived.
+"""U-Nets: the width sets every other dimension.
 
 The family of arXiv 2404.01367: diffusers' UNet2DConditionModel with Stable Diffusion v1.5's block types, block widths
-[c, 2c, 4c, 4c], two layers a block. For c >= 64 group norms have 32 groups and attention 8 heads, as in the paper's
-networks. Smaller members follow one rule for both: the largest power of two that divides c and leaves at least 2 channels
-a group, or 8 channels a head, at the first level; one head at least. The smallest has c = 4.
+[c, 2c, 4c, 4c] and two layers per block. For c >= 64, group norms have 32 groups and attention has 8 heads, as in the paper's
+networks. Smaller networks use the largest power of two that divides c and leaves at least 2 channels per group, or 8 channels
+per head, at the first level, with at least one head. The smallest width is c = 4.
 
 | c      | 4 | 8 | 16 | 24 | 32 | 48 | 64 and above |
 | groups | 2 | 4 |  8 |  8 | 16 | 16 | 32           |
@@ -24,43 +24,48 @@ from isocost.models.paper_table import BY_SIZE, BY_WIDTH, PAPER_CROSS_ATTENTION_
 
 _MAX_GROUPS, _CHANNELS_PER_GROUP = 32, 2
 _MAX_HEADS, _CHANNELS_PER_HEAD = 8, 8
-_SIDE_MULTIPLE = 8
+_LATENT_MULTIPLE = 8
 _MIN_WIDTH = 4
 
 
 def check_width(width: int) -> None:
-    """Raise ConfigError for a width that the family's rule does not fit."""
+    """
+    Raises:
+        ConfigError: group norms or attention heads cannot divide this width.
+    """
     multiple = 8 if width < 64 else 32
     if width != _MIN_WIDTH and (width < 8 or width % multiple):
         below = max(8, width - width % multiple)
-        rule = "4, a multiple of 8 below 64, a multiple of 32 from 64 on (group norm and attention heads must divide it)"
-        raise ConfigError(f"width {width}: no group rule fits; take {rule}, such as {below} or {below + multiple}")
+        rule = "4, a multiple of 8 below 64 or a multiple of 32 from 64 on"
+        raise ConfigError(
+            f"width {width}: group norms and heads cannot divide it; use {rule}, such as {below} or {below + multiple}"
+        )
 
 
 def num_groups(width: int) -> int:
-    """Group-norm groups at width c."""
+    """Number of group-norm groups at a width."""
     return _largest_power_of_two(width, _MAX_GROUPS, _CHANNELS_PER_GROUP)
 
 
 def num_heads(width: int) -> int:
-    """Attention heads at width c, the same at every level."""
+    """Number of attention heads at a width, the same at every level."""
     return _largest_power_of_two(width, _MAX_HEADS, min(_CHANNELS_PER_HEAD, width))
 
 
 def build_unet(spec: ModelSpec, device: str | torch.device = "cpu") -> UNet2DConditionModel:
-    """The network of a spec; on device "meta" it takes no memory.
+    """Build the network of a spec with random weights; on device "meta" it takes no memory.
 
     Raises:
-        ConfigError: the width or the latent side does not fit the family.
+        ConfigError: the width or the latent size does not fit the family.
     """
     check_width(spec.width)
-    if spec.latent_size % _SIDE_MULTIPLE:
-        raise ConfigError(f"latent side {spec.latent_size}: the U-Net halves it three times, so it must be a multiple of 8")
-    return unet_of(spec, device)
+    if spec.latent_size % _LATENT_MULTIPLE:
+        raise ConfigError(f"latent size {spec.latent_size}: the U-Net halves it three times, so it must be a multiple of 8")
+    return build_unchecked_unet(spec, device)
 
 
-def unet_of(spec: ModelSpec, device: str | torch.device) -> UNet2DConditionModel:
-    """As `build_unet`, of any latent side."""
+def build_unchecked_unet(spec: ModelSpec, device: str | torch.device) -> UNet2DConditionModel:
+    """Build the network of a spec without the checks of `build_unet`."""
     c, levels = spec.width, spec.num_levels
     with torch.device(device):
         return UNet2DConditionModel(
@@ -79,14 +84,14 @@ def unet_of(spec: ModelSpec, device: str | torch.device) -> UNet2DConditionModel
 
 
 def expand_unet_in_channels(network: UNet2DConditionModel, num_channels: int) -> UNet2DConditionModel:
-    """The network with `num_channels` further input channels that it does not look at yet: their weights are zero."""
+    """Add `num_channels` input channels in place; their weights are zero, so the output is unchanged."""
     network.conv_in = expand_conv_in(network.conv_in, num_channels)
     network.register_to_config(in_channels=network.conv_in.in_channels)
     return network
 
 
 def expand_conv_in(old: Any, num_channels: int) -> nn.Conv2d:
-    """A convolution with `num_channels` further inputs behind the others, whose weights are zero."""
+    """Copy a convolution and append `num_channels` input channels whose weights are zero."""
     new = nn.Conv2d(old.in_channels + num_channels, old.out_channels, old.kernel_size, stride=old.stride, padding=old.padding)
     with torch.no_grad():
         new.weight.zero_()
@@ -96,27 +101,27 @@ def expand_conv_in(old: Any, num_channels: int) -> nn.Conv2d:
     return new.to(old.weight)
 
 
-def plain_config(network: Any) -> dict[str, Any]:
-    """What a network of diffusers is built from, without what diffusers notes beside it."""
+def init_config(network: Any) -> dict[str, Any]:
+    """Constructor arguments of a diffusers network: its config without diffusers' private entries."""
     return {key: value for key, value in network.config.items() if not key.startswith("_")}
 
 
-def embed_guidance(network: UNet2DConditionModel, width: int) -> UNet2DConditionModel:
-    """A copy that takes an embedding of the guidance [B, width] beside the timestep, and does not look at it yet.
+def add_unet_guidance_embedding(network: UNet2DConditionModel, width: int) -> UNet2DConditionModel:
+    """Copy a U-Net and add a guidance embedding [B, width] as an input; its weights are zero at first.
 
-    As latent consistency models do (arXiv 2310.04378, section 4.2), in the place that diffusers has for it. Any
-    UNet2DConditionModel will do.
+    As in latent consistency models (arXiv 2310.04378, section 4.2), with diffusers' `time_cond_proj_dim`. Works for any
+    UNet2DConditionModel.
     """
-    config = {**plain_config(network), "time_cond_proj_dim": width}
-    taught: UNet2DConditionModel = UNet2DConditionModel.from_config(config)
-    missing, unexpected = taught.load_state_dict(network.state_dict(), strict=False)
+    config = {**init_config(network), "time_cond_proj_dim": width}
+    guided: UNet2DConditionModel = UNet2DConditionModel.from_config(config)
+    missing, unexpected = guided.load_state_dict(network.state_dict(), strict=False)
     assert (missing, unexpected) == (["time_embedding.cond_proj.weight"], [])
-    nn.init.zeros_(taught.time_embedding.cond_proj.weight)
-    return taught.to(next(network.parameters()).device)
+    nn.init.zeros_(guided.time_embedding.cond_proj.weight)
+    return guided.to(next(network.parameters()).device)
 
 
 def size_name(width: int, num_parameters: int, cross_attention_dim: int) -> str:
-    """The paper's name where it is the paper's network ("145M"), else the number of parameters ("0.8M")."""
+    """The paper's name if the network is the paper's ("145M"), else its number of parameters ("0.8M")."""
     if cross_attention_dim == PAPER_CROSS_ATTENTION_DIM and width in BY_WIDTH:
         return BY_WIDTH[width].size
     millions = num_parameters / 1e6
@@ -126,16 +131,16 @@ def size_name(width: int, num_parameters: int, cross_attention_dim: int) -> str:
 
 
 def width_of(size: str) -> int:
-    """The width of a size named as in the paper.
+    """Width of a size that is named as in the paper.
 
     Raises:
-        ConfigError: no size is called so.
+        ConfigError: there is no size of this name.
     """
     if size not in BY_SIZE:
-        raise ConfigError(f"size '{size}': the named sizes are {', '.join(BY_SIZE)}")
+        raise ConfigError(f"size '{size}': unknown; choose one of {', '.join(BY_SIZE)}")
     return BY_SIZE[size].width
 
 
-def _largest_power_of_two(width: int, most: int, channels_each: int) -> int:
-    fitting = [n for n in (1, 2, 4, 8, 16, 32) if n <= most and width % n == 0 and width // n >= channels_each]
+def _largest_power_of_two(width: int, maximum: int, min_channels: int) -> int:
+    fitting = [n for n in (1, 2, 4, 8, 16, 32) if n <= maximum and width % n == 0 and width // n >= min_channels]
     return fitting[-1]

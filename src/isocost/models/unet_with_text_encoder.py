@@ -1,6 +1,6 @@
-"""A U-Net and its text encoder as one network, for trainings that change both.
+"""A U-Net and its text encoder as one network, for training both.
 
-Shapes: B rows, C latent channels, L latent side, T tokens.
+Shapes: B batch, C latent channels, L latent size, T tokens.
 """
 
 from __future__ import annotations
@@ -20,32 +20,43 @@ TEXT_FOLDER = "text_encoder"
 
 
 class UNetWithTextEncoder(nn.Module):
-    """Sees token ids where a U-Net sees prompt embeddings. The text encoder draws nothing at random: its dropout stays off."""
+    """A U-Net that takes token ids instead of prompt embeddings. The text encoder's dropout stays off during training."""
 
-    def __init__(self, unet: UNet2DConditionModel, text: nn.Module, padding_id: int | None) -> None:
-        """`padding_id` is what the encoder's attention leaves out; None where it leaves out nothing."""
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: nn.Module, padding_id: int | None) -> None:
+        """
+        Args:
+            unet: the denoiser.
+            text_encoder: a transformers text encoder; its `pooler` is removed from the module until `save`.
+            padding_id: token id that the encoder's attention masks; None if it masks nothing.
+        """
         super().__init__()
-        # BERT's pooler makes what nobody uses here, and has nothing to learn from; it stands aside until the encoder is saved.
-        self._aside = {name: getattr(text, name) for name in ("pooler",) if getattr(text, name, None) is not None}
-        for name in self._aside:
-            setattr(text, name, None)
-        self.unet, self.text_encoder, self.padding_id = unet, text.requires_grad_(True), padding_id
+        # The output of BERT's pooler is not used here, so the pooler gets no gradient.
+        self._unused_modules = {
+            name: getattr(text_encoder, name) for name in ("pooler",) if getattr(text_encoder, name, None) is not None
+        }
+        for name in self._unused_modules:
+            setattr(text_encoder, name, None)
+        self.unet, self.text_encoder, self.padding_id = unet, text_encoder.requires_grad_(True), padding_id
 
     def forward(self, noisy: Tensor, timesteps: Tensor, token_ids: Tensor) -> Any:
-        """[B, C, L, L], [B], [B, T] of whole numbers -> the U-Net's output."""
+        """Apply the network to noisy latents [B, C, L, L], timesteps [B] and integer token ids [B, T].
+
+        Returns:
+            The U-Net's output.
+        """
         ids = token_ids.long()
         mask = None if self.padding_id is None else (ids != self.padding_id).long()
-        states = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        return self.unet(noisy, timesteps, states)
+        prompt_embeds = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return self.unet(noisy, timesteps, prompt_embeds)
 
     def train(self, mode: bool = True) -> UNetWithTextEncoder:
-        """The U-Net's mode."""
+        """Set the mode of the U-Net; the text encoder stays in evaluation mode."""
         super().train(mode)
         self.text_encoder.eval()
         return self
 
     def enable_gradient_checkpointing(self) -> None:
-        """Of the U-Net."""
+        """Enable gradient checkpointing in the U-Net."""
         self.unet.enable_gradient_checkpointing()
 
     def save(
@@ -56,12 +67,24 @@ class UNetWithTextEncoder(nn.Module):
         rescale_betas_zero_snr: bool,
         weights: Iterable[tuple[str, Tensor]],
     ) -> None:
-        """Write `unet/`, `scheduler/` and `text_encoder/` from names and tensors in the order of the parameters."""
-        every = iter(weights)
-        of_unet = islice(every, len(list(self.unet.parameters())))
-        save_networks(folder, self.unet, prediction_type, rescale_betas_zero_snr, of_unet)
-        learned = {name.removeprefix("text."): tensor for name, tensor in every}
-        kept = {f"{name}.{key}": tensor for name, part in self._aside.items() for key, tensor in part.state_dict().items()}
-        weights_of_text = self.text_encoder.state_dict() | learned | kept
-        self.text_encoder.save_pretrained(folder / TEXT_FOLDER, state_dict=weights_of_text)  # type: ignore[operator]
+        """Write `unet/`, `scheduler/` and `text_encoder/`.
+
+        Args:
+            folder: folder to write into.
+            tokenizer: tokenizer, saved with the text encoder.
+            prediction_type: prediction type to write into the scheduler's config.
+            rescale_betas_zero_snr: whether the schedule is rescaled to zero terminal SNR.
+            weights: names and tensors in the order of the parameters of this module.
+        """
+        remaining = iter(weights)
+        unet_weights = islice(remaining, len(list(self.unet.parameters())))
+        save_networks(folder, self.unet, prediction_type, rescale_betas_zero_snr, unet_weights)
+        trained = {name.removeprefix("text_encoder."): tensor for name, tensor in remaining}
+        unused = {
+            f"{name}.{key}": tensor
+            for name, module in self._unused_modules.items()
+            for key, tensor in module.state_dict().items()
+        }
+        text_weights = self.text_encoder.state_dict() | trained | unused
+        self.text_encoder.save_pretrained(folder / TEXT_FOLDER, state_dict=text_weights)  # type: ignore[operator]
         tokenizer.save_pretrained(folder / TEXT_FOLDER)

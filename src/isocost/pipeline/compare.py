@@ -1,4 +1,4 @@
-"""Output folders of several studies compared: their tables united, their differences paired where both keep their features."""
+"""Compare the output folders of several studies: one common table, and paired differences where all features are stored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from isocost.utils.artifact_store import Store
 
 @dataclass(frozen=True)
 class Compared:
-    """The united table, and how the studies stand at each budget."""
+    """The common table of the studies, and their ranking at each budget."""
 
     table: pd.DataFrame
     rankings: list[Ranking]
@@ -32,34 +32,34 @@ def compare(
     budgets: Sequence[float] = (),
     task: str = "text2image",
 ) -> Compared:
-    """Output folders on one axis, each as its last report left it.
+    """Compare the tables that the last reports of several output folders wrote.
 
-    Differences of text2image are paired where every folder still has its points' features, since under one protocol image i
-    has the same caption and seed in all studies; else they are those of independent scores, and say so.
+    Differences of text2image are paired where every folder still has the features of its points: under one protocol, image i
+    has the same prompt and seed in all studies. Otherwise the differences are those of independent scores, and are marked so.
 
     Args:
-        outs: output folders, two or more, each with a table.
-        cost: a name of `isocost.analysis.frontier.COSTS`.
-        budgets: of that cost; spread over the points where empty.
+        outs: two or more output folders, each with a table.
+        cost: a name of `isocost.analysis.costs.COSTS`.
+        budgets: values of that cost; spread over the points where empty.
 
     Raises:
-        ConfigError: a folder has no table, two are the same, or their numbers cannot be compared.
+        ConfigError: a folder has no table, a folder is given twice, or the numbers cannot be compared.
     """
     folders = [Path(out) for out in outs]
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise ConfigError("an output folder was given twice: give each once")
-    names = _names(folders)
+        raise ConfigError("an output folder was given twice: give each only once")
+    names = _study_names(folders)
     table = concat_studies({name: read_table(folder, task) for name, folder in zip(names, folders, strict=True)}, metric)
-    return Compared(table, rankings(table, metric, cost, _pairs(folders, task), budgets))
+    return Compared(table, rankings(table, metric, cost, _comparer(folders, task), budgets))
 
 
 class _Unpaired:
-    def of_points(self, first: str, second: str, metric: str) -> None:
+    def difference(self, first: str, second: str, metric: str) -> None:
         return None
 
 
-def _pairs(folders: Sequence[Path], task: str) -> PairedComparer | _Unpaired:
-    """Paired differences where every folder keeps features of points, by the reference of the first."""
+def _comparer(folders: Sequence[Path], task: str) -> PairedComparer | _Unpaired:
+    """Paired differences against the reference set of the first folder, where every folder has stored features."""
     stores = tuple(Store(folder) for folder in folders)
     if task != "text2image" or not all(any((store.root / "point").glob("[!.]*")) for store in stores):
         return _Unpaired()
@@ -67,15 +67,15 @@ def _pairs(folders: Sequence[Path], task: str) -> PairedComparer | _Unpaired:
     return PairedComparer(stores, pipeline.assets.reference, pipeline.study.protocol.metrics)
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The studies' names; a folder's own where two studies share one."""
+def _study_names(folders: Sequence[Path]) -> list[str]:
+    """The names of the studies, or of the folders if two studies have the same name."""
     names = []
     for folder in folders:
         file = folder / STUDY_FILE
         if not file.is_file():
-            raise ConfigError(f"{folder}: no {STUDY_FILE}, so it is no output folder of a study")
+            raise ConfigError(f"{folder}: no {STUDY_FILE}, so it is not the output folder of a study")
         names.append(load_study(file).name)
     if len(set(names)) == len(names):
         return names
-    by_folder = [folder.resolve().name for folder in folders]
-    return by_folder if len(set(by_folder)) == len(by_folder) else [str(folder) for folder in folders]
+    folder_names = [folder.resolve().name for folder in folders]
+    return folder_names if len(set(folder_names)) == len(folder_names) else [str(folder) for folder in folders]

@@ -1,4 +1,4 @@
-"""What a run would do: images and GFLOP to train, points to make, disk, size by size."""
+"""The work that a run would do, by size: images and GFLOP to train, points to sample, disk."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from isocost.experiments.base import TrainingRun
 from isocost.models.flops import ModelCost
 from isocost.pipeline.pipeline import Pipeline
 from isocost.pipeline.sweep_runner import planned_points, unsearched_cells
-from isocost.sweep.guidance_search_runner import typical_images
-from isocost.training.state_checkpoint import newest_state
+from isocost.sweep.guidance_search_runner import expected_race_images
+from isocost.training.state_checkpoint import newest_state_images
 from isocost.training.throughput_estimate import disk_bytes
 
 _SUMMED = ("points", "points_to_make", "images", "images_to_make", "images_of_races", "disk_bytes")
 
 
 def plan(pipeline: Pipeline, tasks: Collection[TaskName] | None = None) -> dict[str, Any]:
-    """What `pipeline.run` would do, by size, for some tasks or all. Reads the images; writes nothing.
+    """The work of `pipeline.run`, by size, for some tasks or all. It reads the images and writes nothing.
 
-    Every cell that is to be raced in counts as a point and as the images of a typical race.
+    A cell without a finished guidance search counts as one point, and as the images of a typical race.
 
     Raises:
         ConfigError: the study has no part for a task.
@@ -30,8 +30,8 @@ def plan(pipeline: Pipeline, tasks: Collection[TaskName] | None = None) -> dict[
     sizes = [_plan_run(pipeline, run, recorded, races) for run in pipeline.runs_of(tasks)]
     total = {key: sum(size[key] for size in sizes) for key in _SUMMED}
     total["disk_bytes"] += 0 if pipeline.study.checkpoints else pipeline.assets.cache_bytes()
-    about = {"study": pipeline.study.name, "out": str(pipeline.out), "protocol": pipeline.assets.protocol.id}
-    return {**about, "sizes": sizes, "total": total}
+    header = {"study": pipeline.study.name, "out": str(pipeline.out), "protocol": pipeline.assets.protocol.id}
+    return {**header, "sizes": sizes, "total": total}
 
 
 def _plan_run(pipeline: Pipeline, run: TrainingRun, recorded: set[str], races: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -42,13 +42,13 @@ def _plan_run(pipeline: Pipeline, run: TrainingRun, recorded: set[str], races: d
     missing = [point for point in points if point.digest not in recorded]
     training_images = 0
     if not run.is_pretrained and pipeline.missing_snapshots(run):
-        training_images = max(0, max(run.checkpoints) - newest_state(pipeline.store.folder("run", run.digest)))
+        training_images = max(0, max(run.checkpoints) - newest_state_images(pipeline.store.folder("run", run.digest)))
     evaluations = sum(point.nfe(run.model) * point.spec.num_images for point in missing) + sum(
-        cell.point(cell.guidance[-1]).nfe(run.model) * typical_images(cell) for cell in cells
+        cell.point(cell.guidance[-1]).nfe(run.model) * expected_race_images(cell) for cell in cells
     )
     protocol, resolution = experiment.protocol_spec, pipeline.study.data.resolution
-    of_points = sum(point_bytes(protocol, point.spec.num_images, resolution) for point in points)
-    of_training = 0 if run.is_pretrained else disk_bytes(run.spec, cost.num_parameters, len(run.checkpoints))
+    points_bytes = sum(point_bytes(protocol, point.spec.num_images, resolution) for point in points)
+    training_bytes = 0 if run.is_pretrained else disk_bytes(run.spec, cost.num_parameters, len(run.checkpoints))
     return {
         "task": run.task,
         "size": f"{cost.size} {run.variant}".rstrip(),
@@ -60,14 +60,14 @@ def _plan_run(pipeline: Pipeline, run: TrainingRun, recorded: set[str], races: d
         "images": sum(point.spec.num_images for point in points),
         "images_to_make": sum(point.spec.num_images for point in missing),
         "cells_to_race": len(cells),
-        "images_of_races": sum(typical_images(cell) for cell in cells),
+        "images_of_races": sum(expected_race_images(cell) for cell in cells),
         "sampling_gflop": cost.gflop_per_forward * evaluations,
-        "disk_bytes": of_points + of_training,
+        "disk_bytes": points_bytes + training_bytes,
     }
 
 
 def _gflop_to_train(pipeline: Pipeline, run: TrainingRun, cost: ModelCost, training_images: int) -> float:
-    """What the last `images` of a run take."""
-    last, told = max(run.checkpoints), pipeline.experiments[run.task].training_gflop
-    up_to, before = told(run, last), told(run, last - training_images)
-    return 3 * cost.gflop_per_forward * training_images if up_to is None or before is None else up_to - before
+    """GFLOP of the last `training_images` images of a training."""
+    last, training_gflop = max(run.checkpoints), pipeline.experiments[run.task].training_gflop
+    total, done = training_gflop(run, last), training_gflop(run, last - training_images)
+    return 3 * cost.gflop_per_forward * training_images if total is None or done is None else total - done

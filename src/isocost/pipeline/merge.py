@@ -1,10 +1,11 @@
-"""Output folders of one study made one, and the small part of one that is worth keeping for good.
+"""Merge output folders of one study, and archive the small part of a folder that is worth keeping.
 
-What machines without a common disk have done is united. What is kept of a study goes on anywhere, united with a new folder.
+`merge` combines the work of machines without a shared disk. An archive, merged into a new folder, continues the study anywhere.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -22,7 +23,8 @@ from isocost.models.checkpoint import read_info
 from isocost.pipeline.pipeline import RESULTS_DB_FILE, STUDY_FILE, check_compatible
 from isocost.sweep.results_db import ResultsDB
 from isocost.utils.artifact_store import MANIFEST, Store, copy_artefact, write_atomically
-from isocost.utils.progress import say
+
+logger = logging.getLogger(__name__)
 
 MERGEABLE_LISTS = (
     ("family", "widths"),
@@ -32,107 +34,124 @@ MERGEABLE_LISTS = (
     ("sweep", "guidance"),
     ("sweep", "solvers"),
 )
-"""What two folders of one study may have more of than the other."""
+"""Lists of the study that may differ between two folders; the merged study has all values."""
 
 ARCHIVED_KINDS = ("autoencoder", "autoencoder-quality", "checkpoint", "attribute-classifier", "reconstruction-floor")
-"""Artefacts that are small and cost much to make again."""
+"""Kinds of artefacts that are small and expensive to make again."""
 
 SHARED_KINDS = (*ARCHIVED_KINDS, "cache", "features", "low-resolution")
-"""Artefacts that another study can go on from: its own digests find those that fit, whatever the rest of it says."""
+"""Kinds of artefacts that another study can use; it finds those that fit by their digests."""
 
 
 def archive(
     out: str | Path, folder: str | Path, checkpoint_mib: float | None = None, tasks: Collection[TaskName] | None = None
 ) -> dict[str, int]:
-    """Copy into `folder` what of `out` is worth keeping: study, results database, autoencoder, checkpoints, what they were compared with.
+    """Copy the small part of an output folder into `folder`: study, results database, autoencoder, checkpoints, report data.
 
-    With `checkpoint_mib` only last checkpoints come, of at most so many MiB each: what others start from; with `tasks` only
-    those of these tasks. Points of those left behind stay, and are not made again.
+    Scored points stay in the results database, also those of checkpoints that are not copied, and are not sampled again. The
+    data of the last report is copied, so that `isocost report FOLDER` can write it again. Other images, features, latents and
+    training states are not copied. `merge` into a new folder continues from there without repeating a finished training,
+    guidance search or point.
 
-    What the last report was drawn from comes too, so that `isocost report FOLDER` draws it again. Other images, features,
-    latents and training states stay behind; `merge` with a new folder goes on from there without making any finished training,
-    race or point again. Returns how many artefacts and bytes `folder` holds afterwards.
+    Args:
+        out: the output folder.
+        folder: a new folder, or an archive of the same study.
+        checkpoint_mib: copy only the last checkpoint of each training, and only those of this size in MiB or less.
+        tasks: copy only checkpoints of these tasks.
+
+    Returns:
+        The number of artefacts and bytes in `folder` afterwards.
 
     Raises:
-        ConfigError: `out` is no study's output folder, or `folder` keeps another study.
+        ConfigError: `out` is not the output folder of a study, or `folder` is the archive of another one.
     """
     source, target = Path(out), Path(folder)
-    study = _study(source)
+    study = _load_study(source)
     if (target / STUDY_FILE).is_file():
         check_compatible(study, Store(target))
-        study = _merge_specs(_study(target), study)
+        study = _merge_specs(_load_study(target), study)
     elif target.exists() and any(target.iterdir()):
-        raise ConfigError(f"{target}: neither empty nor what is kept of a study")
+        raise ConfigError(f"{target}: neither empty nor the archive of a study")
     target.mkdir(parents=True, exist_ok=True)
     write_atomically(target / STUDY_FILE, dump_study(study))
-    left_behind = _excluded(source, checkpoint_mib, tasks)
-    with ResultsDB(target / RESULTS_DB_FILE) as saved_indices, ResultsDB(source / RESULTS_DB_FILE) as results_db:
-        saved_indices.import_from(results_db)
+    excluded = _excluded(source, checkpoint_mib, tasks)
+    with ResultsDB(target / RESULTS_DB_FILE) as archived_db, ResultsDB(source / RESULTS_DB_FILE) as results_db:
+        archived_db.import_from(results_db)
     for kind in ARCHIVED_KINDS:
         for artefact in sorted((source / "artefacts" / kind).glob("[!.]*")):
-            if artefact not in left_behind and (artefact / MANIFEST).is_file():
-                _take(artefact, target)
-    _keep_drawn(source, target)
+            if artefact not in excluded and (artefact / MANIFEST).is_file():
+                _copy_if_absent(artefact, target)
+    _copy_report_data(source, target)
     return {"artefacts": len(list(target.glob("artefacts/[!.]*/*"))), "bytes": _num_bytes(target)}
 
 
 def merge(out: str | Path, others: list[Path]) -> dict[str, int]:
-    """Copy into `out` what the other folders have and it lacks; returns how many artefacts and points came.
+    """Copy the artefacts and points that `out` lacks from other output folders of the same study.
 
-    Artefacts are named by what they are, so the same name is the same thing. The study asks afterwards for what any of them
-    asked for.
+    Artefacts are named by their digest, so equal names mean equal content. The merged study has the sizes, snapshots, steps,
+    guidance values and solvers of all folders.
+
+    Returns:
+        The number of artefacts and points copied.
 
     Raises:
-        ConfigError: a folder is none of a study, or its study conflicts with that of `out`.
+        ConfigError: a folder is not the output folder of a study, or its study conflicts with that of `out`.
     """
-    studies = [_study(other) for other in others]
+    studies = [_load_study(other) for other in others]
     target, store = Path(out), Store(out)
     if not (target / STUDY_FILE).is_file():
         if target.exists() and any(target.iterdir()):
-            raise ConfigError(f"{target}: neither empty nor a study's output folder")
+            raise ConfigError(f"{target}: neither empty nor the output folder of a study")
         target.mkdir(parents=True, exist_ok=True)
         write_atomically(target / STUDY_FILE, dump_study(studies[0]))
         ResultsDB(target / RESULTS_DB_FILE)
-    concat_studies = _study(target)
+    merged_study = _load_study(target)
     for study in studies:
         check_compatible(study, store)
-        concat_studies = _merge_specs(concat_studies, study)
-    results_db, came = ResultsDB(target / RESULTS_DB_FILE), {"artefacts": 0, "points": 0}
+        merged_study = _merge_specs(merged_study, study)
+    results_db, num_copied = ResultsDB(target / RESULTS_DB_FILE), {"artefacts": 0, "points": 0}
     for other in others:
-        say(f"taking over what {other} has")
+        logger.info(f"copying artefacts and points of {other}")
         for folder in sorted((other / "artefacts").glob("[!.]*/*")):
             if (folder / MANIFEST).is_file() or any(folder.glob("state-*")):
-                came["artefacts"] += _take(folder, target)
+                num_copied["artefacts"] += _copy_if_absent(folder, target)
         if not (target / REPORT_DATA).exists():
-            _keep_drawn(other, target)
-        came["points"] += results_db.import_from(ResultsDB(other / RESULTS_DB_FILE))
-    write_atomically(target / STUDY_FILE, dump_study(concat_studies))
-    return came
+            _copy_report_data(other, target)
+        num_copied["points"] += results_db.import_from(ResultsDB(other / RESULTS_DB_FILE))
+    write_atomically(target / STUDY_FILE, dump_study(merged_study))
+    return num_copied
 
 
 def take_artefacts(out: str | Path, others: list[Path]) -> int:
-    """Copy into `out`, a new output folder or one of any study, what a study can go on from: autoencoders, latents, checkpoints.
+    """Copy artefacts that several studies can share, such as autoencoders and checkpoints, from other output folders.
 
-    Points, races and training states stay behind. What does not fit the study that runs there is not used. Returns how many
-    came.
+    Points, guidance searches and training states are not copied. The study of `out` uses only those that match its settings.
+
+    Args:
+        out: a new output folder, or an existing output folder of any study.
+        others: output folders of any studies.
+
+    Returns:
+        The number of artefacts copied.
 
     Raises:
         ConfigError: a folder has no artefacts.
     """
-    target, came = Path(out), 0
-    bare = [other for other in others if not (other / "artefacts").is_dir()]
-    if bare:
-        raise ConfigError(f"{bare[0]}: no artefacts there, so it is no output folder of a study")
+    target, num_copied = Path(out), 0
+    without_artefacts = [other for other in others if not (other / "artefacts").is_dir()]
+    if without_artefacts:
+        raise ConfigError(f"{without_artefacts[0]}: no artefacts there, so it is not the output folder of a study")
     for other in others:
-        say(f"taking artefacts of {other}")
-        for folder in (each for kind in SHARED_KINDS for each in sorted((other / "artefacts" / kind).glob("[!.]*"))):
-            if (folder / MANIFEST).is_file():
-                came += _take(folder, target)
-    return came
+        logger.info(f"copying artefacts of {other}")
+        for kind in SHARED_KINDS:
+            for folder in sorted((other / "artefacts" / kind).glob("[!.]*")):
+                if (folder / MANIFEST).is_file():
+                    num_copied += _copy_if_absent(folder, target)
+    return num_copied
 
 
-def _take(artefact: Path, target: Path) -> bool:
-    """Copy an artefact into an output folder that lacks it; whether it came."""
+def _copy_if_absent(artefact: Path, target: Path) -> bool:
+    """Copy an artefact into an output folder that lacks it; False if it exists there."""
     final = target / "artefacts" / artefact.parent.name / artefact.name
     if final.exists():
         return False
@@ -141,24 +160,24 @@ def _take(artefact: Path, target: Path) -> bool:
 
 
 def _excluded(out: Path, checkpoint_mib: float | None, tasks: Collection[TaskName] | None) -> set[Path]:
-    """Checkpoints of an output folder that are of other tasks, or not the last of their training, or larger."""
+    """Folders of the checkpoints that are not archived: those of other tasks, too large, or not the last of their training."""
     infos = {folder: read_info(folder) for folder in (out / "artefacts" / "checkpoint").glob("[!.]*")}
     last: dict[str, int] = {}
     for info in infos.values():
         last[info.run] = max(info.images_seen, last.get(info.run, 0))
-    left = {folder for folder, info in infos.items() if tasks is not None and info.task not in tasks}
+    excluded = {folder for folder, info in infos.items() if tasks is not None and info.task not in tasks}
     if checkpoint_mib is not None:
-        left |= {folder for folder, info in infos.items() if info.run and info.images_seen < last[info.run]}
-        left |= {folder for folder in infos if _num_bytes(folder) > checkpoint_mib * 2**20}
-    return left
+        excluded |= {folder for folder, info in infos.items() if info.run and info.images_seen < last[info.run]}
+        excluded |= {folder for folder in infos if _num_bytes(folder) > checkpoint_mib * 2**20}
+    return excluded
 
 
 def _num_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _keep_drawn(source: Path, target: Path) -> None:
-    """Copy what the last report of an output folder was drawn from, in place of what `target` has of an earlier one."""
+def _copy_report_data(source: Path, target: Path) -> None:
+    """Copy the data and tables of the last report, in place of those that `target` has of an earlier one."""
     if not (source / REPORT_DATA).is_dir():
         return
     shutil.rmtree(target / REPORT_DATA, ignore_errors=True)
@@ -168,20 +187,23 @@ def _keep_drawn(source: Path, target: Path) -> None:
             shutil.copy(file, target / file.name)
 
 
-def _study(folder: Path) -> StudySpec:
+def _load_study(folder: Path) -> StudySpec:
     file = folder / STUDY_FILE
     if not file.is_file() or not (folder / RESULTS_DB_FILE).is_file():
-        raise ConfigError(f"{folder}: no output folder of a study (needs {STUDY_FILE} and {RESULTS_DB_FILE})")
+        raise ConfigError(f"{folder}: not the output folder of a study, which has {STUDY_FILE} and {RESULTS_DB_FILE}")
     return parse_spec(StudySpec, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
 
 
-def _merge_specs(one: StudySpec, other: StudySpec) -> StudySpec:
-    plain: dict[str, Any] = one.model_dump(mode="json")
-    theirs: dict[str, Any] = other.model_dump(mode="json")
+def _merge_specs(first: StudySpec, second: StudySpec) -> StudySpec:
+    """The study with the mergeable lists of both; a study of pretrained checkpoints has no family and no training."""
+    merged: dict[str, Any] = first.model_dump(mode="json")
+    added: dict[str, Any] = second.model_dump(mode="json")
     for part, key in MERGEABLE_LISTS:
-        both = plain[part][key]
-        plain[part][key] = both + [value for value in theirs[part][key] if value not in both]
-    plain["train"]["num_images"] = max(plain["train"]["num_images"], theirs["train"]["num_images"])
+        if merged[part] is not None and added[part] is not None:
+            merged[part][key] += [value for value in added[part][key] if value not in merged[part][key]]
+    if merged["train"] is not None and added["train"] is not None:
+        merged["train"]["num_images"] = max(merged["train"]["num_images"], added["train"]["num_images"])
+    merged["checkpoints"] += [path for path in added["checkpoints"] if path not in merged["checkpoints"]]
     for part in ("seed_replicates", "superres", "dreambooth", "distill"):
-        plain[part] = plain[part] or theirs[part]
-    return parse_spec(StudySpec, plain, "the united study")
+        merged[part] = merged[part] or added[part]
+    return parse_spec(StudySpec, merged, "the merged study")

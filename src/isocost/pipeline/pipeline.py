@@ -1,7 +1,8 @@
-"""A study from images to scored points: stages are functions of specs, artefacts named by digests, what exists skipped."""
+"""A study from images to scored points. A stage whose artefact already exists is skipped."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from isocost.config.types import TaskName
 from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import SOLVERS, solver_coefficients
 from isocost.errors import ConfigError
+from isocost.evaluation.metric_registry import check_metrics, metric_columns, metric_of
 from isocost.experiments.base import Experiment, TrainingRun
 from isocost.experiments.distillation import DistillExperiment
 from isocost.experiments.dreambooth import DreamboothExperiment
@@ -27,7 +29,6 @@ from isocost.experiments.pretrained import PretrainedExperiment
 from isocost.experiments.seed_replicates import SeedReplicatesExperiment
 from isocost.experiments.study_assets import StudyAssets
 from isocost.experiments.superres import SuperresExperiment
-from isocost.metrics.registry import metric_of
 from isocost.models.checkpoint import CheckpointInfo
 from isocost.models.factory import check_widths
 from isocost.models.flops import ModelCost, model_cost
@@ -37,12 +38,13 @@ from isocost.sweep.grid import SweepPoint
 from isocost.sweep.leases import POLL_S, Leases
 from isocost.sweep.results_db import ResultsDB
 from isocost.training.distributed import process_info
-from isocost.training.state_checkpoint import newest_state
-from isocost.training.throughput_estimate import Forecast, ThroughputEstimator, oom_message
+from isocost.training.state_checkpoint import newest_state_images
+from isocost.training.throughput_estimate import ThroughputEstimate, ThroughputEstimator, oom_message
 from isocost.training.trainer import DeadlineReached, train
 from isocost.utils.artifact_store import Store, free_disk, write_atomically
-from isocost.utils.progress import say
 from isocost.utils.signals import deadline_passed
+
+logger = logging.getLogger(__name__)
 
 STUDY_FILE = "study.yaml"
 RESULTS_DB_FILE = "results.sqlite"
@@ -51,61 +53,73 @@ RESULTS_DB_FILE = "results.sqlite"
 class Pipeline:
     """One study in one output folder.
 
-    `train` makes the materials that it needs; `sweep` takes the checkpoints that `train` left. `deadline` is a
-    `time.monotonic()` after which a stage keeps what it has and stops.
+    `train` makes the study assets that it needs; `sweep` uses the checkpoints that `train` saved. `deadline` is a
+    `time.monotonic()` after which a stage saves its progress and stops.
     """
 
     def __init__(self, study: StudySpec, out: str | Path, results_db: str | None = None) -> None:
         """
         Args:
-            study: what is to be done.
+            study: the study to run.
             out: the output folder.
-            results database: address of a database in place of the folder's own file; several runs on one share the work.
+            results_db: address of a database in place of the folder's own file; runs with the same database share the work.
 
         Raises:
-            ConfigError: a width does not fit the family, or the folder holds artefacts of a study that conflicts.
+            ConfigError: a width does not fit the family, or the folder holds artefacts of a conflicting study.
         """
         if study.family is not None:
             check_widths(study.family)
-        asked = [(study.sweep, study.report.metric)]
-        asked += [(tuned.sweep, tuned.metric or study.report.metric) for tuned in study.tuned().values()]
-        for sweep, metric in asked:
+        check_metrics(study.protocol.metrics, study.protocol.features)
+        sweeps = [(study.sweep, study.report.metric)]
+        sweeps += [(part.sweep, part.metric or study.report.metric) for part in study.finetune_parts().values()]
+        for sweep, metric in sweeps:
             for solver in sweep.solvers:
                 SOLVERS.check(solver.name, f"{study.name}: sweep.solvers")
                 for num_steps in () if study.checkpoints else (*sweep.num_steps, sweep.snapshot_num_steps):
                     solver_coefficients(solver, num_steps, NoiseSchedule.scaled_linear())
             metric_of(metric)
         self.study, self.out = study, Path(out)
-        self.where = results_db or self.out / RESULTS_DB_FILE
+        self.results_db_address = results_db or self.out / RESULTS_DB_FILE
         self.store = Store(self.out)
         check_compatible(study, self.store)
-        self.part = process_info()
-        self.assets = StudyAssets(study, self.store, self.part)
+        self.process = process_info()
+        self.assets = StudyAssets(study, self.store, self.process)
+        self._results_db: ResultsDB | None = None
 
     def prepare(self) -> None:
-        """Check that the sources are there and write the resolved study; every stage does it first, in one process."""
-        if self.part.rank == 0:
-            self.results_db  # noqa: B018
-        self.part.wait()
+        """Check the data sources, write the resolved study and open the results database; every stage calls it first."""
+        if self.process.rank == 0:
+            self.open_results_db()
+        self.process.wait()
 
-    @cached_property
+    def open_results_db(self) -> ResultsDB:
+        """Open the results database, once. The first process also checks the data sources and writes the resolved study.
+
+        Raises:
+            ConfigError: a data source is missing, or the database cannot be reached.
+        """
+        if self._results_db is None:
+            if self.process.rank == 0:
+                for part in ("reference",) if self.study.checkpoints else ("train", "reference"):
+                    self.assets.source_key(part)
+                self.out.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.out / STUDY_FILE, dump_study(self.study))
+                self.store.remove_partial()
+            self._results_db = ResultsDB(self.results_db_address)
+        return self._results_db
+
+    @property
     def results_db(self) -> ResultsDB:
-        """Opened by `prepare`; by the first process of several before the others."""
-        if self.part.rank == 0:
-            for part in ("reference",) if self.study.checkpoints else ("train", "reference"):
-                self.assets.source_key(part)
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.out / STUDY_FILE, dump_study(self.study))
-            self.store.remove_partial()
-        return ResultsDB(self.where)
+        """The results database. It is opened on first use if `prepare` has not opened it."""
+        return self.open_results_db()
 
     @cached_property
-    def claims(self) -> Leases:
-        """What this run has in its hands."""
+    def leases(self) -> Leases:
+        """The leases of this run: the work that it does at present."""
         return Leases(self.results_db.engine)
 
     def _record_skipped(self) -> None:
-        if self.part.rank:
+        if self.process.rank:
             return
         for part, events in self.assets.skipped().items():
             self.results_db.set_events(f"data.{part}", events)
@@ -114,7 +128,7 @@ class Pipeline:
 
     @cached_property
     def experiments(self) -> dict[TaskName, Experiment]:
-        """What the study asks for: text-to-image, then what is tuned from it; or the checkpoints that it is given."""
+        """The experiments of the study: the family, then its fine-tuning; or the sweep of pretrained checkpoints."""
         if self.study.checkpoints:
             return {"text2image": PretrainedExperiment(self.study, self.assets)}
         family = PretrainExperiment(self.study, self.assets)
@@ -124,98 +138,103 @@ class Pipeline:
         if self.study.distill is not None:
             experiments["distill"] = DistillExperiment("distill", self.study.distill, self.assets, family)
         if self.study.superres is not None:
-            tuned = SuperresExperiment(self.study.superres, self.assets, family)
-            experiments["superres"] = tuned
-            if (few_steps := self.study.superres.distill) is not None:
-                experiments["superres-distill"] = DistillExperiment("superres-distill", few_steps, self.assets, tuned)
+            superres = SuperresExperiment(self.study.superres, self.assets, family)
+            experiments["superres"] = superres
+            if (distill := self.study.superres.distill) is not None:
+                experiments["superres-distill"] = DistillExperiment("superres-distill", distill, self.assets, superres)
         if self.study.dreambooth is not None:
             experiments["dreambooth"] = DreamboothExperiment(self.study.dreambooth, self.assets, family)
         return experiments
 
     @property
     def runs(self) -> list[TrainingRun]:
-        """All trainings of the study, experiment by experiment, smallest first."""
+        """All trainings of the study, by experiment, smallest first."""
         return self.runs_of(None)
 
     def runs_of(self, tasks: Collection[TaskName] | None) -> list[TrainingRun]:
-        """Those of some tasks, or all.
+        """The trainings of some tasks, or of all where `tasks` is None or empty.
 
         Raises:
             ConfigError: the study has no part for a task.
         """
         for task in tasks or ():
             if task not in self.experiments:
-                raise ConfigError(f"{self.study.name}: no part `{task}`; the study says what to tune and how")
+                raise ConfigError(f"{self.study.name}: the study has no part `{task}`; add it, or leave out --task {task}")
         return [
             run for name, experiment in self.experiments.items() if tasks is None or name in tasks for run in experiment.runs
         ]
 
     def cost(self, run: TrainingRun) -> ModelCost:
-        """Size and cost of a run's network at the study's latent shape and number of tokens, or its own where it is given."""
-        given = self.experiments[run.task].pretrained(run)
-        if given is not None:
-            facts = (given.num_parameters, given.gflop_per_forward, given.normalized_cost_per_step)
-            return ModelCost(given.size, given.model.width, *facts)
+        """Size and cost of a run's network at the study's latent shape and number of tokens.
+
+        A pretrained checkpoint is counted at its own latent shape and number of tokens.
+        """
+        info = self.experiments[run.task].pretrained(run)
+        if info is not None:
+            numbers = (info.num_parameters, info.gflop_per_forward, info.normalized_cost_per_step)
+            return ModelCost(info.size, info.model.width, *numbers)
         return model_cost(run.model, self.study.text_encoder.max_tokens)
 
     def train(self, run: TrainingRun, deadline: float | None = None) -> None:
-        """Train until the run's last mark, from where it stands; every snapshot becomes a checkpoint. One that is given is entered.
+        """Train from the newest saved state to the run's last snapshot; every snapshot becomes a checkpoint.
+
+        A pretrained checkpoint is not trained; the store gets an entry for it.
 
         Raises:
-            ConfigError: a mark was added that the training has passed, or there is no checkpoint to start from.
-            DeadlineReached: the deadline came; the state is kept.
+            ConfigError: a snapshot was added that the training has passed, or the checkpoint to start from is missing.
+            DeadlineReached: the deadline came; the state is saved.
         """
         self.prepare()
         missing = self.missing_snapshots(run)
         if not missing:
             return
-        if (given := self.experiments[run.task].pretrained(run)) is not None:
-            with self.store.create("checkpoint", run.final, {"info": given.model_dump(mode="json")}):
+        if (pretrained := self.experiments[run.task].pretrained(run)) is not None:
+            with self.store.create("checkpoint", run.final, {"info": pretrained.model_dump(mode="json")}):
                 return
         folder = self.store.folder("run", run.digest)
-        passed = newest_state(folder)
+        passed = newest_state_images(folder)
         if min(missing) < passed:
             raise ConfigError(
-                f"train.snapshots: {min(missing)} images were passed without keeping a checkpoint ({run.title} stands "
-                f"at {passed}); take that mark out, or remove {folder} to train this size anew"
+                f"train.snapshots: no checkpoint was saved at {min(missing)} images, and {run.title} is already at {passed}; "
+                f"remove this snapshot, or delete {folder} to train this size again"
             )
         spec, experiment, cost = run.spec, self.experiments[run.task], self.cost(run)
 
-        def publish(network: nn.Module, weights: Iterable[tuple[str, Tensor]], snapshot: int) -> None:
-            seen = spec.whole_batches(snapshot)
-            name = run.checkpoints[seen]
+        def save_snapshot(network: nn.Module, weights: Iterable[tuple[str, Tensor]], snapshot: int) -> None:
+            images_seen = spec.whole_batches(snapshot)
+            name = run.checkpoints[images_seen]
             if not self.store.has("checkpoint", name):
-                info = self._checkpoint_info(run, cost, seen).model_dump(mode="json")
-                with self.store.create("checkpoint", name, {"info": info}) as partial:
-                    experiment.save(partial, network, run, weights)
+                info = self._checkpoint_info(run, cost, images_seen).model_dump(mode="json")
+                with self.store.create("checkpoint", name, {"info": info}) as partial_folder:
+                    experiment.save(partial_folder, network, run, weights)
 
-        if warning := oom_message(spec, cost, self.part.num_parts, free_disk(self.out)):
-            say(warning)
+        if warning := oom_message(spec, cost, self.process.num_processes, free_disk(self.out)):
+            logger.warning(warning)
         network = experiment.network(run)
-        task = experiment.task(run, network)
+        objective = experiment.objective(run, network)
         self._record_skipped()
         title = f"train {cost.size} ({run.title})"
-        train(spec, task, network, folder, publish, title=title, snapshots=tuple(run.checkpoints), deadline=deadline)
+        train(spec, objective, network, folder, save_snapshot, title=title, snapshots=tuple(run.checkpoints), deadline=deadline)
 
-    def forecast(self) -> list[Forecast]:
-        """Hours, memory and disk of every size on this machine, from a few steps of each; nothing is kept.
+    def estimate_training(self) -> list[ThroughputEstimate]:
+        """Estimate hours, memory and disk of every size on this machine from a few measured steps; nothing is saved.
 
         Raises:
-            ConfigError: several processes ask; one can tell.
+            ConfigError: it was started as several processes; the measurement needs a single one.
         """
-        if self.part.num_parts > 1:
-            raise ConfigError("--forecast measures one process: run it without torchrun or accelerate launch")
-        self.study.own  # noqa: B018  given checkpoints are not trained
-        found = []
+        if self.process.num_processes > 1:
+            raise ConfigError("--estimate measures one process: run it without torchrun or accelerate launch")
+        self.study.require_training_parts()
+        estimates = []
         for run in self.runs:
             if run is self.experiments[run.task].runs[0]:
-                forecaster = ThroughputEstimator(run.spec, self.study.text_encoder.max_tokens, free_disk(self.out))
-            images = max(0, max(run.checkpoints) - newest_state(self.store.folder("run", run.digest)))
-            of_size = forecaster(run.model, images, tuple(run.checkpoints))
-            tuned = "" if run.task == "text2image" else f" {run.task} {run.variant}".rstrip()
-            found.append(replace(of_size, size=of_size.size + tuned))
-            say(str(found[-1]))
-        return found
+                estimator = ThroughputEstimator(run.spec, self.study.text_encoder.max_tokens, free_disk(self.out))
+            images = max(0, max(run.checkpoints) - newest_state_images(self.store.folder("run", run.digest)))
+            estimate = estimator(run.model, images, tuple(run.checkpoints))
+            suffix = "" if run.task == "text2image" else f" {run.task} {run.variant}".rstrip()
+            estimates.append(replace(estimate, size=estimate.size + suffix))
+            logger.info(str(estimates[-1]))
+        return estimates
 
     def _checkpoint_info(self, run: TrainingRun, cost: ModelCost, images_seen: int) -> CheckpointInfo:
         facts: dict[str, Any] = {
@@ -234,37 +253,47 @@ class Pipeline:
             "run": run.digest,
             "training_gflop": self.experiments[run.task].training_gflop(run, images_seen),
         }
-        return CheckpointInfo(**facts | self.experiments[run.task].facts(run))
+        return CheckpointInfo(**facts | self.experiments[run.task].checkpoint_metadata(run))
 
     # --- sweep ---
 
     def points(self, run: TrainingRun) -> list[SweepPoint]:
-        """All points of one run that are known: where guidance is raced for, those that were found."""
+        """The points of one run: those of the grid, and the winners of the finished guidance searches."""
         return planned_points(self.experiments[run.task].jobs(run), self.races())
 
     def races(self) -> dict[str, dict[str, Any]]:
-        """What the results database knows of races; nothing where there is no results database yet."""
-        return self.results_db.races() if self._has_results_db else {}
+        """The finished guidance searches by cell; none if the results database does not exist yet."""
+        database = self._existing_results_db()
+        return {} if database is None else database.races()
 
     def recorded_points(self) -> set[str]:
-        """Digests of the points that the results database has; none where there is no results database yet."""
-        return self.results_db.points() if self._has_results_db else set()
+        """Digests of the points in the results database; none if it does not exist yet."""
+        database = self._existing_results_db()
+        return set() if database is None else database.points()
 
-    @property
-    def _has_results_db(self) -> bool:
-        return "://" in str(self.where) or Path(self.where).is_file()
+    def _existing_results_db(self) -> ResultsDB | None:
+        """The results database where it exists, opened without a change to the output folder."""
+        if self._results_db is not None:
+            return self._results_db
+        if "://" in str(self.results_db_address) or Path(self.results_db_address).is_file():
+            return self._unprepared_results_db
+        return None
+
+    @cached_property
+    def _unprepared_results_db(self) -> ResultsDB:
+        return ResultsDB(self.results_db_address)
 
     @cached_property
     def _sweeper(self) -> Sweeper:
-        return Sweeper(self.store, self.results_db, self.claims, self.assets, self.experiments, self._write_status)
+        return Sweeper(self.store, self.results_db, self.leases, self.assets, self.experiments, self._write_status)
 
     def sweep(self, run: TrainingRun, deadline: float | None = None) -> bool:
-        """Make and score every point of one run that the results database lacks; False where the deadline came first.
+        """Sample and score every point of one run that is not in the results database; False if the deadline came first.
 
-        Where guidance is raced for, this finds it; `settle` scores what was found.
+        With `search: race` it searches the best guidance of each cell; `score_search_winners` scores the winners.
 
         Raises:
-            ConfigError: the run lacks a checkpoint.
+            ConfigError: a checkpoint is missing.
         """
         self.prepare()
         self.check_trained([run])
@@ -272,64 +301,106 @@ class Pipeline:
         return self._sweeper.sweep(run, self.cost(run).size, deadline)
 
     def check_tasks(self, runs: Sequence[TrainingRun]) -> None:
-        """Whether what the runs are scored by can be had, before the first image is made.
+        """Check, before the first image is sampled, that everything needed for scoring the runs is available.
 
         Raises:
             ConfigError: weights, labels or images are missing.
         """
         for task in dict.fromkeys(run.task for run in runs):
-            self.experiments[task].check()
+            self.experiments[task].validate()
 
     def check_trained(self, runs: Sequence[TrainingRun]) -> None:
-        """Whether all that is to be swept is there, before the first image is made.
+        """Check, before the first image is sampled, that the runs have all the checkpoints they need.
 
         Raises:
-            ConfigError: a run lacks a checkpoint.
+            ConfigError: a checkpoint is missing.
         """
-        lacking = [(run, snapshot) for run in runs for snapshot in self.missing_snapshots(run)]
-        if not lacking:
+        missing = [(run, snapshot) for run in runs for snapshot in self.missing_snapshots(run)]
+        if not missing:
             return
-        (run, snapshot), untrained = lacking[0], {run.task for run, _ in lacking}
+        (run, snapshot), untrained = missing[0], {run.task for run, _ in missing}
         trained = [task for task in dict.fromkeys(run.task for run in runs) if task not in untrained]
-        alone = f"; what is trained is swept with --task {' --task '.join(trained)}" if trained else ""
+        hint = f"; --task {' --task '.join(trained)} sweeps the trained part" if trained else ""
         raise ConfigError(
-            f"{run.title}: no checkpoint at {snapshot} images yet; run `isocost train` first, or `isocost run`{alone}"
+            f"{run.title}: no checkpoint at {snapshot} images yet; run `isocost train` first, or `isocost run`{hint}"
         )
 
     def missing_snapshots(self, run: TrainingRun) -> list[int]:
-        """Images after which a checkpoint is wanted and not there.
+        """Images seen at the checkpoints of a run that are needed and absent.
 
-        Others start from the last one; an earlier one is there for its points, and is not missed when the results database has those.
+        A checkpoint is needed while one of its points is not scored, or while a training that starts from it has a missing
+        checkpoint of its own. Without any points or such trainings, the checkpoint itself is the result, and is needed.
         """
-        missing = [snapshot for snapshot, name in run.checkpoints.items() if not self.store.has("checkpoint", name)]
-        if not missing or not self.store.has("checkpoint", run.final):
-            return missing
-        recorded = self.recorded_points()
-        unscored = {
-            job.checkpoint
-            for job in self.experiments[run.task].jobs(run)
-            if any(point.digest not in recorded for point in job.points)
-        }
-        return [snapshot for snapshot in missing if run.checkpoints[snapshot] in unscored]
+        return [
+            snapshot
+            for snapshot, name in run.checkpoints.items()
+            if not self.store.has("checkpoint", name) and self._is_needed(run, name)
+        ]
+
+    def _is_needed(self, run: TrainingRun, checkpoint: str) -> bool:
+        has_points = self.experiments[run.task].has_points(run)
+        if has_points and self._has_unscored_points(run, checkpoint):
+            return True
+        folder = self.store.folder("checkpoint", checkpoint)
+        dependents = [other for other in self.runs if folder in other.sources]
+        if not dependents:
+            return not has_points
+        return any(self.missing_snapshots(other) or self._has_unscored_points(other, checkpoint) for other in dependents)
+
+    def _has_unscored_points(self, run: TrainingRun, checkpoint: str) -> bool:
+        """Whether the sweep of a run has a point of `checkpoint` that is not scored by all metrics, or an open search."""
+        database, experiment = self._existing_results_db(), self.experiments[run.task]
+        if checkpoint in run.checkpoints.values() and (database is None or checkpoint not in database.checkpoints()):
+            return True  # known without the jobs, which read the reference images
+        jobs = [job for job in experiment.jobs(run) if job.checkpoint == checkpoint]
+        races = self.races()
+        if unsearched_cells(jobs, races):
+            return True
+        scored = {} if database is None else database.metrics()
+        for job in jobs:
+            spec = job.protocol_spec or experiment.protocol_spec
+            columns = {
+                column for metric in spec.metrics for extractor in spec.features for column in metric_columns(metric, extractor)
+            }
+            if any(not columns <= scored.get(point.digest, set()) for point in planned_points([job], races)):
+                return True
+        return False
 
     def score_search_winners(self, runs: Sequence[TrainingRun], deadline: float | None = None) -> bool:
-        """Score what the races of runs found, when all are over; False where the deadline came first."""
+        """Score the winners of the runs' guidance searches, when all searches are over; False if the deadline came first."""
         return self._sweeper.score_search_winners(runs, deadline)
 
     def remeasure(self, run: TrainingRun) -> int:
-        """Time every recorded point of one run again, with what this machine has now; returns how many there are.
+        """Measure the sampling time of all recorded points of one training again, on this machine; return their number.
 
         Raises:
-            ConfigError: the run lacks a checkpoint.
+            ConfigError: a checkpoint is missing.
         """
         self.prepare()
         self.check_trained([run])
+        self.check_checkpoints([run])
         return self._sweeper.remeasure(run, self.cost(run).size)
+
+    def check_checkpoints(self, runs: Sequence[TrainingRun]) -> None:
+        """Check that the checkpoint of every recorded point of the runs exists; it may be absent once its points are scored.
+
+        Raises:
+            ConfigError: a checkpoint is missing.
+        """
+        recorded, races = self.recorded_points(), self.races()
+        for run in runs:
+            for job in self.experiments[run.task].jobs(run):
+                is_recorded = any(point.digest in recorded for point in planned_points([job], races))
+                if is_recorded and not self.store.has("checkpoint", job.checkpoint):
+                    raise ConfigError(
+                        f"{run.title}: no checkpoint {job.checkpoint} in {self.out}, so its points cannot be timed; "
+                        f"`isocost merge {self.out} OTHER --artefacts` copies it from an output folder that has it"
+                    )
 
     # --- status ---
 
     def _write_status(self, stage: str, is_last: bool = False) -> None:
-        """Write how the study stands, where that is due."""
+        """Write the status file, if that is due."""
         if is_last or self._status_file.is_due():
             self._status_file.write(self.status(stage))
 
@@ -338,12 +409,17 @@ class Pipeline:
         return StatusFile(self.out)
 
     def status(self, stage: str) -> Status:
-        """How the study stands; `stage` says what is at work."""
+        """The progress of the study.
+
+        Args:
+            stage: a title of the current work.
+        """
         table, races = self.results_db.table(), self.races()
         columns = [str(name) for name in table.columns]
         rows = (dict(zip(columns, values, strict=True)) for values in table.itertuples(index=False, name=None))
-        scored = {row["point"]: row for row in rows}
-        sizes, asked = [], []
+        rows_by_point = {row["point"]: row for row in rows}
+        evaluated = {row["checkpoint"] for row in rows_by_point.values()}
+        sizes, all_points = [], []
         for run in self.runs:
             cost, experiment = self.cost(run), self.experiments[run.task]
             jobs = experiment.jobs(run)
@@ -351,30 +427,45 @@ class Pipeline:
                 PlannedPoint(point.digest, cost.gflop_per_forward * point.nfe(run.model) * point.spec.num_images)
                 for point in planned_points(jobs, races)
             ]
-            asked += points
-            trained = [snapshot for snapshot, name in run.checkpoints.items() if self.store.has("checkpoint", name)]
-            seen = max([newest_state(self.store.folder("run", run.digest)), *trained])
-            open_races, wanted = len(unsearched_cells(jobs, races)), max(run.checkpoints)
-            sizes.append(size_status(run.title, cost.size, seen, wanted, points, open_races, scored, experiment.metric))
-        num_workers = self.claims.num_workers()
-        spent = sum(size.spent_s for size in sizes)
-        return Status(self.study.name, stage, now(), num_workers, spent, seconds_left(asked, scored, num_workers), sizes)
+            all_points += points
+            reached = [
+                snapshot
+                for snapshot, name in run.checkpoints.items()
+                if name in evaluated or self.store.has("checkpoint", name)
+            ]
+            images_seen = max([newest_state_images(self.store.folder("run", run.digest)), *reached])
+            sizes.append(
+                size_status(
+                    run.title,
+                    cost.size,
+                    images_seen,
+                    max(run.checkpoints),
+                    points,
+                    len(unsearched_cells(jobs, races)),
+                    rows_by_point,
+                    experiment.metric,
+                )
+            )
+        num_workers = self.leases.num_workers()
+        spent_s = sum(size.spent_s for size in sizes)
+        left_s = seconds_left(all_points, rows_by_point, num_workers)
+        return Status(self.study.name, stage, now(), num_workers, spent_s, left_s, sizes)
 
-    # --- the whole ---
+    # --- the complete study ---
 
     def run(self, deadline: float | None = None, tasks: Collection[TaskName] | None = None) -> bool:
-        """Train and sweep every run, of `tasks` alone where given; False where the deadline came first.
+        """Train and sweep every run, or only those of `tasks`; False if the deadline came first.
 
-        What is done stays, and the same call goes on.
+        Finished work is saved; a second call continues it.
         """
         self.prepare()
         try:
-            with self.claims.exclusively("materials"):  # one makes them, the others find them there
+            with self.leases.exclusively("assets"):  # one process makes them, the others read them
                 runs = self.runs_of(tasks)
                 self.check_tasks(runs)
             finished = self._run(runs, deadline)
         except DeadlineReached as stopped:
-            say(str(stopped))
+            logger.info(str(stopped))
             finished = False
         finally:
             self.close()
@@ -382,23 +473,23 @@ class Pipeline:
         return finished
 
     def close(self) -> None:
-        """Give back what this run has in its hands."""
-        self.claims.close()
+        """Release the leases of this run."""
+        self.leases.close()
 
     def _run(self, runs: list[TrainingRun], deadline: float | None) -> bool:
-        """Every run that is in nobody else's hands, until all are trained and swept."""
-        open_ = list(runs)
-        while open_:
-            for run in list(open_):
+        """Train and sweep the runs that no other worker has leased, until all are done; False if the deadline came first."""
+        unfinished = list(runs)
+        while unfinished:
+            for run in list(unfinished):
                 training = f"train {run.digest}"
-                if self._must_wait(run, open_) or not self.claims.take(training):
+                if self._must_wait(run, unfinished) or not self.leases.acquire(training):
                     continue
                 self._write_status(f"train {run.title}", is_last=True)
                 self.train(run, deadline)
-                self.claims.release(training)
+                self.leases.release(training)
                 if not self.sweep(run, deadline):
                     return False
-                open_.remove(run)
+                unfinished.remove(run)
                 break
             else:
                 if deadline_passed(deadline):
@@ -406,15 +497,14 @@ class Pipeline:
                 time.sleep(POLL_S)
         return self.score_search_winners(runs, deadline)
 
-    def _must_wait(self, run: TrainingRun, open_: list[TrainingRun]) -> bool:
-        """Whether another run of `open_` has yet to train what this one starts from."""
-        if run.parent is None or run.parent.is_dir():
-            return False
-        return any(run.parent.name == other.final for other in open_ if other is not run)
+    def _must_wait(self, run: TrainingRun, unfinished: list[TrainingRun]) -> bool:
+        """Whether another unfinished run has yet to train a checkpoint that this one starts from."""
+        absent = {folder.name for folder in run.sources if not folder.is_dir()}
+        return any(other.final in absent for other in unfinished if other is not run)
 
 
 def check_compatible(study: StudySpec, store: Store) -> None:
-    """Whether this study may go on in its output folder. A further size, step count, guidance, solver, mark or image may.
+    """Check that a study may continue in its output folder. Sizes, steps, guidance, solvers, snapshots and images may be added.
 
     Raises:
         ConfigError: the folder holds artefacts of a study that this one cannot continue.
@@ -423,21 +513,23 @@ def check_compatible(study: StudySpec, store: Store) -> None:
     if not file.is_file() or store.is_empty():
         return
     before = parse_spec(StudySpec, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
-    was, now = before.immutable_fields(), study.immutable_fields()
-    both = was.keys() & now.keys()  # what is tuned from the family may come later
-    difference = _first_difference({key: was[key] for key in was if key in both}, {key: now[key] for key in now if key in both})
+    old_fields, new_fields = before.immutable_fields(), study.immutable_fields()
+    shared = [name for name in old_fields if name in new_fields]  # fine-tuning sections may be added later
+    difference = _first_difference({name: old_fields[name] for name in shared}, {name: new_fields[name] for name in shared})
     if difference is not None:
         key, old, new = difference
         raise ConfigError(
-            f"{store.out}: its artefacts were made with {key} = {old}, now it says {new}; give another --out, or set it back"
+            f"{store.out}: its artefacts were made with {key} = {old}, but the study has {new}; set {key} back to {old}, "
+            "or give another --out"
         )
 
 
-def _first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in [*before, *(name for name in now if name not in before)]:
-            found = _first_difference(before.get(name), now.get(name), f"{key}.{name}" if key else name)
-            if found is not None:
-                return found
+def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """Dotted key, old value and new value of the first field that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *(name for name in new if name not in old)]:
+            difference = _first_difference(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+            if difference is not None:
+                return difference
         return None
-    return None if before == now else (key, before, now)
+    return None if old == new else (key, old, new)

@@ -1,7 +1,7 @@
-"""How a study stands, for whoever waits for it: `OUT/status.json`, written by the processes that work at it.
+"""The progress of a study in `OUT/status.json`, written by the processes that work on it.
 
-Everything is told from the results database, so whichever process writes last tells of all. Points of races that are not over are not
-counted yet; milliseconds of sampling that is to come are foretold from what was measured, and are None where nothing was.
+All numbers come from the results database, so the file is complete whichever process writes it. The winners of unfinished
+guidance searches are not counted yet. The remaining time is estimated from the finished points, and is None without any.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from isocost.errors import ConfigError
-from isocost.metrics.registry import metric_of
+from isocost.evaluation.metric_registry import metric_of
 from isocost.utils.artifact_store import write_atomically
 
 STATUS_FILE = "status.json"
-SECONDS_BETWEEN = 10.0
+WRITE_INTERVAL_S = 10.0
 
 
 @dataclass(frozen=True)
 class PlannedPoint:
-    """A point that is asked for, and what its images cost in all."""
+    """A point of the sweep. `gflop` is the cost of all its images."""
 
     digest: str
     gflop: float
@@ -46,7 +46,7 @@ class Best:
 
 @dataclass(frozen=True)
 class SizeStatus:
-    """One training and its sweep. `best` is None where nothing is scored yet."""
+    """One training and its sweep. `best` is None if nothing is scored yet."""
 
     title: str
     size: str
@@ -61,7 +61,7 @@ class SizeStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """A study. `left_s` is of sampling alone, by as many workers as are at it now."""
+    """The progress of a study. `left_s` counts only sampling, by the present number of workers."""
 
     study: str
     stage: str
@@ -82,11 +82,15 @@ def size_status(
     scored: Mapping[str, Mapping[str, Any]],
     metric: str,
 ) -> SizeStatus:
-    """How one training stands; `scored` are the results database's points by digest, with `metric`, its interval, and `seconds`."""
+    """The progress of one training and its sweep.
+
+    Args:
+        scored: rows of the results database by point, with the columns of `metric`, its interval, and `seconds`.
+    """
     done = [scored[point.digest] for point in points if point.digest in scored]
     sign = -1.0 if metric_of(metric).better == "higher" else 1.0
-    told = [row for row in done if row.get(metric) is not None and row[metric] == row[metric]]
-    best = min(told, key=lambda row: sign * row[metric], default=None)
+    with_score = [row for row in done if row.get(metric) is not None and row[metric] == row[metric]]  # not NaN
+    best = min(with_score, key=lambda row: sign * row[metric], default=None)
     return SizeStatus(
         title,
         size,
@@ -112,7 +116,7 @@ def size_status(
 
 
 def seconds_left(points: Sequence[PlannedPoint], scored: Mapping[str, Mapping[str, Any]], num_workers: int) -> float | None:
-    """Seconds that the points to come take at the rate of those that are done; None where there are none."""
+    """Seconds that the missing points will take at the rate of the finished ones; None if none is finished."""
     done = [point for point in points if point.digest in scored]
     gflop = sum(point.gflop for point in done)
     if not gflop:
@@ -122,35 +126,35 @@ def seconds_left(points: Sequence[PlannedPoint], scored: Mapping[str, Mapping[st
 
 
 class StatusFile:
-    """`OUT/status.json`, written at most every `SECONDS_BETWEEN` seconds."""
+    """`OUT/status.json`, written every `WRITE_INTERVAL_S` seconds at most."""
 
     def __init__(self, out: Path) -> None:
-        self.file, self.last = out / STATUS_FILE, -SECONDS_BETWEEN
+        self.file, self.last_written = out / STATUS_FILE, -WRITE_INTERVAL_S
 
     def is_due(self) -> bool:
         """Whether it is time to write again."""
-        return time.monotonic() - self.last >= SECONDS_BETWEEN
+        return time.monotonic() - self.last_written >= WRITE_INTERVAL_S
 
     def write(self, status: Status) -> None:
         """Replace the file in one step."""
-        self.last = time.monotonic()
+        self.last_written = time.monotonic()
         write_atomically(self.file, json.dumps(asdict(status), ensure_ascii=False, indent=1) + "\n")
 
 
 def read_status(out: Path) -> Status:
-    """What an output folder's status says.
+    """Read the status file of an output folder.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the folder has none.
     """
     file = out / STATUS_FILE
     if not file.is_file():
-        raise ConfigError(f"{out}: no {STATUS_FILE}; `isocost run` writes one while it works")
+        raise ConfigError(f"{out}: no {STATUS_FILE}; `isocost run` writes one while it runs")
     plain = json.loads(file.read_text(encoding="utf-8"))
     sizes = [SizeStatus(**{**size, "best": Best(**size["best"]) if size["best"] else None}) for size in plain["sizes"]]
     return Status(**{**plain, "sizes": sizes})
 
 
 def now() -> str:
-    """The time, to the second, UTC."""
+    """The UTC time, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""The sweep of a study's trainings: points scored, guidance raced for, and what races found scored in its turn."""
+"""The sweep of trained models: score the points of the grid, search guidance, score the winners of the searches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from isocost.experiments.base import EvalJob, Experiment, TrainingRun
 from isocost.experiments.study_assets import StudyAssets
 from isocost.models.checkpoint import load_checkpoint, read_info
 from isocost.sweep.grid import SearchCell, SweepPoint
-from isocost.sweep.guidance_search_runner import TrialStore, make_candidate, run_races, stopped
+from isocost.sweep.guidance_search_runner import TrialStore, dominated, make_candidate, run_races
 from isocost.sweep.leases import Leases
 from isocost.sweep.results_db import ResultsDB
 from isocost.sweep.worker import Worker
@@ -23,144 +23,152 @@ from isocost.utils.environment import provenance
 from isocost.utils.progress import progress_bar
 
 Races = Mapping[str, Mapping[str, Any]]
-"""What the results database knows of races, by cell."""
+"""The finished guidance searches by the digest of their cell, as in the results database."""
 
 
 def planned_points(jobs: Sequence[EvalJob], races: Races) -> list[SweepPoint]:
-    """The points of some jobs, each once: of grids all, of races those that are found and not stopped."""
-    points = [point for job in jobs for point in (*job.points, *winning_points(job, races, _stopped_before(races)))]
+    """The points of some jobs, without duplicates: all of the grids, and the winners of searches that are not dominated."""
+    dominated_cells = {cell for cell, row in races.items() if row["dominated_by"] is not None}
+    points = [point for job in jobs for point in (*job.points, *winning_points(job, races, dominated_cells))]
     return list({point.digest: point for point in points}.values())
 
 
-def winning_points(job: EvalJob, races: Races, left_out: Collection[str]) -> list[SweepPoint]:
-    """The points that the races of a job found, cells of `left_out` apart."""
-    found = [cell for cell in job.cells if cell.digest in races and cell.digest not in left_out]
-    return [cell.point(races[cell.digest]["guidance"]) for cell in found]
+def winning_points(job: EvalJob, races: Races, excluded: Collection[str]) -> list[SweepPoint]:
+    """The winners of a job's finished guidance searches, without the cells whose digest is in `excluded`."""
+    cells = [cell for cell in job.cells if cell.digest in races and cell.digest not in excluded]
+    return [cell.point(races[cell.digest]["guidance"]) for cell in cells]
 
 
 def unsearched_cells(jobs: Sequence[EvalJob], races: Races) -> list[SearchCell]:
-    """The cells of some jobs whose races are not over."""
+    """The cells of some jobs whose guidance search is not finished."""
     return [cell for job in jobs for cell in job.cells if cell.digest not in races]
-
-
-def _stopped_before(races: Races) -> set[str]:
-    return {cell for cell, row in races.items() if row["stopped"] is not None}
 
 
 @dataclass(frozen=True)
 class Sweeper:
-    """What sweeps of all experiments share. `deadline` is a `time.monotonic()`; False says that it came first.
+    """Runs the sweeps of all experiments.
 
-    `after` is told what is at work, after every point and race.
+    Methods that take a `deadline`, a `time.monotonic()`, return False if it came before the work was done.
+
+    Attributes:
+        on_progress: called with the title of the current work after every point and guidance search.
     """
 
     store: Store
     results_db: ResultsDB
-    claims: Leases
+    leases: Leases
     assets: StudyAssets
     experiments: Mapping[TaskName, Experiment]
-    after: Callable[[str], None]
+    on_progress: Callable[[str], None]
 
     def sweep(self, run: TrainingRun, size: str, deadline: float | None) -> bool:
-        """Score every point of a run that is known beforehand, and race for the others."""
+        """Score the points of a run's grid and of its snapshots, then run its guidance searches.
+
+        A guidance search finds the best guidance for one checkpoint, solver and number of steps.
+        """
         jobs = self.experiments[run.task].jobs(run)
-        known = [(job, job.points) for job in jobs if job.points]
-        if not self._score(run, known, f"sweep {size} ({run.title})", deadline):
+        grid = [(job, job.points) for job in jobs if job.points]
+        if not self._score(run, grid, f"sweep {size} ({run.title})", deadline):
             return False
         return all(self._race(run, job, f"race {size} ({run.title})", deadline) for job in jobs if job.cells)
 
     def remeasure(self, run: TrainingRun, size: str) -> int:
-        """Time every recorded point of a run again, on this machine; returns how many there are.
+        """Measure the time of every recorded point of a run again, on this machine; returns their number.
 
-        Points that differ in what does not touch their time - guidance at as many passes, weights of one training - are timed
-        once.
+        Points that differ only in settings that do not change the time (guidance with the same number of passes, snapshots of
+        one training) share one measurement.
         """
         jobs, recorded = self.experiments[run.task].jobs(run), self.results_db.points()
         races = self.results_db.races()
-        known = [(job, [point for point in planned_points([job], races) if point.digest in recorded]) for job in jobs]
-        total, done = sum(len(points) for _, points in known), 0
-        taken: dict[tuple[Any, ...], tuple[float, int]] = {}
+        points_by_job = [(job, [point for point in planned_points([job], races) if point.digest in recorded]) for job in jobs]
+        total, done = sum(len(points) for _, points in points_by_job), 0
+        measured: dict[tuple[Any, ...], tuple[float, int]] = {}
         title = f"time {size} ({run.title})"
         with progress_bar(title, total, "points") as progress:
-            for job, points in known:
+            for job, points in points_by_job:
                 worker = self._worker(run, job)
                 for point in points:
-                    alike = (*point.spec.numerics, point.spec.solver.label, point.spec.num_steps, point.nfe(run.model))
-                    if alike not in taken:
-                        taken[alike] = worker.time(point)
-                    ms, num_images = taken[alike]
-                    told = {name: provenance()[name] for name in ("commit", "device", "num_threads")}
-                    self.results_db.set_time(point.digest, ms, {**told, "num_images": num_images})
+                    key = (*point.spec.numerics, point.spec.solver.label, point.spec.num_steps, point.nfe(run.model))
+                    if key not in measured:
+                        measured[key] = worker.measure_ms_per_image(point)
+                    ms, num_images = measured[key]
+                    source = {name: provenance()[name] for name in ("commit", "device", "num_threads")}
+                    self.results_db.set_time(point.digest, ms, {**source, "num_images": num_images})
                     progress(done := done + 1, f"{point.title}: {ms:.3g} ms")
         return total
 
     def score_search_winners(self, runs: Sequence[TrainingRun], deadline: float | None) -> bool:
-        """Score what the races of these runs found, cells apart that cannot be on any frontier.
+        """Score the winners of these runs' guidance searches, except those that cannot be on any frontier.
 
-        All cells of an experiment are set against each other, so their races must be over.
+        All cells of an experiment are compared with each other, so their searches must be finished.
         """
         for task in dict.fromkeys(run.task for run in runs):
             raced = [(run, job) for run in runs if run.task == task for job in self.experiments[task].jobs(run) if job.cells]
             races = self.results_db.races()
-            reasons = self._stopped([job for _, job in raced], races, self.experiments[task].sweep)
+            reasons = self._dominated([job for _, job in raced], races, self.experiments[task].sweep)
             for run, job in raced:
                 for cell in job.cells:
-                    self.results_db.stop_cell(cell.digest, reasons.get(cell.digest))
+                    self.results_db.set_dominated(cell.digest, reasons.get(cell.digest))
                 points = winning_points(job, races, reasons)
-                if points and not self._score(run, [(job, points)], f"score what was found ({run.title})", deadline):
+                if points and not self._score(run, [(job, points)], f"score the winners ({run.title})", deadline):
                     return False
         return True
 
     def _score(
         self, run: TrainingRun, jobs: Sequence[tuple[EvalJob, Sequence[SweepPoint]]], title: str, deadline: float | None
     ) -> bool:
-        asked, ended = {point.digest for _, points in jobs for point in points}, set[str]()
-        with progress_bar(title, len(asked), "points") as progress:
+        requested, finished = {point.digest for _, points in jobs for point in points}, set[str]()
+        with progress_bar(title, len(requested), "points") as progress:
 
             def done(point: SweepPoint) -> None:
-                ended.add(point.digest)
-                progress(len(ended), point.title)
-                self.after(f"{title}: {point.title}")
+                finished.add(point.digest)
+                progress(len(finished), point.title)
+                self.on_progress(f"{title}: {point.title}")
 
             return all(self._worker(run, job).run(points, done, deadline) for job, points in jobs)
 
     def _race(self, run: TrainingRun, job: EvalJob, title: str, deadline: float | None) -> bool:
-        asked, ended = {cell.digest for cell in job.cells}, set[str]()
-        with progress_bar(title, len(asked), "cells") as progress:
+        requested, finished = {cell.digest for cell in job.cells}, set[str]()
+        with progress_bar(title, len(requested), "cells") as progress:
 
             def done(cell: SearchCell) -> None:
-                ended.add(cell.digest)
-                progress(len(ended), cell.title)
-                self.after(f"{title}: {cell.title}")
+                finished.add(cell.digest)
+                progress(len(finished), cell.title)
+                self.on_progress(f"{title}: {cell.title}")
 
             return run_races(self._worker(run, job), job.cells, done, deadline)
 
-    def _stopped(self, jobs: Sequence[EvalJob], races: Races, sweep: SweepSpec) -> dict[str, str]:
-        """Cells that are not scored, with the reason. Those whose images are not here any more stay as they were settled."""
+    def _dominated(self, jobs: Sequence[EvalJob], races: Races, sweep: SweepSpec) -> dict[str, str]:
+        """Digests of the cells that are not scored, with the reason.
+
+        A cell without its checkpoint or the images of its search keeps the decision of the results database.
+        """
         if sweep.race.stop_confidence is None:
             return {}
-        contenders, settled = [], {}
+        candidates, decided = [], {}
         for job in jobs:
-            info = read_info(self.store.folder("checkpoint", job.checkpoint))
+            has_checkpoint = self.store.has("checkpoint", job.checkpoint)
             trials = TrialStore(self.store, job.eval_context().reference, sweep.shard_size)
             for cell in job.cells:
                 guidance = races[cell.digest]["guidance"]
-                drawn = json.loads(races[cell.digest]["images_at"])[str(guidance)]
-                if not all(self.store.has("shard", shard.digest) for shard in trials.shards(cell, guidance, drawn)):
-                    settled[cell.digest] = races[cell.digest]["stopped"]
+                num_images = json.loads(races[cell.digest]["images_by_guidance"])[str(guidance)]
+                shards = trials.shards(cell, guidance, num_images)
+                if not has_checkpoint or not all(self.store.has("shard", shard.digest) for shard in shards):
+                    decided[cell.digest] = races[cell.digest]["dominated_by"]
                     continue
-                contenders.append(make_candidate(cell, info, trials, guidance, drawn))
-        known = {cell: reason for cell, reason in settled.items() if reason is not None}
-        return stopped(contenders, sweep.race.stop_confidence) | known
+                info = read_info(self.store.folder("checkpoint", job.checkpoint))
+                candidates.append(make_candidate(cell, info, trials, guidance, num_images))
+        reasons = {cell: reason for cell, reason in decided.items() if reason is not None}
+        return dominated(candidates, sweep.race.stop_confidence) | reasons
 
     def _worker(self, run: TrainingRun, job: EvalJob) -> Worker:
         eval_context = job.eval_context()
         return Worker(
             self.store,
             self.results_db,
-            self.claims,
+            self.leases,
             lambda: load_checkpoint(self.store.folder("checkpoint", job.checkpoint), best_device()),
-            eval_context.autoencoder or self.assets.autoencoder,
+            eval_context.autoencoder or self.assets.load_or_train_autoencoder(),
             eval_context.reference,
             eval_context.prompts,
             eval_context.saved_indices,

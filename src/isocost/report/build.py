@@ -1,6 +1,6 @@
-"""From an output folder to the report: the study's own points out of the results database, images out of the artefacts.
+"""Collects the report of an output folder: points from the results database, images from the artefacts.
 
-`isocost.report.drawn` writes what comes of it.
+`isocost.report.report_data` writes the report.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 
 from isocost.analysis.costs import COSTS
-from isocost.analysis.frontier_ci import format_bands
+from isocost.analysis.frontier_ci import format_best_sizes
 from isocost.analysis.joint_scaling_law import predict_held_out
 from isocost.analysis.pareto import default_budgets
-from isocost.analysis.power_laws import MIN_SNAPSHOTS
-from isocost.analysis.results_table import best_in_each, final_points
-from isocost.analysis.scaling_laws import normalized_training_compute, scaling
-from isocost.analysis.timings import format_untimed, timed_on_one_device
+from isocost.analysis.power_laws import MIN_POINTS
+from isocost.analysis.results_table import best_per_group, final_points
+from isocost.analysis.scaling_laws import fit_scaling_laws, normalized_training_compute
+from isocost.analysis.timings import format_excluded_timings, keep_one_timing_device
 from isocost.config.study import StudySpec
 from isocost.config.study_yaml import dump_study
 from isocost.config.types import TaskName
@@ -29,8 +29,8 @@ from isocost.pipeline.pipeline import Pipeline
 from isocost.report.html import STUDY_YAML
 from isocost.report.markdown import BUDGET_COST
 from isocost.report.plot_data import COMPUTE_AXES, FLOOR_LABEL
-from isocost.report.plot_data_finetune import FOLLOWS, Pretrained
-from isocost.report.report_data import Page, Report, ReportData, draw, task_folder
+from isocost.report.plot_data_finetune import PRETRAINING_QUESTIONS, Pretrained
+from isocost.report.report_data import Page, Report, ReportData, render, task_folder
 from isocost.sweep.image_shards import read_images
 from isocost.utils.artifact_store import Store
 from isocost.utils.environment import provenance
@@ -43,22 +43,22 @@ TITLES: dict[TaskName, str] = {
     "superres-distill": "super-resolution, distilled",
     "dreambooth": "DreamBooth",
 }
-FORETOLD_COSTS, FORETOLD_REDRAWS = ("normalized_cost", "gflop"), 100
-RECONSTRUCTION_FLOORS = {"photographs": "the subjects' own images"}
+PREDICTION_COSTS, PREDICTION_REPLICATES = ("normalized_cost", "gflop"), 100
+FLOOR_LABELS = {"photographs": "the subjects' own images"}
 BASELINES = {
     "decoded": "real images after the autoencoder",
-    "real": "real images as they are",
-    "photographs": "the subjects' images among themselves",
+    "real": "real images without the autoencoder",
+    "photographs": "the subjects' images against each other",
     "bicubic": "low-resolution images enlarged (bicubic)",
 }
 
 
 def run(study: StudySpec, out: str | Path) -> Report:
-    """Train, sweep, score and report a study in the folder `out`; what exists there is skipped.
+    """Train, sweep, score and report a study in the folder `out`; finished stages are skipped.
 
     Raises:
-        ConfigError: the study cannot be done as it is asked for, or conflicts with what the folder holds.
-        RunError: the data or the training failed; what is done stays.
+        ConfigError: the study cannot run as it is, or conflicts with the contents of the folder.
+        RunError: the data or the training failed; finished work is kept.
     """
     pipeline = Pipeline(study, out)
     pipeline.run()
@@ -66,64 +66,65 @@ def run(study: StudySpec, out: str | Path) -> Report:
 
 
 def report(pipeline: Pipeline) -> Report:
-    """Write the reports of what the results database holds of this study: `report/`, and `report/TASK/` for what was tuned.
+    """Write the reports of the scored points of this study: `report/`, and `report/TASK/` for the other tasks.
 
     Raises:
         ConfigError: no point of the study is scored yet.
     """
     tables = {name: study_table(pipeline, experiment) for name, experiment in pipeline.experiments.items()}
-    with_metric = [name for name, table in tables.items() if (table["task"].fillna("text2image") == name).any()]
-    if not with_metric:
-        raise ConfigError(f"{pipeline.out}: no point of this study is scored yet; `isocost run` makes them")
-    drawings = {
-        name: _drawing(pipeline, name, tables[name], _addresses(name, with_metric), _started_from(pipeline, name, tables))
-        for name in with_metric
+    scored_tasks = [name for name, table in tables.items() if (table["task"].fillna("text2image") == name).any()]
+    if not scored_tasks:
+        raise ConfigError(f"{pipeline.out}: no point of this study is scored yet; start `isocost run`")
+    reports = {
+        name: _report_data(
+            pipeline, name, tables[name], _other_pages(name, scored_tasks), _pretrained_points(pipeline, name, tables)
+        )
+        for name in scored_tasks
     }
-    return draw(pipeline.out, drawings)
+    return render(pipeline.out, reports)
 
 
-def _addresses(task: TaskName, with_metric: list[TaskName]) -> dict[str, str]:
-    """Title and address of the other tasks' pages, as seen from this one's."""
+def _other_pages(task: TaskName, scored_tasks: list[TaskName]) -> dict[str, str]:
+    """Return the titles of the other tasks' pages and their addresses relative to the page of `task`."""
     up = "" if task == "text2image" else "../"
-    return {TITLES[name]: f"{up}{task_folder(name)}index.html" for name in with_metric if name != task}
+    return {TITLES[name]: f"{up}{task_folder(name)}index.html" for name in scored_tasks if name != task}
 
 
-def _started_from(pipeline: Pipeline, task: TaskName, tables: Mapping[TaskName, pd.DataFrame]) -> Pretrained | None:
-    """The family's points at the checkpoints that the task started from, where it is one that is set against them."""
-    if task not in FOLLOWS or "text2image" not in tables:
+def _pretrained_points(pipeline: Pipeline, task: TaskName, tables: Mapping[TaskName, pd.DataFrame]) -> Pretrained | None:
+    """Return the points of the checkpoints that the task started from, if its report compares it with them."""
+    if task not in PRETRAINING_QUESTIONS or "text2image" not in tables:
         return None
-    starts = {run.parent.name for run in pipeline.experiments[task].runs if run.parent is not None}
+    parents = {run.parent.name for run in pipeline.experiments[task].runs if run.parent is not None}
     table, family = tables["text2image"], pipeline.experiments["text2image"]
-    table = table[table["checkpoint"].isin(starts)]
+    table = table[table["checkpoint"].isin(parents)]
     return None if table.empty else Pretrained(task, table, family.metric)
 
 
 def study_table(pipeline: Pipeline, experiment: Experiment) -> pd.DataFrame:
-    """The results database's points that belong to the experiment as it stands now; `is_final` marks those of last checkpoints."""
-    final_points = {run.final for run in experiment.runs}
-    wanted = {point.digest for run in experiment.runs for point in pipeline.points(run)}
+    """Return the points in the results database that belong to the experiment; `is_final` is true for final checkpoints."""
+    final_checkpoints = {run.final for run in experiment.runs}
+    digests = {point.digest for run in experiment.runs for point in pipeline.points(run)}
     if experiment.baseline is not None:
-        others = {run.final for run in experiment.baseline.runs}
+        baseline_finals = {run.final for run in experiment.baseline.runs}
         points = (point for run in experiment.baseline.runs for point in pipeline.points(run))
-        wanted |= {point.digest for point in points if point.spec.checkpoint in others}
-        final_points |= others
+        digests |= {point.digest for point in points if point.spec.checkpoint in baseline_finals}
+        final_checkpoints |= baseline_finals
     table = pipeline.results_db.table()
-    table = table[table["point"].isin(wanted)]
+    table = table[table["point"].isin(digests)]
     batch_size = experiment.runs[0].spec.batch_size
     return (
-        timed_on_one_device(table)
+        keep_one_timing_device(table)
         .assign(
-            is_final=table["checkpoint"].isin(final_points),
+            is_final=table["checkpoint"].isin(final_checkpoints),
             normalized_training_compute=normalized_training_compute(table["training_gflop"], batch_size),
         )
         .reset_index(drop=True)
     )
 
 
-def _drawing(
-    pipeline: Pipeline, task: TaskName, table: pd.DataFrame, others: dict[str, str], pretrained: Pretrained | None
+def _report_data(
+    pipeline: Pipeline, task: TaskName, table: pd.DataFrame, other_pages: dict[str, str], pretrained: Pretrained | None
 ) -> ReportData:
-    """One experiment's page and table."""
     study, experiment = pipeline.study, pipeline.experiments[task]
     table, samples = experiment.summarise(table, SavedImages(pipeline.store, table["point"]))
     baselines = experiment.baselines
@@ -134,72 +135,71 @@ def _drawing(
         reconstruction_floors=next(iter(baselines.values())),
         prompts=experiment.sample_labels,
         budgets=(list(study.report.budgets) if task == "text2image" else []) or default_budgets(table, BUDGET_COST),
-        strips=_strips(experiment, table, samples),
-        others=others,
+        comparison_rows=_comparison_rows(experiment, table, samples),
+        other_pages=other_pages,
         findings=experiment.findings(table),
-        floor_label=RECONSTRUCTION_FLOORS.get(next(iter(baselines)), FLOOR_LABEL),
-        levels={"bicubic": baselines["bicubic"]} if "bicubic" in baselines else None,
-        absent=[title for title in TITLES.values() if title not in others and title != TITLES[task]],
+        floor_label=FLOOR_LABELS.get(next(iter(baselines)), FLOOR_LABEL),
+        reference_lines={"bicubic": baselines["bicubic"]} if "bicubic" in baselines else None,
+        missing_experiments=[title for title in TITLES.values() if title not in other_pages and title != TITLES[task]],
         pretrained=pretrained,
     )
     return page, table, samples
 
 
-def _strips(experiment: Experiment, table: pd.DataFrame, samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What is given first, then every size at its best, then the truth."""
-    told = {title: images.permute(0, 2, 3, 1).numpy() for title, images in experiment.strips().items()}
-    if not told:
+def _comparison_rows(experiment: Experiment, table: pd.DataFrame, samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return images uint8 [K, R, R, 3] by title: the inputs first, then the best of every size, then the targets."""
+    row_images = {title: images.permute(0, 2, 3, 1).numpy() for title, images in experiment.comparison_rows().items()}
+    if not row_images:
         return {}
-    best = best_in_each(final_points(table, experiment.metric), experiment.metric, ["size"])
-    made = {row["size"]: samples[row["point"]] for row in best.to_dict("records") if row["point"] in samples}
-    *given, (last, truth) = told.items()
-    return {**dict(given), **made, last: truth}
+    best = best_per_group(final_points(table, experiment.metric), experiment.metric, ["size"])
+    outputs = {row["size"]: samples[row["point"]] for row in best.to_dict("records") if row["point"] in samples}
+    *inputs, (target_title, targets) = row_images.items()
+    return {**dict(inputs), **outputs, target_title: targets}
 
 
-def _laws(experiment: Experiment, table: pd.DataFrame) -> dict[str, Any]:
-    """What quality against compute says, by axis and curve."""
+def _scaling_laws(experiment: Experiment, table: pd.DataFrame) -> dict[str, Any]:
+    """Return the laws of quality against training compute as text, by axis and curve."""
     batch_size, metric = experiment.runs[0].spec.batch_size, experiment.metric
-    told: dict[str, Any] = {}
-    for axis, (words, _) in COMPUTE_AXES.items():
+    texts: dict[str, Any] = {}
+    for axis, (label, _) in COMPUTE_AXES.items():
         try:
-            fitted = scaling(table, metric, batch_size, axis)
+            fitted = fit_scaling_laws(table, metric, batch_size, axis)
         except ConfigError as error:
-            told[words] = str(error)
+            texts[label] = str(error)
             continue
         laws = [*fitted.sizes, *([] if fitted.family is None else [fitted.family])]
-        told[words] = {law.name: str(law) for law in laws} or f"no curve has {MIN_SNAPSHOTS} marks"
-    return told
+        texts[label] = {law.name: str(law) for law in laws} or f"no curve has {MIN_POINTS} snapshots"
+    return texts
 
 
-def _is_one_line(table: pd.DataFrame) -> bool:
-    """Whether the sizes are one family, not students or variants beside it: crossings order them by their parameters."""
+def _has_one_family(table: pd.DataFrame) -> bool:
+    """Whether all sizes are one family without students or variants, so that their order by parameters has a meaning."""
     return set(table["task"].fillna("text2image")) == {"text2image"}
 
 
-def _bands(experiment: Experiment, table: pd.DataFrame) -> dict[str, Any] | str:
-    """Where the best size changes under every cost, and how sure that is."""
+def _best_size_by_budget(experiment: Experiment, table: pd.DataFrame) -> dict[str, Any] | str:
+    """Return the budgets at which the best size changes, with confidence bands, under every cost."""
     try:
-        return format_bands(table, experiment.metric)
+        return format_best_sizes(table, experiment.metric)
     except ConfigError as error:
         return str(error)
 
 
 def _predicted_frontier(experiment: Experiment, table: pd.DataFrame) -> dict[str, str] | str:
-    """What the law of the other sizes says of the largest one's frontier, under the paper's cost and a true one."""
+    """Return the prediction of the largest size's frontier by a law of the other sizes, under `PREDICTION_COSTS`."""
     try:
         return {
-            COSTS[cost].label: str(predict_held_out(table, experiment.metric, cost, FORETOLD_REDRAWS))
-            for cost in FORETOLD_COSTS
+            COSTS[cost].label: str(predict_held_out(table, experiment.metric, cost, PREDICTION_REPLICATES))
+            for cost in PREDICTION_COSTS
         }
     except ConfigError as error:
         return str(error)
 
 
 class SavedImages(Mapping[str, np.ndarray]):
-    """The images that points kept, uint8 [K, R, R, 3] by digest, each read when it is asked for."""
+    """The saved images of points, uint8 [K, R, R, 3] by digest; they are read when they are used."""
 
     def __init__(self, store: Store, points: Iterable[str]) -> None:
-        """Those of `points` that are in the store."""
         self.store = store
         self.points = dict.fromkeys(point for point in points if store.has("point", point))
 
@@ -218,23 +218,22 @@ class SavedImages(Mapping[str, np.ndarray]):
 def _provenance(pipeline: Pipeline, experiment: Experiment, table: pd.DataFrame) -> dict[str, Any]:
     assets = pipeline.assets
     skipped = [event for event in pipeline.results_db.events() if event["stage"].startswith("data.")]
-    has_too_few_samples = int(table["has_too_few_samples"].sum())
-    facts: dict[str, Any] = {
+    num_flagged = int(table["has_too_few_samples"].sum())
+    too_few_images = "points have fewer images than twice the number of features; compare only equal numbers of images"
+    is_family = _has_one_family(table)
+    return {
         "protocol": experiment.protocol_summary,
         "autoencoder": {"digest": assets.autoencoder_digest, "latent shape": " x ".join(map(str, assets.latent_shape))},
         **{BASELINES[title]: _rounded(scores) for title, scores in experiment.baselines.items()},
-        "quality against training compute": _laws(experiment, table),
-        **({"best size by budget": _bands(experiment, table)} if _is_one_line(table) else {}),
-        **({"the largest size's frontier, foretold": _predicted_frontier(experiment, table)} if _is_one_line(table) else {}),
-        **({"milliseconds": untimed} if (untimed := format_untimed(table)) else {}),
+        "quality against training compute": _scaling_laws(experiment, table),
+        **({"best size by budget": _best_size_by_budget(experiment, table)} if is_family else {}),
+        **({"predicted frontier of the largest size": _predicted_frontier(experiment, table)} if is_family else {}),
+        **({"milliseconds": untimed} if (untimed := format_excluded_timings(table)) else {}),
         "images skipped": len(skipped),
-        "has_too_few_samples": f"{has_too_few_samples} points: Fréchet distance from fewer images than twice its features, compare at equal N only"
-        if has_too_few_samples
-        else "no point",
-        "made with": dict(provenance()),
+        "Fréchet distance with too few images": f"{num_flagged} {too_few_images}" if num_flagged else "no point",
+        "software and hardware": dict(provenance()),
         STUDY_YAML: dump_study(pipeline.study),
     }
-    return facts
 
 
 def _rounded(scores: Mapping[str, float]) -> dict[str, str]:

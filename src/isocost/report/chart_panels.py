@@ -1,6 +1,6 @@
-"""The charts of the page with their switches: every drawing that a choice of cost, solver, size or quality can ask for.
+"""The interactive charts of the page: one figure for every choice of cost, solver, size and metric.
 
-A part that the table cannot give says in one line what is missing.
+A chart that the table cannot give is `Unavailable`, with the reason in one line.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from isocost.analysis.costs import COSTS
-from isocost.analysis.distillation import teacher_of
+from isocost.analysis.distillation import split_student_name
 from isocost.analysis.formatting import format_metric
 from isocost.analysis.results_table import final_points, sizes_in_order
 from isocost.errors import ConfigError
-from isocost.metrics.registry import METRICS
-from isocost.report import plot_data
-from isocost.report import plot_data_finetune as tuned
-from isocost.report import plotly_backend as charts
+from isocost.evaluation.metric_registry import METRICS
+from isocost.report import plot_data, plot_data_finetune, plotly_backend
+from isocost.report.plot_data_finetune import Pretrained
 
-RACES = ("guidance_low", "guidance_high", "race_images", "race_at_boundary")
+RACE_COLUMNS = ("guidance_low", "guidance_high", "race_images", "race_at_boundary")
 
 
 @dataclass(frozen=True)
 class Control:
-    """A row of exclusive choices above a chart; the positions of what is chosen make the key of the drawing.
+    """A row of exclusive choices above a chart.
 
-    `keys` are the names of what is chosen where other parts of the page follow it (costs), in the order of `choices`.
+    Attributes:
+        keys: names of the choices, in the same order, where other parts of the page use the same choice (costs).
     """
 
     legend: str
@@ -39,32 +39,38 @@ class Control:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart with its switches; `drawings` maps "0|1" (a position for each control) to the plotly figures shown together."""
+    """A chart with its controls.
+
+    Attributes:
+        figures: indices of the choices, one per control ("0|1") -> the plotly figures that are shown together.
+        subtitles: the same keys -> the line above the figures.
+    """
 
     name: str
     controls: tuple[Control, ...]
-    drawings: Mapping[str, Sequence[go.Figure]]
-    settings: Mapping[str, str]
+    figures: Mapping[str, Sequence[go.Figure]]
+    subtitles: Mapping[str, str]
 
     @property
     def has_published(self) -> bool:
-        """Whether any drawing holds the layer of the paper's numbers."""
-        return any(trace.meta == charts.PUBLISHED for shown in self.drawings.values() for one in shown for trace in one.data)
+        """Whether any figure has a layer with the paper's numbers."""
+        traces = (trace for figures in self.figures.values() for figure in figures for trace in figure.data)
+        return any(trace.meta == plotly_backend.PUBLISHED for trace in traces)
 
 
 @dataclass(frozen=True)
 class Unavailable:
-    """A part that is not in the report, and why."""
+    """A part that is missing from the report, with the reason."""
 
-    why: str
+    reason: str
 
 
-Across = Callable[[str], dict[str, Any]]
-"""Metric -> what its curves have besides: label of the floor, further levels."""
+CurveOptions = Callable[[str], dict[str, Any]]
+"""Metric -> further fields of its `Curves`: `floor_label` and `reference_lines`."""
 
 
 def try_make(make: Callable[..., Any], *arguments: Any) -> Any:
-    """What `make` gives; where the table cannot answer, its one line, to be shown in the place of the part."""
+    """Return `make(*arguments)`, or `Unavailable` with the message if it raises ConfigError."""
     try:
         return make(*arguments)
     except ConfigError as error:
@@ -72,125 +78,134 @@ def try_make(make: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def metrics_in(table: pd.DataFrame) -> list[str]:
-    """The metrics that at least one point carries, in the order of `METRICS`."""
+    """Return the metrics that at least one point has, in the order of `METRICS`."""
     return [name for name in METRICS if name in table.columns and table[name].notna().any()]
 
 
 def costs_in(table: pd.DataFrame) -> list[str]:
-    """The costs that at least one finished point carries, in the order of `COSTS`."""
+    """Return the costs that at least one final point has, in the order of `COSTS`."""
     finished = table[table["is_final"].astype(bool)]
     return [cost for cost in COSTS if finished[cost].notna().any()]
 
 
-def _cost_chart(table: pd.DataFrame, metric: str, reconstruction_floors: Mapping[str, float], across: Across) -> Chart:
-    metrics = _lead_first(table, metric)
+def _cost_chart(table: pd.DataFrame, metric: str, reconstruction_floors: Mapping[str, float], options: CurveOptions) -> Chart:
+    metrics = _with_metric_first(table, metric)
     solvers = sorted(final_points(table, metric)["solver"].unique())
     costs = costs_in(table)
-    views: list[str | None] = [None, *solvers] if len(solvers) > 1 else [None]
-    asked = {
+    solver_choices: list[str | None] = [None, *solvers] if len(solvers) > 1 else [None]
+    arguments = {
         f"{a}|{b}|{c}": (name, (cost, reconstruction_floors.get(name), solver))
         for a, cost in enumerate(costs)
-        for b, solver in enumerate(views)
+        for b, solver in enumerate(solver_choices)
         for c, name in enumerate(metrics)
     }
-    curves = _drawable(plot_data.cost_curves, table, asked, across)
+    curves = _available_curves(plot_data.cost_curves, table, arguments, options)
     controls = (
         Control("Cost", tuple(COSTS[cost].label for cost in costs), tuple(costs)),
-        Control("Solver", tuple(solver or "best of all" for solver in views)),
-        _quality(metrics),
+        Control("Solver", tuple(solver or "best of all" for solver in solver_choices)),
+        _metric_control(metrics),
     )
-    return _chart("cost", controls, curves)
+    return _curves_chart("cost", controls, curves)
 
 
-def _compute_chart(table: pd.DataFrame, metric: str, reconstruction_floors: Mapping[str, float], across: Across) -> Chart:
-    metrics = _lead_first(table, metric)
+def _compute_chart(
+    table: pd.DataFrame, metric: str, reconstruction_floors: Mapping[str, float], options: CurveOptions
+) -> Chart:
+    metrics = _with_metric_first(table, metric)
     axes = [axis for axis in plot_data.COMPUTE_AXES if axis in table.columns]
-    asked = {
+    arguments = {
         f"{c}|{a}": (name, (reconstruction_floors.get(name), axis))
         for c, name in enumerate(metrics)
         for a, axis in enumerate(axes)
     }
-    curves = _drawable(plot_data.compute_curves, table, asked, across)
+    curves = _available_curves(plot_data.compute_curves, table, arguments, options)
     compute = Control("Compute", tuple(plot_data.COMPUTE_AXES[axis][0] for axis in axes))
-    return _chart("compute", (_quality(metrics), compute), curves)
+    return _curves_chart("compute", (_metric_control(metrics), compute), curves)
 
 
-def _solver_chart(table: pd.DataFrame, metric: str, reconstruction_floors: Mapping[str, float], across: Across) -> Chart:
-    metrics = _lead_first(table, metric)
-    views: list[str | None] = [None, *sizes_in_order(final_points(table, metric))]
-    asked = {
+def _solver_chart(table: pd.DataFrame, metric: str, reconstruction_floors: Mapping[str, float], options: CurveOptions) -> Chart:
+    metrics = _with_metric_first(table, metric)
+    size_choices: list[str | None] = [None, *sizes_in_order(final_points(table, metric))]
+    arguments = {
         f"{a}|{b}|{c}": (name, (size, axis, reconstruction_floors.get(name)))
-        for a, size in enumerate(views)
+        for a, size in enumerate(size_choices)
         for b, axis in enumerate(plot_data.STEP_AXES)
         for c, name in enumerate(metrics)
     }
-    curves = _drawable(plot_data.solver_curves, table, asked, across)
+    curves = _available_curves(plot_data.solver_curves, table, arguments, options)
     controls = (
-        Control("Size", tuple(size or "best of all" for size in views)),
-        Control("Across", tuple(words for words, *_ in plot_data.STEP_AXES.values())),
-        _quality(metrics),
+        Control("Size", tuple(size or "best of all" for size in size_choices)),
+        Control("Against", tuple(label for label, *_ in plot_data.STEP_AXES.values())),
+        _metric_control(metrics),
     )
-    return _chart("solvers", controls, curves)
+    return _curves_chart("solvers", controls, curves)
 
 
-def _guidance_chart(table: pd.DataFrame, metric: str, _floors: Mapping[str, float], _across: Across) -> Chart:
-    metrics = _lead_first(table, metric)
-    plot_data.check_guidance(table, metric)
-    solvers = _solvers_with_a_choice(table, metric)
-    drawings = {}
+def _guidance_chart(table: pd.DataFrame, metric: str, _floors: Mapping[str, float], _options: CurveOptions) -> Chart:
+    metrics = _with_metric_first(table, metric)
+    plot_data.check_guidance_varies(table, metric)
+    solvers = _solvers_by_guidance_choice(table, metric)
+    figures = {}
     for c, name in enumerate(metrics):
-        panels = plot_data.guidance_panels(raced_by(table, metric, name), name)
+        panels = plot_data.guidance_panels(without_unrelated_races(table, metric, name), name)
         for b, solver in enumerate(solvers):
-            drawings[f"{b}|{c}"] = [charts.plotly_heat(panel) for panel in panels if panel.solver == solver]
-    return Chart("guidance", (Control("Solver", tuple(solvers)), _quality(metrics)), drawings, {})
+            figures[f"{b}|{c}"] = [plotly_backend.plotly_heatmap(panel) for panel in panels if panel.solver == solver]
+    return Chart("guidance", (Control("Solver", tuple(solvers)), _metric_control(metrics)), figures, {})
 
 
-def _found_chart(table: pd.DataFrame, metric: str, _floors: Mapping[str, float], _across: Across) -> Chart:
-    metrics = _lead_first(table, metric)
-    plot_data.check_guidance(table, metric)
-    solvers = _solvers_with_a_choice(table, metric)
+def _best_guidance_chart(table: pd.DataFrame, metric: str, _floors: Mapping[str, float], _options: CurveOptions) -> Chart:
+    metrics = _with_metric_first(table, metric)
+    plot_data.check_guidance_varies(table, metric)
+    solvers = _solvers_by_guidance_choice(table, metric)
     curves = {
-        f"{b}|{c}": plot_data.guidance_curves(raced_by(table, metric, name), name, solver)
+        f"{b}|{c}": plot_data.guidance_curves(without_unrelated_races(table, metric, name), name, solver)
         for b, solver in enumerate(solvers)
         for c, name in enumerate(metrics)
     }
-    return _chart("found", (Control("Solver", tuple(solvers)), _quality(metrics)), curves)
+    return _curves_chart("best_guidance", (Control("Solver", tuple(solvers)), _metric_control(metrics)), curves)
 
 
-def tuned_charts(
+def finetune_charts(
     table: pd.DataFrame,
     metric: str,
     reconstruction_floors: Mapping[str, float],
-    across: Across,
-    pretrained: tuned.Pretrained | None,
+    options: CurveOptions,
+    pretrained: Pretrained | None,
 ) -> dict[str, Chart | Unavailable]:
-    """Charts that only some experiments have, by name: frontiers of students, a task's quality after pretraining's."""
-    made = {}
-    if any(teacher_of(size)[1] for size in sizes_in_order(table)):
-        made["distilled"] = try_make(_distilled_chart, table, metric, reconstruction_floors, across)
+    """Return the charts that only some experiments have: "distillation" (frontiers of students) and "pretraining"."""
+    finetune: dict[str, Chart | Unavailable] = {}
+    if any(split_student_name(size)[1] for size in sizes_in_order(table)):
+        finetune["distillation"] = try_make(_distillation_chart, table, metric, reconstruction_floors, options)
     if pretrained is not None:
-        made["following"] = try_make(_following_chart, table, metric, reconstruction_floors, across, pretrained)
-    return made
+        finetune["pretraining"] = try_make(_pretraining_chart, table, metric, reconstruction_floors, options, pretrained)
+    return finetune
 
 
-def _distilled_chart(table: pd.DataFrame, metric: str, reconstruction_floors: Mapping[str, float], across: Across) -> Chart:
-    metrics, costs = _lead_first(table, metric), costs_in(table)
-    asked = {
+def _distillation_chart(
+    table: pd.DataFrame, metric: str, reconstruction_floors: Mapping[str, float], options: CurveOptions
+) -> Chart:
+    metrics, costs = _with_metric_first(table, metric), costs_in(table)
+    arguments = {
         f"{a}|{c}": (name, (cost, reconstruction_floors.get(name)))
         for a, cost in enumerate(costs)
         for c, name in enumerate(metrics)
     }
-    curves = _drawable(tuned.distillation_curves, table, asked, across)
+    curves = _available_curves(plot_data_finetune.distillation_curves, table, arguments, options)
     cost = Control("Cost", tuple(COSTS[cost].label for cost in costs), tuple(costs))
-    return _chart("distilled", (cost, _quality(metrics)), curves, "Each mark is")
+    return _curves_chart("distillation", (cost, _metric_control(metrics)), curves, "Each marker shows")
 
 
-def _following_chart(
-    table: pd.DataFrame, metric: str, reconstruction_floors: Mapping[str, float], across: Across, pretrained: tuned.Pretrained
+def _pretraining_chart(
+    table: pd.DataFrame,
+    metric: str,
+    reconstruction_floors: Mapping[str, float],
+    options: CurveOptions,
+    pretrained: Pretrained,
 ) -> Chart:
-    metrics = _lead_first(table, metric)
-    asked = {f"{c}": (name, (pretrained, reconstruction_floors.get(name))) for c, name in enumerate(metrics)}
-    return _chart("following", (_quality(metrics),), _drawable(tuned.pretraining_curves, table, asked, across), "Each mark is")
+    metrics = _with_metric_first(table, metric)
+    arguments = {f"{c}": (name, (pretrained, reconstruction_floors.get(name))) for c, name in enumerate(metrics)}
+    curves = _available_curves(plot_data_finetune.pretraining_curves, table, arguments, options)
+    return _curves_chart("pretraining", (_metric_control(metrics),), curves, "Each marker shows")
 
 
 CHARTS = {
@@ -198,46 +213,56 @@ CHARTS = {
     "compute": _compute_chart,
     "solvers": _solver_chart,
     "guidance": _guidance_chart,
-    "found": _found_chart,
+    "best_guidance": _best_guidance_chart,
 }
 
 
-def raced_by(table: pd.DataFrame, lead: str, metric: str) -> pd.DataFrame:
-    """The table for drawing `metric`: the races' intervals stay only where it is `lead`, which the races went by."""
-    return table if metric == lead else table.drop(columns=[name for name in RACES if name in table.columns])
+def without_unrelated_races(table: pd.DataFrame, race_metric: str, metric: str) -> pd.DataFrame:
+    """Return the table for a chart of `metric`: without the race columns if another metric decided the races."""
+    return table if metric == race_metric else table.drop(columns=[name for name in RACE_COLUMNS if name in table.columns])
 
 
-def _drawable(
-    make: Callable[..., plot_data.Curves], table: pd.DataFrame, asked: Mapping[str, tuple[str, tuple[Any, ...]]], across: Across
+def _available_curves(
+    make: Callable[..., plot_data.Curves],
+    table: pd.DataFrame,
+    arguments: Mapping[str, tuple[str, tuple[Any, ...]]],
+    options: CurveOptions,
 ) -> dict[str, plot_data.Curves]:
-    """The curves of every choice that the table can give, by key; `asked` has each one's metric and further arguments.
+    """Return the curves of every choice that the table can give.
+
+    Args:
+        arguments: key of the choice -> metric and further arguments of `make`.
 
     Raises:
-        ConfigError: it can give none; the words are those of the first.
+        ConfigError: no choice has curves; the message is that of the first choice.
     """
-    made = {key: (name, try_make(make, table, name, *further)) for key, (name, further) in asked.items()}
-    curves = {key: replace(one, **across(name)) for key, (name, one) in made.items() if not isinstance(one, Unavailable)}
+    results = {key: (name, try_make(make, table, name, *further)) for key, (name, further) in arguments.items()}
+    curves = {
+        key: replace(result, **options(name)) for key, (name, result) in results.items() if not isinstance(result, Unavailable)
+    }
     if not curves:
-        raise ConfigError(next((one.why for _, one in made.values()), "no finished point carries a cost"))
+        reasons = (result.reason for _, result in results.values())
+        raise ConfigError(next(reasons, "no final point has a cost"))
     return curves
 
 
-def _solvers_with_a_choice(table: pd.DataFrame, metric: str) -> list[str]:
-    """All solvers, those first that were tried with the most values of guidance: a student's may have but one."""
-    tried = final_points(table, metric).groupby("solver")["guidance"].nunique()
-    return sorted(tried.index, key=lambda solver: (-int(tried[solver] > 1), solver))
+def _solvers_by_guidance_choice(table: pd.DataFrame, metric: str) -> list[str]:
+    """Return all solvers, first those with more than one guidance value: students may have a solver with only one."""
+    num_values = final_points(table, metric).groupby("solver")["guidance"].nunique()
+    return sorted(num_values.index, key=lambda solver: (-int(num_values[solver] > 1), solver))
 
 
-def _quality(metrics: Sequence[str]) -> Control:
+def _metric_control(metrics: Sequence[str]) -> Control:
     return Control("Quality", tuple(format_metric(name) for name in metrics))
 
 
-def _chart(
+def _curves_chart(
     name: str, controls: tuple[Control, ...], curves: Mapping[str, plot_data.Curves], lead: str = "Sampled with"
 ) -> Chart:
-    drawings = {key: [charts.plotly_curves(one)] for key, one in curves.items()}
-    return Chart(name, controls, drawings, {key: f"{one.y_label}. {lead} {one.setting}." for key, one in curves.items()})
+    figures = {key: [plotly_backend.plotly_curves(item)] for key, item in curves.items()}
+    subtitles = {key: f"{item.y_label}. {lead} {item.setting}." for key, item in curves.items()}
+    return Chart(name, controls, figures, subtitles)
 
 
-def _lead_first(table: pd.DataFrame, metric: str) -> list[str]:
+def _with_metric_first(table: pd.DataFrame, metric: str) -> list[str]:
     return [metric, *(name for name in metrics_in(table) if name != metric)]

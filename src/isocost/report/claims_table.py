@@ -1,4 +1,4 @@
-"""The paper's findings on a study's points, as rows of the page and as `claims.md`."""
+"""The verdicts for the paper's claims: rows of the page, and `claims.md`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ from isocost.analysis.claims import ClaimVerdict, Tables, TaskResults
 from isocost.analysis.costs import COSTS
 from isocost.analysis.formatting import format_metric
 from isocost.analysis.results_table import sizes_in_order, with_metric
-from isocost.report.markdown import escaped
+from isocost.report.markdown import escape_markdown
 
 RULES = """\
-A case compares two scores. It agrees or contradicts where their 95 % intervals are apart, and is open where they overlap; where
-sizes were trained again from other seeds, scores of two sizes have to differ by more than that luck as well. A finding holds
-where some case agrees, none contradicts, and no more are open than agree; it does not hold where most of the decided cases
-contradict, and no fewer than are open; else it is undecided."""
+Each case compares two scores. It agrees or contradicts if their 95 % intervals do not overlap, and is open if they do. If sizes
+were also trained with other seeds, the scores of two sizes must differ by more than the variance between training seeds. A
+claim holds if at least one case agrees, none contradicts, and at most as many are open as agree. It does not hold if more cases
+contradict than agree, and at least as many contradict as are open. Otherwise it is undecided."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """A finding and what is said of it under the costs that agree about it: counts by cost, cases in words of the first."""
+class ClaimRow:
+    """A claim and its verdict under all costs that share this verdict.
+
+    Attributes:
+        costs: labels of these costs; empty if the claim does not depend on cost.
+        counts: how many cases agree, contradict and are open, by cost where they differ.
+        cases: some cases under the first of these costs.
+    """
 
     section: int
     statement: str
@@ -33,56 +39,64 @@ class Row:
     cases: tuple[str, ...]
 
 
-def verdict_rows(verdicts: Sequence[ClaimVerdict]) -> list[Row]:
-    """One row for every finding and verdict; costs under which the verdict is the same share it."""
+def claim_rows(verdicts: Sequence[ClaimVerdict]) -> list[ClaimRow]:
+    """Return one row for every claim and verdict; costs with the same verdict share a row."""
     rows = []
-    for (section, statement), group in groupby(verdicts, lambda one: (one.section, one.statement)):
-        alike: dict[str, list[ClaimVerdict]] = {}
-        for one in group:
-            alike.setdefault(one.verdict, []).append(one)
-        for verdict, some in alike.items():
-            costs = ", ".join(COSTS[one.cost].label for one in some if one.cost)
+    for (section, statement), group in groupby(verdicts, lambda verdict: (verdict.section, verdict.statement)):
+        by_verdict: dict[str, list[ClaimVerdict]] = {}
+        for claim in group:
+            by_verdict.setdefault(claim.verdict, []).append(claim)
+        for verdict, claims in by_verdict.items():
+            costs = ", ".join(COSTS[claim.cost].label for claim in claims if claim.cost)
             by_counts: dict[str, list[str]] = {}
-            for one in some:
-                by_counts.setdefault(one.counts, []).append(COSTS[one.cost].label if one.cost else "")
-            told = [counts if len(by_counts) == 1 else f"{', '.join(of)}: {counts}" for counts, of in by_counts.items()]
-            rows.append(Row(section, statement, costs, verdict, "; ".join(told), some[0].told))
+            for claim in claims:
+                by_counts.setdefault(claim.counts, []).append(COSTS[claim.cost].label if claim.cost else "")
+            parts = [
+                counts if len(by_counts) == 1 else f"{', '.join(labels)}: {counts}" for counts, labels in by_counts.items()
+            ]
+            rows.append(ClaimRow(section, statement, costs, verdict, "; ".join(parts), claims[0].examples))
     return rows
 
 
-def markdown_verdicts(study_name: str, verdicts: Sequence[ClaimVerdict], tables: Tables) -> str:
-    """`claims.md`: every finding with its evidence, the rules, and what the scores rest on, by task."""
-    lines = [f"# What the paper found, and {escaped(study_name)}", ""]
-    lines += ["Statements of arXiv 2404.01367, put to this study's points.", "", RULES, ""]
-    lines += ["| experiment | finding | at equal | verdict | evidence |", "|--:|---|---|---|---|"]
-    for row in verdict_rows(verdicts):
+def markdown_claims(study_name: str, verdicts: Sequence[ClaimVerdict], tables: Tables) -> str:
+    """Return `claims.md`: the rules, every claim with its verdict and evidence, and the scored points of each task."""
+    lines = [f"# The paper's claims, checked on {escape_markdown(study_name)}", ""]
+    lines += ["These claims are from arXiv 2404.01367. They are checked on the points of this study.", "", RULES, ""]
+    lines += ["| experiment | claim | at equal | verdict | evidence |", "|--:|---|---|---|---|"]
+    for row in claim_rows(verdicts):
         evidence = f"{row.counts}: {'; '.join(row.cases)}" if row.cases else row.counts
-        cells = (str(row.section), escaped(row.statement), escaped(row.costs), f"**{row.verdict}**", escaped(evidence))
+        cells = (
+            str(row.section),
+            escape_markdown(row.statement),
+            escape_markdown(row.costs),
+            f"**{row.verdict}**",
+            escape_markdown(evidence),
+        )
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "## What it rests on", ""]
-    lines += [f"- {escaped(task)}: {escaped(basis(points))}" for task, points in tables.items()]
+    lines += ["", "## The points behind the scores", ""]
+    lines += [f"- {escape_markdown(task)}: {escape_markdown(describe_points(results))}" for task, results in tables.items()]
     return "\n".join(lines) + "\n"
 
 
-def basis(points: TaskResults) -> str:
-    """Images a point, sizes, metric, protocol, seed, and how guidance was chosen, of the points that carry the metric."""
-    rows = with_metric(points.table, points.metric)
+def describe_points(results: TaskResults) -> str:
+    """Return sizes, images per point, metric, protocol, seed and choice of guidance of the points that have the metric."""
+    rows = with_metric(results.table, results.metric)
     first, sizes = rows.iloc[0], ", ".join(sizes_in_order(rows))
-    told = [f"{len(rows):,} points of {sizes}", f"{first['num_images']:,} images a point"]
-    told.append(f"by {format_metric(points.metric)}, protocol {first['protocol']}, seed {first['seed']}")
-    told.append(f"guidance {_choice(rows)}")
-    told.append(
-        "one training seed a size: its luck is not in the intervals"
-        if points.seed_variance is None
-        else str(points.seed_variance)
+    parts = [f"{len(rows):,} points of {sizes}", f"{first['num_images']:,} images per point"]
+    parts.append(f"by {format_metric(results.metric)}, protocol {first['protocol']}, seed {first['seed']}")
+    parts.append(f"guidance {_describe_guidance(rows)}")
+    parts.append(
+        "one training seed per size: the intervals do not include the variance between training seeds"
+        if results.seed_variance is None
+        else str(results.seed_variance)
     )
-    return "; ".join(told)
+    return "; ".join(parts)
 
 
-def _choice(rows: pd.DataFrame) -> str:
-    raced = rows["guidance_low"].notna() if "guidance_low" in rows.columns else pd.Series(False, index=rows.index)
-    if raced.any():
-        return "raced for with few images, the winner scored again with fresh seeds"
+def _describe_guidance(rows: pd.DataFrame) -> str:
+    is_raced = rows["guidance_low"].notna() if "guidance_low" in rows.columns else pd.Series(False, index=rows.index)
+    if is_raced.any():
+        return "chosen by a race with few images, the winner scored again with fresh seeds"
     if rows["guidance"].nunique() == 1:
-        return f"{rows['guidance'].iloc[0]:g} throughout"
-    return "the best of a grid by the same scores, which flatters the best"
+        return f"{rows['guidance'].iloc[0]:g} for all points"
+    return "the best of a grid by the same scores, so the best scores are slightly optimistic"

@@ -1,8 +1,8 @@
-"""Figures for papers, each named after the question that it answers; `isocost report` writes every one as PNG and PDF.
+"""Figures for papers; `isocost report` saves every one as PNG and PDF.
 
-A figure is a function of the table of points (`isocost.analysis.frontier`), drawn by `drawing.py` from what `marks.py`,
-`tuned.py` and `sheets.py` gather. `levels` replace fields of its `Curves`: further lines across, the label of the floor.
-Each raises ConfigError with what is missing where the table cannot answer.
+Each function takes the table of points (`isocost.analysis.results_table`) and returns a figure whose title is the question that
+it answers. It raises ConfigError if the table lacks the data. `overrides` replace fields of the figure's `Curves`, for example
+`reference_lines` and `floor_label`.
 
 Shape letters: K prompts, H, W height and width in pixels; images are uint8 [K, H, W, 3].
 """
@@ -22,11 +22,18 @@ from matplotlib.figure import Figure
 from isocost.analysis.costs import COSTS
 from isocost.analysis.results_table import final_points, sizes_in_order
 from isocost.errors import ConfigError
-from isocost.report.image_grids import contact_cells
-from isocost.report.matplotlib_backend import FORMATS, draw_curves, draw_panels, draw_sheet, draw_strips, save
+from isocost.report.image_grids import image_grid
+from isocost.report.matplotlib_backend import (
+    FORMATS,
+    draw_comparison_rows,
+    draw_curves,
+    draw_heatmaps,
+    draw_image_grid,
+    save,
+)
 from isocost.report.plot_data import (
     COMPUTE_AXES,
-    check_guidance,
+    check_guidance_varies,
     compute_curves,
     cost_curves,
     guidance_curves,
@@ -42,46 +49,47 @@ def plot_quality_vs_cost(
     cost: str = "normalized_cost",
     floor: float | None = None,
     solver: str | None = None,
-    **levels: Any,
+    **overrides: Any,
 ) -> Figure:
-    """Quality of every size against a cost, and the frontier; see `cost_curves`."""
-    return draw_curves(replace(cost_curves(table, metric, cost, floor, solver), **levels))
+    """Plot the quality of every size against a cost, and the frontier; see `cost_curves`."""
+    return draw_curves(replace(cost_curves(table, metric, cost, floor, solver), **overrides))
 
 
 def plot_quality_vs_compute(
-    table: pd.DataFrame, metric: str, axis: str = "training_gflop", floor: float | None = None, **levels: Any
+    table: pd.DataFrame, metric: str, axis: str = "training_gflop", floor: float | None = None, **overrides: Any
 ) -> Figure:
-    """Quality of every size against its training compute; see `compute_curves`."""
-    return draw_curves(replace(compute_curves(table, metric, floor, axis), **levels))
+    """Plot the quality of every size against its training compute; see `compute_curves`."""
+    return draw_curves(replace(compute_curves(table, metric, floor, axis), **overrides))
 
 
 def plot_solvers(
-    table: pd.DataFrame, metric: str, floor: float | None = None, size: str | None = None, **levels: Any
+    table: pd.DataFrame, metric: str, floor: float | None = None, size: str | None = None, **overrides: Any
 ) -> Figure:
-    """Quality under every solver against steps, of one size or of the best at each; see `solver_curves`."""
-    return draw_curves(replace(solver_curves(table, metric, size, floor=floor), **levels))
+    """Plot the quality of every solver against steps, for one size or for the best size at each; see `solver_curves`."""
+    return draw_curves(replace(solver_curves(table, metric, size, floor=floor), **overrides))
 
 
-def plot_guidance(table: pd.DataFrame, metric: str) -> Figure:
-    """Quality over steps and guidance, one row a solver, one panel a size; see `guidance_panels`."""
-    check_guidance(table, metric)
-    return draw_panels(guidance_panels(table, metric), sizes_in_order(final_points(table, metric)))
+def plot_guidance_heatmap(table: pd.DataFrame, metric: str) -> Figure:
+    """Plot quality over steps and guidance as heat maps, one per size and solver; see `guidance_panels`."""
+    check_guidance_varies(table, metric)
+    return draw_heatmaps(guidance_panels(table, metric), sizes_in_order(final_points(table, metric)))
 
 
-def plot_guidance_heatmap(table: pd.DataFrame, metric: str, solver: str | None = None) -> Figure:
-    """The best guidance of every size against steps, with the interval that a race found; see `guidance_curves`.
+def plot_best_guidance(table: pd.DataFrame, metric: str, solver: str | None = None) -> Figure:
+    """Plot the best guidance of every size against steps, with the interval from the race; see `guidance_curves`.
 
-    `solver` is the one that was tried with the most values of guidance where None, the first by name of those.
+    Args:
+        solver: if None, the solver with the most guidance values, the first by name among equals.
     """
     if solver is None:
-        tried = final_points(table, metric).groupby("solver")["guidance"].nunique()
-        solver = str(tried.sort_index().idxmax())
+        num_values = final_points(table, metric).groupby("solver")["guidance"].nunique()
+        solver = str(num_values.sort_index().idxmax())
     return draw_curves(guidance_curves(table, metric, solver))
 
 
 def plot_steps_grid(table: pd.DataFrame, metric: str, samples: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Figure:
-    """Images of the same noise, one block a caption: sizes down, numbers of steps across; see `contact_cells`."""
-    return draw_sheet(contact_cells(table, metric, samples, prompts))
+    """Show images of the same noise for every size (rows) and number of steps (columns), one block per prompt."""
+    return draw_image_grid(image_grid(table, metric, samples, prompts))
 
 
 def plot_budget_grid(
@@ -92,113 +100,122 @@ def plot_budget_grid(
     budgets: Sequence[float],
     cost: str = "normalized_cost",
 ) -> Figure:
-    """Images of the same noise, one block a caption: sizes down, budgets of `cost` across; see `contact_cells`.
+    """Show images of the same noise for every size (rows) and budget of `cost` (columns), one block per prompt.
 
     Raises:
-        ConfigError: no budget was given.
+        ConfigError: `budgets` is empty.
     """
     if not budgets:
-        raise ConfigError("no budget was given")
-    return draw_sheet(contact_cells(table, metric, samples, prompts, cost, budgets))
+        raise ConfigError("no budgets to show images for; set `report.budgets` in the study")
+    return draw_image_grid(image_grid(table, metric, samples, prompts, cost, budgets))
 
 
 def plot_inputs_outputs(images: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Figure:
-    """What was given, what every size made of it, what it should be: a row an image, uint8 [K, H, W, 3] by title.
+    """Show the input, the output of every size and the target next to each other, one row per image.
+
+    Args:
+        images: column title -> images uint8 [K, H, W, 3].
+        prompts: labels of the K images.
 
     Raises:
-        ConfigError: there are no images.
+        ConfigError: `images` is empty.
     """
     if not images:
-        raise ConfigError("nothing was given to make images of")
-    return draw_strips(images, prompts)
+        raise ConfigError("this task has no input images to show")
+    return draw_comparison_rows(images, prompts)
 
 
 def plot_superres_vs_pretraining(
-    table: pd.DataFrame, metric: str, pretrained: Pretrained, floor: float | None = None, **levels: Any
+    table: pd.DataFrame, metric: str, pretrained: Pretrained, floor: float | None = None, **overrides: Any
 ) -> Figure:
-    """Super-resolution of every size against what its pretrained checkpoint scored; see `pretraining_curves`."""
-    return draw_curves(replace(pretraining_curves(table, metric, pretrained, floor), **levels))
+    """Plot super-resolution of every size against the score of its pretrained checkpoint; see `pretraining_curves`."""
+    return draw_curves(replace(pretraining_curves(table, metric, pretrained, floor), **overrides))
 
 
 def plot_dreambooth_vs_pretraining(
-    table: pd.DataFrame, metric: str, pretrained: Pretrained, floor: float | None = None, **levels: Any
+    table: pd.DataFrame, metric: str, pretrained: Pretrained, floor: float | None = None, **overrides: Any
 ) -> Figure:
-    """Likeness to the subject of every size against what its pretrained checkpoint scored; see `pretraining_curves`."""
-    return draw_curves(replace(pretraining_curves(table, metric, pretrained, floor), **levels))
+    """Plot the similarity to the subject against the score of the pretrained checkpoint; see `pretraining_curves`."""
+    return draw_curves(replace(pretraining_curves(table, metric, pretrained, floor), **overrides))
 
 
 def plot_distillation_frontier(
-    table: pd.DataFrame, metric: str, cost: str = "normalized_cost", floor: float | None = None, **levels: Any
+    table: pd.DataFrame, metric: str, cost: str = "normalized_cost", floor: float | None = None, **overrides: Any
 ) -> Figure:
-    """The frontiers of the undistilled and of every kind of student; see `distillation_curves`."""
-    return draw_curves(replace(distillation_curves(table, metric, cost, floor), **levels))
+    """Plot the frontiers of the undistilled models and of every kind of student; see `distillation_curves`."""
+    return draw_curves(replace(distillation_curves(table, metric, cost, floor), **overrides))
 
 
-FOLLOWING = {
+PRETRAINING_FIGURES = {
     "superres": plot_superres_vs_pretraining,
     "dreambooth": plot_dreambooth_vs_pretraining,
 }
-"""Task -> the figure that sets it against the pretrained checkpoints."""
+"""Task -> the figure that compares it with the pretrained checkpoints."""
 
 
-def every_figure(
+def all_figures(
     table: pd.DataFrame,
     metric: str,
     floor: float | None,
     samples: Mapping[str, np.ndarray],
     prompts: Sequence[str],
     budgets: Sequence[float],
-    strips: Mapping[str, np.ndarray],
+    comparison_rows: Mapping[str, np.ndarray],
     pretrained: Pretrained | None = None,
-    **levels: Any,
+    **overrides: Any,
 ) -> dict[str, Callable[[], Figure]]:
-    """All figures of one experiment by the name of their file, not drawn yet: the function's, then what is on its axis.
+    """Return a function for every figure of one experiment, by the name of its file.
 
     Args:
-        table: points, as in `isocost.analysis.frontier`.
-        floor: value of what is drawn across, the best that can be hoped for.
+        table: points, as in `isocost.analysis.results_table`.
+        floor: the best possible value, drawn as a horizontal line.
         samples: point -> images uint8 [K, H, W, 3] of the same K prompts and seeds.
-        captions: the K prompts.
+        prompts: the K prompts.
         budgets: budgets of normalized cost.
-        strips: title -> images uint8 [K, H, W, 3] to be laid side by side; maybe none.
-        pretrained: what the experiment's runs started from, where its task is one of `FOLLOWING`.
+        comparison_rows: title -> images uint8 [K, H, W, 3] to show next to each other; may be empty.
+        pretrained: the checkpoints that the runs started from, if the task is in `PRETRAINING_FIGURES`.
     """
-    given: dict[str, Any] = {"floor": floor, **levels}
-    over: dict[Callable[..., Figure], Sequence[str]] = {
+    options: dict[str, Any] = {"floor": floor, **overrides}
+    plots_by_axis: dict[Callable[..., Figure], Sequence[str]] = {
         plot_quality_vs_cost: list(COSTS),
         plot_quality_vs_compute: [axis for axis in COMPUTE_AXES if axis in table.columns],
         plot_distillation_frontier: list(COSTS),
     }
-    alone: dict[Callable[..., Figure], Callable[[], Figure]] = {
-        plot_solvers: lambda: plot_solvers(table, metric, **given),
-        plot_guidance: lambda: plot_guidance(table, metric),
+    single_plots: dict[Callable[..., Figure], Callable[[], Figure]] = {
+        plot_solvers: lambda: plot_solvers(table, metric, **options),
         plot_guidance_heatmap: lambda: plot_guidance_heatmap(table, metric),
+        plot_best_guidance: lambda: plot_best_guidance(table, metric),
         plot_steps_grid: lambda: plot_steps_grid(table, metric, samples, prompts),
         plot_budget_grid: lambda: plot_budget_grid(table, metric, samples, prompts, budgets),
-        plot_inputs_outputs: lambda: plot_inputs_outputs(strips, prompts),
-        **{draw: partial(_follow, draw, task, table, metric, pretrained, given) for task, draw in FOLLOWING.items()},
+        plot_inputs_outputs: lambda: plot_inputs_outputs(comparison_rows, prompts),
+        **{
+            plot: partial(_plot_vs_pretraining, plot, task, table, metric, pretrained, options)
+            for task, plot in PRETRAINING_FIGURES.items()
+        },
     }
-    drawn = {
-        f"{file_name(draw)}-{axis}": partial(draw, table, metric, axis, **given) for draw, axes in over.items() for axis in axes
+    figures = {
+        f"{file_name(plot)}-{axis}": partial(plot, table, metric, axis, **options)
+        for plot, axes in plots_by_axis.items()
+        for axis in axes
     }
-    return drawn | {file_name(draw): make for draw, make in alone.items()}
+    return figures | {file_name(plot): make for plot, make in single_plots.items()}
 
 
-def file_name(draw: Callable[..., Figure]) -> str:
-    """Name of a figure's file: "quality_vs_cost" of `plot_quality_vs_cost`."""
-    return draw.__name__.removeprefix("plot_")
+def file_name(plot: Callable[..., Figure]) -> str:
+    """Return the file name of a figure without its ending: "quality_vs_cost" for `plot_quality_vs_cost`."""
+    return plot.__name__.removeprefix("plot_")
 
 
-def save_figures(folder: Path, drawn: Mapping[str, Callable[[], Figure]]) -> list[str]:
-    """Draw and save each in every one of `FORMATS`; returns the names of those that the table can give.
+def save_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]]) -> list[str]:
+    """Save every figure in all `FORMATS` and return the names of those that the table has data for.
 
-    Where it cannot, what an earlier report left under the name is removed.
+    If the table lacks the data of a figure, files of an earlier report under its name are removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = []
-    for name, draw in drawn.items():
+    for name, make in figures.items():
         try:
-            figure = draw()
+            figure = make()
         except ConfigError:
             for ending in FORMATS:
                 (folder / f"{name}.{ending}").unlink(missing_ok=True)
@@ -208,14 +225,21 @@ def save_figures(folder: Path, drawn: Mapping[str, Callable[[], Figure]]) -> lis
     return names
 
 
-def _follow(
-    draw: Callable[..., Figure],
+def _plot_vs_pretraining(
+    plot: Callable[..., Figure],
     task: str,
     table: pd.DataFrame,
     metric: str,
     pretrained: Pretrained | None,
-    given: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> Figure:
     if pretrained is None or pretrained.task != task:
-        raise ConfigError(f"this is no {task} of checkpoints that were scored before")
-    return draw(table, metric, pretrained, **given)
+        raise ConfigError(f"this experiment is not {task} of scored checkpoints")
+    return plot(table, metric, pretrained, **options)
+
+
+TABLE_PLOTS: dict[str, Callable[..., Figure]] = {
+    file_name(draw): draw
+    for draw in (plot_quality_vs_cost, plot_quality_vs_compute, plot_solvers, plot_guidance_heatmap, plot_best_guidance)
+}
+"""Name -> the figures that need nothing but a results table: (table, metric, options) -> figure."""

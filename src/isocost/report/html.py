@@ -1,7 +1,8 @@
-"""The report: one self-contained HTML page that opens offline, and its figures beside it.
+"""The report: one self-contained HTML page that opens offline, and the figures in a folder next to it.
 
-The answer comes first, then what it rests on. A part that the table cannot give says in one line what is missing.
-Captions and names come from people's data: the template escapes them, and the page's own policy forbids any network request.
+The answer comes first, the evidence after it. A part that the table has no data for is replaced by one line with the reason.
+Prompts and names come from users' data: the template escapes them, and the page's content security policy forbids any network
+request.
 
 Shape letters: K prompts, H, W height and width in pixels; images are uint8 [K, H, W, 3].
 """
@@ -25,27 +26,27 @@ from isocost.analysis.claims import ClaimVerdict
 from isocost.analysis.costs import COSTS
 from isocost.analysis.formatting import format_metric, format_number
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets, default_budgets, metric_of
-from isocost.analysis.recommend import answer
+from isocost.analysis.recommend import describe_choice
 from isocost.analysis.results_table import with_metric
 from isocost.models.paper_table import TABLE_1
 from isocost.report import plot_data
-from isocost.report.budget_slider import explorer
-from isocost.report.chart_panels import CHARTS, Chart, Unavailable, metrics_in, try_make, tuned_charts
-from isocost.report.claims_table import verdict_rows
-from isocost.report.figures import every_figure, save_figures
-from isocost.report.image_embedding import EmbeddedImages, album
-from isocost.report.image_grids import ContactSheet, contact_cells, kept_of
+from isocost.report.budget_slider import budget_slider
+from isocost.report.chart_panels import CHARTS, Chart, Unavailable, finetune_charts, metrics_in, try_make
+from isocost.report.claims_table import claim_rows
+from isocost.report.figures import all_figures, save_figures
+from isocost.report.image_embedding import EmbeddedImages, embed_images
+from isocost.report.image_grids import ImageGrid, image_grid, saved_images_of
 from isocost.report.markdown import headline
 from isocost.report.matplotlib_backend import FORMATS
-from isocost.report.plot_data_finetune import DISTILLED, FOLLOWS, Pretrained
+from isocost.report.plot_data_finetune import DISTILLATION_QUESTION, PRETRAINING_QUESTIONS, Pretrained
 from isocost.report.results_table import headline_facts, point_columns, size_rows
 from isocost.utils.artifact_store import write_atomically
 
 STUDY_YAML = "study_yaml"
 FIGURES = "figures"
-"""Folder beside the page."""
-STRIP = "strip"
-"""In front of the titles of strips, among the keys of images, which are points otherwise."""
+"""Folder next to the page."""
+COMPARISON_PREFIX = "comparison"
+"""First part of the image keys of comparison rows; all other image keys are points."""
 
 
 def write_report(
@@ -58,34 +59,35 @@ def write_report(
     samples: Mapping[str, np.ndarray],
     prompts: Sequence[str],
     budgets: Sequence[float] = (),
-    strips: Mapping[str, np.ndarray] | None = None,
-    others: Mapping[str, str] | None = None,
+    comparison_rows: Mapping[str, np.ndarray] | None = None,
+    other_pages: Mapping[str, str] | None = None,
     findings: Mapping[str, Any] | None = None,
     floor_label: str = plot_data.FLOOR_LABEL,
-    levels: Mapping[str, Mapping[str, float]] | None = None,
-    absent: Sequence[str] = (),
+    reference_lines: Mapping[str, Mapping[str, float]] | None = None,
+    missing_experiments: Sequence[str] = (),
     pretrained: Pretrained | None = None,
     verdicts: Sequence[ClaimVerdict] = (),
 ) -> Path:
-    """Write `index.html` and `figures/` (`isocost.report.figures`, PNG and PDF) into `folder`; returns the path of the page.
+    """Write `index.html` and `figures/` (`isocost.report.figures`, PNG and PDF) into `folder` and return the path of the page.
 
     Args:
-        folder: made where absent.
+        folder: created if missing.
         study_name: title of the page.
-        table: points, as in `isocost.analysis.frontier`.
-        metric: what the answer is decided by, and what guidance was raced by.
+        table: points, as in `isocost.analysis.results_table`.
+        metric: the metric that ranks the points and that decided the races for guidance.
         provenance: facts by name; a mapping as a value becomes a nested list, the text under `study_yaml` is shown as code.
-        floors: metric -> value of what `floor_label` names: the best that can be hoped for.
+        reconstruction_floors: metric -> the best possible value, for example of real images through the autoencoder.
         samples: point -> images uint8 [K, H, W, 3] of the same K prompts and seeds.
-        captions: the K prompts.
-        budgets: budgets of normalized cost for the answer; spread over the data where empty.
-        strips: title -> images uint8 [K, H, W, 3] to be laid side by side (super-resolution: given, enlarged, made, true).
-        others: title -> address of the study's other pages.
-        findings: what was compared in pairs: texts, or mappings of them, by title.
-        levels: further values that no model made: title -> metric -> value.
-        absent: titles of experiments that have no page.
-        pretrained: what the experiment's runs started from, of tasks that are set against it.
-        verdicts: the paper's findings, put to these points and those of the other tasks.
+        prompts: the K prompts.
+        budgets: budgets of normalized cost for the answer; spread over the data if empty.
+        comparison_rows: title -> images uint8 [K, H, W, 3] to show next to each other: inputs, outputs and targets.
+        other_pages: title -> address of the study's other pages.
+        findings: results of paired comparisons by title: texts, or mappings of them.
+        floor_label: name of the values in `reconstruction_floors`.
+        reference_lines: title -> metric -> score of images that no model generated.
+        missing_experiments: titles of experiments that have no page.
+        pretrained: the points of the checkpoints that the runs started from, for tasks that are compared with them.
+        verdicts: verdicts for the paper's claims on these points and those of the other tasks.
 
     Raises:
         ConfigError: the points cannot be compared (they differ in protocol, number of images or seed).
@@ -96,60 +98,70 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     floor = reconstruction_floors.get(metric)
 
-    def across(name: str) -> dict[str, Any]:
-        told = tuple((title, scores[name]) for title, scores in (levels or {}).items() if name in scores)
-        return {"floor_label": floor_label, "levels": told}
+    def curve_options(name: str) -> dict[str, Any]:
+        lines = tuple((title, scores[name]) for title, scores in (reference_lines or {}).items() if name in scores)
+        return {"floor_label": floor_label, "reference_lines": lines}
 
     budgets = list(budgets) or try_make(lambda: default_budgets(table, "normalized_cost"))
     choices = (
         budgets if isinstance(budgets, Unavailable) else try_make(best_at_budgets, table, "normalized_cost", metric, budgets)
     )
-    sample_labels = [] if isinstance(budgets, Unavailable) else budgets
-    drawn = every_figure(table, metric, floor, samples, prompts, sample_labels, strips or {}, pretrained, **across(metric))
-    tuned = tuned_charts(table, metric, reconstruction_floors, across, pretrained)
-    sheets = try_make(_sheets, table, metric, samples, prompts, sample_labels)
-    explore = try_make(explorer, table, metric, set(samples))
-    images = _album(choices, explore, sheets, samples, prompts, strips or {})
+    grid_budgets = [] if isinstance(budgets, Unavailable) else budgets
+    comparison_rows = comparison_rows or {}
+    figures = all_figures(
+        table, metric, floor, samples, prompts, grid_budgets, comparison_rows, pretrained, **curve_options(metric)
+    )
+    finetune = finetune_charts(table, metric, reconstruction_floors, curve_options, pretrained)
+    grids = try_make(_image_grids, table, metric, samples, prompts, grid_budgets)
+    slider = try_make(budget_slider, table, metric, set(samples))
+    images = _embed_shown_images(choices, slider, grids, samples, prompts, comparison_rows)
     page = (
         _environment()
         .get_template("page.html")
         .render(
             study=study_name,
             metric=metric_of(metric),
-            format_metric=format_metric(metric),
+            metric_label=format_metric(metric),
             facts=headline_facts(table, metric),
             choices=choices,
-            answers=choices if isinstance(choices, Unavailable) else [answer(choice) for choice in choices],
+            answers=choices if isinstance(choices, Unavailable) else [describe_choice(choice) for choice in choices],
             headline=None if isinstance(choices, Unavailable) else headline(choices),
-            explore=explore,
-            charts={chart: try_make(make, table, metric, reconstruction_floors, across) for chart, make in CHARTS.items()}
-            | tuned,
-            tuned={name: FOLLOWS[pretrained.task][0] if name == "following" and pretrained else DISTILLED for name in tuned},
+            slider=slider,
+            charts={
+                chart: try_make(make, table, metric, reconstruction_floors, curve_options) for chart, make in CHARTS.items()
+            }
+            | finetune,
+            finetune_questions={
+                name: PRETRAINING_QUESTIONS[pretrained.task][0]
+                if name == "pretraining" and pretrained
+                else DISTILLATION_QUESTION
+                for name in finetune
+            },
             paper=TABLE_1,
-            raced="guidance_low" in table.columns and bool(table["guidance_low"].notna().any()),
+            has_races="guidance_low" in table.columns and bool(table["guidance_low"].notna().any()),
             unmeasured=[cost.label for cost in COSTS.values() if table[cost.name].isna().all()],
             floor=None if floor is None else format_number(floor),
             floor_label=floor_label,
-            sheets=sheets,
+            grids=grids,
             images=images,
             prompts=list(prompts),
-            strips={title: f"{STRIP}/{title}" for title in strips or {}},
-            others=others or {},
-            absent=list(absent),
+            comparison_rows={title: f"{COMPARISON_PREFIX}/{title}" for title in comparison_rows},
+            other_pages=other_pages or {},
+            missing_experiments=list(missing_experiments),
             findings=findings or {},
-            verdicts=verdict_rows(verdicts),
-            data_json=_data_json(explore, images, prompts),
-            drawing_json=_drawing_json,
+            claims=claim_rows(verdicts),
+            report_json=_report_json(slider, images, prompts),
+            chart_json=_chart_json,
             points_json=_script_json(point_columns(table, metric)),
             sizes=size_rows(table),
             provenance={key: value for key, value in provenance.items() if key != STUDY_YAML},
             study_yaml=provenance.get(STUDY_YAML),
-            figures=save_figures(folder / FIGURES, drawn),
+            figures=save_figures(folder / FIGURES, figures),
             formats=FORMATS,
             page_css=_asset("page.css"),
             page_js=_asset("page.js"),
             plotly_js=Markup(get_plotlyjs()),
-            is_missing=lambda part: isinstance(part, Unavailable),
+            is_unavailable=lambda part: isinstance(part, Unavailable),
         )
     )
     path = folder / "index.html"
@@ -160,32 +172,34 @@ def write_report(
 # --- images ---------------------------------------------------------------------------------------------------------
 
 
-def _sheets(
+def _image_grids(
     table: pd.DataFrame, metric: str, samples: Mapping[str, np.ndarray], prompts: Sequence[str], budgets: Sequence[float]
-) -> list[ContactSheet]:
-    """The contact sheets over steps and, where there are budgets, over those."""
-    by_steps = contact_cells(table, metric, samples, prompts)
-    return [by_steps, *([contact_cells(table, metric, samples, prompts, "normalized_cost", budgets)] if budgets else [])]
+) -> list[ImageGrid]:
+    """Return the image grid over numbers of steps and, if there are budgets, the one over budgets."""
+    by_steps = image_grid(table, metric, samples, prompts)
+    return [by_steps, *([image_grid(table, metric, samples, prompts, "normalized_cost", budgets)] if budgets else [])]
 
 
-def _album(
+def _embed_shown_images(
     choices: list[BudgetChoice] | Unavailable,
-    explore: Mapping[str, Any] | Unavailable,
-    sheets: list[ContactSheet] | Unavailable,
+    slider: Mapping[str, Any] | Unavailable,
+    grids: list[ImageGrid] | Unavailable,
     samples: Mapping[str, np.ndarray],
     prompts: Sequence[str],
-    strips: Mapping[str, np.ndarray],
+    comparison_rows: Mapping[str, np.ndarray],
 ) -> EmbeddedImages:
-    """Every image that the page shows somewhere, by point, and the strips by their titles."""
-    wanted: dict[str, None] = {}
+    """Encode all images that any part of the page shows: by point, and comparison rows by `COMPARISON_PREFIX` and title."""
+    points: dict[str, None] = {}
     if not isinstance(choices, Unavailable):
-        wanted |= dict.fromkeys(choice.best.point for choice in choices if choice.best is not None)
-    if not isinstance(explore, Unavailable):
-        wanted |= dict.fromkeys(point for point, one in explore["configurations"].items() if one["has_images"])
-    if not isinstance(sheets, Unavailable):
-        wanted |= dict.fromkeys(cell.point for sheet in sheets for row in sheet.cells for cell in row if cell is not None)
-    kept = {point: kept_of(point, samples, prompts) for point in wanted if point in samples}
-    return album(kept | {f"{STRIP}/{title}": images for title, images in strips.items()})
+        points |= dict.fromkeys(choice.best.point for choice in choices if choice.best is not None)
+    if not isinstance(slider, Unavailable):
+        points |= dict.fromkeys(
+            point for point, configuration in slider["configurations"].items() if configuration["has_images"]
+        )
+    if not isinstance(grids, Unavailable):
+        points |= dict.fromkeys(cell.point for grid in grids for row in grid.cells for cell in row if cell is not None)
+    images = {point: saved_images_of(point, samples, prompts) for point in points if point in samples}
+    return embed_images(images | {f"{COMPARISON_PREFIX}/{title}": batch for title, batch in comparison_rows.items()})
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -202,29 +216,29 @@ def _environment() -> Environment:
 
 
 def _asset(name: str) -> Markup:
-    """A file of the page's own, put in as it is."""
+    """Return a file of the package's templates, unescaped."""
     return Markup(resources.files("isocost.report").joinpath("templates", name).read_text(encoding="utf-8"))
 
 
-def _data_json(explore: Mapping[str, Any] | Unavailable, images: EmbeddedImages, prompts: Sequence[str]) -> Markup:
-    told = None if isinstance(explore, Unavailable) else explore
-    return _script_json({"explore": told, "images": images.addresses, "prompts": list(prompts)})
+def _report_json(slider: Mapping[str, Any] | Unavailable, images: EmbeddedImages, prompts: Sequence[str]) -> Markup:
+    slider_data = None if isinstance(slider, Unavailable) else slider
+    return _script_json({"slider": slider_data, "images": images.data_urls, "prompts": list(prompts)})
 
 
-def _drawing_json(charts: Mapping[str, Chart | Unavailable]) -> Markup:
-    plain = {
+def _chart_json(charts: Mapping[str, Chart | Unavailable]) -> Markup:
+    contents = {
         name: {
-            "drawings": {key: [json.loads(one.to_json()) for one in shown] for key, shown in chart.drawings.items()},
-            "settings": dict(chart.settings),
+            "figures": {key: [json.loads(figure.to_json()) for figure in figures] for key, figures in chart.figures.items()},
+            "subtitles": dict(chart.subtitles),
         }
         for name, chart in charts.items()
         if isinstance(chart, Chart)
     }
-    return _script_json(plain)
+    return _script_json(contents)
 
 
 def _script_json(value: Any) -> Markup:
-    """JSON that cannot end its script element, whatever names and captions hold."""
+    """Return JSON that cannot end its script element, whatever names and prompts contain."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain_number)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -233,6 +247,6 @@ def _script_json(value: Any) -> Markup:
 
 def _plain_number(value: Any) -> float | int | None:
     if isinstance(value, np.generic):
-        plain = value.item()
-        return None if isinstance(plain, float) and math.isnan(plain) else plain
-    raise TypeError(f"{type(value).__name__} cannot enter the page")
+        number = value.item()
+        return None if isinstance(number, float) and math.isnan(number) else number
+    raise TypeError(f"a value of type {type(value).__name__} cannot be stored in the page")

@@ -1,4 +1,4 @@
-"""The images of the page: each embedded once, however often it is shown, and small enough for the page to be sent by mail.
+"""Embeds each image of the page once, however often it is shown, at a size that keeps the page small enough to mail.
 
 Shape letters: K prompts, H, W height and width in pixels; images are uint8 [K, H, W, 3].
 """
@@ -14,60 +14,74 @@ import numpy as np
 from PIL import Image
 
 MAX_BYTES = 6_000_000
-"""Of all images together, as base64."""
-SHOWN_SIDE = 72
-"""About how many pixels wide an image is shown in a sheet."""
+"""Limit for all images together, as base64."""
+DISPLAY_SIZE = 72
+"""Approximate width in pixels of an image on the page."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images are made small: the longest side in pixels, and WebP's quality; None is lossless."""
+    """How images are compressed.
 
-    longest_side: int
+    Attributes:
+        max_side: longest side in pixels; larger images are scaled down.
+        quality: WebP quality; None is lossless.
+    """
+
+    max_side: int
     quality: int | None
 
     @property
-    def words(self) -> str:
-        """What a reader must know of it."""
-        kept = "without loss" if self.quality is None else f"as WebP of quality {self.quality}: look for large differences only"
-        return f"at most {self.longest_side} pixels wide, {kept}"
+    def description(self) -> str:
+        """The encoding as text for the reader of the page."""
+        quality = "lossless" if self.quality is None else f"as WebP of quality {self.quality}; only judge large differences"
+        return f"at most {self.max_side} pixels wide, {quality}"
 
 
 ENCODINGS = (Encoding(128, None), Encoding(128, 90), Encoding(96, 85), Encoding(64, 80), Encoding(48, 75))
-"""From faithful to small."""
+"""In order of decreasing quality."""
 
 
 @dataclass(frozen=True)
 class EmbeddedImages:
-    """Images by key as data addresses, how they were made small, and the width in pixels at which a sheet shows them."""
+    """Encoded images.
 
-    addresses: Mapping[str, tuple[str, ...]]
+    Attributes:
+        data_urls: key -> one data URL per image.
+        display_size: width in pixels at which image grids show them.
+    """
+
+    data_urls: Mapping[str, tuple[str, ...]]
     encoding: Encoding
-    shown_side: int
+    display_size: int
 
 
-def album(images: Mapping[str, np.ndarray], most_bytes: int = MAX_BYTES) -> EmbeddedImages:
-    """Encode images uint8 [K, H, W, 3] by key, by the first of `ENCODINGS` under which they fit; the last fits or not."""
+def embed_images(images: Mapping[str, np.ndarray], max_bytes: int = MAX_BYTES) -> EmbeddedImages:
+    """Encode images with the first of `ENCODINGS` that fits into `max_bytes`, or with the last one if none fits.
+
+    Args:
+        images: key -> images uint8 [K, H, W, 3].
+    """
     for encoding in ENCODINGS:
-        addresses: dict[str, tuple[str, ...]] = {}
-        room = most_bytes
-        for key, some in images.items():
-            addresses[key] = tuple(_address(image, encoding) for image in some)
-            room -= sum(len(address) for address in addresses[key])
-            if room < 0 and encoding != ENCODINGS[-1]:
+        data_urls: dict[str, tuple[str, ...]] = {}
+        bytes_left = max_bytes
+        for key, batch in images.items():
+            data_urls[key] = tuple(_data_url(image, encoding) for image in batch)
+            bytes_left -= sum(len(url) for url in data_urls[key])
+            if bytes_left < 0 and encoding != ENCODINGS[-1]:
                 break
         else:
             break
-    widths = [some.shape[2] for some in images.values()]
-    width = min(max(widths, default=SHOWN_SIDE), encoding.longest_side)
-    return EmbeddedImages(addresses, encoding, width * max(1, round(SHOWN_SIDE / width)) if width < SHOWN_SIDE else SHOWN_SIDE)
+    widths = [batch.shape[2] for batch in images.values()]
+    width = min(max(widths, default=DISPLAY_SIZE), encoding.max_side)
+    display_size = width * max(1, round(DISPLAY_SIZE / width)) if width < DISPLAY_SIZE else DISPLAY_SIZE
+    return EmbeddedImages(data_urls, encoding, display_size)
 
 
-def _address(image: np.ndarray, encoding: Encoding) -> str:
-    """An image uint8 [H, W, 3] as a data address."""
+def _data_url(image: np.ndarray, encoding: Encoding) -> str:
     encoded = Image.fromarray(image)
-    if max(encoded.size) > encoding.longest_side:
-        encoded.thumbnail((encoding.longest_side, encoding.longest_side), Image.Resampling.LANCZOS)
+    if max(encoded.size) > encoding.max_side:
+        encoded.thumbnail((encoding.max_side, encoding.max_side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     if encoding.quality is None:
         encoded.save(buffer, "WEBP", lossless=True, method=4)

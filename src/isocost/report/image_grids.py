@@ -1,4 +1,4 @@
-"""The data behind a contact sheet: the same prompts and seeds over sizes, and over step counts or budgets.
+"""The data of an image grid: the same prompts and seeds for every size and number of steps, or for every size and budget.
 
 Shape letters: K prompts, H, W height and width in pixels; images are uint8 [K, H, W, 3].
 """
@@ -13,13 +13,13 @@ import pandas as pd
 
 from isocost.analysis.costs import cost_of
 from isocost.analysis.formatting import format_configuration, format_number
-from isocost.analysis.results_table import final_points, fits, rank_points, sizes_in_order
+from isocost.analysis.results_table import final_points, is_within_budget, rank_points, sizes_in_order
 from isocost.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class ContactCell:
-    """The images [K, H, W, 3] of the point that stands for one size at one step count or budget."""
+class GridCell:
+    """The images [K, H, W, 3] of the best point of one size at one number of steps or budget."""
 
     point: str
     label: str
@@ -27,66 +27,67 @@ class ContactCell:
 
 
 @dataclass(frozen=True)
-class ContactSheet:
-    """The same prompts and seeds over sizes (rows) and step counts or budgets (columns); None where no image was kept."""
+class ImageGrid:
+    """Cells by size (rows) and number of steps or budget (columns); None if no point with saved images fits."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     column_title: str
-    cells: tuple[tuple[ContactCell | None, ...], ...]
+    cells: tuple[tuple[GridCell | None, ...], ...]
     prompts: tuple[str, ...]
 
 
-def contact_cells(
+def image_grid(
     table: pd.DataFrame,
     metric: str,
     samples: Mapping[str, np.ndarray],
     prompts: Sequence[str],
     cost: str = "normalized_cost",
     budgets: Sequence[float] = (),
-) -> ContactSheet:
-    """For every size and step count (or budget, where given) the best point among those whose images were kept.
+) -> ImageGrid:
+    """Return, for every size and number of steps, the best point among those with saved images.
 
     Args:
         samples: point -> images uint8 [K, H, W, 3] of the same K prompts and seeds.
-        captions: the K prompts.
+        prompts: the K prompts.
+        budgets: if given, the columns are these budgets of `cost` instead of numbers of steps.
 
     Raises:
-        ConfigError: no images were kept, or their number differs from that of the captions.
+        ConfigError: no final point has saved images, or their number differs from the number of prompts.
     """
     rows = final_points(table, metric, cost)
     rows = rank_points(rows[rows["point"].isin(list(samples))], metric, cost)
     if rows.empty:
-        raise ConfigError("no images were kept of any finished point: `isocost sweep` keeps some where it scores")
+        raise ConfigError("no final point has saved images; `isocost sweep` saves some when it scores a point")
     sizes = sizes_in_order(rows)
     if budgets:
         columns = tuple(format_number(budget) for budget in budgets)
         title = f"budget ({cost_of(cost).unit})"
-        masks = [fits(rows[cost], budget) for budget in budgets]
+        masks = [is_within_budget(rows[cost], budget) for budget in budgets]
     else:
-        steps = sorted(rows["num_steps"].unique())
-        columns, title = tuple(str(number) for number in steps), "steps"
-        masks = [rows["num_steps"] == number for number in steps]
-    cells = tuple(tuple(_cell(rows[mask & (rows["size"] == size)], samples, prompts) for mask in masks) for size in sizes)
-    return ContactSheet(tuple(sizes), columns, title, cells, tuple(prompts))
+        step_counts = sorted(rows["num_steps"].unique())
+        columns, title = tuple(str(steps) for steps in step_counts), "steps"
+        masks = [rows["num_steps"] == steps for steps in step_counts]
+    cells = tuple(tuple(_best_cell(rows[mask & (rows["size"] == size)], samples, prompts) for mask in masks) for size in sizes)
+    return ImageGrid(tuple(sizes), columns, title, cells, tuple(prompts))
 
 
-def kept_of(point: str, samples: Mapping[str, np.ndarray], prompts: Sequence[str]) -> np.ndarray:
-    """The images uint8 [K, H, W, 3] that a point kept.
+def saved_images_of(point: str, samples: Mapping[str, np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+    """Return the saved images uint8 [K, H, W, 3] of a point.
 
     Raises:
-        ConfigError: they are of another kind, or not as many as the captions.
+        ConfigError: they have another shape or dtype, or their number differs from the number of prompts.
     """
     images = samples[point]
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or len(images) != len(prompts):
-        found = f"{images.dtype} {list(images.shape)}"
-        raise ConfigError(f"images of point {point}: {found} is not uint8 [{len(prompts)} captions, H, W, 3]")
+        actual = f"{images.dtype} {list(images.shape)}"
+        raise ConfigError(f"images of point {point}: expected uint8 [{len(prompts)} prompts, H, W, 3], got {actual}")
     return images
 
 
-def _cell(rows: pd.DataFrame, samples: Mapping[str, np.ndarray], prompts: Sequence[str]) -> ContactCell | None:
+def _best_cell(rows: pd.DataFrame, samples: Mapping[str, np.ndarray], prompts: Sequence[str]) -> GridCell | None:
     if rows.empty:
         return None
     row = rows.iloc[0]
-    words = format_configuration(str(row["size"]), int(row["num_steps"]), float(row["guidance"]), str(row["solver"]))
-    return ContactCell(str(row["point"]), words, kept_of(str(row["point"]), samples, prompts))
+    label = format_configuration(str(row["size"]), int(row["num_steps"]), float(row["guidance"]), str(row["solver"]))
+    return GridCell(str(row["point"]), label, saved_images_of(str(row["point"]), samples, prompts))

@@ -1,6 +1,6 @@
-"""The answer as Markdown for a pull request or a chat: short enough to paste, whole enough to stand alone.
+"""The report as Markdown, short enough for a pull request or a chat.
 
-Names of sizes, solvers and studies come from people's files: `escaped` keeps them text in Markdown, HTML and tables.
+Names of sizes, solvers and studies come from users' files: `escape_markdown` keeps them plain text in Markdown and HTML.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import pandas as pd
 from isocost.analysis.costs import COSTS, cost_of
 from isocost.analysis.formatting import format_configuration, format_metric, format_number, format_score
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets, default_budgets, metric_of, pareto
-from isocost.analysis.recommend import answer, sample_command
+from isocost.analysis.recommend import describe_choice, sample_command
 from isocost.analysis.results_table import final_points, sizes_in_order, with_metric
 from isocost.errors import ConfigError
 
 BUDGET_COST = "normalized_cost"
 MAX_ROWS = 8
-"""Of the frontier."""
+"""Rows of the frontier table."""
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-SPACE = "&#8203;"
-"""No width: after it no name is called and no address becomes a link."""
+ZERO_WIDTH_SPACE = "&#8203;"
+"""Breaks mentions (@name), issue numbers (#12) and addresses, so that no person is notified and nothing becomes a link."""
 
 
 def markdown_summary(
@@ -33,136 +33,145 @@ def markdown_summary(
     budgets: Sequence[float] = (),
     floor: float | None = None,
     floor_label: str = "",
-    absent: Sequence[str] = (),
+    missing_experiments: Sequence[str] = (),
 ) -> str:
-    """The best configuration at each budget, the frontier, what it rests on, what was not done, and how to go on.
+    """Return the best configuration at each budget, the frontier, the data behind it, what is not included, and next commands.
 
     Args:
-        table: points, as in `isocost.analysis.frontier`.
-        metric: what decides.
+        table: points, as in `isocost.analysis.results_table`.
+        metric: the metric that ranks the points.
         study_name: the heading.
-        budgets: budgets of normalized cost; spread over the data where empty.
-        floor: value of `metric` of what `floor_label` names: the best that can be hoped for.
-        absent: titles of experiments that were not done.
+        budgets: budgets of normalized cost; spread over the data if empty.
+        floor: the best possible value of `metric`.
+        floor_label: name of `floor`.
+        missing_experiments: titles of experiments that the study does not have.
 
     Raises:
         ConfigError: the points cannot be compared (they differ in protocol, number of images or seed).
     """
     rows = with_metric(table, metric)
     try:
-        asked = list(budgets) or default_budgets(table, BUDGET_COST)
-        choices = best_at_budgets(table, BUDGET_COST, metric, asked)
+        choices = best_at_budgets(table, BUDGET_COST, metric, list(budgets) or default_budgets(table, BUDGET_COST))
     except ConfigError as error:
-        choices, told = [], [f"**{escaped(study_name)}**: No answer yet: {escaped(str(error))}."]
+        choices, lines = [], [f"**{escape_markdown(study_name)}**: No answer yet: {escape_markdown(str(error))}."]
     else:
-        told = [f"**{escaped(study_name)}**: {escaped(headline(choices))}", "", *_answers(choices, metric)]
-        told += ["", *_frontier(table, metric)]
+        title = f"**{escape_markdown(study_name)}**: {escape_markdown(headline(choices))}"
+        lines = [title, "", *_format_choices(choices, metric)]
+        lines += ["", *_format_frontier(table, metric)]
     first = rows.iloc[0]
-    by = f"By {escaped(format_metric(metric))} ({metric_of(metric).better} is better) with 95 % intervals"
-    known = "" if floor is None else f"; {escaped(floor_label)}: {format_number(floor)}"
-    extent = f"{_count(len(rows), 'point')} of {_count(len(sizes_in_order(rows)), 'size')}"
-    extent += f", {first['num_images']:,} images a point"
-    protocol = f"protocol {escaped(str(first['protocol']))}, seed {first['seed']}"
-    told += ["", f"{by}{known}. {extent}; {protocol}.", *_beware(choices)]
-    undone = _not_done(table, metric, absent)
-    told += ["", f"Not done: {'; '.join(undone)}."] if undone else []
+    ranking = f"By {escape_markdown(format_metric(metric))} ({metric_of(metric).better} is better) with 95 % intervals"
+    floor_text = "" if floor is None else f"; {escape_markdown(floor_label)}: {format_number(floor)}"
+    extent = f"{_format_count(len(rows), 'point')} of {_format_count(len(sizes_in_order(rows)), 'size')}"
+    extent += f", {first['num_images']:,} images per point"
+    protocol = f"protocol {escape_markdown(str(first['protocol']))}, seed {first['seed']}"
+    lines += ["", f"{ranking}{floor_text}. {extent}; {protocol}.", *_format_notes(choices)]
+    not_included = _not_included(table, metric, missing_experiments)
+    lines += ["", f"Not included: {'; '.join(not_included)}."] if not_included else []
     best = next((choice.best for choice in reversed(choices) if choice.best is not None), None)
-    again = "Again: `isocost report OUT/study.yaml --out OUT`"
+    commands = "Write this report again: `isocost report OUT/study.yaml --out OUT`"
     if best is not None:
         task = rows["task"].iloc[0] if "task" in rows.columns and isinstance(rows["task"].iloc[0], str) else "text2image"
-        again += f"; images of the last answer: {_code(sample_command(best, 'OUT', task))}"
-    return "\n".join([*told, "", again]) + "\n"
+        commands += f"; sample with the best configuration of the largest budget: {_code(sample_command(best, 'OUT', task))}"
+    return "\n".join([*lines, "", commands]) + "\n"
 
 
 def headline(choices: Sequence[BudgetChoice]) -> str:
-    """What the budgets say together: whether the best size moves, and how many of the choices are decided."""
-    told = [(choice, choice.best) for choice in choices if choice.best is not None]
-    if not told:
-        return "No budget takes in any point."
-    (first, smallest), (last, largest) = told[0], told[-1]
-    sizes = {best.size for _, best in told}
-    if all(choice.runner_up is None for choice, _ in told):
-        said = f"No size but {smallest.size} fits the budgets here"
+    """Return one sentence about all budgets: whether the best size changes, and how many choices are decided.
+
+    A choice is decided if the best and the second-best size both have intervals, and these do not overlap.
+    """
+    choices_with_best = [(choice, choice.best) for choice in choices if choice.best is not None]
+    if not choices_with_best:
+        return "No point fits any budget."
+    (first, smallest), (last, largest) = choices_with_best[0], choices_with_best[-1]
+    sizes = {best.size for _, best in choices_with_best}
+    if all(choice.runner_up is None for choice, _ in choices_with_best):
+        sentence = f"Only {smallest.size} fits the budgets"
     elif len(sizes) == 1:
-        said = f"{smallest.size} is the best size at every budget here"
+        sentence = f"{smallest.size} is the best size at every budget"
     elif smallest.size == largest.size:
-        said = f"The best size changes with the budget: {', '.join(dict.fromkeys(best.size for _, best in told))}"
+        order = ", ".join(dict.fromkeys(best.size for _, best in choices_with_best))
+        sentence = f"The best size changes with the budget: {order}"
     else:
-        start, end = format_number(first.budget), cost_of(last.cost).amount(last.budget)
-        said = f"The best size moves from {smallest.size} at {start} to {largest.size} at {end}"
-    contested = [choice for choice, _ in told if choice.runner_up is not None]
-    decided = sum(not choice.undecided for choice in contested)
-    return f"{said}; {decided} of {len(contested)} choices between sizes are decided." if contested else f"{said}."
+        start, end = format_number(first.budget), cost_of(last.cost).format_amount(last.budget)
+        sentence = f"The best size moves from {smallest.size} at {start} to {largest.size} at {end}"
+    contested = [choice for choice, _ in choices_with_best if choice.runner_up is not None]
+    num_decided = sum(not choice.undecided for choice in contested)
+    if not contested:
+        return f"{sentence}."
+    return f"{sentence}; {num_decided} of {len(contested)} choices between sizes are decided."
 
 
-def escaped(text: str) -> str:
-    """`text` as one line of plain text for Markdown and HTML, in running text or in a cell of a table."""
+def escape_markdown(text: str) -> str:
+    """Return `text` as one line that Markdown and HTML show as plain text, in paragraphs and in table cells."""
     line = re.sub(r"[\\`*_\[\]|~$]", r"\\\g<0>", " ".join(text.split()))
-    line = re.sub(r"[&<>]", lambda found: ENTITIES[found.group()], line)
-    return re.sub(r"[@#](?=\w)|www(?=\.)|:(?=//)", rf"\g<0>{SPACE}", line)
+    line = re.sub(r"[&<>]", lambda match: ENTITIES[match.group()], line)
+    return re.sub(r"[@#](?=\w)|www(?=\.)|:(?=//)", rf"\g<0>{ZERO_WIDTH_SPACE}", line)
 
 
-def _answers(choices: Sequence[BudgetChoice], metric: str) -> list[str]:
-    lines = [_row("at most", "best", format_metric(metric), "best of another size", ""), "|--:|---|---|---|---|"]
+def _format_choices(choices: Sequence[BudgetChoice], metric: str) -> list[str]:
+    lines = [_table_row("at most", "best", format_metric(metric), "best of another size", ""), "|--:|---|---|---|---|"]
     for choice in choices:
-        best, other = choice.best, choice.runner_up
-        cells = [format_number(choice.budget), *(("nothing fits", "") if best is None else (escaped(str(best)), best.score))]
-        verdict = "" if other is None else "undecided" if choice.undecided else "decided"
-        lines.append(_row(*cells, "none fits" if other is None else f"{escaped(str(other))}: {other.score}", verdict))
+        best, runner_up = choice.best, choice.runner_up
+        best_cells = ("nothing fits", "") if best is None else (escape_markdown(str(best)), best.score)
+        runner_up_cell = "none fits" if runner_up is None else f"{escape_markdown(str(runner_up))}: {runner_up.score}"
+        verdict = "" if runner_up is None else "undecided" if choice.undecided else "decided"
+        lines.append(_table_row(format_number(choice.budget), *best_cells, runner_up_cell, verdict))
     return [f"Budgets in {cost_of(BUDGET_COST).unit}:", "", *lines]
 
 
-def _frontier(table: pd.DataFrame, metric: str) -> list[str]:
-    """The points that nothing cheaper matches, the two ends and some between them where they are many."""
-    every = pareto(table, BUDGET_COST, metric)
-    places = sorted({round(place) for place in np.linspace(0, len(every) - 1, min(len(every), MAX_ROWS)).tolist()})
-    rows = every.iloc[places]
+def _format_frontier(table: pd.DataFrame, metric: str) -> list[str]:
+    """Return a table of the frontier: all of its points, or `MAX_ROWS` of them with both ends."""
+    frontier = pareto(table, BUDGET_COST, metric)
+    indices = sorted({round(index) for index in np.linspace(0, len(frontier) - 1, min(len(frontier), MAX_ROWS)).tolist()})
+    rows = frontier.iloc[indices]
     costs = [name for name in COSTS if rows[name].notna().any()]
-    count = f"{len(rows)} of {len(every)} points" if len(rows) < len(every) else _count(len(every), "point")
+    count = f"{len(rows)} of {len(frontier)} points" if len(rows) < len(frontier) else _format_count(len(frontier), "point")
     titles = [*(COSTS[name].label for name in costs), "configuration", format_metric(metric)]
-    lines = [f"Frontier, {count}:", "", _row(*titles), "|" + "--:|" * len(costs) + "---|---|"]
+    lines = [f"Frontier, {count}:", "", _table_row(*titles), "|" + "--:|" * len(costs) + "---|---|"]
     for row in rows.to_dict("records"):
-        words = escaped(format_configuration(row["size"], row["num_steps"], row["guidance"], row["solver"]))
+        label = escape_markdown(format_configuration(row["size"], row["num_steps"], row["guidance"], row["solver"]))
         numbers = ["" if pd.isna(row[name]) else format_number(row[name]) for name in costs]
-        lines.append(_row(*numbers, words, format_score(*(float(row[f"{metric}{end}"]) for end in ("", "_low", "_high")))))
+        score = format_score(*(float(row[f"{metric}{end}"]) for end in ("", "_low", "_high")))
+        lines.append(_table_row(*numbers, label, score))
     return lines
 
 
-def _beware(choices: Sequence[BudgetChoice]) -> list[str]:
-    notes = dict.fromkeys(note for choice in choices for note in answer(choice).notes)
-    return ["", f"Beware: {'; '.join(escaped(note) for note in notes)}."] if notes else []
+def _format_notes(choices: Sequence[BudgetChoice]) -> list[str]:
+    notes = dict.fromkeys(note for choice in choices for note in describe_choice(choice).notes)
+    return ["", f"Note: {'; '.join(escape_markdown(note) for note in notes)}."] if notes else []
 
 
-def _not_done(table: pd.DataFrame, metric: str, absent: Sequence[str]) -> list[str]:
-    """What a reader might take for done."""
+def _not_included(table: pd.DataFrame, metric: str, missing_experiments: Sequence[str]) -> list[str]:
+    """Return everything that a reader might expect in the results, but is not there."""
     rows = with_metric(table, metric)
     finished = rows[rows["is_final"].astype(bool)]
-    undone = [escaped(title) for title in absent]
+    missing = [escape_markdown(title) for title in missing_experiments]
     if waiting := [size for size in sizes_in_order(table) if size not in set(finished["size"])]:
-        undone.append(f"last checkpoints of {', '.join(escaped(size) for size in waiting)} are not scored")
+        missing.append(f"final checkpoints of {', '.join(escape_markdown(size) for size in waiting)} are not scored yet")
     if not finished.empty:
-        undone += [f"{cost.label} not measured" for cost in COSTS.values() if finished[cost.name].isna().all()]
+        missing += [f"{cost.label} not measured" for cost in COSTS.values() if finished[cost.name].isna().all()]
         competing = final_points(table, metric)
-        for column, words in (("solver", "one solver"), ("guidance", "one guidance"), ("num_steps", "one number of steps")):
+        for column, label in (("solver", "solver"), ("guidance", "guidance value"), ("num_steps", "number of steps")):
             if competing[column].nunique() == 1:
-                undone.append(f"{words} tried ({escaped(str(competing[column].iloc[0]))})")
+                missing.append(f"only one {label} was tried ({escape_markdown(str(competing[column].iloc[0]))})")
         if competing[[f"{metric}_low", f"{metric}_high"]].isna().any(axis=None):
-            undone.append("some scores have no interval")
+            missing.append("some scores have no interval")
     if rows["is_final"].all():
-        undone.append("no checkpoint before the last was scored")
-    return undone
+        missing.append("no checkpoint before the last was scored")
+    return missing
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def _format_count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _row(*cells: str) -> str:
+def _table_row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
 def _code(line: str) -> str:
-    """A code span that no character of `line` ends."""
+    """Return `line` as a code span, with enough backticks around it that none in `line` ends the span."""
     line = " ".join(line.split())
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     pad = " " if "`" in line else ""

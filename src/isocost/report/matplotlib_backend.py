@@ -1,4 +1,4 @@
-"""Matplotlib draws what `marks.py`, `tuned.py` and `sheets.py` gather, and a figure is saved for paper and for screen.
+"""Draws `Curves`, `HeatPanel`s and image grids with matplotlib, and saves figures for print and screen.
 
 Shape letters: K prompts, H, W height and width in pixels; images are uint8 [K, H, W, 3].
 """
@@ -21,13 +21,13 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from isocost.analysis.formatting import format_number
-from isocost.report.image_grids import ContactSheet
+from isocost.report.image_grids import ImageGrid
 from isocost.report.plot_data import Curves, HeatPanel, panel_colors, x_ticks, y_range
-from isocost.report.plot_style import DASHES, EMPTY, HAIRLINE, INK, MUTED, OPTIMUM, log_ticks, some_places
+from isocost.report.plot_style import DASHES, EMPTY, HAIRLINE, INK, MUTED, OPTIMUM, log_ticks, tick_indices
 
 FORMATS = ("png", "pdf")
 LONG_LABEL = 48
-"""Characters of a label that is set in two lines beside its axis."""
+"""Number of characters above which an axis label is broken into two lines."""
 STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.edgecolor": MUTED,
@@ -51,75 +51,83 @@ STYLE: dict[Any, Any] = {
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write NAME.png, 160 dots an inch, and NAME.pdf with its type embedded; neither holds the time at which it was written."""
+    """Write NAME.png at 160 dpi and NAME.pdf with embedded fonts.
+
+    The files contain no time stamp, so equal figures have equal bytes.
+    """
     with matplotlib.rc_context(STYLE):
         figure.savefig(folder / f"{name}.png")
-        figure.set_layout_engine("none")  # stays as it has just been laid out
+        figure.set_layout_engine("none")  # keep the layout of the PNG
         figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
 
 
-def draw_panels(panels: Sequence[HeatPanel], sizes: Sequence[str]) -> Figure:
-    """Heat maps of steps and guidance: one row a solver, one panel a size, in the order of `sizes`."""
+def draw_heatmaps(panels: Sequence[HeatPanel], sizes: Sequence[str]) -> Figure:
+    """Draw heat maps of steps × guidance: one row per solver, one panel per size, in the order of `sizes`."""
     solvers = sorted({panel.solver for panel in panels})
     widest, tallest = max(len(panel.guidance) for panel in panels), max(len(panel.num_steps) for panel in panels)
-    across, down = (0.46, 0.3) if all(panel.is_labelled for panel in panels) else (0.12, 0.12)
-    shape = (len(sizes) * (widest * across + 0.7) + 1.2, len(solvers) * (tallest * down + 0.9))
+    cell_width, cell_height = (0.46, 0.3) if all(panel.is_labelled for panel in panels) else (0.12, 0.12)
+    figure_size = (len(sizes) * (widest * cell_width + 0.7) + 1.2, len(solvers) * (tallest * cell_height + 0.9))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=shape, layout="constrained")
+        figure = Figure(figsize=figure_size, layout="constrained")
         grid = figure.subplots(len(solvers), len(sizes), squeeze=False)
         for axes in grid.flat:
             axes.set_visible(False)
         for panel in panels:
             axes = grid[solvers.index(panel.solver), sizes.index(panel.size)]
             axes.set_visible(True)
-            mappable = _draw_panel(axes, panel)
+            mappable = _draw_heatmap(axes, panel)
             axes.set_title(panel.size if len(solvers) == 1 else f"{panel.size}, {panel.solver}", fontsize=9)
         bar = figure.colorbar(mappable, ax=grid, shrink=0.8, extend="max" if panels[0].better == "lower" else "min")
         bar.set_label(f"{panels[0].metric_label} (dark is better)")
-        told = "framed: the best guidance at those steps; ★ the best of the panel"
-        if any(interval for panel in panels for interval in panel.found):
-            told += "; bars: 95 % intervals of the races"
-        figure.supxlabel(told, fontsize=8.5, color=MUTED)
+        legend = "framed: the best guidance at this number of steps; ★: the best of the panel"
+        if any(interval for panel in panels for interval in panel.race_intervals):
+            legend += "; bars: 95 % intervals of the best guidance"
+        figure.supxlabel(legend, fontsize=8.5, color=MUTED)
         bar.outline.set_visible(False)
     return figure
 
 
-def draw_sheet(sheet: ContactSheet) -> Figure:
-    """One block a caption: sizes down, step counts or budgets across."""
-    across = min(len(sheet.prompts), 2)
-    down = math.ceil(len(sheet.prompts) / across)
-    block = (len(sheet.columns) * 0.72 + 0.8, len(sheet.rows) * 0.72 + 0.8)
+def draw_image_grid(grid: ImageGrid) -> Figure:
+    """Draw one block per prompt: sizes as rows, numbers of steps or budgets as columns."""
+    num_columns = min(len(grid.prompts), 2)
+    num_rows = math.ceil(len(grid.prompts) / num_columns)
+    block_width, block_height = len(grid.columns) * 0.72 + 0.8, len(grid.rows) * 0.72 + 0.8
     with matplotlib.rc_context(STYLE | {"axes.spines.left": False, "axes.spines.bottom": False}):
-        figure = Figure(figsize=(block[0] * across, block[1] * down), layout="constrained")
-        grid = figure.subplots(down, across, squeeze=False)
-        for axes in grid.flat:
+        figure = Figure(figsize=(block_width * num_columns, block_height * num_rows), layout="constrained")
+        blocks = figure.subplots(num_rows, num_columns, squeeze=False)
+        for axes in blocks.flat:
             axes.set_visible(False)
-        for number, (axes, prompt) in enumerate(zip(grid.flat, sheet.prompts, strict=False)):
+        for index, (axes, prompt) in enumerate(zip(blocks.flat, grid.prompts, strict=False)):
             axes.set_visible(True)
-            mosaic, centres_x, centres_y = _mosaic(sheet, number)
+            mosaic, centres_x, centres_y = _mosaic(grid, index)
             axes.imshow(mosaic, interpolation="nearest")
-            axes.set_xticks(centres_x, sheet.columns)
-            axes.set_yticks(centres_y, sheet.rows)
+            axes.set_xticks(centres_x, grid.columns)
+            axes.set_yticks(centres_y, grid.rows)
             axes.tick_params(length=0)
-            axes.set_xlabel(sheet.column_title)
-            wrapped = textwrap.wrap(prompt, max(len(sheet.columns) * 9, 28))
+            axes.set_xlabel(grid.column_title)
+            wrapped = textwrap.wrap(prompt, max(len(grid.columns) * 9, 28))
             axes.set_title("\n".join(wrapped), fontsize=9, fontweight="normal")
     return figure
 
 
-def draw_strips(images: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Figure:
-    """What was given, what was made of it, what it should be: a row an image, uint8 [K, H, W, 3] by title."""
-    shown = {title: some.repeat(max(1, 72 // some.shape[1]), 1) for title, some in images.items()}
-    shown = {title: some.repeat(max(1, 72 // some.shape[2]), 2) for title, some in shown.items()}
+def draw_comparison_rows(images: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Figure:
+    """Draw inputs, outputs and targets next to each other, one row per image.
+
+    Args:
+        images: column title -> images uint8 [K, H, W, 3].
+        prompts: the K prompts; only their number is used.
+    """
+    shown = {title: batch.repeat(max(1, 72 // batch.shape[1]), 1) for title, batch in images.items()}
+    shown = {title: batch.repeat(max(1, 72 // batch.shape[2]), 2) for title, batch in shown.items()}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(0.95 * len(shown) + 1.2, 0.95 * len(prompts) + 0.4), layout="constrained")
         grid = figure.subplots(len(prompts), len(shown), squeeze=False)
-        for number, row in enumerate(grid):
-            for axes, (title, some) in zip(row, shown.items(), strict=True):
-                axes.imshow(some[number], interpolation="nearest")
+        for index, row in enumerate(grid):
+            for axes, (title, batch) in zip(row, shown.items(), strict=True):
+                axes.imshow(batch[index], interpolation="nearest")
                 axes.set_xticks([])
                 axes.set_yticks([])
-                if number == 0:
+                if index == 0:
                     axes.set_title("\n".join(textwrap.wrap(title, 12)), fontsize=8, fontweight="normal")
                 for spine in axes.spines.values():
                     spine.set_visible(False)
@@ -127,7 +135,7 @@ def draw_strips(images: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Fig
 
 
 def draw_curves(curves: Curves) -> Figure:
-    """Lines with bands, the frontier as a thin staircase, the floor dashed."""
+    """Draw lines with bands, the frontier as a thin staircase, the floor as a dashed line."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.6), layout="constrained")
         axes = figure.subplots()
@@ -136,38 +144,39 @@ def draw_curves(curves: Curves) -> Figure:
         if curves.log_y:
             axes.set_yscale("log")
         axes.grid(True, which="major", linewidth=0.7)
-        dearest = max(float(series.x.max()) for series in curves.series)
+        max_x = max(float(series.x.max()) for series in curves.series)
         for series in curves.series:
             if curves.is_staircase:
                 axes.fill_between(series.x, series.low, series.high, step="post", color=series.color, alpha=0.16, linewidth=0)
-            elif curves.bars:
+            elif curves.has_error_bars:
                 axes.vlines(series.x, series.low, series.high, color=series.color, linewidth=1.2, alpha=0.7)
             else:
                 axes.fill_between(series.x, series.low, series.high, color=series.color, alpha=0.16, linewidth=0)
-            look = f"{series.mark[0]}{DASHES[series.dash]}"
-            drawn = "steps-post" if curves.is_staircase else "default"
-            axes.plot(series.x, series.y, look, color=series.color, markersize=5, label=series.label, drawstyle=drawn)
+            style = f"{series.marker[0]}{DASHES[series.dash]}"
+            draw_style = "steps-post" if curves.is_staircase else "default"
+            axes.plot(series.x, series.y, style, color=series.color, markersize=5, label=series.label, drawstyle=draw_style)
             if curves.is_staircase:
-                ends = [(float(series.x[-1]), float(series.y[-1])), (dearest, float(series.y[-1]))]
+                ends = [(float(series.x[-1]), float(series.y[-1])), (max_x, float(series.y[-1]))]
                 axes.add_collection(LineCollection([ends], colors=series.color, linestyles=[DASHES[series.dash]]))
-            for x, y, name in zip(series.x, series.y, series.names, strict=False):
-                beside = axes.annotate(name, (x, y), (7, -11), textcoords="offset points", fontsize=8, color=MUTED, zorder=4)
-                beside.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
-        for series in curves.beside:
-            axes.plot(series.x, series.y, series.mark[0], color=series.color, markersize=5)
+            for x, y, label in zip(series.x, series.y, series.point_labels, strict=False):
+                text = axes.annotate(label, (x, y), (7, -11), textcoords="offset points", fontsize=8, color=MUTED, zorder=4)
+                text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+        for series in curves.off_line_points:
+            axes.plot(series.x, series.y, series.marker[0], color=series.color, markersize=5)
         if curves.frontier is not None:
-            line = curves.frontier
-            axes.step(line.x, line.y, where="post", color=line.color, linewidth=0.9, alpha=0.7)
-            rings = axes.scatter(line.x, line.y, s=70, zorder=3, label=line.label, edgecolors=line.color, linewidths=0.9)
+            frontier = curves.frontier
+            axes.step(frontier.x, frontier.y, where="post", color=frontier.color, linewidth=0.9, alpha=0.7)
+            rings = axes.scatter(
+                frontier.x, frontier.y, s=70, zorder=3, label=frontier.label, edgecolors=frontier.color, linewidths=0.9
+            )
             rings.set_facecolor("none")
-        for label, value, dash in curves.dashed:
+        for label, value, dash in curves.horizontal_lines:
             axes.axhline(value, color=MUTED, linestyle=DASHES[dash], linewidth=1, label=label)
         if curves.log_x:
             axes.set_xticks(*x_ticks(curves))
             axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         if curves.log_y:
-            places, names = log_ticks(*y_range(curves))
-            axes.set_yticks(places, names)
+            axes.set_yticks(*log_ticks(*y_range(curves)))
             axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axes.set_xlabel(curves.x_label)
         axes.set_ylabel(curves.y_label.replace(" (", "\n(") if len(curves.y_label) > LONG_LABEL else curves.y_label)
@@ -177,26 +186,26 @@ def draw_curves(curves: Curves) -> Figure:
     return figure
 
 
-def _draw_panel(axes: Axes, panel: HeatPanel) -> ScalarMappable:
+def _draw_heatmap(axes: Axes, panel: HeatPanel) -> ScalarMappable:
     colors, scale = panel_colors(panel)
     image = axes.imshow(panel.values, cmap=colors, norm=scale, aspect="auto")
     axes.set_facecolor(EMPTY)
     for (row, column), value in np.ndenumerate(panel.values):
         if np.isnan(value) or not (panel.is_labelled or (row, column) == panel.optimum):
             continue
-        dark = _luminance(colors(scale(value))) < 0.45
+        is_dark = _luminance(colors(scale(value))) < 0.45
         text = ("★" if (row, column) == panel.optimum else "") + (format_number(value) if panel.is_labelled else "")
-        axes.text(column, row, text, ha="center", va="center", fontsize=6, color="white" if dark else INK)
-    for row, column in enumerate(panel.best):
+        axes.text(column, row, text, ha="center", va="center", fontsize=6, color="white" if is_dark else INK)
+    for row, column in enumerate(panel.best_columns):
         frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=OPTIMUM, linewidth=1.6, zorder=3)
         axes.add_patch(frame)
-    for row, interval in enumerate(panel.found):
+    for row, interval in enumerate(panel.race_intervals):
         if interval is not None:
-            low, high = (panel.across(end) for end in interval)
+            low, high = (panel.column_position(end) for end in interval)
             axes.plot([low, high], [row + 0.34] * 2, color=OPTIMUM, linewidth=1.6, marker="|", markersize=4, zorder=4)
-    columns, rows = (some_places(len(values)) for values in (panel.guidance, panel.num_steps))
-    axes.set_xticks(columns, [format_number(panel.guidance[at]) for at in columns])
-    axes.set_yticks(rows, [str(panel.num_steps[at]) for at in rows])
+    columns, rows = (tick_indices(len(values)) for values in (panel.guidance, panel.num_steps))
+    axes.set_xticks(columns, [format_number(panel.guidance[column]) for column in columns])
+    axes.set_yticks(rows, [str(panel.num_steps[row]) for row in rows])
     axes.tick_params(length=0)
     axes.set_xlabel("guidance")
     axes.set_ylabel("steps")
@@ -208,15 +217,15 @@ def _luminance(rgba: Any) -> float:
     return float(np.dot(rgba[:3], (0.299, 0.587, 0.114)))
 
 
-def _mosaic(sheet: ContactSheet, number: int) -> tuple[np.ndarray, list[float], list[float]]:
-    """Image `number` of every cell in one array, with the centres of its columns and rows in pixels."""
-    height, width = next(cell.images.shape[1:3] for row in sheet.cells for cell in row if cell)
+def _mosaic(grid: ImageGrid, index: int) -> tuple[np.ndarray, list[float], list[float]]:
+    """Return image `index` of every cell in one array, and the centres of its columns and rows in pixels."""
+    height, width = next(cell.images.shape[1:3] for row in grid.cells for cell in row if cell)
     gap = max(1, height // 24)
-    paper = np.full((len(sheet.rows) * (height + gap) - gap, len(sheet.columns) * (width + gap) - gap, 3), 255, np.uint8)
-    for row, cells in enumerate(sheet.cells):
+    mosaic = np.full((len(grid.rows) * (height + gap) - gap, len(grid.columns) * (width + gap) - gap, 3), 255, np.uint8)
+    for row, cells in enumerate(grid.cells):
         for column, cell in enumerate(cells):
             top, left = row * (height + gap), column * (width + gap)
-            paper[top : top + height, left : left + width] = 236 if cell is None else cell.images[number]
-    centres_x = [column * (width + gap) + (width - 1) / 2 for column in range(len(sheet.columns))]
-    centres_y = [row * (height + gap) + (height - 1) / 2 for row in range(len(sheet.rows))]
-    return paper, centres_x, centres_y
+            mosaic[top : top + height, left : left + width] = 236 if cell is None else cell.images[index]
+    centres_x = [column * (width + gap) + (width - 1) / 2 for column in range(len(grid.columns))]
+    centres_y = [row * (height + gap) + (height - 1) / 2 for row in range(len(grid.rows))]
+    return mosaic, centres_x, centres_y

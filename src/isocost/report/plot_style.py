@@ -1,6 +1,6 @@
-"""Ticks, colours, shapes of marks and dashes: how figures tell things apart, the same for matplotlib and plotly.
+"""Ticks, colours, marker shapes and line dashes, shared by the matplotlib and the plotly figures.
 
-Nothing is told by colour alone: sizes differ in the shape of their marks too, solvers in shape and dash.
+No difference relies on colour only: sizes also differ in marker shape, solvers in marker shape and dash.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-MARKS = (
+MARKERS = (
     ("o", "circle"),
     ("s", "square"),
     ("^", "triangle-up"),
@@ -25,34 +25,37 @@ MARKS = (
     ("<", "triangle-left"),
     (">", "triangle-right"),
 )
-"""Shapes of marks, as matplotlib and as plotly call them."""
+"""Marker shapes: (matplotlib name, plotly name)."""
 DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
-"""Dashes of lines, as plotly and as matplotlib call them."""
+"""Line dashes: plotly name -> matplotlib name."""
 INK, MUTED, HAIRLINE, OPTIMUM, EMPTY = "#1c2127", "#5d6672", "#e4e7eb", "#d55e00", "#eceef1"
-FAMILIES = ("#0072b2", "#d55e00", "#00795a", "#a03a8f", "#1c2127", "#7a5c00")
-"""Colours of things without an order, 3.9 to 1 or more against white, told apart by the colour-blind too."""
+CATEGORY_COLORS = ("#0072b2", "#d55e00", "#00795a", "#a03a8f", "#1c2127", "#7a5c00")
+"""Colours of unordered categories, distinguishable by colour-blind readers; contrast against white is 3.9 to 1 or more."""
 MAX_TICKS = 20
 
 
-def kind_style(at: int) -> tuple[str, tuple[str, str], str]:
-    """Colour, shape of the mark and dash of the thing without an order at place `at`."""
-    return FAMILIES[at % len(FAMILIES)], MARKS[at % len(MARKS)], list(DASHES)[at % len(DASHES)]
+def kind_style(index: int) -> tuple[str, tuple[str, str], str]:
+    """Return colour, marker shape and dash of category number `index`."""
+    return CATEGORY_COLORS[index % len(CATEGORY_COLORS)], MARKERS[index % len(MARKERS)], list(DASHES)[index % len(DASHES)]
 
 
 def size_colors(num_sizes: int) -> list[str]:
-    """Colours of viridis from dark (small) to light (large), short of its yellow, which fades on white."""
-    places = np.linspace(0.0, 0.82, num_sizes) if num_sizes > 1 else [0.3]
-    return [to_hex(colormaps["viridis"](place)) for place in places]
+    """Return viridis colours from dark (small) to light (large). The yellow end fades on white and is left out."""
+    positions = np.linspace(0.0, 0.82, num_sizes) if num_sizes > 1 else [0.3]
+    return [to_hex(colormaps["viridis"](position)) for position in positions]
 
 
-def some_places(number: int) -> list[int]:
-    """Places of 0 to `number` - 1 that get a tick: all, or at most `MAX_TICKS` of them, evenly spread."""
-    step = -(-number // MAX_TICKS)
-    return list(range(0, number, step))
+def tick_indices(count: int) -> list[int]:
+    """Return the indices of 0 to `count` - 1 that get a tick: all of them, or at most `MAX_TICKS`, evenly spread."""
+    step = -(-count // MAX_TICKS)
+    return list(range(0, count, step))
 
 
 def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
-    """Places and labels for a logarithmic axis: powers of two from 1/4 up, else 1-2-5, or powers of ten over wide ranges."""
+    """Return ticks and labels of a logarithmic axis.
+
+    Ticks are powers of 2 between 1/4 and 2^14; elsewhere 1, 2 and 5 times powers of 10, or only powers of 10 over wide ranges.
+    """
     if low >= 0.25 and high <= 2**14:
         ticks = [2.0**power for power in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
     else:

@@ -1,4 +1,4 @@
-"""The figures of the page: plotly draws what `marks.py` gathers, and hovering tells the configuration."""
+"""Draws `Curves` and `HeatPanel`s with plotly, for the page. Hover texts show the configuration of a point."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from matplotlib.colors import to_hex
 
 from isocost.analysis.formatting import format_number
 from isocost.report.plot_data import Curves, HeatPanel, Series, all_series, panel_colors, x_ticks, y_range
-from isocost.report.plot_style import HAIRLINE, INK, MUTED, OPTIMUM, log_ticks, some_places
+from isocost.report.plot_style import HAIRLINE, INK, MUTED, OPTIMUM, log_ticks, tick_indices
 
 PUBLISHED = "published"
-"""Name (`meta`) of the trace that the page shows only where it is asked for."""
+"""`meta` of the trace with the paper's numbers; the page hides it until the reader ticks its box."""
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 
 def plotly_curves(curves: Curves) -> go.Figure:
-    """`draw_curves` for the page: hovering tells the configuration, a click on the legend hides a size."""
+    """Draw lines with bands, as `draw_curves` does. A click on the legend hides a size."""
     figure = go.Figure()
-    for series in () if curves.bars else curves.series:
-        known = ~(np.isnan(series.low) | np.isnan(series.high))
-        band_x, low, high = series.x[known], series.low[known], series.high[known]
+    for series in () if curves.has_error_bars else curves.series:
+        has_interval = ~(np.isnan(series.low) | np.isnan(series.high))
+        band_x, low, high = series.x[has_interval], series.low[has_interval], series.high[has_interval]
         if curves.is_staircase:
             band_x, low, high = np.repeat(band_x, 2)[1:], np.repeat(low, 2)[:-1], np.repeat(high, 2)[:-1]
         figure.add_scatter(
@@ -38,27 +38,28 @@ def plotly_curves(curves: Curves) -> go.Figure:
             showlegend=False,
             name=f"{html.escape(series.label)} 95 % interval",
         )
-    dearest = max(float(series.x.max()) for series in curves.series)
+    max_x = max(float(series.x.max()) for series in curves.series)
     for series in curves.series:
-        line = _plotly_line(series) | (_plotly_bars(series) if curves.bars else {})
-        marker = {"symbol": series.mark[1], "size": 10, "line": {"color": "white", "width": 0.5}}
+        trace = _trace(series) | (_error_bars(series) if curves.has_error_bars else {})
+        marker = {"symbol": series.marker[1], "size": 10, "line": {"color": "white", "width": 0.5}}
         shape = "hv" if curves.is_staircase else "linear"
-        figure.add_scatter(**line, marker=marker, line={"color": series.color, "width": 2, "dash": series.dash, "shape": shape})
+        line = {"color": series.color, "width": 2, "dash": series.dash, "shape": shape}
+        figure.add_scatter(**trace, marker=marker, line=line)
         if curves.is_staircase:
-            rest = {"x": [float(series.x[-1]), dearest], "y": [float(series.y[-1])] * 2, "legendgroup": series.label}
-            look = {"color": series.color, "width": 2, "dash": series.dash}
-            figure.add_scatter(**rest, mode="lines", line=look, showlegend=False, hoverinfo="skip")
-    for series in curves.beside:
-        marker = {"symbol": series.mark[1], "size": 10, "color": series.color, "line": {"color": "white", "width": 0.5}}
-        alone = {"mode": "markers", "name": f"{html.escape(series.label)}, off its line"}
-        figure.add_scatter(**_plotly_line(series) | alone, marker=marker, showlegend=False)
+            tail = {"x": [float(series.x[-1]), max_x], "y": [float(series.y[-1])] * 2, "legendgroup": series.label}
+            line = {"color": series.color, "width": 2, "dash": series.dash}
+            figure.add_scatter(**tail, mode="lines", line=line, showlegend=False, hoverinfo="skip")
+    for series in curves.off_line_points:
+        marker = {"symbol": series.marker[1], "size": 10, "color": series.color, "line": {"color": "white", "width": 0.5}}
+        changes = {"mode": "markers", "name": f"{html.escape(series.label)}, off its line"}
+        figure.add_scatter(**_trace(series) | changes, marker=marker, showlegend=False)
     if curves.frontier is not None:
         line = {"color": INK, "width": 1.2, "shape": "hv"}
         marker = {"symbol": "circle-open", "size": 15, "color": INK, "line": {"width": 1.2}}
-        figure.add_scatter(**_plotly_line(curves.frontier), marker=marker, line=line)
+        figure.add_scatter(**_trace(curves.frontier), marker=marker, line=line)
     xs, ys = [series.x for series in all_series(curves)], y_range(curves)
     ends = [float(min(x.min() for x in xs)), float(max(x.max() for x in xs))]
-    for label, value, dash in curves.dashed:
+    for label, value, dash in curves.horizontal_lines:
         figure.add_scatter(
             x=ends,
             y=[value] * 2,
@@ -68,32 +69,37 @@ def plotly_curves(curves: Curves) -> go.Figure:
             hovertemplate=f"{html.escape(label)}: {format_number(value)}<extra></extra>",
         )
     if curves.published is not None:
-        layer = curves.published
-        look = {"symbol": layer.mark[1], "size": 9, "color": layer.color, "line": {"width": 1.4}}
-        line = {"color": layer.color, "width": 1.2, "dash": layer.dash}
-        figure.add_scatter(**_plotly_line(layer), marker=look, line=line, meta=PUBLISHED, visible=False)
-        ticks = {"xaxis": _plotly_ticks(*x_ticks(curves, with_published=True))}
+        published = curves.published
+        marker = {"symbol": published.marker[1], "size": 9, "color": published.color, "line": {"width": 1.4}}
+        line = {"color": published.color, "width": 1.2, "dash": published.dash}
+        figure.add_scatter(**_trace(published), marker=marker, line=line, meta=PUBLISHED, visible=False)
+        ticks = {"xaxis": _ticks(*x_ticks(curves, with_published=True))}
         if curves.log_y:
-            ticks["yaxis"] = _plotly_ticks(*log_ticks(*y_range(curves, with_published=True)))
+            ticks["yaxis"] = _ticks(*log_ticks(*y_range(curves, with_published=True)))
         figure.update_layout(meta={PUBLISHED: ticks})
-    x_axis = _plotly_axis(curves.x_label) | (_plotly_log(*x_ticks(curves)) if curves.log_x else {})
-    y_axis = _plotly_axis(curves.y_label.split(",")[0].split(" (")[0]) | (_plotly_log(*log_ticks(*ys)) if curves.log_y else {})
+    x_axis = _axis(curves.x_label) | (_log_axis(*x_ticks(curves)) if curves.log_x else {})
+    y_axis = _axis(curves.y_label.split(",")[0].split(" (")[0]) | (_log_axis(*log_ticks(*ys)) if curves.log_y else {})
     legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemwidth": 30}
     figure.update_layout(
-        **_plotly_look(), xaxis=x_axis, yaxis=y_axis, legend=legend, hovermode="closest", height=400 if curves.bars else 520
+        **_layout(),
+        xaxis=x_axis,
+        yaxis=y_axis,
+        legend=legend,
+        hovermode="closest",
+        height=400 if curves.has_error_bars else 520,
     )
     figure.update_layout(margin={"l": 62, "r": 12, "t": 10, "b": 56})
     return figure
 
 
-def _plotly_bars(series: Series) -> dict[str, Any]:
-    """Intervals as bars, none where there is no interval."""
-    up, down = (np.nan_to_num(side).tolist() for side in (series.high - series.y, series.y - series.low))
+def _error_bars(series: Series) -> dict[str, Any]:
+    """Return intervals as error bars of a trace; a point without an interval has a bar of length 0."""
+    up, down = (np.nan_to_num(length).tolist() for length in (series.high - series.y, series.y - series.low))
     return {"error_y": {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "width": 5, "thickness": 1.4}}
 
 
-def plotly_heat(panel: HeatPanel) -> go.Figure:
-    """One panel of `draw_panels` for the page."""
+def plotly_heatmap(panel: HeatPanel) -> go.Figure:
+    """Draw one heat map of steps × guidance, as `draw_heatmaps` does."""
     colors, scale = panel_colors(panel)
     texts = [
         [
@@ -110,12 +116,12 @@ def plotly_heat(panel: HeatPanel) -> go.Figure:
         z=panel.values,
         zmin=scale.vmin,
         zmax=scale.vmax,
-        colorscale=[[place, to_hex(colors(place))] for place in np.linspace(0, 1, 11).tolist()],
+        colorscale=[[position, to_hex(colors(position))] for position in np.linspace(0, 1, 11).tolist()],
         showscale=False,
         text=texts,
         texttemplate="%{text}",
         textfont={"size": 10},
-        customdata=[[[steps, at] for at in guidance] for steps in panel.num_steps],
+        customdata=[[[steps, value] for value in guidance] for steps in panel.num_steps],
         hovertemplate="%{customdata[0]} steps, guidance %{customdata[1]}: %{z:.4g}<extra></extra>",
         xgap=1,
         ygap=1,
@@ -123,11 +129,11 @@ def plotly_heat(panel: HeatPanel) -> go.Figure:
     frame = {"type": "rect", "line": {"color": OPTIMUM, "width": 2.5}}
     figure.layout.shapes = [
         {**frame, "x0": column - 0.48, "x1": column + 0.48, "y0": row - 0.46, "y1": row + 0.46}
-        for row, column in enumerate(panel.best)
+        for row, column in enumerate(panel.best_columns)
     ]
-    for row, interval in enumerate(panel.found):
+    for row, interval in enumerate(panel.race_intervals):
         if interval is not None:
-            low, high = (panel.across(end) for end in interval)
+            low, high = (panel.column_position(end) for end in interval)
             figure.add_scatter(
                 x=[low, high],
                 y=[row + 0.36] * 2,
@@ -137,34 +143,32 @@ def plotly_heat(panel: HeatPanel) -> go.Figure:
                 showlegend=False,
                 hovertemplate=f"best guidance {format_number(interval[0])} to {format_number(interval[1])}<extra>race</extra>",
             )
-    x_axis = _plotly_axis("guidance") | _plotly_places(guidance) | {"range": [-0.5, len(guidance) - 0.5]}
-    y_axis = _plotly_axis("steps") | _plotly_places(steps) | {"range": [len(steps) - 0.5, -0.5]}
-    figure.update_layout(
-        **_plotly_look(), xaxis=x_axis, yaxis=y_axis, height=110 + (30 if panel.is_labelled else 10) * len(steps)
-    )
+    x_axis = _axis("guidance") | _category_axis(guidance) | {"range": [-0.5, len(guidance) - 0.5]}
+    y_axis = _axis("steps") | _category_axis(steps) | {"range": [len(steps) - 0.5, -0.5]}
+    figure.update_layout(**_layout(), xaxis=x_axis, yaxis=y_axis, height=110 + (30 if panel.is_labelled else 10) * len(steps))
     figure.update_layout(margin={"l": 48, "r": 6, "t": 34, "b": 44})
     figure.update_layout(title={"text": html.escape(panel.size), "font": {"size": 14}, "x": 0, "xref": "paper", "y": 0.96})
     return figure
 
 
-def _plotly_line(series: Series) -> dict[str, Any]:
+def _trace(series: Series) -> dict[str, Any]:
     notes = [html.escape(note).replace("\n", "<br>") for note in series.notes]
     name = html.escape(series.label)
-    plain = {"x": series.x.tolist(), "y": series.y.tolist(), "text": notes, "name": name, "legendgroup": series.label}
-    if not series.names:
-        return plain | {"mode": "lines+markers", "hovertemplate": "%{text}<extra></extra>"}
-    beside = [html.escape(name) for name in series.names]
-    shown = {"text": beside, "textposition": "top right", "hovertext": notes, "hovertemplate": "%{hovertext}<extra></extra>"}
-    return plain | shown | {"mode": "lines+markers+text", "cliponaxis": False}
+    trace = {"x": series.x.tolist(), "y": series.y.tolist(), "text": notes, "name": name, "legendgroup": series.label}
+    if not series.point_labels:
+        return trace | {"mode": "lines+markers", "hovertemplate": "%{text}<extra></extra>"}
+    labels = [html.escape(label) for label in series.point_labels]
+    texts = {"text": labels, "textposition": "top right", "hovertext": notes, "hovertemplate": "%{hovertext}<extra></extra>"}
+    return trace | texts | {"mode": "lines+markers+text", "cliponaxis": False}
 
 
-def _plotly_look() -> dict[str, Any]:
+def _layout() -> dict[str, Any]:
     font = {"family": FONT, "size": 13, "color": INK}
     hover = {"bgcolor": "white", "bordercolor": HAIRLINE, "font": font}
     return {"template": "none", "font": font, "paper_bgcolor": "white", "plot_bgcolor": "white", "hoverlabel": hover}
 
 
-def _plotly_axis(title: str) -> dict[str, Any]:
+def _axis(title: str) -> dict[str, Any]:
     return {
         "title": {"text": html.escape(title), "font": {"size": 13, "color": INK}},
         "tickfont": {"size": 12, "color": MUTED},
@@ -176,19 +180,19 @@ def _plotly_axis(title: str) -> dict[str, Any]:
     }
 
 
-def _plotly_log(ticks: list[float], labels: list[str]) -> dict[str, Any]:
-    return {"type": "log", "tickmode": "array"} | _plotly_ticks(ticks, labels)
+def _log_axis(ticks: list[float], labels: list[str]) -> dict[str, Any]:
+    return {"type": "log", "tickmode": "array"} | _ticks(ticks, labels)
 
 
-def _plotly_ticks(ticks: list[float], labels: list[str]) -> dict[str, Any]:
+def _ticks(ticks: list[float], labels: list[str]) -> dict[str, Any]:
     return {"tickvals": ticks, "ticktext": labels}
 
 
-def _plotly_places(labels: list[str]) -> dict[str, Any]:
-    shown = some_places(len(labels))
-    return {"tickmode": "array", "tickvals": shown, "ticktext": [labels[at] for at in shown], "showgrid": False}
+def _category_axis(labels: list[str]) -> dict[str, Any]:
+    indices = tick_indices(len(labels))
+    return {"tickmode": "array", "tickvals": indices, "ticktext": [labels[index] for index in indices], "showgrid": False}
 
 
 def _with_alpha(color: str, alpha: float) -> str:
-    red, green, blue = (int(color[at : at + 2], 16) for at in (1, 3, 5))
+    red, green, blue = (int(color[start : start + 2], 16) for start in (1, 3, 5))
     return f"rgba({red},{green},{blue},{alpha})"

@@ -1,13 +1,12 @@
-"""What a page is drawn from, as files beside its table: the same page can be drawn again from them, without study, data or
-checkpoints.
+"""The data of a report as files, from which its pages can be rebuilt without the study, its data or its checkpoints.
 
-OUT/table.parquet                       the points (`isocost.sweep.ledger.table_file`)
-OUT/report_data/TASK/page.json           everything else that is said
-OUT/report_data/TASK/images/POINT.png  the images that the page shows, side by side
-OUT/report_data/TASK/strips/NUMBER.png   what they are set against, in the order of page.json
-OUT/report_data/TASK/pretrained.parquet  the points of the checkpoints that a task started from
+OUT/table.parquet                                   the points (`isocost.analysis.results_table.table_file`)
+OUT/report_data/TASK/page.json                      the other contents of the page, see `Page`
+OUT/report_data/TASK/images/POINT.png               the images of a point that the page shows, in one row
+OUT/report_data/TASK/comparison_rows/NUMBER.png     the images to compare with, in the order of page.json
+OUT/report_data/TASK/pretrained.parquet             the points of the checkpoints that the task started from
 
-Shape letters: K prompts, R side in pixels; images are uint8 [K, R, R, 3].
+Shape letters: K images, R height and width in pixels; images are uint8 [K, R, R, 3].
 """
 
 from __future__ import annotations
@@ -24,37 +23,45 @@ import pandas as pd
 from PIL import Image
 
 from isocost.analysis.claims import ClaimVerdict, TaskResults, evaluate_claims, with_seed_variance
-from isocost.analysis.paper_claims import FINDINGS
+from isocost.analysis.paper_claims import CLAIMS
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets
 from isocost.analysis.results_table import REPORT_DATA, read_table, table_file
 from isocost.config.types import TaskName
 from isocost.errors import ConfigError
-from isocost.report.claims_table import markdown_verdicts
+from isocost.report.claims_table import markdown_claims
 from isocost.report.html import write_report
 from isocost.report.markdown import BUDGET_COST, markdown_summary
 from isocost.report.plot_data_finetune import Pretrained
 from isocost.utils.artifact_store import write_atomically
 
-PAGE, IMAGES, STRIPS, PRETRAINED = "page.json", "images", "comparison_rows", "pretrained.parquet"
+PAGE, IMAGES, COMPARISON_ROWS, PRETRAINED = "page.json", "images", "comparison_rows", "pretrained.parquet"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a report says, beside its page: the table of points, the choice at each budget of normalized cost, `summary.md`'s text.
+    """A written report.
 
-    `others` are the reports of what was tuned from the family, by task.
+    Attributes:
+        page: path of the HTML page.
+        table: the points.
+        choices: the best configuration at each budget of normalized cost.
+        summary: the text of `summary.md`.
+        task_reports: the reports of the other tasks of the study.
     """
 
     page: Path
     table: pd.DataFrame
     choices: list[BudgetChoice]
     summary: str
-    others: Mapping[TaskName, Report] = field(default_factory=dict)
+    task_reports: Mapping[TaskName, Report] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Page:
-    """What `isocost.report.page.write_report` is given beside the table and the images of the points; see there."""
+    """The contents of a page, without the table and the images of the points; see `isocost.report.html.write_report`.
+
+    The fields are the keys of page.json.
+    """
 
     study_name: str
     metric: str
@@ -62,74 +69,75 @@ class Page:
     reconstruction_floors: Mapping[str, float]
     prompts: Sequence[str]
     budgets: Sequence[float]
-    others: Mapping[str, str]
+    other_pages: Mapping[str, str]
     findings: Mapping[str, Any]
     floor_label: str
-    levels: Mapping[str, Mapping[str, float]] | None
-    absent: Sequence[str]
-    strips: Mapping[str, np.ndarray] = field(default_factory=dict)
+    reference_lines: Mapping[str, Mapping[str, float]] | None
+    missing_experiments: Sequence[str]
+    comparison_rows: Mapping[str, np.ndarray] = field(default_factory=dict)
     pretrained: Pretrained | None = None
 
 
 ReportData = tuple[Page, pd.DataFrame, Mapping[str, np.ndarray]]
-"""A page, its table, and the images of the points."""
+"""A page, its table, and point -> images."""
 
 
-def draw(out: Path, drawings: Mapping[TaskName, ReportData]) -> Report:
-    """Write the pages of the tasks and what they were drawn from; a table goes through its file, so that it is the same again.
+def render(out: Path, reports: Mapping[TaskName, ReportData]) -> Report:
+    """Write the pages of all tasks, and their data as files.
 
-    A point without images has those that an earlier page of the folder showed of it.
+    The tables are read back from their files, so that a rebuilt page is equal byte by byte. A point without images gets the
+    images that an earlier report of the folder showed.
     """
-    for task in set(get_args(TaskName)) - set(drawings):
+    for task in set(get_args(TaskName)) - set(reports):
         shutil.rmtree(out / REPORT_DATA / task, ignore_errors=True)
     samples: dict[TaskName, Mapping[str, np.ndarray]] = {}
-    for task, (page, table, images) in drawings.items():
+    for task, (page, table, images) in reports.items():
         for suffix, write in (("parquet", table.to_parquet), ("csv", table.to_csv)):
             write(table_file(out, task, suffix), index=False)
         folder = out / REPORT_DATA / task
-        earlier = dict(_Kept(folder / IMAGES))
+        earlier = dict(LazyImages(folder / IMAGES))
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        _save(folder, page)
-        wanted = set(table["point"]) - set(images)
-        known = {point: shown for point, shown in earlier.items() if point in wanted}
-        samples[task] = _Shown(images, known, folder / IMAGES)
-    return _write_all(out, {task: page for task, (page, _, _) in drawings.items()}, samples)
+        _save_page(folder, page)
+        without_images = set(table["point"]) - set(images)
+        earlier = {point: point_images for point, point_images in earlier.items() if point in without_images}
+        samples[task] = _RecordedImages(images, earlier, folder / IMAGES)
+    return _write_reports(out, {task: page for task, (page, _, _) in reports.items()}, samples)
 
 
-def redraw(out: str | Path) -> Report:
-    """Draw the pages of an output folder again from what an earlier report left there.
+def rebuild(out: str | Path) -> Report:
+    """Write the pages of an output folder again from the data of its last report.
 
     Raises:
-        ConfigError: there is nothing to draw from, or it is damaged.
+        ConfigError: there is no report data, or it is damaged.
     """
     root = Path(out)
     tasks = [task for task in get_args(TaskName) if (root / REPORT_DATA / task / PAGE).is_file()]
     if not tasks:
-        raise ConfigError(f"{out}: no {REPORT_DATA}/TASK/{PAGE} to draw from; `isocost report STUDY --out {out}` leaves it")
-    pages = {task: _load(root / REPORT_DATA / task) for task in tasks}
-    return _write_all(root, pages, {task: _Kept(root / REPORT_DATA / task / IMAGES) for task in tasks})
+        raise ConfigError(f"{out}: no {REPORT_DATA}/TASK/{PAGE} to rebuild from; `isocost report STUDY --out {out}` writes it")
+    pages = {task: _load_page(root / REPORT_DATA / task) for task in tasks}
+    return _write_reports(root, pages, {task: LazyImages(root / REPORT_DATA / task / IMAGES) for task in tasks})
 
 
 def task_folder(task: TaskName) -> str:
-    """Where the page of a task lies in `report/`: at the top, or in a folder of its own."""
+    """Return the folder of a task's page inside `report/`: empty for text2image, else "TASK/"."""
     return "" if task == "text2image" else f"{task}/"
 
 
-def _write_all(out: Path, pages: Mapping[TaskName, Page], samples: Mapping[TaskName, Mapping[str, np.ndarray]]) -> Report:
+def _write_reports(out: Path, pages: Mapping[TaskName, Page], samples: Mapping[TaskName, Mapping[str, np.ndarray]]) -> Report:
     tables = with_seed_variance({task: TaskResults(read_table(out, task), page.metric) for task, page in pages.items()})
-    verdicts = evaluate_claims(FINDINGS, tables)
+    verdicts = evaluate_claims(CLAIMS, tables)
     study_name = next(iter(pages.values())).study_name
     (out / "report").mkdir(exist_ok=True)
-    write_atomically(out / "report" / "claims.md", markdown_verdicts(study_name, verdicts, tables))
+    write_atomically(out / "report" / "claims.md", markdown_claims(study_name, verdicts, tables))
     first, *others = (
-        _write(out, task, page, tables[task].table, samples[task], () if number else verdicts)
-        for number, (task, page) in enumerate(pages.items())
+        _write_task_report(out, task, page, tables[task].table, samples[task], () if index else verdicts)
+        for index, (task, page) in enumerate(pages.items())
     )
-    return replace(first, others=dict(zip(list(pages)[1:], others, strict=True)))
+    return replace(first, task_reports=dict(zip(list(pages)[1:], others, strict=True)))
 
 
-def _write(
+def _write_task_report(
     out: Path,
     task: TaskName,
     page: Page,
@@ -138,7 +146,7 @@ def _write(
     verdicts: Sequence[ClaimVerdict],
 ) -> Report:
     folder = out / "report" / task_folder(task)
-    written = write_report(
+    page_file = write_report(
         folder,
         page.study_name,
         table,
@@ -148,55 +156,58 @@ def _write(
         samples,
         page.prompts,
         page.budgets,
-        page.strips,
-        page.others,
+        page.comparison_rows,
+        page.other_pages,
         page.findings,
         page.floor_label,
-        page.levels,
-        page.absent,
+        page.reference_lines,
+        page.missing_experiments,
         page.pretrained,
         verdicts,
     )
     floor = page.reconstruction_floors.get(page.metric)
-    summary = markdown_summary(table, page.metric, page.study_name, page.budgets, floor, page.floor_label, page.absent)
+    summary = markdown_summary(
+        table, page.metric, page.study_name, page.budgets, floor, page.floor_label, page.missing_experiments
+    )
     write_atomically(folder / "summary.md", summary)
     choices = best_at_budgets(table, BUDGET_COST, page.metric, page.budgets)
-    return Report(written, table, choices, summary)
+    return Report(page_file, table, choices, summary)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-class _Shown(Mapping[str, np.ndarray]):
-    """The points' images, and further ones by point; each that is asked for is kept as a file."""
+class _RecordedImages(Mapping[str, np.ndarray]):
+    """The images of points. The images of each point that is read are saved to a file."""
 
-    def __init__(self, samples: Mapping[str, np.ndarray], further: Mapping[str, np.ndarray], folder: Path) -> None:
-        self.samples, self.further, self.folder = samples, further, folder
+    def __init__(self, samples: Mapping[str, np.ndarray], earlier: Mapping[str, np.ndarray], folder: Path) -> None:
+        """Take the images of a point from `earlier` if they are there, else from `samples`; save them in `folder`."""
+        self.samples, self.earlier, self.folder = samples, earlier, folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def __getitem__(self, point: str) -> np.ndarray:
-        images = self.further[point] if point in self.further else self.samples[point]
+        images = self.earlier[point] if point in self.earlier else self.samples[point]
         file = self.folder / f"{point}.png"
         if not file.exists():
-            _write_strip(file, images)
+            write_image_row(file, images)
         return images
 
     def __iter__(self) -> Iterator[str]:
         yield from self.samples
-        yield from self.further
+        yield from self.earlier
 
     def __len__(self) -> int:
-        return len(self.samples) + len(self.further)
+        return len(self.samples) + len(self.earlier)
 
 
-class _Kept(Mapping[str, np.ndarray]):
-    """The images that a page showed, by point."""
+class LazyImages(Mapping[str, np.ndarray]):
+    """The saved images of a page by point; a file is read when its images are used."""
 
     def __init__(self, folder: Path) -> None:
         self.files = {file.stem: file for file in sorted(folder.glob("*.png"))}
 
     def __getitem__(self, point: str) -> np.ndarray:
-        return _read_strip(self.files[point])
+        return read_image_row(self.files[point])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -205,41 +216,45 @@ class _Kept(Mapping[str, np.ndarray]):
         return len(self.files)
 
 
-def _save(folder: Path, page: Page) -> None:
-    told = {name: value for name, value in vars(page).items() if name not in ("strips", "pretrained")}
-    told["strips"] = list(page.strips)
-    told["pretrained"] = None
+def _save_page(folder: Path, page: Page) -> None:
+    contents = {name: value for name, value in vars(page).items() if name not in ("comparison_rows", "pretrained")}
+    contents["comparison_rows"] = list(page.comparison_rows)
+    contents["pretrained"] = None
     if page.pretrained is not None:
-        told["pretrained"] = {"task": page.pretrained.task, "metric": page.pretrained.metric}
+        contents["pretrained"] = {"task": page.pretrained.task, "metric": page.pretrained.metric}
         page.pretrained.table.to_parquet(folder / PRETRAINED, index=False)
-    (folder / STRIPS).mkdir()
-    for number, images in enumerate(page.strips.values()):
-        _write_strip(folder / STRIPS / f"{number}.png", images)
-    write_atomically(folder / PAGE, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    (folder / COMPARISON_ROWS).mkdir()
+    for number, images in enumerate(page.comparison_rows.values()):
+        write_image_row(folder / COMPARISON_ROWS / f"{number}.png", images)
+    write_atomically(folder / PAGE, json.dumps(contents, indent=1, ensure_ascii=False) + "\n")
 
 
-def _load(folder: Path) -> Page:
+def _load_page(folder: Path) -> Page:
     try:
-        told = json.loads((folder / PAGE).read_text(encoding="utf-8"))
-        strips = {title: _read_strip(folder / STRIPS / f"{number}.png") for number, title in enumerate(told["strips"])}
-        started = told["pretrained"]
-        if started is not None:
-            started = Pretrained(started["task"], pd.read_parquet(folder / PRETRAINED), started["metric"])
-        return Page(**{**told, "strips": strips, "pretrained": started})
+        contents = json.loads((folder / PAGE).read_text(encoding="utf-8"))
+        comparison_rows = {
+            title: read_image_row(folder / COMPARISON_ROWS / f"{number}.png")
+            for number, title in enumerate(contents["comparison_rows"])
+        }
+        pretrained = contents["pretrained"]
+        if pretrained is not None:
+            pretrained = Pretrained(pretrained["task"], pd.read_parquet(folder / PRETRAINED), pretrained["metric"])
+        return Page(**{**contents, "comparison_rows": comparison_rows, "pretrained": pretrained})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder}: what the page was drawn from is damaged ({error}); report the study again") from error
+        raise ConfigError(f"{folder}: the report data is damaged ({error}); write the report of the study again") from error
 
 
-def _write_strip(file: Path, images: np.ndarray) -> None:
-    """Images side by side without loss; what has one colour in three channels is kept as grey."""
-    strip = np.concatenate(list(images), axis=1)
-    is_grey = bool((strip[..., :1] == strip).all())
+def write_image_row(file: Path, images: np.ndarray) -> None:
+    """Write images [K, R, R, 3] next to each other as one lossless PNG, in greyscale if they are grey."""
+    row = np.concatenate(list(images), axis=1)
+    is_grey = bool((row[..., :1] == row).all())
     partial = file.with_suffix(".partial")
-    Image.fromarray(strip[..., 0] if is_grey else strip).save(partial, format="PNG", optimize=True)
+    Image.fromarray(row[..., 0] if is_grey else row).save(partial, format="PNG", optimize=True)
     partial.replace(file)
 
 
-def _read_strip(file: Path) -> np.ndarray:
-    strip = np.asarray(Image.open(file).convert("RGB"))
-    side = strip.shape[0]
-    return np.stack([strip[:, at : at + side] for at in range(0, strip.shape[1], side)])
+def read_image_row(file: Path) -> np.ndarray:
+    """Read the images [K, R, R, 3] that `write_image_row` wrote."""
+    row = np.asarray(Image.open(file).convert("RGB"))
+    side = row.shape[0]
+    return np.stack([row[:, left : left + side] for left in range(0, row.shape[1], side)])

@@ -1,13 +1,14 @@
-"""The row engine: streams of rows through one network.
+"""The sampling engine: it runs a stream of requests through one network.
 
-Rows that differ in solver, step count, guidance and caption share network calls of one fixed shape and one fused update a
-tick, because a solver is a table of numbers (`solvers.py`) and noise belongs to the image (`noise.py`). A network call
-has `batch_size` places, one a pass; a row takes one place, or two with guidance, and keeps them until it is finished, when
-the next row gets them (`places.py`). Which positions an image may take is a matter of its id alone (`waiting.py`), and a
-place that no row needs runs empty: shape and position never change, nor does an image its bits. On a CPU several calls of
-that shape run at once, one a core (`lanes.py`): how many does not touch the images either.
+Requests that differ in solver, number of steps, guidance and prompt share network calls of one fixed shape and one update per
+tick, because a solver is a table of coefficients (`diffusion/solvers.py`) and noise belongs to the sample
+(`diffusion/philox.py`). A network call has `batch_size` slots, one per pass. A request takes one slot, or two with guidance.
+When it is finished, its slots go to the next request (`slots.py`). The position of a pass in its call is a function of the
+sample index (`request_queue.py`), and a vacant slot runs empty. The shape and the position therefore never change, and neither
+do the bits of an image. On a CPU several calls of this shape run in parallel, one per core (`call_pool.py`); their number does
+not change the images either.
 
-Shape letters: P places of all lanes, C H W latent, L D states.
+Shape letters: P slots of all parallel calls, R requests, C H W latent, L D prompt embeddings.
 """
 
 from __future__ import annotations
@@ -23,47 +24,55 @@ from isocost.diffusion.noise_schedule import x0_coefficients
 from isocost.errors import ConfigError
 from isocost.sampling.call_pool import CallPool
 from isocost.sampling.first_step_cache import FirstStepCache
-from isocost.sampling.request import Conditioning, PerSampleFn, PromptEmbeds, SampleRequest, SampleResult, num_passes
+from isocost.sampling.request import (
+    Conditioning,
+    PerSampleFn,
+    PromptEmbedsFn,
+    SampleRequest,
+    SampleResult,
+    passes_per_evaluation,
+)
 from isocost.sampling.request_queue import RequestQueue
 from isocost.sampling.slots import BatchSlots, CoefficientBank
 
 Denoise = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(x [P, C + C', H, W] float32, timesteps [P] float32, states [P, L, D], guidance [P] float32) -> raw output [P, C, H, W].
+"""(x [P, C + C', H, W] float32, timesteps [P] float32, prompt_embeds [P, L, D], guidance [P] float32) -> output [P, C, H, W].
 
-`guidance` is for networks that embed it; others leave it."""
+The output is the network's raw output. `guidance` is for networks that embed it; others ignore it."""
 
 
-_READ_AHEAD = 16
-"""How many times the places' number of rows may wait for a place that is theirs or for an evaluation that they share."""
+_MAX_WAITING_PER_SLOT = 16
+"""Requests per slot that may wait for their position or for a shared first evaluation."""
 
 
 class Engine:
-    """Runs streams of rows through one network.
+    """Runs streams of requests through one network.
 
     Args:
-        denoise: the network; its output's type is `prediction`.
-        prediction: what the network predicts.
-        prompt_embeds: looks captions up.
-        null_prompt_embeds: [L, D], the unconditional states; their dtype is the dtype of all states. None for a network without.
+        denoise: the network.
+        prediction_type: type of the network's output.
+        prompt_embeds: prompt indices -> prompt embeddings.
+        null_prompt_embeds: [L, D], the embeddings of the empty prompt. Their dtype is the dtype of all embeddings. None for a
+            network without an empty prompt.
         latent_shape: (C, H, W).
-        batch_size: places of a network call.
-        device: where latents live and the network runs.
-        num_parallel_calls: network calls that run at once; the images do not depend on it.
-        embeds_guidance: the network takes w itself (guidance-distilled students): one pass at any w.
-        beside: for networks of further input channels: image ids int64 [R] on the CPU -> latents [R, C', H, W] that stand
-            beside the noisy one (super-resolution's low-resolution image).
-        starts: image ids -> start noise [R, C, H, W], in place of that of (seed, image id).
-        cache_bytes: memory for outputs of first evaluations, which later rows of the same image take over; 0 shares none.
+        batch_size: slots of a network call.
+        device: of the latents and the network.
+        num_parallel_calls: network calls that run at the same time. The images do not depend on it.
+        embeds_guidance: the network takes w as an input (guidance-distilled students), so one pass is enough at any w.
+        concat_cond: for networks with extra input channels: sample indices int64 [R] on the CPU -> latents [R, C', H, W] that
+            are concatenated to the noisy latents (the low-resolution image in super-resolution).
+        initial_noise: sample indices -> initial noise [R, C, H, W]; by default it is drawn from (seed, sample index).
+        cache_bytes: memory for outputs of first evaluations, which later requests for the same image reuse; 0 disables it.
 
     Raises:
-        ConfigError: batch_size below 1 or an unknown prediction type.
+        ConfigError: batch_size is below 1, or the prediction type is unknown.
     """
 
     def __init__(
         self,
         denoise: Denoise,
         prediction_type: PredictionType,
-        prompt_embeds: PromptEmbeds,
+        prompt_embeds: PromptEmbedsFn,
         null_prompt_embeds: Tensor | None,
         latent_shape: tuple[int, int, int],
         batch_size: int,
@@ -76,56 +85,62 @@ class Engine:
         cache_bytes: int = 0,
     ) -> None:
         if batch_size < 1:
-            raise ConfigError(f"batch_size = {batch_size}: a network call needs at least one place")
-        x0_coefficients(prediction_type, np.ones(1), np.ones(1))  # refuses an unknown type now, not at the first row
+            raise ConfigError(f"batch_size = {batch_size}: a network call needs at least one slot")
+        x0_coefficients(prediction_type, np.ones(1), np.ones(1))  # rejects an unknown type now, not at the first request
         self.denoise = denoise
         self.prediction_type = prediction_type
         self.device = torch.device(device)
-        self.conditions = Conditioning(prompt_embeds, null_prompt_embeds, embeds_guidance)
+        self.conditioning = Conditioning(prompt_embeds, null_prompt_embeds, embeds_guidance)
         self.latent_shape = latent_shape
         self.batch_size = batch_size
-        # One row with guidance needs two places; two calls of one place each are a bucket of one.
-        self.lanes = CallPool(max(num_parallel_calls, 2) if batch_size == 1 else num_parallel_calls, batch_size, self.device)
+        # A request with guidance needs two slots. With a batch size of 1 they are in two calls of one slot each.
+        num_calls = max(num_parallel_calls, 2) if batch_size == 1 else num_parallel_calls
+        self.call_pool = CallPool(num_calls, batch_size, self.device)
         self.cache_bytes = cache_bytes
         self.concat_cond, self.initial_noise = concat_cond, initial_noise
 
-    def run(self, rows: Iterable[SampleRequest]) -> Iterator[SampleResult]:
-        """Make the images of `rows` and yield them as they finish. Reads a few batches ahead of the rows in flight.
+    def run(self, requests: Iterable[SampleRequest]) -> Iterator[SampleResult]:
+        """Generate the images and yield them as they finish. The stream is read a few batches ahead.
 
         Raises:
-            ConfigError: a row asks for guidance or no caption, and the network has no null caption.
-            RunError: a network call of one place runs out of memory.
+            ConfigError: a request needs the empty prompt (for guidance, or as its prompt), and the network has none.
+            RunError: a network call of one slot runs out of memory.
         """
-        lines = CoefficientBank(self.prediction_type, self.device)
-        shared = FirstStepCache(self.cache_bytes)
-        num_places, call_size = self.lanes.num_places, self.lanes.call_size
-        places = BatchSlots(
-            num_places, self.latent_shape, lines, self.conditions, shared, self.batch_size, call_size, self.concat_cond
+        bank = CoefficientBank(self.prediction_type, self.device)
+        cache = FirstStepCache(self.cache_bytes)
+        num_slots, call_size = self.call_pool.num_slots, self.call_pool.call_size
+        slots = BatchSlots(
+            num_slots, self.latent_shape, bank, self.conditioning, cache, self.batch_size, call_size, self.concat_cond
         )
-        most_waiting = _READ_AHEAD * num_places
-        waiting = RequestQueue(
-            iter(rows), self.conditions, self.latent_shape, self.batch_size, most_waiting, self.device, self.initial_noise
+        queue = RequestQueue(
+            iter(requests),
+            self.conditioning,
+            self.latent_shape,
+            self.batch_size,
+            _MAX_WAITING_PER_SLOT * num_slots,
+            self.device,
+            self.initial_noise,
         )
         while True:
-            yield from places.refill(waiting)
-            if not places.num_busy:
+            yield from slots.refill(queue)
+            if not slots.num_busy:
                 return
-            yield from self._tick(places)
+            yield from self._tick(slots)
 
-    def passes(self, row: SampleRequest) -> int:
-        """Network passes an evaluation of the row."""
-        return num_passes(row.guidance, self.conditions.embeds_guidance)
+    def passes_per_evaluation(self, request: SampleRequest) -> int:
+        """Network passes per evaluation of the request."""
+        return passes_per_evaluation(request.guidance, self.conditioning.embeds_guidance)
 
     @torch.inference_mode()
-    def _tick(self, places: BatchSlots) -> list[SampleResult]:
-        """One network call a lane and one update for every row; returns the rows that have ended."""
-        source = places.to_device(places.primary)
-        timesteps = places.lines.timesteps[places.to_device(places.current_steps[places.primary])]
-        arguments = (places.network_input(source), timesteps, places.states, places.guidance[source])
-        output = self.lanes.run(self.denoise, arguments, places.primary_busy).float()
-        places.call_size = self.lanes.call_size
-        places.cache_first_evaluations(output)
-        busy = np.flatnonzero(places.host["busy"])
-        places.host["computed"][busy] += places.host["num_passes"][busy]
-        places.advance(None, output, output[places.to_device(places.host["secondary"])])
-        return places.collect(busy)
+    def _tick(self, slots: BatchSlots) -> list[SampleResult]:
+        """Run one network call per member of the pool and one update for all requests; return the finished ones."""
+        primary = slots.to_device(slots.primary)
+        timesteps = slots.bank.timesteps[slots.to_device(slots.current_steps[slots.primary])]
+        arguments = (slots.network_input(primary), timesteps, slots.prompt_embeds, slots.guidance[primary])
+        output = self.call_pool.run(self.denoise, arguments, slots.primary_busy).float()
+        slots.call_size = self.call_pool.call_size
+        slots.cache_first_evaluations(output)
+        busy = np.flatnonzero(slots.records["busy"])
+        slots.records["nfe_executed"][busy] += slots.records["num_passes"][busy]
+        slots.advance(None, output, output[slots.to_device(slots.records["secondary"])])
+        return slots.pop_finished(busy)

@@ -1,20 +1,20 @@
-"""The first evaluation of an image, computed once and shared by every point that starts there.
+"""A cache of first evaluations: all points that start an image in the same way share one network evaluation.
 
-At pure noise the network's raw output depends on the start noise, the caption and the first timestep alone: points that
-differ in guidance, in the solver or in the number of steps share it where their grids start together, as trailing ones do.
+At pure noise the raw output of the network depends only on the initial noise, the prompt and the first timestep. Points that
+differ in guidance, solver or number of steps share it if their timesteps start equally, as trailing timesteps do.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from isocost.sampling.request import Conditioning, Pass, SampleRequest
+from isocost.sampling.request import Conditioning, ConditioningPass, SampleRequest
 
-Key = tuple[int, int, float, Pass, float]
+Key = tuple[int, int, float, ConditioningPass, float]
 
 
 class FirstStepCache:
-    """Outputs by key, the first ones that `capacity` bytes hold."""
+    """Network outputs by key. It stores outputs until `capacity` bytes are used; later outputs are not stored."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -22,23 +22,26 @@ class FirstStepCache:
         self._num_bytes = 0
 
     @staticmethod
-    def keys(row: SampleRequest, conditions: Conditioning) -> tuple[Key, ...]:
-        """What the row's passes at its first line depend on: seed, image, timestep, caption, embedded guidance (the side of
-        guidance too, because it decides the place in the call, and with it the last bits)."""
-        weight = row.guidance if conditions.embeds_guidance else 1.0
-        at = (row.seed, row.sample_index, float(row.table.timesteps[0]))
-        return tuple((*at, one, weight) for one in conditions.passes(row))
+    def keys(request: SampleRequest, conditioning: Conditioning) -> tuple[Key, ...]:
+        """One key per pass of the first step: seed, sample index, timestep, prompt and embedded guidance.
+
+        The key also holds whether the pass is unconditional, because this decides its position in the call, and with it the
+        last bits of the output.
+        """
+        weight = request.guidance if conditioning.embeds_guidance else 1.0
+        start = (request.seed, request.sample_index, float(request.coefficients.timesteps[0]))
+        return tuple((*start, item, weight) for item in conditioning.passes(request))
 
     def has(self, keys: tuple[Key, ...]) -> bool:
-        """True where all passes are there."""
+        """True if the outputs of all keys are stored."""
         return all(key in self._outputs for key in keys)
 
     def get(self, keys: tuple[Key, ...]) -> tuple[Tensor, ...]:
-        """Their outputs, each [C, H, W]."""
+        """The stored outputs, each [C, H, W]."""
         return tuple(self._outputs[key] for key in keys)
 
-    def keep(self, keys: tuple[Key, ...], outputs: tuple[Tensor, ...]) -> None:
-        """Remember copies of the outputs while there is room."""
+    def put(self, keys: tuple[Key, ...], outputs: tuple[Tensor, ...]) -> None:
+        """Store copies of the outputs while the capacity lasts."""
         for key, output in zip(keys, outputs, strict=False):
             size = output.numel() * output.element_size()
             if key not in self._outputs and self._num_bytes + size <= self.capacity:

@@ -1,7 +1,7 @@
-"""Rows in, uint8 images out: a checkpoint, its autoencoder and its captions around the engine. No image needs to touch the disk.
+"""Requests in, uint8 images out: the engine together with a checkpoint's autoencoder and its prompt embeddings.
 
-Shapes: N captions, U distinct captions, T tokens, D width of the prompt embeddings, K width of their keys and values, R
-resolution.
+Shapes: N prompts, U distinct prompts, R requests, T tokens, D width of the prompt embeddings, K width of their keys and values,
+S resolution.
 """
 
 from __future__ import annotations
@@ -28,63 +28,73 @@ ENCODE_BATCH = 256
 DECODE_BATCH = 32
 MAX_DECODE_IN_FLIGHT = 2
 MAX_PENDING_BATCHES = 4
-PROJECTED_BYTES = 2**29
+MAX_CACHED_KV_BYTES = 2**29
 
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """States of N captions, each distinct one held once: `distinct` float32 [U, T, D], `number` int64 [N], `null` [T, D]."""
+    """Embeddings of N prompts; each distinct prompt is stored once.
+
+    Attributes:
+        distinct: float32 [U, T, D].
+        index: int64 [N], row of each prompt in `distinct`.
+        null: float32 [T, D], the embeddings of the empty prompt.
+    """
 
     distinct: Tensor
-    number: Tensor
+    index: Tensor
     null: Tensor
 
     @classmethod
-    def of(cls, prompts: Sequence[str], text: TextEncoder) -> PromptEmbeds:
-        """Encode the captions and the empty one."""
-        different = sorted(set(prompts))
-        slot_position = {prompt: number for number, prompt in enumerate(different)}
-        texts = [*different, NULL_CAPTION]
-        batches = [text.encode(texts[start : start + ENCODE_BATCH]) for start in range(0, len(texts), ENCODE_BATCH)]
-        states = torch.cat(batches)
-        null = torch.zeros_like(states[-1]) if text.null_is_zero else states[-1]
-        return cls(states[:-1], torch.tensor([slot_position[prompt] for prompt in prompts], dtype=torch.int64), null)
+    def encode(cls, prompts: Sequence[str], text_encoder: TextEncoder) -> PromptEmbeds:
+        """Encode the prompts and the empty prompt."""
+        distinct = sorted(set(prompts))
+        index_of = {prompt: index for index, prompt in enumerate(distinct)}
+        texts = [*distinct, NULL_CAPTION]
+        batches = [text_encoder.encode(texts[start : start + ENCODE_BATCH]) for start in range(0, len(texts), ENCODE_BATCH)]
+        embeds = torch.cat(batches)
+        null = torch.zeros_like(embeds[-1]) if text_encoder.null_is_zero else embeds[-1]
+        return cls(embeds[:-1], torch.tensor([index_of[prompt] for prompt in prompts], dtype=torch.int64), null)
 
     def __call__(self, prompts: Tensor) -> Tensor:
-        """Caption indices int64 [R] -> states [R, T, D]."""
-        return self.distinct[self.number[prompts]]
+        """Prompt indices int64 [R] -> prompt embeddings [R, T, D]."""
+        return self.distinct[self.index[prompts]]
 
 
 class CachedPromptKV:
-    """Captions as a network's keys and values, each projected once where all of them fit into `PROJECTED_BYTES`."""
+    """Keys and values of the prompts in the cross-attention of a network.
+
+    The keys and values of all distinct prompts are cached if they fit into `MAX_CACHED_KV_BYTES`. Then they are computed once
+    per prompt. If they do not fit, nothing is cached, and they are computed at every call.
+    """
 
     def __init__(self, prompts: PromptEmbeds, network: Denoiser) -> None:
         self.prompts, self.network = prompts, network
         num_distinct, num_tokens, _ = prompts.distinct.shape
         width = network.cross_attention_dim
-        fits = num_distinct * num_tokens * width * network.dtype.itemsize <= PROJECTED_BYTES
-        self.kept = torch.empty(num_distinct if fits else 0, num_tokens, width, dtype=network.dtype, device=network.device)
-        self.is_known = torch.zeros(len(self.kept), dtype=torch.bool)
+        fits = num_distinct * num_tokens * width * network.dtype.itemsize <= MAX_CACHED_KV_BYTES
+        self.cache = torch.empty(num_distinct if fits else 0, num_tokens, width, dtype=network.dtype, device=network.device)
+        self.is_cached = torch.zeros(len(self.cache), dtype=torch.bool)
 
     @property
     def null(self) -> Tensor:
-        """The empty caption, [T, K]."""
+        """Keys and values of the empty prompt, [T, K]."""
         return self.network.project(self.prompts.null[None])[0]
 
     def __call__(self, prompts: Tensor) -> Tensor:
-        """Caption indices int64 [R] -> keys and values [R, T, K]."""
-        distinct = self.prompts.number[prompts]
-        if not len(self.kept):
-            return self.network.project(self.prompts.distinct[distinct])
-        fresh = distinct[~self.is_known[distinct]].unique()
-        if len(fresh):
-            self.kept[fresh.to(self.kept.device)] = self.network.project(self.prompts.distinct[fresh])
-            self.is_known[fresh] = True
-        return self.kept[distinct.to(self.kept.device)]
+        """Prompt indices int64 [R] -> keys and values [R, T, K]."""
+        indices = self.prompts.index[prompts]
+        if not len(self.cache):
+            return self.network.project(self.prompts.distinct[indices])
+        missing = indices[~self.is_cached[indices]].unique()
+        if len(missing):
+            self.cache[missing.to(self.cache.device)] = self.network.project(self.prompts.distinct[missing])
+            self.is_cached[missing] = True
+        return self.cache[indices.to(self.cache.device)]
 
 
 def make_engine(
-    network: nn.Module,
+    network: nn.Module | Denoiser,
     info: CheckpointInfo,
     prompts: PromptEmbeds,
     *,
@@ -95,20 +105,23 @@ def make_engine(
     concat_cond: PerSampleFn | None = None,
     initial_noise: PerSampleFn | None = None,
 ) -> Engine:
-    """An engine around a checkpoint's network, which it changes in place. On a CPU a lane for each of torch's threads."""
-    prepared = Denoiser(network, dtype, compiled)
-    projected = CachedPromptKV(prompts, prepared)
+    """Build an engine around a checkpoint's network, which is changed in place. On a CPU every thread of torch runs a call.
+
+    The arguments are those of `Denoiser` and `Engine`. A `Denoiser` serves any number of engines one after another.
+    """
+    denoiser = network if isinstance(network, Denoiser) else Denoiser(network, dtype, compiled)
+    keys_values = CachedPromptKV(prompts, denoiser)
     model = info.model
     return Engine(
-        prepared.denoise(),
+        denoiser.denoise(),
         info.prediction_type,
-        projected,
-        projected.null,
+        keys_values,
+        keys_values.null,
         (model.latent_channels, model.latent_size, model.latent_size),
         batch_size,
-        prepared.device,
-        num_parallel_calls=torch.get_num_threads() if prepared.device.type == "cpu" else 1,
-        embeds_guidance=prepared.embeds_guidance,
+        denoiser.device,
+        num_parallel_calls=torch.get_num_threads() if denoiser.device.type == "cpu" else 1,
+        embeds_guidance=denoiser.embeds_guidance,
         concat_cond=concat_cond,
         initial_noise=initial_noise,
         cache_bytes=cache_bytes,
@@ -118,7 +131,7 @@ def make_engine(
 def schedule_of(info: CheckpointInfo) -> NoiseSchedule:
     """The noise schedule that a checkpoint was trained on."""
     if info.pretrained is not None:
-        return NoiseSchedule.of(info.pretrained.noise)
+        return NoiseSchedule.from_spec(info.pretrained.noise)
     if info.prediction_type == "flow_prediction":
         return NoiseSchedule.flow()
     return NoiseSchedule.scaled_linear(rescale_betas_zero_snr=info.rescale_betas_zero_snr)
@@ -126,70 +139,76 @@ def schedule_of(info: CheckpointInfo) -> NoiseSchedule:
 
 @dataclass(frozen=True)
 class GeneratedBatch:
-    """Finished rows with their images uint8 [N, 3, R, R]. A row that is not finite numbers has no image."""
+    """Finished requests with their images.
 
-    rows: list[SampleResult]
-    images: Tensor
-    broken: list[SampleResult]
-
-
-def generate(engine: Engine, autoencoder: Autoencoder, rows: Iterable[SampleRequest]) -> Iterator[GeneratedBatch]:
-    """Run rows and decode what finishes, `DECODE_BATCH` at a time, while the next images are denoised.
-
-    A latent that is not finite numbers is never decoded: it is handed on as broken.
+    Attributes:
+        results: of the images, in their order.
+        images: uint8 [len(results), 3, S, S].
+        nonfinite: results whose latent contains NaN or inf; they have no image.
     """
-    with ThreadPoolExecutor(1, "decode") as decoder:
+
+    results: list[SampleResult]
+    images: Tensor
+    nonfinite: list[SampleResult]
+
+
+def generate(engine: Engine, autoencoder: Autoencoder, requests: Iterable[SampleRequest]) -> Iterator[GeneratedBatch]:
+    """Run requests and decode their latents, `DECODE_BATCH` at a time, while the next images are denoised.
+
+    A latent with NaN or inf is never decoded; it is yielded as `nonfinite`.
+    """
+    with ThreadPoolExecutor(1, "decode") as executor:
         batches = _DecodeBatches()
-        decoding: deque[tuple[list[SampleResult], Future[Tensor]]] = deque()
-        for finished in engine.run(rows):
-            if not finished.finite:
-                yield GeneratedBatch([], torch.empty(0, 3, 0, 0, dtype=torch.uint8), [finished])
+        in_flight: deque[tuple[list[SampleResult], Future[Tensor]]] = deque()
+        for result in engine.run(requests):
+            if not result.finite:
+                yield GeneratedBatch([], torch.empty(0, 3, 0, 0, dtype=torch.uint8), [result])
                 continue
-            for batch in batches.add(finished):
-                decoding.append((list(batch.values()), decoder.submit(_decode, batch, autoencoder)))
-            while decoding and (decoding[0][1].done() or len(decoding) > MAX_DECODE_IN_FLIGHT):
-                ready, images = decoding.popleft()
-                yield GeneratedBatch(ready, images.result(), [])
-        for batch in batches.rest():
-            decoding.append((list(batch.values()), decoder.submit(_decode, batch, autoencoder)))
-        for ready, images in decoding:
-            yield GeneratedBatch(ready, images.result(), [])
+            for batch in batches.add(result):
+                in_flight.append((list(batch.values()), executor.submit(_decode, batch, autoencoder)))
+            while in_flight and (in_flight[0][1].done() or len(in_flight) > MAX_DECODE_IN_FLIGHT):
+                results, images = in_flight.popleft()
+                yield GeneratedBatch(results, images.result(), [])
+        for batch in batches.remaining():
+            in_flight.append((list(batch.values()), executor.submit(_decode, batch, autoencoder)))
+        for results, images in in_flight:
+            yield GeneratedBatch(results, images.result(), [])
 
 
-Batch = dict[int, SampleResult]
-"""Rows to decode at once, by their place in the call."""
+DecodeBatch = dict[int, SampleResult]
+"""Results to decode in one call, by their position in the call."""
 
 
 class _DecodeBatches:
-    """Calls of the decoder that fill up. An image's place in its call is its id's, as in the engine's calls (`waiting.py`)."""
+    """Decoder calls that are being filled. As in the engine, the position of an image is a function of its sample index."""
 
     def __init__(self) -> None:
-        self._filling: deque[Batch] = deque()
+        self._pending: deque[DecodeBatch] = deque()
 
-    def add(self, finished: SampleResult) -> Iterator[Batch]:
-        """Put a row into the first batch where its place is free; gives the batches that are to be decoded now."""
-        place = finished.row.sample_index % DECODE_BATCH
-        batch = next((batch for batch in self._filling if place not in batch), None)
+    def add(self, result: SampleResult) -> Iterator[DecodeBatch]:
+        """Add a result to the first batch whose position is free; yield the batches to decode now."""
+        position = result.request.sample_index % DECODE_BATCH
+        batch = next((batch for batch in self._pending if position not in batch), None)
         if batch is None:
             batch = {}
-            self._filling.append(batch)
-        batch[place] = finished
+            self._pending.append(batch)
+        batch[position] = result
         if len(batch) == DECODE_BATCH:
-            self._filling.remove(batch)
+            self._pending.remove(batch)
             yield batch
-        elif len(self._filling) > MAX_PENDING_BATCHES:
-            yield self._filling.popleft()
+        elif len(self._pending) > MAX_PENDING_BATCHES:
+            yield self._pending.popleft()
 
-    def rest(self) -> Iterator[Batch]:
-        """The batches that did not fill up."""
-        return iter(self._filling)
+    def remaining(self) -> Iterator[DecodeBatch]:
+        """The batches that are not full."""
+        return iter(self._pending)
 
 
 @torch.inference_mode()
-def _decode(batch: Batch, autoencoder: Autoencoder) -> Tensor:
-    """uint8 [N, 3, R, R] on the CPU, in the batch's order. Always `DECODE_BATCH` latents at once."""
-    places = list(batch)
-    some = batch[places[0]].latent
-    latents = some.new_zeros(DECODE_BATCH, *some.shape)
-    latents[places] = torch.stack([row.latent for row in batch.values()])
-    return autoencoder.decode(latents)[places].cpu()
+def _decode(batch: DecodeBatch, autoencoder: Autoencoder) -> Tensor:
+    """uint8 [len(batch), 3, S, S] on the CPU, in the batch's order. Every call decodes exactly `DECODE_BATCH` latents."""
+    positions = list(batch)
+    first = batch[positions[0]].latent
+    latents = first.new_zeros(DECODE_BATCH, *first.shape)
+    latents[positions] = torch.stack([result.latent for result in batch.values()])
+    return autoencoder.decode(latents)[positions].cpu()

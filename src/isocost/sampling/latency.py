@@ -1,10 +1,11 @@
-"""How long a checkpoint takes: measured milliseconds from captions to images, by stage and by batch size.
+"""The latency of a checkpoint: measured milliseconds from prompts to images, by stage and by batch size.
 
 Shapes: B images of a batch.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,24 +29,29 @@ from isocost.sampling.latency_stages import (
     BatchedPipeline,
     LoadedModel,
     Summary,
-    time_pass,
-    time_passes,
+    time_run,
+    time_runs,
 )
 from isocost.sampling.request import SampleRequest
 from isocost.utils.device import DeviceMonitor, DeviceSample, best_device, device_monitor
 from isocost.utils.environment import provenance
-from isocost.utils.progress import say
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_BATCHES = (1, 4)
 DEFAULT_REPEATS = 20
-DEFAULT_GUIDANCE, DEFAULT_GUIDANCE_OF_UPSCALING = 2.0, 1.0
+DEFAULT_GUIDANCE, DEFAULT_UPSCALING_GUIDANCE = 2.0, 1.0
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes in use when everything was loaded and no pass was made, the most during a batch size's passes, the difference.
+    """Memory of the runs of one batch size. The bytes are None if the system does not report them.
 
-    `kind` says what is counted; all are None where the system tells nothing.
+    Attributes:
+        kind: the counted memory.
+        loaded_bytes: in use after loading, before the first run.
+        peak_bytes: largest use during the runs.
+        growth_bytes: peak_bytes - loaded_bytes.
     """
 
     kind: str | None
@@ -60,14 +66,14 @@ class BatchLatency:
 
     Attributes:
         batch: B.
-        stages: by name, in order: `text`, `encoder` (super-resolution), `denoiser`, `decoder`, and the `whole`.
-        ms_per_image: the whole's median over B.
-        ms_per_evaluation: the denoiser's median over the solver's evaluations, B images and all their passes at once.
-        nfe_per_image: network evaluations of an image, guidance's second pass counted.
-        network_calls, network_rows: calls of the network and rows in them, counted over one pass of the batch.
-        warm_up_ms: the whole of each pass that was not counted; the first one compiles where that is asked for.
-        energy_j, energy_j_per_image: of the whole device over the measured passes; None where it tells none.
-        before, after: what the device told around the measured passes.
+        stages: by name, in order: `text`, `encoder` (super-resolution), `denoiser`, `decoder`, `whole` (end-to-end).
+        ms_per_image: median end-to-end time / B.
+        ms_per_evaluation: median time of the denoiser / evaluations of the solver (each with all passes of B images).
+        nfe_per_image: network evaluations per image, including guidance's second pass.
+        network_calls, network_rows: calls of the network and batch rows in them, counted during one run.
+        warm_up_ms: end-to-end times of the warm-up runs. With compilation, the first one compiles.
+        energy_j, energy_j_per_image: of the whole device over the measured runs; None if the device does not report it.
+        before, after: state of the device before and after the measured runs.
     """
 
     batch: int
@@ -87,7 +93,7 @@ class BatchLatency:
 
 @dataclass(frozen=True)
 class Latency:
-    """What was timed, on what, and the times by batch size; `notes` says what the device does not tell, and of its load."""
+    """The timed checkpoint, the settings, the device and the times. `notes` names missing readings and a busy machine."""
 
     checkpoint: dict[str, Any]
     settings: dict[str, Any]
@@ -97,9 +103,9 @@ class Latency:
     provenance: dict[str, str]
 
     def document(self) -> dict[str, Any]:
-        """Plain data for JSON, every time unrounded; `ms_per_image_by_batch` is the batch curve."""
-        curve = {str(one.batch): one.ms_per_image for one in self.batches}
-        return {**asdict(self), "ms_per_image_by_batch": curve}
+        """Plain data for JSON, with unrounded times. `ms_per_image_by_batch` maps batch sizes to ms per image."""
+        by_batch = {str(measured.batch): measured.ms_per_image for measured in self.batches}
+        return {**asdict(self), "ms_per_image_by_batch": by_batch}
 
 
 def latency(
@@ -114,48 +120,57 @@ def latency(
     compiled: bool = False,
     device: str | None = None,
 ) -> Latency:
-    """Time one checkpoint: each batch size, the smallest first, `NUM_WARM_UP` passes to warm up and `repeats` measured ones.
+    """Time a checkpoint: for each batch size, smallest first, `NUM_WARM_UP` warm-up runs and `repeats` measured runs.
 
-    Where nothing else is said a few-step student has its own solver and takes 4 steps, others 16 of DDIM; guidance is 2, and 1
-    for super-resolution; the device is CUDA's where there is one.
+    Args:
+        checkpoint: a checkpoint folder or a published pipeline.
+        solver: by default the checkpoint's own: DDIM, or LCM for a consistency student.
+        num_steps: by default 16, and 4 for a few-step student.
+        guidance: by default 2, and 1 for super-resolution.
+        batches: batch sizes.
+        repeats: measured runs per batch size.
+        dtype: of the denoiser.
+        compiled: compile the denoiser, for each batch size.
+        device: "cpu" or "cuda"; by default CUDA if there is a CUDA device.
 
     Raises:
-        ConfigError: the checkpoint does not load; it, the solver or the device does not take these settings; or an image
-            is not finite numbers.
+        ConfigError: the checkpoint does not load; the checkpoint, the solver or the device does not support the settings; or
+            an image contains NaN or inf.
         RunError: a batch does not fit into the device's memory.
     """
     if not batches or min(batches) < 1:
         raise ConfigError(f"batch = {min(batches, default=None)}: give one or more sizes of at least 1 (--batch 1 --batch 4)")
     if repeats < MIN_REPEATS:
-        raise ConfigError(f"repeats = {repeats}: a median and its spread take at least {MIN_REPEATS}")
-    where = _device(device, dtype)
-    opened = load_checkpoint(checkpoint, device=where.type)
+        raise ConfigError(f"repeats = {repeats}: a median and its spread need at least {MIN_REPEATS}")
+    target = _device(device, dtype)
+    opened = load_checkpoint(checkpoint, device=target.type)
     info = opened.info
     if guidance is None:
-        guidance = DEFAULT_GUIDANCE if info.scale is None else DEFAULT_GUIDANCE_OF_UPSCALING
+        guidance = DEFAULT_GUIDANCE if info.scale is None else DEFAULT_UPSCALING_GUIDANCE
     info.check_guidance(guidance)
     spec = solver or info.solver
-    table = solver_coefficients(spec, info.num_steps if num_steps is None else num_steps, schedule_of(info))
-    SampleRequest(0, 0, table, guidance)  # Refuses a guidance that no image takes before more is loaded.
-    autoencoder = load_checkpoint_autoencoder(opened, where)
+    coefficients = solver_coefficients(spec, info.num_steps if num_steps is None else num_steps, schedule_of(info))
+    SampleRequest(0, 0, coefficients, guidance)  # rejects an invalid guidance before more is loaded
+    autoencoder = load_checkpoint_autoencoder(opened, target)
     network = Denoiser(opened.network, dtype, compiled)
-    prepared = LoadedModel(info, network, autoencoder, load_checkpoint_text_encoder(opened, where))
-    monitor = device_monitor(where)
-    loaded = monitor.memory_bytes()
+    model = LoadedModel(info, network, autoencoder, load_checkpoint_text_encoder(opened, target))
+    monitor = device_monitor(target)
+    loaded_bytes = monitor.memory_bytes()
     measured = []
-    for size in sorted(set(batches)):
+    for batch_size in sorted(set(batches)):
         if compiled:
-            torch.compiler.reset()  # Each size is a shape of its own; torch gives up compiling after a few of one function.
+            torch.compiler.reset()  # each size has its own shape, and torch stops compiling a function after a few shapes
         try:
-            measured.append(_measure(BatchedPipeline(prepared, table, guidance, size), repeats, monitor, loaded))
+            pipeline = BatchedPipeline(model, coefficients, guidance, batch_size)
+            measured.append(_measure(pipeline, repeats, monitor, loaded_bytes))
         except torch.OutOfMemoryError as error:
-            raise RunError(f"a batch of {size} does not fit into the device's memory; take a smaller --batch") from error
+            raise RunError(f"a batch of {batch_size} does not fit into the device's memory; use a smaller --batch") from error
     settings = {
         "solver": spec.label,
         "num_steps": info.num_steps if num_steps is None else num_steps,
-        "num_function_evaluations": table.num_function_evaluations,
+        "num_function_evaluations": coefficients.num_function_evaluations,
         "guidance": guidance,
-        "passes_per_evaluation": prepared.passes(guidance),
+        "passes_per_evaluation": model.passes_per_evaluation(guidance),
         "gflop_per_image": measured[0].nfe_per_image * info.gflop_per_forward,
         "dtype": {"text": "fp32", "denoiser": dtype, "decoder": "fp32"},
         "compiled": compiled,
@@ -163,63 +178,63 @@ def latency(
         "warm_up": NUM_WARM_UP,
         "timer": {"stages": monitor.clock.name, END_TO_END: "perf_counter"},
     }
-    told = {"folder": str(checkpoint), "digest": opened.digest, **_told(info)}
-    notes = (*monitor.notes, *notes_of_load(measured))
-    return Latency(told, settings, monitor.facts(), tuple(measured), notes, provenance())
+    summary = {"folder": str(checkpoint), "digest": opened.digest, **_checkpoint_summary(info)}
+    notes = (*monitor.notes, *load_notes(measured))
+    return Latency(summary, settings, monitor.facts(), tuple(measured), notes, provenance())
 
 
 def _device(name: str | None, dtype: SamplingDTypeName) -> torch.device:
     if name not in (None, "cpu", "cuda"):
-        raise ConfigError(f"device = {name}: cpu or cuda")
+        raise ConfigError(f"device = {name}: choose cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = cuda: torch sees no CUDA device here; take --device cpu")
+        raise ConfigError("device = cuda: torch finds no CUDA device; use --device cpu")
     device = best_device() if name is None else torch.device(name)
     if dtype == "fp16" and device.type == "cpu":
-        raise ConfigError("dtype = fp16: for CUDA devices alone; on a CPU take --dtype fp32 or bf16")
+        raise ConfigError("dtype = fp16: only CUDA devices support it here; on a CPU use --dtype fp32 or bf16")
     return device
 
 
-def _measure(work: BatchedPipeline, repeats: int, monitor: DeviceMonitor, loaded: int | None) -> BatchLatency:
+def _measure(pipeline: BatchedPipeline, repeats: int, monitor: DeviceMonitor, loaded_bytes: int | None) -> BatchLatency:
     monitor.reset_peak()
-    warm_up = tuple(time_pass(work, monitor.clock)[END_TO_END] for _ in range(NUM_WARM_UP))
-    work.check()
-    say(f"batch {work.size}: {repeats} passes, about {repeats * warm_up[-1] / 1000:.1f} s")
+    warm_up = tuple(time_run(pipeline, monitor.clock)[END_TO_END] for _ in range(NUM_WARM_UP))
+    pipeline.check()
+    logger.info(f"batch {pipeline.batch_size}: {repeats} runs, about {repeats * warm_up[-1] / 1000:.1f} s")
     before = monitor.read()
-    raw = time_passes(work, monitor.clock, repeats)
+    times = time_runs(pipeline, monitor.clock, repeats)
     after = monitor.read()
-    work.check()
-    stages = {stage: Summary.of(times) for stage, times in raw.items()}
-    peak = monitor.peak_bytes()
-    growth = None if peak is None or loaded is None else peak - loaded
+    pipeline.check()
+    stages = {stage: Summary.from_times(raw_ms) for stage, raw_ms in times.items()}
+    peak_bytes = monitor.peak_bytes()
+    growth = None if peak_bytes is None or loaded_bytes is None else peak_bytes - loaded_bytes
     energy = None if before.energy_j is None or after.energy_j is None else after.energy_j - before.energy_j
     return BatchLatency(
-        batch=work.size,
+        batch=pipeline.batch_size,
         stages=stages,
-        ms_per_image=stages[END_TO_END].median_ms / work.size,
-        ms_per_evaluation=stages[DENOISER].median_ms / work.rows[0].table.num_function_evaluations,
-        nfe_per_image=work.finished[0].nfe,
-        network_calls=work.calls.num_calls,
-        network_rows=work.calls.num_rows,
+        ms_per_image=stages[END_TO_END].median_ms / pipeline.batch_size,
+        ms_per_evaluation=stages[DENOISER].median_ms / pipeline.requests[0].coefficients.num_function_evaluations,
+        nfe_per_image=pipeline.results[0].nfe,
+        network_calls=pipeline.call_counter.num_calls,
+        network_rows=pipeline.call_counter.num_rows,
         warm_up_ms=warm_up,
-        memory=Memory(monitor.memory_kind, loaded, peak, growth),
+        memory=Memory(monitor.memory_kind, loaded_bytes, peak_bytes, growth),
         energy_j=energy,
-        energy_j_per_image=None if energy is None else energy / (repeats * work.size),
+        energy_j_per_image=None if energy is None else energy / (repeats * pipeline.batch_size),
         before=before,
         after=after,
     )
 
 
-def notes_of_load(measured: Sequence[BatchLatency]) -> list[str]:
-    """A note where more processes wanted a core than there are: the times include theirs."""
-    loads = [one.load_average_1m for each in measured for one in (each.before, each.after) if one.load_average_1m is not None]
+def load_notes(measured: Sequence[BatchLatency]) -> list[str]:
+    """A note if more processes were ready to run than there are cores, because the times then include waiting."""
+    samples = [sample for batch in measured for sample in (batch.before, batch.after)]
+    loads = [sample.load_average_1m for sample in samples if sample.load_average_1m is not None]
     cores = os.cpu_count()
     if not loads or cores is None or max(loads) <= cores:
         return []
-    return [f"load: up to {max(loads):.1f} processes wanted one of {cores} cores; the times are not of a quiet machine"]
+    return [f"load: up to {max(loads):.1f} processes competed for {cores} cores; the machine was not idle"]
 
 
-def _told(info: CheckpointInfo) -> dict[str, Any]:
-    """What the checkpoint says of itself."""
+def _checkpoint_summary(info: CheckpointInfo) -> dict[str, Any]:
     return {
         "task": info.task,
         "size": info.label,

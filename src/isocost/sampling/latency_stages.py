@@ -1,11 +1,10 @@
-"""Milliseconds of a batch of images, stage by stage, from captions to uint8 images in the host's memory.
+"""Stage times of a batch of images, in milliseconds, from prompts to uint8 images in host memory.
 
-A pass is what a caller waits for: tokenise and encode the captions, (super-resolution) encode the small images, denoise,
-decode. It is run as it stands, and the stages are marks on the way, so they add up to the whole but for the marks themselves.
-The network's calls are those of the engine: one call an evaluation, with a place for every pass of every image.
+A run is the work for one caller: tokenise and encode the prompts, (super-resolution) encode the small images, denoise, decode.
+The stages are timestamps within the run, so they add up to the end-to-end time except for the time of the timestamps. The
+network calls are those of the engine: one call per evaluation, with a slot for every pass of every image.
 
-Shapes: B images of a batch, P passes of an evaluation, C L latent, T tokens, D width of the prompt embeddings, K width of their
-keys and values, R resolution, S scale.
+Shapes: B images of a batch, C L latent, T tokens, D width of the prompt embeddings, R resolution.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from isocost.models.text_encoder import TextEncoder
 from isocost.sampling.denoiser import Denoiser
 from isocost.sampling.engine import Engine
 from isocost.sampling.generate import DECODE_BATCH, PromptEmbeds
-from isocost.sampling.request import SampleRequest, SampleResult, num_passes
+from isocost.sampling.request import SampleRequest, SampleResult, passes_per_evaluation
 from isocost.utils.device import HostTimer, Timer
 
 TEXT, ENCODER, DENOISER, DECODER, END_TO_END = "text", "encoder", "denoiser", "decoder", "whole"
@@ -35,9 +34,9 @@ NUM_WARM_UP = 3
 MIN_REPEATS = 3
 
 StageCallback = Callable[[str], None]
-"""Called with a stage's name when it has ended."""
-Work = Callable[[StageCallback], None]
-"""A pass: does its stages in order and says when each has ended."""
+"""Called with the name of a stage when the stage has ended."""
+TimedRun = Callable[[StageCallback], None]
+"""Executes all stages in order and calls the callback after each one."""
 
 
 # --- times ---
@@ -45,9 +44,13 @@ Work = Callable[[StageCallback], None]
 
 @dataclass(frozen=True)
 class Summary:
-    """Milliseconds of one stage: median, median absolute deviation from it, 90th percentile (linear between two times).
+    """Times of one stage.
 
-    `raw_ms` are all times in the order of the measurement, unrounded.
+    Attributes:
+        median_ms: median.
+        mad_ms: median absolute deviation from the median.
+        p90_ms: 90th percentile, interpolated linearly between two times.
+        raw_ms: all times, in the order of the measurement, unrounded.
     """
 
     median_ms: float
@@ -56,137 +59,151 @@ class Summary:
     raw_ms: tuple[float, ...]
 
     @classmethod
-    def of(cls, raw_ms: list[float]) -> Summary:
-        """
+    def from_times(cls, raw_ms: list[float]) -> Summary:
+        """Summarise times in milliseconds.
+
         Raises:
-            ConfigError: fewer than `MIN_REPEATS` times.
+            ConfigError: there are fewer than `MIN_REPEATS` times.
         """
         if len(raw_ms) < MIN_REPEATS:
-            raise ConfigError(f"{len(raw_ms)} times: a median and its spread take at least {MIN_REPEATS}")
+            raise ConfigError(f"{len(raw_ms)} times: a median and its spread need at least {MIN_REPEATS}")
         values = np.array(raw_ms)
         median = float(np.median(values))
         deviation = float(np.median(np.abs(values - median)))
         return cls(median, deviation, float(np.percentile(values, 90)), tuple(raw_ms))
 
 
-def time_pass(work: Work, clock: Timer, outer: Timer | None = None) -> dict[str, float]:
-    """Milliseconds of each stage of one pass by `clock`, and of the whole by `outer`, the host's clock where None is given."""
-    outer = outer or HostTimer()
+def time_run(run: TimedRun, clock: Timer, host_clock: Timer | None = None) -> dict[str, float]:
+    """Time the stages of one run.
+
+    Args:
+        run: the run.
+        clock: times the stages.
+        host_clock: times the end-to-end time; `HostTimer` by default.
+
+    Returns:
+        Milliseconds by stage, and end-to-end.
+    """
+    host_clock = host_clock or HostTimer()
     names: list[str] = []
     clock.wait()
-    started = outer.record()
-    snapshots = [clock.record()]
+    started = host_clock.record()
+    timestamps = [clock.record()]
 
-    def ended(stage: str) -> None:
+    def on_stage_end(stage: str) -> None:
         names.append(stage)
-        snapshots.append(clock.record())
+        timestamps.append(clock.record())
 
-    work(ended)
+    run(on_stage_end)
     clock.wait()
-    whole = outer.elapsed_ms(started, outer.record())
-    stages = {name: clock.elapsed_ms(*ends) for name, ends in zip(names, pairwise(snapshots), strict=True)}
-    return {**stages, END_TO_END: whole}
+    end_to_end = host_clock.elapsed_ms(started, host_clock.record())
+    stages = {name: clock.elapsed_ms(*ends) for name, ends in zip(names, pairwise(timestamps), strict=True)}
+    return {**stages, END_TO_END: end_to_end}
 
 
-def time_passes(work: Work, clock: Timer, repeats: int, outer: Timer | None = None) -> dict[str, list[float]]:
-    """Milliseconds of `repeats` passes, a list a stage and one of the whole."""
-    passes = [time_pass(work, clock, outer) for _ in range(repeats)]
-    return {stage: [one[stage] for one in passes] for stage in passes[0]}
+def time_runs(run: TimedRun, clock: Timer, repeats: int, host_clock: Timer | None = None) -> dict[str, list[float]]:
+    """Milliseconds of `repeats` runs: one list per stage and one end-to-end."""
+    times = [time_run(run, clock, host_clock) for _ in range(repeats)]
+    return {stage: [single[stage] for single in times] for stage in times[0]}
 
 
-# --- what is timed ---
+# --- the timed work ---
 
 
 class CallCounter:
-    """A network as the engine calls it that counts: calls, and rows in them."""
+    """A network for the engine that counts its calls and the batch rows in them."""
 
     def __init__(self, network: Denoiser) -> None:
         self._denoise = network.denoise()
         self.num_calls = self.num_rows = 0
 
-    def __call__(self, x: Tensor, timesteps: Tensor, states: Tensor, guidance: Tensor) -> Tensor:
-        """As `Denoise`."""
+    def __call__(self, x: Tensor, timesteps: Tensor, prompt_embeds: Tensor, guidance: Tensor) -> Tensor:
+        """As `isocost.sampling.engine.Denoise`."""
         self.num_calls += 1
         self.num_rows += len(x)
-        return self._denoise(x, timesteps, states, guidance)
+        return self._denoise(x, timesteps, prompt_embeds, guidance)
 
 
 class LoadedModel:
-    """A checkpoint with all that an image takes, on one device.
+    """A checkpoint with its autoencoder and text encoder, on one device.
 
-    Text encoder and autoencoder compute in float32, as wherever images are made; the network in its own precision. The empty
-    caption belongs to the checkpoint: it is encoded and projected here, once.
+    The text encoder and the autoencoder compute in float32, as in all sampling; the network computes in its own dtype. The
+    empty prompt belongs to the checkpoint: it is encoded and projected here, once.
     """
 
-    def __init__(self, info: CheckpointInfo, network: Denoiser, autoencoder: Autoencoder, text: TextEncoder) -> None:
-        self.info, self.network, self.autoencoder, self.text_encoder = info, network, autoencoder, text
-        self.null = network.project(PromptEmbeds.of((), text).null[None])[0]
+    def __init__(self, info: CheckpointInfo, network: Denoiser, autoencoder: Autoencoder, text_encoder: TextEncoder) -> None:
+        self.info, self.network, self.autoencoder, self.text_encoder = info, network, autoencoder, text_encoder
+        self.null = network.project(PromptEmbeds.encode((), text_encoder).null[None])[0]
 
-    def passes(self, guidance: float) -> int:
-        """Network passes of an evaluation."""
-        return num_passes(guidance, self.network.embeds_guidance)
+    def passes_per_evaluation(self, guidance: float) -> int:
+        """Network passes per evaluation of the solver."""
+        return passes_per_evaluation(guidance, self.network.embeds_guidance)
 
 
 class BatchedPipeline:
-    """A pass over a batch of B images; each has its own caption and, for super-resolution, its own small image.
+    """A `TimedRun` over a batch of B images; each has its own prompt and, for super-resolution, its own small image.
 
-    After a pass `finished` holds the rows in the order of their images, `images` is uint8 [B, 3, R, R] on the CPU, and
-    `calls` has counted the network's calls of that pass alone.
+    Attributes:
+        requests: of the images.
+        results: of the last run, in the order of the images.
+        images: of the last run, uint8 [B, 3, R, R] on the CPU.
+        call_counter: network calls of the last run.
 
     Raises:
-        ConfigError: a size below 1, or guidance that no row takes.
+        ConfigError: the batch size is below 1, or a request does not accept the guidance.
     """
 
-    def __init__(self, prepared: LoadedModel, table: SolverCoefficients, guidance: float, size: int) -> None:
-        if size < 1:
-            raise ConfigError(f"batch = {size}: at least one image")
-        self.prepared, self.size = prepared, size
-        info, network = prepared.info, prepared.network
-        self.prompts = [f"a red circle and {number} blue squares on a white background" for number in range(size)]
-        self.rows = [SampleRequest(number, number, table, guidance) for number in range(size)]
-        side = info.resolution // (info.scale or 1)
-        self.small = torch.randint(0, 256, (size, 3, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-        self.calls = CallCounter(network)
-        self.finished: list[SampleResult] = []
+    def __init__(self, model: LoadedModel, coefficients: SolverCoefficients, guidance: float, batch_size: int) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch = {batch_size}: give a size of at least 1")
+        self.model, self.batch_size = model, batch_size
+        info, network = model.info, model.network
+        self.prompts = [f"a red circle and {number} blue squares on a white background" for number in range(batch_size)]
+        self.requests = [SampleRequest(number, number, coefficients, guidance) for number in range(batch_size)]
+        size = info.resolution // (info.scale or 1)
+        generator = torch.Generator().manual_seed(0)
+        self.low_resolution = torch.randint(0, 256, (batch_size, 3, size, size), generator=generator, dtype=torch.uint8)
+        self.call_counter = CallCounter(network)
+        self.results: list[SampleResult] = []
         self.images = torch.empty(0, 3, info.resolution, info.resolution, dtype=torch.uint8)
-        self._states = torch.empty(0)
+        self._prompt_embeds = torch.empty(0)
         shape = (info.model.latent_channels, info.model.latent_size, info.model.latent_size)
-        self._concat_cond = torch.zeros(size, *shape, device=network.device)
+        self._concat_cond = torch.zeros(batch_size, *shape, device=network.device)
         self._engine = Engine(
-            self.calls,
+            self.call_counter,
             info.prediction_type,
-            lambda ids: network.project(self._states[ids.to(self._states.device)]),
-            prepared.null,
+            lambda indices: network.project(self._prompt_embeds[indices.to(self._prompt_embeds.device)]),
+            model.null,
             shape,
-            size * prepared.passes(guidance),
+            batch_size * model.passes_per_evaluation(guidance),
             network.device,
             embeds_guidance=network.embeds_guidance,
             concat_cond=None if info.scale is None else lambda ids: self._concat_cond[ids.to(self._concat_cond.device)],
         )
 
-    def __call__(self, ended: StageCallback) -> None:
-        """Captions to images, once."""
-        self.calls.num_calls = self.calls.num_rows = 0
-        autoencoder, device = self.prepared.autoencoder, self.prepared.network.device
-        self._states = self.prepared.text_encoder.encode(self.prompts)
-        ended(TEXT)
-        if self.prepared.info.scale is not None:
-            parts = self.small.to(device).split(DECODE_BATCH)
-            self._concat_cond = torch.cat([encode_enlarged(autoencoder, part, self.prepared.info.resolution) for part in parts])
-            ended(ENCODER)
-        self.finished = sorted(self._engine.run(self.rows), key=lambda done: done.row.sample_index)
-        ended(DENOISER)
-        latents = torch.stack([done.latent for done in self.finished])
-        self.images = torch.cat([autoencoder.decode(part).cpu() for part in latents.split(DECODE_BATCH)])
-        ended(DECODER)
+    def __call__(self, on_stage_end: StageCallback) -> None:
+        """Run from prompts to images once."""
+        self.call_counter.num_calls = self.call_counter.num_rows = 0
+        info, autoencoder, device = self.model.info, self.model.autoencoder, self.model.network.device
+        self._prompt_embeds = self.model.text_encoder.encode(self.prompts)
+        on_stage_end(TEXT)
+        if info.scale is not None:
+            chunks = self.low_resolution.to(device).split(DECODE_BATCH)
+            self._concat_cond = torch.cat([encode_enlarged(autoencoder, chunk, info.resolution) for chunk in chunks])
+            on_stage_end(ENCODER)
+        self.results = sorted(self._engine.run(self.requests), key=lambda result: result.request.sample_index)
+        on_stage_end(DENOISER)
+        latents = torch.stack([result.latent for result in self.results])
+        self.images = torch.cat([autoencoder.decode(chunk).cpu() for chunk in latents.split(DECODE_BATCH)])
+        on_stage_end(DECODER)
 
     def check(self) -> None:
         """
         Raises:
-            ConfigError: an image of the last pass is not finite numbers.
+            ConfigError: an image of the last run contains NaN or inf.
         """
-        broken = [done.row.sample_index for done in self.finished if not done.finite]
-        if broken:
+        nonfinite = [result.request.sample_index for result in self.results if not result.finite]
+        if nonfinite:
             raise ConfigError(
-                f"image {broken[0]} of {self.size} is not finite numbers: lower the guidance, or take precision fp32"
+                f"image {nonfinite[0]} of {self.batch_size} contains NaN or inf; lower the guidance or use dtype fp32"
             )

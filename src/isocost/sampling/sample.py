@@ -1,14 +1,17 @@
-"""Images from one checkpoint, for a person who wants to look.
+"""Images of given prompts from one checkpoint.
 
-Shapes: P prompts, K images a prompt, N = P K images, R resolution.
+Shapes: P prompts, K images per prompt, N = P K images, R resolution.
 """
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,83 +22,179 @@ from isocost.config.sweep import DEFAULT_BATCH_SIZE
 from isocost.config.types import DTypeName
 from isocost.diffusion.solvers import solver_coefficients
 from isocost.errors import ConfigError
+from isocost.models.autoencoder import Autoencoder
 from isocost.models.checkpoint import load_checkpoint
 from isocost.models.components import load_checkpoint_autoencoder, load_checkpoint_text_encoder
+from isocost.models.text_encoder import TextEncoder
+from isocost.sampling.denoiser import Denoiser
 from isocost.sampling.generate import PromptEmbeds, generate, make_engine, schedule_of
-from isocost.sampling.request import SampleRequest, num_passes
-from isocost.utils.device import best_device
+from isocost.sampling.request import SampleRequest, passes_per_evaluation
+from isocost.utils.device import best_device, check_device
+
+DTYPE_NAMES: dict[torch.dtype | str, DTypeName] = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    "fp32": "fp32",
+    "bf16": "bf16",
+}
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Images uint8 [P, K, R, R, 3] of the prompts, what they cost and how long they took."""
+    """Generated images and their cost. In a notebook they show themselves.
 
-    images: np.ndarray
+    Attributes:
+        array: uint8 [P, K, R, R, 3].
+        prompts: P prompts.
+        nfe: network evaluations per image.
+        gflop: cost of the network evaluations per image.
+        seconds: wall-clock time of sampling and decoding.
+    """
+
+    array: np.ndarray
     prompts: tuple[str, ...]
     nfe: int
     gflop: float
     seconds: float
 
-    def sheet(self) -> Image.Image:
-        """All images in one, a row a prompt."""
-        num_prompts, num_each, side, _, _ = self.images.shape
-        tiled = self.images.transpose(0, 2, 1, 3, 4).reshape(num_prompts * side, num_each * side, 3)
+    @property
+    def images(self) -> list[Image.Image]:
+        """P K images, prompt by prompt."""
+        return [Image.fromarray(image) for images in self.array for image in images]
+
+    def grid(self) -> Image.Image:
+        """All images in one, with a row per prompt."""
+        num_prompts, num_images, size, _, _ = self.array.shape
+        tiled = self.array.transpose(0, 2, 1, 3, 4).reshape(num_prompts * size, num_images * size, 3)
         return Image.fromarray(tiled)
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.grid().save(buffer, format="PNG")
+        return buffer.getvalue()
+
+
+class Model:
+    """A text-to-image checkpoint, loaded once for any number of calls.
+
+    Attributes:
+        info: size, resolution, costs and defaults of the checkpoint.
+        device: where it runs.
+        dtype: of the denoiser.
+    """
+
+    def __init__(
+        self, checkpoint: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | str = "fp32"
+    ) -> None:
+        """
+        Args:
+            checkpoint: a checkpoint folder or a published pipeline.
+            device: by default CUDA if there is any, else the CPU.
+            dtype: of the denoiser: "fp32" or "bf16", or the torch dtype.
+
+        Raises:
+            ConfigError: the checkpoint cannot be read, is for super-resolution, or the dtype is not supported.
+        """
+        if dtype not in DTYPE_NAMES:
+            raise ConfigError(f"dtype = {dtype}: give fp32 or bf16")
+        self.checkpoint = checkpoint
+        self.device = best_device() if device is None else check_device(device)
+        self.dtype = DTYPE_NAMES[dtype]
+        self._opened = load_checkpoint(checkpoint, self.device)
+        self.info = self._opened.info
+        if self.info.scale is not None:
+            raise ConfigError(f"{checkpoint}: this is a super-resolution model; use `isocost upscale CHECKPOINT IMAGE OUT`")
+        self._denoiser = Denoiser(self._opened.network, self.dtype)
+
+    @cached_property
+    def _autoencoder(self) -> Autoencoder:
+        return load_checkpoint_autoencoder(self._opened, self.device)
+
+    @cached_property
+    def _text_encoder(self) -> TextEncoder:
+        return load_checkpoint_text_encoder(self._opened, self.device)
+
+    def __repr__(self) -> str:
+        info = self.info
+        return f"Model({info.label}, {info.resolution} x {info.resolution} pixels, {self.dtype}, {self.device})"
+
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        solver: str | SolverSpec | None = None,
+        num_steps: int | None = None,
+        guidance: float = 2.0,
+        num_images: int = 1,
+        seed: int = 0,
+        negative_prompt: str | None = None,
+    ) -> Samples:
+        """Generate `num_images` images of each prompt. Image k of prompt p uses the noise of sample index p K + k.
+
+        Args:
+            prompts: P prompts, or one.
+            solver: a name of `isocost.list_solvers()` or its full specification; by default the checkpoint's own: DDIM, or LCM
+                for a consistency student.
+            num_steps: by default 16, and 4 for a few-step student.
+            guidance: w in `uncond + w (cond - uncond)`.
+            num_images: K, images per prompt.
+            seed: of the noise.
+            negative_prompt: replaces the empty prompt in guidance's unconditional pass.
+
+        Raises:
+            ConfigError: the checkpoint or the solver does not support the settings, or an image contains NaN or inf.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        info = self.info
+        if not prompts or any(not prompt.strip() for prompt in prompts):
+            raise ConfigError("give at least one prompt that is not empty (--prompt TEXT)")
+        if num_images < 1:
+            raise ConfigError(f"num_images = {num_images}: give at least 1")
+        if negative_prompt is not None and guidance in (0, 1):
+            raise ConfigError("a negative prompt has no effect at guidance 0 or 1; give a guidance above 1, or leave it out")
+        info.check_guidance(guidance)
+        if negative_prompt is not None and info.model.embeds_guidance:
+            raise ConfigError(
+                f"{self.checkpoint}: a guidance-distilled student has no unconditional pass; leave the negative prompt out"
+            )
+        spec = SolverSpec(name=solver) if isinstance(solver, str) else solver or info.solver
+        coefficients = solver_coefficients(spec, info.num_steps if num_steps is None else num_steps, schedule_of(info))
+        negative_index = None if negative_prompt is None else len(prompts)
+        requests = [
+            SampleRequest(i, i // num_images, coefficients, guidance, seed=seed, negative_prompt=negative_index)
+            for i in range(len(prompts) * num_images)
+        ]
+        texts = list(prompts) if negative_prompt is None else [*prompts, negative_prompt]
+        prompt_embeds = PromptEmbeds.encode(texts, self._text_encoder)
+        num_slots = len(requests) * passes_per_evaluation(guidance, info.model.embeds_guidance)
+        batch_size = min(DEFAULT_BATCH_SIZE, num_slots)
+        engine = make_engine(self._denoiser, info, prompt_embeds, batch_size=batch_size)
+        started = time.perf_counter()
+        size = info.resolution
+        images = torch.empty(len(requests), 3, size, size, dtype=torch.uint8)
+        for batch in generate(engine, self._autoencoder, requests):
+            if batch.nonfinite:
+                index = batch.nonfinite[0].request.sample_index
+                raise ConfigError(f"image {index} contains NaN or inf; lower the guidance or train longer")
+            images[[result.request.sample_index for result in batch.results]] = batch.images
+        seconds = time.perf_counter() - started
+        by_prompt = images.permute(0, 2, 3, 1).numpy().reshape(len(prompts), num_images, size, size, 3)
+        nfe = engine.passes_per_evaluation(requests[0]) * coefficients.num_function_evaluations
+        return Samples(by_prompt, tuple(prompts), nfe, nfe * info.gflop_per_forward, seconds)
 
 
 def sample(
     checkpoint: str | Path,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
-    solver: SolverSpec | None = None,
-    num_steps: int | None = None,
-    guidance: float = 2.0,
-    num_images: int = 4,
-    seed: int = 0,
-    negative_prompt: str | None = None,
-    dtype: DTypeName = "fp32",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = "fp32",
+    **settings: Any,
 ) -> Samples:
-    """Draw `num_images` of each prompt. Image k of prompt p starts from the noise of image id p K + k.
-
-    `negative` stands in for the empty caption in guidance's second pass. Where nothing else is said, a few-step student has
-    its own solver and takes 4 steps; others take 16 of DDIM.
+    """Load a checkpoint and generate images: `Model(checkpoint, device=device, dtype=dtype).sample(prompts, **settings)`.
 
     Raises:
-        ConfigError: the checkpoint does not load, it or the solver does not take these settings.
+        ConfigError: the checkpoint does not load, the checkpoint or the solver does not support the settings, or an image
+            contains NaN or inf.
     """
-    if not prompts or any(not prompt.strip() for prompt in prompts):
-        raise ConfigError("give at least one prompt with words in it (--prompt TEXT)")
-    if num_images < 1:
-        raise ConfigError(f"num_images = {num_images}: at least 1")
-    if negative_prompt is not None and guidance in (0, 1):
-        raise ConfigError("a negative prompt does nothing without guidance; give a guidance above 1, or leave it out")
-    opened = load_checkpoint(checkpoint, best_device())
-    if opened.info.scale is not None:
-        raise ConfigError(f"{checkpoint}: made for super-resolution; `isocost upscale CHECKPOINT IMAGE OUT` takes it")
-    opened.info.check_guidance(guidance)
-    if negative_prompt is not None and opened.info.model.embeds_guidance:
-        raise ConfigError(f"{checkpoint}: a student takes guidance as an input, in one pass; a negative prompt has no place")
-    steps = opened.info.num_steps if num_steps is None else num_steps
-    table = solver_coefficients(solver or opened.info.solver, steps, schedule_of(opened.info))
-    of_negative = None if negative_prompt is None else len(prompts)
-    rows = [
-        SampleRequest(i, i // num_images, table, guidance, seed=seed, negative_prompt=of_negative)
-        for i in range(len(prompts) * num_images)
-    ]
-    autoencoder = load_checkpoint_autoencoder(opened, best_device())
-    encoded = list(prompts) if negative_prompt is None else [*prompts, negative_prompt]
-    states = PromptEmbeds.of(encoded, load_checkpoint_text_encoder(opened, best_device()))
-    num_places = len(rows) * num_passes(guidance, opened.info.model.embeds_guidance)
-    engine = make_engine(opened.network, opened.info, states, batch_size=min(DEFAULT_BATCH_SIZE, num_places), dtype=dtype)
-    started = time.perf_counter()
-    side = opened.info.resolution
-    images = torch.empty(len(rows), 3, side, side, dtype=torch.uint8)
-    for drawn in generate(engine, autoencoder, rows):
-        if drawn.broken:
-            name = drawn.broken[0].row.sample_index
-            raise ConfigError(f"image {name} is not finite numbers: lower the guidance, or train longer")
-        images[[row.row.sample_index for row in drawn.rows]] = drawn.images
-    seconds = time.perf_counter() - started
-    shaped = images.permute(0, 2, 3, 1).numpy().reshape(len(prompts), num_images, side, side, 3)
-    nfe = engine.passes(rows[0]) * table.num_function_evaluations
-    return Samples(shaped, tuple(prompts), nfe, nfe * opened.info.gflop_per_forward, seconds)
+    return Model(checkpoint, device=device, dtype=dtype).sample(prompts, **settings)

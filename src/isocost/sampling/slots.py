@@ -1,6 +1,7 @@
-"""The places of network calls, and the rows that stand in them.
+"""The slots of the network calls and the requests in them.
 
-Shape letters: P places of all lanes, R rows placed or finished at once, N lines of all tables, C H W latent, L D states.
+Shape letters: P slots of all parallel calls, R requests assigned or finished at once, N steps of all solvers, C H W latent, L D
+prompt embeddings.
 """
 
 from __future__ import annotations
@@ -24,245 +25,261 @@ Indices = NDArray[np.int64]
 
 
 class CoefficientBank:
-    """All tables of a stream laid end to end, float32 on the device: one gather serves every row.
+    """The coefficients of all solvers of a stream, concatenated: one gather serves every request.
 
-    `coefficients` [7, N] holds p, q (`x0 = p x + q output`), a, b, c, d, s; `timesteps` [N]; `is_noisy` [N] on the host.
-    Line 0 belongs to no table: it leads an empty place to zero.
+    A step is one row of `SolverCoefficients`, that is one evaluation (Heun needs two per solver step). Step 0 belongs to no
+    solver: it maps an empty slot to zero.
+
+    Attributes:
+        coefficients: float32 [7, N] on the device: p, q (`x0 = p x + q output`), a, b, c, d, s.
+        timesteps: float32 [N] on the device.
+        is_noisy: bool [N] on the host, whether the step adds noise.
     """
 
     def __init__(self, prediction_type: PredictionType, device: torch.device) -> None:
         self.prediction_type = prediction_type
-        self.first_lines: dict[SolverCoefficients, int] = {}
+        self.first_steps: dict[SolverCoefficients, int] = {}
         self.coefficients = torch.zeros(7, 1, device=device)
         self.timesteps = torch.zeros(1, device=device)
         self.is_noisy = np.zeros(1, dtype=bool)
 
-    def first_step(self, table: SolverCoefficients) -> int:
-        """Where the table's lines begin; a new table is laid behind the others."""
-        if table not in self.first_lines:
-            p, q = x0_coefficients(self.prediction_type, table.alpha, table.sigma)
-            self.first_lines[table] = len(self.is_noisy)
-            coefficients = torch.from_numpy(np.stack([p, q, table.a, table.b, table.c, table.d, table.s])).float()
+    def first_step(self, solver: SolverCoefficients) -> int:
+        """Index of the solver's first step; new coefficients are appended."""
+        if solver not in self.first_steps:
+            p, q = x0_coefficients(self.prediction_type, solver.alpha, solver.sigma)
+            self.first_steps[solver] = len(self.is_noisy)
+            coefficients = torch.from_numpy(np.stack([p, q, solver.a, solver.b, solver.c, solver.d, solver.s])).float()
             self.coefficients = torch.cat([self.coefficients, coefficients.to(self.coefficients.device)], dim=1)
-            timesteps = torch.from_numpy(table.timesteps.copy()).float()
+            timesteps = torch.from_numpy(solver.timesteps.copy()).float()
             self.timesteps = torch.cat([self.timesteps, timesteps.to(self.timesteps.device)])
-            self.is_noisy = np.append(self.is_noisy, table.s != 0)
-        return self.first_lines[table]
+            self.is_noisy = np.append(self.is_noisy, solver.s != 0)
+        return self.first_steps[solver]
 
 
-_SLOT_INDEX_FIELDS = (
-    *("first_step", "line", "end_line", "num_passes", "secondary"),
-    *("nfe", "computed", "batch_size", "seed", "sample_index"),
+_SLOT_INTEGERS = (
+    *("first_step", "step", "end_step", "num_passes", "secondary"),
+    *("nfe", "nfe_executed", "batch_size", "seed", "sample_index"),
 )
-SLOT_DTYPE = np.dtype([*((name, np.int64) for name in _SLOT_INDEX_FIELDS), ("busy", bool)])
+SLOT_DTYPE = np.dtype([*((name, np.int64) for name in _SLOT_INTEGERS), ("busy", bool)])
 
 
 class BatchSlots:
-    """The places of all lanes and the rows in them.
+    """The slots of all parallel calls and the requests in them.
 
-    A row's first place is its primary one: there stand its latent and what the host knows of it, record by record in `host`
-    [P]. With guidance a second place makes the unconditional pass from the same latent; `primary` [P] names each place's
-    primary one. `states` [P, L, D] are what each place's pass is conditioned on, `beside` [P, C', H, W] what stands beside the
-    latent of a primary place.
+    The first slot of a request is its primary slot. It holds the latent and the request's record. With guidance, a secondary
+    slot runs the unconditional pass on the same latent.
+
+    Args:
+        num_slots: P.
+        latent_shape: (C, H, W).
+        bank: the coefficients of all solvers.
+        conditioning: prompt embeddings and passes.
+        first_step_cache: shared first evaluations; a capacity of 0 shares none.
+        batch_size: slots of a call.
+        call_size: slots of a call that fit into memory; the engine lowers it when memory runs out.
+        concat_cond: sample indices -> latents [R, C', H, W] that are concatenated to the noisy latents.
+
+    Attributes:
+        records: `SLOT_DTYPE` [P] on the host.
+        requests: SampleRequest or None [P], by primary slot.
+        primary: int [P], the primary slot of each slot.
+        vacant: free slots at each position of a call.
+        x, x0_prev, x0_prev2: [P, C, H, W], the latent and the last two predictions of the clean latent.
+        concat_cond: [P, C', H, W], by primary slot.
+        prompt_embeds: [P, L, D].
     """
 
     def __init__(
         self,
-        num_places: int,
+        num_slots: int,
         latent_shape: tuple[int, int, int],
-        lines: CoefficientBank,
-        conditions: Conditioning,
-        shared: FirstStepCache,
+        bank: CoefficientBank,
+        conditioning: Conditioning,
+        first_step_cache: FirstStepCache,
         batch_size: int,
         call_size: int,
         concat_cond: PerSampleFn | None = None,
     ) -> None:
-        self.latent_shape, self.lines, self.conditions, self.shared = latent_shape, lines, conditions, shared
-        self.device, self.call_size = lines.timesteps.device, call_size
-        self.rows = np.empty(num_places, dtype=object)
-        self.host = np.zeros(num_places, SLOT_DTYPE)
-        self.host["secondary"] = self.primary = np.arange(num_places)
-        self.vacant = [list(range(slot_position, num_places, batch_size))[::-1] for slot_position in range(batch_size)]
-        self.x = torch.zeros(num_places, *latent_shape, device=self.device)
-        self.x0, self.x0_prev = torch.zeros_like(self.x), torch.zeros_like(self.x)
-        self.guidance = torch.ones(num_places, device=self.device)
-        self._concat_cond_of = concat_cond
+        self.latent_shape, self.bank, self.conditioning = latent_shape, bank, conditioning
+        self.first_step_cache, self.call_size = first_step_cache, call_size
+        self.device = bank.timesteps.device
+        self.requests = np.empty(num_slots, dtype=object)
+        self.records = np.zeros(num_slots, SLOT_DTYPE)
+        self.records["secondary"] = self.primary = np.arange(num_slots)
+        self.vacant = [list(range(position, num_slots, batch_size))[::-1] for position in range(batch_size)]
+        self.x = torch.zeros(num_slots, *latent_shape, device=self.device)
+        self.x0_prev, self.x0_prev2 = torch.zeros_like(self.x), torch.zeros_like(self.x)
+        self.guidance = torch.ones(num_slots, device=self.device)
+        self._concat_cond_fn = concat_cond
         shape = (0, *latent_shape[1:]) if concat_cond is None else concat_cond(torch.zeros(1, dtype=torch.int64)).shape[1:]
-        self.concat_cond = torch.zeros(num_places, *shape, device=self.device)
-        self.states = conditions.example_embeds.to(self.device).repeat(num_places, 1, 1)
+        self.concat_cond = torch.zeros(num_slots, *shape, device=self.device)
+        self.prompt_embeds = conditioning.example_embeds.to(self.device).repeat(num_slots, 1, 1)
 
     @property
     def num_busy(self) -> int:
-        """Rows in flight."""
-        return int(self.host["busy"].sum())
+        """Number of requests in the slots."""
+        return int(self.records["busy"].sum())
 
     @property
     def current_steps(self) -> Indices:
-        """The line each primary place stands at; the empty line elsewhere."""
-        return np.where(self.host["busy"], self.host["line"], 0)
+        """[P], the next step of each primary slot; 0, the empty step, elsewhere."""
+        return np.where(self.records["busy"], self.records["step"], 0)
 
     @property
     def primary_busy(self) -> NDArray[np.bool_]:
-        """Whether each place works for a row."""
-        return self.host["busy"][self.primary]
+        """[P], whether each slot, primary or secondary, works for a request."""
+        return self.records["busy"][self.primary]
 
-    def refill(self, waiting: RequestQueue) -> Iterator[SampleResult]:
-        """Put rows into vacant places; yields the rows whose only evaluation was shared."""
-        while fresh := self._choose(waiting):
-            placed = self._place(fresh)
-            if self.shared.capacity:
-                yield from self._reuse_first_step(placed)
+    def refill(self, queue: RequestQueue) -> Iterator[SampleResult]:
+        """Fill vacant slots; yield requests that a cached first evaluation finishes at once."""
+        while fresh := self._choose(queue):
+            slots = self._assign(fresh)
+            if self.first_step_cache.capacity:
+                yield from self._reuse_first_step(slots)
 
-    def _choose(self, waiting: RequestQueue) -> list[QueuedRequest]:
-        """The next rows that fit the vacant places. A row whose first evaluation is being computed for another waits."""
-        vacant = [len(places) for places in self.vacant]
-        if not self.shared.capacity:
-            return list(waiting.take(vacant, lambda _: True))
-        pending = {key for place in np.flatnonzero(self._at_first_step()) for key in self._keys(self.rows[place])}
+    def _choose(self, queue: RequestQueue) -> list[QueuedRequest]:
+        """The next requests that fit. A request waits while its first evaluation is being computed for another one."""
+        num_free = [len(slots) for slots in self.vacant]
+        if not self.first_step_cache.capacity:
+            return list(queue.pop_fitting(num_free, lambda _: True))
+        pending = {key for slot in np.flatnonzero(self._at_first_step()) for key in self._keys(self.requests[slot])}
 
-        def may_start(one: QueuedRequest) -> bool:
-            keys = self._keys(one.row)
-            return self.shared.has(keys) or pending.isdisjoint(keys)
+        def may_start(queued: QueuedRequest) -> bool:
+            keys = self._keys(queued.request)
+            return self.first_step_cache.has(keys) or pending.isdisjoint(keys)
 
         chosen = []
-        for one in waiting.take(vacant, may_start):
-            pending.update(self._keys(one.row))
-            chosen.append(one)
+        for queued in queue.pop_fitting(num_free, may_start):
+            pending.update(self._keys(queued.request))
+            chosen.append(queued)
         return chosen
 
     @torch.inference_mode()
-    def _place(self, fresh: list[QueuedRequest]) -> Indices:
-        """Put each row into one or two vacant places; returns the primary ones."""
-        placed = []
-        wanted: list[tuple[int, int | None]] = []  # place, caption or None for the empty one
-        for one in fresh:
-            row = one.row
-            standing = [self.vacant[slot_position].pop() for slot_position in one.positions]
-            place, secondary = standing[0], standing[-1]
-            first = self.lines.first_step(row.table)
-            end = first + row.table.num_function_evaluations
-            self.host[place] = (
-                first,
-                first,
-                end,
-                len(standing),
-                secondary,
-                0,
-                0,
-                self.call_size,
-                row.seed,
-                row.sample_index,
-                True,
-            )
-            self.rows[place] = row
-            self.primary[secondary] = self.primary[place] = place
-            wanted.extend((stand, each.prompt) for stand, each in zip(standing, one.passes, strict=True))
-            placed.append(place)
-        primary = np.array(placed)
-        on_device = self.to_device(primary)
-        self.x[on_device] = torch.stack([one.start for one in fresh])
-        # A first line's c and d are 0, but 0 times a former row's infinity is not.
-        self.x0[on_device] = self.x0_prev[on_device] = 0.0
-        weights = [float(self.conditions.weight(one.row)) for one in fresh]
+    def _assign(self, fresh: list[QueuedRequest]) -> Indices:
+        """Put each request into one or two vacant slots; return the primary slots."""
+        primary = []
+        slot_prompts: list[tuple[int, int | None]] = []
+        for queued in fresh:
+            request = queued.request
+            slots = [self.vacant[position].pop() for position in queued.positions]
+            slot, secondary = slots[0], slots[-1]
+            first = self.bank.first_step(request.coefficients)
+            end = first + request.coefficients.num_function_evaluations
+            counts = (len(slots), secondary, 0, 0, self.call_size)
+            self.records[slot] = (first, first, end, *counts, request.seed, request.sample_index, True)
+            self.requests[slot] = request
+            self.primary[secondary] = self.primary[slot] = slot
+            slot_prompts.extend((index, item.prompt) for index, item in zip(slots, queued.passes, strict=True))
+            primary.append(slot)
+        indices = np.array(primary)
+        on_device = self.to_device(indices)
+        self.x[on_device] = torch.stack([queued.initial_noise for queued in fresh])
+        # c and d are 0 at the first step, but 0 times an infinity that an earlier request left here is NaN.
+        self.x0_prev[on_device] = self.x0_prev2[on_device] = 0.0
+        weights = [float(self.conditioning.guidance_weight(queued.request)) for queued in fresh]
         self.guidance[on_device] = torch.tensor(weights, device=self.device)
-        if self._concat_cond_of is not None:
-            self.concat_cond[on_device] = self._concat_cond_of(torch.tensor([one.row.sample_index for one in fresh])).to(
-                self.concat_cond
-            )
-        self._write_prompt_embeds(wanted)
-        return primary
+        if self._concat_cond_fn is not None:
+            sample_indices = torch.tensor([queued.request.sample_index for queued in fresh])
+            self.concat_cond[on_device] = self._concat_cond_fn(sample_indices).to(self.concat_cond)
+        for slots, embeds in self.conditioning.embeds_for(slot_prompts):
+            self.prompt_embeds[torch.tensor(slots, device=self.device)] = embeds.to(self.prompt_embeds)
+        return indices
 
-    def network_input(self, source: Tensor) -> Tensor:
-        """Latents of the primary places `source` [P], and behind them what stands beside each: [P, C + C', H, W]."""
-        x = self.x[source]
-        return x if self._concat_cond_of is None else torch.cat([x, self.concat_cond[source]], dim=1)
-
-    def _write_prompt_embeds(self, wanted: list[tuple[int, int | None]]) -> None:
-        for places, states in self.conditions.states(wanted):
-            self.states[torch.tensor(places, device=self.device)] = states.to(self.states)
+    def network_input(self, primary: Tensor) -> Tensor:
+        """Latents of the slots `primary` [P], with their `concat_cond` behind them: [P, C + C', H, W]."""
+        x = self.x[primary]
+        return x if self._concat_cond_fn is None else torch.cat([x, self.concat_cond[primary]], dim=1)
 
     # --- shared first evaluations ---
 
-    def _keys(self, row: SampleRequest) -> tuple[Key, ...]:
-        return self.shared.keys(row, self.conditions)
+    def _keys(self, request: SampleRequest) -> tuple[Key, ...]:
+        return self.first_step_cache.keys(request, self.conditioning)
 
     def _at_first_step(self) -> NDArray[np.bool_]:
-        return self.host["busy"] & (self.host["line"] == self.host["first_step"])
+        return self.records["busy"] & (self.records["step"] == self.records["first_step"])
 
     @torch.inference_mode()
-    def _reuse_first_step(self, placed: Indices) -> list[SampleResult]:
-        """Advance the rows whose first evaluation is there already; returns those that it finishes."""
-        known = [place for place in placed if self.shared.has(self._keys(self.rows[place]))]
-        if not known:
+    def _reuse_first_step(self, slots: Indices) -> list[SampleResult]:
+        """Advance the requests whose first evaluation is cached; return those that this finishes."""
+        cached = [slot for slot in slots if self.first_step_cache.has(self._keys(self.requests[slot]))]
+        if not cached:
             return []
-        outputs = [self.shared.get(self._keys(self.rows[place])) for place in known]
-        at = np.array(known)
-        self.advance(at, *(torch.stack([pair[i] for pair in outputs]) for i in (0, -1)))
-        return self.collect(at)
+        outputs = [self.first_step_cache.get(self._keys(self.requests[slot])) for slot in cached]
+        indices = np.array(cached)
+        self.advance(indices, *(torch.stack([pair[i] for pair in outputs]) for i in (0, -1)))
+        return self.pop_finished(indices)
 
     def cache_first_evaluations(self, output: Tensor) -> None:
-        """Remember the outputs of rows that stand at their first line."""
-        if self.shared.capacity:
-            for place in np.flatnonzero(self._at_first_step()):
-                both = (output[place], output[self.host["secondary"][place]])
-                self.shared.keep(self._keys(self.rows[place]), both)
+        """Store the outputs [P, C, H, W] of requests at their first step."""
+        if self.first_step_cache.capacity:
+            for slot in np.flatnonzero(self._at_first_step()):
+                outputs = (output[slot], output[self.records["secondary"][slot]])
+                self.first_step_cache.put(self._keys(self.requests[slot]), outputs)
 
     # --- the update ---
 
     @torch.inference_mode()
-    def advance(self, at: Indices | None, output: Tensor, unconditional: Tensor) -> None:
-        """The update of the rows at these primary places (None: of every place) from their raw outputs [R, C, H, W]."""
-        everywhere = np.arange(len(self.host)) if at is None else at
-        host = self.host[everywhere]
-        on_device = None if at is None else self.to_device(at)
-        x, x0_previous, x0_prev, guidance = (
-            values if on_device is None else values[on_device] for values in (self.x, self.x0, self.x0_prev, self.guidance)
+    def advance(self, slots: Indices | None, output: Tensor, unconditional: Tensor) -> None:
+        """Apply the solver's update.
+
+        Args:
+            slots: primary slots; None updates every slot.
+            output: raw network outputs [R, C, H, W]: the conditional ones, or the only ones.
+            unconditional: raw outputs [R, C, H, W] of the secondary slots; equal to `output` where a request has one pass.
+        """
+        indices = np.arange(len(self.records)) if slots is None else slots
+        records = self.records[indices]
+        on_device = None if slots is None else self.to_device(slots)
+        x, x0_prev, x0_prev2, guidance = (
+            values if on_device is None else values[on_device]
+            for values in (self.x, self.x0_prev, self.x0_prev2, self.guidance)
         )
-        if not self.conditions.embeds_guidance:
+        if not self.conditioning.embeds_guidance:
             output = unconditional + guidance.view(-1, 1, 1, 1) * (output - unconditional)
-        line_now = self.current_steps[everywhere]
-        line = self.to_device(line_now)
-        p, q, a, b, c, d, s = self.lines.coefficients[:, line].view(7, len(line), 1, 1, 1)
+        steps = self.current_steps[indices]
+        steps_on_device = self.to_device(steps)
+        p, q, a, b, c, d, s = self.bank.coefficients[:, steps_on_device].view(7, len(steps_on_device), 1, 1, 1)
         x0 = p * x + q * output
-        x = a * x + b * x0 + c * x0_previous + d * x0_prev
-        noisy = np.flatnonzero(self.lines.is_noisy[line_now])
+        x = a * x + b * x0 + c * x0_prev + d * x0_prev2
+        noisy = np.flatnonzero(self.bank.is_noisy[steps])
         if len(noisy):
-            drawn = host[noisy]
-            seeds, sample_indices = torch.from_numpy(drawn["seed"].copy()), torch.from_numpy(drawn["sample_index"].copy())
-            evaluations = torch.from_numpy(drawn["line"] - drawn["first_step"] + 1 + INITIAL_NOISE)
+            noisy_records = records[noisy]
+            seeds = torch.from_numpy(noisy_records["seed"].copy())
+            sample_indices = torch.from_numpy(noisy_records["sample_index"].copy())
+            evaluations = torch.from_numpy(noisy_records["step"] - noisy_records["first_step"] + 1 + INITIAL_NOISE)
             noise = philox_normal(seeds, sample_indices, evaluations, self.latent_shape, self.device)
             rows = self.to_device(noisy)
             x.index_add_(0, rows, s[rows] * noise)
         if on_device is None:
-            self.x, self.x0, self.x0_prev = x, x0, self.x0
+            self.x, self.x0_prev, self.x0_prev2 = x, x0, self.x0_prev
         else:
-            self.x[on_device], self.x0[on_device], self.x0_prev[on_device] = x, x0, x0_previous
-        moved = everywhere[host["busy"]]
-        self.host["line"][moved] += 1
-        self.host["nfe"][moved] += self.host["num_passes"][moved]
-        self.host["batch_size"][moved] = np.minimum(self.host["batch_size"][moved], self.call_size)
+            self.x[on_device], self.x0_prev[on_device], self.x0_prev2[on_device] = x, x0, x0_prev
+        busy = indices[records["busy"]]
+        self.records["step"][busy] += 1
+        self.records["nfe"][busy] += self.records["num_passes"][busy]
+        self.records["batch_size"][busy] = np.minimum(self.records["batch_size"][busy], self.call_size)
 
     @torch.inference_mode()
-    def collect(self, at: Indices) -> list[SampleResult]:
-        """Take the rows that have ended out of these primary places, with copies of their latents."""
-        ended = at[self.host["line"][at] == self.host["end_line"][at]]
+    def pop_finished(self, slots: Indices) -> list[SampleResult]:
+        """Remove finished requests from these primary slots; return them with copies of their latents."""
+        ended = slots[self.records["step"][slots] == self.records["end_step"][slots]]
         if not len(ended):
             return []
         latents = self.x[self.to_device(ended)]
         finite = latents.isfinite().flatten(1).all(dim=1).tolist()
-        finished = []
-        for place, latent, is_finite in zip(ended.tolist(), latents, finite, strict=True):
-            record, row = self.host[place], self.rows[place]
-            counts = (int(record["nfe"]), int(record["computed"]))
-            finished.append(SampleResult(row, latent, *counts, is_finite, int(record["batch_size"])))
-            for freed in sorted({place, int(record["secondary"])}, reverse=True):
-                self.primary[freed] = self.host["secondary"][freed] = freed
+        results = []
+        for slot, latent, is_finite in zip(ended.tolist(), latents, finite, strict=True):
+            record, request = self.records[slot], self.requests[slot]
+            counts = (int(record["nfe"]), int(record["nfe_executed"]))
+            results.append(SampleResult(request, latent, *counts, is_finite, int(record["batch_size"])))
+            for freed in sorted({slot, int(record["secondary"])}, reverse=True):
+                self.primary[freed] = self.records["secondary"][freed] = freed
                 self.vacant[freed % len(self.vacant)].append(freed)
-            self.rows[place] = None
-            self.host["busy"][place] = False
+            self.requests[slot] = None
+            self.records["busy"][slot] = False
         self.x[self.to_device(ended)] = 0.0
-        return finished
+        return results
 
     def to_device(self, indices: Indices) -> Tensor:
-        """Host integers as an index tensor."""
+        """Host indices as an index tensor on the device."""
         return torch.from_numpy(np.ascontiguousarray(indices)).to(self.device)

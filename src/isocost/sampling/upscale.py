@@ -1,6 +1,6 @@
-"""An image made larger by a super-resolution checkpoint, in overlapping tiles where it is larger than the network's own.
+"""Enlarge an image with a super-resolution checkpoint, in overlapping tiles if it is larger than the network's resolution.
 
-Shapes: N tiles, R the network's resolution, S scale, h x w the given image, H x W = S h x S w, C L latent of a tile.
+Shapes: N tiles, R the network's resolution, S scale, h x w the input image, H x W = S h x S w, C L latent of a tile.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from isocost.models.autoencoder import load_autoencoder
 from isocost.models.checkpoint import Checkpoint, load_checkpoint
 from isocost.models.text_encoder import MiniLMTextEncoder
 from isocost.sampling.generate import PromptEmbeds, generate, make_engine, schedule_of
-from isocost.sampling.request import SampleRequest, num_passes
+from isocost.sampling.request import SampleRequest, passes_per_evaluation
 from isocost.sampling.tiling import Tiling
 from isocost.utils.device import best_device
 
@@ -36,7 +36,15 @@ MAX_PIXELS = 2**28
 
 @dataclass(frozen=True)
 class Upscaled:
-    """The larger image uint8 [H, W, 3], how many tiles it took, what they cost and how long."""
+    """An enlarged image and its cost.
+
+    Attributes:
+        image: uint8 [H, W, 3].
+        num_tiles: N.
+        nfe: network evaluations per tile.
+        gflop: cost of the network evaluations of all tiles.
+        seconds: wall-clock time.
+    """
 
     image: np.ndarray
     num_tiles: int
@@ -57,62 +65,71 @@ def upscale(
     seed: int = 0,
     dtype: DTypeName = "fp32",
 ) -> Upscaled:
-    """Enlarge an image (a file, or uint8 [h, w, 3]) by the checkpoint's scale.
+    """Enlarge an image by the checkpoint's scale.
 
-    Tiles overlap by at least `overlap` of their side and start from one field of noise, so that a solver without noise of its
-    own draws the same things where they meet. An image smaller than a tile is continued by its mirror image, and cut again.
+    All tiles start from parts of one noise field. A solver that adds no noise then generates the same content where tiles
+    overlap. An image that is smaller than a tile is padded by reflection, and the result is cropped.
+
+    Args:
+        checkpoint: a super-resolution checkpoint.
+        image: a file, or uint8 [h, w, 3].
+        prompt: empty by default.
+        solver: by default the checkpoint's own: DDIM, or LCM for a consistency student.
+        num_steps: by default 16, and 4 for a few-step student.
+        guidance: w in `uncond + w (cond - uncond)`.
+        overlap: smallest overlap of neighbouring tiles, as a fraction of the tile size.
+        seed: of the noise.
+        dtype: of the denoiser.
 
     Raises:
-        ConfigError: no image, one that is too large, or a checkpoint that is not for super-resolution.
+        ConfigError: the image is unreadable or too large, the checkpoint is not for super-resolution or does not support the
+            settings, or a tile contains NaN or inf.
     """
     opened = load_checkpoint(checkpoint, best_device())
     info = opened.info
     if info.scale is None:
-        raise ConfigError(f"{checkpoint}: made for {info.task}; `isocost upscale` takes a checkpoint of a study's `superres`")
+        raise ConfigError(f"{checkpoint}: trained for {info.task}; `isocost upscale` needs a `superres` checkpoint of a study")
     if not 0 <= overlap < 1:
-        raise ConfigError(f"overlap = {overlap}: a share of a tile's side, from 0 to below 1")
-    given = _read(image) if isinstance(image, str | Path) else torch.from_numpy(image.copy()).permute(2, 0, 1)
-    scale, side, autoencoder = (
-        info.scale,
-        info.resolution,
-        load_autoencoder(opened.autoencoder_path, info.autoencoder_subfolder, best_device()),
-    )
-    height, width = (scale * length for length in given.shape[1:])
+        raise ConfigError(f"overlap = {overlap}: give a fraction of the tile size, at least 0 and below 1")
+    original = _read(image) if isinstance(image, str | Path) else torch.from_numpy(image.copy()).permute(2, 0, 1)
+    scale, tile_size = info.scale, info.resolution
+    autoencoder = load_autoencoder(opened.autoencoder_path, info.autoencoder_subfolder, best_device())
+    height, width = (scale * length for length in original.shape[1:])
     if height * width > MAX_PIXELS:
-        raise ConfigError(f"{height} x {width} pixels come out, more than {MAX_PIXELS:,}: cut the image into parts first")
+        raise ConfigError(f"the result of {height} x {width} pixels exceeds the limit of {MAX_PIXELS:,}; split the image first")
     unit = math.lcm(scale, autoencoder.factor)
-    low = _reflect_pad(given, *(-(-max(length, side) // unit) * unit // scale for length in (height, width)))
-    enlarged = resize(low[None], (scale * low.shape[1], scale * low.shape[2]))[0]
-    tiling = Tiling.of(enlarged.shape[1], enlarged.shape[2], side, min(int(overlap * side), side - unit), unit)
+    padded = _reflect_pad(original, *(-(-max(length, tile_size) // unit) * unit // scale for length in (height, width)))
+    enlarged = resize(padded[None], (scale * padded.shape[1], scale * padded.shape[2]))[0]
+    min_overlap = min(int(overlap * tile_size), tile_size - unit)
+    tiling = Tiling.from_size(enlarged.shape[1], enlarged.shape[2], tile_size, min_overlap, unit)
     started = time.perf_counter()
     info.check_guidance(guidance)
-    table = solver_coefficients(solver or info.solver, info.num_steps if num_steps is None else num_steps, schedule_of(info))
-    rows = [SampleRequest(number, 0, table, guidance, seed=seed) for number in range(len(tiling.corners))]
+    steps = info.num_steps if num_steps is None else num_steps
+    coefficients = solver_coefficients(solver or info.solver, steps, schedule_of(info))
+    requests = [SampleRequest(i, 0, coefficients, guidance, seed=seed) for i in range(len(tiling.corners))]
     concat_cond = torch.cat([autoencoder.encode(tile)[0].float().cpu() for tile in tiling.cut(enlarged).split(1)])
-    initial_noise = tiling.cut(
-        _noise(opened, enlarged.shape[1] // autoencoder.factor, enlarged.shape[2] // autoencoder.factor, seed),
-        autoencoder.factor,
-    )
+    latent_height, latent_width = (length // autoencoder.factor for length in enlarged.shape[1:])
+    initial_noise = tiling.cut(_noise(opened, latent_height, latent_width, seed), autoencoder.factor)
     engine = make_engine(
         opened.network,
         info,
-        PromptEmbeds.of([prompt], MiniLMTextEncoder(opened.text_encoder, best_device())),
-        batch_size=min(DEFAULT_BATCH_SIZE, len(rows) * num_passes(guidance, info.model.embeds_guidance)),
+        PromptEmbeds.encode([prompt], MiniLMTextEncoder(opened.text_encoder, best_device())),
+        batch_size=min(DEFAULT_BATCH_SIZE, len(requests) * passes_per_evaluation(guidance, info.model.embeds_guidance)),
         dtype=dtype,
-        concat_cond=lambda ids: concat_cond[ids],
-        initial_noise=lambda ids: initial_noise[ids],
+        concat_cond=lambda indices: concat_cond[indices],
+        initial_noise=lambda indices: initial_noise[indices],
     )
-    made: dict[int, Tensor] = {}
-    for drawn in generate(engine, autoencoder, rows):
-        if drawn.broken:
-            raise ConfigError(
-                f"tile {drawn.broken[0].row.sample_index} is not finite numbers: lower the guidance, or train longer"
-            )
-        made |= {row.row.sample_index: tile for row, tile in zip(drawn.rows, drawn.images, strict=True)}
-    whole = tiling.join([made[number] for number in range(len(rows))])[:, :height, :width]
-    nfe = engine.passes(rows[0]) * table.num_function_evaluations
+    tiles: dict[int, Tensor] = {}
+    for batch in generate(engine, autoencoder, requests):
+        if batch.nonfinite:
+            index = batch.nonfinite[0].request.sample_index
+            raise ConfigError(f"tile {index} contains NaN or inf; lower the guidance or train longer")
+        tiles |= {result.request.sample_index: tile for result, tile in zip(batch.results, batch.images, strict=True)}
+    joined = tiling.join([tiles[i] for i in range(len(requests))])[:, :height, :width]
+    nfe = engine.passes_per_evaluation(requests[0]) * coefficients.num_function_evaluations
     seconds = time.perf_counter() - started
-    return Upscaled(whole.permute(1, 2, 0).numpy(), len(rows), nfe, nfe * len(rows) * info.gflop_per_forward, seconds)
+    gflop = nfe * len(requests) * info.gflop_per_forward
+    return Upscaled(joined.permute(1, 2, 0).numpy(), len(requests), nfe, gflop, seconds)
 
 
 def _read(file: str | Path) -> Tensor:
@@ -121,20 +138,20 @@ def _read(file: str | Path) -> Tensor:
 
 
 def _noise(opened: Checkpoint, height: int, width: int, seed: int) -> Tensor:
-    """One field of start noise for all tiles, float32 [C, height, width]."""
+    """One field of initial noise for all tiles, float32 [C, height, width]."""
     shape = (opened.info.model.latent_channels, height, width)
     return philox_normal(torch.tensor([seed]), torch.tensor([0]), INITIAL_NOISE, shape, torch.device("cpu"))[0]
 
 
 def _reflect_pad(image: Tensor, height: int, width: int) -> Tensor:
-    """[3, h, w] continued below and to the right by its mirror images to [3, height, width]."""
+    """Pad [3, h, w] to [3, height, width] below and to the right by reflection."""
     rows, columns = (
-        _reflect_index(torch.arange(length), there) for length, there in zip((height, width), image.shape[1:], strict=True)
+        _reflect_index(torch.arange(padded), length) for padded, length in zip((height, width), image.shape[1:], strict=True)
     )
     return image[:, rows][:, :, columns]
 
 
-def _reflect_index(places: Tensor, length: int) -> Tensor:
-    """0 ... length - 1 and back again, without end."""
-    turned = places.remainder(2 * length)
-    return torch.where(turned < length, turned, 2 * length - 1 - turned)
+def _reflect_index(indices: Tensor, length: int) -> Tensor:
+    """Map 0, 1, ... to 0 ... length - 1 and back to 0, periodically."""
+    period_index = indices.remainder(2 * length)
+    return torch.where(period_index < length, period_index, 2 * length - 1 - period_index)

@@ -1,4 +1,4 @@
-"""The grid of a study as points: coordinate, digest, and what an image costs there."""
+"""Sweep points and search cells of a study: their coordinates, digests and costs per image."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from isocost.config.sweep import PointSpec, RaceSpec, SweepSpec
 from isocost.diffusion.solvers import num_function_evaluations
 from isocost.evaluation.protocol import Protocol
 from isocost.models.checkpoint import CheckpointInfo
-from isocost.sampling.request import num_passes
-from isocost.sweep.guidance_search import value_at
+from isocost.sampling.request import passes_per_evaluation
+from isocost.sweep.guidance_search import grid_value
 
 VERSION = 3
-"""Raised when a fix changes what a point's images or scores are."""
+"""Increase when a fix changes the images or the scores of a point."""
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """A coordinate under a protocol. The digest names its artefact and its row in the ledger."""
+    """A coordinate of the sweep under a protocol. The digest names its artefact and its row in the results database."""
 
     spec: PointSpec
     digest: str
 
     def nfe(self, model: ModelSpec) -> int:
-        """Network evaluations per image, guidance's second pass counted where the network does not take w itself."""
-        return self.num_function_evaluations * num_passes(self.spec.guidance, model.embeds_guidance)
+        """Return the network evaluations per image. Guidance takes a second pass unless `model` embeds the guidance scale."""
+        return self.num_function_evaluations * passes_per_evaluation(self.spec.guidance, model.embeds_guidance)
 
     @property
     def num_function_evaluations(self) -> int:
-        """Network evaluations of one pass: the steps, but for Heun's solver."""
+        """Solver evaluations per image, each of one or two network passes: the number of steps, except for Heun's solver."""
         return num_function_evaluations(self.spec.solver, self.spec.num_steps)
 
     def costs(self, info: CheckpointInfo) -> dict[str, float]:
-        """What one image costs, time apart.
+        """Return all costs of one image that do not need a measurement.
 
         `normalized_cost` is normalized cost x steps (arXiv 2404.01367, sec. 4.1); Heun's second evaluations count in full.
         """
@@ -49,7 +49,7 @@ class SweepPoint:
         }
 
     def coordinate(self) -> dict[str, Any]:
-        """The columns of the results database that say where the point lies."""
+        """Return the columns of the results database that hold the coordinate."""
         spec = self.spec
         return {
             "point": self.digest,
@@ -66,17 +66,17 @@ class SweepPoint:
 
     @property
     def title(self) -> str:
-        """Short words for a progress bar."""
+        """Short title for a progress bar."""
         return f"{self.spec.solver.name} {self.spec.num_steps} steps, guidance {self.spec.guidance:g}"
 
 
 def make_point(spec: PointSpec, protocol: Protocol) -> SweepPoint:
-    """A point and its digest."""
+    """Compute the digest of a coordinate under a protocol."""
     return SweepPoint(spec, digest({"stage": "point", "version": VERSION, "protocol": protocol.id}, spec))
 
 
 def grid_points(checkpoint: str, sweep: SweepSpec, protocol_spec: ProtocolSpec, protocol: Protocol) -> list[SweepPoint]:
-    """Every solver x num_steps x guidance of the sweep for one checkpoint, in rising cost."""
+    """Return the points of one checkpoint: every solver x num_steps x guidance of the sweep, in order of increasing cost."""
     specs = [
         _point_spec(checkpoint, sweep, protocol_spec, solver=solver, num_steps=num_steps, guidance=guidance)
         for solver in sweep.solvers
@@ -89,9 +89,10 @@ def grid_points(checkpoint: str, sweep: SweepSpec, protocol_spec: ProtocolSpec, 
 def run_points(
     checkpoints: Sequence[str], sweep: SweepSpec, protocol_spec: ProtocolSpec, protocol: Protocol
 ) -> dict[str, tuple[SweepPoint, ...]]:
-    """The points of one run by checkpoint: the grid at the last one, one point at every snapshot where there are several.
+    """Return the points of one training by checkpoint.
 
-    Where guidance is raced there is no grid: see `search_cells`.
+    The last checkpoint has the whole grid. With several checkpoints, each one also has its snapshot point. With
+    `search: race` there is no grid; see `search_cells`.
     """
     points: dict[str, tuple[SweepPoint, ...]] = {}
     for name in checkpoints:
@@ -104,9 +105,16 @@ def run_points(
 
 @dataclass(frozen=True)
 class SearchCell:
-    """What shares a solver, a number of steps and a number of passes at one checkpoint; its best guidance is raced for.
+    """One checkpoint, solver, number of steps and number of passes; a race searches its best guidance.
 
-    `guidance` are the values of the sweep that are of so many passes, rising; one value leaves nothing to race for.
+    Attributes:
+        scored: coordinate of the point to score, at any guidance.
+        searched: the same with the seed of the race.
+        guidance: the sweep's values of guidance that take this number of passes, increasing; a single one needs no race.
+        protocol: protocol of the scores.
+        metric: metric of the race.
+        race: settings of the race.
+        is_two_pass: whether a step takes two passes.
     """
 
     scored: PointSpec
@@ -119,23 +127,23 @@ class SearchCell:
 
     @property
     def title(self) -> str:
-        """Short words: "ddim 4 steps"."""
+        """Short title such as "ddim 4 steps"."""
         passes = "" if self.is_two_pass or len(self.guidance) > 1 else f", guidance {self.guidance[0]:g}"
         return f"{self.scored.solver.name} {self.scored.num_steps} steps{passes}"
 
     @property
     def digest(self) -> str:
-        """Names what its race found."""
-        rules = {"race": self.race.canonical(), "guidance": list(self.guidance), "metric": self.metric}
-        stage = {"stage": "cell", "version": VERSION, "protocol": self.protocol.id, "seed": self.scored.seed, **rules}
+        """Name of the race's result in the results database."""
+        settings = {"race": self.race.canonical(), "guidance": list(self.guidance), "metric": self.metric}
+        stage = {"stage": "cell", "version": VERSION, "protocol": self.protocol.id, "seed": self.scored.seed, **settings}
         return digest(stage, self.searched)
 
     def trial(self, guidance: float) -> SweepPoint:
-        """Images of the search: some of a point with noise of its own."""
+        """Return the point whose first images a race generates; its noise differs from that of the scored point."""
         return make_point(self.searched.model_copy(update={"guidance": guidance}), self.protocol)
 
     def point(self, guidance: float) -> SweepPoint:
-        """The point that is scored once the guidance is found."""
+        """Return the point that is scored after the race."""
         return make_point(self.scored.model_copy(update={"guidance": guidance}), self.protocol)
 
 
@@ -147,35 +155,35 @@ def search_cells(
     metric: str,
     embeds_guidance: bool,
 ) -> list[SearchCell]:
-    """The cells of a checkpoint where guidance is raced, by solver, passes and rising steps; none where it is a grid.
+    """Return the cells of a checkpoint by solver, number of passes and increasing steps; none with `search: grid`.
 
-    A range from 1, one pass, to a value of two passes is searched from the ladder's first value above 1.
+    Guidance 1 takes one pass and is a cell of its own. If only one other value is given, its race starts at the first value
+    of the search grid above 1.
     """
     if sweep.search != "race":
         return []
     by_passes: dict[int, list[float]] = {}
     for value in sorted(set(sweep.guidance)):
-        by_passes.setdefault(num_passes(value, embeds_guidance), []).append(value)
+        by_passes.setdefault(passes_per_evaluation(value, embeds_guidance), []).append(value)
     if by_passes.get(1) == [1] and len(by_passes.get(2, ())) == 1:
-        by_passes[2].insert(0, value_at(1))
+        by_passes[2].insert(0, grid_value(1))
     cells = []
     for solver in sweep.solvers:
         for passes, values in by_passes.items():
             for num_steps in sorted(set(sweep.num_steps)):
-                at = {"solver": solver, "num_steps": num_steps, "guidance": values[0]}
-                scored = _point_spec(checkpoint, sweep, protocol_spec, **at)
+                scored = _point_spec(checkpoint, sweep, protocol_spec, solver=solver, num_steps=num_steps, guidance=values[0])
                 searched = scored.model_copy(update={"seed": sweep.race.seed})
                 cells.append(SearchCell(scored, searched, tuple(values), protocol, metric, sweep.race, passes > 1))
     return cells
 
 
 def snapshot_point(checkpoint: str, sweep: SweepSpec, protocol_spec: ProtocolSpec, protocol: Protocol) -> SweepPoint:
-    """The one point at which every snapshot is scored, so that the curve over training compute compares like with like."""
-    at = {"solver": sweep.solvers[0], "num_steps": sweep.snapshot_num_steps, "guidance": sweep.snapshot_guidance}
-    return make_point(_point_spec(checkpoint, sweep, protocol_spec, **at), protocol)
+    """Return the point at which every snapshot is scored: the same settings at every amount of training compute."""
+    settings = {"solver": sweep.solvers[0], "num_steps": sweep.snapshot_num_steps, "guidance": sweep.snapshot_guidance}
+    return make_point(_point_spec(checkpoint, sweep, protocol_spec, **settings), protocol)
 
 
-def _point_spec(checkpoint: str, sweep: SweepSpec, protocol_spec: ProtocolSpec, **at: Any) -> PointSpec:
+def _point_spec(checkpoint: str, sweep: SweepSpec, protocol_spec: ProtocolSpec, **settings: Any) -> PointSpec:
     return PointSpec(
         checkpoint=checkpoint,
         num_images=protocol_spec.num_images,
@@ -183,5 +191,5 @@ def _point_spec(checkpoint: str, sweep: SweepSpec, protocol_spec: ProtocolSpec, 
         dtype=sweep.dtype,
         compiled=sweep.compiled,
         batch_size=sweep.batch_size,
-        **at,
+        **settings,
     )

@@ -1,6 +1,7 @@
-"""Races run on a worker: what they wish to know is sampled in shards, so they are shared, resumed and repeated as points are.
+"""Run guidance searches (races) on a worker.
 
-A race is a function of shards alone. Whoever works at a checkpoint runs all of its races, and finds what others have made.
+A race's images are generated in shards, as the images of points are. A race is a function of its shards only: it resumes
+after a crash, several workers can share its images, and every worker gets the same result.
 """
 
 from __future__ import annotations
@@ -15,186 +16,215 @@ import numpy as np
 
 from isocost.errors import RunError
 from isocost.evaluation.bootstrap import resamples
-from isocost.evaluation.confidence_intervals import percentiles
+from isocost.evaluation.confidence_intervals import percentile_interval
+from isocost.evaluation.metric_registry import metric_of
 from isocost.evaluation.reference_set import ReferenceSet
-from isocost.metrics.registry import metric_of
 from isocost.models.checkpoint import CheckpointInfo
 from isocost.sweep.grid import SearchCell
-from isocost.sweep.guidance_search import BEYOND, Array, Found, Race, ScoreRequest, SearchConfig, nearest_grid_index, race
+from isocost.sweep.guidance_search import (
+    MAX_EXTENSION,
+    Array,
+    GuidanceSearch,
+    ScoreRequest,
+    SearchConfig,
+    SearchResult,
+    nearest_grid_index,
+    search_guidance,
+)
 from isocost.sweep.image_shards import MAX_NONFINITE_FRACTION, Shard, read_shards, split_into_shards
 from isocost.sweep.worker import Worker
 from isocost.utils.artifact_store import Store
 
-FIRST_SHARE, MOST_SHARE = 20, 2
-"""A first rung has a twentieth of the protocol's images, the last at most half of them."""
+FIRST_RUNG_DIVISOR, LAST_RUNG_DIVISOR = 20, 2
+"""The first rung has a twentieth of the protocol's images, the last rung at most half of them."""
 MIN_RUNG = 32
-TYPICAL_VALUES = 5
+EXPECTED_VALUES = 5
 
 
 def rungs_for(num_images: int) -> tuple[int, ...]:
-    """Images of a value, doubling: 500, 1000, 2000, 4000 of 10,000."""
-    first = max(MIN_RUNG, num_images // FIRST_SHARE)
+    """Return the default rungs, images per value: 500, 1000, 2000, 4000 for 10,000 scored images."""
+    first = max(MIN_RUNG, num_images // FIRST_RUNG_DIVISOR)
     rungs = [first]
-    while rungs[-1] * 2 <= num_images // MOST_SHARE:
+    while rungs[-1] * 2 <= num_images // LAST_RUNG_DIVISOR:
         rungs.append(rungs[-1] * 2)
     return tuple(rungs)
 
 
 def tolerance_for(num_images: int) -> float:
-    """1.5 % at 5,000 images, and as the scores' intervals are at others: about half of their half-width; 5 % at most."""
+    """Return the default tolerance: 1.5 % at 5,000 scored images, scaled with 1 / sqrt(images), not above 5 %.
+
+    This is about half of the half-width of the score's own interval.
+    """
     return min(0.015 * math.sqrt(5000 / num_images), 0.05)
 
 
 def search_config(cell: SearchCell) -> SearchConfig:
-    """How a cell's race is run."""
+    """Return the settings of a cell's race."""
     rungs = tuple(n for n in cell.race.rungs if n <= cell.scored.num_images) or rungs_for(cell.scored.num_images)
     return SearchConfig(
         rungs,
         cell.guidance[0],
         cell.guidance[-1],
-        lowest_place=1 if cell.is_two_pass else 0,
-        beyond=BEYOND if cell.is_two_pass else 0,  # a student knows no guidance beyond its range
+        min_index=1 if cell.is_two_pass else 0,
+        max_extension=MAX_EXTENSION if cell.is_two_pass else 0,  # a student is not trained on guidance beyond its range
         tolerance=cell.race.tolerance or tolerance_for(cell.scored.num_images),
         confidence=cell.race.confidence,
         higher_is_better=metric_of(cell.metric).better == "higher",
     )
 
 
-def typical_images(cell: SearchCell) -> int:
-    """Images that a race draws, for a plan: of five values at the first rung, or of one where there is no other."""
-    return search_config(cell).rungs[0] * (1 if len(cell.guidance) == 1 else TYPICAL_VALUES)
+def expected_race_images(cell: SearchCell) -> int:
+    """Return an estimate of a race's images, for a plan: the first rung for five values, or for the cell's only value."""
+    return search_config(cell).rungs[0] * (1 if len(cell.guidance) == 1 else EXPECTED_VALUES)
 
 
-def single_value_search(cell: SearchCell) -> Race:
-    """What stands in for a race where there is one value: its score at the first rung."""
+def single_value_search(cell: SearchCell) -> GuidanceSearch:
+    """Run the trivial race of a cell with one guidance value: score it at the first rung."""
     (guidance,) = cell.guidance
     first = search_config(cell).rungs[0]
     yield [ScoreRequest(guidance, first)]
-    return Found(guidance, guidance, guidance, first, {guidance: first}, 0.0, True, False, ())
+    return SearchResult(guidance, guidance, guidance, first, {guidance: first}, 0.0, True, False, ())
 
 
 @dataclass(frozen=True)
 class TrialStore:
-    """The images of races, as shards of a store."""
+    """The generated images of races, as shards in a store."""
 
     store: Store
     reference: ReferenceSet
     shard_size: int
 
     def shards(self, cell: SearchCell, guidance: float, num_images: int) -> list[Shard]:
-        """The first images of a trial, cut at the rungs as well, so that neither cut decides the other."""
+        """Return the shards of a trial's first images. They are also cut at the rungs, so shards do not depend on the rung."""
         bounds = [n for n in search_config(cell).rungs if n <= num_images]
-        assert bounds, "a wish is for a rung"
+        assert bounds, "a request is for a rung"
         return split_into_shards(cell.trial(guidance), self.shard_size, bounds)
 
     def score(self, cell: SearchCell, guidance: float, num_images: int) -> Array:
-        """The score of a trial's first images for every resample, [1 + R]; the worst where too many are no finite numbers."""
+        """Return the score of a trial's first images in every resample, [1 + R]; ±inf if too many images are non-finite."""
         shards = self.shards(cell, guidance, num_images)
-        broken = sum(len(self.store.manifest("shard", shard.digest)["nonfinite"]) for shard in shards)
-        if broken > MAX_NONFINITE_FRACTION * num_images:
+        num_nonfinite = sum(len(self.store.manifest("shard", shard.digest)["nonfinite"]) for shard in shards)
+        if num_nonfinite > MAX_NONFINITE_FRACTION * num_images:
             worst = -np.inf if metric_of(cell.metric).better == "higher" else np.inf
             return np.full(self.reference.protocol.num_bootstrap + 1, worst)
-        measured = read_shards(self.store, self.reference, shards)
-        return resamples(measured, num_images, cell.metric, self.reference)
+        features = read_shards(self.store, self.reference, shards)
+        return resamples(features, num_images, cell.metric, self.reference)
 
 
 def run_races(worker: Worker, cells: Sequence[SearchCell], done: Callable[[SearchCell], None], deadline: float | None) -> bool:
-    """Find the best guidance of every cell that the results database does not know; False where `deadline` came first.
+    """Find the best guidance of every cell that has no race in the results database.
 
-    Cells of one solver and number of passes go by rising steps, each from where the one before it ended; the others beside.
+    Cells of one solver and number of passes run in the order of increasing steps, each from the result of the previous one.
+    Different solvers and numbers of passes run at the same time.
+
+    Args:
+        worker: generates the images.
+        cells: cells of one checkpoint.
+        done: called with every cell whose race is over.
+        deadline: `time.monotonic()` after which the races stop; None never stops.
+
+    Returns:
+        False if the deadline came first.
     """
-    known = worker.results_db.races()
+    recorded = worker.results_db.races()
     queues: dict[tuple[str, bool], list[SearchCell]] = {}
     for cell in cells:
-        if cell.digest in known:
+        if cell.digest in recorded:
             done(cell)
         queues.setdefault((cell.scored.solver.label, cell.is_two_pass), []).append(cell)
-    running = [chain for queue in queues.values() if (chain := _WarmStartedSearches(worker, queue, known, done)).begin()]
+    chains = [_WarmStartedSearches(worker, queue, recorded, done) for queue in queues.values()]
+    running = [chain for chain in chains if chain.start_next()]
     while running:
         shards = {shard.digest: shard for chain in running for shard in chain.shards()}
-        if not worker.make(list(shards.values()), deadline):
+        if not worker.generate_shards(list(shards.values()), deadline):
             return False
-        running = [chain for chain in running if chain.go_on()]
+        running = [chain for chain in running if chain.advance()]
     return True
 
 
 class _WarmStartedSearches:
-    """Races one after the other, each beginning at the guidance that the one before it found."""
+    """Races that run one after the other; each starts at the guidance that the previous one found."""
 
     def __init__(
         self,
         worker: Worker,
         cells: Sequence[SearchCell],
-        known: Mapping[str, Mapping[str, float]],
+        recorded: Mapping[str, Mapping[str, float]],
         done: Callable[[SearchCell], None],
     ) -> None:
-        self.results_db, self.known, self.done = worker.results_db, known, done
+        self.results_db, self.recorded, self.done = worker.results_db, recorded, done
         self.trials = TrialStore(worker.store, worker.reference, worker.shard_size)
-        self.cells, self.at = list(cells), -1
+        self.cells, self.cell_index = list(cells), -1
         self.start: int | None = None
-        self.running: Race
-        self.wishes: list[ScoreRequest]
-        self.has_begun: bool
+        self.search: GuidanceSearch
+        self.requests: list[ScoreRequest]
+        self.has_scores: bool
 
     @property
     def cell(self) -> SearchCell:
-        """The one that is raced now."""
-        return self.cells[self.at]
+        return self.cells[self.cell_index]
 
-    def begin(self) -> bool:
-        """Begin the next cell that is not known; False where there is none."""
-        self.at += 1
-        while self.at < len(self.cells) and self.cell.digest in self.known:
-            self.start = nearest_grid_index(self.known[self.cell.digest]["guidance"])
-            self.at += 1
-        if self.at == len(self.cells):
+    def start_next(self) -> bool:
+        """Start the next cell that has no recorded race; False if there is none."""
+        self.cell_index += 1
+        while self.cell_index < len(self.cells) and self.cell.digest in self.recorded:
+            self.start = nearest_grid_index(self.recorded[self.cell.digest]["guidance"])
+            self.cell_index += 1
+        if self.cell_index == len(self.cells):
             return False
-        self.has_begun = False
-        self.running = (
-            single_value_search(self.cell) if len(self.cell.guidance) == 1 else race(search_config(self.cell), self.start)
-        )
-        self.wishes = next(self.running)
+        self.has_scores = False
+        if len(self.cell.guidance) == 1:
+            self.search = single_value_search(self.cell)
+        else:
+            self.search = search_guidance(search_config(self.cell), self.start)
+        self.requests = next(self.search)
         return True
 
     def shards(self) -> list[Shard]:
-        """What must be there for the wishes to be granted."""
-        return [shard for wish in self.wishes for shard in self.trials.shards(self.cell, wish.guidance, wish.num_images)]
+        """Return the shards that the open score requests need."""
+        return [
+            shard for request in self.requests for shard in self.trials.shards(self.cell, request.guidance, request.num_images)
+        ]
 
-    def go_on(self) -> bool:
-        """Grant the wishes; False where that ended the last race."""
-        told = {wish: self.trials.score(self.cell, wish.guidance, wish.num_images) for wish in self.wishes}
-        if all(np.isinf(scores[0]) for scores in told.values()) and not self.has_begun:
-            raise RunError(f"{self.cell.title}: too few images are finite numbers at any guidance tried; train longer")
-        self.has_begun = True
+    def advance(self) -> bool:
+        """Answer the score requests; False if that ended the last race.
+
+        Raises:
+            RunError: nearly all images are non-finite at every guidance that was tried first.
+        """
+        scores = {request: self.trials.score(self.cell, request.guidance, request.num_images) for request in self.requests}
+        if all(np.isinf(values[0]) for values in scores.values()) and not self.has_scores:
+            raise RunError(f"{self.cell.title}: too few finite images at every guidance that was tried; train longer")
+        self.has_scores = True
         try:
-            self.wishes = self.running.send(told)
+            self.requests = self.search.send(scores)
             return True
         except StopIteration as ended:
             self._record(ended.value)
-            return self.begin()
+            return self.start_next()
 
-    def _record(self, found: Found) -> None:
+    def _record(self, result: SearchResult) -> None:
         cell = self.cell
-        self.start = nearest_grid_index(found.guidance)
+        self.start = nearest_grid_index(result.guidance)
         self.results_db.add_race(
             {
                 "cell": cell.digest,
-                "point": cell.point(found.guidance).digest,
+                "point": cell.point(result.guidance).digest,
                 "checkpoint": cell.scored.checkpoint,
                 "protocol": cell.protocol.id,
                 "metric": cell.metric,
                 "solver": cell.scored.solver.label,
                 "num_steps": cell.scored.num_steps,
-                "guidance": found.guidance,
-                "guidance_low": found.low,
-                "guidance_high": found.high,
-                "num_images": found.num_images,
-                "images_at": json.dumps(found.images_at),
-                "regret": found.regret,
-                "is_decided": found.is_decided,
-                "is_at_boundary": found.is_at_boundary,
-                "warnings": json.dumps(found.warnings),
-                "stopped": None,
+                "guidance": result.guidance,
+                "guidance_low": result.low,
+                "guidance_high": result.high,
+                "num_images": result.num_images,
+                "images_by_guidance": json.dumps(result.images_by_guidance),
+                "regret": result.regret,
+                "is_decided": result.is_decided,
+                "is_at_boundary": result.is_at_boundary,
+                "warnings": json.dumps(result.warnings),
+                "dominated_by": None,
             }
         )
         self.done(cell)
@@ -202,7 +232,15 @@ class _WarmStartedSearches:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A cell with what its race found and its scores: [1 + R] by number of images."""
+    """A cell with the result of its race.
+
+    Attributes:
+        cell: the cell.
+        info: its checkpoint.
+        guidance: the guidance that the race found.
+        scores: returns the score [1 + R] of the first so many images at that guidance.
+        num_images: images generated at that guidance.
+    """
 
     cell: SearchCell
     info: CheckpointInfo
@@ -212,7 +250,7 @@ class Candidate:
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """Every cost that is known before anything is timed."""
+        """All costs that do not need a measurement."""
         return tuple(self.cell.point(self.guidance).costs(self.info).values())
 
     def __str__(self) -> str:
@@ -220,33 +258,33 @@ class Candidate:
 
 
 def make_candidate(cell: SearchCell, info: CheckpointInfo, trials: TrialStore, guidance: float, num_images: int) -> Candidate:
-    """A cell whose race is over, with the guidance it found and the images drawn there."""
+    """Return the candidate of a cell whose race is over; see `Candidate`."""
     return Candidate(cell, info, guidance, cache(partial(trials.score, cell, guidance)), num_images)
 
 
-def stopped(contenders: Sequence[Candidate], confidence: float) -> dict[str, str]:
-    """Cells that cannot be on the frontier of any cost, with the reason: one that costs no more is better.
+def dominated(candidates: Sequence[Candidate], confidence: float) -> dict[str, str]:
+    """Return the cells that cannot be on the frontier of any cost, with the reason by the cell's digest.
 
-    A cell is set against the best of those that cost no more in every way, on the images that both have; it is stopped where
-    the paired interval of that confidence lies on the worse side.
+    A cell is compared with the best of the cells whose every cost is not higher, on the images that both have. It is
+    dominated if the paired interval of that confidence lies on the worse side.
     """
     reasons = {}
-    for one in contenders:
+    for candidate in candidates:
         rivals = [
             other
-            for other in contenders
-            if other is not one and all(a <= b for a, b in zip(other.costs, one.costs, strict=True))
+            for other in candidates
+            if other is not candidate and all(a <= b for a, b in zip(other.costs, candidate.costs, strict=True))
         ]
         if not rivals:
             continue
-        sign = -1.0 if metric_of(one.cell.metric).better == "higher" else 1.0
+        sign = -1.0 if metric_of(candidate.cell.metric).better == "higher" else 1.0
 
-        def difference_between(other: Candidate, one: Candidate = one, sign: float = sign) -> Array:
-            common = min(one.num_images, other.num_images)
-            return sign * (one.scores(common) - other.scores(common))
+        def loss_against(other: Candidate, candidate: Candidate = candidate, sign: float = sign) -> Array:
+            common = min(candidate.num_images, other.num_images)
+            return sign * (candidate.scores(common) - other.scores(common))
 
-        best = max(rivals, key=lambda other: difference_between(other)[0])
-        apart = percentiles(difference_between(best), confidence)
-        if apart.low > 0:
-            reasons[one.cell.digest] = f"{best} costs no more and is better by {apart.value:.3g} or so"
+        best = max(rivals, key=lambda other: loss_against(other)[0])
+        loss = percentile_interval(loss_against(best), confidence)
+        if loss.low > 0:
+            reasons[candidate.cell.digest] = f"{best} costs no more and scores better by about {loss.value:.3g}"
     return reasons

@@ -1,9 +1,9 @@
-"""A point's images in shards: each is durable or absent, and the point is put together when all are there.
+"""The images of a point in shards: each shard is written atomically, and complete shards are merged into the point.
 
-What is kept of an image does not depend on which images came with it, so neither the size of the shards nor who made them
-changes a bit of the point.
+The data of an image do not depend on the images that were generated with it. The point is therefore bit-identical for every
+shard size and for every assignment of shards to workers.
 
-Shapes: N images of a point, K images kept, R resolution.
+Shapes: N images of a point, K saved images, R resolution.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from torch import Tensor
 from isocost.config.base import digest
 from isocost.errors import RunError
 from isocost.evaluation.evaluator import FeatureCollector
-from isocost.evaluation.feature_store import SampleFeatures, read_measured, write_measured
+from isocost.evaluation.feature_store import SampleFeatures, read_sample_features, write_sample_features
 from isocost.evaluation.reference_set import ReferenceSet
 from isocost.sampling.request import SampleResult
 from isocost.sweep.grid import SweepPoint
 from isocost.utils.artifact_store import Store
 
 MIB = 2**20
-VERSION = 1
+SHARD_VERSION = 1
 MAX_NONFINITE_FRACTION = 0.01
 IMAGES = "images.safetensors"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Some consecutive images of a point."""
+    """Consecutive images of a point."""
 
     point: SweepPoint
     images: range
@@ -45,68 +45,86 @@ class Shard:
 
 
 def split_into_shards(point: SweepPoint, size: int, bounds: Sequence[int] = ()) -> list[Shard]:
-    """The shards of a point, `size` images each or fewer; up to each of `bounds`, where given, by whole shards."""
+    """Split a point into shards.
+
+    Args:
+        point: the point.
+        size: images of a shard; the last one before a bound may be smaller.
+        bounds: image indices, increasing, at which a shard must end; the last one is the end. Default: the end of the point.
+    """
     ends = [0, *(bounds or (point.spec.num_images,))]
     ranges = [
         range(first, min(first + size, stop)) for start, stop in itertools.pairwise(ends) for first in range(start, stop, size)
     ]
-    stage = {"stage": "shard", "version": VERSION, "point": point.digest}
-    return [Shard(point, each, digest(stage, {"first": each.start, "stop": each.stop})) for each in ranges]
+    stage = {"stage": "shard", "version": SHARD_VERSION, "point": point.digest}
+    return [Shard(point, images, digest(stage, {"first": images.start, "stop": images.stop})) for images in ranges]
 
 
 @dataclass(frozen=True)
 class ShardChunk:
-    """What came at once of one shard: images uint8 [n, 3, R, R] of these rows, and the rows that have none."""
+    """Images of one shard that the engine finished at the same time.
+
+    Attributes:
+        digest: digest of the shard.
+        results: results with finite images.
+        images: uint8 [n, 3, R, R], in the order of `results`.
+        nonfinite: results without an image, because it is not finite.
+    """
 
     digest: str
-    rows: list[SampleResult]
+    results: list[SampleResult]
     images: Tensor
-    broken: list[SampleResult]
+    nonfinite: list[SampleResult]
 
 
 class ShardBuilder:
-    """A shard whose images are coming in."""
+    """Collects the images of one shard and writes it."""
 
     def __init__(self, shard: Shard, reference: ReferenceSet, saved_indices: Collection[int]) -> None:
         """`saved_indices` are the indices of the samples whose images every point saves."""
         self.shard, self.reference, self.saved_indices = shard, reference, saved_indices
-        self.measuring = FeatureCollector(reference)
+        self.collector = FeatureCollector(reference)
         self.images: dict[int, Tensor] = {}
-        self.broken: list[int] = []
-        self.num_measured = 0
+        self.nonfinite: list[int] = []
+        self.num_finite = 0
         self.min_batch_size = shard.point.spec.batch_size
         self.started = time.monotonic()
 
     @property
-    def is_whole(self) -> bool:
-        """True when every image has come."""
-        return self.num_measured + len(self.broken) == len(self.shard.images)
+    def is_complete(self) -> bool:
+        return self.num_finite + len(self.nonfinite) == len(self.shard.images)
 
-    def add(self, part: ShardChunk) -> None:
-        """Measure images, and name those that are not finite numbers, which are never scored."""
-        ids = [row.row.sample_index for row in part.rows]
-        if ids:
-            self.measuring.add(ids, part.images)
-        self.num_measured += len(ids)
-        self.images.update({i: part.images[place] for place, i in enumerate(ids) if i in self.saved_indices})
-        self.broken = sorted([*self.broken, *(row.row.sample_index for row in part.broken)])
-        self.min_batch_size = min([self.min_batch_size, *(row.batch_size for row in (*part.rows, *part.broken))])
+    def add(self, chunk: ShardChunk) -> None:
+        """Extract features of finite images, and list the others, which are never scored."""
+        indices = [result.request.sample_index for result in chunk.results]
+        if indices:
+            self.collector.add(indices, chunk.images)
+        self.num_finite += len(indices)
+        self.images.update({i: chunk.images[position] for position, i in enumerate(indices) if i in self.saved_indices})
+        self.nonfinite = sorted([*self.nonfinite, *(result.request.sample_index for result in chunk.nonfinite)])
+        self.min_batch_size = min([self.min_batch_size, *(result.batch_size for result in (*chunk.results, *chunk.nonfinite))])
 
     def write(self, store: Store, ms_per_evaluation: float, peak_bytes: int | None) -> None:
-        """Make the shard durable. `peak_bytes` of memory were in use meanwhile, if the device tells."""
+        """Write the shard to the store.
+
+        Args:
+            store: the artefact store.
+            ms_per_evaluation: measured milliseconds per network evaluation, decoding included.
+            peak_bytes: peak memory of the device; None if the device does not report it.
+        """
         manifest: dict[str, Any] = {
             "point": self.shard.point.digest,
             "images": [self.shard.images.start, self.shard.images.stop],
             "saved": sorted(self.images),
-            "nonfinite": self.broken,
+            "nonfinite": self.nonfinite,
             "min_batch_size": self.min_batch_size,
             "ms_per_evaluation": ms_per_evaluation,
             "seconds": time.monotonic() - self.started,
             "peak_bytes": peak_bytes,
         }
         with store.create("shard", self.shard.digest, manifest) as folder:
-            if self.num_measured:
-                write_measured(folder, self.measuring.measured(), self.reference.feature_dtype)
+            if self.num_finite:
+                write_sample_features(folder, self.collector.features(), self.reference.feature_dtype)
             if self.images:
                 save_file({"images": torch.stack([self.images[i] for i in manifest["saved"]])}, folder / IMAGES)
 
@@ -114,22 +132,30 @@ class ShardBuilder:
 def merge_shards(
     store: Store, reference: ReferenceSet, point: SweepPoint, shards: Sequence[Shard], num_function_evaluations: int, size: str
 ) -> None:
-    """The point's artefact from its shards, which are removed. `num_function_evaluations` are an image's, `size` names the network.
+    """Write the point's artefact from its shards, and remove the shards.
+
+    Args:
+        store: the artefact store.
+        reference: the reference set.
+        point: the point.
+        shards: all of its shards, complete, in order.
+        num_function_evaluations: network evaluations per image.
+        size: name of the network, for messages.
 
     Raises:
-        RunError: too many of its images are not finite numbers; the shards are removed, and the next run makes them anew.
+        RunError: too many images are not finite. The shards are removed, and the next run generates them again.
     """
     manifests = [store.manifest("shard", shard.digest) for shard in shards]
-    broken = sorted(i for manifest in manifests for i in manifest["nonfinite"])
-    number = point.spec.num_images
-    if len(broken) > MAX_NONFINITE_FRACTION * number:
+    nonfinite = sorted(i for manifest in manifests for i in manifest["nonfinite"])
+    num_images = point.spec.num_images
+    if len(nonfinite) > MAX_NONFINITE_FRACTION * num_images:
         _remove(store, shards)
         raise RunError(
-            f"{size}, {point.title}: {len(broken)} of {number} images are not finite "
-            f"numbers (image {broken[0]} first); lower the guidance, or train longer"
+            f"{size}, {point.title}: {len(nonfinite)} of {num_images} images contain NaN or inf "
+            f"(the first is image {nonfinite[0]}); lower the guidance or train longer"
         )
-    images = sum(len(shard.images) for shard in shards)
-    per_evaluation = sum(
+    num_generated = sum(len(shard.images) for shard in shards)
+    total_ms_per_evaluation = sum(
         manifest["ms_per_evaluation"] * len(shard.images) for manifest, shard in zip(manifests, shards, strict=True)
     )
     peaks = [manifest["peak_bytes"] for manifest in manifests if manifest.get("peak_bytes") is not None]
@@ -139,51 +165,50 @@ def merge_shards(
         "spec": point.spec.model_dump(mode="json"),
         "protocol": reference.protocol.id,
         "saved": [i for manifest in manifests for i in manifest["saved"]],
-        "num_nonfinite": len(broken),
-        "nonfinite": broken,
+        "num_nonfinite": len(nonfinite),
+        "nonfinite": nonfinite,
         "min_batch_size": min(manifest["min_batch_size"] for manifest in manifests),
-        "ms_per_image": per_evaluation / images * num_function_evaluations,
+        "ms_per_image": total_ms_per_evaluation / num_generated * num_function_evaluations,
         "seconds": sum(manifest["seconds"] for manifest in manifests),
         "peak_memory_mib": max(peaks) / MIB if peaks else None,
     }
     with store.create("point", point.digest, manifest) as folder:
-        write_measured(folder, read_shards(store, reference, shards), reference.feature_dtype)
+        write_sample_features(folder, read_shards(store, reference, shards), reference.feature_dtype)
         save_file({"images": torch.cat(saved)}, folder / IMAGES)
     _remove(store, shards)
 
 
 def read_shards(store: Store, reference: ReferenceSet, shards: Sequence[Shard]) -> SampleFeatures:
-    """What is kept of several shards' images, in their order.
+    """Read and concatenate the features of several shards, in their order.
 
     Raises:
-        RunError: none of their images is finite numbers.
+        RunError: no image is finite.
     """
-    whole = [shard for shard in shards if len(store.manifest("shard", shard.digest)["nonfinite"]) < len(shard.images)]
-    if not whole:
-        raise RunError(f"{shards[0].point.title}: no image is finite numbers; lower the guidance, or train longer")
+    nonempty = [shard for shard in shards if len(store.manifest("shard", shard.digest)["nonfinite"]) < len(shard.images)]
+    if not nonempty:
+        raise RunError(f"{shards[0].point.title}: every image contains NaN or inf; lower the guidance or train longer")
     names = tuple(reference.extractors)
-    return _joined([read_measured(store.folder("shard", shard.digest), names) for shard in whole])
+    return _concatenate([read_sample_features(store.folder("shard", shard.digest), names) for shard in nonempty])
 
 
 def read_images(folder: Path) -> np.ndarray:
-    """The images a point's artefact keeps: uint8 [K, R, R, 3]."""
+    """Read the saved images of a point's artefact: uint8 [K, R, R, 3]."""
     return load_file(folder / IMAGES)["images"].permute(0, 2, 3, 1).numpy()
 
 
-def _joined(parts: Sequence[SampleFeatures]) -> SampleFeatures:
-    """What is kept of several shards, in their order."""
+def _concatenate(parts: Sequence[SampleFeatures]) -> SampleFeatures:
     first = parts[0]
 
-    def whole(of: str, name: str) -> np.ndarray:
-        return np.concatenate([getattr(part, of)[name] for part in parts])
+    def concatenated(field: str, name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, field)[name] for part in parts])
 
     alignment = [part.alignment for part in parts if part.alignment is not None]
     ids = [part.ids for part in parts if part.ids is not None]
     return SampleFeatures(
-        {name: whole("features", name) for name in first.features},
+        {name: concatenated("features", name) for name in first.features},
         np.concatenate(alignment) if alignment else None,
         np.concatenate(ids) if ids else None,
-        {name: whole("paired_metrics", name) for name in first.paired_metrics},
+        {name: concatenated("paired_metrics", name) for name in first.paired_metrics},
     )
 
 

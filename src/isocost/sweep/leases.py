@@ -1,8 +1,8 @@
-"""Who is at work on what: several runs on one results database share the work, and a dead one's work is taken over.
+"""Leases on work items: several processes with one results database share the work, and replace dead workers.
 
-A claim is a row: what is worked on, by whom, and when that worker last said that it lives, by the results database's own clock. A worker
-says so every few seconds from a thread of its own. A claim is free again when it is released, when its process is gone (on this
-machine), or when nothing was heard of it for `LEASE_TIMEOUT_S` seconds.
+A lease is a row with a work item, its worker and the time of the worker's last heartbeat, by the clock of the database. A
+thread of the worker sends a heartbeat every few seconds. A lease is free again when it is released, when its process has ended
+(on this machine), or when its last heartbeat is older than `LEASE_TIMEOUT_S`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ POLL_S = 0.5
 
 
 class Leases:
-    """This worker's claims."""
+    """The leases of one worker, in a database that has the tables of `schema.py`."""
 
     def __init__(self, engine: Engine) -> None:
-        """The table of claims must be there."""
         self.engine = engine
         self.worker = uuid.uuid4().hex
         self.host, self.pid = platform.node(), os.getpid()
@@ -42,94 +41,93 @@ class Leases:
         self._now: ColumnElement[float] = literal_column(
             sqlite if engine.dialect.name == "sqlite" else "extract(epoch from clock_timestamp())"
         )
-        self._mine: set[str] = set()
-        self._beating: threading.Thread | None = None
+        self._held: set[str] = set()
+        self._heartbeat_thread: threading.Thread | None = None
         self._stop = threading.Event()
-        self._failed: RunError | None = None
+        self._error: RunError | None = None
 
-    def take(self, work: str) -> bool:
-        """Claim a piece of work; False where another living worker has it.
+    def acquire(self, work_item: str) -> bool:
+        """Acquire the lease of a work item; False if another living worker holds it.
 
         Raises:
-            ConfigError: the claim is dated in the future, by a host whose clock is wrong.
-            RunError: the results database could not be reached to renew claims.
+            ConfigError: the heartbeat of the lease lies in the future.
+            RunError: the results database could not be reached for a heartbeat.
         """
-        if self._failed is not None:
-            raise self._failed
+        if self._error is not None:
+            raise self._error
         try:
-            if not run_transaction(self.engine, lambda session: self._take(session, work), conflicts=0):
+            if not run_transaction(self.engine, lambda session: self._acquire(session, work_item), max_conflicts=0):
                 return False
-        except IntegrityError:  # another took it in the same moment
+        except IntegrityError:  # another worker acquired it at the same time
             return False
-        self._mine.add(work)
-        self._begin_to_beat()
+        self._held.add(work_item)
+        self._start_heartbeat()
         return True
 
-    def _take(self, session: Session, work: str) -> bool:
-        mine = {"worker": self.worker, "host": self.host, "pid": self.pid, "beat": self._now}
-        silent = (self._now - LeaseRecord.beat).label("silent_s")
-        columns = select(LeaseRecord.worker, LeaseRecord.host, LeaseRecord.pid, silent).where(LeaseRecord.work == work)
-        held = session.execute(columns).first()
-        if held is None:
-            session.add(LeaseRecord(work=work, **mine))
+    def _acquire(self, session: Session, work_item: str) -> bool:
+        columns = {"worker": self.worker, "host": self.host, "pid": self.pid, "heartbeat": self._now}
+        age = (self._now - LeaseRecord.heartbeat).label("age_s")
+        query = select(LeaseRecord.worker, LeaseRecord.host, LeaseRecord.pid, age).where(LeaseRecord.work_item == work_item)
+        lease = session.execute(query).first()
+        if lease is None:
+            session.add(LeaseRecord(work_item=work_item, **columns))
             session.flush()
             return True
-        if held.worker == self.worker:
+        if lease.worker == self.worker:
             return True
-        if held.silent_s < -LEASE_TIMEOUT_S:
+        if lease.age_s < -LEASE_TIMEOUT_S:
             raise ConfigError(
-                f"{work}: claimed by {held.host}, {-held.silent_s:.0f} s in the future: set that host's clock right"
+                f"{work_item}: leased by {lease.host}, {-lease.age_s:.0f} s in the future; correct the clock of that host"
             )
-        if held.silent_s < LEASE_TIMEOUT_S and (held.host != self.host or is_alive(held.pid)):
+        if lease.age_s < LEASE_TIMEOUT_S and (lease.host != self.host or is_alive(lease.pid)):
             return False
-        taken = update(LeaseRecord).where(LeaseRecord.work == work, LeaseRecord.worker == held.worker).values(**mine)
-        return bool(session.execute(taken).rowcount)  # type: ignore[attr-defined]
+        takeover = update(LeaseRecord).where(LeaseRecord.work_item == work_item, LeaseRecord.worker == lease.worker)
+        return bool(session.execute(takeover.values(**columns)).rowcount)  # type: ignore[attr-defined]
 
-    def release(self, *works: str) -> None:
-        """Give claims back."""
-        own = delete(LeaseRecord).where(LeaseRecord.work.in_(works), LeaseRecord.worker == self.worker)
-        run_transaction(self.engine, lambda session: session.execute(own))
-        self._mine -= set(works)
+    def release(self, *work_items: str) -> None:
+        statement = delete(LeaseRecord).where(LeaseRecord.work_item.in_(work_items), LeaseRecord.worker == self.worker)
+        run_transaction(self.engine, lambda session: session.execute(statement))
+        self._held -= set(work_items)
 
     def close(self) -> None:
-        """Give all claims back, and be silent."""
+        """Stop the heartbeat and release all leases."""
         self._stop.set()
-        if self._beating is not None:
-            self._beating.join()
-            self._beating = None
-        if self._mine:
-            self.release(*self._mine)
+        if self._heartbeat_thread is not None:
+            self._heartbeat_thread.join()
+            self._heartbeat_thread = None
+        if self._held:
+            self.release(*self._held)
 
     @contextmanager
-    def exclusively(self, work: str) -> Iterator[None]:
-        """Wait until nobody else is at `work`, and hold it meanwhile."""
-        while not self.take(work):
+    def exclusively(self, work_item: str) -> Iterator[None]:
+        """Wait for the lease of a work item, and hold it inside the context."""
+        while not self.acquire(work_item):
             time.sleep(POLL_S)
         try:
             yield
         finally:
-            self.release(work)
+            self.release(work_item)
 
     def num_workers(self) -> int:
-        """How many living workers have work in their hands."""
-        held = select(func.count(LeaseRecord.worker.distinct())).where(self._now - LeaseRecord.beat < LEASE_TIMEOUT_S)
-        return run_transaction(self.engine, lambda session: int(session.scalar(held) or 0))
+        """Return the number of living workers that hold a lease."""
+        query = select(func.count(LeaseRecord.worker.distinct())).where(self._now - LeaseRecord.heartbeat < LEASE_TIMEOUT_S)
+        return run_transaction(self.engine, lambda session: int(session.scalar(query) or 0))
 
-    def _begin_to_beat(self) -> None:
-        if self._beating is None:
+    def _start_heartbeat(self) -> None:
+        if self._heartbeat_thread is None:
             self._stop.clear()
-            self._beating = threading.Thread(target=self._beat, name="claims", daemon=True)
-            self._beating.start()
+            self._heartbeat_thread = threading.Thread(target=self._send_heartbeats, name="leases", daemon=True)
+            self._heartbeat_thread.start()
 
-    def _beat(self) -> None:
-        renewed = update(LeaseRecord).where(LeaseRecord.worker == self.worker).values(beat=self._now)
+    def _send_heartbeats(self) -> None:
+        statement = update(LeaseRecord).where(LeaseRecord.worker == self.worker).values(heartbeat=self._now)
 
         def renew(session: Session) -> None:
-            session.execute(renewed)
+            session.execute(statement)
 
         while not self._stop.wait(HEARTBEAT_S):
             try:
                 run_transaction(self.engine, renew, timeout_s=LEASE_TIMEOUT_S / 2)
             except RunError as error:
-                self._failed = error
+                self._error = error
                 return

@@ -1,6 +1,6 @@
-"""The results database: every point, its scores with intervals, its costs and where it was made; every failure and skipped image.
+"""The results database: points with scores, intervals, costs and provenance; races; failures and skipped images.
 
-SQLite by default, any SQLAlchemy URL otherwise. A point's row and its scores are written in one transaction.
+It is an SQLite file by default, or any database with a SQLAlchemy URL. A point and its scores are written in one transaction.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import pandas as pd
-from sqlalchemy import delete, func, inspect, select, text, update
+from sqlalchemy import delete, func, inspect, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from isocost.errors import ConfigError
 from isocost.evaluation.confidence_intervals import Interval
-from isocost.sweep.db import connect, run_transaction
+from isocost.sweep.db import connect, run_transaction, without_password
 from isocost.sweep.schema import (
     Base,
     EventRecord,
@@ -32,34 +32,41 @@ from isocost.sweep.schema import (
     ShardRecord,
 )
 
-SCHEMA_VERSION = 6
-"""2: points carry all of their numerics. 3: and their task; none is text-to-image. 4: shards and claims. 5: races.
-6: peak memory."""
-ATTEMPTS = 10
+SCHEMA_VERSION = 7
+"""Version of the tables. isocost 0.1 wrote versions 1 to 6."""
+MAX_ATTEMPTS = 10
 
 
 class ResultsDB:
-    """Opened on a file or URL; made where absent."""
+    """An open results database. Its tables are created if they are missing."""
 
-    def __init__(self, where: str | Path) -> None:
+    def __init__(self, address: str | Path) -> None:
         """
+        Args:
+            address: a SQLAlchemy URL, or the path of an SQLite file.
+
         Raises:
-            ConfigError: the results database cannot be reached, or was written by a newer version of isocost.
+            ConfigError: the database cannot be reached, or another version of isocost wrote it.
         """
-        self.engine = connect(where)
+        self.engine = connect(address)
         version = self._version()
-        if version is not None and version > SCHEMA_VERSION:
+        if version is None:
+            self._create_tables()
+        elif version != SCHEMA_VERSION:
+            self.engine.dispose()
+            writer, remedy = "isocost 0.1", "run the study again with 0.2"
+            if version > SCHEMA_VERSION:
+                writer, remedy = "a newer isocost", "upgrade isocost"
             raise ConfigError(
-                f"{where}: a results database of version {version}; this isocost reads {SCHEMA_VERSION}: upgrade isocost"
+                f"{without_password(address)}: results database of version {version}, made by {writer}; "
+                f"this isocost reads version {SCHEMA_VERSION}: {remedy}"
             )
-        if version != SCHEMA_VERSION:
-            self._make_tables()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close every connection; what SQLite wrote ahead goes into its one file with the last of them."""
+        """Close all connections. The last one to close moves SQLite's write-ahead log into the database file."""
         self.engine.dispose()
 
     def _version(self) -> int | None:
@@ -67,33 +74,31 @@ class ResultsDB:
             return None
         return run_transaction(self.engine, lambda session: session.scalar(select(SchemaRecord.version)))
 
-    def _make_tables(self) -> None:
-        """Make what is missing and note the version; several processes may do it at once."""
-        for attempt in range(ATTEMPTS):
+    def _create_tables(self) -> None:
+        """Create the tables and write their version; several processes may do it at the same time."""
+        for attempt in range(MAX_ATTEMPTS):
             try:
                 Base.metadata.create_all(self.engine)
-                self._add_columns()
                 with Session(self.engine) as session, session.begin():
                     session.execute(delete(SchemaRecord))
                     session.add(SchemaRecord(version=SCHEMA_VERSION))
                 return
             except DBAPIError:
-                if attempt == ATTEMPTS - 1 or self._version() == SCHEMA_VERSION:
+                if attempt == MAX_ATTEMPTS - 1 or self._version() == SCHEMA_VERSION:
                     raise
                 time.sleep(0.2)
 
-    def _add_columns(self) -> None:
-        """Bring an older results database's points to this version; what they do not know of themselves stays empty."""
-        there = {column["name"] for column in inspect(self.engine).get_columns("points")}
-        with self.engine.begin() as connection:
-            for column in PointRecord.__table__.columns:
-                if column.name not in there:
-                    kind = column.type.compile(self.engine.dialect)
-                    connection.execute(text(f"ALTER TABLE points ADD COLUMN {column.name} {kind}"))
-
     def points(self) -> set[str]:
-        """Digests of the points that are done."""
+        """Return the digests of all scored points."""
         return run_transaction(self.engine, lambda session: set(session.scalars(select(PointRecord.point))))
+
+    def checkpoints(self) -> set[str]:
+        """Digests of the checkpoints that have a scored point or a finished race."""
+
+        def read(session: Session) -> set[str]:
+            return {*session.scalars(select(PointRecord.checkpoint)), *session.scalars(select(RaceRecord.checkpoint))}
+
+        return run_transaction(self.engine, read)
 
     def add_point(
         self,
@@ -102,8 +107,14 @@ class ResultsDB:
         provenance: Mapping[str, str],
         protocol_parts: Mapping[str, Any],
     ) -> None:
-        """Record a point with its scores and what its protocol stands for, in place of an earlier record of it; its shards are
-        forgotten."""
+        """Write a point with its scores and its protocol, replace an earlier record of it, and delete its shards.
+
+        Args:
+            row: the columns of `PointRecord` except `created` and `provenance`.
+            scores: interval by metric.
+            provenance: code version, device and the like.
+            protocol_parts: see `ProtocolRecord`.
+        """
 
         def write(session: Session) -> None:
             parts = json.dumps(dict(protocol_parts), ensure_ascii=False)
@@ -112,12 +123,12 @@ class ResultsDB:
                 session.execute(delete(table).where(table.point == row["point"]))
             session.add(PointRecord(**row, created=_now(), provenance=json.dumps(dict(provenance))))
             session.flush()
-            session.add_all(ScoreRecord.of(row["point"], metric, interval) for metric, interval in scores.items())
+            session.add_all(ScoreRecord.from_interval(row["point"], metric, interval) for metric, interval in scores.items())
 
         run_transaction(self.engine, write)
 
     def set_time(self, point: str, ms_per_image: float, timed_with: Mapping[str, Any]) -> None:
-        """Record what an image of a point that is there takes, measured anew, and with what."""
+        """Replace the measured time per image of a recorded point, and add `timed_with` to its provenance."""
 
         def write(session: Session) -> None:
             row = session.get_one(PointRecord, point)
@@ -127,31 +138,31 @@ class ResultsDB:
         run_transaction(self.engine, write)
 
     def add_shard(self, shard: str, point: str, images: range) -> None:
-        """Record some images of a point that are made."""
-        made = {"first": images.start, "stop": images.stop, "host": platform.node(), "created": _now()}
+        """Record a finished shard of a point."""
+        columns = {"first": images.start, "stop": images.stop, "host": platform.node(), "created": _now()}
 
         def write(session: Session) -> None:
-            session.merge(ShardRecord(shard=shard, point=point, **made))
+            session.merge(ShardRecord(shard=shard, point=point, **columns))
 
         run_transaction(self.engine, write)
 
     def num_shards(self) -> int:
-        """Shards of points that are not whole yet."""
+        """Return the number of finished shards of points that are not complete yet."""
         return run_transaction(
             self.engine, lambda session: int(session.scalar(select(func.count()).select_from(ShardRecord)) or 0)
         )
 
     def add_race(self, row: Mapping[str, Any]) -> None:
-        """Record what the race of a cell found, in place of an earlier record of it."""
+        """Write the result of a race, the columns of `RaceRecord`, and replace an earlier record of its cell."""
         run_transaction(self.engine, lambda session: session.merge(RaceRecord(**row)))
 
-    def stop_cell(self, cell: str, reason: str | None) -> None:
-        """Record why a cell is not scored, or that it is."""
-        noted = update(RaceRecord).where(RaceRecord.cell == cell).values(stopped=reason)
-        run_transaction(self.engine, lambda session: session.execute(noted))
+    def set_dominated(self, cell: str, reason: str | None) -> None:
+        """Record why a cell is not scored; None if it is scored."""
+        statement = update(RaceRecord).where(RaceRecord.cell == cell).values(dominated_by=reason)
+        run_transaction(self.engine, lambda session: session.execute(statement))
 
     def races(self) -> dict[str, dict[str, Any]]:
-        """What races found, by cell."""
+        """Return the results of all races: the columns of `RaceRecord` by cell."""
 
         def read(session: Session) -> dict[str, dict[str, Any]]:
             columns = [column.name for column in RaceRecord.__table__.columns]
@@ -160,50 +171,54 @@ class ResultsDB:
         return run_transaction(self.engine, read)
 
     def add_scores(self, point: str, scores: Mapping[str, Interval]) -> None:
-        """Record further scores of a point that is there."""
+        """Add scores to a recorded point."""
 
         def write(session: Session) -> None:
             for metric, interval in scores.items():
-                session.merge(ScoreRecord.of(point, metric, interval))
+                session.merge(ScoreRecord.from_interval(point, metric, interval))
 
         run_transaction(self.engine, write)
 
     def metrics(self) -> dict[str, set[str]]:
-        """Names of the scores of every point."""
+        """Return the metrics of which every point has a score."""
 
         def read(session: Session) -> dict[str, set[str]]:
-            told: dict[str, set[str]] = {point: set() for point in session.scalars(select(PointRecord.point))}
+            metrics: dict[str, set[str]] = {point: set() for point in session.scalars(select(PointRecord.point))}
             for point, metric in session.execute(select(ScoreRecord.point, ScoreRecord.metric)):
-                told[point].add(metric)
-            return told
+                metrics[point].add(metric)
+            return metrics
 
         return run_transaction(self.engine, read)
 
     def import_from(self, other: ResultsDB) -> int:
-        """Copy what this results database lacks: points with scores and protocols, races, events; returns how many points came."""
-        known, raced, told_of = self.points(), self.races(), self.events()
+        """Copy points with scores and protocols, races and events that are missing here.
+
+        Returns:
+            The number of copied points.
+        """
+        known_points, known_races, known_events = self.points(), self.races(), self.events()
         with Session(other.engine) as session:
-            points = [row for row in session.scalars(select(PointRecord)) if row.point not in known]
-            asked = {row.point for row in points}
-            protocols = {row.protocol for row in points}
-            scores = [row for row in session.scalars(select(ScoreRecord)) if row.point in asked]
-            told = [row for row in session.scalars(select(ProtocolRecord)) if row.protocol in protocols]
-            races = [row for row in session.scalars(select(RaceRecord)) if row.cell not in raced]
-        new_events = [event for event in other.events() if event not in told_of]
+            points = [row for row in session.scalars(select(PointRecord)) if row.point not in known_points]
+            point_digests = {row.point for row in points}
+            protocol_ids = {row.protocol for row in points}
+            scores = [row for row in session.scalars(select(ScoreRecord)) if row.point in point_digests]
+            protocols = [row for row in session.scalars(select(ProtocolRecord)) if row.protocol in protocol_ids]
+            races = [row for row in session.scalars(select(RaceRecord)) if row.cell not in known_races]
+        events = [event for event in other.events() if event not in known_events]
 
         def write(session: Session) -> None:
-            for row in (*told, *points):
+            for row in (*protocols, *points):
                 session.merge(row)
             session.flush()
             for row in (*scores, *races):
                 session.merge(row)
-            session.add_all(EventRecord(**event) for event in new_events)
+            session.add_all(EventRecord(**event) for event in events)
 
         run_transaction(self.engine, write)
         return len(points)
 
     def set_events(self, stage: str, events: Sequence[tuple[str, str]]) -> None:
-        """Record (subject, message) pairs of a stage, in place of what it recorded before."""
+        """Write (subject, message) pairs of a stage, and replace its earlier events."""
 
         def write(session: Session) -> None:
             session.execute(delete(EventRecord).where(EventRecord.stage == stage))
@@ -214,19 +229,20 @@ class ResultsDB:
         run_transaction(self.engine, write)
 
     def events(self) -> list[dict[str, str]]:
-        """All events, oldest first."""
+        """Return all events, oldest first."""
 
         def read(session: Session) -> list[dict[str, str]]:
-            rows = session.scalars(select(EventRecord).order_by(EventRecord.number))
+            rows = session.scalars(select(EventRecord).order_by(EventRecord.id))
             return [{"stage": r.stage, "subject": r.subject, "message": r.message, "created": r.created} for r in rows]
 
         return run_transaction(self.engine, read)
 
     def table(self) -> pd.DataFrame:
-        """One row a point; every metric as three columns `m`, `m_low`, `m_high`; ordered by coordinate, not by arrival.
+        """Return the results table: one row per point, three columns `m`, `m_low`, `m_high` per metric, ordered by coordinate.
 
-        Where guidance was raced for, `guidance_low` and `guidance_high` are the interval of the best one, `race_images` what
-        the race drew, and `race_at_boundary` whether it ended at the end of its ladder; all are empty for points of a grid.
+        For a point that a race found, `guidance_low` and `guidance_high` are the interval of the best guidance, `race_images`
+        is the number of images of the race, and `race_at_boundary` tells whether the race ended at the end of its grid.
+        These columns are empty for points of a grid.
         """
         with self.engine.connect() as connection:
             points = pd.read_sql(select(PointRecord.__table__), connection)
@@ -236,9 +252,9 @@ class ResultsDB:
         table = points.set_index("point")
         table["protocol_parts"] = table["protocol"].map(protocols["parts"])
         if len(races):
-            found = races.drop_duplicates("point", keep="last").set_index("point")
-            raced = found.assign(race_images=found["num_images"], race_at_boundary=found["is_at_boundary"])
-            table = table.join(raced[["guidance_low", "guidance_high", "race_images", "race_at_boundary"]])
+            by_point = races.drop_duplicates("point", keep="last").set_index("point")
+            by_point = by_point.assign(race_images=by_point["num_images"], race_at_boundary=by_point["is_at_boundary"])
+            table = table.join(by_point[["guidance_low", "guidance_high", "race_images", "race_at_boundary"]])
         for metric, group in scores.groupby("metric"):
             by_point = group.set_index("point")
             for suffix, column in (("", "value"), ("_low", "low"), ("_high", "high")):

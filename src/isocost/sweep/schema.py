@@ -1,4 +1,4 @@
-"""The tables of the ledger."""
+"""Tables of the results database."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from isocost.evaluation.confidence_intervals import Interval
 
 
 class Base(DeclarativeBase):
-    """All tables."""
+    """Base class of all tables."""
 
 
 HARDWARE_COLUMNS = ["ms_per_image", "seconds", "peak_memory_mib", "created", "provenance"]
-"""Columns of a table that differ from one machine or moment to another; all others do not."""
+"""Columns of the results table that depend on the machine or on the time; all other columns are reproducible."""
 
 
 class SchemaRecord(Base):
-    """The version of the tables."""
+    """Version of the tables, one row."""
 
     __tablename__ = "schema"
     version: Mapped[int] = mapped_column(Integer, primary_key=True)
 
 
 class PointRecord(Base):
-    """One scored point: coordinate, costs, provenance."""
+    """One scored point: its coordinate, costs and provenance (JSON)."""
 
     __tablename__ = "points"
     point: Mapped[str] = mapped_column(String(32), primary_key=True)
     checkpoint: Mapped[str] = mapped_column(String(32), index=True)
     protocol: Mapped[str] = mapped_column(String(32), index=True)
-    task: Mapped[str | None] = mapped_column(String(32))
+    task: Mapped[str] = mapped_column(String(32))
     size: Mapped[str] = mapped_column(String(64))
     width: Mapped[int] = mapped_column(Integer)
     num_parameters: Mapped[int] = mapped_column(Integer)
@@ -43,9 +43,9 @@ class PointRecord(Base):
     num_nonfinite: Mapped[int] = mapped_column(Integer)
     seed: Mapped[int] = mapped_column(Integer)
     dtype: Mapped[str] = mapped_column(String(8))
-    compiled: Mapped[bool | None] = mapped_column(Boolean)
-    batch_size: Mapped[int | None] = mapped_column(Integer)
-    min_batch_size: Mapped[int | None] = mapped_column(Integer)
+    compiled: Mapped[bool] = mapped_column(Boolean)
+    batch_size: Mapped[int] = mapped_column(Integer)
+    min_batch_size: Mapped[int] = mapped_column(Integer)
     normalized_cost: Mapped[float] = mapped_column(Float)
     nfe: Mapped[float] = mapped_column(Float)
     gflop: Mapped[float] = mapped_column(Float)
@@ -58,7 +58,7 @@ class PointRecord(Base):
 
 
 class ScoreRecord(Base):
-    """One score of a point, with its 95 % interval."""
+    """One score of a point with its 95 % interval."""
 
     __tablename__ = "scores"
     point: Mapped[str] = mapped_column(ForeignKey("points.point"), primary_key=True)
@@ -68,13 +68,12 @@ class ScoreRecord(Base):
     high: Mapped[float] = mapped_column(Float)
 
     @classmethod
-    def of(cls, point: str, metric: str, interval: Interval) -> ScoreRecord:
-        """A score as it is kept."""
+    def from_interval(cls, point: str, metric: str, interval: Interval) -> ScoreRecord:
         return cls(point=point, metric=metric, value=interval.value, low=interval.low, high=interval.high)
 
 
 class ProtocolRecord(Base):
-    """What a protocol's id stands for: its parts as JSON, so that two of them can be told apart in words."""
+    """The parts of a protocol as JSON, by its id, so that a message can name the difference between two protocols."""
 
     __tablename__ = "protocols"
     protocol: Mapped[str] = mapped_column(String(32), primary_key=True)
@@ -82,7 +81,10 @@ class ProtocolRecord(Base):
 
 
 class RaceRecord(Base):
-    """What the race of a cell found, and which point is scored for it; none where `stopped` says why."""
+    """Result of the race of one cell, and the point to score.
+
+    `images_by_guidance` and `warnings` are JSON. `dominated_by` is the reason why the point is not scored, or NULL.
+    """
 
     __tablename__ = "races"
     cell: Mapped[str] = mapped_column(String(32), primary_key=True)
@@ -96,19 +98,19 @@ class RaceRecord(Base):
     guidance_low: Mapped[float] = mapped_column(Float)
     guidance_high: Mapped[float] = mapped_column(Float)
     num_images: Mapped[int] = mapped_column(Integer)
-    images_at: Mapped[str] = mapped_column(Text)
+    images_by_guidance: Mapped[str] = mapped_column(Text)
     regret: Mapped[float] = mapped_column(Float)
     is_decided: Mapped[bool] = mapped_column(Boolean)
     is_at_boundary: Mapped[bool] = mapped_column(Boolean)
     warnings: Mapped[str] = mapped_column(Text)
-    stopped: Mapped[str | None] = mapped_column(Text)
+    dominated_by: Mapped[str | None] = mapped_column(Text)
 
 
 class EventRecord(Base):
-    """Something a reader of the study must know: a failure, images that were skipped."""
+    """A message about the study: a failure or a skipped image."""
 
     __tablename__ = "events"
-    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
     created: Mapped[str] = mapped_column(String(40))
     stage: Mapped[str] = mapped_column(String(32))
     subject: Mapped[str] = mapped_column(Text)
@@ -116,7 +118,7 @@ class EventRecord(Base):
 
 
 class ShardRecord(Base):
-    """Some images of a point that were made at once, while the point is not whole; gone when it is."""
+    """A finished shard: images `first` to `stop` - 1 of a point that is not complete yet."""
 
     __tablename__ = "shards"
     shard: Mapped[str] = mapped_column(String(32), primary_key=True)
@@ -128,11 +130,11 @@ class ShardRecord(Base):
 
 
 class LeaseRecord(Base):
-    """One piece of work in somebody's hands."""
+    """A work item that a worker holds; `heartbeat` is a Unix time of the database's clock."""
 
-    __tablename__ = "claims"
-    work: Mapped[str] = mapped_column(String(128), primary_key=True)
+    __tablename__ = "leases"
+    work_item: Mapped[str] = mapped_column(String(128), primary_key=True)
     worker: Mapped[str] = mapped_column(String(64), index=True)
     host: Mapped[str] = mapped_column(String(255))
     pid: Mapped[int] = mapped_column(Integer)
-    beat: Mapped[float] = mapped_column(Float)
+    heartbeat: Mapped[float] = mapped_column(Float)

@@ -1,10 +1,10 @@
-"""Points made and scored in this process, all points of a checkpoint in one stream of rows.
+"""Generate and score the points of a checkpoint in this process, in one stream of sample requests.
 
-The engine is never drained between two points, and images that start alike at several points share their first
-evaluation. Work is shared by shards: a worker claims one before it draws it, so any number of workers on one results database and one
-folder make each shard once, and what they make does not depend on who made it. Whoever finds all shards of a point there puts
-it together; the results database's row comes after that. A kill between the two leaves a point from which the row is written without
-sampling again.
+The engine is never drained between two points, and points with the same first evaluation share it. Workers share the work by
+shards: a worker acquires the lease of a shard before it generates the images. Any number of workers with one results database
+and one output folder therefore generate each shard once, and the images do not depend on the worker. The worker that finds all
+shards of a point merges them, and then writes the point to the results database. If it is killed between these two steps, the
+next run writes the row without sampling again.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from functools import cached_property
 
 from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import solver_coefficients
-from isocost.evaluation.evaluator import has_too_few_samples, score, wanted
-from isocost.evaluation.feature_store import read_measured
+from isocost.evaluation.evaluator import has_too_few_samples, metric_names, score
+from isocost.evaluation.feature_store import read_sample_features
 from isocost.evaluation.reference_set import ReferenceSet
 from isocost.models.autoencoder import Autoencoder
 from isocost.models.checkpoint import Checkpoint, summary_columns
 from isocost.sampling.engine import Engine
 from isocost.sampling.generate import GeneratedBatch, PromptEmbeds, generate, make_engine, schedule_of
-from isocost.sampling.request import PerSampleFn, SampleRequest, num_passes
+from isocost.sampling.request import PerSampleFn, SampleRequest, passes_per_evaluation
 from isocost.sweep.grid import SweepPoint
 from isocost.sweep.image_shards import Shard, ShardBuilder, ShardChunk, merge_shards, split_into_shards
 from isocost.sweep.leases import POLL_S, Leases
@@ -35,19 +35,33 @@ from isocost.utils.device import device_monitor
 from isocost.utils.environment import provenance
 from isocost.utils.signals import deadline_passed
 
-Done = Callable[[SweepPoint], None]
+PointCallback = Callable[[SweepPoint], None]
 WARM_UP_IMAGES = 8
 FIRST_STEP_CACHE_BYTES = 2**30
-"""Memory for first evaluations: those of 30,000 images of 4 x 32 x 32 latents with guidance."""
+"""Memory for shared first evaluations, enough for 30,000 images with guidance and 4 x 32 x 32 latents."""
 
 
 @dataclass(frozen=True)
 class Worker:
-    """What every point of one checkpoint shares. It is opened, and its engines are made, when they are first needed."""
+    """Everything that the points of one checkpoint share. The checkpoint and the engines are created on first use.
+
+    Attributes:
+        store: artefacts of the output folder.
+        results_db: results database.
+        leases: leases of this process.
+        open_checkpoint: loads the checkpoint.
+        autoencoder: decodes the latents.
+        reference: reference set of the scores.
+        prompts: prompt embeddings by sample index.
+        saved_indices: indices of the samples whose images every point saves.
+        metrics: metrics to compute.
+        shard_size: images of a shard.
+        concat_cond: second input of the network by sample index (super-resolution).
+    """
 
     store: Store
     results_db: ResultsDB
-    claims: Leases
+    leases: Leases
     open_checkpoint: Callable[[], Checkpoint]
     autoencoder: Autoencoder
     reference: ReferenceSet
@@ -60,75 +74,87 @@ class Worker:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """Not asked for where all points are recorded, so that it need not be there any more."""
+        """Loaded on first use: it need not exist if all points are recorded."""
         return self.open_checkpoint()
 
-    def run(self, points: Sequence[SweepPoint], done: Done, deadline: float | None) -> bool:
-        """Make and score what is not in the results database yet; False where `deadline` (of time.monotonic) came first.
+    def run(self, points: Sequence[SweepPoint], done: PointCallback, deadline: float | None) -> bool:
+        """Generate and score the points that are not in the results database, until all are, from this or another worker.
 
-        Returns when all points are there, whoever made them.
+        Args:
+            points: points of the checkpoint.
+            done: called with every point that is recorded.
+            deadline: `time.monotonic()` after which the work stops; None never stops.
+
+        Returns:
+            False if the deadline came first.
+
+        Raises:
+            RunError: too many images of a point are not finite.
         """
         missing = list(points)
         while missing := self._missing(missing, done):
             if deadline_passed(deadline):
                 return False
             shards = [shard for point in missing for shard in split_into_shards(point, self.shard_size)]
-            if not self._make(shards, deadline, done):
-                time.sleep(POLL_S)  # the rest is in other hands
+            if not self._generate(shards, deadline, done):
+                time.sleep(POLL_S)  # other workers hold the missing shards
         return True
 
-    def make(self, shards: Sequence[Shard], deadline: float | None) -> bool:
-        """Make shards that belong to no point that is to be scored; False where the deadline came first."""
-        while missing := [shard for shard in shards if not self._is_made(shard)]:
+    def generate_shards(self, shards: Sequence[Shard], deadline: float | None) -> bool:
+        """Generate shards of a search, whose points are not scored; False if the deadline came first."""
+        while missing := [shard for shard in shards if not self._exists(shard)]:
             if deadline_passed(deadline):
                 return False
-            if not self._make(missing, deadline, None):
+            if not self._generate(missing, deadline, None):
                 time.sleep(POLL_S)
         return True
 
-    def time(self, point: SweepPoint) -> tuple[float, int]:
-        """Milliseconds that an image of a point takes when calls are full, denoised and decoded; and of how many images.
+    def measure_ms_per_image(self, point: SweepPoint) -> tuple[float, int]:
+        """Measure denoising and decoding of a full batch, after a batch of the same size as warm-up.
 
-        As many images as a call has places, after as many to warm up; nothing is kept, and no first evaluation is shared.
+        The images are not saved, and no first evaluation is shared.
+
+        Returns:
+            Milliseconds per image, and the number of measured images.
         """
         images = range(min(point.spec.batch_size, point.spec.num_images))
         (shard,) = split_into_shards(point, len(images), [len(images)])
-        engine, schedule = self._engine(shard, of_one_point=True), schedule_of(self.checkpoint.info)
+        engine, schedule = self._engine(shard, is_single_point=True), schedule_of(self.checkpoint.info)
         clock = device_monitor(engine.device).clock
         for _ in ("warm up", "measure"):
             clock.wait()
             started = time.perf_counter()
-            for _ in generate(engine, self.autoencoder, _rows(shard, schedule)):
+            for _ in generate(engine, self.autoencoder, _requests(shard, schedule)):
                 pass
         clock.wait()
         return 1000 * (time.perf_counter() - started) / len(images), len(images)
 
-    def _missing(self, points: Sequence[SweepPoint], done: Done) -> list[SweepPoint]:
-        """Points that are not in the results database; those that are whole on disk are put there."""
-        metrics, asked = self.results_db.metrics(), wanted(self.reference, self.metrics)
+    def _missing(self, points: Sequence[SweepPoint], done: PointCallback) -> list[SweepPoint]:
+        """Record points whose images are complete, and return the points that are still not recorded."""
+        recorded, required = self.results_db.metrics(), metric_names(self.reference, self.metrics)
         missing = []
         for point in points:
-            if asked <= metrics.get(point.digest, set()) or self._finish(point):
+            if required <= recorded.get(point.digest, set()) or self._finish(point):
                 done(point)
             else:
                 missing.append(point)
         return missing
 
-    def _make(self, shards: Sequence[Shard], deadline: float | None, done: Done | None) -> int:
-        """Draw shards in one stream of each numerics, and put points together where `done` is to be told of them.
+    def _generate(self, shards: Sequence[Shard], deadline: float | None, done: PointCallback | None) -> int:
+        """Generate shards, one stream of requests for each setting of the numerics; finish points only if `done` is given.
 
-        Returns how many this worker made.
+        Returns the number of shards that this worker generated.
         """
-        embeds, made = self.checkpoint.info.model.embeds_guidance, 0
+        embeds_guidance, num_generated = self.checkpoint.info.model.embeds_guidance, 0
         for numerics in sorted({shard.point.spec.numerics for shard in shards}):
-            alike = [shard for shard in shards if shard.point.spec.numerics == numerics]
-            # Rows of two passes first: they leave both outputs of their first evaluation to the others.
-            alike.sort(key=lambda shard: -num_passes(shard.point.spec.guidance, embeds))
-            made += self._draw(alike, deadline, done)
-        return made
+            same_numerics = [shard for shard in shards if shard.point.spec.numerics == numerics]
+            # Two-pass requests first: one-pass requests can then share either output of the first evaluation.
+            same_numerics.sort(key=lambda shard: -passes_per_evaluation(shard.point.spec.guidance, embeds_guidance))
+            num_generated += self._run_stream(same_numerics, deadline, done)
+        return num_generated
 
-    def _engine(self, first: Shard, of_one_point: bool) -> Engine:
-        """The engine of a shard's numerics, warm."""
+    def _engine(self, first: Shard, is_single_point: bool) -> Engine:
+        """Return the warmed-up engine for a shard's numerics."""
         spec = first.point.spec
         if spec.numerics not in self._engines:
             engine = make_engine(
@@ -138,96 +164,99 @@ class Worker:
                 batch_size=spec.batch_size,
                 dtype=spec.dtype,
                 compiled=spec.compiled,
-                cache_bytes=0 if of_one_point else FIRST_STEP_CACHE_BYTES,
+                cache_bytes=0 if is_single_point else FIRST_STEP_CACHE_BYTES,
                 concat_cond=self.concat_cond,
             )
-            warm_up = itertools.islice(_rows(first, schedule_of(self.checkpoint.info)), WARM_UP_IMAGES)
+            warm_up = itertools.islice(_requests(first, schedule_of(self.checkpoint.info)), WARM_UP_IMAGES)
             for _ in generate(engine, self.autoencoder, warm_up):
                 pass
             self._engines[spec.numerics] = engine
         return self._engines[spec.numerics]
 
-    def _draw(self, shards: Sequence[Shard], deadline: float | None, done: Done | None) -> int:
-        claimed = self._claimed(shards, deadline)
-        first = next(claimed, None)
+    def _run_stream(self, shards: Sequence[Shard], deadline: float | None, done: PointCallback | None) -> int:
+        acquired = self._acquire(shards, deadline)
+        first = next(acquired, None)
         if first is None:
             return 0
-        engine = self._engine(first, of_one_point=len({shard.point.digest for shard in shards}) == 1)
+        engine = self._engine(first, is_single_point=len({shard.point.digest for shard in shards}) == 1)
         schedule = schedule_of(self.checkpoint.info)
-        begun: dict[str, ShardBuilder] = {}
+        builders: dict[str, ShardBuilder] = {}
 
-        def rows() -> Iterator[SampleRequest]:
-            for shard in itertools.chain([first], claimed):
-                begun[shard.digest] = ShardBuilder(shard, self.reference, frozenset(self.saved_indices))
-                yield from _rows(shard, schedule)
+        def requests() -> Iterator[SampleRequest]:
+            for shard in itertools.chain([first], acquired):
+                builders[shard.digest] = ShardBuilder(shard, self.reference, frozenset(self.saved_indices))
+                yield from _requests(shard, schedule)
 
-        made = 0
+        num_generated = 0
         monitor = device_monitor(engine.device)
         monitor.reset_peak()
-        clock = _Clock()
-        for drawn in generate(engine, self.autoencoder, rows()):
-            clock.stop(drawn)
-            for part in _by_shard(drawn):
-                work = begun[part.digest]
-                work.add(part)
-                if work.is_whole:
-                    del begun[part.digest]
-                    self._keep(work, clock.ms_per_evaluation, monitor.peak_bytes())
-                    made += 1
-                    if done is not None and self._finish(work.shard.point):
-                        done(work.shard.point)
-            clock.start()
-        return made
+        stopwatch = _GenerationStopwatch()
+        for batch in generate(engine, self.autoencoder, requests()):
+            stopwatch.stop(batch)
+            for chunk in _split_by_shard(batch):
+                builder = builders[chunk.digest]
+                builder.add(chunk)
+                if builder.is_complete:
+                    del builders[chunk.digest]
+                    self._commit_shard(builder, stopwatch.ms_per_evaluation, monitor.peak_bytes())
+                    num_generated += 1
+                    if done is not None and self._finish(builder.shard.point):
+                        done(builder.shard.point)
+            stopwatch.start()
+        return num_generated
 
-    def _claimed(self, shards: Sequence[Shard], deadline: float | None) -> Iterator[Shard]:
-        """Shards that are not there and not in other hands, claimed one by one as they are asked for."""
+    def _acquire(self, shards: Sequence[Shard], deadline: float | None) -> Iterator[Shard]:
+        """Acquire the leases of missing shards one by one, when the engine needs more requests."""
         for shard in shards:
             if deadline_passed(deadline):
                 return
-            if self._is_made(shard) or not self.claims.take(shard.digest):
+            if self._exists(shard) or not self.leases.acquire(shard.digest):
                 continue
-            if self._is_made(shard):  # between the two
-                self.claims.release(shard.digest)
+            if self._exists(shard):  # another worker finished it between the check and the lease
+                self.leases.release(shard.digest)
                 continue
             yield shard
 
-    def _is_made(self, shard: Shard) -> bool:
+    def _exists(self, shard: Shard) -> bool:
         return self.store.has("point", shard.point.digest) or self.store.has("shard", shard.digest)
 
-    def _keep(self, work: ShardBuilder, ms_per_evaluation: float, peak_bytes: int | None) -> None:
-        """Make a shard durable, record it, and give its claim back."""
-        shard = work.shard
-        work.write(self.store, ms_per_evaluation, peak_bytes)
+    def _commit_shard(self, builder: ShardBuilder, ms_per_evaluation: float, peak_bytes: int | None) -> None:
+        """Write a shard to the store, record it, and release its lease."""
+        shard = builder.shard
+        builder.write(self.store, ms_per_evaluation, peak_bytes)
         self.results_db.add_shard(shard.digest, shard.point.digest, shard.images)
-        self.claims.release(shard.digest)
+        self.leases.release(shard.digest)
 
     def _finish(self, point: SweepPoint) -> bool:
-        """Put a point together whose shards are all there, and record it; False where one is missing or another is at it.
+        """Merge the shards of a point and record it; False if a shard is missing or another worker does it.
 
         Raises:
-            RunError: too many of its images are not finite numbers.
+            RunError: too many images are not finite.
         """
         shards = split_into_shards(point, self.shard_size)
-        if not self.store.has("point", point.digest) and not all(self.store.has("shard", one.digest) for one in shards):
+        if not self.store.has("point", point.digest) and not self._has_all(shards):
             return False
-        if not self.claims.take(point.digest):
+        if not self.leases.acquire(point.digest):
             return False
         try:
             if not self.store.has("point", point.digest):
-                if not all(self.store.has("shard", one.digest) for one in shards):
-                    return False  # another has just put it together
+                if not self._has_all(shards):
+                    return False  # another worker has just merged them
                 info = self.checkpoint.info
                 merge_shards(self.store, self.reference, point, shards, point.nfe(info.model), info.label)
             self._record(point)
         finally:
-            self.claims.release(point.digest)
+            self.leases.release(point.digest)
         return True
 
+    def _has_all(self, shards: Sequence[Shard]) -> bool:
+        return all(self.store.has("shard", shard.digest) for shard in shards)
+
     def _record(self, point: SweepPoint) -> None:
-        """Score the artefact and write the results database's row."""
+        """Score a merged point and write it to the results database."""
         manifest = self.store.manifest("point", point.digest)
-        measured = read_measured(self.store.folder("point", point.digest), tuple(self.reference.extractors))
-        scores = score(measured, self.reference, self.metrics)
+        features = read_sample_features(self.store.folder("point", point.digest), tuple(self.reference.extractors))
+        scores = score(features, self.reference, self.metrics)
         row = {
             **point.coordinate(),
             **point.costs(self.checkpoint.info),
@@ -243,8 +272,8 @@ class Worker:
         self.results_db.add_point(row, scores, provenance(), self.reference.protocol.parts)
 
 
-class _Clock:
-    """Seconds of sampling and decoding, features apart, over the network evaluations computed in them."""
+class _GenerationStopwatch:
+    """Measures the time of sampling and decoding, without feature extraction, and counts the network evaluations in it."""
 
     def __init__(self) -> None:
         self.seconds, self.num_function_evaluations = 0.0, 0
@@ -253,26 +282,26 @@ class _Clock:
     def start(self) -> None:
         self._since = time.perf_counter()
 
-    def stop(self, drawn: GeneratedBatch) -> None:
+    def stop(self, batch: GeneratedBatch) -> None:
         self.seconds += time.perf_counter() - self._since
-        self.num_function_evaluations += sum(row.nfe_executed for row in (*drawn.rows, *drawn.broken))
+        self.num_function_evaluations += sum(result.nfe_executed for result in (*batch.results, *batch.nonfinite))
 
     @property
     def ms_per_evaluation(self) -> float:
-        """Milliseconds an evaluation, with its share of decoding; 0 evaluations give 0."""
+        """Milliseconds per network evaluation, decoding included; 0 without evaluations."""
         return 1000 * self.seconds / max(self.num_function_evaluations, 1)
 
 
-def _by_shard(drawn: GeneratedBatch) -> Iterator[ShardChunk]:
-    digests = {row.row.tag for row in (*drawn.rows, *drawn.broken)}
+def _split_by_shard(batch: GeneratedBatch) -> Iterator[ShardChunk]:
+    digests = {result.request.tag for result in (*batch.results, *batch.nonfinite)}
     for digest in sorted(digests, key=str):
-        places = [place for place, row in enumerate(drawn.rows) if row.row.tag == digest]
-        broken = [row for row in drawn.broken if row.row.tag == digest]
-        yield ShardChunk(str(digest), [drawn.rows[place] for place in places], drawn.images[places], broken)
+        positions = [position for position, result in enumerate(batch.results) if result.request.tag == digest]
+        nonfinite = [result for result in batch.nonfinite if result.request.tag == digest]
+        yield ShardChunk(str(digest), [batch.results[position] for position in positions], batch.images[positions], nonfinite)
 
 
-def _rows(shard: Shard, schedule: NoiseSchedule) -> Iterator[SampleRequest]:
+def _requests(shard: Shard, schedule: NoiseSchedule) -> Iterator[SampleRequest]:
     spec = shard.point.spec
-    table = solver_coefficients(spec.solver, spec.num_steps, schedule)
+    coefficients = solver_coefficients(spec.solver, spec.num_steps, schedule)
     for i in shard.images:
-        yield SampleRequest(i, i, table, spec.guidance, tag=shard.digest, seed=spec.seed)
+        yield SampleRequest(i, i, coefficients, spec.guidance, tag=shard.digest, seed=spec.seed)

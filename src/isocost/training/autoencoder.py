@@ -1,6 +1,6 @@
-"""Training of a study's own autoencoder: a diffusers AutoencoderKL under L1 + perceptual + KL.
+"""Train a study's own autoencoder: a diffusers AutoencoderKL with an L1 + perceptual + KL loss.
 
-Shapes: N images in a batch, R resolution, C latent channels, L latent side.
+Shapes: N images in a batch, R resolution, C latent channels, L latent size.
 Source of the recipe: Rombach et al., arXiv 2112.10752, sec. 3.1, without the adversarial term.
 """
 
@@ -26,15 +26,16 @@ MIN_PERCEPTUAL_SIZE = 32
 
 
 def build_autoencoder(spec: TrainedAutoencoderSpec, resolution: int) -> AutoencoderKL:
-    """An untrained AutoencoderKL of `block_widths`; the side shrinks by 2 at each level after the first.
+    """Build an untrained AutoencoderKL of `block_widths`. Each level after the first halves the resolution.
 
     Raises:
-        ConfigError: the side does not halve so often.
+        ConfigError: the resolution is not divisible by 2 for every level after the first.
     """
     levels = len(spec.block_widths)
     if resolution % 2 ** (levels - 1):
         raise ConfigError(
-            f"autoencoder.block_widths: {levels} levels halve {levels - 1} times, which {resolution} pixels do not allow"
+            f"autoencoder.block_widths: {levels} levels need a resolution divisible by {2 ** (levels - 1)}, "
+            f"but data.resolution is {resolution}; take fewer levels"
         )
     return AutoencoderKL(
         in_channels=3,
@@ -54,7 +55,11 @@ def build_autoencoder(spec: TrainedAutoencoderSpec, resolution: int) -> Autoenco
 def train_autoencoder(
     spec: TrainedAutoencoderSpec, images: Tensor, *, device: str = "cpu", progress: Progress | None = None
 ) -> DiffusersVAE:
-    """Train on uint8 [N, 3, R, R] in an order that is a function of the seed; latents are normalized at the end.
+    """Train an autoencoder and normalize its latents at the end.
+
+    Args:
+        images: training images, uint8 [N, 3, R, R]; their order is a function of `spec.seed`.
+        progress: called now and then with the images seen and the loss.
 
     Raises:
         RunError: the loss is not finite.
@@ -66,18 +71,18 @@ def train_autoencoder(
     optimizer = torch.optim.AdamW(network.parameters(), lr=spec.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     num_steps = math.ceil(spec.num_images / spec.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, spec.lr, total_steps=num_steps + 1, pct_start=0.05)
-    num_seen = math.ceil(spec.batch_size * spec.perceptual_fraction)
+    num_perceptual = math.ceil(spec.batch_size * spec.perceptual_fraction)
     order = torch.Generator().manual_seed(spec.seed)
     noise = torch.Generator(device).manual_seed(spec.seed + 1)
     for step in range(num_steps):
-        chosen = torch.randint(len(images), (spec.batch_size,), generator=order)
-        target = to_unit(images[chosen].to(device)).contiguous(memory_format=torch.channels_last)
+        indices = torch.randint(len(images), (spec.batch_size,), generator=order)
+        target = to_unit(images[indices].to(device)).contiguous(memory_format=torch.channels_last)
         posterior = network.encode(target).latent_dist
-        drawn = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=noise, device=device)
-        decoded = network.decode(drawn).sample
+        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=noise, device=device)
+        decoded = network.decode(latents).sample
         loss = (decoded - target).abs().mean() + spec.kl_weight * posterior.kl().mean() / target[0].numel()
         if perceptual is not None:
-            loss = loss + spec.perceptual_weight * perceptual(decoded[:num_seen], target[:num_seen]).mean()
+            loss = loss + spec.perceptual_weight * perceptual(decoded[:num_perceptual], target[:num_perceptual]).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -100,13 +105,16 @@ def train_autoencoder(
 def normalize_latents(network: AutoencoderKL, images: Tensor) -> None:
     """Fold a per-channel shift and scale into quant_conv and post_quant_conv so that latents have mean 0 and variance 1.
 
-    The network's images do not change, and its config needs no scaling factor: diffusers pipelines load it as it is.
+    Decoded images do not change, and the config needs no scaling factor, so diffusers pipelines load the network unchanged.
+
+    Args:
+        images: uint8 [N, 3, R, R], on which mean and variance are measured.
     """
-    moments = [network.encode(to_unit(batch.to(network.device))).latent_dist for batch in images.split(256)]
-    means = torch.cat([moment.mean for moment in moments])
-    spread = torch.cat([moment.std for moment in moments])
+    posteriors = [network.encode(to_unit(batch.to(network.device))).latent_dist for batch in images.split(256)]
+    means = torch.cat([posterior.mean for posterior in posteriors])
+    stds = torch.cat([posterior.std for posterior in posteriors])
     shift = means.mean((0, 2, 3))
-    scale = (means.var((0, 2, 3)) + spread.square().mean((0, 2, 3))).sqrt()
+    scale = (means.var((0, 2, 3)) + stds.square().mean((0, 2, 3))).sqrt()
     channels = len(shift)
     quant, post = network.quant_conv, network.post_quant_conv
     quant.weight[:channels] /= scale[:, None, None, None]
@@ -119,7 +127,7 @@ def normalize_latents(network: AutoencoderKL, images: Tensor) -> None:
 def fit_autoencoder(
     spec: PCAAutoencoderSpec | TrainedAutoencoderSpec, images: Tensor, *, device: str = "cpu", progress: Progress | None = None
 ) -> Autoencoder:
-    """The autoencoder that a study asks for, fitted to its training images uint8 [N, 3, R, R]."""
+    """Fit or train the autoencoder of a study on its training images, uint8 [N, 3, R, R]."""
     if isinstance(spec, PCAAutoencoderSpec):
         return PCAAutoencoder.fit(images[: spec.num_fit_images], spec.patch, spec.num_channels)
     return train_autoencoder(spec, images, device=device, progress=progress)
@@ -130,6 +138,6 @@ def _perceptual(spec: TrainedAutoencoderSpec, resolution: int, device: str) -> A
         return EfficientNetLite0(side=max(MIN_PERCEPTUAL_SIZE, resolution), device=device).perceptual
     if not Path(spec.perceptual).is_file():
         raise ConfigError(
-            f"autoencoder.perceptual: {spec.perceptual}: no such file; use 'efficientnet-lite0' or AlexNet's safetensors"
+            f"autoencoder.perceptual: {spec.perceptual}: no such file; give efficientnet-lite0 or a safetensors file of AlexNet"
         )
     return load_lpips(Path(spec.perceptual), device)

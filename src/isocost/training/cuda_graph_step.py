@@ -1,7 +1,7 @@
-"""A step of training on a CUDA device as a recorded graph of kernels (CUDA graph), played back in one launch.
+"""Record a training step on a CUDA device as a CUDA graph and replay it in a single launch.
 
-A small network's kernels take less time than launching them one by one, most of all backwards and in the optimizer. What
-changes from step to step - the batch, the learning rate - is copied to where it was when the step was recorded.
+The kernels of a small network take less time than their separate launches, most of all in the backward pass and the optimizer.
+The batch and the learning rate change from step to step; they are copied into the memory that the graph was recorded with.
 """
 
 from __future__ import annotations
@@ -14,56 +14,56 @@ from torch import Tensor
 
 from isocost.training.objectives import Batch
 
-WARM_UPS = 3
-"""Plain passes before the step is recorded: libraries choose kernels and take workspaces in the first ones."""
+NUM_WARMUP_PASSES = 3
+"""Ordinary passes before the step is recorded: libraries choose kernels and allocate workspaces in the first passes."""
 
 
 class CudaGraphStep:
-    """Loss, gradients, clipping and the optimizer's step of a batch, played back.
+    """Loss, gradients, gradient clipping and optimizer step of a batch, replayed from a CUDA graph.
 
-    The optimizer's moments must stay where they are from now on: a state that is to be restored is restored before.
+    From now on the optimizer's moments must stay in the same memory, so a training state must be restored before.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        gradients: Callable[[Batch], Tensor],
-        learn: Callable[[Batch], Tensor],
+        compute_gradients: Callable[[Batch], Tensor],
+        optimizer_step: Callable[[Batch], Tensor],
         batch: Batch,
     ) -> None:
         """
         Args:
-            gradients: from a batch to fresh gradients; returns the loss.
-            learn: the whole step; returns the loss.
-            batch: of the shapes that all batches have.
+            compute_gradients: computes fresh gradients of a batch; returns the loss.
+            optimizer_step: the whole step on a batch; returns the loss.
+            batch: an example; all later batches have its shapes.
         """
-        self.rate = torch.zeros((), device=batch.noisy.device)
+        self.lr = torch.zeros((), device=batch.noisy.device)
         for group in optimizer.param_groups:
-            group["lr"], group["capturable"] = self.rate, True
-        _make_moments(optimizer)
+            group["lr"], group["capturable"] = self.lr, True
+        _init_moments(optimizer)
         self.batch = replace(batch, **{column.name: getattr(batch, column.name).clone() for column in fields(batch)})
-        here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
-        beside.wait_stream(here)
-        with torch.cuda.stream(beside):
-            for _ in range(WARM_UPS):
-                gradients(self.batch)
-        here.wait_stream(beside)
+        current_stream, warmup_stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        warmup_stream.wait_stream(current_stream)
+        with torch.cuda.stream(warmup_stream):
+            for _ in range(NUM_WARMUP_PASSES):
+                compute_gradients(self.batch)
+        current_stream.wait_stream(warmup_stream)
         optimizer.zero_grad(set_to_none=True)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.loss = learn(self.batch)
+            self.loss = optimizer_step(self.batch)
 
-    def __call__(self, batch: Batch, rate: float) -> Tensor:
-        """One step on a batch at a learning rate; returns the loss, on the device."""
+    def __call__(self, batch: Batch, lr: float) -> Tensor:
+        """Take a step on a batch at a learning rate; returns the loss, a scalar on the device."""
         for column in fields(batch):
             getattr(self.batch, column.name).copy_(getattr(batch, column.name), non_blocking=True)
-        self.rate.fill_(rate)
+        self.lr.fill_(lr)
         self.graph.replay()
         return self.loss.clone()
 
 
-def _make_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Moments of zero where there are none yet: those that were made while recording would be made anew in every step."""
+def _init_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Create zero moments if there are none yet: moments created while recording would be reset in every replay."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if optimizer.state:
         return

@@ -1,13 +1,14 @@
-"""Few-step students: what a network is taught so that a few evaluations do, and at one pass whatever the guidance.
+"""Distillation objectives: train students that sample in a few steps, with a single network pass per step at any guidance.
 
-Notation: a state is `z_t = alpha_t x + sigma_t eps`; `x(z)`, `eps(z)` are what an output stands for; theta learns, theta-
-is its moving average, w is the guidance, which a student takes as an input. The consistency function is
+Notation: a noisy latent is `z_t = alpha_t x + sigma_t eps`; `x(z)` and `eps(z)` are the clean latent and the noise that a
+network predicts; theta are the trained weights, theta- their moving average, w is the guidance, an input of the student. The
+consistency function is
 
     f(z, t) = c_skip z + c_out x(z),   c_skip = s^2 / (tau^2 + s^2),   c_out = tau / sqrt(tau^2 + s^2),   tau = 10 t, s = 0.5
 
-(arXiv 2303.01469, appendix C, at the scaled time of arXiv 2310.04378): f is the identity at t = 0.
+(arXiv 2303.01469, appendix C, at the scaled time of arXiv 2310.04378); f is the identity at t = 0.
 
-Shapes: B rows, C latent channels, L latent side, T tokens, D width of the prompt embeddings.
+Shapes: B rows, C latent channels, L latent size, T tokens, D width of the prompt embeddings.
 """
 
 from __future__ import annotations
@@ -27,249 +28,280 @@ from isocost.diffusion.noise_schedule import x0_coefficients
 from isocost.diffusion.solvers import LCM_SIGMA_DATA, LCM_TIMESTEP_SCALING, solver_coefficients
 from isocost.models.factory import guidance_embed_dim
 from isocost.models.guidance_embedding import guidance_embedding
-from isocost.training.objectives import Batch, TextToImage, choices
+from isocost.training.objectives import Batch, TextToImage, sample_draws
 
 
 @dataclass(frozen=True)
 class DistillBatch(Batch):
-    """A batch on the solver's grid: `indices_to` int64 [B] is where the solver's step leads, `guidance` [B] is w."""
+    """A batch at timesteps of a solver's grid.
 
-    indices_to: Tensor
+    Attributes:
+        indices_next: schedule indices after a step of the solver, int64 [B].
+        guidance: the guidance w of each row, [B].
+    """
+
+    indices_next: Tensor
     guidance: Tensor
 
 
 class Prediction(NamedTuple):
-    """What an output stands for: clean latent and noise, each [B, C, L, L]."""
+    """The clean latent and the noise that a network output predicts, each [B, C, L, L]."""
 
-    x: Tensor
-    noise: Tensor
+    x0: Tensor
+    eps: Tensor
 
 
 class Distillation(ABC):
-    """What the variants share: states on a grid, a network's predictions, guidance, the average of the student.
+    """Base of the distillation objectives: timesteps on a grid, predictions of networks, guidance, the average of the student.
 
     Args:
-        spec: the study's choices.
-        of: the task that the teacher was trained on; it gives images, captions and what stands beside the latent.
-        teacher: the network that is distilled; None where the student is its own.
-        student: the network that learns, of which `target` is kept as a copy whose weights are its average.
+        spec: options of the distillation.
+        base: the objective that the teacher was trained with; it makes the latents, prompt embeddings and further inputs.
+        teacher: the network that is distilled; None if the objective needs none.
+        student: the network to train. `target` is a copy of it whose weights are their moving average.
     """
 
-    def __init__(self, spec: DistillSpec, of: TextToImage, teacher: nn.Module | None, student: nn.Module) -> None:
-        self.spec, self.of, self.schedule, self.prediction = spec, of, of.schedule, of.spec.prediction_type
+    def __init__(self, spec: DistillSpec, base: TextToImage, teacher: nn.Module | None, student: nn.Module) -> None:
+        self.spec, self.base, self.schedule, self.prediction_type = spec, base, base.schedule, base.spec.prediction_type
         self.teacher = None if teacher is None else copy.deepcopy(teacher).eval().requires_grad_(False)
         self.guidance_embed_dim = guidance_embed_dim(student)
         self.trainable_params = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
         self.target = copy.deepcopy(student).eval().requires_grad_(False)
         alpha, sigma = torch.tensor(self.schedule.alpha), torch.tensor(self.schedule.sigma)
-        from_z, from_output = map(torch.from_numpy, x0_coefficients(self.prediction, self.schedule.alpha, self.schedule.sigma))
+        from_z, from_output = map(
+            torch.from_numpy, x0_coefficients(self.prediction_type, self.schedule.alpha, self.schedule.sigma)
+        )
         timesteps = torch.tensor(self.schedule.timesteps)
         tau = LCM_TIMESTEP_SCALING * timesteps
         skip = LCM_SIGMA_DATA**2 / (tau**2 + LCM_SIGMA_DATA**2)
         out = tau / (tau**2 + LCM_SIGMA_DATA**2).sqrt()
-        self.table = torch.stack([alpha, sigma, from_z, from_output, skip, out, timesteps])
-        self.null = of.null_prompt_embeds
+        self.coefficients = torch.stack([alpha, sigma, from_z, from_output, skip, out, timesteps])
+        self.null_prompt_embeds = base.null_prompt_embeds
 
-    # --- what the loop asks ---
+    # --- the interface of an objective ---
 
-    def begin(self, averages: Mapping[int, list[Tensor]]) -> None:
-        """Let the target's weights be the student's average, in the same memory."""
+    def on_train_start(self, averages: Mapping[int, list[Tensor]]) -> None:
+        """Make the target's weights share the memory of the student's moving average."""
         average = averages[self.spec.target_half_life_images]
         device = average[0].device
         self.target.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         for name, value in zip(self.trainable_params, average, strict=True):
             self.target.get_parameter(name).data = value
-        self.table, self.null = self.table.to(device), self.null.to(device)
+        self.coefficients, self.null_prompt_embeds = self.coefficients.to(device), self.null_prompt_embeds.to(device)
         if self.teacher is not None:
             self.teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def batch(self, images_seen: int, rows: range, device: torch.device, dtype: torch.dtype = torch.float32) -> DistillBatch:
-        """Rows at the grid's places, with the guidance of each."""
+        """Make rows at timesteps of the grid, each with its guidance."""
         images = torch.arange(images_seen + rows.start, images_seen + rows.stop)
-        words = choices(self.of.key, images)
-        chosen = words.timestep
+        draws = sample_draws(self.base.key, images)
+        timestep_draws = draws.timestep
         if self.spec.one_timestep_per_batch:
-            size = self.of.spec.batch_size
-            chosen = choices(self.of.key, images - images % size).timestep
-        index, index_to = self.places(chosen)
-        batch = self.of.batch_at(index, images_seen, rows, device, dtype)
+            batch_size = self.base.spec.batch_size
+            timestep_draws = sample_draws(self.base.key, images - images % batch_size).timestep
+        indices, indices_next = self.sample_timesteps(timestep_draws)
+        batch = self.base.batch_at(indices, images_seen, rows, device, dtype)
         columns = {column.name: getattr(batch, column.name) for column in fields(batch)}
         low, high = self.spec.guidance_range or (1.0, 1.0)
-        guidance = low + (high - low) * (words.guidance.double() / 2**32)
+        guidance = low + (high - low) * (draws.guidance.double() / 2**32)
         return DistillBatch(
             **columns,
-            indices_to=index_to.to(device, non_blocking=True),
+            indices_next=indices_next.to(device, non_blocking=True),
             guidance=guidance.to(device, dtype, non_blocking=True),
         )
 
     @abstractmethod
-    def places(self, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Words in [0, 2^32) int64 [B] -> where rows stand on the schedule, and where the solver's step leads, int64 [B]."""
+    def sample_timesteps(self, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Map uniform integers in [0, 2^32), int64 [B], to schedule indices before and after a solver step, int64 [B] each."""
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Scalar loss, a mean over the rows."""
-        assert isinstance(batch, DistillBatch), "batch() makes them"
-        return self.distance(network, batch)
+        """Compute the scalar loss, a mean over the rows."""
+        assert isinstance(batch, DistillBatch), "the batch comes from batch()"
+        return self.compute_loss(network, batch)
 
     @abstractmethod
-    def distance(self, network: nn.Module, batch: DistillBatch) -> Tensor:
-        """The variant's loss."""
+    def compute_loss(self, network: nn.Module, batch: DistillBatch) -> Tensor:
+        """Compute the loss of this kind of distillation, a mean over the rows."""
 
-    # --- what the variants say it with ---
+    # --- building blocks of the losses ---
 
-    def at(self, indices: Tensor) -> Tensor:
-        """Columns (alpha, sigma, p, q, c_skip, c_out, timestep) with `x = p z + q output`, each [B, 1, 1, 1]."""
-        return self.table[:, indices].float()[:, :, None, None, None]
+    def coefficients_at(self, indices: Tensor) -> Tensor:
+        """Return (alpha, sigma, p, q, c_skip, c_out, timestep) with `x = p z + q output`, each [B, 1, 1, 1]."""
+        return self.coefficients[:, indices].float()[:, :, None, None, None]
 
-    def output(self, network: nn.Module, z: Tensor, batch: DistillBatch, indices: Tensor, **given: Tensor | None) -> Tensor:
-        """Raw output at z [B, C, L, L], with what stands beside it; `given` may set `states` and `guidance`."""
+    def network_output(
+        self, network: nn.Module, z: Tensor, batch: DistillBatch, indices: Tensor, **overrides: Tensor | None
+    ) -> Tensor:
+        """Return the raw output of a network at z [B, C, L, L], with the further inputs of the batch.
+
+        Args:
+            overrides: `prompt_embeds` and `guidance` instead of those of the batch.
+        """
         channels = batch.latents.shape[1]
-        seen = torch.cat([z, batch.noisy[:, channels:]], dim=1)
-        states = given.get("states", batch.states)
-        guidance = given.get("guidance", batch.guidance)
-        timesteps = self.table[6][indices].to(z)
+        network_input = torch.cat([z, batch.noisy[:, channels:]], dim=1)
+        prompt_embeds = overrides.get("prompt_embeds", batch.prompt_embeds)
+        guidance = overrides.get("guidance", batch.guidance)
+        timesteps = self.coefficients[6][indices].to(z)
         if self.guidance_embed_dim is None or guidance is None:
-            return network(seen, timesteps, states).sample.float()
+            return network(network_input, timesteps, prompt_embeds).sample.float()
         embedded = guidance_embedding(guidance.float(), self.guidance_embed_dim).to(z)
-        return network(seen, timesteps, states, timestep_cond=embedded).sample.float()
+        return network(network_input, timesteps, prompt_embeds, timestep_cond=embedded).sample.float()
 
-    def predict(self, output: Tensor, z: Tensor, indices: Tensor) -> Prediction:
-        """The clean latent and the noise that an output stands for."""
-        alpha, sigma, from_z, from_output, *_ = self.at(indices)
-        x = from_z * z + from_output * output
-        return Prediction(x, (z - alpha * x) / sigma)
+    def to_x0_eps(self, output: Tensor, z: Tensor, indices: Tensor) -> Prediction:
+        """Convert a network output at z to its clean latent and noise."""
+        alpha, sigma, from_z, from_output, *_ = self.coefficients_at(indices)
+        x0 = from_z * z + from_output * output
+        return Prediction(x0, (z - alpha * x0) / sigma)
 
     def consistency_fn(self, network: nn.Module, z: Tensor, batch: DistillBatch, indices: Tensor) -> Tensor:
-        """f(z, t), [B, C, L, L]."""
-        _, _, _, _, skip, out, _ = self.at(indices)
-        return skip * z + out * self.predict(self.output(network, z, batch, indices), z, indices).x
+        """Return f(z, t), [B, C, L, L]."""
+        _, _, _, _, skip, out, _ = self.coefficients_at(indices)
+        return skip * z + out * self.to_x0_eps(self.network_output(network, z, batch, indices), z, indices).x0
 
-    def guided(self, teacher: nn.Module, z: Tensor, batch: DistillBatch, indices: Tensor) -> Prediction:
-        """`uncond + w (cond - uncond)` of a network that takes no w, in two passes, or one where no guidance is learned."""
-        output = self.output(teacher, z, batch, indices, guidance=None)
+    def cfg_prediction(self, teacher: nn.Module, z: Tensor, batch: DistillBatch, indices: Tensor) -> Prediction:
+        """Return the prediction `uncond + w (cond - uncond)` of a network without guidance input, in two passes.
+
+        If the student does not learn guidance, it is the conditional prediction in a single pass.
+        """
+        output = self.network_output(teacher, z, batch, indices, guidance=None)
         if self.spec.guidance_range is not None:
-            null = self.null.to(batch.states).expand_as(batch.states)
-            without = self.output(teacher, z, batch, indices, states=null, guidance=None)
-            weight = batch.guidance.float()[:, None, None, None]
-            output = without + weight * (output - without)
-        return self.predict(output, z, indices)
+            null_prompt_embeds = self.null_prompt_embeds.to(batch.prompt_embeds).expand_as(batch.prompt_embeds)
+            uncond = self.network_output(teacher, z, batch, indices, prompt_embeds=null_prompt_embeds, guidance=None)
+            w = batch.guidance.float()[:, None, None, None]
+            output = uncond + w * (output - uncond)
+        return self.to_x0_eps(output, z, indices)
 
-    def step(self, prediction: Prediction, indices_to: Tensor) -> Tensor:
-        """DDIM's step to another place of the schedule (arXiv 2010.02502, eq. 12)."""
-        alpha, sigma, *_ = self.at(indices_to)
-        return alpha * prediction.x + sigma * prediction.noise
+    def ddim_step(self, prediction: Prediction, indices_next: Tensor) -> Tensor:
+        """Take a DDIM step to other timesteps of the schedule (arXiv 2010.02502, eq. 12)."""
+        alpha, sigma, *_ = self.coefficients_at(indices_next)
+        return alpha * prediction.x0 + sigma * prediction.eps
 
-    def state(self, batch: DistillBatch) -> Tensor:
-        """The noisy latents alone, [B, C, L, L]."""
+    def noisy_latents(self, batch: DistillBatch) -> Tensor:
+        """Return the noisy latents without further input channels, [B, C, L, L]."""
         return batch.noisy[:, : batch.latents.shape[1]].float()
 
 
-def grid_places(words: Tensor, num_steps: int, num_timesteps: int, first: int = 1) -> tuple[Tensor, Tensor]:
-    """A step of a trailing grid of `num_steps`, drawn from `first` on: where it starts and where it ends, int64 [B].
+def sample_grid_step(draws: Tensor, num_steps: int, num_timesteps: int, first: int = 1) -> tuple[Tensor, Tensor]:
+    """Draw a step of a trailing grid, the grid of latent consistency models and of the solver `lcm`.
 
-    The grid of latent consistency models and of the solver `lcm`: places `stride n - 1`, and 0 below the first.
+    Args:
+        draws: uniform integers in [0, 2^32), int64 [B].
+        num_steps: steps of the grid; its schedule indices are `stride n - 1` for n = 1 ... num_steps, and 0.
+        num_timesteps: of the schedule.
+        first: the lowest n that may be drawn.
+
+    Returns:
+        Schedule indices before and after the step, int64 [B] each.
     """
     stride = num_timesteps // num_steps
-    n = first + ((words * (num_steps + 1 - first)) >> 32)
-    index = stride * n - 1
-    return index, (index - stride).clamp(min=0)
+    n = first + ((draws * (num_steps + 1 - first)) >> 32)
+    indices = stride * n - 1
+    return indices, (indices - stride).clamp(min=0)
 
 
 class ConsistencyDistillation(Distillation):
     """Latent consistency distillation (arXiv 2310.04378, algorithm 1; arXiv 2303.01469, algorithm 2).
 
-    `d(f_theta(z_t, w, t), f_theta-(z_s, w, s))` with `z_s` one DDIM step of the guided teacher from z_t, a pseudo-Huber
-    distance, t on a grid of `solver_steps`.
+    The loss is the pseudo-Huber distance of `f_theta(z_t, w, t)` and `f_theta-(z_s, w, s)`, where `z_s` is a DDIM step of the
+    guided teacher from z_t, and t is drawn from a grid of `solver_steps`.
     """
 
-    def places(self, words: Tensor) -> tuple[Tensor, Tensor]:
-        return grid_places(words, self.spec.solver_steps, self.schedule.num_timesteps)
+    def sample_timesteps(self, draws: Tensor) -> tuple[Tensor, Tensor]:
+        return sample_grid_step(draws, self.spec.solver_steps, self.schedule.num_timesteps)
 
-    def distance(self, network: nn.Module, batch: DistillBatch) -> Tensor:
-        assert self.teacher is not None, "the solver's step is the teacher's"
-        z = self.state(batch)
+    def compute_loss(self, network: nn.Module, batch: DistillBatch) -> Tensor:
+        assert self.teacher is not None, "the teacher takes the solver's step"
+        z = self.noisy_latents(batch)
         with torch.no_grad():
-            earlier = self.step(self.guided(self.teacher, z, batch, batch.indices), batch.indices_to)
-            target = self.consistency_fn(self.target, earlier, batch, batch.indices_to)
+            z_next = self.ddim_step(self.cfg_prediction(self.teacher, z, batch, batch.indices), batch.indices_next)
+            target = self.consistency_fn(self.target, z_next, batch, batch.indices_next)
         difference = self.consistency_fn(network, z, batch, batch.indices) - target
         delta = self.spec.huber_delta
         return ((difference.square() + delta**2).sqrt() - delta).mean()
 
 
 class ConditionalConsistencyDistillation(Distillation):
-    """CoDi (arXiv 2310.01407, section 4.2): the adapting model itself takes the solver's step.
+    """CoDi (arXiv 2310.01407, section 4.2): the student itself takes the solver's step.
 
-    `|eps_theta(z_t) - eps_theta-(z_s)|^2 + weight |x_theta(z_t) - x|^2` with `z_s = alpha_s x_theta(z_t) + sigma_s
-    eps_theta(z_t)`, a step of the model as it is, without a gradient; `x_theta = f`, `eps_theta` the noise that goes with it.
-    Where guidance is learned, the clean latent x is moved as guidance moves the teacher's prediction, by `(w - 1)
-    (x_teacher(caption) - x_teacher(none))`: at w = 1, and without guidance, the loss is the paper's and needs no teacher.
+    The loss is `|eps_theta(z_t) - eps_theta-(z_s)|^2 + weight |x_theta(z_t) - x|^2`. Here `z_s = alpha_s x_theta(z_t) + sigma_s
+    eps_theta(z_t)` is a step of the student, without gradient; `x_theta = f`, and `eps_theta` is the noise that belongs to it.
+    If the student learns guidance, the clean latent x is shifted as guidance shifts the teacher's prediction, by `(w - 1)
+    (x_teacher(caption) - x_teacher(empty caption))`. At w = 1, and without guidance, this is the paper's loss and needs no
+    teacher.
     """
 
-    def places(self, words: Tensor) -> tuple[Tensor, Tensor]:
-        return grid_places(words, self.spec.solver_steps, self.schedule.num_timesteps, first=2)
+    def sample_timesteps(self, draws: Tensor) -> tuple[Tensor, Tensor]:
+        return sample_grid_step(draws, self.spec.solver_steps, self.schedule.num_timesteps, first=2)
 
-    def distance(self, network: nn.Module, batch: DistillBatch) -> Tensor:
-        z = self.state(batch)
-        x = self.consistency_fn(network, z, batch, batch.indices)
-        noise = self._noise(x, z, batch.indices)
+    def compute_loss(self, network: nn.Module, batch: DistillBatch) -> Tensor:
+        z = self.noisy_latents(batch)
+        x0 = self.consistency_fn(network, z, batch, batch.indices)
+        eps = self._eps(x0, z, batch.indices)
         with torch.no_grad():
-            earlier = self.step(Prediction(x, noise), batch.indices_to)
-            there = self.consistency_fn(self.target, earlier, batch, batch.indices_to)
-            noise_there = self._noise(there, earlier, batch.indices_to)
+            z_next = self.ddim_step(Prediction(x0, eps), batch.indices_next)
+            target_x0 = self.consistency_fn(self.target, z_next, batch, batch.indices_next)
+            target_eps = self._eps(target_x0, z_next, batch.indices_next)
             clean = batch.latents.float()
             if self.teacher is not None:
-                plain = self.predict(self.output(self.teacher, z, batch, batch.indices, guidance=None), z, batch.indices)
-                clean = clean + self.guided(self.teacher, z, batch, batch.indices).x - plain.x
-        return (noise - noise_there).square().mean() + self.spec.latent_weight * (x - clean).square().mean()
+                output = self.network_output(self.teacher, z, batch, batch.indices, guidance=None)
+                unguided = self.to_x0_eps(output, z, batch.indices)
+                clean = clean + self.cfg_prediction(self.teacher, z, batch, batch.indices).x0 - unguided.x0
+        return (eps - target_eps).square().mean() + self.spec.latent_weight * (x0 - clean).square().mean()
 
-    def _noise(self, x: Tensor, z: Tensor, indices: Tensor) -> Tensor:
-        alpha, sigma, *_ = self.at(indices)
-        return (z - alpha * x) / sigma
+    def _eps(self, x0: Tensor, z: Tensor, indices: Tensor) -> Tensor:
+        alpha, sigma, *_ = self.coefficients_at(indices)
+        return (z - alpha * x0) / sigma
 
 
 class ProgressiveDistillation(Distillation):
-    """One stage: two DDIM steps of the teacher become one of the student (arXiv 2202.00512, section 3 and algorithm 2).
+    """One stage of progressive distillation: a student step replaces two DDIM steps of the teacher.
 
-    The student's target is the x at which one step from z_t ends where the teacher's two do; its error weighs max(SNR, 1).
-    In the first stage the teacher is the undistilled network under guidance w, in the others the student of the stage
-    before, which takes w (arXiv 2210.03142, section 3; their stage that learns w alone is a part of the first halving here).
+    The target of the student is the x with which a single step from z_t ends where two steps of the teacher end; its error has
+    the weight max(SNR, 1) (arXiv 2202.00512, section 3 and algorithm 2). In the first stage the teacher is the undistilled
+    network with guidance w, in later stages the student of the stage before, which takes w as an input (arXiv 2210.03142,
+    section 3; their separate stage that only learns w is part of the first halving here).
     """
 
     def __init__(
-        self, spec: DistillSpec, of: TextToImage, teacher: nn.Module, student: nn.Module, num_steps: int, is_first: bool
+        self, spec: DistillSpec, base: TextToImage, teacher: nn.Module, student: nn.Module, num_steps: int, is_first: bool
     ) -> None:
-        """`num_steps` of this stage's student; the teacher takes twice as many."""
-        super().__init__(spec, of, teacher, student)
-        self.num_steps, self.teacher_is_guided = num_steps, is_first
-        fine = solver_coefficients(SolverSpec(), 2 * num_steps, self.schedule).timesteps
-        self.fine = torch.tensor([*fine.astype(int), 0])  # DDIM ends at the schedule's first index
+        """
+        Args:
+            num_steps: sampling steps of this stage's student; the teacher takes twice as many.
+            is_first: the teacher is the undistilled network.
+        """
+        super().__init__(spec, base, teacher, student)
+        self.num_steps, self.teacher_takes_cfg = num_steps, is_first
+        timesteps = solver_coefficients(SolverSpec(), 2 * num_steps, self.schedule).timesteps
+        self.teacher_grid = torch.tensor([*timesteps.astype(int), 0])  # DDIM ends at the schedule's first index
 
-    def places(self, words: Tensor) -> tuple[Tensor, Tensor]:
-        n = (words * self.num_steps) >> 32
-        return self.fine[2 * n], self.fine[2 * n + 2]
+    def sample_timesteps(self, draws: Tensor) -> tuple[Tensor, Tensor]:
+        n = (draws * self.num_steps) >> 32
+        return self.teacher_grid[2 * n], self.teacher_grid[2 * n + 2]
 
-    def distance(self, network: nn.Module, batch: DistillBatch) -> Tensor:
-        assert self.teacher is not None, "a stage halves the steps of a teacher"
-        z = self.state(batch)
-        alpha, sigma, *_ = self.at(batch.indices)
-        alpha_next, sigma_next, *_ = self.at(batch.indices_to)
+    def compute_loss(self, network: nn.Module, batch: DistillBatch) -> Tensor:
+        assert self.teacher is not None, "the stage halves the steps of a teacher"
+        z = self.noisy_latents(batch)
+        alpha, sigma, *_ = self.coefficients_at(batch.indices)
+        alpha_next, sigma_next, *_ = self.coefficients_at(batch.indices_next)
         with torch.no_grad():
-            middle = self._midpoint(batch.indices)
-            halfway = self.step(self._teacher_target(z, batch, batch.indices), middle)
-            end = self.step(self._teacher_target(halfway, batch, middle), batch.indices_to)
+            indices_mid = self._midpoint(batch.indices)
+            z_mid = self.ddim_step(self._teacher_prediction(z, batch, batch.indices), indices_mid)
+            z_next = self.ddim_step(self._teacher_prediction(z_mid, batch, indices_mid), batch.indices_next)
             ratio = sigma_next / sigma
-            target = (end - ratio * z) / (alpha_next - ratio * alpha)
-        x = self.predict(self.output(network, z, batch, batch.indices), z, batch.indices).x
+            target = (z_next - ratio * z) / (alpha_next - ratio * alpha)
+        x0 = self.to_x0_eps(self.network_output(network, z, batch, batch.indices), z, batch.indices).x0
         weight = (alpha / sigma).square().clamp(min=1)
-        return (weight * (x - target).square()).mean()
+        return (weight * (x0 - target).square()).mean()
 
-    def _teacher_target(self, z: Tensor, batch: DistillBatch, indices: Tensor) -> Prediction:
+    def _teacher_prediction(self, z: Tensor, batch: DistillBatch, indices: Tensor) -> Prediction:
         assert self.teacher is not None
-        if self.teacher_is_guided:
-            return self.guided(self.teacher, z, batch, indices)
-        return self.predict(self.output(self.teacher, z, batch, indices), z, indices)
+        if self.teacher_takes_cfg:
+            return self.cfg_prediction(self.teacher, z, batch, indices)
+        return self.to_x0_eps(self.network_output(self.teacher, z, batch, indices), z, indices)
 
     def _midpoint(self, indices: Tensor) -> Tensor:
-        fine = self.fine.to(indices.device)
-        position = (indices[:, None] == fine[None, :-1]).int().argmax(1)
-        return fine[position + 1]
+        """Schedule indices after the first of the teacher's two steps, int64 [B]."""
+        teacher_grid = self.teacher_grid.to(indices.device)
+        position = (indices[:, None] == teacher_grid[None, :-1]).int().argmax(1)
+        return teacher_grid[position + 1]

@@ -1,7 +1,7 @@
-"""One network over the processes of a training: alone, replicated (DDP by accelerate) or sharded (PyTorch's FSDP2).
+"""Distribute a network over the processes of a training: replicated (accelerate's DDP), sharded (PyTorch's FSDP2) or neither.
 
-Weights, moments and averages are handled as this process's pieces, plain tensors; a piece knows which rows of the whole
-it is. A replicated network is one piece, a sharded one as many as there are processes.
+Weights, moments and averages are handled as shards of this process: plain tensors that hold known rows of the full parameter.
+In a replicated network a shard is the full parameter; in a sharded network every process holds other rows of it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,18 @@ from isocost.config.training import TrainSpec
 from isocost.data.latent_cache import ProcessInfo
 from isocost.errors import ConfigError
 
-BLOCKS = ("ResnetBlock2D", "Transformer2DModel", "BasicTransformerBlock")
-"""Modules of diffusers' networks whose weights are gathered and let go together under FSDP2."""
+FSDP_BLOCKS = ("ResnetBlock2D", "Transformer2DModel", "BasicTransformerBlock")
+"""Modules of diffusers' networks whose weights FSDP2 gathers and frees together."""
 
 
 @dataclass(frozen=True)
 class ParamShard:
-    """This process's rows [start, stop) of a parameter of shape `shape`; `data` is a plain tensor that shares its memory."""
+    """Rows [start, stop) of a parameter that this process holds.
+
+    Attributes:
+        shape: of the full parameter.
+        data: the rows, a plain tensor that shares the parameter's memory.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -39,7 +44,7 @@ class ParamShard:
 
 
 def process_info() -> ProcessInfo:
-    """This process among those that torchrun or `accelerate launch` started; alone where neither did."""
+    """Return rank and number of the processes that torchrun or `accelerate launch` started; a single process otherwise."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ProcessInfo()
     state = PartialState(cpu=on_cpu())
@@ -47,32 +52,35 @@ def process_info() -> ProcessInfo:
 
 
 def on_cpu() -> bool:
-    """Whether there is no accelerator; accelerate joins processes on CPUs only where it is told so."""
+    """Whether there is no accelerator: accelerate connects processes on CPUs only with an explicit `cpu=True`."""
     return not torch.accelerator.is_available()
 
 
-def rows_of(spec: TrainSpec, accelerator: Accelerator) -> range:
-    """This process's rows of each batch.
+def process_rows(spec: TrainSpec, accelerator: Accelerator) -> range:
+    """Return the rows of each batch that this process takes.
 
     Raises:
-        ConfigError: the batch does not divide by the number of processes.
+        ConfigError: the batch size is not divisible by the number of processes.
     """
-    size, number = spec.batch_size, accelerator.num_processes
-    if size % number:
-        below = size - size % number
+    batch_size, num_processes = spec.batch_size, accelerator.num_processes
+    if batch_size % num_processes:
+        lower = batch_size - batch_size % num_processes
         raise ConfigError(
-            f"train.batch_size={size} does not divide by {number} processes: take {below or number} or {below + number}, or "
-            "another number of processes"
+            f"train.batch_size={batch_size} is not divisible by {num_processes} processes: take {lower or num_processes} or "
+            f"{lower + num_processes}, or another number of processes"
         )
-    share = size // number
-    return range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    rows_per_process = batch_size // num_processes
+    return range(accelerator.process_index * rows_per_process, (accelerator.process_index + 1) * rows_per_process)
 
 
 class DistributedModel:
-    """A network ready for training on this process's device, and what the loop asks of it."""
+    """A network prepared for training on the device of this process, replicated or sharded."""
 
     def __init__(self, network: nn.Module, spec: TrainSpec, accelerator: Accelerator) -> None:
-        """`network` may lie on the meta device on every process but the first, where it is sharded."""
+        """
+        Args:
+            network: the network to train. For a sharded training it may be on the meta device in all processes but the first.
+        """
         self.accelerator = accelerator
         self.is_sharded = spec.sharding == "fsdp" and accelerator.num_processes > 1
         self.network = network.train()
@@ -90,63 +98,67 @@ class DistributedModel:
     def _shard(self, spec: TrainSpec) -> None:
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
         is_first = self.accelerator.process_index == 0
-        whole = [parameter.detach() for parameter in self.network.parameters()] if is_first else None
+        full_params = [parameter.detach() for parameter in self.network.parameters()] if is_first else None
         buffers = [buffer.clone() for buffer in self.network.buffers()]
         self.network.to("meta")
-        for module in blocks_of(self.network):
+        for module in fsdp_blocks(self.network):
             if spec.compile:
                 module.compile(dynamic=False)
             fully_shard(module, mesh=mesh)
         fully_shard(self.network, mesh=mesh)
         self.network.to_empty(device=self.accelerator.device)
-        for number, buffer in enumerate(self.network.buffers()):
+        for index, buffer in enumerate(self.network.buffers()):
             if is_first:
-                buffer.copy_(buffers[number])
+                buffer.copy_(buffers[index])
             dist.broadcast(buffer, src=0)
-        for number, parameter in enumerate(self.network.parameters()):
+        for index, parameter in enumerate(self.network.parameters()):
             full = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.accelerator.device)
-            if whole is not None:
-                full.copy_(whole[number])
-                whole[number] = torch.empty(0)
+            if full_params is not None:
+                full.copy_(full_params[index])
+                full_params[index] = torch.empty(0)  # frees its memory
             dist.broadcast(full, src=0)
-            piece = _piece("", parameter)
-            piece.data.copy_(full[piece.start : piece.stop] if parameter.ndim else full)
+            shard = _param_shard("", parameter)
+            shard.data.copy_(full[shard.start : shard.stop] if parameter.ndim else full)
 
-    def no_sync_unless(self, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a microbatch: gradients travel between processes after the last one only."""
+    def no_sync_unless(self, is_last: bool) -> AbstractContextManager[None]:
+        """Context for forward and backward of a microbatch: processes exchange gradients only after the last microbatch."""
         if isinstance(self.network, FSDPModule):
-            self.network.set_requires_gradient_sync(last)
+            self.network.set_requires_gradient_sync(is_last)
             return nullcontext()
-        return nullcontext() if last else self.accelerator.no_sync(self.forward)
+        return nullcontext() if is_last else self.accelerator.no_sync(self.forward)
 
     def reshard(self) -> None:
-        """Let go of weights that a forward pass without its backward left gathered."""
+        """Free the full weights that a forward pass without a backward pass left gathered."""
         for module in self.network.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     @property
     def trainable_params(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn, by name, in the order of the network; others stay as they were given."""
+        """The trainable parameters by name, in the order of the network."""
         return {name: parameter for name, parameter in self.network.named_parameters() if parameter.requires_grad}
 
-    def pieces(self) -> list[ParamShard]:
-        """This process's pieces of the parameters that learn."""
-        return [_piece(name, parameter) for name, parameter in self.trainable_params.items()]
+    def param_shards(self) -> list[ParamShard]:
+        """Return this process's shards of the trainable parameters."""
+        return [_param_shard(name, parameter) for name, parameter in self.trainable_params.items()]
 
     def gather(self, values: list[Tensor]) -> Iterator[Tensor]:
-        """Whole tensors on the CPU, one by one, from pieces laid out as `pieces()`; every process must go through all."""
+        """Yield full tensors on the CPU, one at a time. All processes must iterate to the end.
+
+        Args:
+            values: this process's rows of each tensor, in the layout of `param_shards()`.
+        """
         for parameter, value in zip(self.trainable_params.values(), values, strict=True):
             if isinstance(parameter, DTensor):
                 mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
                 strides = torch.empty(shape, device="meta").stride()
-                whole = DTensor.from_local(value, mesh, placements, run_check=False, shape=shape, stride=strides)
-                yield whole.redistribute(placements=[Replicate()]).to_local().cpu()
+                full = DTensor.from_local(value, mesh, placements, run_check=False, shape=shape, stride=strides)
+                yield full.redistribute(placements=[Replicate()]).to_local().cpu()
             else:
                 yield value.cpu()
 
-    def clip(self, max_norm: float) -> Tensor:
-        """Scale gradients to a total norm of at most `max_norm`, without waiting for the device; returns the norm."""
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """Scale the gradients to a total norm of at most `max_norm`; returns the norm. Does not wait for the device."""
         grads = [_local(p.grad) for p in self.network.parameters() if p.grad is not None]
         total = torch.stack(torch._foreach_norm([grad for grad in grads if grad.numel()])).square().sum()
         if self.is_sharded:
@@ -156,24 +168,24 @@ class DistributedModel:
         return norm
 
 
-def blocks_of(network: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules of `network` that are one of `BLOCKS`."""
+def fsdp_blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost modules of `network` whose class is in `FSDP_BLOCKS`."""
     for module in network.children():
-        if type(module).__name__ in BLOCKS:
+        if type(module).__name__ in FSDP_BLOCKS:
             yield module
         else:
-            yield from blocks_of(module)
+            yield from fsdp_blocks(module)
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _piece(name: str, parameter: Tensor) -> ParamShard:
+def _param_shard(name: str, parameter: Tensor) -> ParamShard:
     shape = tuple(parameter.shape)
     data = _local(parameter.detach())
     if not isinstance(parameter, DTensor):
         return ParamShard(name, shape, 0, shape[0] if shape else 1, data)
-    share = -(-shape[0] // parameter.device_mesh.size())
-    start = min(parameter.device_mesh.get_local_rank() * share, shape[0])
-    return ParamShard(name, shape, start, min(start + share, shape[0]), data)
+    num_rows = -(-shape[0] // parameter.device_mesh.size())
+    start = min(parameter.device_mesh.get_local_rank() * num_rows, shape[0])
+    return ParamShard(name, shape, start, min(start + num_rows, shape[0]), data)

@@ -1,17 +1,17 @@
-"""Exponential moving averages of a network's weights, several half-lives at once."""
+"""Exponential moving averages of a network's weights with several half-lives."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_RAMP = 0.1
+_RAMP_UP = 0.1
 
 
 class Ema:
-    """Averages of tensors with half-lives in images, held as the tensors are: whole, or this process's pieces.
+    """Moving averages of tensors, with half-lives in images. A sharded tensor has a sharded average.
 
-    While few images were seen a half-life is a tenth of them (the ramp-up of EDM2, arXiv 2312.02696, with 0.1).
+    Early in training the half-life is limited to a tenth of the images seen (ramp-up of EDM2, arXiv 2312.02696, with 0.1).
     """
 
     def __init__(self, tensors: list[Tensor], half_lives: tuple[int, ...]) -> None:
@@ -21,5 +21,5 @@ class Ema:
     def update(self, images_seen: int, batch_size: int) -> None:
         """Move every average towards the tensors after a step of `batch_size` images."""
         for half_life, average in zip(self.half_lives, self.averages, strict=True):
-            span = max(min(half_life, images_seen * _RAMP), 1e-8)
-            torch._foreach_lerp_(average, self.tensors, 1 - 0.5 ** (batch_size / span))
+            current_half_life = max(min(half_life, images_seen * _RAMP_UP), 1e-8)
+            torch._foreach_lerp_(average, self.tensors, 1 - 0.5 ** (batch_size / current_half_life))

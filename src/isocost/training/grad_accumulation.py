@@ -1,7 +1,4 @@
-"""How many images a process takes through the network at once: as many as fit, which changes the result by rounding only.
-
-Shapes: B rows of this process.
-"""
+"""Choose the microbatch: how many images a process takes through the network at once. It changes results only by rounding."""
 
 from __future__ import annotations
 
@@ -16,83 +13,90 @@ from isocost.training.distributed import DistributedModel
 from isocost.training.objectives import Objective
 
 MEMORY_FRACTION = 0.5
-"""Of the memory that is free on a CPU, what the activations of a microbatch may take."""
+"""Fraction of the free memory that the activations of a microbatch may take on a CPU."""
 
 
-def largest_microbatch(parallel: DistributedModel, spec: TrainSpec, task: Objective, rows: range, dtype: torch.dtype) -> int:
-    """The rows of a microbatch: `spec.microbatch`, or the largest divisor of this process's rows that fits.
+def largest_microbatch(model: DistributedModel, spec: TrainSpec, objective: Objective, rows: range, dtype: torch.dtype) -> int:
+    """Return the microbatch size: `spec.microbatch`, or the largest divisor of this process's rows that fits into memory.
 
-    On an accelerator it is tried, forward and backward, halving where memory runs out. On a CPU, where a process that takes
-    too much is killed, one row is measured and as many are taken as fit into half of what is free.
+    On an accelerator, forward and backward are tried with each divisor from the largest on. On a CPU, where a process that
+    takes too much memory is killed, one row is measured and as many rows are taken as fit into half of the free memory.
+
+    Args:
+        rows: this process's rows of the batch.
+        dtype: of the network's weights.
 
     Raises:
-        ConfigError: `spec.microbatch` does not divide the rows, or not one row fits.
+        ConfigError: `spec.microbatch` does not divide the rows, or not even one row fits.
     """
     num_rows = len(rows)
     if spec.microbatch != "auto":
         if num_rows % spec.microbatch:
-            raise ConfigError(f"train.microbatch={spec.microbatch} does not divide the {num_rows} images of each process")
+            raise ConfigError(
+                f"train.microbatch={spec.microbatch} does not divide the {num_rows} images of each process; take a divisor"
+            )
         return spec.microbatch
     divisors = [size for size in range(num_rows, 0, -1) if num_rows % size == 0]
-    if parallel.accelerator.device.type == "cpu":
-        return _agreed(parallel, _by_free_memory(parallel, spec, task, rows, dtype, divisors))
+    if model.accelerator.device.type == "cpu":
+        return _min_over_processes(model, _largest_for_free_memory(model, spec, objective, rows, dtype, divisors))
     for size in divisors:
-        if _agreed(parallel, int(_fits(parallel, spec, task, rows, dtype, size))):
+        if _min_over_processes(model, int(_fits(model, spec, objective, rows, dtype, size))):
             return size
-    raise ConfigError("not one image fits into the device's memory: gradient_checkpointing: true, or sharding: fsdp")
+    raise ConfigError(
+        "not even one image fits into the memory of the device; set train.gradient_checkpointing: true or train.sharding: fsdp"
+    )
 
 
-def _fits(parallel: DistributedModel, spec: TrainSpec, task: Objective, rows: range, dtype: torch.dtype, size: int) -> bool:
+def _fits(model: DistributedModel, spec: TrainSpec, objective: Objective, rows: range, dtype: torch.dtype, size: int) -> bool:
     try:
-        _try(parallel, spec, task, range(rows.start, rows.start + size), dtype)
+        _forward_backward(model, spec, objective, range(rows.start, rows.start + size), dtype)
         return True
     except torch.OutOfMemoryError:
         return False
     finally:
-        parallel.network.zero_grad(set_to_none=True)
+        model.network.zero_grad(set_to_none=True)
         gc.collect()
         torch.accelerator.empty_cache()
 
 
-def _try(parallel: DistributedModel, spec: TrainSpec, task: Objective, rows: range, dtype: torch.dtype) -> None:
-    device = parallel.accelerator.device
-    batch = task.batch(0, rows, device, dtype)
-    with parallel.no_sync_unless(parallel.is_sharded), torch.compiler.set_stance("force_eager"):
+def _forward_backward(model: DistributedModel, spec: TrainSpec, objective: Objective, rows: range, dtype: torch.dtype) -> None:
+    device = model.accelerator.device
+    batch = objective.batch(0, rows, device, dtype)
+    with model.no_sync_unless(model.is_sharded), torch.compiler.set_stance("force_eager"):
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bf16"):
-            loss = task.loss(parallel.forward, batch)
+            loss = objective.loss(model.forward, batch)
         loss.backward()
 
 
-def _by_free_memory(
-    parallel: DistributedModel, spec: TrainSpec, task: Objective, rows: range, dtype: torch.dtype, divisors: list[int]
+def _largest_for_free_memory(
+    model: DistributedModel, spec: TrainSpec, objective: Objective, rows: range, dtype: torch.dtype, divisors: list[int]
 ) -> int:
-    saved: dict[int, int] = {}
+    saved_bytes: dict[int, int] = {}  # by storage
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        saved_bytes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    batch = task.batch(0, range(rows.start, rows.start + 1), parallel.accelerator.device, dtype)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.compiler.set_stance("force_eager"):
-        task.loss(parallel.network, batch)
-    parallel.reshard()
-    for parameter in parallel.network.parameters():
-        saved.pop(parameter.untyped_storage().data_ptr() if not parallel.is_sharded else 0, None)
-    room = MEMORY_FRACTION * free_bytes() / parallel.accelerator.num_processes
-    return next((size for size in divisors if size * sum(saved.values()) <= room), 1)
+    batch = objective.batch(0, range(rows.start, rows.start + 1), model.accelerator.device, dtype)
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor), torch.compiler.set_stance("force_eager"):
+        objective.loss(model.network, batch)
+    model.reshard()
+    for parameter in model.network.parameters():
+        saved_bytes.pop(parameter.untyped_storage().data_ptr() if not model.is_sharded else 0, None)
+    available = MEMORY_FRACTION * free_bytes() / model.accelerator.num_processes
+    return next((size for size in divisors if size * sum(saved_bytes.values()) <= available), 1)
 
 
 def free_bytes() -> int:
-    """Memory that this machine could still give, bytes."""
+    """Free memory of this machine, bytes."""
     import psutil
 
     return int(psutil.virtual_memory().available)
 
 
-def _agreed(parallel: DistributedModel, size: int) -> int:
-    """The least over all processes."""
-    if parallel.accelerator.num_processes == 1:
-        return size
-    least = torch.tensor(size, device=parallel.accelerator.device)
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    return int(least)
+def _min_over_processes(model: DistributedModel, value: int) -> int:
+    if model.accelerator.num_processes == 1:
+        return value
+    minimum = torch.tensor(value, device=model.accelerator.device)
+    dist.all_reduce(minimum, dist.ReduceOp.MIN)
+    return int(minimum)

@@ -1,10 +1,10 @@
-"""What a training will take on this machine, before it starts: hours from a few measured steps, memory and disk by counting.
+"""Estimate a training on this machine before it starts: hours from a few measured steps, memory and disk by counting.
 
-Time is that of the network, the optimizer and the averages; reading a latent cache goes on beside a device, and is little on
-a CPU. A size that does not fit, or whose few steps would take too long, is not run: its hours follow from its GFLOP at the
-rate of the last size that was measured.
+The time covers the network, the optimizer and the averages. Reading the latent cache is not included: it overlaps with the work
+of an accelerator, and takes little time on a CPU. A size that does not fit into memory, or whose measurement would take too
+long, is not run; its hours follow from its GFLOP at the throughput of the last measured size.
 
-Shapes: B rows of a microbatch, C latent channels, L latent side, T tokens, D width of the prompt embeddings.
+Shapes: B rows of a microbatch, C latent channels, L latent size, T tokens, D width of the prompt embeddings.
 """
 
 from __future__ import annotations
@@ -29,16 +29,22 @@ from isocost.training.trainer import Trainer, backward, make_accelerator
 
 NUM_STEPS = 3
 MAX_ROWS = 8
-"""Rows of the measured microbatch where the study leaves it open."""
-LONGEST_SECONDS = 60.0
-PROCESSES = (2, 4, 8, 16, 32, 64, 128, 256)
+"""Maximum rows of the measured microbatch if the study sets `microbatch: auto`."""
+MAX_MEASURE_SECONDS = 60.0
+PROCESS_COUNTS = (2, 4, 8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """One size: `memory_bytes` of a process, `disk_bytes` of states and checkpoints at their most.
+class ThroughputEstimate:
+    """Estimate for one network size.
 
-    `hours` is None where nothing was measured. `remedy` is empty where the size fits, else it says what would.
+    Attributes:
+        images: images still to train on.
+        hours: None if no size could be measured.
+        is_measured: whether this size was measured; otherwise hours follow from GFLOP.
+        memory_bytes: of a process.
+        disk_bytes: the maximum that training states and checkpoints take together.
+        remedy: settings with which the size fits; empty if it fits already.
     """
 
     size: str
@@ -54,144 +60,158 @@ class Forecast:
     remedy: str
 
     def __str__(self) -> str:
-        rate = "time unknown" if self.hours is None else f"{self.hours:,.1f} h at {self.images_per_second:.3g} images/s"
-        how = "" if self.hours is None or self.is_measured else " (by GFLOP, not measured)"
-        line = (
-            f"{self.size} (width {self.width}): {rate}{how}, {_gb(self.memory_bytes)} of memory, {_gb(self.disk_bytes)} of disk"
-        )
+        duration = "time unknown" if self.hours is None else f"{self.hours:,.1f} h at {self.images_per_second:.3g} images/s"
+        source = "" if self.hours is None or self.is_measured else " (by GFLOP, not measured)"
+        resources = f"{_gb(self.memory_bytes)} of memory, {_gb(self.disk_bytes)} of disk"
+        line = f"{self.size} (width {self.width}): {duration}{source}, {resources}"
         return f"{line}; {self.remedy}" if self.remedy else line
 
 
-class RandomTask:
-    """Batches of random numbers in the shapes of a network."""
+class RandomObjective:
+    """An objective whose batches are random numbers in the shapes of a network."""
 
     def __init__(self, model: ModelSpec, num_tokens: int) -> None:
         self.model, self.num_tokens = model, num_tokens
 
     def batch(self, images_seen: int, rows: range, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
-        """Noisy latents, states and targets drawn from a normal, timestep 0."""
+        """Make noisy latents, prompt embeddings and targets from a normal distribution, all at timestep 0."""
         model = self.model
         latents = torch.randn(
             len(rows), model.latent_channels, model.latent_size, model.latent_size, device=device, dtype=dtype
         )
-        states = torch.randn(len(rows), self.num_tokens, model.cross_attention_dim, device=device, dtype=dtype)
+        prompt_embeds = torch.randn(len(rows), self.num_tokens, model.cross_attention_dim, device=device, dtype=dtype)
         zeros = torch.zeros(len(rows), device=device, dtype=dtype)
-        beside = latents.new_zeros(len(rows), model.extra_input_channels, *latents.shape[2:])
-        noisy = torch.cat([latents, beside], dim=1)
-        return Batch(noisy, zeros, states, latents.clone(), zeros + 1, latents, zeros.long())
+        concat_cond = latents.new_zeros(len(rows), model.extra_input_channels, *latents.shape[2:])
+        noisy = torch.cat([latents, concat_cond], dim=1)
+        return Batch(noisy, zeros, prompt_embeds, latents.clone(), zeros + 1, latents, zeros.long())
 
-    def begin(self, averages: Mapping[int, list[Tensor]]) -> None:
-        """Nothing here depends on them."""
+    def on_train_start(self, averages: Mapping[int, list[Tensor]]) -> None:
+        """Do nothing: the loss does not use the averages."""
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        """As in text-to-image training."""
+        """Compute the loss of text-to-image training."""
         return TextToImage.loss(self, network, batch)  # type: ignore[arg-type]
 
 
 class ThroughputEstimator:
-    """Forecasts sizes one after the other, from the smallest on."""
+    """Estimates network sizes one after another, from the smallest on."""
 
     def __init__(self, spec: TrainSpec, num_tokens: int, disk_free: int) -> None:
         self.spec, self.num_tokens, self.disk_free = spec, num_tokens, disk_free
         self.gflop_per_second: float | None = None
         self._measured: dict[ModelSpec, float] = {}
 
-    def __call__(self, model: ModelSpec, images: int, snapshots: tuple[int, ...]) -> Forecast:
-        """One size that has `images` to go and keeps a checkpoint at each of `snapshots`."""
+    def __call__(self, model: ModelSpec, images: int, snapshots: tuple[int, ...]) -> ThroughputEstimate:
+        """Estimate one size.
+
+        Args:
+            images: images still to train on.
+            snapshots: images seen at which a checkpoint is saved.
+        """
         cost = model_cost(model, self.num_tokens)
-        rows = self._rows()
+        rows = self._num_rows()
         memory, free = training_memory(model, self.spec, rows, self.num_tokens).total, memory_free()
         disk = disk_bytes(self.spec, cost.num_parameters, len(snapshots))
         remedy = "" if memory <= free else suggest_settings(model, self.spec, cost, self.num_tokens, free)
         if disk > self.disk_free:
-            remedy += ("; " if remedy else "") + f"{_gb(self.disk_free)} of disk are free: fewer snapshots or kept states"
-        rate, is_measured = self._rate(model, cost, rows, fits=memory <= free)
-        hours = None if rate is None else images / rate / 3600
-        about = (cost.size, model.width, images, rate, hours, is_measured)
-        return Forecast(*about, memory, free, disk, self.disk_free, remedy)
+            remedy += "; " if remedy else ""
+            remedy += f"{_gb(self.disk_free)} of disk are free: take fewer train.snapshots or a smaller train.keep_last_states"
+        images_per_second, is_measured = self._images_per_second(model, cost, rows, fits=memory <= free)
+        hours = None if images_per_second is None else images / images_per_second / 3600
+        size_and_time = (cost.size, model.width, images, images_per_second, hours, is_measured)
+        return ThroughputEstimate(*size_and_time, memory, free, disk, self.disk_free, remedy)
 
-    def _rows(self) -> int:
+    def _num_rows(self) -> int:
         return min(self.spec.batch_size, MAX_ROWS) if self.spec.microbatch == "auto" else self.spec.microbatch
 
-    def _rate(self, model: ModelSpec, cost: ModelCost, rows: int, fits: bool) -> tuple[float | None, bool]:
-        """Images a second, and whether they were measured."""
+    def _images_per_second(self, model: ModelSpec, cost: ModelCost, rows: int, fits: bool) -> tuple[float | None, bool]:
+        """Images per second, and whether they were measured."""
         if model in self._measured:
             return self._measured[model], True
         gflop = 3 * cost.gflop_per_forward
-        known = self.gflop_per_second
-        if fits and (known is None or (NUM_STEPS + 1) * rows * gflop / known < LONGEST_SECONDS):
-            of_image, of_update = measure(model, self.spec, self.num_tokens, rows)
-            rate = 1 / (of_image + of_update / self.spec.batch_size)
+        throughput = self.gflop_per_second
+        if fits and (throughput is None or (NUM_STEPS + 1) * rows * gflop / throughput < MAX_MEASURE_SECONDS):
+            image_s, update_s = measure_step_times(model, self.spec, self.num_tokens, rows)
+            rate = 1 / (image_s + update_s / self.spec.batch_size)
             self.gflop_per_second, self._measured[model] = rate * gflop, rate
             return rate, True
-        return (None if known is None else known / gflop), False
+        return (None if throughput is None else throughput / gflop), False
 
 
 def suggest_settings(model: ModelSpec, spec: TrainSpec, cost: ModelCost, num_tokens: int, free: int) -> str:
-    """The least change after which a training has room where each process has `free` bytes, in words."""
+    """Describe the smallest change of settings with which the training fits into `free` bytes per process."""
 
-    def fits(one: TrainSpec, processes: int = 1) -> bool:
-        shares = processes if one.sharding == "fsdp" else 1
-        held = state_bytes(one, cost.num_parameters, processes) + FLOAT * cost.num_parameters // shares
-        return held < free and training_memory(model, one, 1, num_tokens, processes).total <= free
+    def fits(candidate: TrainSpec, num_processes: int = 1) -> bool:
+        num_shards = num_processes if candidate.sharding == "fsdp" else 1
+        minimum = state_bytes(candidate, cost.num_parameters, num_processes) + FLOAT * cost.num_parameters // num_shards
+        return minimum < free and training_memory(model, candidate, 1, num_tokens, num_processes).total <= free
 
     lean = spec.model_copy(update={"gradient_checkpointing": True})
-    for one, words in ((spec, "microbatch: 1"), (lean, "gradient_checkpointing: true with microbatch: 1")):
-        if fits(one):
-            return f"{_gb(free)} of memory are free: train.{words} fits"
+    if fits(spec):
+        return f"{_gb(free)} of memory are free; it fits with train.microbatch: 1"
+    if fits(lean):
+        return f"{_gb(free)} of memory are free; it fits with train.gradient_checkpointing: true and train.microbatch: 1"
     sharded = lean.model_copy(update={"sharding": "fsdp"})
-    for number in PROCESSES:
-        if fits(sharded, number):
+    for num_processes in PROCESS_COUNTS:
+        if fits(sharded, num_processes):
             return (
-                f"{_gb(free)} of memory are free: train.sharding: fsdp over {number} processes with as much each, "
-                "gradient_checkpointing: true and microbatch: 1 fits"
+                f"{_gb(free)} of memory are free; it fits with train.sharding: fsdp over {num_processes} processes with "
+                f"{_gb(free)} each, train.gradient_checkpointing: true and train.microbatch: 1"
             )
-    return f"{_gb(free)} of memory are free, and no setting fits: take a device with more"
+    return f"{_gb(free)} of memory are free, and no setting fits; take a device with more memory"
 
 
-def measure(model: ModelSpec, spec: TrainSpec, num_tokens: int, rows: int) -> tuple[float, float]:
-    """Seconds an image takes forward and backward, and seconds of an update of weights and averages; medians of a few."""
-    alone = spec.model_copy(update={"batch_size": rows, "microbatch": rows, "tracker": "none", "sharding": "none"})
+def measure_step_times(model: ModelSpec, spec: TrainSpec, num_tokens: int, rows: int) -> tuple[float, float]:
+    """Measure training steps on random numbers in a single process.
+
+    Args:
+        rows: images of the measured batch.
+
+    Returns:
+        Seconds per image for forward and backward, and seconds per update of weights and averages; medians of `NUM_STEPS`
+        steps.
+    """
+    spec = spec.model_copy(update={"batch_size": rows, "microbatch": rows, "tracker": "none", "sharding": "none"})
     with tempfile.TemporaryDirectory() as folder:
-        accelerator = make_accelerator(alone, Path(folder), "forecast")
-        trainer = Trainer(alone, RandomTask(model, num_tokens), build_network(model), Path(folder), accelerator)
+        accelerator = make_accelerator(spec, Path(folder), "estimate")
+        trainer = Trainer(spec, RandomObjective(model, num_tokens), build_network(model), Path(folder), accelerator)
         batch = trainer.batch(0)
-        passes, steps = [], []
-        for number in range(NUM_STEPS + 1):
-            started = _now(accelerator.device)
-            backward(trainer.parallel, trainer.task, batch, rows, alone.dtype)
-            between = _now(accelerator.device)
-            trainer.step(batch, number * rows)
-            if number:
-                passes.append(between - started)
-                steps.append(_now(accelerator.device) - between)
-    of_pass = sorted(passes)[len(passes) // 2]
-    return of_pass / rows, max(0.0, sorted(steps)[len(steps) // 2] - of_pass)
+        pass_times, step_times = [], []
+        for step in range(NUM_STEPS + 1):
+            start = _now(accelerator.device)
+            backward(trainer.model, trainer.objective, batch, rows, spec.dtype)
+            middle = _now(accelerator.device)
+            trainer.step(batch, step * rows)
+            if step:  # the first step warms up
+                pass_times.append(middle - start)
+                step_times.append(_now(accelerator.device) - middle)
+    pass_s, step_s = (sorted(times)[len(times) // 2] for times in (pass_times, step_times))
+    return pass_s / rows, max(0.0, step_s - pass_s)
 
 
 def oom_message(spec: TrainSpec, cost: ModelCost, num_processes: int, disk_free: int) -> str:
-    """A line for a size that cannot fit whatever its activations take, or whose states cannot; empty where nothing is wrong."""
-    held, free = state_bytes(spec, cost.num_parameters, num_processes), memory_free()
+    """Return a warning if weights, moments and averages exceed the free memory, or training states the free disk; else ""."""
+    state_memory, free = state_bytes(spec, cost.num_parameters, num_processes), memory_free()
     disk = disk_bytes(spec, cost.num_parameters, 1)
-    if held > free:
-        needs = f"{_gb(held)} of memory for weights, moments and averages alone, and {_gb(free)} are free"
+    if state_memory > free:
+        problem = f"needs {_gb(state_memory)} of memory just for weights, moments and averages, but {_gb(free)} are free"
     elif disk > disk_free:
-        needs = f"{_gb(disk)} of disk for its states, and {_gb(disk_free)} are free"
+        problem = f"needs {_gb(disk)} of disk for its training states, but {_gb(disk_free)} are free"
     else:
         return ""
-    return f"{cost.size} (width {cost.width}) takes {needs}: `isocost train STUDY --forecast` says what would fit"
+    return f"{cost.size} (width {cost.width}) {problem}; `isocost train STUDY --estimate` lists settings that fit"
 
 
 def disk_bytes(spec: TrainSpec, num_parameters: int, num_snapshots: int) -> int:
-    """Bytes of states and checkpoints when they are most: a state stays until the next is durable."""
-    states = spec.keep_last_states + 1
+    """Return the maximum bytes of training states and checkpoints: a state stays until the next one is durable."""
+    num_states = spec.keep_last_states + 1
     if spec.keep_state_every_images is not None:
-        states += spec.num_images // spec.keep_state_every_images
-    return states * state_bytes(spec, num_parameters) + num_snapshots * FLOAT * num_parameters
+        num_states += spec.num_images // spec.keep_state_every_images
+    return num_states * state_bytes(spec, num_parameters) + num_snapshots * FLOAT * num_parameters
 
 
 def memory_free() -> int:
-    """Bytes that a process could still take: of the accelerator, or of the machine."""
+    """Return the free memory of the accelerator, or of the machine if there is none, bytes."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     return free_bytes()

@@ -1,8 +1,9 @@
-"""One training loop for every task and any number of processes. The same command resumes; a mark reached is published."""
+"""The training loop of all objectives, on any number of processes. It resumes from the newest state and saves snapshots."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,274 +20,310 @@ from torch import Tensor, nn
 from isocost.config.training import TrainSpec
 from isocost.errors import ConfigError, RunError
 from isocost.training.cuda_graph_step import CudaGraphStep
-from isocost.training.distributed import DistributedModel, on_cpu, rows_of
+from isocost.training.distributed import DistributedModel, on_cpu, process_rows
 from isocost.training.ema import Ema
 from isocost.training.grad_accumulation import largest_microbatch
 from isocost.training.lr_schedule import learning_rate
 from isocost.training.objectives import Batch, Objective
-from isocost.training.state_checkpoint import TrainingState, averaged, remove_partial
-from isocost.utils.progress import progress_bar, say
+from isocost.training.state_checkpoint import TrainingState, ema_weights, remove_partial
+from isocost.utils.progress import progress_bar
 from isocost.utils.signals import deadline_passed
 
-Publish = Callable[[nn.Module, Iterable[tuple[str, Tensor]], int], None]
+logger = logging.getLogger(__name__)
+
+SaveSnapshot = Callable[[nn.Module, Iterable[tuple[str, Tensor]], int], None]
+"""(network, names and tensors of its EMA weights, images seen) -> saves a checkpoint."""
 LOG_EVERY_STEPS = 20
 
 
 class DeadlineReached(RunError):
-    """The deadline came; the state is durable and the same command goes on."""
+    """The deadline has passed. The training state is saved, and the same command resumes."""
 
 
 def train(
     spec: TrainSpec,
-    task: Objective,
+    objective: Objective,
     network: nn.Module,
-    run: Path,
-    publish: Publish,
+    run_folder: Path,
+    save_snapshot: SaveSnapshot,
     *,
     title: str,
     snapshots: tuple[int, ...] | None = None,
     deadline: float | None = None,
 ) -> None:
-    """Train `network` until the last of `snapshots`, from the newest state in the folder `run` if there is one.
+    """Train `network` until the last of `snapshots`, from the newest state in `run_folder` if there is one.
 
-    The n-th image, its noise and its place are functions of (seed, n), so a training that was stopped and one that was not
-    give the same bits on the same number of processes, and see the same images on any.
+    The n-th image, its noise and its timestep are functions of (seed, n). An interrupted and an uninterrupted training
+    therefore give the same bits on the same number of processes, and see the same images on any number of processes.
 
     Args:
-        publish: called on the main process with the network (for its config), the names and tensors of the EMA weights, and
-            the mark, at each mark.
-        snapshots: images seen, rising; `num_images` alone where None.
+        run_folder: holds the training states and `loss.jsonl`.
+        save_snapshot: called on the main process at each snapshot with the network (for its config), the names and tensors
+            of the EMA weights, and the snapshot's images seen.
+        title: name of the training on the progress bar and in messages.
+        snapshots: images seen, rising; None: only `spec.num_images`.
         deadline: `time.monotonic()` after which the state is saved and DeadlineReached raised.
 
     Raises:
-        ConfigError: `spec.tracker` is not installed, or the batch does not divide by the number of processes.
-        RunError: the loss is not finite, a state is damaged or cannot be written; the last durable state stays.
+        ConfigError: `spec.tracker` is not installed, or the batch size is not divisible by the number of processes.
+        DeadlineReached: the deadline has passed before the last snapshot.
+        RunError: the loss is not finite, or a state is damaged or cannot be written; the last durable state stays.
     """
-    accelerator = make_accelerator(spec, run, title)
-    trainer = Trainer(spec, task, network, run, accelerator)
-    images_seen = last_saved = trainer.state.load()
+    accelerator = make_accelerator(spec, run_folder, title)
+    trainer = Trainer(spec, objective, network, run_folder, accelerator)
+    images_seen = last_saved = trainer.training_state.load()
     if spec.cuda_graphs:
-        trainer.record(images_seen)
-    ahead = tuple(snapshot for snapshot in snapshots or (spec.num_images,) if spec.whole_batches(snapshot) >= images_seen)
-    ahead = trainer.save_snapshots(publish, ahead, images_seen)
+        trainer.record_graph(images_seen)
+    pending = tuple(snapshot for snapshot in snapshots or (spec.num_images,) if spec.whole_batches(snapshot) >= images_seen)
+    pending = trainer.save_due_snapshots(save_snapshot, pending, images_seen)
     losses: list[Tensor] = []
     with (
-        _log(run, images_seen, accelerator) as log,
+        _log(run_folder, images_seen, accelerator) as log,
         progress_bar(title, spec.num_images, "images", images_seen) as progress,
         _batches(trainer, images_seen) as batches,
     ):
-        while ahead:
+        while pending:
             losses.append(trainer.step(next(batches), images_seen))
             images_seen += spec.batch_size
-            at_mark, at_log = images_seen >= ahead[0], len(losses) == LOG_EVERY_STEPS
-            out_of_time = _is_late(deadline, accelerator, at_log or at_mark)
-            at_save = at_mark or out_of_time or images_seen - last_saved >= spec.state_every_images
-            if at_log or at_save:
+            snapshot_due, log_due = images_seen >= pending[0], len(losses) == LOG_EVERY_STEPS
+            deadline_reached = _deadline_reached(deadline, accelerator, log_due or snapshot_due)
+            save_due = snapshot_due or deadline_reached or images_seen - last_saved >= spec.state_every_images
+            if log_due or save_due:
                 mean = _mean_loss(losses, accelerator, images_seen)
                 losses.clear()
-                rate = learning_rate(spec, images_seen - spec.batch_size)
-                log({"images_seen": images_seen, "loss": mean, "lr": rate})
-                accelerator.log({"loss": mean, "lr": rate}, step=images_seen)
+                lr = learning_rate(spec, images_seen - spec.batch_size)
+                log({"images_seen": images_seen, "loss": mean, "lr": lr})
+                accelerator.log({"loss": mean, "lr": lr}, step=images_seen)
                 progress(min(images_seen, spec.num_images), f"loss {mean:.4f}")
-            if at_save:
-                ahead = trainer.save_snapshots(publish, ahead, images_seen)
-                trainer.state.save(images_seen, spec, accelerator)
+            if save_due:
+                pending = trainer.save_due_snapshots(save_snapshot, pending, images_seen)
+                trainer.training_state.save(images_seen, spec, accelerator)
                 last_saved = images_seen
-            if out_of_time and ahead:
-                raise DeadlineReached(f"{title}: stopped at {images_seen} images; the same command goes on")
+            if deadline_reached and pending:
+                raise DeadlineReached(f"{title}: stopped at {images_seen} images; the same command resumes")
     for tracker in accelerator.trackers:
         tracker.finish()
 
 
 class Trainer:
-    """What a training holds between two steps."""
+    """Network, optimizer, averages and training state of a training, and its single steps."""
 
-    def __init__(self, spec: TrainSpec, task: Objective, network: nn.Module, run: Path, accelerator: Accelerator) -> None:
-        self.spec, self.task, self.accelerator = spec, task, accelerator
-        self.rows = rows_of(spec, accelerator)
-        self.parallel = DistributedModel(network, spec, accelerator)
+    def __init__(
+        self, spec: TrainSpec, objective: Objective, network: nn.Module, run_folder: Path, accelerator: Accelerator
+    ) -> None:
+        self.spec, self.objective, self.accelerator = spec, objective, accelerator
+        self.rows = process_rows(spec, accelerator)
+        self.model = DistributedModel(network, spec, accelerator)
         self.dtype = next(network.parameters()).dtype
         self.optimizer = torch.optim.AdamW(
-            self.parallel.trainable_params.values(),
+            self.model.trainable_params.values(),
             lr=spec.lr,
             betas=spec.adam_betas,
             weight_decay=spec.weight_decay,
             fused=True,
         )
-        self.ema = Ema([piece.data for piece in self.parallel.pieces()], spec.half_lives)
-        self.state = TrainingState(self.parallel, self.optimizer, self.ema, run)
+        self.ema = Ema([shard.data for shard in self.model.param_shards()], spec.half_lives)
+        self.training_state = TrainingState(self.model, self.optimizer, self.ema, run_folder)
         if accelerator.is_main_process:
-            run.mkdir(parents=True, exist_ok=True)
-            remove_partial(run)
+            run_folder.mkdir(parents=True, exist_ok=True)
+            remove_partial(run_folder)
         accelerator.wait_for_everyone()
-        self.task.begin(dict(zip(self.ema.half_lives, self.ema.averages, strict=True)))
-        self.microbatch = largest_microbatch(self.parallel, spec, task, self.rows, self.dtype)
-        self.recorded: CudaGraphStep | None = None
+        self.objective.on_train_start(dict(zip(self.ema.half_lives, self.ema.averages, strict=True)))
+        self.microbatch = largest_microbatch(self.model, spec, objective, self.rows, self.dtype)
+        self.graph_step: CudaGraphStep | None = None
 
     def batch(self, images_seen: int) -> Batch:
-        """This process's rows of the batch that follows `images_seen` images."""
-        return self.task.batch(images_seen, self.rows, self.accelerator.device, self.dtype)
+        """Return this process's rows of the batch that follows `images_seen` images."""
+        return self.objective.batch(images_seen, self.rows, self.accelerator.device, self.dtype)
 
-    def record(self, images_seen: int) -> None:
-        """Record a step, to be played back from now on; after the state is restored, before batches are made beside it.
+    def record_graph(self, images_seen: int) -> None:
+        """Record a CUDA graph of a step; `step` replays it from now on.
+
+        Call it after the state is restored and before batches are prefetched.
 
         Raises:
-            ConfigError: there is no CUDA device, or several processes train.
+            ConfigError: there is no CUDA device, or the training has several processes.
         """
         if self.accelerator.device.type != "cuda" or self.accelerator.num_processes > 1:
-            raise ConfigError("train.cuda_graphs: for one process with a CUDA device; leave it out here")
-        self.recorded = CudaGraphStep(self.optimizer, self._gradients, self._optimizer_step, self.batch(images_seen))
+            raise ConfigError("train.cuda_graphs needs a single process with a CUDA device; remove it from the study here")
+        self.graph_step = CudaGraphStep(self.optimizer, self._compute_gradients, self._optimizer_step, self.batch(images_seen))
 
     def step(self, batch: Batch, images_seen: int) -> Tensor:
-        """One step of the optimizer and of the averages; returns the loss of this process's rows, on the device."""
-        rate = learning_rate(self.spec, images_seen)
-        if self.recorded is not None:
-            loss = self.recorded(batch, rate)
+        """Take a step of the optimizer and of the averages.
+
+        Args:
+            batch: this process's rows.
+            images_seen: images before this step.
+
+        Returns:
+            The mean loss of this process's rows, a scalar on the device.
+        """
+        lr = learning_rate(self.spec, images_seen)
+        if self.graph_step is not None:
+            loss = self.graph_step(batch, lr)
         else:
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = lr
             loss = self._optimizer_step(batch)
         self.ema.update(images_seen + self.spec.batch_size, self.spec.batch_size)
         return loss
 
     def _optimizer_step(self, batch: Batch) -> Tensor:
-        loss = self._gradients(batch)
-        self.parallel.clip(self.spec.max_grad_norm)
+        loss = self._compute_gradients(batch)
+        self.model.clip_grad_norm(self.spec.max_grad_norm)
         self.optimizer.step()
         return loss
 
-    def _gradients(self, batch: Batch) -> Tensor:
+    def _compute_gradients(self, batch: Batch) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        return backward(self.parallel, self.task, batch, self.microbatch, self.spec.dtype)
+        return backward(self.model, self.objective, batch, self.microbatch, self.spec.dtype)
 
-    def save_snapshots(self, publish: Publish, snapshots: tuple[int, ...], images_seen: int) -> tuple[int, ...]:
-        """Publish those that are reached; returns the others.
+    def save_due_snapshots(self, save_snapshot: SaveSnapshot, snapshots: tuple[int, ...], images_seen: int) -> tuple[int, ...]:
+        """Save the snapshots that `images_seen` has reached; returns the others. All processes must call it.
 
         Raises:
             RunError: a checkpoint cannot be written.
         """
         for snapshot in (snapshot for snapshot in snapshots if snapshot <= images_seen):
-            weights = averaged(self.parallel, self.ema)
+            weights = ema_weights(self.model, self.ema)
             if self.accelerator.is_main_process:
                 try:
-                    publish(self.parallel.network, weights, snapshot)
+                    save_snapshot(self.model.network, weights, snapshot)
                 except OSError as error:
-                    raise RunError(f"the checkpoint at {snapshot} images cannot be written ({error}); states stay") from error
-            for _ in weights:
+                    raise RunError(
+                        f"the checkpoint at {snapshot} images cannot be written ({error}); the training state is kept"
+                    ) from error
+            for _ in weights:  # every process takes part in gathering
                 pass
             self.accelerator.wait_for_everyone()
         return tuple(snapshot for snapshot in snapshots if snapshot > images_seen)
 
 
-def backward(parallel: DistributedModel, task: Objective, batch: Batch, microbatch: int, dtype: str) -> Tensor:
-    """Gradients of the mean loss over this process's rows, `microbatch` of them at a time; returns that loss."""
-    device = parallel.accelerator.device
+def backward(model: DistributedModel, objective: Objective, batch: Batch, microbatch: int, dtype: str) -> Tensor:
+    """Accumulate the gradients of the mean loss over this process's rows.
+
+    Args:
+        microbatch: rows that go through the network at once.
+        dtype: "bf16" runs the forward pass under autocast.
+
+    Returns:
+        The mean loss, a scalar on the device.
+    """
+    device = model.accelerator.device
     total = torch.zeros((), device=device)
-    parts = list(batch.split(microbatch))
-    for number, part in enumerate(parts, start=1):
-        with parallel.no_sync_unless(number == len(parts)):
+    microbatches = list(batch.split(microbatch))
+    for number, part in enumerate(microbatches, start=1):
+        with model.no_sync_unless(number == len(microbatches)):
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-                loss = task.loss(parallel.forward, part) * (len(part) / len(batch))
+                loss = objective.loss(model.forward, part) * (len(part) / len(batch))
             loss.backward()
         total = total + loss.detach()
     return total
 
 
-def make_accelerator(spec: TrainSpec, run: Path, title: str) -> Accelerator:
-    """Knows the device and the other processes (torchrun, `accelerate launch`), and opens the tracker.
+def make_accelerator(spec: TrainSpec, run_folder: Path, title: str) -> Accelerator:
+    """Create the Accelerator, which knows the device and the other processes of the launch, and open the tracker.
 
     Raises:
         ConfigError: the tracker is not installed.
     """
     if spec.tracker != "none" and find_spec(spec.tracker) is None:
-        raise ConfigError(f"train.tracker: {spec.tracker} is not installed: pip install {spec.tracker}, or tracker: none")
+        raise ConfigError(
+            f"train.tracker: {spec.tracker} is not installed; run pip install {spec.tracker}, or set train.tracker: none"
+        )
     accelerator = Accelerator(
         cpu=on_cpu(),
         log_with=None if spec.tracker == "none" else spec.tracker,
-        project_dir=str(run / "tracker"),
+        project_dir=str(run_folder / "tracker"),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
     if spec.tracker != "none":
-        plain = spec.model_dump(mode="json").items()
-        accelerator.init_trackers(title, config={k: str(v) if isinstance(v, list) else v for k, v in plain})
+        config = spec.model_dump(mode="json").items()
+        accelerator.init_trackers(title, config={k: str(v) if isinstance(v, list) else v for k, v in config})
     if spec.dtype == "bf16" and accelerator.device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
-        say("train.precision: bf16: this processor has no bf16 matrix instructions, fp32 will be many times faster")
+        logger.warning(
+            "train.dtype: bf16 is slow here, because this processor has no bf16 matrix instructions; fp32 is many times faster"
+        )
     return accelerator
 
 
 @contextmanager
 def _batches(trainer: Trainer, images_seen: int) -> Iterator[Iterator[Batch]]:
-    """The batches from `images_seen` on; beside a device the next one is made while it works on the last."""
-    size, device = trainer.spec.batch_size, trainer.accelerator.device
+    """The batches from `images_seen` on. With an accelerator, the next batch is made while the accelerator takes a step."""
+    batch_size, device = trainer.spec.batch_size, trainer.accelerator.device
     if device.type == "cpu":
-        yield (trainer.batch(seen) for seen in range(images_seen, 1 << 62, size))
+        yield (trainer.batch(seen) for seen in range(images_seen, 1 << 62, batch_size))
         return
     make = _prefetch(trainer) if device.type == "cuda" else lambda seen: (trainer.batch(seen), lambda batch: batch)
     with ThreadPoolExecutor(1) as pool:
 
-        def ahead() -> Iterator[Batch]:
-            coming = pool.submit(make, images_seen)
-            for seen in range(images_seen + size, 1 << 62, size):
-                (batch, ready), coming = coming.result(), pool.submit(make, seen)
-                yield ready(batch)
+        def prefetched() -> Iterator[Batch]:
+            next_batch = pool.submit(make, images_seen)
+            for seen in range(images_seen + batch_size, 1 << 62, batch_size):
+                (batch, wait_until_ready), next_batch = next_batch.result(), pool.submit(make, seen)
+                yield wait_until_ready(batch)
 
-        yield ahead()
+        yield prefetched()
 
 
 def _prefetch(trainer: Trainer) -> Callable[[int], tuple[Batch, Callable[[Batch], Batch]]]:
-    """Batches made on a stream of their own, so that making one does not wait for the step before it."""
+    """Make batches on a separate CUDA stream, so that they do not wait for the step before."""
     stream = torch.cuda.Stream(trainer.accelerator.device)
 
     def make(seen: int) -> tuple[Batch, Callable[[Batch], Batch]]:
         with torch.cuda.stream(stream):
-            batch, made = trainer.batch(seen), stream.record_event()
+            batch, event = trainer.batch(seen), stream.record_event()
 
-        def ready(batch: Batch) -> Batch:
-            here = torch.cuda.current_stream()
-            here.wait_event(made)
+        def wait_until_ready(batch: Batch) -> Batch:
+            current_stream = torch.cuda.current_stream()
+            current_stream.wait_event(event)
             for column in fields(batch):
-                getattr(batch, column.name).record_stream(here)
+                getattr(batch, column.name).record_stream(current_stream)
             return batch
 
-        return batch, ready
+        return batch, wait_until_ready
 
     return make
 
 
-def _is_late(deadline: float | None, accelerator: Accelerator, at_log: bool) -> bool:
-    """Whether the deadline has come, or SIGTERM, for any process; several look only where they meet anyway."""
-    late = deadline_passed(deadline)
+def _deadline_reached(deadline: float | None, accelerator: Accelerator, may_sync: bool) -> bool:
+    """Whether the deadline has passed, or SIGTERM has come, in any process.
+
+    Several processes check it only if `may_sync`: at steps where they wait for each other anyway.
+    """
+    reached = deadline_passed(deadline)
     if accelerator.num_processes == 1:
-        return late
-    if not at_log:
+        return reached
+    if not may_sync:
         return False
-    return bool(accelerator.reduce(torch.tensor(float(late), device=accelerator.device), "sum") > 0)
+    return bool(accelerator.reduce(torch.tensor(float(reached), device=accelerator.device), "sum") > 0)
 
 
 def _mean_loss(losses: list[Tensor], accelerator: Accelerator, images_seen: int) -> float:
     mean = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
     if not math.isfinite(mean):
         raise RunError(
-            f"the loss is {mean} near image {images_seen}; the last good state stays; lower train.lr or the precision"
+            f"the mean loss is {mean} after {images_seen} training images; the last saved training state is unchanged; "
+            "lower train.lr, or set train.dtype: fp32"
         )
     return mean
 
 
 @contextmanager
-def _log(run: Path, images_seen: int, accelerator: Accelerator) -> Iterator[Callable[[dict[str, float]], None]]:
-    """Lines of `loss.jsonl`, without those that a killed training wrote after its last durable state."""
+def _log(run_folder: Path, images_seen: int, accelerator: Accelerator) -> Iterator[Callable[[dict[str, float]], None]]:
+    """Open `loss.jsonl` for appending; lines that a killed training wrote after its last durable state are removed."""
     if not accelerator.is_main_process:
-        yield lambda line: None
+        yield lambda entry: None
         return
-    file = run / "loss.jsonl"
+    file = run_folder / "loss.jsonl"
     if file.is_file():
-        kept = [line for line in file.read_text().splitlines() if _images_of(line) <= images_seen]
-        file.write_text("".join(f"{line}\n" for line in kept))
+        lines = [line for line in file.read_text().splitlines() if _logged_images_seen(line) <= images_seen]
+        file.write_text("".join(f"{line}\n" for line in lines))
     with file.open("a", buffering=1) as stream:
-        yield lambda line: print(json.dumps(line), file=stream)
+        yield lambda entry: print(json.dumps(entry), file=stream)
 
 
-def _images_of(line: str) -> float:
+def _logged_images_seen(line: str) -> float:
     try:
         return json.loads(line)["images_seen"]
     except (json.JSONDecodeError, KeyError):

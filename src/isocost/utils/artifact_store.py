@@ -1,7 +1,7 @@
-"""Artefacts on disk: `artefacts/<kind>/<digest>/`, there whole or not at all.
+"""Artefacts on disk: folders `artefacts/<kind>/<digest>/`, each either complete or absent.
 
-A stage writes into a folder beside the final one; when it is done the manifest is written last, everything is flushed,
-and one rename publishes it. A killed stage leaves only a folder under `artefacts/.partial/`, which the next run removes.
+A stage writes into a temporary folder. At its end the manifest is written, all files are flushed to disk, and one rename moves
+the folder into place. A killed stage leaves only a folder under `artefacts/.partial/`, which the next run removes.
 """
 
 from __future__ import annotations
@@ -29,24 +29,30 @@ class Store:
         self.root = self.out / "artefacts"
 
     def folder(self, kind: str, name: str) -> Path:
-        """Where the artefact stands, or would stand."""
+        """The folder of an artefact, whether it exists or not."""
         return self.root / kind / name
 
     def has(self, kind: str, name: str) -> bool:
-        """True when the artefact is there whole."""
+        """Whether the artefact exists."""
         return (self.folder(kind, name) / MANIFEST).is_file()
 
     def manifest(self, kind: str, name: str) -> dict[str, Any]:
-        """What made the artefact, and what it reports of itself."""
+        """The manifest of an artefact: how it was made, and its facts."""
         return read_manifest(self.folder(kind, name))
 
     def is_empty(self) -> bool:
-        """True where no artefact and no training state stands."""
+        """Whether the store has neither artefacts nor training states."""
         return not any(self.root.glob(f"[!.]*/*/{MANIFEST}")) and not any(self.root.glob("run/*/state-*"))
 
     @contextmanager
     def create(self, kind: str, name: str, manifest: dict[str, Any]) -> Iterator[Path]:
-        """A folder to write an artefact into; published when the block ends well. `manifest` may be filled meanwhile."""
+        """Create an artefact: yields a folder to write into, which is published when the block ends without an error.
+
+        Args:
+            kind: kind of the artefact.
+            name: digest of its spec.
+            manifest: its facts; the block may add more.
+        """
         partial = self.root / ".partial" / f"{kind}-{name}.{platform.node()}.{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -54,7 +60,7 @@ class Store:
         publish(partial, self.folder(kind, name), {"kind": kind, "digest": name, **manifest})
 
     def remove(self, kind: str, name: str) -> None:
-        """Remove an artefact in one step: it is whole, and then it is not there."""
+        """Remove an artefact in one step, so that no part of it is ever left in its place."""
         folder = self.folder(kind, name)
         retired = self.root / ".partial" / f"{kind}-{name}.old.{platform.node()}.{os.getpid()}"
         retired.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +68,7 @@ class Store:
         shutil.rmtree(retired)
 
     def remove_partial(self) -> None:
-        """Remove what killed processes of this machine left unfinished."""
+        """Remove the temporary folders of killed processes of this machine."""
         for folder in (self.root / ".partial").glob("*"):
             _, host, pid = folder.name.rsplit(".", 2)
             if host == platform.node() and not is_alive(int(pid)):
@@ -70,7 +76,7 @@ class Store:
 
 
 def publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest last, flush every file to disk, and rename `partial` to `final` in one step."""
+    """Write the manifest, flush every file to disk, and rename the folder `partial` to `final` in one step."""
     stamp = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "provenance": provenance()}
     write_json(partial / MANIFEST, {**manifest, **stamp})
     for file in [*partial.rglob("*"), partial]:
@@ -87,7 +93,7 @@ def publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 
 def copy_artefact(folder: Path, final: Path, partial_root: Path) -> None:
-    """Copy an artefact of another output folder; it is there whole or not at all."""
+    """Copy an artefact from another output folder to `final`. `final` never holds an incomplete artefact."""
     partial = partial_root / f"copy-{folder.name}.{platform.node()}.{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(folder, partial)
@@ -99,7 +105,7 @@ def copy_artefact(folder: Path, final: Path, partial_root: Path) -> None:
 
 
 def free_disk(path: Path) -> int:
-    """Bytes free on the disk on which `path` lies, or would lie."""
+    """Free bytes of the disk of `path`, which need not exist yet."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
@@ -111,7 +117,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON text, readable, with a final newline."""
+    """Write indented JSON with a final newline."""
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -132,5 +138,5 @@ def _flush(path: Path) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs; True where that cannot be told."""
+    """Whether a process of this machine runs; True on systems that do not show it."""
     return Path(f"/proc/{pid}").exists() if Path("/proc").is_dir() else True

@@ -1,4 +1,4 @@
-"""Where a number comes from: versions, commit, host, hardware."""
+"""Provenance of a result: versions, commit, host, hardware."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PACKAGES = ("isocost", "torch", "diffusers", "transformers", "accelerate", "num
 
 @lru_cache(maxsize=1)
 def provenance() -> dict[str, str]:
-    """Versions of what computes, the commit of this source where it is a git checkout, host, processor and threads."""
+    """Versions of the libraries, commit of isocost's source, host, device and number of threads."""
     import torch
 
     facts = {f"{name}_version": _version(name) for name in _PACKAGES}
@@ -34,22 +34,22 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """Of this source's git checkout, or `ISOCOST_COMMIT` for a copy without one (a container, say)."""
-    if told := os.environ.get("ISOCOST_COMMIT"):
-        return told
+    """The commit of this source's git checkout, or `ISOCOST_COMMIT` for a copy without git, such as a container."""
+    if commit := os.environ.get("ISOCOST_COMMIT"):
+        return commit
     source = Path(__file__).resolve().parent
     command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+    return result.stdout.strip() if result.returncode == 0 else "unknown"
 
 
 def processor_name() -> str:
-    """The processor's model, the vector instructions that torch uses on it, and how many cores this machine shows.
+    """The model of the processor, the vector instructions that torch uses on it, and its number of cores.
 
-    The model alone ("AMD EPYC") may be several generations, one twice as fast as another.
+    The model name ("AMD EPYC") may stand for several generations, one twice as fast as another.
     """
     import torch
 

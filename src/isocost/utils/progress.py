@@ -1,7 +1,8 @@
-"""Progress on stderr: a bar a stage at a terminal, a line now and then in a log file."""
+"""Progress on stderr: a bar for each stage at a terminal, a line from time to time in a log file."""
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -11,11 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+logger = logging.getLogger(__name__)
+
 console = Console(stderr=True, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
-"""Of several processes that torchrun started, the first one speaks."""
+"""Of several processes that torchrun started, only the first one prints."""
 SECONDS_BETWEEN_LINES = 20.0
 
 Report = Callable[[int, str], None]
+"""Called with the number of units done so far and a short note."""
 
 
 class _Rate(ProgressColumn):
@@ -26,9 +30,19 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress_bar(title: str, total: int, unit: str, done: int = 0) -> Iterator[Report]:
-    """Progress of a stage; call the result with how many units are done in all and a word on how it stands."""
+    """Show the progress of a stage.
+
+    Args:
+        title: name of the stage.
+        total: number of units of the whole stage.
+        unit: name of the units: "images", "points".
+        done: units that an earlier run has done.
+
+    Yields:
+        A function to call with the number of units done in all and a note that is shown with it.
+    """
     if not console.is_terminal:
-        yield _lines(title, total, unit, done)
+        yield _log_lines(title, total, unit, done)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -43,12 +57,31 @@ def progress_bar(title: str, total: int, unit: str, done: int = 0) -> Iterator[R
         yield lambda completed, note: bars.update(task, completed=completed, note=note)
 
 
-def say(message: str) -> None:
-    """One line for the person at the terminal."""
-    console.print(message, highlight=False, markup=False)
+class ConsoleHandler(logging.Handler):
+    """Prints a log message as a plain line on stderr, above a progress bar that is shown there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the message of `record` on the console of the progress bars."""
+        console.print(self.format(record), highlight=False, markup=False)
 
 
-def _lines(title: str, total: int, unit: str, done: int) -> Report:
+@contextmanager
+def log_messages_on_stderr() -> Iterator[None]:
+    """Print the messages of isocost's loggers (level INFO and above) on stderr while the block runs."""
+    package_logger = logging.getLogger("isocost")
+    handler, level, propagate = ConsoleHandler(), package_logger.level, package_logger.propagate
+    package_logger.addHandler(handler)
+    package_logger.setLevel(logging.INFO)
+    package_logger.propagate = False  # another library's handler of the root logger would print them twice
+    try:
+        yield
+    finally:
+        package_logger.removeHandler(handler)
+        package_logger.setLevel(level)
+        package_logger.propagate = propagate
+
+
+def _log_lines(title: str, total: int, unit: str, done: int) -> Report:
     started = last = time.monotonic()
 
     def report(completed: int, note: str) -> None:
@@ -58,7 +91,7 @@ def _lines(title: str, total: int, unit: str, done: int) -> Report:
             return
         last = now
         rate = (completed - done) / max(now - started, 1e-9)
-        left = (total - completed) / rate if rate > 0 else 0.0
-        say(f"{title}: {completed}/{total} {unit}, {rate:.1f} {unit}/s, {left:.0f} s left  {note}")
+        seconds_left = (total - completed) / rate if rate > 0 else 0.0
+        logger.info(f"{title}: {completed}/{total} {unit}, {rate:.1f} {unit}/s, {seconds_left:.0f} s left  {note}")
 
     return report

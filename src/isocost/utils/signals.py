@@ -1,4 +1,4 @@
-"""When work is to stop: at a deadline, or once the process was asked to (SIGTERM). What is in hand is finished and kept."""
+"""Stop requests: by a deadline or by SIGTERM. The shard or training step in progress is finished and saved first."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ _stop_flag = threading.Event()
 
 
 def stop_on_sigterm() -> None:
-    """From now on SIGTERM asks for a stop, in place of ending the process at once; a second one does that."""
+    """Make the first SIGTERM request a stop; a second one ends the process at once."""
 
-    def ask(_signal: int, _frame: object) -> None:
+    def handle(_signal: int, _frame: object) -> None:
         _stop_flag.set()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGTERM, handle)
 
 
 def request_stop() -> None:
-    """What SIGTERM does, for another thread of this process."""
+    """Request a stop from another thread of this process, as SIGTERM does."""
     _stop_flag.set()
 
 
 def stop_requested() -> bool:
-    """Whether the process was asked to stop."""
+    """Whether a stop was requested."""
     return _stop_flag.is_set()
 
 
 def deadline_passed(deadline: float | None) -> bool:
-    """Whether `deadline`, a `time.monotonic()`, has passed, or the process was asked to stop."""
+    """Whether `deadline`, a `time.monotonic()`, has passed, or a stop was requested."""
     return stop_requested() or (deadline is not None and time.monotonic() > deadline)

@@ -1,6 +1,6 @@
-"""Shapes and textures of the scenes as plain functions of the place: signed distances, and shares of a pixel.
+"""Shapes and textures of the scenes as functions of the position: signed distances, and covered fractions of a pixel.
 
-x runs right, y runs down; both broadcast. Shapes live in the box -1 .. 1, textures in units of 1/32 of the image's side.
+x runs right, y runs down; both broadcast. Shapes fill the box -1 .. 1; textures are in units of 1/32 of the image size.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ Floats = NDArray[np.floating]
 
 
 def cover(distance: Floats, pixel: float) -> Floats:
-    """Share of a pixel inside an edge at a signed distance (negative inside) from its centre."""
+    """Return the fraction of a pixel that is inside an edge.
+
+    Args:
+        distance: signed distance of the pixel's centre from the edge, negative inside.
+        pixel: size of a pixel, in the unit of `distance`.
+    """
     return np.clip(0.5 - distance / pixel, 0, 1)
 
 
-# Signed distances within the box -1 .. 1, negative inside; exact at the edges, where anti-aliasing looks at them.
+# Signed distances within the box -1 .. 1, negative inside. They are exact at the edges, where anti-aliasing uses them.
 
 
 def _circle(x: Floats, y: Floats) -> Floats:
@@ -41,7 +46,7 @@ def _diamond(x: Floats, y: Floats) -> Floats:
 
 
 def _star(x: Floats, y: Floats) -> Floats:
-    """Five tips; by symmetry one line from a tip to the next notch, in the sector folded about that tip."""
+    """Five tips; by symmetry a single line from a tip to the next notch, in the sector folded about that tip."""
     tip, notch, y = 1.06, 0.52, y - 0.09
     sector = math.tau / 5
     angle = abs((np.arctan2(x, -y) + sector / 2) % sector - sector / 2)
@@ -62,7 +67,7 @@ def _ring(x: Floats, y: Floats) -> Floats:
 
 
 def _heart(x: Floats, y: Floats) -> Floats:
-    """Inigo Quilez, "2D distance functions": two lobes over a right angle, here of width 2."""
+    """Two lobes over a right angle, scaled to width 2 (Inigo Quilez, "2D distance functions")."""
     scale = 1.65
     x, y = abs(x) / scale, 0.57 - y / scale
     lobe = np.hypot(x - 0.25, y - 0.75) - math.sqrt(2) / 4
@@ -82,28 +87,28 @@ DISTANCES: dict[str, Callable[[Floats, Floats], Floats]] = {
     "heart": _heart,
 }
 
-# Textures: share of each pixel in the shade, about the object's centre; a rim in the object's own colour keeps its outline.
+# Textures: fraction of each pixel in the texture's colour, relative to the object's centre.
 
-RIM = 0.5
+RIM = 0.5  # width of an outline in the object's own colour
 
 
 def _striped(x: Floats, y: Floats, pixel: float) -> Floats:
-    return cover(_from_lattice(y, 4.0) - 1.0, pixel) + 0 * x
+    return cover(_distance_to_multiple(y, 4.0) - 1.0, pixel) + 0 * x
 
 
 def _dotted(x: Floats, y: Floats, pixel: float) -> Floats:
-    return cover(np.hypot(_from_lattice(x, 4.0), _from_lattice(y, 4.0)) - 1.15, pixel)
+    return cover(np.hypot(_distance_to_multiple(x, 4.0), _distance_to_multiple(y, 4.0)) - 1.15, pixel)
 
 
 def _checkered(x: Floats, y: Floats, pixel: float) -> Floats:
     period = 6.0
-    odd_x, odd_y = (cover(_from_lattice(v - period / 4, period) - period / 4, pixel) for v in (x, y))
+    odd_x, odd_y = (cover(_distance_to_multiple(value - period / 4, period) - period / 4, pixel) for value in (x, y))
     return odd_x * (1 - odd_y) + odd_y * (1 - odd_x)
 
 
-def _from_lattice(v: Floats, period: float) -> Floats:
+def _distance_to_multiple(value: Floats, period: float) -> Floats:
     """Distance to the nearest multiple of `period`."""
-    return abs(v - period * np.rint(v / period))
+    return abs(value - period * np.rint(value / period))
 
 
 TEXTURE_COVERS: dict[str, Callable[[Floats, Floats, float], Floats]] = {

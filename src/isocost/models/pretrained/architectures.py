@@ -1,7 +1,4 @@
-"""One adapter a kind: which pipelines it reads, its network out of the denoiser's configuration, and what it refuses.
-
-Shapes: C latent channels, L latent side, T tokens, D width of the prompt embeddings.
-"""
+"""Pipeline families: the diffusers pipelines that isocost supports, and how each loads, wraps and checks its denoiser."""
 
 from __future__ import annotations
 
@@ -35,33 +32,34 @@ Wrap = Callable[[Any, int], nn.Module]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """An adapter.
+class PipelineFamily:
+    """Pipelines that are read in the same way.
 
     Attributes:
-        pipelines: classes of `model_index.json`.
-        part: the folder of the denoiser.
-        classes: what the denoiser's configuration may call it.
-        model: diffusers' class that reads it.
-        wrap: (denoiser, resolution) -> the network as it is called here.
-        encoders: folders of the text encoders and their classes; those with an asterisk may be absent.
-        context: the field that says how wide the prompt embeddings are.
-        max_tokens: of a caption; None is the tokenizer's own.
+        name: the family's name.
+        pipelines: pipeline classes in `model_index.json`.
+        denoiser_folder: folder of the denoiser.
+        denoiser_classes: class names that the denoiser's config may have.
+        denoiser_type: diffusers class that loads the denoiser.
+        wrap: function of (denoiser, resolution) that returns the network with the call signature of a U-Net.
+        text_encoders: folders of the text encoders and their classes.
+        embed_dim_field: field of the denoiser's config with the width of the prompt embeddings.
+        max_tokens: maximum number of tokens of a prompt; None for the tokenizer's own limit.
     """
 
     name: FamilyName
     pipelines: tuple[str, ...]
-    part: str
-    classes: tuple[str, ...]
-    model: type[nn.Module]
+    denoiser_folder: str
+    denoiser_classes: tuple[str, ...]
+    denoiser_type: type[nn.Module]
     wrap: Wrap
-    encoders: Mapping[str, str]
-    context: str
+    text_encoders: Mapping[str, str]
+    embed_dim_field: str
     max_tokens: int | None = None
 
 
 _CLIP, _PROJECTED, _T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
-_PIXART = Kind(
+_PIXART = PipelineFamily(
     "pixart",
     ("PixArtAlphaPipeline",),
     "transformer",
@@ -74,7 +72,7 @@ _PIXART = Kind(
 )
 
 FAMILIES = (
-    Kind(
+    PipelineFamily(
         "sd",
         ("StableDiffusionPipeline", "LatentConsistencyModelPipeline"),
         "unet",
@@ -84,7 +82,7 @@ FAMILIES = (
         {"text_encoder": _CLIP},
         "cross_attention_dim",
     ),
-    Kind(
+    PipelineFamily(
         "sdxl",
         ("StableDiffusionXLPipeline",),
         "unet",
@@ -96,7 +94,7 @@ FAMILIES = (
     ),
     _PIXART,
     replace(_PIXART, pipelines=("PixArtSigmaPipeline",), max_tokens=300),
-    Kind(
+    PipelineFamily(
         "sd3",
         ("StableDiffusion3Pipeline",),
         "transformer",
@@ -107,7 +105,7 @@ FAMILIES = (
         "joint_attention_dim",
         256,
     ),
-    Kind(
+    PipelineFamily(
         "flux",
         ("FluxPipeline",),
         "transformer",
@@ -119,103 +117,125 @@ FAMILIES = (
         512,
     ),
 )
-FLUX_SIDE = 128
-"""Side of the latent that diffusers' Flux pipeline draws by default."""
-PIPELINES = {pipeline: kind for kind in FAMILIES for pipeline in kind.pipelines}
-_UNKNOWN_TO_SD = (
+FLUX_LATENT_SIZE = 128
+"""Latent size that diffusers' Flux pipeline uses by default."""
+PIPELINES = {pipeline: family for family in FAMILIES for pipeline in family.pipelines}
+_UNSUPPORTED_UNET_FIELDS = (
     *("class_embed_type", "encoder_hid_dim", "encoder_hid_dim_type", "dual_cross_attention", "num_class_embeds"),
     *("time_embedding_act_fn", "timestep_post_act", "mid_block_only_cross_attention", "reverse_transformer_layers_per_block"),
 )
-_MORE_CHANNELS = {8: "edits or enlarges an image that it is given", 9: "fills in an image that it is given (inpainting)"}
-_MORE_OF_FLUX = {128: "follows a map that it is given (depth, edges)", 384: "fills in an image that it is given (inpainting)"}
+_OTHER_UNET_TASKS = {8: "for image editing or super-resolution", 9: "for inpainting"}
+_OTHER_FLUX_TASKS = {128: "for depth or edge control", 384: "for inpainting"}
+"""Tasks of published denoisers that are not text-to-image, by their input channels."""
 
 
-def kind_of(index: Mapping[str, Any], file: Path) -> Kind:
-    """The adapter for a `model_index.json`.
+def family_of(index: Mapping[str, Any], file: Path) -> PipelineFamily:
+    """Find the family of a pipeline.
+
+    Args:
+        index: content of `model_index.json`.
+        file: path of `model_index.json`, for messages.
 
     Raises:
-        ConfigError: there is none for the pipeline or its denoiser.
+        ConfigError: the pipeline or its denoiser is not supported.
     """
     pipeline = index.get("_class_name")
     if pipeline not in PIPELINES:
-        raise ConfigError(f"{file}: the pipeline {pipeline} is not read here; known: {', '.join(PIPELINES)}")
-    kind = PIPELINES[pipeline]
-    named = index.get(kind.part)
-    if not isinstance(named, list) or len(named) != 2 or named[1] not in kind.classes:
-        raise ConfigError(f"{file}: {kind.part} = {named}: {pipeline} is read with {' or '.join(kind.classes)}")
-    return kind
+        raise ConfigError(f"{file}: the pipeline {pipeline} is not supported; supported: {', '.join(PIPELINES)}")
+    family = PIPELINES[pipeline]
+    entry = index.get(family.denoiser_folder)
+    if not isinstance(entry, list) or len(entry) != 2 or entry[1] not in family.denoiser_classes:
+        needed = " or ".join(family.denoiser_classes)
+        raise ConfigError(f"{file}: {family.denoiser_folder} = {entry}: a {pipeline} needs {needed}")
+    return family
 
 
-def check_denoiser(kind: Kind, config: Mapping[str, Any], latent_channels: int, file: Path) -> None:
+def check_denoiser(family: PipelineFamily, config: Mapping[str, Any], latent_channels: int, file: Path) -> None:
     """
     Raises:
-        ConfigError: the denoiser of this configuration is not one that draws images from captions alone.
+        ConfigError: the config is not that of a text-to-image denoiser of the family.
     """
-    if config.get("_class_name") not in kind.classes:
-        raise ConfigError(f"{file}: _class_name = {config.get('_class_name')}: read are {', '.join(kind.classes)}")
-    taken = config.get("in_channels")
-    is_flux = kind.name == "flux"
-    if taken != latent_channels * (FLUX_PATCH**2 if is_flux else 1):
-        more = _MORE_OF_FLUX if is_flux else _MORE_CHANNELS
-        what = more.get(int(taken or 0), f"does not fit the autoencoder's {latent_channels} latent channels")
-        raise ConfigError(f"{file}: in_channels = {taken}: a network that {what}; text-to-image checkpoints are read")
-    given = config.get("out_channels") or taken
-    if given != taken and not (kind.name == "pixart" and given == 2 * taken):
-        raise ConfigError(f"{file}: out_channels = {given} where in_channels = {taken}: no such network is read")
+    if config.get("_class_name") not in family.denoiser_classes:
+        supported = ", ".join(family.denoiser_classes)
+        raise ConfigError(f"{file}: _class_name = {config.get('_class_name')}: supported classes: {supported}")
+    in_channels = config.get("in_channels")
+    is_flux = family.name == "flux"
+    if in_channels != latent_channels * (FLUX_PATCH**2 if is_flux else 1):
+        other_task = (_OTHER_FLUX_TASKS if is_flux else _OTHER_UNET_TASKS).get(int(in_channels or 0))
+        if other_task is None:
+            problem = f"does not fit the autoencoder's {latent_channels} latent channels"
+        else:
+            problem = f"a network {other_task}; only text-to-image checkpoints are supported"
+        raise ConfigError(f"{file}: in_channels = {in_channels}: {problem}")
+    out_channels = config.get("out_channels") or in_channels
+    if out_channels != in_channels and not (family.name == "pixart" and out_channels == 2 * in_channels):
+        raise ConfigError(f"{file}: out_channels = {out_channels}: not supported with in_channels = {in_channels}")
     if is_flux and config.get("patch_size", 1) != 1:
-        raise ConfigError(f"{file}: patch_size = {config['patch_size']}: a Flux of patches of 1 is read")
-    if kind.part == "unet":
-        odd = [key for key in _UNKNOWN_TO_SD if config.get(key)]
-        if odd:
-            raise ConfigError(f"{file}: {odd[0]} = {config[odd[0]]}: no U-Net with it is read")
-        wanted = "text_time" if kind.name == "sdxl" else None
-        if config.get("addition_embed_type") != wanted:
-            said = config.get("addition_embed_type")
-            raise ConfigError(f"{file}: addition_embed_type = {said}: a pipeline of this class is read with {wanted}")
-        if not isinstance(config.get("cross_attention_dim"), int):
-            raise ConfigError(f"{file}: cross_attention_dim = {config.get('cross_attention_dim')}: one width for all is read")
+        raise ConfigError(f"{file}: patch_size = {config['patch_size']}: only a Flux with patch_size = 1 is supported")
+    if family.denoiser_folder == "unet":
+        unsupported = [key for key in _UNSUPPORTED_UNET_FIELDS if config.get(key)]
+        if unsupported:
+            raise ConfigError(f"{file}: {unsupported[0]} = {config[unsupported[0]]}: not supported in a U-Net")
+        expected = "text_time" if family.name == "sdxl" else None
+        embed_type = config.get("addition_embed_type")
+        if embed_type != expected:
+            raise ConfigError(f"{file}: addition_embed_type = {embed_type}: this pipeline needs {expected}")
+        cross_attention_dim = config.get("cross_attention_dim")
+        if not isinstance(cross_attention_dim, int):
+            raise ConfigError(f"{file}: cross_attention_dim = {cross_attention_dim}: must be one number for all levels")
 
 
-def load_network(kind: Kind, folder: Path, resolution: int, loras: tuple[Lora, ...] = ()) -> nn.Module:
-    """The network of a pipeline folder with what LoRAs add to it, float32, as the engine calls it.
+def load_network(family: PipelineFamily, folder: Path, resolution: int, loras: tuple[Lora, ...] = ()) -> nn.Module:
+    """Load the denoiser of a pipeline folder in float32, with LoRAs fused into its weights and wrapped for the engine.
 
     Raises:
-        ConfigError: its weights are missing, pickled, truncated or not those of its configuration, or a LoRA does not fit.
+        ConfigError: weights are missing, pickled, truncated or do not fit the config, or a LoRA does not fit.
     """
-    network = load_module(kind.model, folder / kind.part)
+    denoiser_path = folder / family.denoiser_folder
+    network = load_module(family.denoiser_type, denoiser_path)
     if loras:
-        fuse_loras(network, loras, kind.pipelines[0], kind.part, read_config(folder / kind.part / "config.json"))
-    return kind.wrap(network, resolution)
+        config = read_config(denoiser_path / "config.json")
+        fuse_loras(network, loras, family.pipelines[0], family.denoiser_folder, config)
+    return family.wrap(network, resolution)
 
 
-def check_added(kind: Kind, config: Mapping[str, Any], loras: tuple[Lora, ...]) -> None:
+def check_loras_fit(family: PipelineFamily, config: Mapping[str, Any], loras: tuple[Lora, ...]) -> None:
     """
     Raises:
-        ConfigError: a LoRA is missing, pickled, truncated, or not for a denoiser of this configuration.
+        ConfigError: a LoRA is missing, pickled, truncated, or not for a denoiser with this config.
     """
     if loras:
-        shapes = _shapes(kind.pipelines[0], json.dumps(dict(config), sort_keys=True))
-        check_loras(loras, kind.pipelines[0], kind.part, config, shapes)
+        shapes = _weight_shapes(family.pipelines[0], json.dumps(dict(config), sort_keys=True))
+        check_loras(loras, family.pipelines[0], family.denoiser_folder, config, shapes)
 
 
 @lru_cache(maxsize=16)
-def _shapes(pipeline: str, config: str) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(one.shape) for name, one in _on_meta(PIPELINES[pipeline], json.loads(config)).named_parameters()}
+def _weight_shapes(pipeline: str, config: str) -> dict[str, tuple[int, ...]]:
+    network = _build_on_meta(PIPELINES[pipeline], json.loads(config))
+    return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
 
 
-def _on_meta(kind: Kind, fields: Mapping[str, Any]) -> nn.Module:
-    plain = {key: value for key, value in fields.items() if not key.startswith("_")}
+def _build_on_meta(family: PipelineFamily, config: Mapping[str, Any]) -> nn.Module:
+    arguments = {key: value for key, value in config.items() if not key.startswith("_")}
     try:
         with torch.device("meta"):
-            built: nn.Module = kind.model.from_config(plain).eval()  # type: ignore[attr-defined]
+            network: nn.Module = family.denoiser_type.from_config(arguments).eval()  # type: ignore[attr-defined]
     except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"diffusers builds no {kind.classes[0]} of it: {' '.join(str(error).split())[:200]}") from error
-    return built
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"diffusers cannot build a {family.denoiser_classes[0]} from it: {reason}") from error
+    return network
 
 
 @dataclass(frozen=True)
-class Counted:
-    """Parameters, GFLOP a pass of one row, width at the first level, and of the guidance embedding where it takes one."""
+class DenoiserCost:
+    """Size and cost of a denoiser.
+
+    Attributes:
+        num_parameters: number of parameters.
+        gflop_per_forward: GFLOP of one forward pass of one sample.
+        width: channels at the first level.
+        guidance_embed_dim: width of the guidance embedding; None if guidance is not an input.
+    """
 
     num_parameters: int
     gflop_per_forward: float
@@ -223,60 +243,82 @@ class Counted:
     guidance_embed_dim: int | None
 
 
-def latent_size(kind: Kind, config: Mapping[str, Any], autoencoder: Mapping[str, Any], factor: int, file: Path) -> int:
-    """Side of the latent that a denoiser of this configuration is drawn with: its `sample_size`.
+def latent_size(
+    family: PipelineFamily, config: Mapping[str, Any], autoencoder: Mapping[str, Any], factor: int, file: Path
+) -> int:
+    """Latent size that a denoiser generates: `sample_size` of its config.
 
-    Flux has none. Its images are as wide as the autoencoder's `sample_size` says (1024 in what is published), and where that
-    is not said, as wide as diffusers' pipeline draws them: 128 places of the latent.
+    The config of Flux has no `sample_size`. Its resolution is the autoencoder's `sample_size` (1024 in published checkpoints);
+    if that is missing too, the latent size is 128, the default of diffusers' pipeline.
+
+    Args:
+        family: the pipeline's family.
+        config: config of the denoiser.
+        autoencoder: config of the autoencoder.
+        factor: pixels per latent position along one side.
+        file: path of the denoiser's config, for messages.
 
     Raises:
-        ConfigError: no square latent comes of it.
+        ConfigError: the configs do not give a square latent.
     """
-    if kind.name != "flux":
-        side = config.get("sample_size")
-        if not isinstance(side, int) or side < 1:
-            raise ConfigError(f"{file}: sample_size = {side}: needs one side of a square latent")
-        return side
-    pixels = autoencoder.get("sample_size", FLUX_SIDE * factor)
+    if family.name != "flux":
+        size = config.get("sample_size")
+        if not isinstance(size, int) or size < 1:
+            raise ConfigError(f"{file}: sample_size = {size}: must be one positive number, the size of a square latent")
+        return size
+    pixels = autoencoder.get("sample_size", FLUX_LATENT_SIZE * factor)
     if not isinstance(pixels, int) or pixels < 1 or pixels % (FLUX_PATCH * factor):
         raise ConfigError(
-            f"{file.parents[1] / 'vae' / 'config.json'}: sample_size = {pixels}: Flux draws squares of that many pixels, "
-            f"a multiple of {FLUX_PATCH * factor}"
+            f"{file.parents[1] / 'vae' / 'config.json'}: sample_size = {pixels}: must be the resolution of Flux's square "
+            f"images, a multiple of {FLUX_PATCH * factor}"
         )
     return pixels // factor
 
 
-def count(kind: Kind, config: Mapping[str, Any], num_tokens: int, resolution: int, side: int) -> Counted:
-    """Count a denoiser on the meta device from its configuration alone, as `models/cost.py` counts.
+def count_denoiser(
+    family: PipelineFamily, config: Mapping[str, Any], num_tokens: int, resolution: int, latent_size: int
+) -> DenoiserCost:
+    """Count the cost of a denoiser on the meta device from its config, as in `models/flops.py`.
 
-    `side` is that of its latent.
+    Args:
+        family: the pipeline's family.
+        config: config of the denoiser.
+        num_tokens: tokens of a prompt.
+        resolution: size of the images in pixels.
+        latent_size: size of the latents.
 
     Raises:
-        ConfigError: diffusers builds nothing from the configuration.
+        ConfigError: diffusers cannot build or run a denoiser with this config.
     """
-    return _count(kind.pipelines[0], json.dumps(dict(config), sort_keys=True), num_tokens, resolution, side)
+    return _count_denoiser(family.pipelines[0], json.dumps(dict(config), sort_keys=True), num_tokens, resolution, latent_size)
 
 
 @lru_cache(maxsize=64)
-def _count(pipeline: str, config: str, num_tokens: int, resolution: int, side: int) -> Counted:
-    kind, fields = PIPELINES[pipeline], json.loads(config)
-    network = kind.wrap(_on_meta(kind, fields), resolution)
-    width, lines, channels = int(fields.get(kind.context) or 0), num_tokens, int(fields["in_channels"])
-    embedded = fields.get("time_cond_proj_dim")
+def _count_denoiser(pipeline: str, config_json: str, num_tokens: int, resolution: int, latent_size: int) -> DenoiserCost:
+    family, config = PIPELINES[pipeline], json.loads(config_json)
+    network = family.wrap(_build_on_meta(family, config), resolution)
+    embed_dim, num_embeds, channels = int(config.get(family.embed_dim_field) or 0), num_tokens, int(config["in_channels"])
+    guidance_embed_dim = config.get("time_cond_proj_dim")
     if isinstance(network, ConditionedDenoiser):
-        width, channels, embedded = network.packed_width, network.num_channels, network.guidance_embed_dim
-        lines += math.ceil(getattr(network, "pooled_width", 0) / width)
-    rows = torch.empty(1, channels, side, side, device="meta")
-    more = {} if embedded is None else {"timestep_cond": torch.empty(1, embedded, device="meta")}
+        embed_dim, channels = network.packed_width, network.num_channels
+        guidance_embed_dim = network.guidance_embed_dim
+        num_embeds += math.ceil(getattr(network, "pooled_width", 0) / embed_dim)
+    latents = torch.empty(1, channels, latent_size, latent_size, device="meta")
+    options = {}
+    if guidance_embed_dim is not None:
+        options["timestep_cond"] = torch.empty(1, guidance_embed_dim, device="meta")
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
-            network(rows, torch.zeros(1), torch.empty(1, lines, width), **more)
+            network(latents, torch.zeros(1), torch.empty(1, num_embeds, embed_dim), **options)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"{kind.classes[0]} of it does not run: {' '.join(str(error).split())[:200]}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"a {family.denoiser_classes[0]} with this config does not run ({reason}); correct the config"
+        ) from error
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
-    first = fields["block_out_channels"][0] if kind.part == "unet" else _inner_width(fields)
-    return Counted(num_parameters, counter.get_total_flops() / 1e9, int(first), embedded)
+    width = config["block_out_channels"][0] if family.denoiser_folder == "unet" else _transformer_width(config)
+    return DenoiserCost(num_parameters, counter.get_total_flops() / 1e9, int(width), guidance_embed_dim)
 
 
-def _inner_width(fields: Mapping[str, Any]) -> int:
-    return int(fields["num_attention_heads"]) * int(fields["attention_head_dim"])
+def _transformer_width(config: Mapping[str, Any]) -> int:
+    return int(config["num_attention_heads"]) * int(config["attention_head_dim"])

@@ -1,6 +1,6 @@
-"""The files of a pipeline folder: found here or on the Hub, checked before anything is built, read, and named by their content.
+"""Files of a pipeline folder: find them locally or on the Hub, check them, load them, and compute their digest.
 
-Weights are safetensors; every file that the folder's own indices name must be there and whole.
+Weights must be safetensors. Every file that the folder's indices name must exist and be complete.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from torch import nn
 from isocost.config.base import digest
 from isocost.errors import ConfigError
 
-INDEX = "model_index.json"
-PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+MODEL_INDEX = "model_index.json"
+WEIGHT_FOLDERS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Folders that hold weights."""
-PLAIN_PARTS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
+OTHER_FOLDERS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-STEMS = ("diffusion_pytorch_model", "model")
-"""What diffusers and transformers call their weights."""
+WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
+"""File names of weights in diffusers and in transformers, without suffix."""
 VARIANTS = ("", ".fp16")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-NOT_NEEDED = ("*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.xml", "*.non_ema.*", "*openvino*", "*flax*")
+IGNORED_FILES = ("*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.xml", "*.non_ema.*", "*openvino*", "*flax*")
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def is_pretrained(path: str | Path) -> bool:
-    """Whether a pipeline of diffusers is meant: a folder of one that isocost did not publish, or a Hub id."""
+    """True if a path is a diffusers pipeline folder or a Hub id."""
     folder = Path(path)
     if folder.exists():
-        return (folder / INDEX).is_file()
+        return (folder / MODEL_INDEX).is_file()
     return HUB_ID.fullmatch(str(path)) is not None
 
 
 def find_folder(path: str | Path) -> Path:
-    """The folder itself, or the Hub's snapshot of an id (`OWNER/NAME`, `OWNER/NAME@REVISION`), fetched where it is not cached.
+    """Resolve a path: a folder, or the snapshot of a Hub id (`OWNER/NAME`, `OWNER/NAME@REVISION`), downloaded if not cached.
 
     Raises:
-        ConfigError: neither is there.
+        ConfigError: there is no such folder, and the Hub id cannot be downloaded.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -57,68 +57,78 @@ def find_folder(path: str | Path) -> Path:
     if HUB_ID.fullmatch(str(path)) is None:
         raise ConfigError(f"{path}: no such folder, and not a Hub id (OWNER/NAME)")
     name, _, revision = str(path).partition("@")
-    wanted = [INDEX, *(f"{part}/*" for part in (*PARTS, *PLAIN_PARTS))]
+    needed = [MODEL_INDEX, *(f"{subfolder}/*" for subfolder in (*WEIGHT_FOLDERS, *OTHER_FOLDERS))]
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted, ignore_patterns=list(NOT_NEEDED)))
+        snapshot = snapshot_download(
+            name, revision=revision or None, allow_patterns=needed, ignore_patterns=list(IGNORED_FILES)
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        said = " ".join(str(error).split())[:160]
-        raise ConfigError(f"{path}: no folder here, not in the Hub's cache, and the Hub does not give it: {said}") from error
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(f"{path}: no such folder, not in the Hub's cache, and the download failed: {reason}") from error
+    return Path(snapshot)
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """A JSON file of the folder.
+    """Read a JSON file.
 
     Raises:
-        ConfigError: it is missing or no JSON object.
+        ConfigError: the file is missing or is not a JSON object.
     """
     if not file.is_file():
-        raise ConfigError(f"{file}: missing; the folder is not whole (half a download?)")
+        raise ConfigError(_missing(file))
     try:
-        plain = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not JSON: {error}") from error
-    if not isinstance(plain, dict):
+    if not isinstance(config, dict):
         raise ConfigError(f"{file}: not a JSON object")
-    return plain
+    return config
 
 
-def weight_files(part: Path) -> tuple[str, list[Path]]:
-    """The variant ("" or "fp16") of a part's weights, and their files, each there and whole. Full precision comes first.
+def _missing(file: Path) -> str:
+    return f"{file}: missing; the folder is incomplete (interrupted download?)"
+
+
+def weight_files(folder: Path) -> tuple[str, list[Path]]:
+    """Find the weights of a network folder. Full precision is preferred to fp16.
+
+    Returns:
+        The variant ("" or "fp16") and the files, all of them complete.
 
     Raises:
-        ConfigError: pickled weights alone, a missing or a truncated file; the file is named.
+        ConfigError: a file is missing or truncated, or there are only pickled weights; the message names the file.
     """
     for variant in VARIANTS:
-        for stem in STEMS:
-            single = part / f"{stem}{variant}.safetensors"
-            indices = [part / f"{stem}.safetensors.index{variant}.json", part / f"{stem}{variant}.safetensors.index.json"]
+        for stem in WEIGHT_STEMS:
+            single = folder / f"{stem}{variant}.safetensors"
+            indices = [folder / f"{stem}.safetensors.index{variant}.json", folder / f"{stem}{variant}.safetensors.index.json"]
             index = next((file for file in indices if file.is_file()), None)
             if index is not None:
                 shards = read_config(index).get("weight_map")
                 if not isinstance(shards, dict) or not shards:
-                    raise ConfigError(f"{index}: no weight_map in it")
-                files = [part / name for name in sorted(set(shards.values()))]
+                    raise ConfigError(f"{index}: has no weight_map")
+                files = [folder / name for name in sorted(set(shards.values()))]
             elif single.is_file():
                 files = [single]
             else:
                 continue
             for file in files:
-                check_whole(file)
+                check_complete(file)
             return variant.lstrip("."), files
-    pickles = sorted(file for file in part.glob("*") if file.suffix in PICKLE_SUFFIXES)
+    pickles = sorted(file for file in folder.glob("*") if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise ConfigError(f"{pickles[0]}: pickled weights are refused (they can run code when loaded); convert to safetensors")
-    stem = STEMS[part.name.startswith("text_encoder")]
-    raise ConfigError(f"{part / f'{stem}.safetensors'}: missing; the folder is not whole (half a download?)")
+    stem = WEIGHT_STEMS[folder.name.startswith("text_encoder")]
+    raise ConfigError(_missing(folder / f"{stem}.safetensors"))
 
 
-def check_whole(file: Path) -> None:
+def check_complete(file: Path) -> None:
     """
     Raises:
-        ConfigError: a safetensors file is missing, or shorter or longer than its own header says.
+        ConfigError: a safetensors file is missing, or its length differs from the length in its header.
     """
     if not file.is_file():
-        raise ConfigError(f"{file}: missing; the folder is not whole (half a download?)")
+        raise ConfigError(_missing(file))
     size = file.stat().st_size
     with file.open("rb") as opened:
         start = opened.read(8)
@@ -126,59 +136,65 @@ def check_whole(file: Path) -> None:
         header = opened.read(length) if 8 + length <= size else b""
     try:
         tensors = [value for key, value in json.loads(header).items() if key != "__metadata__"]
-        end = 8 + length + max((int(one["data_offsets"][1]) for one in tensors), default=0)
+        end = 8 + length + max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: not a whole safetensors file; fetch it again") from error
+        raise ConfigError(f"{file}: not a complete safetensors file; download it again") from error
     if end != size:
-        raise ConfigError(f"{file}: {size:,} bytes where its header says {end:,}: a truncated file; fetch it again")
+        raise ConfigError(f"{file}: truncated: it has {size:,} bytes, its header needs {end:,}; download it again")
 
 
-def load_module(kind: type[M], part: Path) -> M:
-    """A network of diffusers or transformers with all of its weights, float32.
+def load_module(network_class: type[M], folder: Path) -> M:
+    """Load a diffusers or transformers network with all of its weights, in float32.
 
     Raises:
-        ConfigError: files are missing, pickled or truncated, or do not hold every weight that the configuration asks for.
+        ConfigError: files are missing, pickled or truncated, or lack weights that the config requires.
     """
-    read_config(part / "config.json")
-    variant, _ = weight_files(part)
+    read_config(folder / "config.json")
+    variant, _ = weight_files(folder)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "variant": variant or None}
-    is_diffusers = kind.__module__.startswith("diffusers")
+    is_diffusers = network_class.__module__.startswith("diffusers")
     options |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False} if is_diffusers else {"dtype": torch.float32}
     try:
-        network, told = kind.from_pretrained(str(part), **options)  # type: ignore[attr-defined]
+        network, loading_info = network_class.from_pretrained(str(folder), **options)  # type: ignore[attr-defined]
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise ConfigError(f"{part}: does not load: {' '.join(str(error).split())[:200]}") from error
-    absent = sorted(told["missing_keys"]) + [str(one) for one in told.get("mismatched_keys", ())]
-    if absent:
-        raise ConfigError(f"{part}: {len(absent)} weights are missing or of another shape, {absent[0]} first")
+        raise ConfigError(f"{folder}: cannot load it: {' '.join(str(error).split())[:200]}") from error
+    problems = sorted(loading_info["missing_keys"]) + [str(key) for key in loading_info.get("mismatched_keys", ())]
+    if problems:
+        raise ConfigError(f"{folder}: {len(problems)} weights are missing or have another shape; the first is {problems[0]}")
     loaded: M = network.eval().requires_grad_(False)
     return loaded
 
 
-def content_digest(folder: Path, added: Sequence[tuple[Path, float]] = ()) -> str:
-    """16 hex digits of all that decides the checkpoint's images: configurations, tokenizers, weights.
+def content_digest(folder: Path, loras: Sequence[tuple[Path, float]] = ()) -> str:
+    """Digest of everything that determines the images of a checkpoint: configs, tokenizers and weights.
 
-    `added` are files of LoRAs with their scales.
+    Args:
+        folder: pipeline folder.
+        loras: LoRA files and their scales.
+
+    Returns:
+        16 hexadecimal digits.
     """
-    files = [folder / INDEX]
-    for name in (*PARTS, *PLAIN_PARTS):
-        part = folder / name
-        if part.is_dir():
-            files += [file for file in part.iterdir() if file.suffix in (".json", ".txt", ".model")]
-        if name in PARTS and (part / "config.json").is_file():
-            files += weight_files(part)[1]
-    hashes = {str(file.relative_to(folder)): _hash(file, *_stamp(file)) for file in sorted(set(files))}
-    loras = [[_hash(file, *_stamp(file)), scale] for file, scale in added]
-    return digest({"stage": "pretrained", "version": 1, "files": hashes, **({"loras": loras} if loras else {})})
+    files = [folder / MODEL_INDEX]
+    for name in (*WEIGHT_FOLDERS, *OTHER_FOLDERS):
+        component = folder / name
+        if component.is_dir():
+            files += [file for file in component.iterdir() if file.suffix in (".json", ".txt", ".model")]
+        if name in WEIGHT_FOLDERS and (component / "config.json").is_file():
+            files += weight_files(component)[1]
+    hashes = {str(file.relative_to(folder)): _sha256(file, *_size_and_mtime(file)) for file in sorted(set(files))}
+    lora_hashes = [[_sha256(file, *_size_and_mtime(file)), scale] for file, scale in loras]
+    lora_entry = {"loras": lora_hashes} if lora_hashes else {}
+    return digest({"stage": "pretrained", "version": 1, "files": hashes, **lora_entry})
 
 
-def _stamp(file: Path) -> tuple[int, int]:
+def _size_and_mtime(file: Path) -> tuple[int, int]:
     stat = file.stat()
     return stat.st_size, stat.st_mtime_ns
 
 
 @lru_cache(maxsize=1024)
-def _hash(file: Path, size: int, changed_ns: int) -> str:
-    """SHA-256 of a file, once a process as long as size and time of change stay."""
+def _sha256(file: Path, size: int, mtime_ns: int) -> str:
+    """SHA-256 of a file; computed again only if its size or its modification time changes."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

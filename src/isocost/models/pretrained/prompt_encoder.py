@@ -1,4 +1,7 @@
-"""The text encoders of published pipelines."""
+"""Text encoders of published pipelines.
+
+Shapes: N prompts, T tokens, D width of the prompt embeddings, P width of a pooled embedding.
+"""
 
 from __future__ import annotations
 
@@ -12,107 +15,111 @@ from torch import Tensor, nn
 
 from isocost.errors import ConfigError
 from isocost.models.checkpoint import CheckpointInfo
-from isocost.models.pretrained.files import INDEX, load_module, read_config
-from isocost.models.pretrained.pipeline_config import encoders_of, kind_at
+from isocost.models.pretrained.files import MODEL_INDEX, load_module, read_config
+from isocost.models.pretrained.pipeline_config import family_at, text_encoder_classes
 from isocost.models.pretrained.wrappers import pack_mask, pack_pooled
 
 
 class PipelineTextEncoder:
-    """Captions as the pipeline of a published checkpoint encodes them, packed as its network takes them (`hub/packed.py`).
+    """Encodes prompts as the pipeline of a published checkpoint does, packed for its denoiser (see `wrappers.py`).
 
-    sd: CLIP's last states. sdxl: the states of two CLIPs before their last layer, side by side, and the pooled caption of the
-    second. pixart: T5's states with their mask, of the caption in lower case (diffusers' pipeline with `clean_caption=False`).
-    sd3: two CLIPs' states as sdxl's, T5's below them (zeros where the pipeline has no T5), both pooled captions. flux: T5's
-    states without their mask, and CLIP's pooled caption.
+    - sd: last hidden states of CLIP.
+    - sdxl: hidden states of two CLIPs before their last layer, concatenated, and the pooled embedding of the second.
+    - pixart: hidden states of T5 with their mask; prompts in lower case (diffusers' pipeline with `clean_caption=False`).
+    - sd3: hidden states of two CLIPs as for sdxl, below them those of T5 (zeros if the pipeline has no T5), and both pooled
+      embeddings.
+    - flux: hidden states of T5 without their mask, and the pooled embedding of CLIP.
     """
 
     def __init__(self, folder: Path, info: CheckpointInfo, device: torch.device | str = "cpu") -> None:
         """
         Args:
-            folder: the pipeline's.
-            info: what the checkpoint says of itself.
-            device: where the encoders run.
+            folder: pipeline folder.
+            info: metadata of the checkpoint.
+            device: device of the text encoders.
 
         Raises:
-            ConfigError: an encoder or a tokenizer does not load, or the states are not as wide as the denoiser takes them.
+            ConfigError: a text encoder or tokenizer cannot be loaded, or the width of the prompt embeddings does not fit the
+                denoiser.
         """
-        given = info.pretrained
-        assert given is not None, "ours have a MiniLMTextEncoder"
-        self.kind, self.max_tokens, self.null_is_zero = given.kind, given.max_tokens, given.null_is_zero
+        spec = info.pretrained
+        assert spec is not None, "checkpoints of isocost have a MiniLMTextEncoder"
+        self.family, self.max_tokens, self.null_is_zero = spec.kind, spec.max_tokens, spec.null_is_zero
         self.cross_attention_dim = info.model.cross_attention_dim
         self.device = torch.device(device)
-        parts = encoders_of(kind_at(folder), read_config(folder / INDEX), folder)
-        self.encoders = {part: load_encoder(folder / part, name).to(self.device) for part, name in parts.items()}
-        self.tokenizers = {part: load_tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in parts}
-        width = self.encode([""]).shape[-1] - (self.kind == "pixart")
+        classes = text_encoder_classes(family_at(folder), read_config(folder / MODEL_INDEX), folder)
+        self.encoders = {name: load_encoder(folder / name, cls).to(self.device) for name, cls in classes.items()}
+        self.tokenizers = {name: load_tokenizer(folder / name.replace("text_encoder", "tokenizer")) for name in classes}
+        width = self.encode([""]).shape[-1] - (self.family == "pixart")
         if width != self.cross_attention_dim:
             raise ConfigError(
-                f"{folder}: the text encoder's states are {width} wide, the denoiser takes {self.cross_attention_dim}"
+                f"{folder}: the text encoder's embeddings have width {width}, the denoiser needs {self.cross_attention_dim}"
             )
 
     @torch.inference_mode()
-    def encode(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> float32 [N, T, D], packed."""
-        texts = list(captions)
-        if self.kind == "sd":
-            return self._states("text_encoder", texts)[0]
-        if self.kind == "pixart":
-            states, mask = self._t5("text_encoder", [text.lower().strip() for text in texts], masked=True)
-            return pack_mask(states, mask)
-        if self.kind == "flux":
-            pooled = self._states("text_encoder", texts)[1]
-            return pack_pooled(self._t5("text_encoder_2", texts, masked=False)[0], pooled)
-        first, first_pooled = self._states("text_encoder", texts, before_last=True)
-        second, second_pooled = self._states("text_encoder_2", texts, before_last=True)
-        both = torch.cat([first, second], dim=-1)
-        if self.kind == "sdxl":
-            return pack_pooled(both, second_pooled)
-        widened = functional.pad(both, (0, self.cross_attention_dim - both.shape[-1]))
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Packed prompt embeddings of prompts, float32 [N, T, D]."""
+        texts = list(prompts)
+        if self.family == "sd":
+            return self._encode_clip("text_encoder", texts)[0]
+        if self.family == "pixart":
+            embeds, mask = self._encode_t5("text_encoder", [text.lower().strip() for text in texts], masked=True)
+            return pack_mask(embeds, mask)
+        if self.family == "flux":
+            pooled = self._encode_clip("text_encoder", texts)[1]
+            return pack_pooled(self._encode_t5("text_encoder_2", texts, masked=False)[0], pooled)
+        first, first_pooled = self._encode_clip("text_encoder", texts, before_last=True)
+        second, second_pooled = self._encode_clip("text_encoder_2", texts, before_last=True)
+        clip = torch.cat([first, second], dim=-1)
+        if self.family == "sdxl":
+            return pack_pooled(clip, second_pooled)
+        clip = functional.pad(clip, (0, self.cross_attention_dim - clip.shape[-1]))
         if "text_encoder_3" in self.encoders:
-            third = self._t5("text_encoder_3", texts, masked=False)[0]
+            t5 = self._encode_t5("text_encoder_3", texts, masked=False)[0]
         else:
-            third = widened.new_zeros(len(texts), self.max_tokens, self.cross_attention_dim)
-        return pack_pooled(torch.cat([widened, third], dim=1), torch.cat([first_pooled, second_pooled], dim=-1))
+            t5 = clip.new_zeros(len(texts), self.max_tokens, self.cross_attention_dim)
+        return pack_pooled(torch.cat([clip, t5], dim=1), torch.cat([first_pooled, second_pooled], dim=-1))
 
-    def _states(self, part: str, texts: list[str], before_last: bool = False) -> tuple[Tensor, Tensor]:
-        """CLIP's states [N, T, D] and pooled captions [N, P], projected where the encoder projects them."""
-        encoder: Any = self.encoders[part]
-        tokens = self._tokens(part, texts, self.tokenizers[part].model_max_length)
+    def _encode_clip(self, name: str, texts: list[str], before_last: bool = False) -> tuple[Tensor, Tensor]:
+        """Hidden states [N, T, D] and pooled embeddings [N, P] of a CLIP, projected if it has a projection."""
+        encoder: Any = self.encoders[name]
+        tokens = self._tokenize(name, texts, self.tokenizers[name].model_max_length)
         masked = bool(getattr(encoder.config, "use_attention_mask", False))
-        mask = tokens["attention_mask"] if masked and self.kind == "sd" else None
-        said = encoder(tokens["input_ids"], attention_mask=mask, output_hidden_states=before_last)
-        states = said.hidden_states[-2] if before_last else said.last_hidden_state
-        projected = getattr(said, "text_embeds", None)
-        return states.float(), (said.pooler_output if projected is None else projected).float()
+        mask = tokens["attention_mask"] if masked and self.family == "sd" else None
+        output = encoder(tokens["input_ids"], attention_mask=mask, output_hidden_states=before_last)
+        hidden_states = output.hidden_states[-2] if before_last else output.last_hidden_state
+        projected = getattr(output, "text_embeds", None)
+        return hidden_states.float(), (output.pooler_output if projected is None else projected).float()
 
-    def _t5(self, part: str, texts: list[str], masked: bool) -> tuple[Tensor, Tensor]:
-        """T5's states [N, T, D] and the mask of what is no padding [N, T]."""
-        tokens = self._tokens(part, texts, self.max_tokens)
+    def _encode_t5(self, name: str, texts: list[str], masked: bool) -> tuple[Tensor, Tensor]:
+        """Hidden states [N, T, D] of T5, and the attention mask [N, T], which is 0 for padding."""
+        tokens = self._tokenize(name, texts, self.max_tokens)
         mask = tokens["attention_mask"]
-        said = self.encoders[part](tokens["input_ids"], attention_mask=mask if masked else None)
-        return said.last_hidden_state.float(), mask
+        output = self.encoders[name](tokens["input_ids"], attention_mask=mask if masked else None)
+        return output.last_hidden_state.float(), mask
 
-    def _tokens(self, part: str, texts: list[str], most: int) -> Any:
-        told = self.tokenizers[part](texts, padding="max_length", max_length=most, truncation=True, return_tensors="pt")
-        return told.to(self.device)
+    def _tokenize(self, name: str, texts: list[str], max_tokens: int) -> Any:
+        tokens = self.tokenizers[name](texts, padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt")
+        return tokens.to(self.device)
 
 
-def load_encoder(part: Path, name: str) -> nn.Module:
-    """A text encoder by its class, float32."""
+def load_encoder(folder: Path, class_name: str) -> nn.Module:
+    """Load a text encoder by its class name, in float32."""
     import transformers
 
-    kinds = {one.__name__: one for one in (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)}
-    return load_module(kinds.get(name, transformers.T5EncoderModel), part)
+    clip_classes = {cls.__name__: cls for cls in (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)}
+    return load_module(clip_classes.get(class_name, transformers.T5EncoderModel), folder)
 
 
-def load_tokenizer(part: Path) -> Any:
-    """
+def load_tokenizer(folder: Path) -> Any:
+    """Load a transformers tokenizer.
+
     Raises:
-        ConfigError: nothing in the folder makes a tokenizer here.
+        ConfigError: the folder has no tokenizer that the installed transformers can load.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(part))
+        return AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise ConfigError(f"{part}: no tokenizer loads from there: {' '.join(str(error).split())[:200]}") from error
+        raise ConfigError(f"{folder}: cannot load a tokenizer from it: {' '.join(str(error).split())[:200]}") from error

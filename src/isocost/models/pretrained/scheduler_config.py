@@ -1,7 +1,7 @@
-"""A scheduler's configuration to noise schedule, prediction type and solver.
+"""Read noise schedule, prediction type and solver from a diffusers scheduler config.
 
-What the file leaves out is diffusers' default for the class, but for the prediction type: a wrong one draws noise, so it is
-taken as epsilon only where that is certain.
+Missing fields have diffusers' default for the class. The prediction type is an exception: a wrong one gives noise, so a missing
+one is read as epsilon only if that is certain.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ SCHEDULER_CLASS_TO_SOLVER: dict[str, str] = {
     "LCMScheduler": "lcm",
     "FlowMatchEulerDiscreteScheduler": "euler",
 }
-"""By class what comes nearest among ours."""
-FLOW = "FlowMatchEulerDiscreteScheduler"
+"""The nearest solver of isocost for each scheduler class."""
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 DEFAULT_BETAS = {"LCMScheduler": ("scaled_linear", 0.00085, 0.012), "HeunDiscreteScheduler": ("linear", 0.00085, 0.012)}
 DEFAULT_SPACING = {"DPMSolverMultistepScheduler": "linspace", "DPMSolverSinglestepScheduler": "linspace"}
 DEFAULT_SPACING |= {"EulerDiscreteScheduler": "linspace", "EulerAncestralDiscreteScheduler": "linspace"}
@@ -45,83 +45,89 @@ UNSUPPORTED_FLOW_FLAGS = ("use_karras_sigmas", "shift_terminal", "stochastic_sam
 
 
 @dataclass(frozen=True)
-class Scheduled:
-    """What a scheduler's configuration comes to; `is_consistent` that of a consistency student."""
+class SchedulerSettings:
+    """Settings of a scheduler; `is_consistency_model` is True for a consistency student."""
 
     noise: NoiseSpec
     prediction_type: PredictionType
     solver: SolverSpec
-    is_consistent: bool
+    is_consistency_model: bool
 
 
-def read_scheduler(folder: Path, epsilon_is_certain: bool, num_places: int | None = None) -> Scheduled:
-    """`scheduler/scheduler_config.json` of a pipeline folder.
+def read_scheduler(folder: Path, epsilon_is_certain: bool, num_patches: int | None = None) -> SchedulerSettings:
+    """Read `scheduler/scheduler_config.json` of a pipeline folder.
 
-    `epsilon_is_certain`: networks of this kind predict noise where nothing is said (Stable Diffusion 1). `num_places`: what
-    Flux's transformer makes of an image, for a shift that depends on it; None for other kinds, whose shift is a number.
+    Args:
+        folder: pipeline folder.
+        epsilon_is_certain: a missing prediction type means epsilon (Stable Diffusion 1).
+        num_patches: patches of an image in Flux's transformer, for a shift that depends on the resolution; None for other
+            families, whose shift is a constant.
 
     Raises:
-        ConfigError: an unknown class or schedule, or a prediction type that is not said and cannot be known.
+        ConfigError: the scheduler or its noise schedule is not supported, or the prediction type is missing and not certain.
     """
     file = folder / "scheduler" / "scheduler_config.json"
     config = read_config(file)
     name = config.get("_class_name")
     if name not in SCHEDULER_CLASS_TO_SOLVER:
-        raise ConfigError(f"{file}: the scheduler {name} is not known here; known: {', '.join(SCHEDULER_CLASS_TO_SOLVER)}")
-    odd = [key for key in (*UNSUPPORTED_FLAGS, *(UNSUPPORTED_FLOW_FLAGS if name == FLOW else ())) if config.get(key)]
-    odd += ["use_dynamic_shifting"] if config.get("use_dynamic_shifting") and (num_places is None or name != FLOW) else []
-    if odd:
-        raise ConfigError(f"{file}: {odd[0]} = {config[odd[0]]}: no solver here does that; take it out of the file")
-    if name == FLOW:
-        shift, number = config.get("shift", 1.0), config.get("num_train_timesteps", 1000)
+        supported = ", ".join(SCHEDULER_CLASS_TO_SOLVER)
+        raise ConfigError(f"{file}: the scheduler {name} is not supported; supported: {supported}")
+    is_flow = name == FLOW_SCHEDULER
+    unsupported = [key for key in (*UNSUPPORTED_FLAGS, *(UNSUPPORTED_FLOW_FLAGS if is_flow else ())) if config.get(key)]
+    if config.get("use_dynamic_shifting") and (num_patches is None or not is_flow):
+        unsupported.append("use_dynamic_shifting")
+    if unsupported:
+        raise ConfigError(f"{file}: {unsupported[0]} = {config[unsupported[0]]}: not supported; remove it from the file")
+    if is_flow:
+        shift, num_timesteps = config.get("shift", 1.0), config.get("num_train_timesteps", 1000)
         if config.get("use_dynamic_shifting"):
-            assert num_places is not None
-            shift = _shift_of(num_places, config, file)
-        noise = parse_spec(NoiseSpec, {"kind": "flow", "shift": shift, "num_timesteps": number}, str(file))
-        timestep_spacing = (
-            "linspace" if num_places is None else "trailing"
-        )  # Flux's pipeline gives sigmas of its own: 1 to 1 / steps
-        return Scheduled(noise, "flow_prediction", SolverSpec(name="euler", timestep_spacing=timestep_spacing), False)
-    return Scheduled(
-        _noise(config, file),
-        _prediction(config, file, epsilon_is_certain),
-        _solver(config, file),
+            assert num_patches is not None
+            shift = _resolution_shift(num_patches, config, file)
+        noise = parse_spec(NoiseSpec, {"kind": "flow", "shift": shift, "num_timesteps": num_timesteps}, str(file))
+        # Flux's pipeline passes its own sigmas, from 1 to 1 / steps.
+        timestep_spacing = "linspace" if num_patches is None else "trailing"
+        return SchedulerSettings(noise, "flow_prediction", SolverSpec(name="euler", timestep_spacing=timestep_spacing), False)
+    return SchedulerSettings(
+        _noise_spec(config, file),
+        _prediction_type(config, file, epsilon_is_certain),
+        _solver_spec(config, file),
         name == "LCMScheduler",
     )
 
 
-def _shift_of(num_places: int, config: dict[str, Any], file: Path) -> float:
-    """A flow's shift at so many places: mu lies on the line through `base_shift` and `max_shift` at their `image_seq_len`.
+def _resolution_shift(num_patches: int, config: dict[str, Any], file: Path) -> float:
+    """Shift of a flow for a number of patches.
 
+    mu is linear in the number of patches, from `base_shift` at `base_image_seq_len` to `max_shift` at `max_image_seq_len`.
     "exponential" shifts by exp(mu), "linear" by mu (diffusers' `calculate_shift` and `time_shift`; SD3, arXiv 2403.03206,
-    section 5.3.2, shifts by the root of the number of places).
+    section 5.3.2, shifts by the square root of the number of patches).
 
     Raises:
-        ConfigError: the fields make no shift.
+        ConfigError: a field is not a number, or the fields define no line.
     """
-    known = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
-    said = {key: config.get(key, value) for key, value in known.items()}
-    for key, value in said.items():
+    defaults = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+    fields = {key: config.get(key, default) for key, default in defaults.items()}
+    for key, value in fields.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{file}: {key} = {value!r}: a shift by the resolution needs a number")
-    least, most = said["base_image_seq_len"], said["max_image_seq_len"]
-    if least == most:
-        raise ConfigError(f"{file}: base_image_seq_len = max_image_seq_len = {least}: no shift by the resolution comes of it")
-    slope = (said["max_shift"] - said["base_shift"]) / (most - least)
-    mu = said["base_shift"] + slope * (num_places - least)
-    kind = config.get("time_shift_type", "exponential")
-    if kind not in ("exponential", "linear"):
-        raise ConfigError(f"{file}: time_shift_type = {kind!r}: known are exponential and linear")
-    return float(math.exp(mu) if kind == "exponential" else mu)
+            raise ConfigError(f"{file}: {key} = {value!r}: must be a number for a resolution-dependent shift")
+    base_length, max_length = fields["base_image_seq_len"], fields["max_image_seq_len"]
+    if base_length == max_length:
+        raise ConfigError(f"{file}: base_image_seq_len = max_image_seq_len = {base_length}: they must differ")
+    slope = (fields["max_shift"] - fields["base_shift"]) / (max_length - base_length)
+    mu = fields["base_shift"] + slope * (num_patches - base_length)
+    shift_type = config.get("time_shift_type", "exponential")
+    if shift_type not in ("exponential", "linear"):
+        raise ConfigError(f"{file}: time_shift_type = {shift_type!r}: supported: exponential, linear")
+    return float(math.exp(mu) if shift_type == "exponential" else mu)
 
 
-def _noise(config: dict[str, Any], file: Path) -> NoiseSpec:
+def _noise_spec(config: dict[str, Any], file: Path) -> NoiseSpec:
     if config.get("trained_betas") is not None:
-        raise ConfigError(f"{file}: trained_betas are not read here; known: linear, scaled_linear, squaredcos_cap_v2")
+        raise ConfigError(f"{file}: trained_betas are not supported; supported: linear, scaled_linear, squaredcos_cap_v2")
     if config.get("use_flow_sigmas"):
-        raise ConfigError(f"{file}: use_flow_sigmas is not read here; a flow has {FLOW}")
+        raise ConfigError(f"{file}: use_flow_sigmas is not supported; a flow needs a {FLOW_SCHEDULER}")
     kind, start, end = DEFAULT_BETAS.get(config["_class_name"], ("linear", 0.0001, 0.02))
-    plain = {
+    fields = {
         "kind": config.get("beta_schedule", kind),
         "beta_start": config.get("beta_start", start),
         "beta_end": config.get("beta_end", end),
@@ -129,23 +135,23 @@ def _noise(config: dict[str, Any], file: Path) -> NoiseSpec:
         "rescale_betas_zero_snr": bool(config.get("rescale_betas_zero_snr", False)),
         "set_alpha_to_one": bool(config.get("set_alpha_to_one", config["_class_name"] in ("DDIMScheduler", "LCMScheduler"))),
     }
-    return parse_spec(NoiseSpec, plain, str(file))
+    return parse_spec(NoiseSpec, fields, str(file))
 
 
-def _prediction(config: dict[str, Any], file: Path, epsilon_is_certain: bool) -> PredictionType:
-    said = config.get("prediction_type")
-    if said is None and epsilon_is_certain:
+def _prediction_type(config: dict[str, Any], file: Path, epsilon_is_certain: bool) -> PredictionType:
+    value = config.get("prediction_type")
+    if value is None and epsilon_is_certain:
         return "epsilon"
-    if said is None:
-        raise ConfigError(f"{file}: no prediction_type, and it cannot be known from the network: epsilon or v_prediction?")
-    known: tuple[PredictionType, ...] = get_args(PredictionType)
-    for one in known:
-        if one == said != "flow_prediction":
-            return one
-    raise ConfigError(f"{file}: prediction_type = {said!r}: known are epsilon, v_prediction and sample")
+    if value is None:
+        raise ConfigError(f"{file}: prediction_type is missing; set it to epsilon or v_prediction, as in training")
+    supported: tuple[PredictionType, ...] = get_args(PredictionType)
+    for prediction_type in supported:
+        if prediction_type == value != "flow_prediction":
+            return prediction_type
+    raise ConfigError(f"{file}: prediction_type = {value!r}: supported: epsilon, v_prediction, sample")
 
 
-def _solver(config: dict[str, Any], file: Path) -> SolverSpec:
+def _solver_spec(config: dict[str, Any], file: Path) -> SolverSpec:
     name = SCHEDULER_CLASS_TO_SOLVER[config["_class_name"]]
     if name == "lcm":
         return SolverSpec(name="lcm")

@@ -1,33 +1,33 @@
 "use strict";
 const byId = id => document.getElementById(id);
-const read = id => JSON.parse(byId(id).textContent);
-const make = (tag, text = "", className = "") => Object.assign(document.createElement(tag), { textContent: text, className });
+const readJson = id => JSON.parse(byId(id).textContent);
+const createElement = (tag, text = "", className = "") => Object.assign(document.createElement(tag), { textContent: text, className });
 
-// --- images: each is in the page once, whatever shows it -------------------------------------------------------------
-const { explore, images, prompts } = read("data");
+// --- images: each is embedded once and used in several parts of the page ----------------------------------------------
+const { slider: sliderData, images, prompts } = readJson("report-data");
 for (const image of document.querySelectorAll("img[data-image]")) {
-  image.src = images[image.dataset.image][image.dataset.number];
+  image.src = images[image.dataset.image][image.dataset.index];
 }
 document.addEventListener("change", event => {
-  if (event.target.name !== "sheet-columns") return;
-  for (const sheet of document.querySelectorAll("[data-sheet]")) sheet.hidden = sheet.dataset.sheet !== event.target.value;
+  if (event.target.name !== "grid-columns") return;
+  for (const grid of document.querySelectorAll("[data-grid]")) grid.hidden = grid.dataset.grid !== event.target.value;
 });
 
 // --- charts ------------------------------------------------------------------------------------------------------------
-let drawings; // read when the first is drawn: slider and table come before them, and before plotly, which is large
-const redraw = {};
+let charts; // parsed when the first chart is rendered: slider and table come first, and plotly is large
+const renderChart = {};
 let budgetLine = null; // {cost, budget} of the slider
 
-function prepared(figure, wanted) {
-  const published = figure.data.some(trace => trace.meta === "published");
-  const data = figure.data.map(trace => (trace.meta === "published" ? { ...trace, visible: wanted } : trace));
+function prepareFigure(figure, showPublished) {
+  const hasPublished = figure.data.some(trace => trace.meta === "published");
+  const data = figure.data.map(trace => (trace.meta === "published" ? { ...trace, visible: showPublished } : trace));
   const layout = { ...figure.layout, xaxis: { ...figure.layout.xaxis }, yaxis: { ...figure.layout.yaxis } };
-  if (published && wanted) for (const axis of ["xaxis", "yaxis"]) Object.assign(layout[axis], figure.layout.meta.published[axis]);
-  return { data, layout, published };
+  if (hasPublished && showPublished) for (const axis of ["xaxis", "yaxis"]) Object.assign(layout[axis], figure.layout.meta.published[axis]);
+  return { data, layout, hasPublished };
 }
 
-const sharesCost = box => box.querySelector("input[data-cost]") !== null;
-function lines(box) {
+const hasCostAxis = box => box.querySelector("input[data-cost]") !== null;
+function budgetShapes(box) {
   const chosen = box.querySelector("input[data-cost]:checked");
   if (!budgetLine || !chosen || chosen.dataset.cost !== budgetLine.cost) return [];
   const line = { color: "#2f4b8f", width: 2, dash: "dash" };
@@ -35,225 +35,235 @@ function lines(box) {
 }
 
 for (const box of document.querySelectorAll("[data-chart]")) {
-  const plots = box.querySelector(".plots"), setting = box.querySelector(".setting"), layer = box.querySelector(".published");
-  redraw[box.dataset.chart] = () => {
-    drawings ??= read("drawings");
-    const { drawings: byKey, settings } = drawings[box.dataset.chart];
+  const plots = box.querySelector(".plots"), subtitle = box.querySelector(".subtitle"), published = box.querySelector(".published");
+  renderChart[box.dataset.chart] = () => {
+    charts ??= readJson("chart-data");
+    const { figures, subtitles } = charts[box.dataset.chart];
     const key = [...box.querySelectorAll("input[type=radio]:checked")].map(input => input.value).join("|");
-    const shown = (byKey[key] ?? []).map(figure => prepared(figure, layer?.checked));
-    while (plots.children.length > shown.length) { Plotly.purge(plots.lastChild); plots.lastChild.remove(); }
-    while (plots.children.length < shown.length) plots.append(document.createElement("div"));
-    shown.forEach(({ data, layout }, at) => {
-      if (sharesCost(box)) layout.shapes = lines(box);
-      const plot = plots.children[at];
+    const prepared = (figures[key] ?? []).map(figure => prepareFigure(figure, published?.checked));
+    while (plots.children.length > prepared.length) { Plotly.purge(plots.lastChild); plots.lastChild.remove(); }
+    while (plots.children.length < prepared.length) plots.append(document.createElement("div"));
+    prepared.forEach(({ data, layout }, index) => {
+      if (hasCostAxis(box)) layout.shapes = budgetShapes(box);
+      const plot = plots.children[index];
       Plotly.react(plot, data, layout, { displayModeBar: false, responsive: true });
       plot.setAttribute("role", "img");
-      plot.setAttribute("aria-label", `${box.dataset.words}, ${layout.title?.text ?? settings[key]}; the same numbers are in the table of points`);
+      plot.setAttribute("aria-label", `${box.dataset.title}, ${layout.title?.text ?? subtitles[key]}; the same numbers are in the table of points`);
     });
-    if (layer) layer.disabled = !shown.some(one => one.published);
-    setting.textContent = shown.length ? settings[key] ?? "" : "Nothing to draw: no point was made or scored so.";
-    setting.hidden = !setting.textContent;
+    if (published) published.disabled = !prepared.some(figure => figure.hasPublished);
+    subtitle.textContent = prepared.length ? subtitles[key] ?? "" : "No data: there is no scored point for this selection.";
+    subtitle.hidden = !subtitle.textContent;
   };
   box.addEventListener("change", event => {
-    if (!event.target.dataset.cost && !waiting.includes(box.dataset.chart)) redraw[box.dataset.chart]();
+    if (!event.target.dataset.cost && !pendingCharts.includes(box.dataset.chart)) renderChart[box.dataset.chart]();
   });
 }
-const waiting = Object.keys(redraw);
-function drawNext() { // one chart at a time, so that the page answers meanwhile
-  const name = waiting.shift();
+const pendingCharts = Object.keys(renderChart);
+function renderNextChart() { // one chart at a time, so that the page stays responsive
+  const name = pendingCharts.shift();
   if (name === undefined) { document.documentElement.dataset.ready = "yes"; return; }
-  redraw[name]();
-  setTimeout(drawNext);
+  renderChart[name]();
+  setTimeout(renderNextChart);
 }
-function drawAll() { while (waiting.length) redraw[waiting.shift()](); }
+function renderPendingCharts() { while (pendingCharts.length) renderChart[pendingCharts.shift()](); }
 addEventListener("beforeprint", () => {
-  drawAll();
+  renderPendingCharts();
   document.querySelectorAll(".plots > div").forEach(plot => Plotly.Plots.resize(plot));
 });
 
-// --- the cost that slider and chart share --------------------------------------------------------------------------------
-let showCost = () => {};
+// --- the cost axis, shared by slider and charts ---------------------------------------------------------------------------
+let selectCost = () => {};
 document.addEventListener("change", event => {
   const cost = event.target.dataset.cost;
   if (!cost) return;
   for (const input of document.querySelectorAll("input[data-cost]")) if (input.dataset.cost === cost) input.checked = true;
-  showCost(cost);
+  selectCost(cost);
   for (const box of document.querySelectorAll("[data-chart]")) {
-    if (sharesCost(box) && !waiting.includes(box.dataset.chart)) redraw[box.dataset.chart]();
+    if (hasCostAxis(box) && !pendingCharts.includes(box.dataset.chart)) renderChart[box.dataset.chart]();
   }
 });
 
-// --- the budget ----------------------------------------------------------------------------------------------------------
-if (explore) {
-  const slider = byId("budget"), number = byId("budget-number"), box = byId("chosen");
-  let axis = explore.axes[0];
-  const list = (target, facts) => {
-    target.replaceChildren(...Object.entries(facts).flatMap(([name, value]) => [make("dt", name), make("dd", value)]));
+// --- the budget slider ---------------------------------------------------------------------------------------------------
+if (sliderData) {
+  const slider = byId("budget"), numberInput = byId("budget-number"), selected = byId("selected");
+  let axis = sliderData.axes[0];
+  const fillList = (list, facts) => {
+    list.replaceChildren(...Object.entries(facts).flatMap(([name, value]) => [createElement("dt", name), createElement("dd", value)]));
   };
-  const show = (at, asked) => {
-    const stop = axis.stops[Math.max(at, 0)], best = explore.configurations[stop.best];
-    const other = stop.runner_up === null ? null : explore.configurations[stop.runner_up];
-    const amount = `${asked ?? stop.shown} ${axis.unit}`;
-    slider.value = Math.max(at, 0);
-    slider.setAttribute("aria-valuetext", `${amount}: ${at < 0 ? "nothing fits" : best.words}`);
-    number.value = asked ?? stop.shown;
-    budgetLine = { cost: axis.cost, budget: asked === undefined ? stop.budget : Number(asked) };
-    const lead = make("p", `For ${amount}:`, "lead");
-    if (at < 0) {
-      box.replaceChildren(lead, make("p", "nothing fits", "best"), make("p", `The cheapest point costs ${stop.shown} ${axis.unit}.`));
-      for (const id of ["chosen-facts", "chosen-origin", "chosen-images"]) byId(id).replaceChildren();
-      for (const id of ["chosen-command", "chosen-legend"]) byId(id).textContent = "";
+  // index: position of the slider, -1 if the budget is below every point; typedBudget: the text of the number input, if it was used
+  const showBudget = (index, typedBudget) => {
+    const position = axis.values[Math.max(index, 0)], best = sliderData.configurations[position.best];
+    const runnerUp = position.runner_up === null ? null : sliderData.configurations[position.runner_up];
+    const amount = `${typedBudget ?? position.budget_text} ${axis.unit}`;
+    slider.value = Math.max(index, 0);
+    slider.setAttribute("aria-valuetext", `${amount}: ${index < 0 ? "nothing fits" : best.label}`);
+    numberInput.value = typedBudget ?? position.budget_text;
+    budgetLine = { cost: axis.cost, budget: typedBudget === undefined ? position.budget : Number(typedBudget) };
+    const lead = createElement("p", `For ${amount}:`, "lead");
+    if (index < 0) {
+      const cheapest = createElement("p", `The cheapest point costs ${position.budget_text} ${axis.unit}.`);
+      selected.replaceChildren(lead, createElement("p", "nothing fits", "best"), cheapest);
+      for (const id of ["selected-facts", "selected-sources", "selected-images"]) byId(id).replaceChildren();
+      for (const id of ["selected-command", "selected-legend"]) byId(id).textContent = "";
       return;
     }
-    const next = axis.stops[at + 1];
-    const until = next ? `The same up to ${next.shown} ${axis.unit}.` : "The same for any larger budget: no dearer point is better.";
-    box.replaceChildren(
+    const next = axis.values[index + 1];
+    const validity = next
+      ? `The same configuration is best up to ${next.budget_text} ${axis.unit}.`
+      : "The same configuration is best for any larger budget: no more expensive point is better.";
+    selected.replaceChildren(
       lead,
-      make("p", best.words, "best"),
-      make("p", `${explore.metric} ${best.score}`),
-      make("span", stop.decided ? "decided" : "undecided", stop.decided ? "chip" : "chip open"),
-      make("p", `${stop.verdict[0].toUpperCase()}${stop.verdict.slice(1)}. ${until}`, "verdict"),
-      ...stop.notes.map(note => make("p", `Note: ${note}.`, "note")),
+      createElement("p", best.label, "best"),
+      createElement("p", `${sliderData.metric} ${best.score}`),
+      createElement("span", position.decided ? "decided" : "undecided", position.decided ? "chip" : "chip open"),
+      createElement("p", `${position.verdict[0].toUpperCase()}${position.verdict.slice(1)}. ${validity}`, "verdict"),
+      ...position.notes.map(note => createElement("p", `Note: ${note}.`, "note")),
     );
-    list(byId("chosen-facts"), best.facts);
-    list(byId("chosen-origin"), best.origin);
-    byId("chosen-command").textContent = best.command;
-    const shown = [[best, stop.best, "best"], [other, stop.runner_up, ""]].filter(([one]) => one?.has_images);
-    byId("chosen-legend").textContent = !shown.length
-      ? "No images were kept of this point."
-      : `Framed: ${best.has_images ? best.words : "no image was kept"}.` + (other ? ` Beside it the runner-up: ${other.has_images ? other.words : "no image was kept"}.` : "");
-    byId("chosen-images").replaceChildren(...(shown.length ? prompts : []).map((prompt, place) => {
-      const figure = make("figure"), pair = make("div"), words = make("figcaption", prompt);
-      for (const [one, point, className] of shown) {
-        pair.append(Object.assign(make("img", "", className), { src: images[point][place], alt: `${prompt} — ${one.words}`, title: one.words }));
+    fillList(byId("selected-facts"), best.facts);
+    fillList(byId("selected-sources"), best.sources);
+    byId("selected-command").textContent = best.command;
+    const withImages = [
+      { configuration: best, point: position.best, className: "best" },
+      { configuration: runnerUp, point: position.runner_up, className: "" },
+    ].filter(({ configuration }) => configuration?.has_images);
+    const imageLabel = configuration => (configuration.has_images ? configuration.label : "no image was saved");
+    byId("selected-legend").textContent = !withImages.length
+      ? "No images were saved for this point."
+      : `Framed: ${imageLabel(best)}.` + (runnerUp ? ` Without a frame: the runner-up, ${imageLabel(runnerUp)}.` : "");
+    byId("selected-images").replaceChildren(...(withImages.length ? prompts : []).map((prompt, promptIndex) => {
+      const figure = createElement("figure"), pair = createElement("div"), caption = createElement("figcaption", prompt);
+      for (const { configuration, point, className } of withImages) {
+        const { label } = configuration;
+        const image = createElement("img", "", className);
+        pair.append(Object.assign(image, { src: images[point][promptIndex], alt: `${prompt} — ${label}`, title: label }));
       }
-      words.title = prompt;
-      figure.append(pair, words);
+      caption.title = prompt;
+      figure.append(pair, caption);
       return figure;
     }));
   };
-  const mark = () => {
+  const moveBudgetLine = () => {
     for (const box of document.querySelectorAll("[data-chart]")) {
-      const plot = sharesCost(box) ? box.querySelector(".plots > div") : null;
-      if (plot?.classList.contains("js-plotly-plot")) Plotly.relayout(plot, { shapes: lines(box) });
+      const plot = hasCostAxis(box) ? box.querySelector(".plots > div") : null;
+      if (plot?.classList.contains("js-plotly-plot")) Plotly.relayout(plot, { shapes: budgetShapes(box) });
     }
   };
-  const within = budget => axis.stops.findLastIndex(stop => stop.budget <= budget * (1 + 1e-9));
-  showCost = cost => {
-    axis = explore.axes.find(one => one.cost === cost);
-    slider.max = axis.stops.length - 1;
+  const positionOf = budget => axis.values.findLastIndex(position => position.budget <= budget * (1 + 1e-9));
+  selectCost = cost => {
+    axis = sliderData.axes.find(candidate => candidate.cost === cost);
+    slider.max = axis.values.length - 1;
     byId("budget-unit").textContent = axis.unit;
-    show(axis.stops.length >> 1);
+    showBudget(axis.values.length >> 1);
   };
-  slider.addEventListener("input", () => { show(Number(slider.value)); mark(); });
-  number.addEventListener("input", () => {
-    if (!(number.valueAsNumber > 0)) return;
-    show(within(number.valueAsNumber), number.value);
-    mark();
+  slider.addEventListener("input", () => { showBudget(Number(slider.value)); moveBudgetLine(); });
+  numberInput.addEventListener("input", () => {
+    if (!(numberInput.valueAsNumber > 0)) return;
+    showBudget(positionOf(numberInput.valueAsNumber), numberInput.value);
+    moveBudgetLine();
   });
-  showCost(axis.cost);
-  byId("explorer").hidden = false;
+  selectCost(axis.cost);
+  byId("slider-panel").hidden = false;
 }
-addEventListener("load", drawNext);
+addEventListener("load", renderNextChart);
 
-// --- the table -----------------------------------------------------------------------------------------------------------
-const { rows: numRows, columns, sorted_by: sortedBy } = read("rows");
-const PAGE = 50, MOST_CHOICES = 60, FILTERED = ["size", "solver", "num_steps", "guidance"];
-const table = byId("table"), head = table.tHead.insertRow();
-const at = (column, row) => (column.codes ? column.codes[row] : row);
-const keyOf = (column, row) => column.keys[at(column, row)];
-const classOf = column => [column.numeric ? "number" : "", column.aside ? "aside" : ""].join(" ").trim(); // aside: not in print
-const textOf = (column, row) => (column.texts ?? column.keys)[at(column, row)];
-let order = Array.from({ length: numRows }, (_, row) => row), found = order, first = 0, haystack = null;
+// --- the table of points -------------------------------------------------------------------------------------------------
+const { rows: numRows, columns, sorted_by: initialSort } = readJson("point-data");
+const PAGE_SIZE = 50, MAX_OPTIONS = 60, FILTER_COLUMNS = ["size", "solver", "num_steps", "guidance"];
+const table = byId("table"), headerRow = table.tHead.insertRow();
+const valueIndex = (column, row) => (column.codes ? column.codes[row] : row);
+const keyOf = (column, row) => column.keys[valueIndex(column, row)];
+const textOf = (column, row) => (column.texts ?? column.keys)[valueIndex(column, row)];
+const classOf = column => [column.numeric ? "number" : "", column.screen_only ? "screen-only" : ""].join(" ").trim();
+let sortedRows = Array.from({ length: numRows }, (_, row) => row), matchingRows = sortedRows, firstRow = 0, searchTexts = null;
 const filters = new Map();
 
-function fill() {
-  table.tBodies[0].replaceChildren(...found.slice(first, first + PAGE).map(row => {
-    const line = document.createElement("tr");
-    line.append(...columns.map(column => make("td", textOf(column, row), classOf(column))));
-    return line;
+function fillTable() {
+  table.tBodies[0].replaceChildren(...matchingRows.slice(firstRow, firstRow + PAGE_SIZE).map(row => {
+    const tableRow = document.createElement("tr");
+    tableRow.append(...columns.map(column => createElement("td", textOf(column, row), classOf(column))));
+    return tableRow;
   }));
-  const count = value => value.toLocaleString("en");
-  byId("count").textContent = found.length === numRows ? `${count(numRows)} points` : `${count(found.length)} of ${count(numRows)} points`;
-  byId("shown").textContent = found.length ? `Rows ${count(first + 1)} to ${count(Math.min(first + PAGE, found.length))}` : "No row";
-  byId("previous").disabled = first === 0;
-  byId("next").disabled = first + PAGE >= found.length;
-  byId("export").textContent = `Export ${found.length === 1 ? "this point" : `these ${count(found.length)} points`} as CSV`;
-  byId("export").disabled = !found.length;
+  const count = value => value.toLocaleString("en"), numMatching = matchingRows.length;
+  byId("count").textContent = numMatching === numRows ? `${count(numRows)} points` : `${count(numMatching)} of ${count(numRows)} points`;
+  byId("visible-rows").textContent = numMatching ? `Rows ${count(firstRow + 1)} to ${count(Math.min(firstRow + PAGE_SIZE, numMatching))}` : "No rows";
+  byId("previous").disabled = firstRow === 0;
+  byId("next").disabled = firstRow + PAGE_SIZE >= numMatching;
+  byId("export").textContent = `Export ${numMatching === 1 ? "this point" : `these ${count(numMatching)} points`} as CSV`;
+  byId("export").disabled = !numMatching;
 }
-function filter() {
-  found = order.filter(row => [...filters.values()].every(keeps => keeps(row)));
-  first = 0;
-  fill();
+function applyFilters() {
+  matchingRows = sortedRows.filter(row => [...filters.values()].every(matches => matches(row)));
+  firstRow = 0;
+  fillTable();
 }
-function sort(column, direction) {
+function sortRows(column, direction) {
   const collator = new Intl.Collator("en");
   const compare = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : collator.compare(String(a), String(b)));
-  order.sort((a, b) => {
-    const one = keyOf(column, a), other = keyOf(column, b);
-    if (one === null || other === null) return (one === null) - (other === null);
-    return direction * compare(one, other) || a - b;
+  sortedRows.sort((rowA, rowB) => {
+    const a = keyOf(column, rowA), b = keyOf(column, rowB);
+    if (a === null || b === null) return (a === null) - (b === null);
+    return direction * compare(a, b) || rowA - rowB;
   });
-  filter();
+  applyFilters();
 }
-columns.forEach((column, place) => {
-  const cell = make("th", "", classOf(column)), button = Object.assign(make("button", column.title), { type: "button" });
+columns.forEach((column, index) => {
+  const cell = createElement("th", "", classOf(column)), button = Object.assign(createElement("button", column.title), { type: "button" });
   cell.scope = "col";
-  if (sortedBy && sortedBy[0] === place) cell.setAttribute("aria-sort", sortedBy[1]);
+  if (initialSort && initialSort[0] === index) cell.setAttribute("aria-sort", initialSort[1]);
   button.addEventListener("click", () => {
-    const down = cell.getAttribute("aria-sort") === "ascending";
-    for (const other of head.cells) other.removeAttribute("aria-sort");
-    cell.setAttribute("aria-sort", down ? "descending" : "ascending");
-    sort(column, down ? -1 : 1);
+    const isDescending = cell.getAttribute("aria-sort") === "ascending";
+    for (const headerCell of headerRow.cells) headerCell.removeAttribute("aria-sort");
+    cell.setAttribute("aria-sort", isDescending ? "descending" : "ascending");
+    sortRows(column, isDescending ? -1 : 1);
   });
   cell.append(button);
-  head.append(cell);
+  headerRow.append(cell);
 });
-function labelled(words, input, className = "") {
-  const label = make("label", "", className);
-  label.append(...(className ? [input, words] : [words, input]));
+function addFilter(title, input, className = "") {
+  const label = createElement("label", "", className);
+  label.append(...(className ? [input, title] : [title, input]));
   byId("filters").append(label);
   return input;
 }
-for (const column of columns.filter(one => FILTERED.includes(one.name))) {
-  const sorted = new Map(Array.from({ length: numRows }, (_, row) => [textOf(column, row), keyOf(column, row)]));
-  if (sorted.size < 2 || sorted.size > MOST_CHOICES) continue;
-  const select = labelled(column.title, Object.assign(document.createElement("select"), { name: `filter-${column.name}` }));
-  const values = [...sorted].sort((a, b) => (typeof a[1] === "number" ? a[1] - b[1] : a[1] < b[1] ? -1 : 1));
-  select.append(new Option("all", ""), ...values.map(([text]) => new Option(text, `=${text}`)));
+for (const column of columns.filter(candidate => FILTER_COLUMNS.includes(candidate.name))) {
+  const keyByText = new Map(Array.from({ length: numRows }, (_, row) => [textOf(column, row), keyOf(column, row)]));
+  if (keyByText.size < 2 || keyByText.size > MAX_OPTIONS) continue;
+  const select = addFilter(column.title, Object.assign(document.createElement("select"), { name: `filter-${column.name}` }));
+  const options = [...keyByText].sort((a, b) => (typeof a[1] === "number" ? a[1] - b[1] : a[1] < b[1] ? -1 : 1));
+  select.append(new Option("all", ""), ...options.map(([text]) => new Option(text, `=${text}`)));
   select.addEventListener("change", () => {
     if (select.value) filters.set(column.name, row => `=${textOf(column, row)}` === select.value);
     else filters.delete(column.name);
-    filter();
+    applyFilters();
   });
 }
-const search = labelled("any column holds", Object.assign(document.createElement("input"), { type: "search", name: "filter-words" }));
+const search = addFilter("search in all columns", Object.assign(document.createElement("input"), { type: "search", name: "filter-text" }));
 search.addEventListener("input", () => {
-  haystack ??= Array.from({ length: numRows }, (_, row) => columns.map(column => textOf(column, row)).join("\n").toLowerCase());
-  const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-  filters.set("words", row => words.every(word => haystack[row].includes(word)));
-  filter();
+  searchTexts ??= Array.from({ length: numRows }, (_, row) => columns.map(column => textOf(column, row)).join("\n").toLowerCase());
+  const terms = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+  filters.set("text", row => terms.every(term => searchTexts[row].includes(term)));
+  applyFilters();
 });
-const last = columns.find(column => column.name === "is_final");
-const finals = labelled("last checkpoints only", Object.assign(document.createElement("input"), { type: "checkbox", name: "filter-final" }), "check");
-finals.addEventListener("change", () => {
-  filters.set("final", row => !finals.checked || keyOf(last, row) === "yes");
-  filter();
+const isFinalColumn = columns.find(column => column.name === "is_final");
+const finalOnly = addFilter("only final checkpoints", Object.assign(document.createElement("input"), { type: "checkbox", name: "filter-final" }), "checkbox");
+finalOnly.addEventListener("change", () => {
+  filters.set("final", row => !finalOnly.checked || keyOf(isFinalColumn, row) === "yes");
+  applyFilters();
 });
-byId("previous").addEventListener("click", () => { first = Math.max(0, first - PAGE); fill(); });
-byId("next").addEventListener("click", () => { first += PAGE; fill(); });
+byId("previous").addEventListener("click", () => { firstRow = Math.max(0, firstRow - PAGE_SIZE); fillTable(); });
+byId("next").addEventListener("click", () => { firstRow += PAGE_SIZE; fillTable(); });
 byId("export").addEventListener("click", () => {
-  const quoted = value => (/[",\n\r]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
-  const line = values => values.map(value => quoted(value === null ? "" : String(value))).join(",");
+  const quote = value => (/[",\n\r]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
+  const csvLine = values => values.map(value => quote(value === null ? "" : String(value))).join(",");
   const titles = columns.flatMap(({ name, low }) => (low ? [name, `${name}_low`, `${name}_high`] : [name]));
-  const values = row => columns.flatMap(column => {
-    const own = column.export === "keys" ? keyOf(column, row) : textOf(column, row);
-    return column.low ? [own, column.low[row], column.high[row]] : [own];
+  const csvValues = row => columns.flatMap(column => {
+    const value = column.export === "keys" ? keyOf(column, row) : textOf(column, row);
+    return column.low ? [value, column.low[row], column.high[row]] : [value];
   });
-  const text = [titles, ...found.map(values)].map(line).join("\r\n") + "\r\n";
-  const address = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
-  Object.assign(document.createElement("a"), { href: address, download: "points.csv" }).click();
-  setTimeout(() => URL.revokeObjectURL(address), 10000);
+  const text = [titles, ...matchingRows.map(csvValues)].map(csvLine).join("\r\n") + "\r\n";
+  const url = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
+  Object.assign(document.createElement("a"), { href: url, download: "points.csv" }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10000);
 });
-byId("table-box").hidden = false;
-fill();
+byId("table-panel").hidden = false;
+fillTable();

@@ -1,0 +1,236 @@
+"""The Python interface for scripts and notebooks: studies, results, checkpoints, scores and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isocost.config.study import StudySpec
+from isocost.config.study_yaml import load_study
+from isocost.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    import torch
+    from matplotlib.figure import Figure
+    from PIL import Image
+    from torch import Tensor
+
+    from isocost.analysis.recommend import Recommendation
+    from isocost.evaluation.confidence_intervals import Interval
+    from isocost.sampling.sample import Model
+
+BUDGETS = {
+    "nfe": "nfe",
+    "gflop": "gflop",
+    "ms": "ms_per_image",
+    "normalized_cost": "normalized_cost",
+    "images_per_hour": "images_per_hour",
+    "memory_gib": "memory_gib",
+}
+"""Keyword of `recommend` -> name of the budget."""
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """A finished study: its results table and its report.
+
+    Attributes:
+        out: the output folder.
+        results: one row per scored point. `size`, `solver`, `num_steps`, `guidance` name the configuration; `nfe`, `gflop`,
+            `normalized_cost` and `ms_per_image` are its costs per image; every metric has a column and the bounds of its 95 %
+            interval in METRIC_low and METRIC_high.
+        page: the HTML report.
+        summary: the answer as Markdown.
+    """
+
+    out: Path
+    results: pd.DataFrame
+    page: Path
+    summary: str
+
+    def recommend(self, **budgets: Any) -> Recommendation:
+        """The best configuration within the budgets; see `isocost.recommend`."""
+        return recommend(self.results, out=str(self.out), **budgets)
+
+    def plot(self, name: str, **options: Any) -> Figure:
+        """Draw a figure of the results; see `isocost.plot`."""
+        return plot(name, self.results, **options)
+
+    def _repr_markdown_(self) -> str:
+        return self.summary
+
+
+Study = StudySpec
+
+
+def run(
+    study: StudySpec | str | Path, out: str | Path | None = None, *, device: torch.device | str | None = None
+) -> StudyResult:
+    """Train, sweep, score and report a study. Finished work in the output folder is skipped, so the same call continues a run.
+
+    Args:
+        study: a study, or the path of its YAML file.
+        out: the output folder; runs/NAME by default.
+        device: where networks run: "cuda:1"; by default CUDA if there is any, else the CPU.
+
+    Raises:
+        ConfigError: the study cannot be run as it is, or conflicts with the contents of the folder.
+        RunError: the data or a training failed; finished work is kept.
+    """
+    from isocost.report.build import run as run_study
+    from isocost.utils.device import use_device
+
+    spec = study if isinstance(study, StudySpec) else load_study(study)
+    folder = Path(out) if out is not None else Path("runs") / spec.name
+    with use_device(device):
+        report = run_study(spec, folder)
+    return StudyResult(folder, report.table, report.page, report.summary)
+
+
+def read_results(out: str | Path, task: str = "text2image") -> pd.DataFrame:
+    """The results table of an output folder, as its last report left it; `StudyResult.results` describes the columns.
+
+    Raises:
+        ConfigError: the folder has no table of this task.
+    """
+    from isocost.analysis.results_table import read_table
+
+    return read_table(out, task)
+
+
+def recommend(
+    results: pd.DataFrame,
+    *,
+    metric: str = "mmd_efficientnet",
+    require: Mapping[str, float] | None = None,
+    out: str = "OUT",
+    **budgets: float,
+) -> Recommendation:
+    """The best configuration by `metric` within all budgets; the first budget breaks ties.
+
+    Args:
+        results: a results table.
+        metric: the column that decides.
+        require: metric -> value that the configuration must reach, in the metric's direction.
+        out: the output folder for the command in the answer.
+        **budgets: `nfe`, `gflop`, `ms` or `normalized_cost` per image, `images_per_hour`, `memory_gib`.
+
+    Raises:
+        ConfigError: no budget is given, a name is unknown, or no point fits; the line names the nearest point.
+    """
+    from isocost.analysis.recommend import recommend as choose
+
+    unknown = [name for name in budgets if name not in BUDGETS]
+    if unknown or not budgets:
+        problem = f"unknown budget {unknown[0]!r}" if unknown else "no budget"
+        raise ConfigError(f"recommend: {problem}; give one or more of {', '.join(BUDGETS)}, such as nfe=16")
+    named = {BUDGETS[name]: float(value) for name, value in budgets.items()}
+    lead = next((name for name in named if name != "memory_gib"), None)
+    if lead is None:
+        raise ConfigError("recommend: memory_gib needs another budget next to it, such as nfe=16")
+    others = {name: value for name, value in named.items() if name != lead}
+    return choose(results, lead, named[lead], metric, out, also=others, requirements=require)
+
+
+def load_checkpoint(
+    checkpoint: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | str = "fp32"
+) -> Model:
+    """Load a checkpoint once, for any number of calls of `sample`.
+
+    Args:
+        checkpoint: a checkpoint folder of a study, a folder of a diffusers pipeline, or a Hub id (OWNER/NAME[@REVISION]),
+            with ` + LORA[:SCALE]` or without.
+        device: where it runs; by default CUDA if there is any, else the CPU.
+        dtype: of the denoiser: "fp32" or "bf16", or the torch dtype.
+
+    Raises:
+        ConfigError: the checkpoint cannot be read.
+    """
+    from isocost.sampling.sample import Model
+
+    return Model(checkpoint, device=device, dtype=dtype)
+
+
+def score(
+    images: str | Path | np.ndarray | Tensor | Sequence[Image.Image],
+    reference: str | Path | np.ndarray | Tensor | Sequence[Image.Image],
+    metrics: Sequence[str] = ("mmd",),
+    *,
+    features: Sequence[str] = ("efficientnet-lite0",),
+    feature_size: int = 64,
+    weights: Mapping[str, str] | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Interval]:
+    """Score images against reference images, each metric with its 95 % interval.
+
+    Args:
+        images: a folder, uint8 [N, H, W, 3] (NumPy), uint8 [N, 3, H, W] (torch), or PIL images.
+        reference: the same.
+        metrics: names of `list_metrics()`.
+        features: names of `list_extractors()`.
+        feature_size: height and width in pixels at which EfficientNet-lite0 sees the images.
+        weights: sources of weights by extractor name, in place of the published ones.
+        device: where the extractors run.
+
+    Returns:
+        Column name ("mmd_efficientnet", "fid") -> `Interval` with `value`, `low`, `high`.
+
+    Raises:
+        ConfigError: a name is unknown, an input is missing or of the wrong type, or there are too few images.
+    """
+    from isocost.evaluation.score_images import score_images
+    from isocost.utils.device import use_device
+
+    with use_device(device):
+        return score_images(images, reference, metrics, features, feature_size, weights or {})
+
+
+def list_solvers() -> list[str]:
+    """Names of the solvers."""
+    from isocost.diffusion.solvers import SOLVERS
+
+    return list(SOLVERS)
+
+
+def list_metrics() -> list[str]:
+    """Names of the metrics that `protocol.metrics` and `score` take."""
+    from isocost.evaluation.metric_registry import METRIC_GROUPS
+
+    return list(METRIC_GROUPS)
+
+
+def list_extractors() -> list[str]:
+    """Names of the feature extractors that `protocol.features` and `score` take."""
+    from isocost.metrics.feature_extractors import EXTRACTORS
+
+    return list(EXTRACTORS)
+
+
+def list_plots() -> list[str]:
+    """Names of the figures that `plot` draws from a results table."""
+    from isocost.report.figures import TABLE_PLOTS
+
+    return list(TABLE_PLOTS)
+
+
+def plot(name: str, results: pd.DataFrame, metric: str = "mmd_efficientnet", **options: Any) -> Figure:
+    """Draw a figure of a results table.
+
+    Args:
+        name: one of `list_plots()`.
+        results: a results table.
+        metric: the column to draw.
+        **options: of the figure's function in `isocost.report.figures`: `cost="gflop"`.
+
+    Raises:
+        ConfigError: the name is unknown, or the table lacks what the figure shows.
+    """
+    from isocost.report.figures import TABLE_PLOTS
+
+    if name not in TABLE_PLOTS:
+        raise ConfigError(f"unknown plot {name!r}; known: {', '.join(TABLE_PLOTS)}")
+    return TABLE_PLOTS[name](results, metric, **options)

@@ -1,0 +1,111 @@
+"""Options and arguments that several commands share, and the functions that read them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+import yaml
+
+from isocost.config.base import parse_spec
+from isocost.config.sampling import SolverSpec
+from isocost.config.study import StudySpec
+from isocost.config.study_yaml import load_study
+from isocost.config.types import DTypeName, TaskName
+from isocost.errors import ConfigError
+
+# --- studies ---
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="YAML file of the study")]
+OutputDir = Annotated[Path | None, typer.Option("--out", help="output folder; default: runs/NAME with the name of the study")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="replace a value of the study, such as train.lr=2e-4")
+]
+Tasks = Annotated[
+    list[str] | None, typer.Option("--task", help="only this task, such as text2image or superres; may be repeated")
+]
+Database = Annotated[
+    str | None,
+    typer.Option(
+        "--database",
+        help="results database in place of OUT/results.sqlite: postgresql://USER@HOST/NAME; its runs share the work",
+    ),
+]
+StopAfter = Annotated[
+    float | None, typer.Option("--stop-after", metavar="HOURS", help="stop after this time and save all progress")
+]
+
+# --- sampling ---
+
+CHECKPOINT_HELP = "checkpoint folder OUT/artefacts/checkpoint/DIGEST"
+GUIDANCE_HELP = "guidance scale w in uncond + w (cond - uncond); 1 takes one network pass"
+NumSteps = Annotated[int | None, typer.Option("--steps", help="solver steps; default: 16, or 4 for a few-step student")]
+SolverName = Annotated[str | None, typer.Option("--solver", help="a name of `isocost list solvers`; default: the checkpoint's")]
+TimestepSpacing = Annotated[str, typer.Option("--timestep-spacing", help="trailing, leading, linspace or karras")]
+Eta = Annotated[float, typer.Option("--eta", help="ddim: fraction of ancestral noise, from 0 to 1")]
+DType = Annotated[DTypeName, typer.Option("--dtype", help="data type of the network")]
+Seed = Annotated[int, typer.Option("--seed", help="random seed")]
+
+
+def read_study(file: Path, overrides: list[str] | None) -> StudySpec:
+    """Load a study with the values of --set.
+
+    Raises:
+        ConfigError: the study is wrong, or an item of --set is not KEY=VALUE.
+    """
+    values: dict[str, Any] = {}
+    for item in overrides or []:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {item}: give KEY=VALUE, such as train.num_images=5000")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {item}: the value is not YAML") from error
+    return load_study(file, values)
+
+
+def output_dir_of(study: StudySpec, out: Path | None) -> Path:
+    """The output folder of --out, or the default one of the study."""
+    return out if out is not None else Path("runs") / study.name
+
+
+def parse_deadline(stop_after: float | None) -> float | None:
+    """The `time.monotonic()` of --stop-after.
+
+    Raises:
+        ConfigError: the hours are not positive.
+    """
+    if stop_after is None:
+        return None
+    if stop_after <= 0:
+        raise ConfigError(f"--stop-after {stop_after:g}: give hours, more than 0")
+    return time.monotonic() + 3600 * stop_after
+
+
+def parse_tasks(tasks: list[str] | None) -> tuple[TaskName, ...] | None:
+    """The tasks of --task in the order of a study; None if the option is absent.
+
+    Raises:
+        ConfigError: a task is unknown.
+    """
+    names: tuple[TaskName, ...] = get_args(TaskName)
+    for task in tasks or ():
+        if task not in names:
+            raise ConfigError(f"--task {task}: give one of {', '.join(names)}")
+    return tuple(name for name in names if name in tasks) if tasks else None
+
+
+def parse_solver(name: str | None, timestep_spacing: str = "trailing", eta: float = 0.0) -> SolverSpec | None:
+    """Return the solver that --solver, --timestep-spacing and --eta describe.
+
+    None if all three have their default values: then the checkpoint's default solver is used.
+
+    Raises:
+        ConfigError: the solver is unknown or does not take an option.
+    """
+    if name is None and (timestep_spacing, eta) == ("trailing", 0.0):
+        return None
+    return parse_spec(SolverSpec, {"name": name or "ddim", "timestep_spacing": timestep_spacing, "eta": eta}, "--solver")
