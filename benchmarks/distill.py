@@ -104,7 +104,7 @@ class ExactDenoiser(nn.Module):
     def __init__(self, mixture: Mixture, prediction_type: Any) -> None:
         super().__init__()
         self.mixture, self.prediction_type = mixture, prediction_type
-        self.config = {"time_cond_proj_dim": None}
+        self.config: dict[str, int | None] = {"time_cond_proj_dim": None}
 
     def forward(self, z: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Any:
         index = timesteps.long().numpy()
@@ -148,7 +148,7 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config = {"time_cond_proj_dim": None}
+        self.config: dict[str, int | None] = {"time_cond_proj_dim": None}
         self.encoder = Encoder()
         self.decoder = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(2))
         self.out = nn.Linear(HIDDEN, 2)

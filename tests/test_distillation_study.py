@@ -320,7 +320,7 @@ def test_an_invalid_study_is_refused(changes: dict[str, Any], message: str) -> N
 
 
 def test_a_changed_recipe_conflicts_and_a_new_variant_does_not(finished: Pipeline) -> None:
-    with pytest.raises(ConfigError, match=r"distill.latent_weight = 1.0, the study has 2"):
+    with pytest.raises(ConfigError, match=r"distill.latent_weight = 1.0, but the study has 2"):
         Pipeline(distill_study(latent_weight=2), finished.out)
     fewer = Pipeline(distill_study(variants=["codi"]), finished.out)
     assert [row["points_to_make"] for row in plan(fewer)["sizes"]] == [0, 0]
@@ -367,7 +367,7 @@ class SyntheticComparer:
     def __init__(self, table: pd.DataFrame) -> None:
         self.values = table.set_index("point")["mmd_efficientnet"]
 
-    def of_points(self, first: str, second: str, metric: str) -> Interval | None:
+    def difference(self, first: str, second: str, metric: str) -> Interval | None:
         difference = float(self.values[first] - self.values[second])
         return Interval(difference, difference - 0.001, difference + 0.001)
 
@@ -449,7 +449,7 @@ def test_every_pair_is_compared_at_equal_cost(synthetic: pd.DataFrame) -> None:
 class UnpairedComparer:
     """Comparer of points whose features are in another output folder."""
 
-    def of_points(self, first: str, second: str, metric: str) -> Interval | None:
+    def difference(self, first: str, second: str, metric: str) -> Interval | None:
         return None
 
 

@@ -163,7 +163,7 @@ def test_the_python_example_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, 
     exec(code, scope)
     assert "2.6M" in capsys.readouterr().out
     assert len(scope["samples"].images) == 2
-    assert scope["study"].train.num_images == 5000
+    assert scope["study"].train.lr == 2e-4
 
 
 def test_the_citation_has_what_its_format_demands() -> None:

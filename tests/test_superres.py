@@ -264,7 +264,7 @@ def test_superres_can_be_added_to_a_finished_study(finished: Pipeline, tmp_path:
     shutil.copytree(finished.out, tmp_path / "out")
     (tmp_path / "out" / "study.yaml").write_text("\n".join((finished.out / "study.yaml").read_text().split("superres:")[:1]))
     assert plan(Pipeline(superres_study(), tmp_path / "out"))["sizes"][1]["points_to_make"] == 0
-    with pytest.raises(ConfigError, match=r"superres.scale = 4, the study has 2"):
+    with pytest.raises(ConfigError, match=r"superres.scale = 4, but the study has 2"):
         Pipeline(superres_study(scale=2), finished.out)
 
 

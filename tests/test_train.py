@@ -112,7 +112,7 @@ def test_a_nonfinite_loss_stops_the_training_and_the_last_good_state_stays(cache
             return super().loss(network, batch) * float("nan")  # type: ignore[arg-type]
 
     spec = SPEC.model_copy(update={"snapshots": ()})
-    with pytest.raises(RunError, match="the loss is nan"):
+    with pytest.raises(RunError, match="the mean loss is nan"):
         train(
             spec, Broken(spec, cache, NoiseSchedule.scaled_linear()), build_unet(MODEL), tmp_path, lambda *_: None, title="test"
         )
