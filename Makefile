@@ -10,9 +10,10 @@ demo: $(READY)
 
 reference-report: $(READY)
 	for study in docs/reference docs/reference/*/study.yaml; do $(BIN)/isocost report $${study%/study.yaml} || exit 1; done
+	$(BIN)/python tools/page_digests.py
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(READY)
 	$(BIN)/pytest

@@ -13,6 +13,7 @@ from isocost.cli import main
 from isocost.config.base import parse_spec
 from isocost.config.study import StudySpec
 
+pytest_plugins = ["finished_study"]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "assets"
 
 
@@ -76,3 +77,9 @@ def isocost(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         return Outcome(int(stopped.value.code or 0), *capfd.readouterr())
 
     return command
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from finished_study import sort_modules  # it imports this file
+
+    sort_modules(items)

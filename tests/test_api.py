@@ -17,6 +17,7 @@ from torch import Tensor
 
 import isocost
 from conftest import plain_study
+from finished_study import plain_finished
 from isocost.metrics.feature_extractors import EXTRACTORS, register_extractor
 from synthetic_results import synthetic_table
 from tiny_configs import save, scenes
@@ -25,9 +26,8 @@ matplotlib.use("Agg")
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> isocost.StudyResult:
-    study = isocost.Study.from_dict(plain_study(family={"widths": [8]}))
-    return isocost.run(study, tmp_path_factory.mktemp("api") / "out", device="cpu")
+def result(family_copy: Path) -> isocost.StudyResult:
+    return isocost.run(isocost.Study.from_dict(plain_finished()), family_copy, device="cpu", with_figures=False)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_a_transformer_samples_the_same_images_again(tmp_path: Path) -> None:
         plain_study(family={"kind": "dit", "widths": [16]}, train={"num_images": 16, "batch_size": 16})
         | {"sweep": {"num_steps": [1], "guidance": [1], "batch_size": 16}}
     )
-    run = isocost.run(study, tmp_path / "out")
+    run = isocost.run(study, tmp_path / "out", with_figures=False)
     model = isocost.load_checkpoint(run.out / "artefacts" / "checkpoint" / str(run.results["checkpoint"].iloc[0]))
     first, second = (model.sample("a star", num_steps=2, seed=1).array for _ in range(2))
     assert np.array_equal(first, second)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from conftest import plain_study, tiny_study
+from finished_study import BASE, finished_spec
 from isocost.analysis.costs import COSTS
 from isocost.analysis.study_comparison import concat_studies, headline, rankings
 from isocost.config.study_yaml import load_study
@@ -148,15 +148,15 @@ def test_the_comparison_is_written_as_markdown_and_a_figure(tmp_path: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def folders(family_copy: Path) -> tuple[Path, Path]:
     """Two finished studies under one protocol, each with one size."""
-    root = tmp_path_factory.mktemp("studies")
-    for name, lr in (("slow", 1e-4), ("fast", 2e-3)):
-        train = {**plain_study()["train"], "snapshots": [], "lr": lr}
-        pipeline = Pipeline(tiny_study(name=name, family={"widths": [8]}, train=train), root / name)
-        assert pipeline.run()
-        report(pipeline)
-    return root / "slow", root / "fast"
+    second = Pipeline(
+        finished_spec(train={**BASE["train"], "lr": 1e-4, "snapshots": []}, name="second"), family_copy.parent / "second"
+    )
+    assert second.run()
+    report(second, with_figures=False)
+    first = family_copy.rename(family_copy.parent / "tiny")
+    return first, second.out
 
 
 def test_differences_are_paired_across_folders(folders: tuple[Path, Path]) -> None:
@@ -181,7 +181,7 @@ def test_the_command_prints_sentences_and_json(folders: tuple[Path, Path], isoco
     outcome = isocost("compare", *folders, "--budget", "0.2", "--out", tmp_path)
     assert outcome.status == 0, outcome.err
     assert outcome.answer["answer"] in outcome.err
-    assert set(outcome.answer["rankings"][0]["scores"]) == {"slow", "fast"}
+    assert set(outcome.answer["rankings"][0]["scores"]) == {"tiny", "second"}
     assert all(Path(file).is_file() for file in outcome.answer["files"])
 
 
@@ -192,16 +192,16 @@ def test_studies_of_one_name_are_named_by_their_folders(folders: tuple[Path, Pat
         (tmp_path / folder.name / "study.yaml").write_text(yaml.safe_dump({**plain, "name": "twin"}))
         (tmp_path / folder.name / "table.parquet").write_bytes((folder / "table.parquet").read_bytes())
     compared = compare([tmp_path / folder.name for folder in folders])
-    assert set(compared.table["study"]) == {"slow", "fast"}
+    assert set(compared.table["study"]) == {"tiny", "second"}
     assert not compared.rankings[0].against[0].is_paired
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("slow",), "a comparison needs at least two studies"),
-        (("slow", "slow"), "given twice"),
-        (("slow", "absent"), "no study.yaml"),
+        (("tiny",), "a comparison needs at least two studies"),
+        (("tiny", "tiny"), "given twice"),
+        (("tiny", "absent"), "no study.yaml"),
     ],
 )
 def test_the_command_refuses_in_one_line(

@@ -14,6 +14,7 @@ import torch
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 
 from conftest import plain_study
+from finished_study import PARTS, VARIANTS, finished_spec, with_part
 from interruptions import stop_twice
 from isocost.analysis.distillation import (
     comparisons,
@@ -41,63 +42,15 @@ from isocost.sampling.upscale import upscale
 from isocost.sweep.schema import HARDWARE_COLUMNS
 from synthetic_results import synthetic_table
 
-VARIANTS = ["consistency", "codi", "codi-efficient", "progressive"]
-
 
 def distill_study(**changes: Any) -> StudySpec:
-    """The tiny study of one size with students of every variant."""
-    plain = plain_study(
-        autoencoder={"kind": "pretrained", "path": "scenes"},
-        family={"widths": [8]},
-        train={"num_images": 64, "batch_size": 16, "lr": 1e-3, "prediction_type": "v_prediction", "state_every_images": 32},
-        sweep={"num_steps": [1, 4], "guidance": [1, 2], "batch_size": 16},
-        distill={
-            "variants": VARIANTS,
-            "guidance_range": [1, 4],
-            "stages": [4, 2],
-            "train": {"num_images": 64, "snapshots": [32], "lr": 1e-3},
-            "sweep": {"num_steps": [1, 2, 4], "guidance": [1, 2], "batch_size": 16},
-            **changes,
-        },
-    )
-    return parse_spec(StudySpec, plain, "tiny")
-
-
-def superres_study(**changes: Any) -> StudySpec:
-    """The tiny study with few-step super-resolution."""
-    plain = plain_study(
-        family={"widths": [8]},
-        train={"num_images": 32, "batch_size": 16, "lr": 1e-3, "prediction_type": "v_prediction"},
-        sweep={"num_steps": [1], "guidance": [1], "batch_size": 16},
-        superres={
-            "train": {"num_images": 32},
-            "sweep": {"num_steps": [4], "batch_size": 16},
-            "protocol": {"num_images": 32, "num_reference": 64, "num_bootstrap": 20, "paired_metrics": ["psnr", "ssim"]},
-            "metric": "psnr",
-            "distill": {
-                "variants": VARIANTS[:2],
-                "train": {"num_images": 32},
-                "sweep": {"num_steps": [4], "batch_size": 16},
-                **changes,
-            },
-        },
-    )
-    return parse_spec(StudySpec, plain, "tiny")
+    """The finished study with students of every variant, without its other experiments."""
+    return with_part("distill", **changes)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    pipeline = Pipeline(distill_study(), tmp_path_factory.mktemp("distill") / "out")
-    assert pipeline.run()
-    report(pipeline)
-    return pipeline
-
-
-@pytest.fixture(scope="module")
-def superres_finished(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    pipeline = Pipeline(superres_study(), tmp_path_factory.mktemp("superres_finished") / "out")
-    assert pipeline.run()
-    return pipeline
+def finished(finished_copy: Path) -> Pipeline:
+    return Pipeline(finished_spec("distill", "superres"), finished_copy)
 
 
 def students(pipeline: Pipeline, task: str = "distill") -> dict[str, StudentRun]:
@@ -122,7 +75,7 @@ def test_students_and_teachers_are_in_one_table_with_true_costs(finished: Pipeli
     assert (final_points[is_student]["nfe"] == final_points[is_student]["num_steps"]).all()
     guided = final_points[~is_student & (final_points["guidance"] != 1)]
     assert (guided["nfe"] == 2 * guided["num_steps"]).all()
-    by_size = final_points[final_points["num_steps"] == 4].groupby("size")["normalized_cost"].first()
+    by_size = final_points[final_points["num_steps"] == 2].groupby("size")["normalized_cost"].first()
     assert by_size["0.8M consistency"] == pytest.approx(by_size["0.8M"], rel=0.01)
     assert by_size["0.8M codi"] > 1.2 * by_size["0.8M"]
     assert by_size["0.8M codi"] == by_size["0.8M codi-efficient"]
@@ -184,34 +137,32 @@ def test_a_killed_run_ends_with_the_same_table(finished: Pipeline, tmp_path: Pat
     stop_twice(study, out, monkeypatch, at_step=4 + 3 * 4 + 3, at_record=2)
     pipeline = Pipeline(study, out)
     assert pipeline.run()
-    report(pipeline)
+    report(pipeline, with_figures=False)
     left, right = (
         pd.read_parquet(run.out / "table-distill.parquet").drop(columns=HARDWARE_COLUMNS) for run in (finished, pipeline)
     )
     pd.testing.assert_frame_equal(left, right)
 
 
-def test_super_resolution_has_students_too(superres_finished: Pipeline) -> None:
-    table = superres_finished.results_db.table()
+def test_super_resolution_has_students_too(finished: Pipeline) -> None:
+    table = finished.results_db.table()
     table = table[table["task"] == "superres-distill"]
     assert set(table["size"]) == {f"0.8M {kind}" for kind in VARIANTS[:2]}
     assert (table["nfe"] == table["num_steps"]).all()
     image = np.full((9, 11, 3), 90, dtype=np.uint8)
     for kind in VARIANTS[:2]:
-        folder = student_folder(superres_finished, kind, "superres-distill")
+        folder = student_folder(finished, kind, "superres-distill")
         result = upscale(folder, image)
         assert (result.image.shape, result.nfe) == ((36, 44, 3), 4)
-    info = load_checkpoint(student_folder(superres_finished, "codi", "superres-distill")).info
-    assert info.parent == superres_finished.experiments["text2image"].runs[0].final
+    info = load_checkpoint(student_folder(finished, "codi", "superres-distill")).info
+    assert info.parent == finished.experiments["text2image"].runs[0].final
     assert (info.model.adapter, info.guidance_range) == ("concat_cond", None)
 
 
-@pytest.mark.slow
-def test_the_page_of_superres_students_shows_the_inputs(superres_finished: Pipeline) -> None:
-    report(superres_finished)
-    table = pd.read_parquet(superres_finished.out / "table-superres-distill.parquet")
-    assert set(table["size"]) == {"0.8M", *(f"0.8M {kind}" for kind in VARIANTS[:2])}
-    page = (superres_finished.out / "report" / "superres-distill" / "index.html").read_text()
+def test_the_page_of_superres_students_shows_the_inputs(finished: Pipeline) -> None:
+    table = pd.read_parquet(finished.out / "table-superres-distill.parquet")
+    assert set(table["size"]) == {"0.8M", "0.8M from scratch", *(f"0.8M {kind}" for kind in VARIANTS[:2])}
+    page = (finished.out / "report" / "superres-distill" / "index.html").read_text()
     assert "low resolution" in page
 
 
@@ -266,7 +217,7 @@ def test_a_progressive_student_is_exported_to_the_pipeline_of_stable_diffusion(f
 # --- errors ---
 
 
-def test_errors_are_one_line(finished: Pipeline, superres_finished: Pipeline, tmp_path: Path) -> None:
+def test_errors_are_one_line(finished: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="network with an adapter"):
         export(student_folder(finished, "codi"), tmp_path / "exported")
     with pytest.raises(ConfigError, match="this student was trained on guidance 1 to 4"):
@@ -274,13 +225,13 @@ def test_errors_are_one_line(finished: Pipeline, superres_finished: Pipeline, tm
     with pytest.raises(ConfigError, match="no unconditional pass; leave the negative prompt out"):
         sample(student_folder(finished, "consistency"), ["a ring"], negative_prompt="a square")
     with pytest.raises(ConfigError, match="isocost upscale"):
-        sample(student_folder(superres_finished, "consistency", "superres-distill"), ["a ring"])
+        sample(student_folder(finished, "consistency", "superres-distill"), ["a ring"])
     pipeline = Pipeline(distill_study(), tmp_path / "new")
     with pytest.raises(ConfigError, match="its teacher does not exist yet; run `isocost train`"):
         pipeline.train(students(pipeline)["consistency"])
 
 
-def test_teachers_must_be_compatible(finished: Pipeline, superres_finished: Pipeline, tmp_path: Path) -> None:
+def test_teachers_must_be_compatible(finished: Pipeline, tmp_path: Path) -> None:
     def runs(teacher: Path, study: StudySpec | None = None) -> list[Any]:
         spec = study or distill_study(teachers=[str(teacher)])
         return Pipeline(spec, tmp_path / "other").experiments["distill"].runs
@@ -292,9 +243,10 @@ def test_teachers_must_be_compatible(finished: Pipeline, superres_finished: Pipe
     with pytest.raises(ConfigError, match="no such checkpoint folder"):
         runs(tmp_path / "absent")
     with pytest.raises(ConfigError, match="trained for superres"):
-        runs(superres_finished.store.folder("checkpoint", superres_finished.experiments["superres"].runs[0].final))
+        runs(finished.store.folder("checkpoint", finished.experiments["superres"].runs[0].final))
+    distill = {**PARTS["distill"], "teachers": [str(plain)]}
     with pytest.raises(ConfigError, match="latents of another autoencoder"):
-        runs(superres_finished.store.folder("checkpoint", superres_finished.runs[0].final))
+        runs(plain, finished_spec("distill", autoencoder=plain_study()["autoencoder"], distill=distill))
     study = distill_study(teachers=[str(plain)]).model_dump(mode="json")
     study["train"]["prediction_type"] = study["distill"]["train"]["prediction_type"] = "epsilon"
     with pytest.raises(ConfigError, match="trained with prediction_type v_prediction, but the study has epsilon; set"):
@@ -470,8 +422,8 @@ def test_points_without_features_are_compared_by_their_own_intervals(synthetic: 
 def test_a_folder_merged_from_an_archive_has_its_report(finished: Pipeline, tmp_path: Path) -> None:
     archive(finished.out, tmp_path / "archive")
     merge(tmp_path / "elsewhere", [tmp_path / "archive"])
-    elsewhere = Pipeline(finished.study, tmp_path / "elsewhere")
-    report(elsewhere)
+    elsewhere = Pipeline(distill_study(), tmp_path / "elsewhere")
+    report(elsewhere, with_figures=False)
     page = (elsewhere.out / "report" / "distill" / "index.html").read_text()
     assert "(not paired)" in page
     assert "(not paired)" not in (finished.out / "report" / "distill" / "index.html").read_text()

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from conftest import plain_study, tiny_study
+from finished_study import finished_spec
 from isocost.diffusion.philox import INITIAL_NOISE, philox_normal
 from isocost.errors import ConfigError
 from isocost.models.export_diffusers import export
@@ -28,8 +29,9 @@ def trained(out: Path, **changes: object) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("run"), autoencoder={"kind": "pretrained", "path": "scenes"})
+def checkpoint(finished_study: Path) -> Path:
+    pipeline = Pipeline(finished_spec(), finished_study / "family")
+    return pipeline.store.folder("checkpoint", pipeline.runs[0].final)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from conftest import tiny_study
+from finished_study import finished_spec
 from isocost.errors import ConfigError
 from isocost.pipeline.pipeline import Pipeline
 from isocost.sweep.worker import Worker
@@ -16,10 +17,8 @@ LOADED_MS = 1e6
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    pipeline = Pipeline(tiny_study(family={"widths": [8]}), tmp_path_factory.mktemp("swept") / "out")
-    pipeline.run()
-    return pipeline
+def swept(family_copy: Path) -> Pipeline:
+    return Pipeline(finished_spec(), family_copy)
 
 
 def test_every_point_is_timed_again_and_nothing_else_changes(swept: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -275,7 +275,7 @@ def test_the_papers_claims_come_after_the_answer(tmp_path: Path) -> None:
     table = synthetic_table(sizes=("0.2M", "0.8M", "3.2M"))
     table.loc[table["size"] == "3.2M", "size"] = "3.2M <b>&"
     verdicts = evaluate_claims(CLAIMS, {"text2image": TaskResults(table, METRIC)})
-    page = read(write_report(tmp_path, "synthetic", table, METRIC, {}, {}, {}, [], verdicts=verdicts))
+    page = read(write_report(tmp_path, "synthetic", table, METRIC, {}, {}, {}, [], verdicts=verdicts, with_figures=False))
     sections = [attributes["id"] for tag, attributes in page.elements if tag == "section"]
     assert sections[:3] == ["answer", "budget-slider", "claims"]
     for text in (
@@ -388,7 +388,12 @@ def test_missing_parts_are_named_and_the_others_are_shown(tmp_path: Path) -> Non
 
 def test_an_unfinished_study_has_a_page(tmp_path: Path) -> None:
     table = synthetic_table()
-    page = read(write_report(tmp_path, "unfinished", table[~table["is_final"]], METRIC, {}, {}, {}, []))
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "quality_vs_cost-nfe.png").write_bytes(b"from an earlier report")
+    unfinished = table[~table["is_final"]]
+    page = read(write_report(tmp_path, "unfinished", unfinished, METRIC, {}, {}, {}, [], with_figures=False))
+    assert not (tmp_path / "figures").exists(), "on request, without figures"
+    assert "figures/" not in page.text
     assert "No answer yet" in page.text
     assert json.loads(page.scripts["report-data"])["slider"] is None
     assert set(json.loads(page.scripts["chart-data"])) == {"compute"}

@@ -18,7 +18,8 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from conftest import plain_study, tiny_study
+from conftest import plain_study
+from finished_study import BASE, copy_trained, finished_spec
 from isocost.cli import app
 from isocost.cli.status import format_duration, status_table
 from isocost.config.base import parse_spec
@@ -105,7 +106,9 @@ def test_the_command_prints_a_table_and_ends_with_json(tmp_path: Path) -> None:
     assert "64/64" in text
 
 
-def test_progress_counts_the_finished_points_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_counts_the_finished_points_in_any_order(
+    finished_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counts_by_title: dict[str, list[int]] = {}
 
     @contextmanager
@@ -113,9 +116,9 @@ def test_progress_counts_the_finished_points_in_any_order(tmp_path: Path, monkey
         yield lambda completed, note: counts_by_title.setdefault(f"{title}, {total}", []).append(completed)
 
     monkeypatch.setattr("isocost.pipeline.sweep_runner.progress_bar", watched)
-    Pipeline(tiny_study(family={"widths": [8]}), tmp_path / "grid").run()
     raced = {"num_steps": [1, 2], "guidance": [1, 4], "search": "race", "batch_size": 16, "snapshot_num_steps": 2}
-    Pipeline(tiny_study(family={"widths": [8]}, sweep=raced), tmp_path / "raced").run()
+    for name, sweep in (("grid", BASE["sweep"]), ("raced", raced)):
+        Pipeline(finished_spec(sweep=sweep), copy_trained(finished_study / "family", tmp_path / name)).run()
     assert len(counts_by_title) >= 4, list(counts_by_title)
     for title, counts in counts_by_title.items():
         assert counts == sorted(counts), title

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from conftest import plain_study, tiny_study
+from finished_study import PARTS, finished_spec, with_part
 from interruptions import stop_twice
 from isocost.cli import main
-from isocost.config.base import parse_spec
 from isocost.config.model import ModelSpec
 from isocost.config.sampling import SolverSpec
 from isocost.config.study import StudySpec
@@ -46,33 +46,15 @@ from isocost.sweep import image_shards as shards
 from isocost.sweep.schema import HARDWARE_COLUMNS
 from isocost.training.objectives import Superres
 
-LPIPS_FREE = ["psnr", "ssim"]
-
 
 def superres_study(**changes: Any) -> StudySpec:
-    """The tiny study of one size with super-resolution."""
-    plain = plain_study(
-        family={"widths": [8]},
-        train={"num_images": 64, "batch_size": 16, "lr": 1e-3, "prediction_type": "v_prediction", "state_every_images": 32},
-        sweep={"num_steps": [1], "guidance": [1], "batch_size": 16},
-        superres={
-            "starts": ["pretrained", "scratch"],
-            "train": {"num_images": 64, "snapshots": [32], "state_every_images": 32},
-            "sweep": {"num_steps": [1, 2], "batch_size": 16, "snapshot_num_steps": 2},
-            "protocol": {"num_images": 32, "num_reference": 64, "num_bootstrap": 20, "paired_metrics": LPIPS_FREE},
-            "metric": "psnr",
-            **changes,
-        },
-    )
-    return parse_spec(StudySpec, plain, "tiny")
+    """The finished study with super-resolution, without students and its other experiments."""
+    return with_part("superres", **{"distill": None, **changes})
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    pipeline = Pipeline(superres_study(), tmp_path_factory.mktemp("superres") / "out")
-    assert pipeline.run()
-    report(pipeline)
-    return pipeline
+def finished(finished_copy: Path) -> Pipeline:
+    return Pipeline(superres_study(), finished_copy)
 
 
 def test_without_checkpoints_only_unscored_trainings_and_their_parents_are_trained(finished: Pipeline, tmp_path: Path) -> None:
@@ -89,10 +71,12 @@ def test_without_checkpoints_only_unscored_trainings_and_their_parents_are_train
 
 
 @pytest.mark.slow
-def test_its_pages_are_rebuilt_byte_by_byte(finished: Pipeline, tmp_path: Path) -> None:
+def test_the_pages_of_every_experiment_are_rebuilt_byte_by_byte(finished: Pipeline, tmp_path: Path) -> None:
     archive(finished.out, tmp_path)
-    rebuild(tmp_path)
-    for page in ("report/index.html", "report/superres/index.html"):
+    rebuild(tmp_path, with_figures=False)
+    pages = [page.relative_to(finished.out) for page in (finished.out / "report").rglob("index.html")]
+    assert len(pages) == 6
+    for page in pages:
         assert (tmp_path / page).read_bytes() == (finished.out / page).read_bytes()
 
 
@@ -132,16 +116,21 @@ def test_the_first_forward_pass_equals_the_parents(finished: Pipeline) -> None:
     assert torch.equal(output, expected)
 
 
-def test_each_training_image_is_conditioned_on_its_own_degraded_image(finished: Pipeline) -> None:
-    experiment, (run, _) = runs_of(finished)
-    assets = finished.assets
+def test_each_training_image_is_conditioned_on_its_own_degraded_image(tmp_path: Path) -> None:
+    """With an autoencoder of matrix products, which gives an image the same bits in every batch."""
+    pca = plain_study()["autoencoder"]
+    study = finished_spec("superres", autoencoder=pca, superres={**PARTS["superres"], "starts": ["scratch"], "distill": None})
+    pipeline = Pipeline(study, tmp_path / "out")
+    pipeline.prepare()
+    experiment, (run,) = runs_of(pipeline)
+    assets = pipeline.assets
     task = experiment.objective(run, experiment.network(run))
     assert isinstance(task, Superres)
     cache = assets.load_or_build_latent_cache()
     num_images = len(cache)
     ids, passes = torch.tensor([5, 7]), torch.tensor([0, 3])
     images = assets.images("train").images[ids]
-    spec = finished.study.superres
+    spec = study.superres
     assert spec is not None
     low = degrade(images, ids.tolist(), spec.degradation, 4, seed=0, draws=passes.tolist())
     assert torch.equal(task.low_resolution(ids, passes), encode_enlarged(assets.load_or_train_autoencoder(), low, 32))
@@ -242,7 +231,6 @@ def test_the_reports_link_to_each_other_and_show_comparison_rows(finished: Pipel
         assert words in page
     assert "fewer than two sizes have scores before and after fine-tuning" in page
     assert "superres/index.html" in (finished.out / "report" / "index.html").read_text()
-    assert (finished.out / "report" / "superres" / "figures" / "inputs_outputs.pdf").is_file()
 
 
 @pytest.mark.slow
@@ -254,6 +242,7 @@ def test_a_killed_run_ends_with_the_same_table(finished: Pipeline, tmp_path: Pat
     pipeline = Pipeline(study, out)
     assert pipeline.run()
     report(pipeline)
+    assert (out / "report" / "superres" / "figures" / "inputs_outputs.pdf").is_file()
     left, right = (
         pd.read_parquet(run.out / "table-superres.parquet").drop(columns=HARDWARE_COLUMNS) for run in (finished, pipeline)
     )

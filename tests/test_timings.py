@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from conftest import tiny_study
+from finished_study import finished_spec
 from isocost.analysis.pareto import pareto
 from isocost.analysis.results_table import of_task
 from isocost.analysis.timings import format_excluded_timings, keep_one_timing_device, timing_device
@@ -46,9 +46,8 @@ def test_a_remeasured_point_belongs_to_the_device_of_the_new_measurement() -> No
     assert timing_device(None) == ""
 
 
-def test_a_report_leaves_out_and_mentions_times_of_another_device(tmp_path: Path) -> None:
-    pipeline = Pipeline(tiny_study(family={"widths": [8]}), tmp_path / "out")
-    pipeline.run()
+def test_a_report_leaves_out_and_mentions_times_of_another_device(family_copy: Path) -> None:
+    pipeline = Pipeline(finished_spec(), family_copy)
     points = pipeline.results_db.table()["point"].tolist()
     for point in points[:2]:
         pipeline.results_db.set_time(point, 1e-9, {"device": "another"})
@@ -60,9 +59,7 @@ def test_a_report_leaves_out_and_mentions_times_of_another_device(tmp_path: Path
     by_ms = pareto(table, "ms_per_image", "mmd_efficientnet")
     assert (by_ms["ms_per_image"] > 1e-9).all()
     assert of_task(pipeline.results_db.table())["ms_per_image"].isna().sum() == 2
-    outcome = CliRunner().invoke(
-        app, ["recommend", "--database", str(tmp_path / "out" / "results.sqlite"), "--budget-nfe", "4"]
-    )
+    outcome = CliRunner().invoke(app, ["recommend", "--database", str(family_copy / "results.sqlite"), "--budget-nfe", "4"])
     assert f"note: milliseconds measured on {timing_device(table['provenance'].iloc[-1])}; 2 of" in outcome.stderr
 
 

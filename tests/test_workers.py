@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ import yaml
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from conftest import plain_study, tiny_study
+from finished_study import BASE, copy_trained, finished_spec, plain_finished
 from isocost.errors import ConfigError, RunError
 from isocost.evaluation.feature_store import read_sample_features
 from isocost.pipeline.merge import merge
@@ -31,37 +30,20 @@ from isocost.sweep.results_db import ResultsDB
 from isocost.sweep.schema import HARDWARE_COLUMNS, LeaseRecord
 
 
-def small(**changes: Any) -> dict[str, Any]:
-    """One size and four points of three shards each."""
-    return plain_study(
-        family={"widths": [8]},
-        train={"num_images": 64, "batch_size": 16, "lr": 1e-3},
-        sweep={"num_steps": [1, 2], "guidance": [1, 2], "batch_size": 16, "shard_size": 12},
-        **changes,
-    )
-
-
 def table_of(out: Path, results_db: str | None = None) -> pd.DataFrame:
     return ResultsDB(results_db or out / "results.sqlite").table().drop(columns=HARDWARE_COLUMNS)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("alone") / "out"
-    study = tiny_study(**{key: value for key, value in small().items() if key in ("family", "train", "sweep")})
-    assert Pipeline(study, out).run()
-    return out
+def finished(family_copy: Path) -> Path:
+    """The output folder of a study of one size: five points of three shards each."""
+    return family_copy
 
 
 def study_file(folder: Path, **changes: Any) -> Path:
     file = folder / "study.yaml"
-    file.write_text(yaml.safe_dump(small(**changes)))
+    file.write_text(yaml.safe_dump(plain_finished(**changes)))
     return file
-
-
-def isocost(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "isocost", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 # --- leases ---
@@ -134,7 +116,7 @@ def test_leases_are_renewed_while_their_worker_lives(tmp_path: Path, monkeypatch
 
 
 def test_the_shards_of_a_point_cover_it_once(finished: Path) -> None:
-    pipeline = Pipeline(tiny_study(**{k: small()[k] for k in ("family", "train", "sweep")}), finished)
+    pipeline = Pipeline(finished_spec(), finished)
     point = pipeline.points(pipeline.runs[0])[0]
     shards = split_into_shards(point, 12)
     assert [i for shard in shards for i in shard.images] == list(range(32))
@@ -143,12 +125,8 @@ def test_the_shards_of_a_point_cover_it_once(finished: Path) -> None:
 
 
 def test_the_shard_size_changes_no_bit(finished: Path, tmp_path: Path) -> None:
-    parts = {k: small()[k] for k in ("family", "train", "sweep")}
-    shutil.copytree(finished, tmp_path / "out")
-    for kind in ("point", "shard"):
-        shutil.rmtree(tmp_path / "out" / "artefacts" / kind, ignore_errors=True)
-    (tmp_path / "out" / "results.sqlite").unlink()
-    one_shard = tiny_study(**{**parts, "sweep": {**parts["sweep"], "shard_size": 1000}})
+    copy_trained(finished, tmp_path / "out")
+    one_shard = finished_spec(sweep={**BASE["sweep"], "shard_size": 1000})
     assert Pipeline(one_shard, tmp_path / "out").run()
     pd.testing.assert_frame_equal(table_of(tmp_path / "out"), table_of(finished))
     for folder in (finished / "artefacts" / "point").iterdir():
@@ -161,8 +139,8 @@ def test_the_shard_size_changes_no_bit(finished: Path, tmp_path: Path) -> None:
     assert not any((finished / "artefacts").glob("shard/*"))
 
 
-def test_shards_survive_a_kill_and_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = {k: small()[k] for k in ("family", "train", "sweep")}
+def test_shards_survive_a_kill_and_are_not_made_again(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_trained(finished, tmp_path / "out")
     made: list[str] = []
     keep = workers.Worker._commit_shard
 
@@ -175,7 +153,7 @@ def test_shards_survive_a_kill_and_are_not_made_again(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(workers.Worker, "_commit_shard", stopping)
         with pytest.raises(KeyboardInterrupt):
-            Pipeline(tiny_study(**parts), tmp_path / "out").run()
+            Pipeline(finished_spec(), tmp_path / "out").run()
     assert {folder.name for folder in (tmp_path / "out" / "artefacts" / "shard").iterdir()} == set(made)
     assert ResultsDB(tmp_path / "out" / "results.sqlite").num_shards() == 2
     again: list[str] = []
@@ -185,9 +163,9 @@ def test_shards_survive_a_kill_and_are_not_made_again(tmp_path: Path, monkeypatc
         keep(this, work_, *measured)
 
     monkeypatch.setattr(workers.Worker, "_commit_shard", noting)
-    assert Pipeline(tiny_study(**parts), tmp_path / "out").run()
+    assert Pipeline(finished_spec(), tmp_path / "out").run()
     assert not set(again) & set(made)
-    assert len(again) + len(made) == 12
+    assert len(again) + len(made) == 5 * 3
     assert ResultsDB(tmp_path / "out" / "results.sqlite").num_shards() == 0
 
 
@@ -196,7 +174,9 @@ def test_shards_survive_a_kill_and_are_not_made_again(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("num_workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_end_with_the_same_table(finished: Path, tmp_path: Path, num_workers: int) -> None:
-    result = isocost("run", study_file(tmp_path), "--out", tmp_path / "out", "--workers", num_workers)
+    command = [sys.executable, "-m", "isocost", "run", str(study_file(tmp_path)), "--out", str(tmp_path / "out")]
+    command += ["--workers", str(num_workers), "--no-figures"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["finished"]
     pd.testing.assert_frame_equal(table_of(tmp_path / "out"), table_of(finished))
@@ -207,9 +187,7 @@ def test_several_processes_end_with_the_same_table(finished: Path, tmp_path: Pat
 def test_a_worker_joins_a_run_by_its_folder(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to join"):
         work(tmp_path)
-    shutil.copytree(finished, tmp_path / "out")
-    shutil.rmtree(tmp_path / "out" / "artefacts" / "point")
-    (tmp_path / "out" / "results.sqlite").unlink()
+    copy_trained(finished, tmp_path / "out")
     assert work(tmp_path / "out")
     pd.testing.assert_frame_equal(table_of(tmp_path / "out"), table_of(finished))
 
@@ -217,7 +195,7 @@ def test_a_worker_joins_a_run_by_its_folder(finished: Path, tmp_path: Path) -> N
 # --- other results databases ---
 
 
-def test_an_unreachable_results_database_is_one_line(tmp_path: Path) -> None:
+def test_an_unreachable_results_database_is_one_line(isocost: Any, tmp_path: Path) -> None:
     study = study_file(tmp_path)
     for address, message in (
         ("postgresql://nobody@127.0.0.1:1/none", "the results database cannot be reached"),
@@ -227,9 +205,9 @@ def test_an_unreachable_results_database_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             ResultsDB(address)
     result = isocost("run", study, "--out", tmp_path / "out", "--database", "postgresql://me:secret@127.0.0.1:1/none")
-    assert result.returncode == 2, result.stderr
-    assert "the results database cannot be reached" in result.stderr.splitlines()[-1]
-    assert "secret" not in result.stderr
+    assert result.status == 2, result.err
+    assert "the results database cannot be reached" in result.line
+    assert "secret" not in result.err
 
 
 def test_a_postgresql_results_database_has_the_same_table(finished: Path, tmp_path: Path) -> None:
@@ -237,12 +215,11 @@ def test_a_postgresql_results_database_has_the_same_table(finished: Path, tmp_pa
     server = pgserver.get_server(tmp_path / "pg")
     try:
         address = server.get_uri()
-        parts = {k: small()[k] for k in ("family", "train", "sweep")}
-        pipeline = Pipeline(tiny_study(**parts), tmp_path / "out", address)
+        pipeline = Pipeline(finished_spec(), tmp_path / "out", address)
         assert pipeline.run()
         assert not (tmp_path / "out" / "results.sqlite").exists()
         pd.testing.assert_frame_equal(table_of(tmp_path / "out", address), table_of(finished), check_dtype=False)
-        assert len(report(pipeline).table) == 4
+        assert len(report(pipeline, with_figures=False).table) == 5
         first, second = Leases(ResultsDB(address).engine), Leases(ResultsDB(address).engine)
         assert first.acquire("a")
         assert not second.acquire("a")
@@ -261,8 +238,7 @@ def test_a_ray_cluster_of_two_nodes_ends_with_the_same_table(finished: Path, tmp
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     cluster.add_node(num_cpus=1)
     try:
-        parts = {k: small()[k] for k in ("family", "train", "sweep")}
-        pipeline = Pipeline(tiny_study(**parts), tmp_path / "out")
+        pipeline = Pipeline(finished_spec(), tmp_path / "out")
         pipeline.prepare()
         assert run_on_ray(cluster.address, tmp_path / "out", None, 2, None, None)
         pd.testing.assert_frame_equal(table_of(tmp_path / "out"), table_of(finished))
@@ -271,27 +247,27 @@ def test_a_ray_cluster_of_two_nodes_ends_with_the_same_table(finished: Path, tmp
         cluster.shutdown()
 
 
-def test_an_unreachable_ray_cluster_is_one_line(tmp_path: Path) -> None:
+def test_an_unreachable_ray_cluster_is_one_line(isocost: Any, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     result = isocost("run", study_file(tmp_path), "--out", tmp_path / "out", "--ray", "127.0.0.1:1")
-    assert result.returncode == 2, result.stderr[-500:]
-    assert "no cluster answers there" in result.stderr.splitlines()[-1]
+    assert result.status == 2, result.err[-500:]
+    assert "no cluster answers there" in result.line
 
 
 # --- merged folders ---
 
 
 def test_two_folders_of_one_study_are_merged(finished: Path, tmp_path: Path) -> None:
-    parts = {k: small()[k] for k in ("family", "train", "sweep")}
     for name, change in (("left", {"num_steps": [1]}), ("right", {"num_steps": [2]})):
-        assert Pipeline(tiny_study(**{**parts, "sweep": {**parts["sweep"], **change}}), tmp_path / name).run()
+        out = copy_trained(finished, tmp_path / name)
+        assert Pipeline(finished_spec(sweep={**BASE["sweep"], **change}), out).run()
     came = merge(tmp_path / "both", [tmp_path / "left", tmp_path / "right"])
-    assert came["points"] == 4
+    assert came["points"] == 5
     pd.testing.assert_frame_equal(table_of(tmp_path / "both"), table_of(finished))
     study = yaml.safe_load((tmp_path / "both" / "study.yaml").read_text())
     assert study["sweep"]["num_steps"] == [1, 2]
     assert merge(tmp_path / "both", [tmp_path / "right"]) == {"artefacts": 0, "points": 0}
-    assert len(report(Pipeline(tiny_study(**parts), tmp_path / "both")).table) == 4
+    assert len(report(Pipeline(finished_spec(), tmp_path / "both"), with_figures=False).table) == 5
 
 
 def test_folders_that_cannot_be_merged_are_refused_in_one_line(finished: Path, tmp_path: Path) -> None:
@@ -301,15 +277,15 @@ def test_folders_that_cannot_be_merged_are_refused_in_one_line(finished: Path, t
     (tmp_path / "mine" / "file").write_text("mine")
     with pytest.raises(ConfigError, match="neither empty nor"):
         merge(tmp_path / "mine", [finished])
-    parts = {k: small()[k] for k in ("family", "train", "sweep")}
-    other = tiny_study(**{**parts, "train": {**parts["train"], "lr": 2e-3}})
-    assert Pipeline(other, tmp_path / "other").run()
+    other = Pipeline(finished_spec(train={**BASE["train"], "lr": 2e-3}), tmp_path / "other")
+    other.prepare()
+    other.train(other.runs[0])
     with pytest.raises(ConfigError, match=r"train\.lr"):
         merge(tmp_path / "other", [finished])
 
 
-def test_failed_work_releases_its_leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = {k: small()[k] for k in ("family", "train", "sweep")}
+def test_failed_work_releases_its_leases(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_trained(finished, tmp_path / "out")
 
     def fail(*_: Any) -> None:
         raise RunError("no")
@@ -317,7 +293,7 @@ def test_failed_work_releases_its_leases(tmp_path: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as patched:
         patched.setattr(workers.Worker, "_commit_shard", fail)
         with pytest.raises(RunError):
-            Pipeline(tiny_study(**parts), tmp_path / "out").run()
+            Pipeline(finished_spec(), tmp_path / "out").run()
     assert Leases(ResultsDB(tmp_path / "out" / "results.sqlite").engine).num_workers() == 0
 
 

@@ -36,6 +36,9 @@ Database = Annotated[
 StopAfter = Annotated[
     float | None, typer.Option("--stop-after", metavar="HOURS", help="stop after this time and save all progress")
 ]
+Figures = Annotated[
+    bool, typer.Option(help="also save every figure as PNG and PDF; the page alone takes about a third of the time")
+]
 
 # --- sampling ---
 

@@ -15,6 +15,7 @@ from isocost.cli.app import app, print_json
 from isocost.cli.estimate import print_estimate, print_plan
 from isocost.cli.options import (
     Database,
+    Figures,
     OutputDir,
     Overrides,
     StopAfter,
@@ -50,6 +51,7 @@ def run(
         int | None, typer.Option("--workers", min=1, help="number of processes, one per device; with --ray, number of actors")
     ] = None,
     ray: Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto or HOST:PORT")] = None,
+    figures: Figures = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the remaining work and exit")] = False,
     devices: Annotated[
         str | None,
@@ -72,7 +74,7 @@ def run(
 
         print_plan(plan(Pipeline(study, output_dir_of(study, out), results_db), parse_tasks(tasks)))
         return
-    _run(study, out, stop_after, tasks, results_db, workers, ray)
+    _run(study, out, stop_after, tasks, results_db, workers, ray, figures)
 
 
 @app.command()
@@ -211,6 +213,7 @@ def report(
     out: OutputDir = None,
     overrides: Overrides = None,
     results_db: Database = None,
+    figures: Figures = True,
 ) -> None:
     """Write the report of the results database. For a folder, rebuild its last report without data or checkpoints."""
     from isocost.pipeline.pipeline import Pipeline
@@ -221,10 +224,10 @@ def report(
             raise ConfigError(
                 f"{source} is a folder: its report is rebuilt unchanged, so leave out --out, --set and --database"
             )
-        _print_report(source.name, source, rebuild(source), finished=True)
+        _print_report(source.name, source, rebuild(source, figures), finished=True)
         return
     study = read_study(source, overrides)
-    _report(Pipeline(study, output_dir_of(study, out), results_db), finished=True)
+    _report(Pipeline(study, output_dir_of(study, out), results_db), finished=True, with_figures=figures)
 
 
 @app.command()
@@ -338,6 +341,7 @@ def _run(
     results_db: str | None = None,
     workers: int | None = None,
     ray: str | None = None,
+    with_figures: bool = True,
 ) -> None:
     from isocost.pipeline.pipeline import Pipeline
     from isocost.pipeline.workers import LocalWorkers, run_on_ray
@@ -365,15 +369,15 @@ def _run(
     else:
         finished = pipeline.run(parse_deadline(stop_after), only_tasks)
     if finished:
-        _report(pipeline, finished)
+        _report(pipeline, finished, with_figures)
     else:
         print_json({"study": pipeline.study.name, "out": str(pipeline.out), "finished": False})
 
 
-def _report(pipeline: Any, finished: bool) -> None:
+def _report(pipeline: Any, finished: bool, with_figures: bool = True) -> None:
     from isocost.report.build import report as write_report
 
-    _print_report(pipeline.study.name, pipeline.out, write_report(pipeline), finished)
+    _print_report(pipeline.study.name, pipeline.out, write_report(pipeline, with_figures), finished)
 
 
 def _print_report(name: str, out: Path, report: Any, finished: bool) -> None:

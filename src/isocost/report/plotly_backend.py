@@ -20,7 +20,7 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, s
 
 def plotly_curves(curves: Curves) -> go.Figure:
     """Draw lines with bands, as `draw_curves` does. A click on the legend hides a size."""
-    figure = go.Figure()
+    figure, meta = go.Figure(), dict[str, Any]()
     for series in () if curves.has_error_bars else curves.series:
         has_interval = ~(np.isnan(series.low) | np.isnan(series.high))
         band_x, low, high = series.x[has_interval], series.low[has_interval], series.high[has_interval]
@@ -76,19 +76,20 @@ def plotly_curves(curves: Curves) -> go.Figure:
         ticks = {"xaxis": _ticks(*x_ticks(curves, with_published=True))}
         if curves.log_y:
             ticks["yaxis"] = _ticks(*log_ticks(*y_range(curves, with_published=True)))
-        figure.update_layout(meta={PUBLISHED: ticks})
+        meta = {"meta": {PUBLISHED: ticks}}
     x_axis = _axis(curves.x_label) | (_log_axis(*x_ticks(curves)) if curves.log_x else {})
     y_axis = _axis(curves.y_label.split(",")[0].split(" (")[0]) | (_log_axis(*log_ticks(*ys)) if curves.log_y else {})
     legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemwidth": 30}
-    figure.update_layout(
+    figure.layout = {
+        **meta,
         **_layout(),
-        xaxis=x_axis,
-        yaxis=y_axis,
-        legend=legend,
-        hovermode="closest",
-        height=400 if curves.has_error_bars else 520,
-    )
-    figure.update_layout(margin={"l": 62, "r": 12, "t": 10, "b": 56})
+        "xaxis": x_axis,
+        "yaxis": y_axis,
+        "legend": legend,
+        "hovermode": "closest",
+        "height": 400 if curves.has_error_bars else 520,
+        "margin": {"l": 62, "r": 12, "t": 10, "b": 56},
+    }
     return figure
 
 
@@ -127,7 +128,7 @@ def plotly_heatmap(panel: HeatPanel) -> go.Figure:
         ygap=1,
     )
     frame = {"type": "rect", "line": {"color": OPTIMUM, "width": 2.5}}
-    figure.layout.shapes = [
+    shapes = [
         {**frame, "x0": column - 0.48, "x1": column + 0.48, "y0": row - 0.46, "y1": row + 0.46}
         for row, column in enumerate(panel.best_columns)
     ]
@@ -145,9 +146,15 @@ def plotly_heatmap(panel: HeatPanel) -> go.Figure:
             )
     x_axis = _axis("guidance") | _category_axis(guidance) | {"range": [-0.5, len(guidance) - 0.5]}
     y_axis = _axis("steps") | _category_axis(steps) | {"range": [len(steps) - 0.5, -0.5]}
-    figure.update_layout(**_layout(), xaxis=x_axis, yaxis=y_axis, height=110 + (30 if panel.is_labelled else 10) * len(steps))
-    figure.update_layout(margin={"l": 48, "r": 6, "t": 34, "b": 44})
-    figure.update_layout(title={"text": html.escape(panel.size), "font": {"size": 14}, "x": 0, "xref": "paper", "y": 0.96})
+    figure.layout = {
+        "shapes": shapes,
+        **_layout(),
+        "xaxis": x_axis,
+        "yaxis": y_axis,
+        "height": 110 + (30 if panel.is_labelled else 10) * len(steps),
+        "margin": {"l": 48, "r": 6, "t": 34, "b": 44},
+        "title": {"text": html.escape(panel.size), "font": {"size": 14}, "x": 0, "xref": "paper", "y": 0.96},
+    }
     return figure
 
 
