@@ -9,7 +9,8 @@ import torch
 from isocost.config.sampling import SolverSpec
 from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import solver_coefficients
-from isocost.sampling.generate import DECODE_BATCH, generate
+from isocost.models.autoencoder import MAX_IMAGES_PER_CALL, images_per_call
+from isocost.sampling.generate import generate
 from isocost.sampling.request import SampleRequest, SampleResult
 
 COEFFICIENTS = solver_coefficients(SolverSpec(), 1, NoiseSchedule.scaled_linear())
@@ -18,7 +19,8 @@ COEFFICIENTS = solver_coefficients(SolverSpec(), 1, NoiseSchedule.scaled_linear(
 class StubAutoencoder:
     """An image shows the number in its latent, changed by its position in the call and by the size of the call."""
 
-    def __init__(self):
+    def __init__(self, factor):
+        self.factor = factor
         self.shapes = set()
 
     def decode(self, latents):
@@ -33,18 +35,28 @@ def finished(sample_index, point, finite=True):
     return SampleResult(request, latent, 1, 1, finite, 8)
 
 
-def images_by_tag(stream):
+def images_by_tag(stream, resolution=64):
     """The images by tag, and the tags of results without an image."""
-    autoencoder = StubAutoencoder()
-    batches = list(generate(SimpleNamespace(run=lambda _: iter(stream)), autoencoder, []))
-    assert len(autoencoder.shapes) <= 1
+    autoencoder = StubAutoencoder(factor=resolution)
+    engine = SimpleNamespace(run=lambda _: iter(stream), latent_shape=(4, 1, 1))
+    batches = list(generate(engine, autoencoder, []))
+    assert autoencoder.shapes <= {(images_per_call(resolution), 4, 1, 1)}
     assert all(len(batch.results) == len(batch.images) for batch in batches)
     images = {result.request.tag: image for batch in batches for result, image in zip(batch.results, batch.images, strict=True)}
     return images, [result.request.tag for batch in batches for result in batch.nonfinite]
 
 
+@pytest.mark.parametrize(
+    ("resolution", "expected"), [(32, 32), (64, 32), (80, 2), (96, 1), (128, 1), (256, 1), (512, 1), (1024, 1)]
+)
+def test_large_images_are_decoded_a_few_at_a_time(resolution, expected):
+    assert images_per_call(resolution) == expected
+    images, _ = images_by_tag([finished(sample_index, 0) for sample_index in range(9)], resolution)
+    assert len(images) == 9
+
+
 def test_an_image_is_decoded_at_its_own_position_whatever_shares_the_call():
-    stream = [finished(sample_index, point) for point in range(3) for sample_index in range(2 * DECODE_BATCH + 5)]
+    stream = [finished(sample_index, point) for point in range(3) for sample_index in range(2 * MAX_IMAGES_PER_CALL + 5)]
     single = {tag: image for result in stream for tag, image in images_by_tag([result])[0].items()}
     for order in (stream, random.Random(0).sample(stream, len(stream))):
         together, nonfinite = images_by_tag(order)
@@ -53,7 +65,7 @@ def test_an_image_is_decoded_at_its_own_position_whatever_shares_the_call():
         assert all(torch.equal(together[tag], single[tag]) for tag in single)
 
 
-@pytest.mark.parametrize("num_images", [0, 1, DECODE_BATCH + 1])
+@pytest.mark.parametrize("num_images", [0, 1, MAX_IMAGES_PER_CALL + 1])
 def test_a_nonfinite_latent_has_no_image_and_its_request_is_named(num_images):
     stream = [finished(sample_index, 0, finite=sample_index % 3 != 1) for sample_index in range(num_images)]
     images, nonfinite = images_by_tag(stream)

@@ -1,22 +1,31 @@
-"""Milliseconds of different devices are never compared."""
+"""Milliseconds: the stages of sampling are measured separately, and different devices are never compared."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from threading import Lock
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from finished_study import finished_spec
+from finished_study import BASE, copy_trained, finished_spec
 from isocost.analysis.pareto import pareto
 from isocost.analysis.results_table import of_task
 from isocost.analysis.timings import format_excluded_timings, keep_one_timing_device, timing_device
 from isocost.cli import app
+from isocost.pipeline import sweep_runner
 from isocost.pipeline.pipeline import Pipeline
 from isocost.report.build import _provenance, study_table
+from isocost.sampling import generate
+from isocost.sampling.generate import make_engine
+from isocost.sweep import worker
 from isocost.utils.environment import processor_name
 
 
@@ -65,3 +74,53 @@ def test_a_report_leaves_out_and_mentions_times_of_another_device(family_copy: P
 
 def test_the_processor_name_contains_the_instruction_set() -> None:
     assert f"({torch.backends.cpu.get_cpu_capability()}), " in processor_name()
+
+
+class VirtualClock:
+    """Time that passes only in the stages of sampling, with a known cost each."""
+
+    def __init__(self, prompt_s: float, evaluation_s: float, decoded_image_s: float) -> None:
+        self.prompt_s, self.evaluation_s, self.decoded_image_s = prompt_s, evaluation_s, decoded_image_s
+        self.time_s, self.lock = 0.0, Lock()
+
+    def now(self) -> float:
+        return self.time_s
+
+    def pass_time(self, seconds: float) -> None:
+        with self.lock:
+            self.time_s += seconds
+
+    def costing(self, function: Callable[..., Any], seconds_per_item: float) -> Callable[..., Any]:
+        """The function, with a cost for every item of its first argument."""
+
+        def timed(items: Any, *arguments: Any) -> Any:
+            self.pass_time(seconds_per_item * len(items))
+            return function(items, *arguments)
+
+        return timed
+
+
+@pytest.mark.parametrize("decoded_image_s", [0.001, 0.05], ids=["decoding worth a tenth", "decoding worth five evaluations"])
+def test_every_point_has_its_true_milliseconds_on_a_virtual_clock(
+    finished_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded_image_s: float
+) -> None:
+    clock = VirtualClock(prompt_s=0.003, evaluation_s=0.01, decoded_image_s=decoded_image_s)
+    study = finished_spec(sweep={**BASE["sweep"], "num_steps": [1, 2, 4, 8], "guidance": [1, 1.5, 4]})
+    pipeline = Pipeline(study, copy_trained(finished_study / "family", tmp_path / "out"))
+
+    def timed_engine(*arguments: Any, **options: Any) -> Any:
+        engine = make_engine(*arguments, **options)
+        engine.denoise = clock.costing(engine.denoise, clock.evaluation_s)
+        return engine
+
+    monkeypatch.setattr(worker, "make_engine", timed_engine)
+    monkeypatch.setattr(sweep_runner, "Worker", partial(worker.Worker, now=clock.now))
+    monkeypatch.setattr(generate, "time", SimpleNamespace(perf_counter=clock.now))
+    autoencoder, text_encoder = pipeline.assets.load_or_train_autoencoder(), pipeline.assets.text_encoder
+    monkeypatch.setattr(autoencoder, "decode", clock.costing(autoencoder.decode, clock.decoded_image_s))
+    monkeypatch.setattr(text_encoder, "encode", clock.costing(text_encoder.encode, clock.prompt_s))
+    assert pipeline.run()
+    table = pipeline.results_db.table()
+    assert len(table) == 4 * 3 + 2, "with the setting of the snapshots"
+    true_ms = 1000 * (clock.prompt_s + table["nfe"] * clock.evaluation_s + clock.decoded_image_s)
+    assert (table["ms_per_image"] / true_ms).tolist() == pytest.approx([1.0] * len(table), rel=0.01)

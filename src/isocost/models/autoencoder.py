@@ -7,6 +7,7 @@ Images are uint8 [N, 3, R, R]; latents are float32 [N, C, L, L] of about unit va
 from __future__ import annotations
 
 import json
+import logging
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,10 +17,32 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from isocost.errors import ConfigError
+from isocost.errors import ConfigError, RunError
 from isocost.models.checkpoint import refuse_pickles
+from isocost.utils.device import is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 BUILTIN_AUTOENCODER = "scenes"
+
+
+MAX_IMAGES_PER_CALL = 32
+MAX_SIDE_OF_A_FULL_CALL = 64
+PIXELS_PER_CALL = 128 * 128
+
+
+def images_per_call(resolution: int) -> int:
+    """Number of images per call of an autoencoder, whose activations take most of the memory of a published pipeline.
+
+    It depends on the size of the images alone, so that an image has the same bits on every machine, whatever is decoded with
+    it: 32 images up to 64 x 64 pixels, and one of larger images from 91 x 91 pixels on.
+
+    Args:
+        resolution: side of an image in pixels.
+    """
+    if resolution <= MAX_SIDE_OF_A_FULL_CALL:
+        return MAX_IMAGES_PER_CALL
+    return max(1, min(MAX_IMAGES_PER_CALL, PIXELS_PER_CALL // resolution**2))
 
 
 class Autoencoder(Protocol):
@@ -127,17 +150,45 @@ class DiffusersVAE:
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        encoded = self.network.encode(to_unit(images.to(self.network.device)))
-        if hasattr(encoded, "latent_dist"):
-            mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
-        else:
-            mean, std = encoded.latents, torch.zeros_like(encoded.latents)
+        encoded = [self._encode(batch) for batch in self._split(images, images.shape[-1])]
+        mean, std = (torch.cat(parts) for parts in zip(*encoded, strict=True))
         return (mean - self.shift) * self.scale, std * self.scale
+
+    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        encoded = self.network.encode(to_unit(images.to(self.network.device)).to(self.network.dtype))
+        if hasattr(encoded, "latent_dist"):
+            return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+        return encoded.latents.float(), torch.zeros_like(encoded.latents, dtype=torch.float32)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        values = self.network.decode(latents.to(self.network.device, self.network.dtype) / self.scale + self.shift).sample
-        return to_uint8(values.float())
+        batches = self._split(latents, latents.shape[-1] * self.factor)
+        return torch.cat([images for batch in batches for images in self._decode(batch)])
+
+    def _decode(self, latents: Tensor) -> list[Tensor]:
+        """Decode in one call, or in calls of half the size when memory runs out.
+
+        Raises:
+            RunError: one image does not fit into memory.
+        """
+        try:
+            scaled = latents.to(self.network.device, self.network.dtype) / self.scale + self.shift
+            return [to_uint8(self.network.decode(scaled).sample.float())]
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            side = latents.shape[-1] * self.factor
+            if len(latents) == 1:
+                raise RunError(f"decoding one image of {side} x {side} pixels does not fit into memory") from error
+        half = -(-len(latents) // 2)
+        logger.warning(f"out of memory: {len(latents)} images are decoded in calls of {half}; the last bits can differ")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return [images for batch in latents.split(half) for images in self._decode(batch)]
+
+    def _split(self, batch: Tensor, resolution: int) -> tuple[Tensor, ...]:
+        """Small images stay in one call, large ones are divided so that the activations fit into memory."""
+        return (batch,) if resolution <= MAX_SIDE_OF_A_FULL_CALL else batch.split(images_per_call(resolution))
 
     def save(self, folder: Path) -> None:
         self.network.save_pretrained(folder, safe_serialization=True)
@@ -167,7 +218,7 @@ def load_autoencoder(path: str | Path, subfolder: str | None = None, device: tor
             raise ConfigError(f"{folder}: no config.json; give a diffusers autoencoder folder (perhaps with subfolder: vae)")
         is_tiny = json.loads(config.read_text()).get("_class_name") == "AutoencoderTiny"
         network_class = AutoencoderTiny if is_tiny else AutoencoderKL
-    options: dict[str, Any] = {"use_safetensors": True, "subfolder": subfolder, "low_cpu_mem_usage": False}
+    options: dict[str, Any] = {"use_safetensors": True, "subfolder": subfolder}
     try:
         return DiffusersVAE(network_class.from_pretrained(str(path), **options), device)
     except (OSError, ValueError) as error:

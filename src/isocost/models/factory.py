@@ -58,8 +58,8 @@ def build_network(spec: ModelSpec, device: str | torch.device = "cpu") -> Networ
         return CoDiUNet(init_config(unet), spec.adapter)
 
 
-def read_network(folder: Path) -> Network:
-    """Load the network of a diffusers folder.
+def read_network(folder: Path, dtype: torch.dtype = torch.float32) -> Network:
+    """Load the network of a diffusers folder, with weights of a dtype.
 
     Raises:
         ValueError: the class in `config.json` is unknown.
@@ -68,7 +68,7 @@ def read_network(folder: Path) -> Network:
     name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
     if name not in _CLASSES:
         raise ValueError(f"config.json names the class {name}; supported classes: {', '.join(_CLASSES)}")
-    return _CLASSES[name].from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    return _CLASSES[name].from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
 
 
 def write_config(network: Network, folder: Path) -> None:

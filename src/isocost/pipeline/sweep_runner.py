@@ -11,14 +11,13 @@ from isocost.config.sweep import SweepSpec
 from isocost.config.types import TaskName
 from isocost.experiments.base import EvalJob, Experiment, TrainingRun
 from isocost.experiments.study_assets import StudyAssets
-from isocost.models.checkpoint import load_checkpoint, read_info
+from isocost.models.checkpoint import read_info
 from isocost.sweep.grid import SearchCell, SweepPoint
 from isocost.sweep.guidance_search_runner import TrialStore, dominated, make_candidate, run_races
 from isocost.sweep.leases import Leases
 from isocost.sweep.results_db import ResultsDB
 from isocost.sweep.worker import Worker
 from isocost.utils.artifact_store import Store
-from isocost.utils.device import best_device
 from isocost.utils.environment import provenance
 from isocost.utils.progress import progress_bar
 
@@ -167,7 +166,7 @@ class Sweeper:
             self.store,
             self.results_db,
             self.leases,
-            lambda: load_checkpoint(self.store.folder("checkpoint", job.checkpoint), best_device()),
+            self.store.folder("checkpoint", job.checkpoint),
             eval_context.autoencoder or self.assets.load_or_train_autoencoder(),
             eval_context.reference,
             eval_context.prompts,

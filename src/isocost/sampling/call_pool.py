@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from isocost.errors import RunError
+from isocost.utils.device import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class CallPool:
             try:
                 return self._run(denoise, arguments, busy)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if self.call_size == 1:
                     raise RunError("one network pass does not fit into memory; use a smaller network or dtype bf16") from error
@@ -88,10 +89,6 @@ def _padded_slice(values: Tensor, start: int, size: int) -> Tensor:
     """`size` rows from `start`; the last row is repeated if fewer are left, so that the shape never changes."""
     rows = values[start : start + size]
     return rows if len(rows) == size else torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def single_thread_executor(num_threads: int) -> ThreadPoolExecutor:

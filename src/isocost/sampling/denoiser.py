@@ -38,6 +38,11 @@ SamplingDTypeName = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def torch_dtype(name: SamplingDTypeName) -> torch.dtype:
+    """The torch dtype of a name in a study or an option: torch.bfloat16 for "bf16"."""
+    return _DTYPES[name]
+
+
 class Denoiser:
     """A U-Net or a transformer whose prompt embeddings are precomputed keys and values.
 

@@ -127,6 +127,11 @@ class Engine:
                 return
             yield from self._tick(slots)
 
+    @property
+    def num_slots(self) -> int:
+        """Network passes of one evaluation, in all calls that run in parallel."""
+        return self.call_pool.num_slots
+
     def passes_per_evaluation(self, request: SampleRequest) -> int:
         """Network passes per evaluation of the request."""
         return passes_per_evaluation(request.guidance, self.conditioning.embeds_guidance)

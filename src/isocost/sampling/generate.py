@@ -6,6 +6,7 @@ S resolution.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from isocost.config.types import DTypeName
 from isocost.data.latent_cache import NULL_CAPTION
 from isocost.diffusion.noise_schedule import NoiseSchedule
-from isocost.models.autoencoder import Autoencoder
+from isocost.models.autoencoder import Autoencoder, images_per_call
 from isocost.models.checkpoint import CheckpointInfo
 from isocost.models.text_encoder import TextEncoder
 from isocost.sampling.denoiser import Denoiser
@@ -25,7 +26,6 @@ from isocost.sampling.engine import Engine
 from isocost.sampling.request import PerSampleFn, SampleRequest, SampleResult
 
 ENCODE_BATCH = 256
-DECODE_BATCH = 32
 MAX_DECODE_IN_FLIGHT = 2
 MAX_PENDING_BATCHES = 4
 MAX_CACHED_KV_BYTES = 2**29
@@ -39,11 +39,13 @@ class PromptEmbeds:
         distinct: float32 [U, T, D].
         index: int64 [N], row of each prompt in `distinct`.
         null: float32 [T, D], the embeddings of the empty prompt.
+        ms_per_prompt: measured milliseconds of the text encoder per text.
     """
 
     distinct: Tensor
     index: Tensor
     null: Tensor
+    ms_per_prompt: float = 0.0
 
     @classmethod
     def encode(cls, prompts: Sequence[str], text_encoder: TextEncoder) -> PromptEmbeds:
@@ -51,10 +53,13 @@ class PromptEmbeds:
         distinct = sorted(set(prompts))
         index_of = {prompt: index for index, prompt in enumerate(distinct)}
         texts = [*distinct, NULL_CAPTION]
+        started = time.perf_counter()
         batches = [text_encoder.encode(texts[start : start + ENCODE_BATCH]) for start in range(0, len(texts), ENCODE_BATCH)]
         embeds = torch.cat(batches)
+        ms_per_prompt = 1000 * (time.perf_counter() - started) / len(texts)
         null = torch.zeros_like(embeds[-1]) if text_encoder.null_is_zero else embeds[-1]
-        return cls(embeds[:-1], torch.tensor([index_of[prompt] for prompt in prompts], dtype=torch.int64), null)
+        index = torch.tensor([index_of[prompt] for prompt in prompts], dtype=torch.int64)
+        return cls(embeds[:-1], index, null, ms_per_prompt)
 
     def __call__(self, prompts: Tensor) -> Tensor:
         """Prompt indices int64 [R] -> prompt embeddings [R, T, D]."""
@@ -153,24 +158,24 @@ class GeneratedBatch:
 
 
 def generate(engine: Engine, autoencoder: Autoencoder, requests: Iterable[SampleRequest]) -> Iterator[GeneratedBatch]:
-    """Run requests and decode their latents, `DECODE_BATCH` at a time, while the next images are denoised.
+    """Run requests and decode their latents, `images_per_call` at a time, while the next images are denoised.
 
     A latent with NaN or inf is never decoded; it is yielded as `nonfinite`.
     """
     with ThreadPoolExecutor(1, "decode") as executor:
-        batches = _DecodeBatches()
+        batches = _DecodeBatches(images_per_call(engine.latent_shape[-1] * autoencoder.factor))
         in_flight: deque[tuple[list[SampleResult], Future[Tensor]]] = deque()
         for result in engine.run(requests):
             if not result.finite:
                 yield GeneratedBatch([], torch.empty(0, 3, 0, 0, dtype=torch.uint8), [result])
                 continue
             for batch in batches.add(result):
-                in_flight.append((list(batch.values()), executor.submit(_decode, batch, autoencoder)))
+                in_flight.append((list(batch.values()), executor.submit(_decode, batch, batches.size, autoencoder)))
             while in_flight and (in_flight[0][1].done() or len(in_flight) > MAX_DECODE_IN_FLIGHT):
                 results, images = in_flight.popleft()
                 yield GeneratedBatch(results, images.result(), [])
         for batch in batches.remaining():
-            in_flight.append((list(batch.values()), executor.submit(_decode, batch, autoencoder)))
+            in_flight.append((list(batch.values()), executor.submit(_decode, batch, batches.size, autoencoder)))
         for results, images in in_flight:
             yield GeneratedBatch(results, images.result(), [])
 
@@ -182,18 +187,19 @@ DecodeBatch = dict[int, SampleResult]
 class _DecodeBatches:
     """Decoder calls that are being filled. As in the engine, the position of an image is a function of its sample index."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        self.size = size
         self._pending: deque[DecodeBatch] = deque()
 
     def add(self, result: SampleResult) -> Iterator[DecodeBatch]:
         """Add a result to the first batch whose position is free; yield the batches to decode now."""
-        position = result.request.sample_index % DECODE_BATCH
+        position = result.request.sample_index % self.size
         batch = next((batch for batch in self._pending if position not in batch), None)
         if batch is None:
             batch = {}
             self._pending.append(batch)
         batch[position] = result
-        if len(batch) == DECODE_BATCH:
+        if len(batch) == self.size:
             self._pending.remove(batch)
             yield batch
         elif len(self._pending) > MAX_PENDING_BATCHES:
@@ -205,10 +211,10 @@ class _DecodeBatches:
 
 
 @torch.inference_mode()
-def _decode(batch: DecodeBatch, autoencoder: Autoencoder) -> Tensor:
-    """uint8 [len(batch), 3, S, S] on the CPU, in the batch's order. Every call decodes exactly `DECODE_BATCH` latents."""
+def _decode(batch: DecodeBatch, size: int, autoencoder: Autoencoder) -> Tensor:
+    """uint8 [len(batch), 3, S, S] on the CPU, in the batch's order. Every call decodes exactly `size` latents."""
     positions = list(batch)
     first = batch[positions[0]].latent
-    latents = first.new_zeros(DECODE_BATCH, *first.shape)
+    latents = first.new_zeros(size, *first.shape)
     latents[positions] = torch.stack([result.latent for result in batch.values()])
     return autoencoder.decode(latents)[positions].cpu()

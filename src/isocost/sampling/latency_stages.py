@@ -20,12 +20,12 @@ from torch import Tensor
 from isocost.data.degradations import encode_enlarged
 from isocost.diffusion.solvers import SolverCoefficients
 from isocost.errors import ConfigError
-from isocost.models.autoencoder import Autoencoder
+from isocost.models.autoencoder import Autoencoder, images_per_call
 from isocost.models.checkpoint import CheckpointInfo
 from isocost.models.text_encoder import TextEncoder
 from isocost.sampling.denoiser import Denoiser
 from isocost.sampling.engine import Engine
-from isocost.sampling.generate import DECODE_BATCH, PromptEmbeds
+from isocost.sampling.generate import PromptEmbeds
 from isocost.sampling.request import SampleRequest, SampleResult, passes_per_evaluation
 from isocost.utils.device import HostTimer, Timer
 
@@ -188,13 +188,13 @@ class BatchedPipeline:
         self._prompt_embeds = self.model.text_encoder.encode(self.prompts)
         on_stage_end(TEXT)
         if info.scale is not None:
-            chunks = self.low_resolution.to(device).split(DECODE_BATCH)
+            chunks = self.low_resolution.to(device).split(images_per_call(info.resolution))
             self._concat_cond = torch.cat([encode_enlarged(autoencoder, chunk, info.resolution) for chunk in chunks])
             on_stage_end(ENCODER)
         self.results = sorted(self._engine.run(self.requests), key=lambda result: result.request.sample_index)
         on_stage_end(DENOISER)
         latents = torch.stack([result.latent for result in self.results])
-        self.images = torch.cat([autoencoder.decode(chunk).cpu() for chunk in latents.split(DECODE_BATCH)])
+        self.images = torch.cat([autoencoder.decode(chunk).cpu() for chunk in latents.split(images_per_call(info.resolution))])
         on_stage_end(DECODER)
 
     def check(self) -> None:

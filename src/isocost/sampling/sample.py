@@ -26,7 +26,7 @@ from isocost.models.autoencoder import Autoencoder
 from isocost.models.checkpoint import load_checkpoint
 from isocost.models.components import load_checkpoint_autoencoder, load_checkpoint_text_encoder
 from isocost.models.text_encoder import TextEncoder
-from isocost.sampling.denoiser import Denoiser
+from isocost.sampling.denoiser import Denoiser, torch_dtype
 from isocost.sampling.generate import PromptEmbeds, generate, make_engine, schedule_of
 from isocost.sampling.request import SampleRequest, passes_per_evaluation
 from isocost.utils.device import best_device, check_device
@@ -100,7 +100,7 @@ class Model:
         self.checkpoint = checkpoint
         self.device = best_device() if device is None else check_device(device)
         self.dtype = DTYPE_NAMES[dtype]
-        self._opened = load_checkpoint(checkpoint, self.device)
+        self._opened = load_checkpoint(checkpoint, self.device, torch_dtype(self.dtype))
         self.info = self._opened.info
         if self.info.scale is not None:
             raise ConfigError(f"{checkpoint}: this is a super-resolution model; use `isocost upscale CHECKPOINT IMAGE OUT`")

@@ -26,6 +26,7 @@ from isocost.evaluation.evaluator import FeatureCollector
 from isocost.evaluation.feature_store import SampleFeatures, read_sample_features, write_sample_features
 from isocost.evaluation.reference_set import ReferenceSet
 from isocost.sampling.request import SampleResult
+from isocost.sampling.stage_times import StageTimes
 from isocost.sweep.grid import SweepPoint
 from isocost.utils.artifact_store import Store
 
@@ -104,12 +105,12 @@ class ShardBuilder:
         self.nonfinite = sorted([*self.nonfinite, *(result.request.sample_index for result in chunk.nonfinite)])
         self.min_batch_size = min([self.min_batch_size, *(result.batch_size for result in (*chunk.results, *chunk.nonfinite))])
 
-    def write(self, store: Store, ms_per_evaluation: float, peak_bytes: int | None) -> None:
+    def write(self, store: Store, stage_times: StageTimes, peak_bytes: int | None) -> None:
         """Write the shard to the store.
 
         Args:
             store: the artefact store.
-            ms_per_evaluation: measured milliseconds per network evaluation, decoding included.
+            stage_times: measured milliseconds of the stages of sampling.
             peak_bytes: peak memory of the device; None if the device does not report it.
         """
         manifest: dict[str, Any] = {
@@ -118,7 +119,7 @@ class ShardBuilder:
             "saved": sorted(self.images),
             "nonfinite": self.nonfinite,
             "min_batch_size": self.min_batch_size,
-            "ms_per_evaluation": ms_per_evaluation,
+            "stage_times": stage_times.to_dict(),
             "seconds": time.monotonic() - self.started,
             "peak_bytes": peak_bytes,
         }
@@ -155,8 +156,9 @@ def merge_shards(
             f"(the first is image {nonfinite[0]}); lower the guidance or train longer"
         )
     num_generated = sum(len(shard.images) for shard in shards)
-    total_ms_per_evaluation = sum(
-        manifest["ms_per_evaluation"] * len(shard.images) for manifest, shard in zip(manifests, shards, strict=True)
+    total_ms = sum(
+        StageTimes(**manifest["stage_times"]).ms_per_image(num_function_evaluations) * len(shard.images)
+        for manifest, shard in zip(manifests, shards, strict=True)
     )
     peaks = [manifest["peak_bytes"] for manifest in manifests if manifest.get("peak_bytes") is not None]
     folders = [store.folder("shard", shard.digest) for shard in shards]
@@ -168,7 +170,7 @@ def merge_shards(
         "num_nonfinite": len(nonfinite),
         "nonfinite": nonfinite,
         "min_batch_size": min(manifest["min_batch_size"] for manifest in manifests),
-        "ms_per_image": total_ms_per_evaluation / num_generated * num_function_evaluations,
+        "ms_per_image": total_ms / num_generated,
         "seconds": sum(manifest["seconds"] for manifest in manifests),
         "peak_memory_mib": max(peaks) / MIB if peaks else None,
     }

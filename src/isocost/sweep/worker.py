@@ -9,12 +9,12 @@ next run writes the row without sampling again.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import solver_coefficients
@@ -22,34 +22,37 @@ from isocost.evaluation.evaluator import has_too_few_samples, metric_names, scor
 from isocost.evaluation.feature_store import read_sample_features
 from isocost.evaluation.reference_set import ReferenceSet
 from isocost.models.autoencoder import Autoencoder
-from isocost.models.checkpoint import Checkpoint, summary_columns
+from isocost.models.checkpoint import CheckpointInfo, load_checkpoint, read_info, summary_columns
+from isocost.sampling.denoiser import torch_dtype
 from isocost.sampling.engine import Engine
 from isocost.sampling.generate import GeneratedBatch, PromptEmbeds, generate, make_engine, schedule_of
 from isocost.sampling.request import PerSampleFn, SampleRequest, passes_per_evaluation
+from isocost.sampling.stage_times import StageTimes, measure_stage_times
 from isocost.sweep.grid import SweepPoint
 from isocost.sweep.image_shards import Shard, ShardBuilder, ShardChunk, merge_shards, split_into_shards
 from isocost.sweep.leases import POLL_S, Leases
 from isocost.sweep.results_db import ResultsDB
 from isocost.utils.artifact_store import Store
-from isocost.utils.device import device_monitor
+from isocost.utils.device import best_device, device_monitor
 from isocost.utils.environment import provenance
 from isocost.utils.signals import deadline_passed
 
 PointCallback = Callable[[SweepPoint], None]
 WARM_UP_IMAGES = 8
+MAX_MEASURED_STEPS = 2
 FIRST_STEP_CACHE_BYTES = 2**30
 """Memory for shared first evaluations, enough for 30,000 images with guidance and 4 x 32 x 32 latents."""
 
 
 @dataclass(frozen=True)
 class Worker:
-    """Everything that the points of one checkpoint share. The checkpoint and the engines are created on first use.
+    """Everything that the points of one checkpoint share. The engines are created on first use.
 
     Attributes:
         store: artefacts of the output folder.
         results_db: results database.
         leases: leases of this process.
-        open_checkpoint: loads the checkpoint.
+        checkpoint_folder: folder of the checkpoint. Each engine reads the network from it, because it changes the network.
         autoencoder: decodes the latents.
         reference: reference set of the scores.
         prompts: prompt embeddings by sample index.
@@ -57,12 +60,13 @@ class Worker:
         metrics: metrics to compute.
         shard_size: images of a shard.
         concat_cond: second input of the network by sample index (super-resolution).
+        now: seconds since an arbitrary origin.
     """
 
     store: Store
     results_db: ResultsDB
     leases: Leases
-    open_checkpoint: Callable[[], Checkpoint]
+    checkpoint_folder: Path
     autoencoder: Autoencoder
     reference: ReferenceSet
     prompts: PromptEmbeds
@@ -70,12 +74,14 @@ class Worker:
     metrics: tuple[str, ...]
     shard_size: int
     concat_cond: PerSampleFn | None = None
+    now: Callable[[], float] = time.perf_counter
     _engines: dict[tuple[str, bool, int], Engine] = field(default_factory=dict, init=False, repr=False)
+    _stage_times_by_numerics: dict[tuple[str, bool, int], StageTimes] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
-    def checkpoint(self) -> Checkpoint:
-        """Loaded on first use: it need not exist if all points are recorded."""
-        return self.open_checkpoint()
+    def info(self) -> CheckpointInfo:
+        """Read on first use: the checkpoint need not exist if all points are recorded."""
+        return read_info(self.checkpoint_folder)
 
     def run(self, points: Sequence[SweepPoint], done: PointCallback, deadline: float | None) -> bool:
         """Generate and score the points that are not in the results database, until all are, from this or another worker.
@@ -110,7 +116,7 @@ class Worker:
         return True
 
     def measure_ms_per_image(self, point: SweepPoint) -> tuple[float, int]:
-        """Measure denoising and decoding of a full batch, after a batch of the same size as warm-up.
+        """Measure denoising and decoding of a full batch, after a batch of the same size as warm-up, and add the text encoder.
 
         The images are not saved, and no first evaluation is shared.
 
@@ -119,15 +125,15 @@ class Worker:
         """
         images = range(min(point.spec.batch_size, point.spec.num_images))
         (shard,) = split_into_shards(point, len(images), [len(images)])
-        engine, schedule = self._engine(shard, is_single_point=True), schedule_of(self.checkpoint.info)
+        engine, schedule = self._engine(shard, is_single_point=True), schedule_of(self.info)
         clock = device_monitor(engine.device).clock
         for _ in ("warm up", "measure"):
             clock.wait()
-            started = time.perf_counter()
+            started = self.now()
             for _ in generate(engine, self.autoencoder, _requests(shard, schedule)):
                 pass
         clock.wait()
-        return 1000 * (time.perf_counter() - started) / len(images), len(images)
+        return self.prompts.ms_per_prompt + 1000 * (self.now() - started) / len(images), len(images)
 
     def _missing(self, points: Sequence[SweepPoint], done: PointCallback) -> list[SweepPoint]:
         """Record points whose images are complete, and return the points that are still not recorded."""
@@ -145,7 +151,7 @@ class Worker:
 
         Returns the number of shards that this worker generated.
         """
-        embeds_guidance, num_generated = self.checkpoint.info.model.embeds_guidance, 0
+        embeds_guidance, num_generated = self.info.model.embeds_guidance, 0
         for numerics in sorted({shard.point.spec.numerics for shard in shards}):
             same_numerics = [shard for shard in shards if shard.point.spec.numerics == numerics]
             # Two-pass requests first: one-pass requests can then share either output of the first evaluation.
@@ -158,8 +164,8 @@ class Worker:
         spec = first.point.spec
         if spec.numerics not in self._engines:
             engine = make_engine(
-                copy.deepcopy(self.checkpoint.network),
-                self.checkpoint.info,
+                load_checkpoint(self.checkpoint_folder, best_device(), torch_dtype(spec.dtype)).network,
+                self.info,
                 self.prompts,
                 batch_size=spec.batch_size,
                 dtype=spec.dtype,
@@ -167,11 +173,25 @@ class Worker:
                 cache_bytes=0 if is_single_point else FIRST_STEP_CACHE_BYTES,
                 concat_cond=self.concat_cond,
             )
-            warm_up = itertools.islice(_requests(first, schedule_of(self.checkpoint.info)), WARM_UP_IMAGES)
+            warm_up = itertools.islice(_requests(first, schedule_of(self.info)), WARM_UP_IMAGES)
             for _ in generate(engine, self.autoencoder, warm_up):
                 pass
             self._engines[spec.numerics] = engine
         return self._engines[spec.numerics]
+
+    def _stage_times(self, first: Shard, engine: Engine) -> StageTimes:
+        """Return the times of the stages for a shard's numerics, measured on full batches of one or two steps."""
+        spec = first.point.spec
+        if spec.numerics not in self._stage_times_by_numerics:
+            schedule = schedule_of(self.info)
+            coefficients = solver_coefficients(spec.solver, min(spec.num_steps, MAX_MEASURED_STEPS), schedule)
+            passes = passes_per_evaluation(spec.guidance, self.info.model.embeds_guidance)
+            num_images = min(spec.num_images, max(1, engine.num_slots // passes))
+            requests = [SampleRequest(i, i, coefficients, spec.guidance, seed=spec.seed) for i in range(num_images)]
+            self._stage_times_by_numerics[spec.numerics] = measure_stage_times(
+                engine, self.autoencoder, requests, self.prompts.ms_per_prompt, self.now
+            )
+        return self._stage_times_by_numerics[spec.numerics]
 
     def _run_stream(self, shards: Sequence[Shard], deadline: float | None, done: PointCallback | None) -> int:
         acquired = self._acquire(shards, deadline)
@@ -179,7 +199,7 @@ class Worker:
         if first is None:
             return 0
         engine = self._engine(first, is_single_point=len({shard.point.digest for shard in shards}) == 1)
-        schedule = schedule_of(self.checkpoint.info)
+        schedule, stage_times = schedule_of(self.info), self._stage_times(first, engine)
         builders: dict[str, ShardBuilder] = {}
 
         def requests() -> Iterator[SampleRequest]:
@@ -190,19 +210,16 @@ class Worker:
         num_generated = 0
         monitor = device_monitor(engine.device)
         monitor.reset_peak()
-        stopwatch = _GenerationStopwatch()
         for batch in generate(engine, self.autoencoder, requests()):
-            stopwatch.stop(batch)
             for chunk in _split_by_shard(batch):
                 builder = builders[chunk.digest]
                 builder.add(chunk)
                 if builder.is_complete:
                     del builders[chunk.digest]
-                    self._commit_shard(builder, stopwatch.ms_per_evaluation, monitor.peak_bytes())
+                    self._commit_shard(builder, stage_times, monitor.peak_bytes())
                     num_generated += 1
                     if done is not None and self._finish(builder.shard.point):
                         done(builder.shard.point)
-            stopwatch.start()
         return num_generated
 
     def _acquire(self, shards: Sequence[Shard], deadline: float | None) -> Iterator[Shard]:
@@ -220,10 +237,10 @@ class Worker:
     def _exists(self, shard: Shard) -> bool:
         return self.store.has("point", shard.point.digest) or self.store.has("shard", shard.digest)
 
-    def _commit_shard(self, builder: ShardBuilder, ms_per_evaluation: float, peak_bytes: int | None) -> None:
+    def _commit_shard(self, builder: ShardBuilder, stage_times: StageTimes, peak_bytes: int | None) -> None:
         """Write a shard to the store, record it, and release its lease."""
         shard = builder.shard
-        builder.write(self.store, ms_per_evaluation, peak_bytes)
+        builder.write(self.store, stage_times, peak_bytes)
         self.results_db.add_shard(shard.digest, shard.point.digest, shard.images)
         self.leases.release(shard.digest)
 
@@ -242,7 +259,7 @@ class Worker:
             if not self.store.has("point", point.digest):
                 if not self._has_all(shards):
                     return False  # another worker has just merged them
-                info = self.checkpoint.info
+                info = self.info
                 merge_shards(self.store, self.reference, point, shards, point.nfe(info.model), info.label)
             self._record(point)
         finally:
@@ -259,8 +276,8 @@ class Worker:
         scores = score(features, self.reference, self.metrics)
         row = {
             **point.coordinate(),
-            **point.costs(self.checkpoint.info),
-            **summary_columns(self.checkpoint.info),
+            **point.costs(self.info),
+            **summary_columns(self.info),
             "protocol": self.reference.protocol.id,
             "num_nonfinite": manifest["num_nonfinite"],
             "min_batch_size": manifest["min_batch_size"],
@@ -270,26 +287,6 @@ class Worker:
             "has_too_few_samples": has_too_few_samples(point.spec.num_images, self.reference, self.metrics),
         }
         self.results_db.add_point(row, scores, provenance(), self.reference.protocol.parts)
-
-
-class _GenerationStopwatch:
-    """Measures the time of sampling and decoding, without feature extraction, and counts the network evaluations in it."""
-
-    def __init__(self) -> None:
-        self.seconds, self.num_function_evaluations = 0.0, 0
-        self.start()
-
-    def start(self) -> None:
-        self._since = time.perf_counter()
-
-    def stop(self, batch: GeneratedBatch) -> None:
-        self.seconds += time.perf_counter() - self._since
-        self.num_function_evaluations += sum(result.nfe_executed for result in (*batch.results, *batch.nonfinite))
-
-    @property
-    def ms_per_evaluation(self) -> float:
-        """Milliseconds per network evaluation, decoding included; 0 without evaluations."""
-        return 1000 * self.seconds / max(self.num_function_evaluations, 1)
 
 
 def _split_by_shard(batch: GeneratedBatch) -> Iterator[ShardChunk]:

@@ -115,6 +115,11 @@ class DeviceMonitor(Protocol):
         """Peak of memory since `reset_peak`."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """True for the exceptions of torch when memory of a CUDA device or of a CPU runs out."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def device_monitor(device: torch.device) -> DeviceMonitor:
     """The monitor of a CPU or a CUDA device."""
     return CudaMonitor(device) if device.type == "cuda" else HostMonitor()

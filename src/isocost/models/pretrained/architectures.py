@@ -185,17 +185,31 @@ def check_denoiser(family: PipelineFamily, config: Mapping[str, Any], latent_cha
             raise ConfigError(f"{file}: cross_attention_dim = {cross_attention_dim}: must be one number for all levels")
 
 
-def load_network(family: PipelineFamily, folder: Path, resolution: int, loras: tuple[Lora, ...] = ()) -> nn.Module:
-    """Load the denoiser of a pipeline folder in float32, with LoRAs fused into its weights and wrapped for the engine.
+def load_network(
+    family: PipelineFamily,
+    folder: Path,
+    resolution: int,
+    loras: tuple[Lora, ...] = (),
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Load the denoiser of a pipeline folder, with LoRAs fused into its weights in float32, wrapped for the engine.
+
+    Args:
+        family: the pipeline's family.
+        folder: the pipeline's folder.
+        resolution: side of an image in pixels.
+        loras: LoRA files and their scales.
+        dtype: of the weights in memory.
 
     Raises:
         ConfigError: weights are missing, pickled, truncated or do not fit the config, or a LoRA does not fit.
     """
     denoiser_path = folder / family.denoiser_folder
-    network = load_module(family.denoiser_type, denoiser_path)
+    network = load_module(family.denoiser_type, denoiser_path, torch.float32 if loras else dtype)
     if loras:
         config = read_config(denoiser_path / "config.json")
         fuse_loras(network, loras, family.pipelines[0], family.denoiser_folder, config)
+        network = network.to(dtype)
     return family.wrap(network, resolution)
 
 

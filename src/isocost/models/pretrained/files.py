@@ -143,8 +143,13 @@ def check_complete(file: Path) -> None:
         raise ConfigError(f"{file}: truncated: it has {size:,} bytes, its header needs {end:,}; download it again")
 
 
-def load_module(network_class: type[M], folder: Path) -> M:
-    """Load a diffusers or transformers network with all of its weights, in float32.
+def load_module(network_class: type[M], folder: Path, dtype: torch.dtype = torch.float32) -> M:
+    """Load a diffusers or transformers network with all of its weights.
+
+    Args:
+        network_class: class of the network.
+        folder: folder of its config and weights.
+        dtype: of the weights in memory. They are converted one by one while they are read.
 
     Raises:
         ConfigError: files are missing, pickled or truncated, or lack weights that the config requires.
@@ -153,7 +158,7 @@ def load_module(network_class: type[M], folder: Path) -> M:
     variant, _ = weight_files(folder)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "variant": variant or None}
     is_diffusers = network_class.__module__.startswith("diffusers")
-    options |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False} if is_diffusers else {"dtype": torch.float32}
+    options |= {"torch_dtype" if is_diffusers else "dtype": dtype}
     try:
         network, loading_info = network_class.from_pretrained(str(folder), **options)  # type: ignore[attr-defined]
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
