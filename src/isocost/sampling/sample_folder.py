@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,6 @@ def write_sample_folder(out: Path, images: np.ndarray) -> tuple[list[Path], Path
         for old in [path for path in out.iterdir() if SAMPLE_NAME.fullmatch(path.name)]:
             old.unlink()
         for name in names:
-            (folder / name).rename(out / name)
-        (folder / sheet.name).replace(sheet)
+            shutil.move(folder / name, out / name)  # OUT may be a link to another disk
+        shutil.move(folder / sheet.name, sheet)
     return [out / name for name in names], sheet
