@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import runpy
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +23,7 @@ from isocost.errors import ConfigError
 from isocost.pipeline.dry_run import plan
 from isocost.pipeline.merge import archive, merge
 from isocost.pipeline.pipeline import Pipeline
+from isocost.report import report_data
 from isocost.report.build import report
 from isocost.report.report_data import read_image_row, rebuild, write_image_row
 from isocost.sweep.results_db import ResultsDB
@@ -55,6 +58,32 @@ def test_an_archive_gives_the_same_pages_byte_by_byte(reported: Pipeline, tmp_pa
     assert files == report_files(reported.out)
     assert b"data:image" in files["report/index.html"]
     assert rebuilt.summary == (reported.out / "report" / "summary.md").read_text(encoding="utf-8")
+
+
+def test_a_full_disk_loses_neither_images_nor_tables(
+    reported: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a merged folder the images of the points are only in the report data."""
+    archive(reported.out, tmp_path / "archive")
+    merge(tmp_path / "out", [tmp_path / "archive"])
+    pipeline = Pipeline(finished_spec(), tmp_path / "out")
+    kept = [tmp_path / "out" / REPORT_DATA / "text2image", tmp_path / "out" / "table.parquet"]
+    before = {file: file.read_bytes() for path in kept for file in [path, *path.rglob("*")] if file.is_file()}
+    assert len(before) > 5
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writers = [(pd.DataFrame, "to_parquet"), (pd.DataFrame, "to_csv"), (shutil, "copyfile"), (report_data, "write_atomically")]
+    for owner, name in writers:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises(OSError, match="No space left"):
+                report(pipeline, with_figures=False)
+        assert {file: file.read_bytes() for file in before} == before
+    report(pipeline, with_figures=False)
+    assert b"data:image" in (tmp_path / "out" / "report" / "index.html").read_bytes()
+    assert not list((tmp_path / "out").rglob("*.partial*"))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,9 +28,9 @@ from isocost.models.text_encoder import MiniLMTextEncoder
 from isocost.models.unet import build_unet
 from isocost.training.ema import Ema
 from isocost.training.lr_schedule import learning_rate
-from isocost.training.objectives import TextToImage
+from isocost.training.objectives import Batch, TextToImage
 from isocost.training.state_checkpoint import newest_state_images
-from isocost.training.trainer import DeadlineReached, train
+from isocost.training.trainer import DeadlineReached, Trainer, train
 
 MODEL = ModelSpec(width=8, latent_channels=4, latent_size=8, cross_attention_dim=384, layers_per_block=1, num_levels=2)
 SPEC = TrainSpec(num_images=192, snapshots=(64, 100), batch_size=16, lr=2e-3, warmup_images=64, state_every_images=48)
@@ -117,6 +118,38 @@ def test_a_nonfinite_loss_stops_the_training_and_the_last_good_state_stays(cache
             spec, Broken(spec, cache, NoiseSchedule.scaled_linear()), build_unet(MODEL), tmp_path, lambda *_: None, title="test"
         )
     assert newest_state_images(tmp_path) == 48
+
+
+@pytest.mark.parametrize(
+    ("images", "part", "value"),
+    [(64, "weights", math.nan), (64, "average", math.inf), (160, "weights", -math.inf), (192, "weights", math.nan)],
+)
+def test_a_last_update_that_breaks_the_weights_is_never_saved(
+    images: int, part: str, value: float, cache: LatentCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the step that ends at `images`, the loss of that step is still finite; at 160 only a state is due."""
+    step = Trainer.step
+
+    def breaking(trainer: Trainer, batch: Batch, images_seen: int) -> torch.Tensor:
+        loss = step(trainer, batch, images_seen)
+        if images_seen + SPEC.batch_size == images:
+            with torch.no_grad():
+                tensors = list(trainer.model.trainable_params.values()) if part == "weights" else trainer.ema.averages[0]
+                tensors[-1].view(-1)[-1] = value
+        return loss
+
+    saved: list[int] = []
+    objective = TextToImage(SPEC, cache, NoiseSchedule.scaled_linear())
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", breaking)
+        with pytest.raises(RunError, match=f"weights contain NaN or inf after {images} training images.*lower train.lr"):
+            train(
+                *(SPEC, objective, build_unet(MODEL), tmp_path, lambda *arguments: saved.append(arguments[2])),
+                **{"title": "test", "snapshots": SPEC.all_snapshots(1.0)},
+            )
+    expected = {64: ([], 48), 160: ([64, 100], 112), 192: ([64, 100], 160)}[images]
+    assert (saved, newest_state_images(tmp_path)) == expected
+    assert set(run(SPEC, cache, tmp_path)) == {64, 100, 192} - set(saved), "the same command resumes"
 
 
 def test_a_damaged_training_state_is_an_error(cache: LatentCache, tmp_path: Path) -> None:

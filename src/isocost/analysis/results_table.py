@@ -191,9 +191,13 @@ def read_table(out: str | Path, task: str = "text2image") -> pd.DataFrame:
     """Read the points of a task from the table that the last report of an output folder wrote.
 
     Raises:
-        ConfigError: the folder has no such table.
+        ConfigError: the folder has no such table, or it is damaged.
     """
     file = table_file(out, task)
     if not file.is_file():
         raise ConfigError(f"{out}: no {file.name}; `isocost run` and `isocost report` write it")
-    return pd.read_parquet(file)
+    try:
+        return pd.read_parquet(file)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(f"{file}: cannot be read ({reason}); `isocost report STUDY --out {out}` writes it again") from error

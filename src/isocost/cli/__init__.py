@@ -8,9 +8,12 @@ from __future__ import annotations
 import sys
 import warnings
 
+from safetensors import SafetensorError
+
 from isocost.cli import benchmark, checkpoint, evaluate, list_names, model_family, output_dir, study
 from isocost.cli.app import app
 from isocost.errors import ConfigError, RunError
+from isocost.utils.output_paths import WRONG_PATH_ERRORS, os_error_message
 from isocost.utils.progress import log_messages_on_stderr
 
 ORDER = (
@@ -33,6 +36,9 @@ def main() -> None:
     except ConfigError as error:
         print(f"isocost: {error}", file=sys.stderr)
         sys.exit(2)
-    except RunError as error:
-        print(f"isocost: {error}", file=sys.stderr)
+    except (RunError, SafetensorError) as error:  # SafetensorError: a file of weights could not be written
+        print(f"isocost: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        print(f"isocost: {os_error_message(error)}", file=sys.stderr)
+        sys.exit(2 if error.errno in WRONG_PATH_ERRORS else 1)

@@ -23,8 +23,8 @@ from isocost.cli.options import (
     parse_tasks,
     read_study,
 )
-from isocost.errors import ConfigError
 from isocost.utils.artifact_store import write_atomically
+from isocost.utils.output_paths import check_output_file
 
 if TYPE_CHECKING:
     from isocost.sampling.latency import Latency
@@ -49,8 +49,8 @@ def latency(
     out: Annotated[Path | None, typer.Option("--out", help="also write the result to this .json file")] = None,
 ) -> None:
     """Measure the milliseconds of one checkpoint by batch size: text encoder, denoiser, decoder and total."""
-    if out is not None and (out.suffix.lower() != ".json" or out.is_dir()):
-        raise ConfigError(f"{out}: give a file that ends in .json")
+    if out is not None:
+        check_output_file(out, ".json")
     solver = parse_solver(solver_name)
 
     from isocost.sampling.latency import DEFAULT_BATCHES

@@ -20,7 +20,7 @@ from isocost.cli.options import (
     TimestepSpacing,
     parse_solver,
 )
-from isocost.errors import ConfigError
+from isocost.utils.output_paths import check_output_file, check_separate, private_folder
 
 
 @app.command()
@@ -38,15 +38,19 @@ def sample(
     dtype: DType = "fp32",
     num_images: Annotated[int, typer.Option("--num-images", help="images per prompt")] = 4,
     seed: Seed = 0,
-    out: Annotated[Path, typer.Option("--out", help="folder for the PNG files and sheet.png, a grid of all images")] = Path(
-        "samples"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="new folder for the PNG files; a grid of all images is saved next to it, as OUT-sheet.png"),
+    ] = Path("samples"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the images of an earlier call in --out")] = False,
 ) -> None:
     """Sample images from one checkpoint."""
-    from PIL import Image
-
     from isocost.sampling.sample import sample as sample_images
+    from isocost.sampling.sample_folder import check_sample_folder, write_sample_folder
 
+    check_sample_folder(out, overwrite)
+    if checkpoint.is_dir():
+        check_separate(out, checkpoint)
     samples = sample_images(
         checkpoint,
         prompts,
@@ -58,15 +62,9 @@ def sample(
         negative_prompt=negative_prompt,
         dtype=dtype,
     )
-    out.mkdir(parents=True, exist_ok=True)
-    files = []
-    for p, images in enumerate(samples.array):
-        for k, image in enumerate(images):
-            files.append(str(out / f"{p:02d}-{k:02d}.png"))
-            Image.fromarray(image).save(files[-1])
-    samples.grid().save(out / "sheet.png")
+    files, sheet = write_sample_folder(out, samples.array)
     cost = {"nfe": samples.nfe, "gflop_per_image": samples.gflop, "seconds": samples.seconds}
-    print_json({"prompts": list(samples.prompts), "files": files, "sheet": str(out / "sheet.png"), **cost})
+    print_json({"prompts": list(samples.prompts), "files": list(map(str, files)), "sheet": str(sheet), **cost})
 
 
 @app.command()
@@ -89,8 +87,7 @@ def upscale(
 
     from isocost.sampling.upscale import upscale as upscale_image
 
-    if out.suffix.lower() != ".png":
-        raise ConfigError(f"{out}: give a file that ends in .png")
+    check_output_file(out, ".png", inputs=(image,))
     result = upscale_image(
         checkpoint,
         image,
@@ -102,8 +99,9 @@ def upscale(
         seed=seed,
         dtype=dtype,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(result.image).save(out)
+    with private_folder(out) as folder:
+        Image.fromarray(result.image).save(folder / out.name, format="PNG")
+        (folder / out.name).replace(out)
     height, width, _ = result.image.shape
     cost = {"nfe_per_tile": result.nfe, "gflop": result.gflop, "seconds": result.seconds}
     print_json({"file": str(out), "height": height, "width": width, "num_tiles": result.num_tiles, **cost})

@@ -11,6 +11,7 @@ import typer
 
 from isocost.cli.app import app, print_json
 from isocost.cli.options import parse_tasks
+from isocost.utils.output_paths import check_output_folder, check_separate
 
 
 @app.command()
@@ -71,6 +72,8 @@ def compare(
     from isocost.pipeline.compare import compare as compare_studies
     from isocost.report.study_comparison import write_comparison
 
+    if out is not None:
+        check_separate(check_output_folder(out), *outs)
     compared = compare_studies(outs, metric, cost, budgets or (), task)
     if untimed := format_excluded_timings(compared.table):
         print(f"note: milliseconds {untimed}", file=sys.stderr)

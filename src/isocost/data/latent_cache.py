@@ -32,6 +32,7 @@ from isocost.data.row_store import RowTable, ShardStore, write_shard
 from isocost.errors import RunError
 from isocost.models.autoencoder import Autoencoder
 from isocost.models.text_encoder import MiniLMTextEncoder
+from isocost.utils.output_paths import remove_leftovers
 
 CACHE_VERSION = 2
 SHARD_SIZE = 4096
@@ -240,13 +241,19 @@ def _write_latents(
         The captions of every item of the source; empty for items that cannot be read.
     """
     existing = store.sizes()
+    if process.rank == 0 and store.is_local:
+        remove_leftovers(Path(store.root), r"\.([a-z]+-[0-9]{5}\.(safetensors|json)|isocost\.json)\.")
     captions: list[tuple[str, ...]] = []
 
     def is_done(shard: int) -> bool:
         info_file = f"latents-{shard:05d}.json"
         if info_file not in existing:
             return False
-        return existing.get(f"latents-{shard:05d}.safetensors", 0) == json.loads(store.read(info_file))["bytes"]
+        try:
+            num_bytes = json.loads(store.read(info_file))["bytes"]
+        except (ValueError, KeyError, TypeError):  # a damaged description: the shard is written again
+            return False
+        return existing.get(f"latents-{shard:05d}.safetensors", 0) == num_bytes
 
     is_shard_needed: dict[int, bool] = {}
 
@@ -381,18 +388,23 @@ class LatentCache(Cache):
     """A latent cache on disk or in an object store.
 
     Raises:
-        RunError: a shard is missing or truncated.
+        RunError: a shard is missing or truncated, or the index is damaged.
     """
 
     def __init__(self, store: ShardStore | str | Path) -> None:
         self.store = store if isinstance(store, ShardStore) else ShardStore(store)
-        index = self.index = json.loads(self.store.read(INDEX))
-        tables, size = index["tables"], index["shard_size"]
-        self._latents, self._captions, self._text = (
-            RowTable(self.store, tables[name], size) for name in ("latents", "captions", "text")
-        )
-        self.num_captions: int = index["num_captions"]
-        unreadable = np.array(sorted(item["position"] for item in index["bad"]), dtype=np.int64)
+        try:
+            index = self.index = json.loads(self.store.read(INDEX))
+            tables, size = index["tables"], index["shard_size"]
+            self.num_captions: int = index["num_captions"]
+            unreadable = np.array(sorted(item["position"] for item in index["bad"]), dtype=np.int64)
+            self._latents, self._captions, self._text = (
+                RowTable(self.store, tables[name], size) for name in ("latents", "captions", "text")
+            )
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise RunError(
+                f"{self.store.url}/{INDEX}: the index is damaged; remove this file, and the same command writes it again"
+            ) from error
         self._next_readable = unreadable - np.arange(len(unreadable))  # index of the first image after each unreadable item
 
     def __len__(self) -> int:

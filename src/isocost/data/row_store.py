@@ -127,7 +127,7 @@ class RowTable:
         """Read rows int64 [B] of the table: a tensor [B, ...] for every column, in the order of `indices`.
 
         Raises:
-            RunError: a row does not match its checksum.
+            RunError: a row does not match its checksum, or a file is damaged.
         """
         row_indices = indices.numpy()
         shards, rows_in_shard = row_indices // self.shard_size, row_indices % self.shard_size
@@ -178,6 +178,11 @@ class RowTable:
     def _columns(self, shard: int) -> list[_Column]:
         if shard not in self._headers:
             path = self.store.path(self.files[shard]["name"])
+            self._headers[shard] = self._read_header(shard, path)
+        return self._headers[shard]
+
+    def _read_header(self, shard: int, path: str) -> list[_Column]:
+        try:
             length = int.from_bytes(self.store.filesystem.cat_file(path, 0, 8), "little")
             header = json.loads(self.store.filesystem.cat_file(path, 8, 8 + length))
             columns = []
@@ -185,10 +190,17 @@ class RowTable:
                 entry = header[name]
                 start, end = entry["data_offsets"]
                 num_rows, *shape = entry["shape"]
-                dtype = _NUMPY_DTYPES[entry["dtype"]]
-                columns.append(_Column(name, dtype, tuple(shape), 8 + length + start, (end - start) // num_rows))
-            self._headers[shard] = columns
-        return self._headers[shard]
+                column = _Column(
+                    name, _NUMPY_DTYPES[entry["dtype"]], tuple(shape), 8 + length + start, (end - start) // num_rows
+                )
+                if column.row_bytes != np.dtype(column.dtype).itemsize * int(np.prod(shape)):
+                    raise ValueError(f"the column {name} has another size than its header")
+                columns.append(column)
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise RunError(
+                f"{self.store.url}/{self.files[shard]['name']}: the file is damaged ({error}); {self._remedy}"
+            ) from error
+        return columns
 
     @cached_property
     def num_bytes(self) -> int:

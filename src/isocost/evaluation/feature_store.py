@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from isocost.errors import RunError
+from isocost.utils.tensor_files import read_tensors
 
 SHARD_SIZE = 4096
 PER_IMAGE_FILE = "by_image.safetensors"
@@ -65,14 +66,14 @@ def read_features(folder: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]
     """Read the features of the extractors `names`, float32 [N, D] each, from an artefact's folder.
 
     Raises:
-        RunError: an extractor has no shards there.
+        RunError: an extractor has no shards there, or a shard is damaged.
     """
     features = {}
     for name in names:
         shards = sorted(folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9].safetensors"))
         if not shards:
             raise RunError(f"{folder}: no features of {name}; delete the folder, then the next run computes them again")
-        features[name] = torch.cat([load_file(shard)["features"].float() for shard in shards]).numpy()
+        features[name] = torch.cat([read_tensors(shard, "features")["features"].float() for shard in shards]).numpy()
     return features
 
 
@@ -92,8 +93,8 @@ def read_sample_features(folder: Path, names: tuple[str, ...]) -> SampleFeatures
     """Read the output of `write_sample_features`, or the single file of an older version.
 
     Raises:
-        RunError: the folder has no features of an extractor in `names`.
+        RunError: the folder has no features of an extractor in `names`, or a file is damaged.
     """
-    tensors = {name: tensor.numpy() for name, tensor in load_file(folder / PER_IMAGE_FILE).items()}
+    tensors = {name: tensor.numpy() for name, tensor in read_tensors(folder / PER_IMAGE_FILE).items()}
     paired_metrics = {name: values for name, values in tensors.items() if name not in ("alignment", "ids")}
     return SampleFeatures(read_features(folder, names), tensors.get("alignment"), tensors.get("ids"), paired_metrics)

@@ -62,7 +62,7 @@ class PairedComparer:
         """The features of a point, by its digest."""
         if point not in self._features:
             store = next((store for store in self.stores if store.has("point", point)), self.stores[0])
-            folder = store.folder("point", point)
+            folder = store.open("point", point)
             self._features[point] = read_sample_features(folder, tuple(self.reference.extractors))
         return self._features[point]
 

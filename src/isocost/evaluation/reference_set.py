@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from isocost.config.evaluation import ProtocolSpec
@@ -31,6 +31,7 @@ from isocost.metrics.inception import Inception
 from isocost.metrics.mmd import POLYNOMIAL, Kernel
 from isocost.metrics.precision_recall import radii
 from isocost.metrics.vit import CLIPFeatureExtractor
+from isocost.utils.tensor_files import read_tensors
 
 CLASSIFIER_EPOCHS = 6
 VERSION = 1
@@ -139,8 +140,12 @@ def write_features(folder: Path, extractor: FeatureExtractor, images: Tensor) ->
 
 
 def read_features(folder: Path) -> np.ndarray:
-    """float32 [M, D]."""
-    return load_file(folder / "features.safetensors")["features"].numpy()
+    """Read float32 [M, D].
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    return read_tensors(folder / "features.safetensors", "features")["features"].numpy()
 
 
 def require_labels(train: ImageDataset, held_out: ImageDataset) -> None:

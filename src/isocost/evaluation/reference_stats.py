@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from isocost.errors import ConfigError
+from isocost.errors import ConfigError, RunError
 from isocost.evaluation.feature_batches import FixedBatchRunner
 from isocost.evaluation.feature_store import read_features, write_features
 from isocost.evaluation.image_sources import SourceImage, image_files, iter_images
 from isocost.evaluation.protocol_presets import Crops, ProtocolPreset
 from isocost.metrics.extractor_base import FeatureExtractor
-from isocost.utils.artifact_store import MANIFEST, publish, read_manifest
+from isocost.utils.artifact_store import MANIFEST, publish, read_manifest, remedy, verified_manifest
+from isocost.utils.output_paths import check_output_folder, check_separate, private_folder
 
 KIND = "statistics"
 IMAGE_LIST_FILE, IMAGES_FOLDER = "images.jsonl", "images"
@@ -113,12 +114,26 @@ def build_statistics(
     """Compute the statistics of the reference images in `source` and publish them as the folder `out` in one step.
 
     Raises:
-        ConfigError: `out` exists already, or the images do not fit the protocol.
+        ConfigError: `out` exists already or cannot be created, or the images do not fit the protocol.
+        RunError: the written features do not fit the images, or another attempt made `out` at the same time.
     """
     if out.exists():
         raise ConfigError(f"{out}: exists already; give a new folder")
-    partial = out.with_name(f".{out.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    check_output_folder(out)
+    check_separate(out, source)
+    with private_folder(out) as partial:
+        return _build(source, partial, out, preset, extractors, ids)
+
+
+def _build(
+    source: str,
+    partial: Path,
+    out: Path,
+    preset: ProtocolPreset,
+    extractors: dict[str, FeatureExtractor],
+    ids: Sequence[str] | None,
+) -> FeatureSet:
+    """Compute the statistics in the folder `partial`, check them, and move it to `out`."""
 
     def iter_and_save() -> Iterator[SourceImage]:
         for image in reference_images(source, preset, ids):
@@ -144,7 +159,8 @@ def build_statistics(
         "resolution": preset.resolution,
         "content": feature_set.content,
     }
-    publish(partial, out, manifest)
+    _check_rows(partial, read_features(partial, tuple(extractors)), len(feature_set))
+    publish(partial, out, manifest, replace=False)
     return feature_set
 
 
@@ -153,22 +169,27 @@ def read_statistics(folder: Path, extractors: dict[str, FeatureExtractor]) -> Fe
 
     Raises:
         ConfigError: other extractors made the features.
+        RunError: a file is damaged, or the features do not fit the list of images.
     """
     folder = folder.parent if folder.name == STUDY_FEATURES_FILE else folder
-    if (folder / STUDY_FEATURES_FILE).is_file():
+    kind = read_manifest(folder).get("kind") if (folder / MANIFEST).is_file() else None
+    if kind == "features" or (folder / STUDY_FEATURES_FILE).is_file():
         return _read_study_features(folder, extractors)
-    if not (folder / IMAGE_LIST_FILE).is_file() or not (folder / MANIFEST).is_file():
+    if kind != KIND:
         return None
-    manifest = read_manifest(folder)
+    manifest = verified_manifest(folder)
     for name, extractor in extractors.items():
         _check_same_extractor(folder, manifest["extractors"].get(name), extractor)
-    rows = [json.loads(line) for line in (folder / IMAGE_LIST_FILE).read_text(encoding="utf-8").splitlines()]
-    return FeatureSet(
-        tuple(row["id"] for row in rows),
-        tuple(tuple(row["prompts"]) for row in rows),
-        read_features(folder, tuple(extractors)),
-        manifest["content"],
-    )
+    try:
+        rows = [json.loads(line) for line in (folder / IMAGE_LIST_FILE).read_text(encoding="utf-8").splitlines()]
+        ids, prompts = tuple(str(row["id"]) for row in rows), tuple(tuple(row["prompts"]) for row in rows)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{folder / IMAGE_LIST_FILE}: damaged; {remedy(folder)}") from error
+    features = read_features(folder, tuple(extractors))
+    _check_rows(folder, features, manifest["num_images"])
+    if len(ids) != manifest["num_images"]:
+        raise RunError(f"{folder / IMAGE_LIST_FILE}: {len(ids)} rows for {manifest['num_images']} images; {remedy(folder)}")
+    return FeatureSet(ids, prompts, features, manifest["content"])
 
 
 def check_num_images(source: str, num_images: int, required: int | None, minimum: int = 0) -> None:
@@ -179,10 +200,17 @@ def check_num_images(source: str, num_images: int, required: int | None, minimum
         raise ConfigError(f"{source}: {num_images} images; a metric needs at least {minimum}")
 
 
+def _check_rows(folder: Path, features: dict[str, np.ndarray], num_images: int) -> None:
+    """Raise RunError if the features of a folder are not those of its images, one row each."""
+    for name, matrix in features.items():
+        if len(matrix) != num_images:
+            raise RunError(f"{folder}: {len(matrix)} rows of {name} features for {num_images} images; {remedy(folder)}")
+
+
 def _read_study_features(folder: Path, extractors: dict[str, FeatureExtractor]) -> FeatureSet:
     from isocost.evaluation.reference_set import read_features as read_study_features
 
-    made_by = read_manifest(folder).get("extractor") if (folder / MANIFEST).is_file() else None
+    made_by = verified_manifest(folder).get("extractor") if (folder / MANIFEST).is_file() else None
     for extractor in extractors.values():
         _check_same_extractor(folder, made_by, extractor)
     features = read_study_features(folder)

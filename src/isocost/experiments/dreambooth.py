@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from isocost.config.base import digest
@@ -49,6 +49,7 @@ from isocost.sampling.request import SampleRequest
 from isocost.sweep.grid import SweepPoint, grid_points, run_points
 from isocost.training.objectives import Dreambooth, Objective, training_schedule
 from isocost.utils.device import best_device
+from isocost.utils.tensor_files import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ class DreamboothExperiment(Experiment):
             with store.create("class-images", name, {"caption": f"a {class_word}"}) as folder:
                 save_file({"images": images}, folder / "images.safetensors")
         self.assets.process.wait()
-        return load_file(store.folder("class-images", name) / "images.safetensors")["images"]
+        return read_tensors(store.open("class-images", name) / "images.safetensors", "images")["images"]
 
     def _generate(self, checkpoint: Path, prompt: str, num_images: int) -> Tensor:
         loaded, prior = load_checkpoint(checkpoint, best_device()), self.spec.prior

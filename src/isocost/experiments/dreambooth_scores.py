@@ -99,7 +99,7 @@ class SubjectScores:
         return {metric: float(np.mean(values)) for metric, values in similarities.items()}
 
     def _features(self, point: str, reference: ReferenceSet) -> SampleFeatures:
-        return read_sample_features(self.store.folder("point", point), tuple(reference.extractors))
+        return read_sample_features(self.store.open("point", point), tuple(reference.extractors))
 
     def _mean(self, values: np.ndarray) -> Interval:
         return mean_interval(values, num_bootstrap=self.num_bootstrap, seed=self.seed)

@@ -148,7 +148,7 @@ class StudyAssets:
                     autoencoder = fit_autoencoder(spec, images, progress=lambda done, loss: progress(done, f"loss {loss:.4f}"))
                 autoencoder.save(folder)
                 manifest["seconds"] = int(time.monotonic() - started)
-        return load_autoencoder(self.store.folder("autoencoder", self.autoencoder_digest), device=best_device())
+        return load_autoencoder(self.store.open("autoencoder", self.autoencoder_digest), device=best_device())
 
     @property
     def autoencoder_from_checkpoint(self) -> str:
@@ -408,7 +408,7 @@ class StudyAssets:
             logger.info(f"features of {len(images)} reference images: {extractor.id.partition(':')[0]}")
             with self.store.create("features", name, {"extractor": extractor.id, "num_images": len(images)}) as folder:
                 write_features(folder, extractor, images)
-        return read_features(self.store.folder("features", name))
+        return read_features(self.store.open("features", name))
 
     @property
     def attribute_classifier_digest(self) -> str:
@@ -430,7 +430,7 @@ class StudyAssets:
             with self.store.create("attribute-classifier", name, manifest := _manifest()) as folder:
                 manifest.update(fit_attribute_classifier(folder, training, held_out, classes, self.study.protocol.seed))
             logger.info(f"attribute classifier: accuracy {manifest['accuracy']:.3f} on held-out real images")
-        return AttributeClassifier.load(self.store.folder("attribute-classifier", name))
+        return AttributeClassifier.load(self.store.open("attribute-classifier", name))
 
     def reconstruction_floors(self) -> dict[str, dict[str, float]]:
         """Return scores of real images after the autoencoder (`decoded`) and before it (`real`), by metric.

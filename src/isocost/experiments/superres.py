@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from isocost.analysis.formatting import format_score
@@ -42,6 +42,7 @@ from isocost.sampling.generate import PromptEmbeds
 from isocost.sampling.request import PerSampleFn
 from isocost.training.objectives import Objective, Superres, training_schedule
 from isocost.utils.device import best_device
+from isocost.utils.tensor_files import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -251,7 +252,7 @@ class SuperresExperiment(Experiment):
             low = degrade(originals, indices, self.spec.degradation, self.spec.scale, seed=seed)
             with store.create("low-resolution", name, {"scale": self.spec.scale}) as folder:
                 save_file({"images": low}, folder / "images.safetensors")
-        return load_file(store.folder("low-resolution", name) / "images.safetensors")["images"]
+        return read_tensors(store.open("low-resolution", name) / "images.safetensors", "images")["images"]
 
     @cached_property
     def concat_cond(self) -> PerSampleFn:
@@ -277,7 +278,7 @@ class SuperresExperiment(Experiment):
             collector.add(list(range(len(images))), images)
             with store.create("baseline", name, {"title": title}) as folder:
                 write_sample_features(folder, collector.features(), reference.feature_dtype)
-        return read_sample_features(store.folder("baseline", name), tuple(reference.extractors))
+        return read_sample_features(store.open("baseline", name), tuple(reference.extractors))
 
     @cached_property
     def baselines(self) -> Mapping[str, Mapping[str, float]]:

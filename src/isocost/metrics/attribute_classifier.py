@@ -13,10 +13,12 @@ import numpy as np
 import torch
 import torch.nn.functional as functional
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from isocost.errors import ConfigError
+from isocost.errors import ConfigError, RunError
+from isocost.utils.artifact_store import remedy
+from isocost.utils.tensor_files import read_tensors
 
 BATCH_SIZE = 128
 PEAK_LR = 4e-3
@@ -81,14 +83,19 @@ class AttributeClassifier:
 
         Raises:
             ConfigError: the folder has no attribute classifier.
+            RunError: a file is damaged.
         """
         path = Path(folder)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (path / name).is_file():
                 raise ConfigError(f"{path}: no {name}; give a folder that AttributeClassifier.save wrote")
-        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        network = AttributeClassifierNetwork(config["side"], config["num_classes"])
-        network.load_state_dict(load_file(path / WEIGHTS_FILE), strict=True)
+        weights = read_tensors(path / WEIGHTS_FILE)
+        try:
+            config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+            network = AttributeClassifierNetwork(config["side"], config["num_classes"])
+            network.load_state_dict(weights, strict=True)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise RunError(f"{path}: the attribute classifier is damaged; {remedy(path)}") from error
         return cls(network, device)
 
 

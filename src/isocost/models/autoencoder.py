@@ -6,20 +6,25 @@ Images are uint8 [N, 3, R, R]; latents are float32 [N, C, L, L] of about unit va
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from isocost.errors import ConfigError, RunError
 from isocost.models.checkpoint import refuse_pickles
+from isocost.models.pretrained.files import load_module, read_config
+from isocost.models.weight_checks import check_finite, check_loaded
+from isocost.utils.artifact_store import MANIFEST, verified_manifest
 from isocost.utils.device import is_out_of_memory
+from isocost.utils.tensor_files import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +136,8 @@ class PCAAutoencoder:
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> PCAAutoencoder:
-        tensors = load_file(folder / "linear_autoencoder.safetensors", device=str(device))
+        tensors = read_tensors(folder / "linear_autoencoder.safetensors", "mean", "basis", "scale", device=device)
+        check_finite(tensors, folder)
         patch = round((tensors["mean"].numel() / 3) ** 0.5)
         return cls(tensors["mean"], tensors["basis"], tensors["scale"], patch)
 
@@ -140,13 +146,17 @@ class DiffusersVAE:
     """Any diffusers autoencoder. Latents are `(z - shift_factor) * scaling_factor`, with the factors of its own config."""
 
     def __init__(self, network: AutoencoderKL | AutoencoderTiny, device: torch.device | str = "cpu") -> None:
+        """
+        Raises:
+            ConfigError: a factor of the config is not a finite number, or the scaling factor is 0.
+        """
         self.network = network.to(device).eval().requires_grad_(False)
         self.network.decoder.to(memory_format=torch.channels_last)  # decodes 1.7 times as fast on a CPU
         config = network.config
         self.latent_channels = int(config.latent_channels)
         self.factor = 2 ** (len(config.block_out_channels) - 1)
-        self.scale = float(config.get("scaling_factor") or 1.0)
-        self.shift = float(config.get("shift_factor") or 0.0)
+        self.scale = _factor(config, "scaling_factor", 1.0)
+        self.shift = _factor(config, "shift_factor", 0.0)
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,6 +204,16 @@ class DiffusersVAE:
         self.network.save_pretrained(folder, safe_serialization=True)
 
 
+def _factor(config: Any, name: str, default: float) -> float:
+    value = config.get(name)
+    if value is None:
+        return default
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or (name == "scaling_factor" and value == 0):
+        raise ConfigError(f"autoencoder: its config.json has {name} = {value}; give the number that it was trained with")
+    return float(value)
+
+
 def load_autoencoder(path: str | Path, subfolder: str | None = None, device: torch.device | str = "cpu") -> Autoencoder:
     """Load an autoencoder.
 
@@ -203,26 +223,39 @@ def load_autoencoder(path: str | Path, subfolder: str | None = None, device: tor
         device: device to load it on.
 
     Raises:
-        ConfigError: `path` holds no loadable autoencoder, or only pickled weights.
+        ConfigError: `path` holds no loadable autoencoder or only pickled weights, or a weight is missing, NaN or infinite.
+        RunError: a file of an artefact does not match its checksum.
     """
     if str(path) == BUILTIN_AUTOENCODER:
         path = str(resources.files("isocost.assets") / "scenes-autoencoder")
     folder = Path(path) / subfolder if subfolder else Path(path)
+    if (folder / MANIFEST).is_file():
+        verified_manifest(folder)
     if (folder / "linear_autoencoder.safetensors").is_file():
         return PCAAutoencoder.load(folder, device)
-    network_class: type[AutoencoderKL] | type[AutoencoderTiny] = AutoencoderKL
     if folder.is_dir():
         refuse_pickles(folder)
         config = folder / "config.json"
         if not config.is_file():
             raise ConfigError(f"{folder}: no config.json; give a diffusers autoencoder folder (perhaps with subfolder: vae)")
-        is_tiny = json.loads(config.read_text()).get("_class_name") == "AutoencoderTiny"
-        network_class = AutoencoderTiny if is_tiny else AutoencoderKL
+        is_tiny = read_config(config).get("_class_name") == "AutoencoderTiny"
+        return _on_device(
+            load_module(AutoencoderTiny, folder) if is_tiny else load_module(AutoencoderKL, folder), device, folder
+        )
     options: dict[str, Any] = {"use_safetensors": True, "subfolder": subfolder}
     try:
-        return DiffusersVAE(network_class.from_pretrained(str(path), **options), device)
-    except (OSError, ValueError) as error:
+        network, loading_info = AutoencoderKL.from_pretrained(str(path), output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise ConfigError(f"{path}: cannot load an autoencoder from it: {' '.join(str(error).split())[:200]}") from error
+    check_loaded(network, loading_info, path)
+    return _on_device(network, device, path)
+
+
+def _on_device(network: AutoencoderKL | AutoencoderTiny, device: torch.device | str, source: str | Path) -> DiffusersVAE:
+    try:
+        return DiffusersVAE(network, device)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def _to_blocks(values: Tensor, patch: int) -> Tensor:

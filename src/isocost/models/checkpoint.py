@@ -19,7 +19,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerM
 from safetensors import SafetensorError
 from torch import Tensor
 
-from isocost.config.base import Spec
+from isocost.config.base import Spec, parse_spec
 from isocost.config.model import ModelSpec, TextEncoderSpec
 from isocost.config.pretrained import PretrainedSpec
 from isocost.config.sampling import SolverSpec
@@ -33,7 +33,7 @@ from isocost.models.pretrained.lora import split_loras
 from isocost.models.pretrained.pipeline_config import family_at, find_base_folder, read_pipeline, source_digest
 from isocost.models.pretrained.wrappers import ConditionedDenoiser
 from isocost.models.streaming_safetensors import TensorLayout, write_streamed
-from isocost.utils.artifact_store import MANIFEST, read_manifest
+from isocost.utils.artifact_store import MANIFEST, read_manifest, verified_manifest
 
 CONSISTENCY_METHODS = frozenset({"consistency", "codi", "codi-efficient"})
 """Distillation methods whose students are consistency models, sampled with the solver `lcm`."""
@@ -187,13 +187,18 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu", dtyp
     Raises:
         ConfigError: the folder does not exist or is not a checkpoint, weights are pickled or truncated, the pipeline is not
             supported, or it has changed since it was added to an output folder.
+        RunError: a file does not match its checksum.
     """
     path = Path(folder)
+    if (path / MANIFEST).is_file():
+        verified_manifest(path)
     info = read_info(path)
     if info.pretrained is not None:
         return _open_pretrained(path, info, device, dtype)
     try:
         network = read_network(network_folder(path), dtype)
+    except ConfigError:
+        raise
     except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
         raise ConfigError(f"{path}: cannot read the weights: {' '.join(str(error).split())[:200]}") from error
     return Checkpoint(path, read_manifest(path)["digest"], info, network.to(device).eval().requires_grad_(False))
@@ -236,8 +241,8 @@ def read_info(path: Path) -> CheckpointInfo:
         )
     if not path.is_dir():
         raise ConfigError(f"{path}: no such checkpoint folder; `isocost run` writes checkpoints to OUT/artefacts/checkpoint/")
-    if (path / MANIFEST).is_file() and (manifest := read_manifest(path)).get("info", {}).get("pretrained") is not None:
-        return CheckpointInfo.model_validate(manifest["info"])
+    if (path / MANIFEST).is_file() and _is_pretrained_entry(manifest := read_manifest(path)):
+        return parse_spec(CheckpointInfo, manifest["info"], str(path / MANIFEST))
     network_path = network_folder(path)
     refuse_pickles(path)
     refuse_pickles(network_path)
@@ -247,7 +252,12 @@ def read_info(path: Path) -> CheckpointInfo:
     manifest = read_manifest(path)
     if manifest.get("kind") != "checkpoint":
         raise ConfigError(f"{path}: a {manifest.get('kind', 'folder')}, not a checkpoint; see OUT/artefacts/checkpoint/")
-    return CheckpointInfo.model_validate(manifest["info"])
+    return parse_spec(CheckpointInfo, manifest["info"], str(path / MANIFEST))
+
+
+def _is_pretrained_entry(manifest: dict[str, Any]) -> bool:
+    info = manifest.get("info")
+    return isinstance(info, dict) and info.get("pretrained") is not None
 
 
 def network_folder(path: Path) -> Path:

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as functional
-from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
-from isocost.models.autoencoder import Autoencoder, DiffusersVAE, load_autoencoder
+from isocost.models.autoencoder import Autoencoder, load_autoencoder
 from isocost.models.checkpoint import Checkpoint
-from isocost.models.pretrained.files import load_module, read_config
 from isocost.models.pretrained.prompt_encoder import PipelineTextEncoder
 from isocost.models.text_encoder import MiniLMTextEncoder, TextEncoder
 
@@ -36,11 +34,10 @@ def load_pipeline_autoencoder(folder: Path, device: torch.device | str = "cpu") 
     """Load the autoencoder of a diffusers pipeline folder, in float32.
 
     Raises:
-        ConfigError: its weights are missing, pickled or truncated.
+        ConfigError: its weights are missing, pickled, truncated, NaN or infinite, or its scaling factor is not a number.
     """
     vae = folder / "vae"
-    is_tiny = read_config(vae / "config.json")["_class_name"] == "AutoencoderTiny"
-    return DiffusersVAE(load_module(AutoencoderTiny, vae) if is_tiny else load_module(AutoencoderKL, vae), device)
+    return load_autoencoder(vae, device=device)
 
 
 def load_checkpoint_text_encoder(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> TextEncoder:

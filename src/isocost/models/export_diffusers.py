@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from isocost.models.autoencoder import DiffusersVAE, load_autoencoder
 from isocost.models.checkpoint import Checkpoint, load_checkpoint, read_info, scheduler_for
 from isocost.models.dit import DiT, GuidedTransformer, to_diffusers
 from isocost.models.text_encoder import MiniLMTextEncoder
+from isocost.utils.output_paths import check_output_folder, check_separate, private_folder
 
 
 def export(checkpoint: str | Path, folder: str | Path) -> Path:
@@ -42,13 +41,12 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        ConfigError: the folder is not empty, the autoencoder is the built-in PCA, which has no diffusers form, or the
-            checkpoint is a diffusers pipeline, a super-resolution model, a student with an adapter, or a transformer with
-            guidance as an input.
+        ConfigError: the folder is not empty or lies in the checkpoint, the autoencoder is the built-in PCA, which has no
+            diffusers form, or the checkpoint is a diffusers pipeline, a super-resolution model, a student with an adapter, or a
+            transformer with guidance as an input.
     """
-    target = Path(folder)
-    if target.exists() and any(target.iterdir()):
-        raise ConfigError(f"{target}: not empty; give a new folder to export into")
+    target = check_output_folder(folder, must_be_new=True)
+    check_separate(target, checkpoint)
     if read_info(Path(checkpoint)).pretrained is not None:
         raise ConfigError(f"{checkpoint}: is a diffusers pipeline already")
     opened = load_checkpoint(checkpoint)
@@ -66,15 +64,12 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
     text_encoder = MiniLMTextEncoder(opened.text_encoder)
     text_encoder.tokenizer.model_max_length = text_encoder.max_tokens
     text_encoder.network.config.use_attention_mask = text_encoder.uses_mask
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    _pipeline(opened, autoencoder, text_encoder).save_pretrained(partial, safe_serialization=True)
-    if isinstance(opened.network, DiT):
-        text_encoder.network.save_pretrained(partial / "text_encoder")
-        text_encoder.tokenizer.save_pretrained(partial / "tokenizer")
-    if target.exists():
-        target.rmdir()
-    partial.rename(target)
+    with private_folder(target) as partial:
+        _pipeline(opened, autoencoder, text_encoder).save_pretrained(partial, safe_serialization=True)
+        if isinstance(opened.network, DiT):
+            text_encoder.network.save_pretrained(partial / "text_encoder")
+            text_encoder.tokenizer.save_pretrained(partial / "tokenizer")
+        partial.rename(target)
     return target
 
 

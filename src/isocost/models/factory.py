@@ -22,6 +22,7 @@ from isocost.models.dit import (
 )
 from isocost.models.pretrained.wrappers import ConditionedDenoiser
 from isocost.models.unet import add_unet_guidance_embedding, build_unet, check_width, expand_unet_in_channels, init_config
+from isocost.models.weight_checks import check_loaded
 
 Network: TypeAlias = UNet2DConditionModel | CoDiUNet | DiT | GuidedTransformer
 _CLASSES: dict[str, type[Network]] = {
@@ -64,11 +65,16 @@ def read_network(folder: Path, dtype: torch.dtype = torch.float32) -> Network:
     Raises:
         ValueError: the class in `config.json` is unknown.
         OSError: a file is missing or cannot be read.
+        ConfigError: a weight is missing, NaN or infinite.
     """
     name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
     if name not in _CLASSES:
         raise ValueError(f"config.json names the class {name}; supported classes: {', '.join(_CLASSES)}")
-    return _CLASSES[name].from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
+    network, loading_info = _CLASSES[name].from_pretrained(
+        folder, use_safetensors=True, torch_dtype=dtype, output_loading_info=True
+    )
+    check_loaded(network, loading_info, folder)
+    return network
 
 
 def write_config(network: Network, folder: Path) -> None:

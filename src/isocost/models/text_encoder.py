@@ -11,11 +11,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from isocost.config.model import TextEncoderSpec
 from isocost.errors import ConfigError
 from isocost.models.checkpoint import refuse_pickles
+from isocost.models.weight_checks import check_loaded
 
 
 class TextEncoder(Protocol):
@@ -40,6 +42,10 @@ class MiniLMTextEncoder:
     null_is_zero = False
 
     def __init__(self, spec: TextEncoderSpec, device: torch.device | str = "cpu") -> None:
+        """
+        Raises:
+            ConfigError: the path of `spec` holds no loadable text encoder, or a weight is missing, NaN or infinite.
+        """
         from transformers import AutoConfig, AutoTokenizer
 
         path = minilm_path() if spec.path == "minilm" else spec.path
@@ -52,9 +58,13 @@ class MiniLMTextEncoder:
             self.tokenizer = AutoTokenizer.from_pretrained(
                 path, **({"subfolder": spec.subfolder.replace("text_encoder", "tokenizer")} if spec.subfolder else {})
             )
-            network = _text_network(config).from_pretrained(path, use_safetensors=True, dtype=torch.float32, **options)
-        except (OSError, ValueError) as error:
+            network, loading_info = _text_network(config).from_pretrained(
+                path, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+            )
+        except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
             raise ConfigError(f"{path}: cannot load a text encoder from it: {' '.join(str(error).split())[:200]}") from error
+        missing = {key for key in loading_info["missing_keys"] if not key.startswith("pooler.")}  # the pooler is not used
+        check_loaded(network, {**loading_info, "missing_keys": missing}, path)
         self.network = network.to(device).eval().requires_grad_(False)
         self.max_tokens = spec.max_tokens
         config = getattr(config, "text_config", config)

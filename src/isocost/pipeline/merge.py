@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, get_args
-
-import yaml
 
 from isocost.analysis.results_table import REPORT_DATA, table_file
 from isocost.config.base import parse_spec
@@ -20,9 +18,19 @@ from isocost.config.study_yaml import dump_study
 from isocost.config.types import TaskName
 from isocost.errors import ConfigError
 from isocost.models.checkpoint import read_info
-from isocost.pipeline.pipeline import RESULTS_DB_FILE, STUDY_FILE, check_compatible
+from isocost.pipeline.pipeline import RESULTS_DB_FILE, STUDY_FILE, check_compatible, read_study_file
 from isocost.sweep.results_db import ResultsDB
-from isocost.utils.artifact_store import MANIFEST, Store, copy_artefact, write_atomically
+from isocost.training.state_checkpoint import newest_state_images
+from isocost.utils.artifact_store import (
+    MANIFEST,
+    Store,
+    copy_artefact,
+    copy_folder,
+    replace_folder,
+    replacing,
+    write_atomically,
+)
+from isocost.utils.output_paths import check_output_folder, check_separate, private_folder
 
 logger = logging.getLogger(__name__)
 
@@ -63,25 +71,23 @@ def archive(
         The number of artefacts and bytes in `folder` afterwards.
 
     Raises:
-        ConfigError: `out` is not the output folder of a study, or `folder` is the archive of another one.
+        ConfigError: `out` is not the output folder of a study, or `folder` is `out` itself, lies in it, contains it, or holds
+            anything else than an archive of the same study.
     """
-    source, target = Path(out), Path(folder)
+    source, target = Path(out), check_output_folder(folder)
     study = _load_study(source)
-    if (target / STUDY_FILE).is_file():
-        check_compatible(study, Store(target))
-        study = _merge_specs(_load_study(target), study)
-    elif target.exists() and any(target.iterdir()):
-        raise ConfigError(f"{target}: neither empty nor the archive of a study")
-    target.mkdir(parents=True, exist_ok=True)
-    write_atomically(target / STUDY_FILE, dump_study(study))
+    check_separate(target, source)
+    _prepare_target(target, [study], "the archive of a study")
+    study = _merge_specs(read_study_file(target), study)
     excluded = _excluded(source, checkpoint_mib, tasks)
     with ResultsDB(target / RESULTS_DB_FILE) as archived_db, ResultsDB(source / RESULTS_DB_FILE) as results_db:
         archived_db.import_from(results_db)
     for kind in ARCHIVED_KINDS:
-        for artefact in sorted((source / "artefacts" / kind).glob("[!.]*")):
-            if artefact not in excluded and (artefact / MANIFEST).is_file():
+        for artefact in Store(source).artefacts(kind):
+            if artefact not in excluded:
                 _copy_if_absent(artefact, target)
     _copy_report_data(source, target)
+    write_atomically(target / STUDY_FILE, dump_study(study))
     return {"artefacts": len(list(target.glob("artefacts/[!.]*/*"))), "bytes": _num_bytes(target)}
 
 
@@ -95,29 +101,27 @@ def merge(out: str | Path, others: list[Path]) -> dict[str, int]:
         The number of artefacts and points copied.
 
     Raises:
-        ConfigError: a folder is not the output folder of a study, or its study conflicts with that of `out`.
+        ConfigError: a folder is not the output folder of a study, its study conflicts with that of `out`, or `out` is one of
+            the others, lies in one, contains one, or holds something else.
     """
+    target = check_output_folder(out)
     studies = [_load_study(other) for other in others]
-    target, store = Path(out), Store(out)
-    if not (target / STUDY_FILE).is_file():
-        if target.exists() and any(target.iterdir()):
-            raise ConfigError(f"{target}: neither empty nor the output folder of a study")
-        target.mkdir(parents=True, exist_ok=True)
-        write_atomically(target / STUDY_FILE, dump_study(studies[0]))
-        ResultsDB(target / RESULTS_DB_FILE)
-    merged_study = _load_study(target)
+    check_separate(target, *others)
+    _prepare_target(target, studies, "the output folder of a study")
+    merged_study = read_study_file(target)
     for study in studies:
-        check_compatible(study, store)
         merged_study = _merge_specs(merged_study, study)
-    results_db, num_copied = ResultsDB(target / RESULTS_DB_FILE), {"artefacts": 0, "points": 0}
-    for other in others:
-        logger.info(f"copying artefacts and points of {other}")
-        for folder in sorted((other / "artefacts").glob("[!.]*/*")):
-            if (folder / MANIFEST).is_file() or any(folder.glob("state-*")):
-                num_copied["artefacts"] += _copy_if_absent(folder, target)
-        if not (target / REPORT_DATA).exists():
-            _copy_report_data(other, target)
-        num_copied["points"] += results_db.import_from(ResultsDB(other / RESULTS_DB_FILE))
+    num_copied = {"artefacts": 0, "points": 0}
+    with ResultsDB(target / RESULTS_DB_FILE) as results_db:
+        for other in others:
+            logger.info(f"copying artefacts and points of {other}")
+            for folder in sorted((other / "artefacts").glob("[!.]*/*")):
+                if (folder / MANIFEST).is_file() or newest_state_images(folder):
+                    num_copied["artefacts"] += _copy_if_absent(folder, target)
+            if not (target / REPORT_DATA).exists():
+                _copy_report_data(other, target)
+            with ResultsDB(other / RESULTS_DB_FILE) as other_db:
+                num_copied["points"] += results_db.import_from(other_db)
     write_atomically(target / STUDY_FILE, dump_study(merged_study))
     return num_copied
 
@@ -135,19 +139,39 @@ def take_artefacts(out: str | Path, others: list[Path]) -> int:
         The number of artefacts copied.
 
     Raises:
-        ConfigError: a folder has no artefacts.
+        ConfigError: a folder has no artefacts, or `out` is one of the others, lies in one, contains one, or holds something
+            else.
     """
-    target, num_copied = Path(out), 0
+    target, num_copied = check_output_folder(out), 0
     without_artefacts = [other for other in others if not (other / "artefacts").is_dir()]
     if without_artefacts:
         raise ConfigError(f"{without_artefacts[0]}: no artefacts there, so it is not the output folder of a study")
+    check_separate(target, *others)
+    is_study_folder = (target / STUDY_FILE).is_file() or (target / "artefacts").is_dir()
+    if target.is_dir() and any(target.iterdir()) and not is_study_folder:
+        raise ConfigError(f"{target}: neither empty nor the output folder of a study; give a new folder")
     for other in others:
         logger.info(f"copying artefacts of {other}")
         for kind in SHARED_KINDS:
-            for folder in sorted((other / "artefacts" / kind).glob("[!.]*")):
-                if (folder / MANIFEST).is_file():
-                    num_copied += _copy_if_absent(folder, target)
+            for folder in Store(other).artefacts(kind):
+                num_copied += _copy_if_absent(folder, target)
     return num_copied
+
+
+def _prepare_target(target: Path, studies: Sequence[StudySpec], description: str) -> None:
+    """Check a folder to copy studies into; create it with the first study if it is missing or empty.
+
+    Raises:
+        ConfigError: the folder holds another study, or anything else than `description`.
+    """
+    if (target / STUDY_FILE).is_file():
+        for study in studies:
+            check_compatible(study, Store(target))
+    elif target.is_dir() and any(target.iterdir()):
+        raise ConfigError(f"{target}: neither empty nor {description}; give a new folder")
+    else:
+        target.mkdir(parents=True, exist_ok=True)
+        write_atomically(target / STUDY_FILE, dump_study(studies[0]))
 
 
 def _copy_if_absent(artefact: Path, target: Path) -> bool:
@@ -161,7 +185,7 @@ def _copy_if_absent(artefact: Path, target: Path) -> bool:
 
 def _excluded(out: Path, checkpoint_mib: float | None, tasks: Collection[TaskName] | None) -> set[Path]:
     """Folders of the checkpoints that are not archived: those of other tasks, too large, or not the last of their training."""
-    infos = {folder: read_info(folder) for folder in (out / "artefacts" / "checkpoint").glob("[!.]*")}
+    infos = {folder: read_info(folder) for folder in Store(out).artefacts("checkpoint")}
     last: dict[str, int] = {}
     for info in infos.values():
         last[info.run] = max(info.images_seen, last.get(info.run, 0))
@@ -180,18 +204,24 @@ def _copy_report_data(source: Path, target: Path) -> None:
     """Copy the data and tables of the last report, in place of those that `target` has of an earlier one."""
     if not (source / REPORT_DATA).is_dir():
         return
-    shutil.rmtree(target / REPORT_DATA, ignore_errors=True)
-    shutil.copytree(source / REPORT_DATA, target / REPORT_DATA)
-    for file in (table_file(source, task) for task in get_args(TaskName)):
-        if file.is_file():
-            shutil.copy(file, target / file.name)
+    with private_folder(target / REPORT_DATA) as partial:
+        copy_folder(source / REPORT_DATA, partial / REPORT_DATA)
+        for file in (table_file(source, task) for task in get_args(TaskName)):
+            if file.is_file():
+                with replacing(target / file.name) as temporary:
+                    shutil.copyfile(file, temporary)
+        replace_folder(partial / REPORT_DATA, target / REPORT_DATA)
 
 
 def _load_study(folder: Path) -> StudySpec:
-    file = folder / STUDY_FILE
-    if not file.is_file() or not (folder / RESULTS_DB_FILE).is_file():
+    """Read the study of an output folder to copy from.
+
+    Raises:
+        ConfigError: the folder is not the output folder of a study.
+    """
+    if not (folder / STUDY_FILE).is_file() or not (folder / RESULTS_DB_FILE).is_file():
         raise ConfigError(f"{folder}: not the output folder of a study, which has {STUDY_FILE} and {RESULTS_DB_FILE}")
-    return parse_spec(StudySpec, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+    return read_study_file(folder)
 
 
 def _merge_specs(first: StudySpec, second: StudySpec) -> StudySpec:

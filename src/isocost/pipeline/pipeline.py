@@ -10,12 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor, nn
 
-from isocost.config.base import parse_spec
 from isocost.config.study import StudySpec
-from isocost.config.study_yaml import dump_study
+from isocost.config.study_yaml import dump_study, load_study
 from isocost.config.types import TaskName
 from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import SOLVERS, solver_coefficients
@@ -42,6 +40,7 @@ from isocost.training.state_checkpoint import newest_state_images
 from isocost.training.throughput_estimate import ThroughputEstimate, ThroughputEstimator, oom_message
 from isocost.training.trainer import DeadlineReached, train
 from isocost.utils.artifact_store import Store, free_disk, write_atomically
+from isocost.utils.output_paths import check_output_folder
 from isocost.utils.signals import deadline_passed
 
 logger = logging.getLogger(__name__)
@@ -65,7 +64,8 @@ class Pipeline:
             results_db: address of a database in place of the folder's own file; runs with the same database share the work.
 
         Raises:
-            ConfigError: a width does not fit the family, or the folder holds artefacts of a conflicting study.
+            ConfigError: a width does not fit the family, the folder cannot be one, or it holds artefacts of a conflicting
+                study.
         """
         if study.family is not None:
             check_widths(study.family)
@@ -78,7 +78,7 @@ class Pipeline:
                 for num_steps in () if study.checkpoints else (*sweep.num_steps, sweep.snapshot_num_steps):
                     solver_coefficients(solver, num_steps, NoiseSchedule.scaled_linear())
             metric_of(metric)
-        self.study, self.out = study, Path(out)
+        self.study, self.out = study, check_output_folder(out)
         self.results_db_address = results_db or self.out / RESULTS_DB_FILE
         self.store = Store(self.out)
         check_compatible(study, self.store)
@@ -512,7 +512,7 @@ def check_compatible(study: StudySpec, store: Store) -> None:
     file = store.out / STUDY_FILE
     if not file.is_file() or store.is_empty():
         return
-    before = parse_spec(StudySpec, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+    before = read_study_file(store.out)
     old_fields, new_fields = before.immutable_fields(), study.immutable_fields()
     shared = [name for name in old_fields if name in new_fields]  # fine-tuning sections may be added later
     difference = _first_difference({name: old_fields[name] for name in shared}, {name: new_fields[name] for name in shared})
@@ -522,6 +522,19 @@ def check_compatible(study: StudySpec, store: Store) -> None:
             f"{store.out}: its artefacts were made with {key} = {old}, but the study has {new}; set {key} back to {old}, "
             "or give another --out"
         )
+
+
+def read_study_file(out: Path) -> StudySpec:
+    """Read the study that a run wrote into its output folder.
+
+    Raises:
+        ConfigError: the file is damaged, or was written by a version with other keys.
+    """
+    file = out / STUDY_FILE
+    try:
+        return load_study(file)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; `isocost run STUDY --out {out}` writes {STUDY_FILE} again once it is removed") from error
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:

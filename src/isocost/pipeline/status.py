@@ -145,14 +145,17 @@ def read_status(out: Path) -> Status:
     """Read the status file of an output folder.
 
     Raises:
-        ConfigError: the folder has none.
+        ConfigError: the folder has none, or it is damaged.
     """
     file = out / STATUS_FILE
     if not file.is_file():
         raise ConfigError(f"{out}: no {STATUS_FILE}; `isocost run` writes one while it runs")
-    plain = json.loads(file.read_text(encoding="utf-8"))
-    sizes = [SizeStatus(**{**size, "best": Best(**size["best"]) if size["best"] else None}) for size in plain["sizes"]]
-    return Status(**{**plain, "sizes": sizes})
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+        sizes = [SizeStatus(**{**size, "best": Best(**size["best"]) if size["best"] else None}) for size in plain["sizes"]]
+        return Status(**{**plain, "sizes": sizes})
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{file}: damaged; remove it, and `isocost run` writes it again while it runs") from error
 
 
 def now() -> str:

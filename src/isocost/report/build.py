@@ -210,7 +210,7 @@ class SavedImages(Mapping[str, np.ndarray]):
     def __getitem__(self, point: str) -> np.ndarray:
         if point not in self.points:
             raise KeyError(point)
-        return read_images(self.store.folder("point", point))
+        return read_images(self.store.open("point", point))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.points)

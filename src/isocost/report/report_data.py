@@ -34,7 +34,8 @@ from isocost.report.claims_table import markdown_claims
 from isocost.report.html import write_report
 from isocost.report.markdown import BUDGET_COST, markdown_summary
 from isocost.report.plot_data_finetune import Pretrained
-from isocost.utils.artifact_store import write_atomically
+from isocost.utils.artifact_store import replace_folder, replacing, write_atomically
+from isocost.utils.output_paths import private_folder
 
 PAGE, IMAGES, COMPARISON_ROWS, PRETRAINED = "page.json", "images", "comparison_rows", "pretrained.parquet"
 IMAGE_SUFFIXES = (".webp", ".png")
@@ -97,16 +98,20 @@ def render(out: Path, reports: Mapping[TaskName, ReportData], with_figures: bool
         shutil.rmtree(out / REPORT_DATA / task, ignore_errors=True)
     samples: dict[TaskName, Mapping[str, np.ndarray]] = {}
     for task, (page, table, images) in reports.items():
-        table.to_parquet(table_file(out, task, "parquet"), index=False, compression="zstd")
-        table.to_csv(table_file(out, task, "csv"), index=False)
         folder = out / REPORT_DATA / task
-        earlier = dict(LazyImages(folder / IMAGES))
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        _save_page(folder, page)
         without_images = set(table["point"]) - set(images)
-        earlier = {point: point_images for point, point_images in earlier.items() if point in without_images}
-        samples[task] = _RecordedImages(images, earlier, folder / IMAGES)
+        with private_folder(folder) as partial:  # images that are only in the earlier data are never at risk
+            _save_page(partial / task, page)
+            (partial / task / IMAGES).mkdir()
+            for point in without_images:
+                if (file := find_image_row(folder / IMAGES, point)) is not None:
+                    shutil.copyfile(file, partial / task / IMAGES / file.name)
+            with replacing(table_file(out, task, "parquet")) as temporary:
+                table.to_parquet(temporary, index=False, compression="zstd")
+            with replacing(table_file(out, task, "csv")) as temporary:
+                table.to_csv(temporary, index=False)
+            replace_folder(partial / task, folder)
+        samples[task] = _RecordedImages(images, LazyImages(folder / IMAGES), folder / IMAGES)
     return _write_reports(out, {task: page for task, (page, _, _) in reports.items()}, samples, with_figures)
 
 
@@ -229,6 +234,7 @@ class LazyImages(Mapping[str, np.ndarray]):
 
 
 def _save_page(folder: Path, page: Page) -> None:
+    folder.mkdir()
     contents = {name: value for name, value in vars(page).items() if name not in ("comparison_rows", "pretrained")}
     contents["comparison_rows"] = list(page.comparison_rows)
     contents["pretrained"] = None

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from isocost.config.base import digest
@@ -29,6 +29,7 @@ from isocost.sampling.request import SampleResult
 from isocost.sampling.stage_times import StageTimes
 from isocost.sweep.grid import SweepPoint
 from isocost.utils.artifact_store import Store
+from isocost.utils.tensor_files import read_tensors
 
 MIB = 2**20
 SHARD_VERSION = 1
@@ -161,8 +162,8 @@ def merge_shards(
         for manifest, shard in zip(manifests, shards, strict=True)
     )
     peaks = [manifest["peak_bytes"] for manifest in manifests if manifest.get("peak_bytes") is not None]
-    folders = [store.folder("shard", shard.digest) for shard in shards]
-    saved = [load_file(folder / IMAGES)["images"] for folder in folders if (folder / IMAGES).is_file()]
+    folders = [store.open("shard", shard.digest) for shard in shards]
+    saved = [read_tensors(folder / IMAGES, "images")["images"] for folder in folders if (folder / IMAGES).is_file()]
     manifest = {
         "spec": point.spec.model_dump(mode="json"),
         "protocol": reference.protocol.id,
@@ -190,12 +191,12 @@ def read_shards(store: Store, reference: ReferenceSet, shards: Sequence[Shard]) 
     if not nonempty:
         raise RunError(f"{shards[0].point.title}: every image contains NaN or inf; lower the guidance or train longer")
     names = tuple(reference.extractors)
-    return _concatenate([read_sample_features(store.folder("shard", shard.digest), names) for shard in nonempty])
+    return _concatenate([read_sample_features(store.open("shard", shard.digest), names) for shard in nonempty])
 
 
 def read_images(folder: Path) -> np.ndarray:
     """Read the saved images of a point's artefact: uint8 [K, R, R, 3]."""
-    return load_file(folder / IMAGES)["images"].permute(0, 2, 3, 1).numpy()
+    return read_tensors(folder / IMAGES, "images")["images"].permute(0, 2, 3, 1).numpy()
 
 
 def _concatenate(parts: Sequence[SampleFeatures]) -> SampleFeatures:

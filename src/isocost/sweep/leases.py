@@ -7,8 +7,8 @@ thread of the worker sends a heartbeat every few seconds. A lease is free again 
 
 from __future__ import annotations
 
+import logging
 import os
-import platform
 import threading
 import time
 import uuid
@@ -23,11 +23,15 @@ from sqlalchemy.orm import Session
 from isocost.errors import ConfigError, RunError
 from isocost.sweep.db import run_transaction
 from isocost.sweep.schema import LeaseRecord
-from isocost.utils.artifact_store import is_alive
+from isocost.utils.host import host_name, is_alive
+
+logger = logging.getLogger(__name__)
 
 LEASE_TIMEOUT_S = 60.0
 HEARTBEAT_S = 5.0
 POLL_S = 0.5
+REPORT_WAIT_S = 30.0
+"""Seconds of waiting for a lease after which its holder is named."""
 
 
 class Leases:
@@ -36,7 +40,7 @@ class Leases:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.worker = uuid.uuid4().hex
-        self.host, self.pid = platform.node(), os.getpid()
+        self.host, self.pid = host_name(), os.getpid()
         sqlite = "(julianday('now') - 2440587.5) * 86400.0"
         self._now: ColumnElement[float] = literal_column(
             sqlite if engine.dialect.name == "sqlite" else "extract(epoch from clock_timestamp())"
@@ -45,6 +49,8 @@ class Leases:
         self._heartbeat_thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._error: RunError | None = None
+        self._refused: dict[str, float] = {}
+        self._holder, self._last_report = "", 0.0
 
     def acquire(self, work_item: str) -> bool:
         """Acquire the lease of a work item; False if another living worker holds it.
@@ -57,9 +63,11 @@ class Leases:
             raise self._error
         try:
             if not run_transaction(self.engine, lambda session: self._acquire(session, work_item), max_conflicts=0):
+                self._report_wait(work_item)
                 return False
         except IntegrityError:  # another worker acquired it at the same time
             return False
+        self._refused.pop(work_item, None)
         self._held.add(work_item)
         self._start_heartbeat()
         return True
@@ -80,9 +88,21 @@ class Leases:
                 f"{work_item}: leased by {lease.host}, {-lease.age_s:.0f} s in the future; correct the clock of that host"
             )
         if lease.age_s < LEASE_TIMEOUT_S and (lease.host != self.host or is_alive(lease.pid)):
+            self._holder = f"process {lease.pid} of {lease.host}, last seen {max(lease.age_s, 0):.0f} s ago"
             return False
         takeover = update(LeaseRecord).where(LeaseRecord.work_item == work_item, LeaseRecord.worker == lease.worker)
         return bool(session.execute(takeover.values(**columns)).rowcount)  # type: ignore[attr-defined]
+
+    def _report_wait(self, work_item: str) -> None:
+        """Log who holds a lease that this worker has wanted for a while, at most once in that while."""
+        now = time.monotonic()
+        first = self._refused.setdefault(work_item, now)
+        if min(now - first, now - self._last_report) >= REPORT_WAIT_S:
+            self._last_report = now
+            logger.info(
+                f"waiting for {work_item}, which is the work of {self._holder}; this process takes it over when that one ends "
+                f"or gives no sign for {LEASE_TIMEOUT_S:.0f} s"
+            )
 
     def release(self, *work_items: str) -> None:
         statement = delete(LeaseRecord).where(LeaseRecord.work_item.in_(work_items), LeaseRecord.worker == self.worker)

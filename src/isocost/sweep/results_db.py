@@ -18,7 +18,7 @@ from sqlalchemy import delete, func, inspect, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from isocost.errors import ConfigError
+from isocost.errors import ConfigError, RunError
 from isocost.evaluation.confidence_intervals import Interval
 from isocost.sweep.db import connect, run_transaction, without_password
 from isocost.sweep.schema import (
@@ -70,21 +70,29 @@ class ResultsDB:
         self.engine.dispose()
 
     def _version(self) -> int | None:
-        if not inspect(self.engine).has_table(SchemaRecord.__tablename__):
-            return None
-        return run_transaction(self.engine, lambda session: session.scalar(select(SchemaRecord.version)))
+        def read(session: Session) -> int | None:
+            if not inspect(session.connection()).has_table(SchemaRecord.__tablename__):
+                return None
+            return session.scalar(select(SchemaRecord.version))
+
+        return run_transaction(self.engine, read)
 
     def _create_tables(self) -> None:
         """Create the tables and write their version; several processes may do it at the same time."""
+
+        def write(session: Session) -> None:
+            Base.metadata.create_all(session.connection())
+            session.execute(delete(SchemaRecord))
+            session.add(SchemaRecord(version=SCHEMA_VERSION))
+
         for attempt in range(MAX_ATTEMPTS):
             try:
-                Base.metadata.create_all(self.engine)
-                with Session(self.engine) as session, session.begin():
-                    session.execute(delete(SchemaRecord))
-                    session.add(SchemaRecord(version=SCHEMA_VERSION))
+                run_transaction(self.engine, write)
                 return
-            except DBAPIError:
-                if attempt == MAX_ATTEMPTS - 1 or self._version() == SCHEMA_VERSION:
+            except (DBAPIError, RunError):
+                if self._version() == SCHEMA_VERSION:
+                    return
+                if attempt == MAX_ATTEMPTS - 1:
                     raise
                 time.sleep(0.2)
 
@@ -197,25 +205,29 @@ class ResultsDB:
             The number of copied points.
         """
         known_points, known_races, known_events = self.points(), self.races(), self.events()
-        with Session(other.engine) as session:
+
+        def read(session: Session) -> tuple[list[Any], list[Any]]:
             points = [row for row in session.scalars(select(PointRecord)) if row.point not in known_points]
-            point_digests = {row.point for row in points}
-            protocol_ids = {row.protocol for row in points}
-            scores = [row for row in session.scalars(select(ScoreRecord)) if row.point in point_digests]
+            digests, protocol_ids = {row.point for row in points}, {row.protocol for row in points}
+            scores = [row for row in session.scalars(select(ScoreRecord)) if row.point in digests]
             protocols = [row for row in session.scalars(select(ProtocolRecord)) if row.protocol in protocol_ids]
             races = [row for row in session.scalars(select(RaceRecord)) if row.cell not in known_races]
+            session.expunge_all()  # the rows outlive this session
+            return [*protocols, *points], [*scores, *races]
+
+        first, second = run_transaction(other.engine, read)
         events = [event for event in other.events() if event not in known_events]
 
         def write(session: Session) -> None:
-            for row in (*protocols, *points):
+            for row in first:
                 session.merge(row)
             session.flush()
-            for row in (*scores, *races):
+            for row in second:
                 session.merge(row)
             session.add_all(EventRecord(**event) for event in events)
 
         run_transaction(self.engine, write)
-        return len(points)
+        return sum(isinstance(row, PointRecord) for row in first)
 
     def set_events(self, stage: str, events: Sequence[tuple[str, str]]) -> None:
         """Write (subject, message) pairs of a stage, and replace its earlier events."""
@@ -244,11 +256,17 @@ class ResultsDB:
         is the number of images of the race, and `race_at_boundary` tells whether the race ended at the end of its grid.
         These columns are empty for points of a grid.
         """
-        with self.engine.connect() as connection:
-            points = pd.read_sql(select(PointRecord.__table__), connection)
-            scores = pd.read_sql(select(ScoreRecord.__table__), connection)
-            protocols = pd.read_sql(select(ProtocolRecord.__table__), connection).set_index("protocol")
-            races = pd.read_sql(select(RaceRecord.__table__), connection)
+
+        def read(session: Session) -> list[pd.DataFrame]:
+            tables = []
+            for record in (PointRecord, ScoreRecord, ProtocolRecord, RaceRecord):
+                result = session.execute(select(record.__table__))
+                rows = [tuple(row) for row in result]
+                tables.append(pd.DataFrame.from_records(rows, columns=list(result.keys()), coerce_float=True))
+            return tables
+
+        points, scores, protocols, races = run_transaction(self.engine, read)
+        protocols = protocols.set_index("protocol")
         table = points.set_index("point")
         table["protocol_parts"] = table["protocol"].map(protocols["parts"])
         if len(races):

@@ -272,7 +272,7 @@ class Worker:
     def _record(self, point: SweepPoint) -> None:
         """Score a merged point and write it to the results database."""
         manifest = self.store.manifest("point", point.digest)
-        features = read_sample_features(self.store.folder("point", point.digest), tuple(self.reference.extractors))
+        features = read_sample_features(self.store.open("point", point.digest), tuple(self.reference.extractors))
         scores = score(features, self.reference, self.metrics)
         row = {
             **point.coordinate(),

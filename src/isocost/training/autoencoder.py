@@ -62,7 +62,7 @@ def train_autoencoder(
         progress: called now and then with the images seen and the loss.
 
     Raises:
-        RunError: the loss is not finite.
+        RunError: the loss or a weight is not finite.
     """
     torch.manual_seed(spec.seed)
     resolution = images.shape[-1]
@@ -98,6 +98,8 @@ def train_autoencoder(
                 progress(min((step + 1) * spec.batch_size, spec.num_images), value)
     network.eval()
     normalize_latents(network, images[:2048])
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in network.state_dict().values()):
+        raise RunError("autoencoder training: the weights contain NaN or inf at the end; lower autoencoder.lr")
     return DiffusersVAE(network, device)
 
 

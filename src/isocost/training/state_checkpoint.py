@@ -11,6 +11,7 @@ isocost.json              the manifest: images seen, number of parts
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from isocost.training.distributed import DistributedModel, ParamShard
 from isocost.training.ema import Ema
 from isocost.utils.artifact_store import publish, read_manifest, write_json
 
+_STATE_NAME = re.compile(r"state-[0-9]{12}")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -59,7 +61,9 @@ class TrainingState:
                 write_json(partial / f"part-{rank:05d}.json", {**info, "rows": rows})
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
-                publish(partial, final, {"kind": "state", "images_seen": images_seen, "num_parts": num_parts})
+                publish(
+                    partial, final, {"kind": "state", "images_seen": images_seen, "num_parts": num_parts}, with_checksums=False
+                )
                 _prune(self.run_folder, spec, images_seen)
             accelerator.wait_for_everyone()
         except OSError as error:
@@ -153,8 +157,9 @@ def newest_state_images(run_folder: Path) -> int:
 
 def remove_partial(run_folder: Path) -> None:
     """Remove incomplete states of a killed training."""
-    for leftover in run_folder.glob(".state-*"):
-        shutil.rmtree(leftover)
+    for leftover in [*run_folder.glob(".state-*"), *run_folder.glob("old-.state-*")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
 
 
 def _prune(run_folder: Path, spec: TrainSpec, newest: int) -> None:
@@ -168,7 +173,9 @@ def _prune(run_folder: Path, spec: TrainSpec, newest: int) -> None:
 
 
 def _state_folders(run_folder: Path) -> list[Path]:
-    return sorted(run_folder.glob("state-*"))
+    """The complete states, oldest first. Other files and folders that lie there are passed over."""
+    found = run_folder.glob("state-*") if run_folder.is_dir() else ()
+    return sorted(folder for folder in found if _STATE_NAME.fullmatch(folder.name) and folder.is_dir())
 
 
 def _images_seen_at(state: Path) -> int:

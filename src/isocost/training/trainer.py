@@ -26,6 +26,7 @@ from isocost.training.grad_accumulation import largest_microbatch
 from isocost.training.lr_schedule import learning_rate
 from isocost.training.objectives import Batch, Objective
 from isocost.training.state_checkpoint import TrainingState, ema_weights, remove_partial
+from isocost.utils.artifact_store import write_atomically
 from isocost.utils.progress import progress_bar
 from isocost.utils.signals import deadline_passed
 
@@ -67,11 +68,12 @@ def train(
     Raises:
         ConfigError: `spec.tracker` is not installed, or the batch size is not divisible by the number of processes.
         DeadlineReached: the deadline has passed before the last snapshot.
-        RunError: the loss is not finite, or a state is damaged or cannot be written; the last durable state stays.
+        RunError: the loss or a weight is not finite, or a state is damaged or cannot be written; the last durable state stays.
     """
     accelerator = make_accelerator(spec, run_folder, title)
     trainer = Trainer(spec, objective, network, run_folder, accelerator)
     images_seen = last_saved = trainer.training_state.load()
+    trainer.check_weights(images_seen)
     if spec.cuda_graphs:
         trainer.record_graph(images_seen)
     pending = tuple(snapshot for snapshot in snapshots or (spec.num_images,) if spec.whole_batches(snapshot) >= images_seen)
@@ -96,6 +98,7 @@ def train(
                 accelerator.log({"loss": mean, "lr": lr}, step=images_seen)
                 progress(min(images_seen, spec.num_images), f"loss {mean:.4f}")
             if save_due:
+                trainer.check_weights(images_seen)
                 pending = trainer.save_due_snapshots(save_snapshot, pending, images_seen)
                 trainer.training_state.save(images_seen, spec, accelerator)
                 last_saved = images_seen
@@ -177,6 +180,22 @@ class Trainer:
     def _compute_gradients(self, batch: Batch) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         return backward(self.model, self.objective, batch, self.microbatch, self.spec.dtype)
+
+    @torch.no_grad()
+    def check_weights(self, images_seen: int) -> None:
+        """Check the weights and their averages before a snapshot or a state of them is saved. All processes must call it.
+
+        Raises:
+            RunError: a value is NaN or infinite, in any process.
+        """
+        tensors = [shard.data for shard in self.model.param_shards()]
+        tensors += [tensor for average in self.ema.averages for tensor in average]
+        num_bad = torch.stack([(~torch.isfinite(tensor)).any().float() for tensor in tensors]).sum()
+        if float(self.accelerator.reduce(num_bad, "sum")) > 0:
+            raise RunError(
+                f"the weights contain NaN or inf after {images_seen} training images, so they are not saved; the last saved "
+                "training state is unchanged; lower train.lr, or set train.dtype: fp32"
+            )
 
     def save_due_snapshots(self, save_snapshot: SaveSnapshot, snapshots: tuple[int, ...], images_seen: int) -> tuple[int, ...]:
         """Save the snapshots that `images_seen` has reached; returns the others. All processes must call it.
@@ -317,8 +336,8 @@ def _log(run_folder: Path, images_seen: int, accelerator: Accelerator) -> Iterat
         return
     file = run_folder / "loss.jsonl"
     if file.is_file():
-        lines = [line for line in file.read_text().splitlines() if _logged_images_seen(line) <= images_seen]
-        file.write_text("".join(f"{line}\n" for line in lines))
+        lines = [line for line in file.read_text(errors="replace").splitlines() if _logged_images_seen(line) <= images_seen]
+        write_atomically(file, "".join(f"{line}\n" for line in lines))
     with file.open("a", buffering=1) as stream:
         yield lambda entry: print(json.dumps(entry), file=stream)
 
@@ -326,5 +345,5 @@ def _log(run_folder: Path, images_seen: int, accelerator: Accelerator) -> Iterat
 def _logged_images_seen(line: str) -> float:
     try:
         return json.loads(line)["images_seen"]
-    except (json.JSONDecodeError, KeyError):
+    except (json.JSONDecodeError, KeyError, TypeError):
         return math.inf

@@ -5,12 +5,10 @@ Weights must be safetensors. Every file that the folder's indices name must exis
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import struct
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +20,8 @@ from torch import nn
 
 from isocost.config.base import digest
 from isocost.errors import ConfigError
+from isocost.models.weight_checks import check_loaded
+from isocost.utils.file_hash import file_sha256
 
 MODEL_INDEX = "model_index.json"
 WEIGHT_FOLDERS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -152,7 +152,7 @@ def load_module(network_class: type[M], folder: Path, dtype: torch.dtype = torch
         dtype: of the weights in memory. They are converted one by one while they are read.
 
     Raises:
-        ConfigError: files are missing, pickled or truncated, or lack weights that the config requires.
+        ConfigError: files are missing, pickled or truncated, lack weights that the config requires, or contain NaN or inf.
     """
     read_config(folder / "config.json")
     variant, _ = weight_files(folder)
@@ -163,9 +163,7 @@ def load_module(network_class: type[M], folder: Path, dtype: torch.dtype = torch
         network, loading_info = network_class.from_pretrained(str(folder), **options)  # type: ignore[attr-defined]
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: cannot load it: {' '.join(str(error).split())[:200]}") from error
-    problems = sorted(loading_info["missing_keys"]) + [str(key) for key in loading_info.get("mismatched_keys", ())]
-    if problems:
-        raise ConfigError(f"{folder}: {len(problems)} weights are missing or have another shape; the first is {problems[0]}")
+    check_loaded(network, loading_info, folder)
     loaded: M = network.eval().requires_grad_(False)
     return loaded
 
@@ -187,19 +185,7 @@ def content_digest(folder: Path, loras: Sequence[tuple[Path, float]] = ()) -> st
             files += [file for file in component.iterdir() if file.suffix in (".json", ".txt", ".model")]
         if name in WEIGHT_FOLDERS and (component / "config.json").is_file():
             files += weight_files(component)[1]
-    hashes = {str(file.relative_to(folder)): _sha256(file, *_size_and_mtime(file)) for file in sorted(set(files))}
-    lora_hashes = [[_sha256(file, *_size_and_mtime(file)), scale] for file, scale in loras]
+    hashes = {str(file.relative_to(folder)): file_sha256(file) for file in sorted(set(files))}
+    lora_hashes = [[file_sha256(file), scale] for file, scale in loras]
     lora_entry = {"loras": lora_hashes} if lora_hashes else {}
     return digest({"stage": "pretrained", "version": 1, "files": hashes, **lora_entry})
-
-
-def _size_and_mtime(file: Path) -> tuple[int, int]:
-    stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns
-
-
-@lru_cache(maxsize=1024)
-def _sha256(file: Path, size: int, mtime_ns: int) -> str:
-    """SHA-256 of a file; computed again only if its size or its modification time changes."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
