@@ -9,6 +9,7 @@ isocost.json   size, width, images seen, paths of the autoencoder and the text e
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from torch import Tensor
 from isocost.config.base import Spec
 from isocost.config.model import ModelSpec, TextEncoderSpec
 from isocost.config.pretrained import PretrainedSpec
-from isocost.config.sampling import SolverSpec
+from isocost.config.sampling import FOLDER_SOLVERS, NEAREST_SOLVER, OWN_SOLVER, SolverSpec
+from isocost.config.sweep import NO_GUIDANCE
 from isocost.config.types import PredictionType, TaskName
 from isocost.errors import ConfigError
 from isocost.models.factory import NETWORK_FOLDERS, Network, component_name, read_network, write_config
@@ -34,6 +36,8 @@ from isocost.models.pretrained.pipeline_config import family_at, find_base_folde
 from isocost.models.pretrained.wrappers import ConditionedDenoiser
 from isocost.models.streaming_safetensors import TensorLayout, write_streamed
 from isocost.utils.artifact_store import MANIFEST, read_manifest
+
+logger = logging.getLogger(__name__)
 
 CONSISTENCY_METHODS = frozenset({"consistency", "codi", "codi-efficient"})
 """Distillation methods whose students are consistency models, sampled with the solver `lcm`."""
@@ -77,27 +81,68 @@ class CheckpointInfo(Spec):
     pretrained: PretrainedSpec | None = None
 
     @property
-    def solver(self) -> SolverSpec:
-        """Default solver."""
+    def nearest_solver(self) -> SolverSpec:
+        """The checkpoint's own solver, or the one that is nearest to the scheduler of a published checkpoint."""
         if self.pretrained is not None:
             return self.pretrained.solver
         return SolverSpec(name="lcm") if self.distilled in CONSISTENCY_METHODS else SolverSpec()
+
+    @property
+    def solver(self) -> SolverSpec:
+        """The checkpoint's own solver, which is the default.
+
+        Raises:
+            ConfigError: isocost has no solver that equals the scheduler of a published checkpoint.
+        """
+        if self.pretrained is not None and self.pretrained.solver_problem:
+            remedy = f"give a solver of `isocost list solvers`, or `{NEAREST_SOLVER}` for {self.pretrained.solver.label}"
+            raise ConfigError(f"{self.pretrained.solver_problem}; {remedy}")
+        return self.nearest_solver
+
+    def resolve_solver(self, requested: SolverSpec | None = None) -> SolverSpec:
+        """The solver that a request means: None and "own" are the checkpoint's own, "nearest" is the nearest one.
+
+        A message says so if the nearest solver differs from the checkpoint's own.
+
+        Raises:
+            ConfigError: see `solver`, or a spacing is given to "own" or "nearest".
+        """
+        if requested is not None and requested.name not in FOLDER_SOLVERS:
+            return requested
+        if requested is not None and requested != SolverSpec(name=requested.name):
+            raise ConfigError(f"solver {requested.name} takes spacing and eta from the checkpoint; leave them out")
+        if requested is None or requested.name == OWN_SOLVER:
+            return self.solver
+        if self.pretrained is not None and self.pretrained.solver_problem:
+            logger.warning(f"{self.variant}: sampled with {self.nearest_solver.label}: {self.pretrained.solver_problem}")
+        return self.nearest_solver
 
     @property
     def num_steps(self) -> int:
         """Default number of solver steps."""
         return 4 if self.distilled else 16
 
-    def check_guidance(self, guidance: float) -> None:
-        """
+    def effective_guidance(self, guidance: float) -> float:
+        """The w that stands for a requested guidance; every command and every sweep calls this function.
+
+        In diffusers' pipelines 0 means "no guidance". For a published checkpoint it is w = 1, one conditional pass, with a
+        message. If guidance is an input of the network, 0 is a value like any other.
+
         Raises:
-            ConfigError: a student with guidance as an input was not trained on this value.
+            ConfigError: guidance is 0 for a model that was trained here, or a student with guidance as an input was not trained
+                on this value.
         """
+        if guidance == 0 and not self.model.embeds_guidance:
+            if self.pretrained is None:
+                raise ConfigError(NO_GUIDANCE)
+            logger.warning(f"{self.variant}: guidance 0 means no guidance, as in diffusers; it is w = 1 here")
+            return 1.0
         if self.guidance_range is not None and not self.guidance_range[0] <= guidance <= self.guidance_range[1]:
             low, high = self.guidance_range
             raise ConfigError(
                 f"guidance = {guidance:g}: this student was trained on guidance {low:g} to {high:g}; choose one of these values"
             )
+        return guidance
 
     @property
     def label(self) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 
 from isocost.config.model import ModelSpec, TextEncoderSpec
 from isocost.config.pretrained import PretrainedSpec
-from isocost.config.sampling import SolverSpec
 from isocost.errors import ConfigError
 from isocost.models.pretrained.architectures import (
     DenoiserCost,
@@ -61,7 +60,8 @@ def read_pipeline(path: str | Path) -> dict[str, Any]:
     resolution = size * factor
     num_patches = (size // FLUX_PATCH) ** 2 if family.name == "flux" else None
     is_sd1 = family.name == "sd" and config.get(family.embed_dim_field) == _SD1_EMBED_DIM
-    scheduler = read_scheduler(folder, epsilon_is_certain=is_sd1, num_patches=num_patches)
+    sets_sd_fields = family.name == "sd" and index["_class_name"] != "LatentConsistencyModelPipeline"
+    scheduler = read_scheduler(folder, is_sd1, num_patches, sets_sd_fields)
     is_flow = family.name in ("sd3", "flux")
     if (scheduler.prediction_type == "flow_prediction") != is_flow:
         needed = "flow matching" if is_flow else "a schedule of betas"
@@ -69,14 +69,12 @@ def read_pipeline(path: str | Path) -> dict[str, Any]:
     check_loras_fit(family, config, loras)
     num_tokens, max_tokens = num_tokens_of(family, folder)
     cost = _denoiser_cost(family, config, num_tokens, resolution, size, file)
-    solver = scheduler.solver
-    if family.name == "sd" and solver.timestep_spacing == "leading":
-        solver = SolverSpec(name=solver.name, timestep_spacing="leading")  # diffusers' pipeline sets steps_offset to 1
     pretrained = PretrainedSpec(
         path=source,
         kind=family.name,
         noise=scheduler.noise,
-        solver=solver,
+        solver=scheduler.solver,
+        solver_problem=scheduler.solver_problem,
         max_tokens=max_tokens,
         null_is_zero=family.name == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
