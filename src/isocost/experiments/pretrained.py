@@ -19,7 +19,7 @@ from isocost.experiments.study_assets import StudyAssets
 from isocost.models.checkpoint import CheckpointInfo, pretrained_info
 from isocost.models.components import DownsamplingDecoder, load_pipeline_autoencoder
 from isocost.models.pretrained.lora import split_loras
-from isocost.models.pretrained.pipeline_config import find_base_folder, source_digest
+from isocost.models.pretrained.pipeline_config import display_name, find_base_folder, source_digest
 from isocost.models.pretrained.prompt_encoder import PipelineTextEncoder
 from isocost.sampling.generate import PromptEmbeds, schedule_of
 from isocost.training.objectives import Objective
@@ -52,6 +52,8 @@ class PretrainedExperiment(Experiment):
         path_by_label: dict[str, str] = {}
         for path in self.study.checkpoints:
             info, name = pretrained_info(path), source_digest(path)
+            if info.label in path_by_label and info.pretrained is not None:  # two owners of one name
+                info = info.model_copy(update={"variant": display_name(info.pretrained.path, num_parts=2)})
             if info.label in path_by_label:
                 other = path_by_label[info.label]
                 raise ConfigError(f"checkpoints: {path} and {other} are both called {info.label}; rename a folder")

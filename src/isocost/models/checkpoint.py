@@ -30,7 +30,7 @@ from isocost.errors import ConfigError
 from isocost.models.factory import NETWORK_FOLDERS, Network, component_name, read_network, write_config
 from isocost.models.flops import reference_gflop
 from isocost.models.pretrained.architectures import load_network
-from isocost.models.pretrained.files import is_pretrained
+from isocost.models.pretrained.files import explain_other_layout, is_pretrained
 from isocost.models.pretrained.lora import split_loras
 from isocost.models.pretrained.pipeline_config import family_at, find_base_folder, read_pipeline, source_digest
 from isocost.models.pretrained.wrappers import ConditionedDenoiser
@@ -228,7 +228,7 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> C
         ConfigError: the folder does not exist or is not a checkpoint, weights are pickled or truncated, the pipeline is not
             supported, or it has changed since it was added to an output folder.
     """
-    path = Path(folder)
+    path = Path(folder).expanduser()
     info = read_info(path)
     if info.pretrained is not None:
         return _open_pretrained(path, info, device)
@@ -268,12 +268,15 @@ def read_info(path: Path) -> CheckpointInfo:
     Raises:
         ConfigError: the folder does not exist or is not a checkpoint, or its weights are pickled.
     """
+    path = path.expanduser()
     if not (path / MANIFEST).is_file() and is_pretrained(split_loras(path)[0]):
         return pretrained_info(path)
     if path.is_file() and path.suffix in PICKLE_SUFFIXES:
         raise ConfigError(
             f"{path}: pickled weights are refused (they can run code when loaded); convert to a safetensors folder"
         )
+    if not (path / MANIFEST).is_file() and (explanation := explain_other_layout(split_loras(path)[0])):
+        raise ConfigError(explanation)
     if not path.is_dir():
         raise ConfigError(f"{path}: no such checkpoint folder; `isocost run` writes checkpoints to OUT/artefacts/checkpoint/")
     if (path / MANIFEST).is_file() and (manifest := read_manifest(path)).get("info", {}).get("pretrained") is not None:

@@ -119,14 +119,40 @@ FAMILIES = (
 )
 FLUX_LATENT_SIZE = 128
 """Latent size that diffusers' Flux pipeline uses by default."""
+SAME_NETWORKS = {
+    "StableDiffusionPipeline": (
+        *("StableDiffusionPAGPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionPAGImg2ImgPipeline"),
+        *("StableDiffusionInpaintPipeline", "StableDiffusionPAGInpaintPipeline"),
+    ),
+    "LatentConsistencyModelPipeline": ("LatentConsistencyModelImg2ImgPipeline",),
+    "StableDiffusionXLPipeline": (
+        *("StableDiffusionXLPAGPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLPAGImg2ImgPipeline"),
+        *("StableDiffusionXLInpaintPipeline", "StableDiffusionXLPAGInpaintPipeline"),
+    ),
+    "PixArtSigmaPipeline": ("PixArtSigmaPAGPipeline",),
+    "StableDiffusion3Pipeline": (
+        *("StableDiffusion3PAGPipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3PAGImg2ImgPipeline"),
+        "StableDiffusion3InpaintPipeline",
+    ),
+    "FluxPipeline": ("FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+}
+"""Pipelines with the networks of a text-to-image pipeline. A folder of one is sampled as text-to-image, without perturbed
+attention; a denoiser with further input channels is refused as everywhere."""
+PIPELINE_OF = {other: pipeline for pipeline, others in SAME_NETWORKS.items() for other in others}
 PIPELINES = {pipeline: family for family in FAMILIES for pipeline in family.pipelines}
 _UNSUPPORTED_UNET_FIELDS = (
     *("class_embed_type", "encoder_hid_dim", "encoder_hid_dim_type", "dual_cross_attention", "num_class_embeds"),
-    *("time_embedding_act_fn", "timestep_post_act", "mid_block_only_cross_attention", "reverse_transformer_layers_per_block"),
+    *("time_embedding_act_fn", "timestep_post_act", "mid_block_only_cross_attention"),
 )
 _OTHER_UNET_TASKS = {8: "for image editing or super-resolution", 9: "for inpainting"}
 _OTHER_FLUX_TASKS = {128: "for depth or edge control", 384: "for inpainting"}
 """Tasks of published denoisers that are not text-to-image, by their input channels."""
+
+
+def text_to_image_pipeline(index: Mapping[str, Any]) -> str:
+    """The text-to-image pipeline with the networks of the pipeline that `model_index.json` names."""
+    name = index.get("_class_name")
+    return PIPELINE_OF.get(name, name) if isinstance(name, str) else repr(name)
 
 
 def family_of(index: Mapping[str, Any], file: Path) -> PipelineFamily:
@@ -139,10 +165,12 @@ def family_of(index: Mapping[str, Any], file: Path) -> PipelineFamily:
     Raises:
         ConfigError: the pipeline or its denoiser is not supported.
     """
-    pipeline = index.get("_class_name")
+    pipeline = text_to_image_pipeline(index)
     if pipeline not in PIPELINES:
         raise ConfigError(f"{file}: the pipeline {pipeline} is not supported; supported: {', '.join(PIPELINES)}")
     family = PIPELINES[pipeline]
+    if index.get("requires_aesthetics_score"):
+        raise ConfigError(f"{file}: requires_aesthetics_score = True: a refiner of images; only text-to-image is supported")
     entry = index.get(family.denoiser_folder)
     if not isinstance(entry, list) or len(entry) != 2 or entry[1] not in family.denoiser_classes:
         needed = " or ".join(family.denoiser_classes)
@@ -263,7 +291,9 @@ def latent_size(
     """
     if family.name != "flux":
         size = config.get("sample_size")
-        if not isinstance(size, int) or size < 1:
+        if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1]:
+            size = size[0]
+        if not isinstance(size, int) or not _is_positive_integer(size):
             raise ConfigError(f"{file}: sample_size = {size}: must be one positive number, the size of a square latent")
         return size
     pixels = autoencoder.get("sample_size", FLUX_LATENT_SIZE * factor)
@@ -273,6 +303,10 @@ def latent_size(
             f"images, a multiple of {FLUX_PATCH * factor}"
         )
     return pixels // factor
+
+
+def _is_positive_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def count_denoiser(

@@ -30,7 +30,9 @@ OTHER_FOLDERS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 """File names of weights in diffusers and in transformers, without suffix."""
-VARIANTS = ("", ".fp16")
+VARIANTS = ("", ".fp32", ".fp16", ".bf16", ".ema", ".non_ema")
+"""Variants of weights in the order of preference."""
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".sft")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 IGNORED_FILES = ("*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.xml", "*.non_ema.*", "*openvino*", "*flax*")
 
@@ -42,7 +44,29 @@ def is_pretrained(path: str | Path) -> bool:
     folder = Path(path)
     if folder.exists():
         return (folder / MODEL_INDEX).is_file()
+    if folder.suffix in (*WEIGHT_SUFFIXES, *PICKLE_SUFFIXES):
+        return False
     return HUB_ID.fullmatch(str(path)) is not None
+
+
+def explain_other_layout(path: str | Path) -> str:
+    """One line about weights that are no diffusers folder, with the remedy; empty if there are none at a path.
+
+    Such weights are a single file, as of Civitai, or a folder of single files, as ComfyUI and other programs have.
+    """
+    source = Path(path)
+    convert = "PIPELINE.from_single_file(FILE).save_pretrained(FOLDER) of diffusers, with its pipeline class for the model"
+    if source.is_file():
+        return f"{path}: a single file, not a diffusers pipeline folder; convert it: {convert}"
+    if not source.is_dir() or (source / MODEL_INDEX).is_file():
+        return ""
+    files = [file for folder in (source, *sorted(source.iterdir())) if folder.is_dir() for file in sorted(folder.iterdir())]
+    weights = [file for file in files if file.suffix in (*WEIGHT_SUFFIXES, *PICKLE_SUFFIXES)]
+    if (source / "config.json").is_file() and weights:
+        return f"{path}: one network, not a pipeline folder with a {MODEL_INDEX}; give the folder of the whole pipeline"
+    if weights:
+        return f"{path}: has {weights[0].relative_to(source)}, but no {MODEL_INDEX} of diffusers; convert a file: {convert}"
+    return ""
 
 
 def find_folder(path: str | Path) -> Path:
@@ -52,9 +76,11 @@ def find_folder(path: str | Path) -> Path:
         ConfigError: there is no such folder, and the Hub id cannot be downloaded.
     """
     folder = Path(path)
-    if folder.is_dir():
+    if folder.is_dir() and not explain_other_layout(folder):
         return folder
-    if HUB_ID.fullmatch(str(path)) is None:
+    if folder.exists():
+        raise ConfigError(explain_other_layout(path))
+    if HUB_ID.fullmatch(str(path)) is None or folder.suffix in (*WEIGHT_SUFFIXES, *PICKLE_SUFFIXES):
         raise ConfigError(f"{path}: no such folder, and not a Hub id (OWNER/NAME)")
     name, _, revision = str(path).partition("@")
     needed = [MODEL_INDEX, *(f"{subfolder}/*" for subfolder in (*WEIGHT_FOLDERS, *OTHER_FOLDERS))]
@@ -90,15 +116,16 @@ def _missing(file: Path) -> str:
 
 
 def weight_files(folder: Path) -> tuple[str, list[Path]]:
-    """Find the weights of a network folder. Full precision is preferred to fp16.
+    """Find the weights of a network folder: of the first variant of `VARIANTS` that exists, or of the only other one.
 
     Returns:
-        The variant ("" or "fp16") and the files, all of them complete.
+        The variant ("", "fp16", ...) and the files, all of them complete.
 
     Raises:
         ConfigError: a file is missing or truncated, or there are only pickled weights; the message names the file.
     """
-    for variant in VARIANTS:
+    others = _other_variants(folder)
+    for variant in (*VARIANTS, *(others if len(others) == 1 else ())):
         for stem in WEIGHT_STEMS:
             single = folder / f"{stem}{variant}.safetensors"
             indices = [folder / f"{stem}.safetensors.index{variant}.json", folder / f"{stem}{variant}.safetensors.index.json"]
@@ -118,8 +145,18 @@ def weight_files(folder: Path) -> tuple[str, list[Path]]:
     pickles = sorted(file for file in folder.glob("*") if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise ConfigError(f"{pickles[0]}: pickled weights are refused (they can run code when loaded); convert to safetensors")
+    if len(others) > 1:
+        names = ", ".join(name.lstrip(".") for name in others)
+        raise ConfigError(f"{folder}: has the variants {names} of its weights; keep one of them")
     stem = WEIGHT_STEMS[folder.name.startswith("text_encoder")]
     raise ConfigError(_missing(folder / f"{stem}.safetensors"))
+
+
+def _other_variants(folder: Path) -> list[str]:
+    """Variants in the names of weight files that are not in `VARIANTS`, with their leading dot."""
+    pattern = re.compile(rf"(?:{'|'.join(WEIGHT_STEMS)})(\.[\w-]+?)(?:-\d+-of-\d+)?\.safetensors")
+    matches = (pattern.fullmatch(file.name) for file in folder.glob("*.safetensors"))
+    return sorted({match[1] for match in matches if match is not None} - set(VARIANTS))
 
 
 def check_complete(file: Path) -> None:
@@ -165,12 +202,12 @@ def load_module(network_class: type[M], folder: Path) -> M:
     return loaded
 
 
-def content_digest(folder: Path, loras: Sequence[tuple[Path, float]] = ()) -> str:
+def content_digest(folder: Path, loras: Sequence[tuple[Sequence[Path], float]] = ()) -> str:
     """Digest of everything that determines the images of a checkpoint: configs, tokenizers and weights.
 
     Args:
         folder: pipeline folder.
-        loras: LoRA files and their scales.
+        loras: the files of every LoRA, and its scale.
 
     Returns:
         16 hexadecimal digits.
@@ -183,7 +220,7 @@ def content_digest(folder: Path, loras: Sequence[tuple[Path, float]] = ()) -> st
         if name in WEIGHT_FOLDERS and (component / "config.json").is_file():
             files += weight_files(component)[1]
     hashes = {str(file.relative_to(folder)): _sha256(file, *_size_and_mtime(file)) for file in sorted(set(files))}
-    lora_hashes = [[_sha256(file, *_size_and_mtime(file)), scale] for file, scale in loras]
+    lora_hashes = [[*(_sha256(file, *_size_and_mtime(file)) for file in files), scale] for files, scale in loras]
     lora_entry = {"loras": lora_hashes} if lora_hashes else {}
     return digest({"stage": "pretrained", "version": 1, "files": hashes, **lora_entry})
 

@@ -21,9 +21,10 @@ from isocost.models.pretrained.architectures import (
     count_denoiser,
     family_of,
     latent_size,
+    text_to_image_pipeline,
 )
 from isocost.models.pretrained.files import MODEL_INDEX, content_digest, find_folder, read_config, weight_files
-from isocost.models.pretrained.lora import absolute_source, find_lora, split_loras
+from isocost.models.pretrained.lora import absolute_source, lora_files, split_loras
 from isocost.models.pretrained.scheduler_config import read_scheduler
 from isocost.models.pretrained.wrappers import FLUX_PATCH
 from isocost.models.unet import size_name
@@ -60,7 +61,7 @@ def read_pipeline(path: str | Path) -> dict[str, Any]:
     resolution = size * factor
     num_patches = (size // FLUX_PATCH) ** 2 if family.name == "flux" else None
     is_sd1 = family.name == "sd" and config.get(family.embed_dim_field) == _SD1_EMBED_DIM
-    sets_sd_fields = family.name == "sd" and index["_class_name"] != "LatentConsistencyModelPipeline"
+    sets_sd_fields = family.name == "sd" and text_to_image_pipeline(index) != "LatentConsistencyModelPipeline"
     scheduler = read_scheduler(folder, is_sd1, num_patches, sets_sd_fields)
     is_flow = family.name in ("sd3", "flux")
     if (scheduler.prediction_type == "flow_prediction") != is_flow:
@@ -103,10 +104,10 @@ def read_pipeline(path: str | Path) -> dict[str, Any]:
     }
 
 
-def display_name(path: str) -> str:
-    """Name of a checkpoint in tables: the last part of its path or id, and the names of its LoRAs."""
+def display_name(path: str, num_parts: int = 1) -> str:
+    """Name of a checkpoint in tables: the last `num_parts` parts of its path or id, and the names of its LoRAs."""
     base, loras = split_loras(path)
-    return " + ".join([base.rpartition("/")[2], *(lora.name for lora in loras)])
+    return " + ".join(["/".join(base.split("/")[-num_parts:]), *(lora.name for lora in loras)])
 
 
 def source_digest(path: str | Path) -> str:
@@ -116,7 +117,7 @@ def source_digest(path: str | Path) -> str:
         ConfigError: a file is missing or incomplete.
     """
     base, loras = split_loras(path)
-    return content_digest(find_folder(base), [(find_lora(lora), lora.scale) for lora in loras])
+    return content_digest(find_folder(base), [(lora_files(lora), lora.scale) for lora in loras])
 
 
 def find_base_folder(path: str | Path) -> Path:

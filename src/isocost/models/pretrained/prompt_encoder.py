@@ -5,6 +5,7 @@ Shapes: N prompts, T tokens, D width of the prompt embeddings, P width of a pool
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from isocost.models.checkpoint import CheckpointInfo
 from isocost.models.pretrained.files import MODEL_INDEX, load_module, read_config
 from isocost.models.pretrained.pipeline_config import family_at, text_encoder_classes
 from isocost.models.pretrained.wrappers import pack_mask, pack_pooled
+
+logger = logging.getLogger(__name__)
 
 
 class PipelineTextEncoder:
@@ -79,6 +82,26 @@ class PipelineTextEncoder:
         else:
             t5 = clip.new_zeros(len(texts), self.max_tokens, self.cross_attention_dim)
         return pack_pooled(torch.cat([clip, t5], dim=1), torch.cat([first_pooled, second_pooled], dim=-1))
+
+    def warn_about_cut(self, prompts: Sequence[str]) -> int:
+        """Count the prompts with more tokens than the text encoder reads; a message reports them.
+
+        The limit is that of T5 if the pipeline has one, else that of CLIP.
+        """
+        name = next((name for name in self.encoders if self._is_t5(name)), "text_encoder")
+        limit = self.max_tokens if self._is_t5(name) else self.tokenizers[name].model_max_length
+        lengths = [len(self.tokenizers[name](prompt, truncation=False)["input_ids"]) for prompt in prompts]
+        cut = [index for index, length in enumerate(lengths) if length > limit]
+        if cut:
+            longest = max(cut, key=lambda index: lengths[index])
+            logger.warning(
+                f"{len(cut)} of {len(prompts)} prompts have more than {limit} tokens and are cut there; the longest has "
+                f"{lengths[longest]}: {prompts[longest][:60]!r}..."
+            )
+        return len(cut)
+
+    def _is_t5(self, name: str) -> bool:
+        return type(self.encoders[name]).__name__ == "T5EncoderModel"
 
     def _encode_clip(self, name: str, texts: list[str], before_last: bool = False) -> tuple[Tensor, Tensor]:
         """Hidden states [N, T, D] and pooled embeddings [N, P] of a CLIP, projected if it has a projection."""
