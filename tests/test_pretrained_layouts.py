@@ -276,3 +276,21 @@ def test_a_flux_lora_is_used_as_a_whole_or_refused(tmp_path: Path, extra: list[s
     with pytest.raises(ConfigError, match=r"style\.safetensors: ") as caught:
         read_info(Path(f"{folder} + {file}"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion", "sdxl"])
+def test_a_textual_inversion_of_several_vectors_equals_the_pipeline(tmp_path: Path, family: str) -> None:
+    pipeline = getattr(tiny_pipelines, family)()
+    torch.manual_seed(1)
+    vectors = 3 * torch.randn(3, tiny_pipelines.WIDTH)
+    encoders = [(pipeline.text_encoder, pipeline.tokenizer)]
+    encoders += [(pipeline.text_encoder_2, pipeline.tokenizer_2)] if family == "sdxl" else []
+    for encoder, tokenizer in encoders:
+        pipeline.load_textual_inversion(vectors, token="<ring>", text_encoder=encoder, tokenizer=tokenizer)
+    folder = tiny_pipelines.written(pipeline, tmp_path / "folder")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    prompts = ["a <ring> on white", "two blue squares"]
+    assert prompts != tiny_pipelines.PROMPTS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_pipelines, "PROMPTS", prompts)
+        assert_equal(ours(folder, DDIM, 3.0), theirs(pipeline, 3.0))

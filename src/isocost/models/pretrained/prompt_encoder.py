@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
+from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
 
 from isocost.errors import ConfigError
@@ -20,6 +21,8 @@ from isocost.models.pretrained.files import MODEL_INDEX, load_module, read_confi
 from isocost.models.pretrained.pipeline_config import family_at, text_encoder_classes
 from isocost.models.pretrained.wrappers import pack_mask, pack_pooled
 
+TEXTUAL_INVERSION_FAMILIES = ("sd", "sdxl", "flux")
+"""Families whose diffusers pipelines read textual inversions (arXiv 2208.01618)."""
 logger = logging.getLogger(__name__)
 
 
@@ -90,7 +93,10 @@ class PipelineTextEncoder:
         """
         name = next((name for name in self.encoders if self._is_t5(name)), "text_encoder")
         limit = self.max_tokens if self._is_t5(name) else self.tokenizers[name].model_max_length
-        lengths = [len(self.tokenizers[name](prompt, truncation=False)["input_ids"]) for prompt in prompts]
+        tokenizer, texts = self.tokenizers[name], list(prompts)
+        if self.family in TEXTUAL_INVERSION_FAMILIES:
+            texts = _expand_learned_tokens(texts, tokenizer)
+        lengths = [len(tokenizer(text, truncation=False)["input_ids"]) for text in texts]
         cut = [index for index, length in enumerate(lengths) if length > limit]
         if cut:
             longest = max(cut, key=lambda index: lengths[index])
@@ -122,8 +128,17 @@ class PipelineTextEncoder:
         return output.last_hidden_state.float(), mask
 
     def _tokenize(self, name: str, texts: list[str], max_tokens: int) -> Any:
+        if self.family in TEXTUAL_INVERSION_FAMILIES:
+            texts = _expand_learned_tokens(texts, self.tokenizers[name])
         tokens = self.tokenizers[name](texts, padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt")
         return tokens.to(self.device)
+
+
+def _expand_learned_tokens(texts: list[str], tokenizer: Any) -> list[str]:
+    """Replace the token of a textual inversion with several vectors by its tokens "TOKEN TOKEN_1 ...", as diffusers does."""
+    expanded = TextualInversionLoaderMixin().maybe_convert_prompt(texts, tokenizer)
+    assert isinstance(expanded, list), "a list gives a list"
+    return expanded
 
 
 def load_encoder(folder: Path, class_name: str) -> nn.Module:
