@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from isocost.config.pretrained import FamilyName
 from isocost.errors import ConfigError
-from isocost.models.pretrained.files import load_module, read_config
+from isocost.models.pretrained.files import first_line, load_module, read_config
 from isocost.models.pretrained.lora import Lora, check_loras, fuse_loras
 from isocost.models.pretrained.wrappers import (
     FLUX_PATCH,
@@ -188,8 +188,10 @@ def check_denoiser(family: PipelineFamily, config: Mapping[str, Any], latent_cha
         raise ConfigError(f"{file}: _class_name = {config.get('_class_name')}: supported classes: {supported}")
     in_channels = config.get("in_channels")
     is_flux = family.name == "flux"
+    if not isinstance(in_channels, int) or isinstance(in_channels, bool):
+        raise ConfigError(f"{file}: in_channels = {in_channels!r}: must be a number of channels")
     if in_channels != latent_channels * (FLUX_PATCH**2 if is_flux else 1):
-        other_task = (_OTHER_FLUX_TASKS if is_flux else _OTHER_UNET_TASKS).get(int(in_channels or 0))
+        other_task = (_OTHER_FLUX_TASKS if is_flux else _OTHER_UNET_TASKS).get(in_channels)
         if other_task is None:
             problem = f"does not fit the autoencoder's {latent_channels} latent channels"
         else:
@@ -248,9 +250,8 @@ def _build_on_meta(family: PipelineFamily, config: Mapping[str, Any]) -> nn.Modu
     try:
         with torch.device("meta"):
             network: nn.Module = family.denoiser_type.from_config(arguments).eval()  # type: ignore[attr-defined]
-    except (ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"diffusers cannot build a {family.denoiser_classes[0]} from it: {reason}") from error
+    except Exception as error:  # diffusers raises many kinds of errors for a wrong config
+        raise ConfigError(f"diffusers cannot build a {family.denoiser_classes[0]} from it: {first_line(error)}") from error
     return network
 
 
@@ -330,7 +331,24 @@ def count_denoiser(
 @lru_cache(maxsize=64)
 def _count_denoiser(pipeline: str, config_json: str, num_tokens: int, resolution: int, latent_size: int) -> DenoiserCost:
     family, config = PIPELINES[pipeline], json.loads(config_json)
-    network = family.wrap(_build_on_meta(family, config), resolution)
+    try:
+        network = family.wrap(_build_on_meta(family, config), resolution)
+        guidance_embed_dim, gflop = _count_forward(family, config, network, num_tokens, latent_size)
+        width = int(config["block_out_channels"][0] if family.denoiser_folder == "unet" else _transformer_width(config))
+    except ConfigError:
+        raise
+    except Exception as error:  # diffusers and torch raise many kinds of errors for a wrong config
+        raise ConfigError(
+            f"a {family.denoiser_classes[0]} with this config does not run ({first_line(error)}); correct the config"
+        ) from error
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    return DenoiserCost(num_parameters, gflop, width, guidance_embed_dim)
+
+
+def _count_forward(
+    family: PipelineFamily, config: Mapping[str, Any], network: nn.Module, num_tokens: int, latent_size: int
+) -> tuple[int | None, float]:
+    """Width of the guidance embedding, and GFLOP of a forward pass of one sample."""
     embed_dim, num_embeds, channels = int(config.get(family.embed_dim_field) or 0), num_tokens, int(config["in_channels"])
     guidance_embed_dim = config.get("time_cond_proj_dim")
     if isinstance(network, ConditionedDenoiser):
@@ -341,17 +359,9 @@ def _count_denoiser(pipeline: str, config_json: str, num_tokens: int, resolution
     options = {}
     if guidance_embed_dim is not None:
         options["timestep_cond"] = torch.empty(1, guidance_embed_dim, device="meta")
-    try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
-            network(latents, torch.zeros(1), torch.empty(1, num_embeds, embed_dim), **options)
-    except (ValueError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"a {family.denoiser_classes[0]} with this config does not run ({reason}); correct the config"
-        ) from error
-    num_parameters = sum(parameter.numel() for parameter in network.parameters())
-    width = config["block_out_channels"][0] if family.denoiser_folder == "unet" else _transformer_width(config)
-    return DenoiserCost(num_parameters, counter.get_total_flops() / 1e9, int(width), guidance_embed_dim)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
+        network(latents, torch.zeros(1), torch.empty(1, num_embeds, embed_dim), **options)
+    return guidance_embed_dim, counter.get_total_flops() / 1e9
 
 
 def _transformer_width(config: Mapping[str, Any]) -> int:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from torch import nn
 
 from isocost.config.base import digest
@@ -35,6 +34,16 @@ VARIANTS = ("", ".fp32", ".fp16", ".bf16", ".ema", ".non_ema")
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".sft")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 IGNORED_FILES = ("*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.xml", "*.non_ema.*", "*openvino*", "*flax*")
+
+QUANTISED = "quantised weights are not supported; load the pipeline with diffusers, dequantise it and save it in bf16 or fp16"
+"""Ending of the errors for quantised networks."""
+MAX_SIZE = 10_000_000
+_LIMITS = {"layers": 200, "sample_size": 8192, "pos_embed_max_size": 512, "block_out_channels": 65_536}
+"""Largest numbers in the config of a network, by a part of the field's name. Published networks have at most 57 layers."""
+_FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+_SCALES = (".scale_weight", "scaled_fp8", ".SCB", ".weight_scale", ".weight._scale")
+"""Ends of the names of scales in quantised weights."""
+MAX_FILE_NAME = 255
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -104,11 +113,47 @@ def read_config(file: Path) -> dict[str, Any]:
         raise ConfigError(_missing(file))
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or an integer of too many digits
+        raise ConfigError(f"{file}: not JSON: {' '.join(str(error).split())[:160]}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{file}: not a JSON object")
     return config
+
+
+def read_component_config(file: Path) -> dict[str, Any]:
+    """Read the config of a network, and refuse what would not load or would take forever.
+
+    Raises:
+        ConfigError: the file is missing or is not a JSON object, the network is quantised, or a number is too large.
+    """
+    config = read_config(file)
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ConfigError(f"{file}: quantization_config: {str(method)[:40]}: {QUANTISED}")
+    for key, value in config.items():
+        if key.startswith("_"):
+            continue
+        limit = next((limit for name, limit in _LIMITS.items() if name in key), MAX_SIZE)
+        largest = max(_numbers_in(value), default=0)
+        if largest > limit:
+            raise ConfigError(
+                f"{file}: {key} = {str(value)[:60]}: too large; isocost reads networks with at most {limit:,} here"
+            )
+    return config
+
+
+def _numbers_in(value: Any) -> Iterator[float]:
+    """All numbers in a value of JSON."""
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, int | float) and not isinstance(item, bool):
+            yield abs(item)
+        elif isinstance(item, list | tuple):
+            pending += item
+        elif isinstance(item, dict):
+            pending += item.values()
 
 
 def _missing(file: Path) -> str:
@@ -134,6 +179,9 @@ def weight_files(folder: Path) -> tuple[str, list[Path]]:
                 shards = read_config(index).get("weight_map")
                 if not isinstance(shards, dict) or not shards:
                     raise ConfigError(f"{index}: has no weight_map")
+                invalid = next((name for name in shards.values() if not _is_file_name(name)), None)
+                if invalid is not None:
+                    raise ConfigError(f"{index}: weight_map: {str(invalid)[:60]!r} is not the name of a file in this folder")
                 files = [folder / name for name in sorted(set(shards.values()))]
             elif single.is_file():
                 files = [single]
@@ -152,6 +200,11 @@ def weight_files(folder: Path) -> tuple[str, list[Path]]:
     raise ConfigError(_missing(folder / f"{stem}.safetensors"))
 
 
+def _is_file_name(name: Any) -> bool:
+    is_text = isinstance(name, str) and name.isprintable() and len(name.encode(errors="replace")) <= MAX_FILE_NAME
+    return is_text and name not in ("", ".", "..") and "/" not in name and "\\" not in name
+
+
 def _other_variants(folder: Path) -> list[str]:
     """Variants in the names of weight files that are not in `VARIANTS`, with their leading dot."""
     pattern = re.compile(rf"(?:{'|'.join(WEIGHT_STEMS)})(\.[\w-]+?)(?:-\d+-of-\d+)?\.safetensors")
@@ -162,7 +215,7 @@ def _other_variants(folder: Path) -> list[str]:
 def check_complete(file: Path) -> None:
     """
     Raises:
-        ConfigError: a safetensors file is missing, or its length differs from the length in its header.
+        ConfigError: a safetensors file is missing, it is truncated, or its weights are quantised.
     """
     if not file.is_file():
         raise ConfigError(_missing(file))
@@ -172,12 +225,17 @@ def check_complete(file: Path) -> None:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         header = opened.read(length) if 8 + length <= size else b""
     try:
-        tensors = [value for key, value in json.loads(header).items() if key != "__metadata__"]
-        end = 8 + length + max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        tensors = {key: value for key, value in json.loads(header).items() if key != "__metadata__"}
+        end = 8 + length + max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
+        types = {key: str(tensor["dtype"]) for key, tensor in tensors.items()}
+    except (ValueError, AttributeError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise ConfigError(f"{file}: not a complete safetensors file; download it again") from error
     if end != size:
         raise ConfigError(f"{file}: truncated: it has {size:,} bytes, its header needs {end:,}; download it again")
+    for key, type_name in types.items():
+        is_integer_weight = type_name not in _FLOAT_TYPES and "weight" in key
+        if type_name.startswith(("F8", "F4", "F6")) or is_integer_weight or key.endswith(_SCALES):
+            raise ConfigError(f"{file}: {key} has type {type_name}: {QUANTISED}")
 
 
 def load_module(network_class: type[M], folder: Path) -> M:
@@ -186,20 +244,34 @@ def load_module(network_class: type[M], folder: Path) -> M:
     Raises:
         ConfigError: files are missing, pickled or truncated, or lack weights that the config requires.
     """
-    read_config(folder / "config.json")
+    read_component_config(folder / "config.json")
     variant, _ = weight_files(folder)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "variant": variant or None}
     is_diffusers = network_class.__module__.startswith("diffusers")
     options |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False} if is_diffusers else {"dtype": torch.float32}
     try:
         network, loading_info = network_class.from_pretrained(str(folder), **options)  # type: ignore[attr-defined]
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise ConfigError(f"{folder}: cannot load it: {' '.join(str(error).split())[:200]}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # diffusers and transformers raise many kinds of errors for a wrong config
+        raise ConfigError(f"{folder}: cannot load it: {first_line(error)}") from error
     problems = sorted(loading_info["missing_keys"]) + [str(key) for key in loading_info.get("mismatched_keys", ())]
     if problems:
         raise ConfigError(f"{folder}: {len(problems)} weights are missing or have another shape; the first is {problems[0]}")
+    damaged = next((name for name, value in _weights_of(network) if not bool(value.isfinite().all())), None)
+    if damaged is not None:
+        raise ConfigError(f"{folder}: {damaged} contains NaN or inf; the weights are damaged, download them again")
     loaded: M = network.eval().requires_grad_(False)
     return loaded
+
+
+def _weights_of(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from ((name, value) for name, value in network.state_dict().items() if value.is_floating_point())
+
+
+def first_line(error: BaseException) -> str:
+    """The message of another library's error in one line, with its kind if it has no message."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def content_digest(folder: Path, loras: Sequence[tuple[Sequence[Path], float]] = ()) -> str:

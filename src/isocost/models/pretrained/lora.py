@@ -23,11 +23,11 @@ import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from isocost.errors import ConfigError
-from isocost.models.pretrained.files import PICKLE_SUFFIXES, check_complete, read_config
+from isocost.models.pretrained.files import PICKLE_SUFFIXES, check_complete, first_line, read_config
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 """Default file name of a LoRA in diffusers."""
@@ -181,9 +181,15 @@ def read_lora(file: Path, pipeline: str, denoiser_folder: str, config: Mapping[s
     Raises:
         ConfigError: the file is not a LoRA of this pipeline, has weights other than up and down, or changes text encoders.
     """
-    with safe_open(file, "pt") as opened:
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        metadata_json = (opened.metadata() or {}).get(_METADATA, "{}")
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            metadata_json = (opened.metadata() or {}).get(_METADATA, "{}")
+    except SafetensorError as error:
+        raise ConfigError(f"{file}: not a complete safetensors file: {first_line(error)}; download it again") from error
+    damaged = next((key for key, value in tensors.items() if not bool(value.isfinite().all())), None)
+    if damaged is not None:
+        raise ConfigError(f"{file}: {damaged} contains NaN or inf; the weights are damaged, download them again")
     metadata, tensors = _peft_adapter(file, tensors, denoiser_folder)
     for key in tensors:
         method = next((method for substring, method in _UNSUPPORTED_KEYS.items() if substring in key), None)
@@ -199,8 +205,8 @@ def read_lora(file: Path, pipeline: str, denoiser_folder: str, config: Mapping[s
         metadata = {**json.loads(metadata_json), **metadata}
         with torch.enable_grad():
             converted = convert({key: tensor.view_as(tensor) for key, tensor in traced.items()}, **options)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-        raise ConfigError(f"{file}: not a LoRA of a {pipeline}: {' '.join(str(error).split())[:160]}") from error
+    except Exception as error:  # diffusers raises many kinds of errors for weights that it does not know
+        raise ConfigError(f"{file}: not a LoRA of a {pipeline}: {first_line(error)}") from error
     weights, alphas = converted if isinstance(converted, tuple) else (converted, None)
     _refuse_text_encoder_weights(file, weights)
     _refuse_unused_weights(file, traced, weights)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from isocost.errors import ConfigError
 from isocost.models.checkpoint import CheckpointInfo
-from isocost.models.pretrained.files import MODEL_INDEX, load_module, read_config
-from isocost.models.pretrained.pipeline_config import family_at, text_encoder_classes
+from isocost.models.pretrained.files import MODEL_INDEX, first_line, load_module, read_config
+from isocost.models.pretrained.pipeline_config import MAX_PROMPT_TOKENS, family_at, text_encoder_classes
 from isocost.models.pretrained.wrappers import pack_mask, pack_pooled
 
 TEXTUAL_INVERSION_FAMILIES = ("sd", "sdxl", "flux")
@@ -56,11 +56,26 @@ class PipelineTextEncoder:
         classes = text_encoder_classes(family_at(folder), read_config(folder / MODEL_INDEX), folder)
         self.encoders = {name: load_encoder(folder / name, cls).to(self.device) for name, cls in classes.items()}
         self.tokenizers = {name: load_tokenizer(folder / name.replace("text_encoder", "tokenizer")) for name in classes}
-        width = self.encode([""]).shape[-1] - (self.family == "pixart")
+        self._check_tokenizers(folder)
+        try:
+            width = self.encode([""]).shape[-1] - (self.family == "pixart")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a tokenizer and an encoder that do not fit raise many kinds of errors
+            raise ConfigError(f"{folder}: its text encoders and tokenizers do not run: {first_line(error)}") from error
         if width != self.cross_attention_dim:
             raise ConfigError(
                 f"{folder}: the text encoder's embeddings have width {width}, the denoiser needs {self.cross_attention_dim}"
             )
+
+    def _check_tokenizers(self, folder: Path) -> None:
+        for name, tokenizer in self.tokenizers.items():
+            path, limit = folder / name.replace("text_encoder", "tokenizer"), tokenizer.model_max_length
+            if not self._is_t5(name) and not 3 <= limit <= MAX_PROMPT_TOKENS:
+                raise ConfigError(f"{path}: model_max_length = {limit}: must be the number of tokens of a prompt, usually 77")
+            encoder: Any = self.encoders[name]
+            if len(tokenizer) > encoder.get_input_embeddings().num_embeddings:
+                raise ConfigError(f"{path}: has {len(tokenizer)} tokens, more than the text encoder's embeddings")
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -159,5 +174,5 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder}: cannot load a tokenizer from it: {' '.join(str(error).split())[:200]}") from error
+    except Exception as error:  # transformers and tokenizers raise many kinds of errors for wrong files
+        raise ConfigError(f"{folder}: cannot load a tokenizer from it: {first_line(error)}") from error
