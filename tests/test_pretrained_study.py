@@ -151,7 +151,7 @@ def test_images_are_downsampled_to_the_scored_resolution(folders: list[Path], tm
         ({"data": {"resolution": 24, "reference": {"kind": "scenes", "num_images": 64}}}, "base generates 16 pixels"),
         ({"sweep": {"solvers": [{"name": "lcm"}], "num_steps": [2], "guidance": [1]}}, "none for base"),
         ({"sweep": {"solvers": [{"name": "ddim"}], "num_steps": [2], "guidance": [1]}}, "student, which is a few-step student"),
-        ({"checkpoints": ["{base}", "{copy}"]}, "both called"),
+        ({"checkpoints": ["{base}", "{copy}"]}, "has the same files as another checkpoint"),
     ],
 )
 def test_settings_that_a_checkpoint_does_not_support_are_refused_before_sampling(

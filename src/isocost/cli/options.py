@@ -45,7 +45,10 @@ Figures = Annotated[
 CHECKPOINT_HELP = "checkpoint folder OUT/artefacts/checkpoint/DIGEST"
 GUIDANCE_HELP = "guidance scale w in uncond + w (cond - uncond); 1 takes one network pass"
 NumSteps = Annotated[int | None, typer.Option("--steps", help="solver steps; default: 16, or 4 for a few-step student")]
-SolverName = Annotated[str | None, typer.Option("--solver", help="a name of `isocost list solvers`; default: the checkpoint's")]
+SolverName = Annotated[
+    str | None,
+    typer.Option("--solver", help="a name of `isocost list solvers`, own (the default) or nearest: the checkpoint's"),
+]
 TimestepSpacing = Annotated[str, typer.Option("--timestep-spacing", help="trailing, leading, linspace or karras")]
 Eta = Annotated[float, typer.Option("--eta", help="ddim: fraction of ancestral noise, from 0 to 1")]
 DType = Annotated[DTypeName, typer.Option("--dtype", help="data type of the network")]

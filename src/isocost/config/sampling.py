@@ -10,6 +10,10 @@ from isocost.config.base import Spec
 
 TIMESTEP_SPACING_NAMES = ("leading", "trailing", "linspace", "karras")
 
+OWN_SOLVER, NEAREST_SOLVER = "own", "nearest"
+FOLDER_SOLVERS = (OWN_SOLVER, NEAREST_SOLVER)
+"""Names in place of a solver: that of the checkpoint's folder, exactly, or the nearest solver of isocost."""
+
 TimestepSpacingName = Literal["leading", "trailing", "linspace", "karras"]
 
 

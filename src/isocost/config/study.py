@@ -13,7 +13,7 @@ from isocost.config.data import DataSpec, SourceSpec
 from isocost.config.evaluation import ProtocolSpec
 from isocost.config.finetune import ADAPTED_VARIANTS, NO_ADAPTER, DistillSpec, DreamboothSpec, SuperresSpec
 from isocost.config.model import AutoencoderSpec, FamilySpec, TextEncoderSpec
-from isocost.config.sweep import SweepSpec
+from isocost.config.sweep import NO_GUIDANCE, SweepSpec
 from isocost.config.training import TrainSpec
 from isocost.errors import ConfigError
 
@@ -119,6 +119,20 @@ class StudySpec(Spec):
         unknown = [width for width in self.seed_replicates.widths if width not in self.family.widths]
         if unknown:
             raise ValueError(f"seed_replicates.widths: {unknown[0]} is not in family.widths; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _check_guidance(self) -> StudySpec:
+        if self.checkpoints:
+            return self
+        parts = self.finetune_parts()
+        values = {"sweep": (*self.sweep.guidance, self.sweep.snapshot_guidance)}
+        values |= {f"{name}.sweep": (*part.sweep.guidance, part.sweep.snapshot_guidance) for name, part in parts.items()}
+        if self.dreambooth is not None:
+            values["dreambooth.prior"] = (self.dreambooth.prior.guidance,)
+        without_prompt = [key for key, guidance in values.items() if 0 in guidance]
+        if without_prompt:
+            raise ValueError(f"{without_prompt[0]}: {NO_GUIDANCE}")
         return self
 
     @model_validator(mode="after")

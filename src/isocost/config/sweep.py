@@ -12,6 +12,8 @@ from isocost.config.sampling import SolverSpec
 from isocost.config.types import NUM_TRAIN_TIMESTEPS, DTypeName
 
 DEFAULT_BATCH_SIZE = 64
+NO_GUIDANCE = "guidance = 0 samples without the prompt; give 1 for no guidance (one network pass per evaluation)"
+"""The error for guidance 0 of a model that is trained here."""
 
 
 class PointSpec(Spec):

@@ -7,6 +7,7 @@ from functools import cached_property, partial
 
 from torch import nn
 
+from isocost.config.sampling import SolverSpec
 from isocost.config.study import StudySpec
 from isocost.config.sweep import SweepSpec
 from isocost.config.training import TrainSpec
@@ -18,7 +19,7 @@ from isocost.experiments.study_assets import StudyAssets
 from isocost.models.checkpoint import CheckpointInfo, pretrained_info
 from isocost.models.components import DownsamplingDecoder, load_pipeline_autoencoder
 from isocost.models.pretrained.lora import split_loras
-from isocost.models.pretrained.pipeline_config import find_base_folder, source_digest
+from isocost.models.pretrained.pipeline_config import display_name, find_base_folder, source_digest
 from isocost.models.pretrained.prompt_encoder import PipelineTextEncoder
 from isocost.sampling.generate import PromptEmbeds, schedule_of
 from isocost.training.objectives import Objective
@@ -51,6 +52,8 @@ class PretrainedExperiment(Experiment):
         path_by_label: dict[str, str] = {}
         for path in self.study.checkpoints:
             info, name = pretrained_info(path), source_digest(path)
+            if info.label in path_by_label and info.pretrained is not None:  # two owners of one name
+                info = info.model_copy(update={"variant": display_name(info.pretrained.path, num_parts=2)})
             if info.label in path_by_label:
                 other = path_by_label[info.label]
                 raise ConfigError(f"checkpoints: {path} and {other} are both called {info.label}; rename a folder")
@@ -93,36 +96,43 @@ class PretrainedExperiment(Experiment):
                     f"data.resolution: {self.study.data.resolution}, but {info.variant} generates {info.resolution} pixels; "
                     "images are downsampled, never upsampled: set it to the smallest resolution among the checkpoints"
                 )
-            sweep = self.sweep_of(info)
+            sweep = self.sweeps[run.final]
             for solver in sweep.solvers:
                 for num_steps in sweep.num_steps:
                     solver_coefficients(solver, num_steps, schedule_of(info))
         self.assets.prepare_reference()
 
-    def sweep_of(self, info: CheckpointInfo) -> SweepSpec:
-        """Return the sweep with the solvers that a checkpoint supports.
+    @cached_property
+    def sweeps(self) -> dict[str, SweepSpec]:
+        """The sweep of every checkpoint, by its digest: with the solvers that it supports, and with its values of guidance.
 
         Raises:
-            ConfigError: the sweep has no such solver.
+            ConfigError: the sweep has no solver for a checkpoint, or isocost lacks the solver that a folder names.
         """
+        return {name: self._sweep_of(info) for name, info in self.infos.items()}
+
+    def _sweep_of(self, info: CheckpointInfo) -> SweepSpec:
+        solvers = tuple(dict.fromkeys(info.resolve_solver(solver) for solver in self.sweep.solvers))
+        guidance = tuple(dict.fromkeys(info.effective_guidance(value) for value in self.sweep.guidance))
+        sweep = self.sweep.model_copy(update={"guidance": guidance})
         if info.pretrained is not None and split_loras(info.pretrained.path)[1]:
-            return self._sweep_with_loras(info)
-        is_student = info.solver.name == "lcm"
-        solvers = tuple(solver for solver in self.sweep.solvers if (solver.name == "lcm") is is_student)
-        if not solvers:
+            return self._sweep_with_loras(info, sweep, solvers)
+        is_student = info.nearest_solver.name == "lcm"
+        supported = tuple(solver for solver in solvers if (solver.name == "lcm") is is_student)
+        if not supported:
             reason = "is a few-step student: add lcm" if is_student else "is not a few-step student: add a solver besides lcm"
             raise ConfigError(f"sweep.solvers: none for {info.variant}, which {reason}")
-        return self.sweep.model_copy(update={"solvers": solvers})
+        return sweep.model_copy(update={"solvers": supported})
 
-    def _sweep_with_loras(self, info: CheckpointInfo) -> SweepSpec:
-        solvers = tuple(solver for solver in self.sweep.solvers if not (solver.name == "lcm" and schedule_of(info).is_flow))
-        if not solvers:
+    def _sweep_with_loras(self, info: CheckpointInfo, sweep: SweepSpec, solvers: tuple[SolverSpec, ...]) -> SweepSpec:
+        supported = tuple(solver for solver in solvers if not (solver.name == "lcm" and schedule_of(info).is_flow))
+        if not supported:
             raise ConfigError(f"sweep.solvers: none for {info.variant}, which is a flow model: add a solver besides lcm")
-        return self.sweep.model_copy(update={"solvers": solvers})
+        return sweep.model_copy(update={"solvers": supported})
 
     def jobs(self, run: TrainingRun) -> list[EvalJob]:
         """Return the grid or the search cells of the checkpoint."""
-        return self.eval_jobs_of_run(run, self.sweep_of(self.pretrained(run)), self.protocol, partial(self._eval_context, run))
+        return self.eval_jobs_of_run(run, self.sweeps[run.final], self.protocol, partial(self._eval_context, run))
 
     def _eval_context(self, run: TrainingRun) -> EvalContext:
         """Build the context with the reference prompts in the checkpoint's own embedding, and its own autoencoder."""

@@ -9,6 +9,7 @@ isocost.json   size, width, images seen, paths of the autoencoder and the text e
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +23,21 @@ from torch import Tensor
 from isocost.config.base import Spec, parse_spec
 from isocost.config.model import ModelSpec, TextEncoderSpec
 from isocost.config.pretrained import PretrainedSpec
-from isocost.config.sampling import SolverSpec
+from isocost.config.sampling import FOLDER_SOLVERS, NEAREST_SOLVER, OWN_SOLVER, SolverSpec
+from isocost.config.sweep import NO_GUIDANCE
 from isocost.config.types import PredictionType, TaskName
 from isocost.errors import ConfigError
 from isocost.models.factory import NETWORK_FOLDERS, Network, component_name, read_network, write_config
 from isocost.models.flops import reference_gflop
 from isocost.models.pretrained.architectures import load_network
-from isocost.models.pretrained.files import is_pretrained
+from isocost.models.pretrained.files import explain_other_layout, is_pretrained
 from isocost.models.pretrained.lora import split_loras
 from isocost.models.pretrained.pipeline_config import family_at, find_base_folder, read_pipeline, source_digest
 from isocost.models.pretrained.wrappers import ConditionedDenoiser
 from isocost.models.streaming_safetensors import TensorLayout, write_streamed
 from isocost.utils.artifact_store import MANIFEST, read_manifest, verified_manifest
+
+logger = logging.getLogger(__name__)
 
 CONSISTENCY_METHODS = frozenset({"consistency", "codi", "codi-efficient"})
 """Distillation methods whose students are consistency models, sampled with the solver `lcm`."""
@@ -77,27 +81,68 @@ class CheckpointInfo(Spec):
     pretrained: PretrainedSpec | None = None
 
     @property
-    def solver(self) -> SolverSpec:
-        """Default solver."""
+    def nearest_solver(self) -> SolverSpec:
+        """The checkpoint's own solver, or the one that is nearest to the scheduler of a published checkpoint."""
         if self.pretrained is not None:
             return self.pretrained.solver
         return SolverSpec(name="lcm") if self.distilled in CONSISTENCY_METHODS else SolverSpec()
+
+    @property
+    def solver(self) -> SolverSpec:
+        """The checkpoint's own solver, which is the default.
+
+        Raises:
+            ConfigError: isocost has no solver that equals the scheduler of a published checkpoint.
+        """
+        if self.pretrained is not None and self.pretrained.solver_problem:
+            remedy = f"give a solver of `isocost list solvers`, or `{NEAREST_SOLVER}` for {self.pretrained.solver.label}"
+            raise ConfigError(f"{self.pretrained.solver_problem}; {remedy}")
+        return self.nearest_solver
+
+    def resolve_solver(self, requested: SolverSpec | None = None) -> SolverSpec:
+        """The solver that a request means: None and "own" are the checkpoint's own, "nearest" is the nearest one.
+
+        A message says so if the nearest solver differs from the checkpoint's own.
+
+        Raises:
+            ConfigError: see `solver`, or a spacing is given to "own" or "nearest".
+        """
+        if requested is not None and requested.name not in FOLDER_SOLVERS:
+            return requested
+        if requested is not None and requested != SolverSpec(name=requested.name):
+            raise ConfigError(f"solver {requested.name} takes spacing and eta from the checkpoint; leave them out")
+        if requested is None or requested.name == OWN_SOLVER:
+            return self.solver
+        if self.pretrained is not None and self.pretrained.solver_problem:
+            logger.warning(f"{self.variant}: sampled with {self.nearest_solver.label}: {self.pretrained.solver_problem}")
+        return self.nearest_solver
 
     @property
     def num_steps(self) -> int:
         """Default number of solver steps."""
         return 4 if self.distilled else 16
 
-    def check_guidance(self, guidance: float) -> None:
-        """
+    def effective_guidance(self, guidance: float) -> float:
+        """The w that stands for a requested guidance; every command and every sweep calls this function.
+
+        In diffusers' pipelines 0 means "no guidance". For a published checkpoint it is w = 1, one conditional pass, with a
+        message. If guidance is an input of the network, 0 is a value like any other.
+
         Raises:
-            ConfigError: a student with guidance as an input was not trained on this value.
+            ConfigError: guidance is 0 for a model that was trained here, or a student with guidance as an input was not trained
+                on this value.
         """
+        if guidance == 0 and not self.model.embeds_guidance:
+            if self.pretrained is None:
+                raise ConfigError(NO_GUIDANCE)
+            logger.warning(f"{self.variant}: guidance 0 means no guidance, as in diffusers; it is w = 1 here")
+            return 1.0
         if self.guidance_range is not None and not self.guidance_range[0] <= guidance <= self.guidance_range[1]:
             low, high = self.guidance_range
             raise ConfigError(
                 f"guidance = {guidance:g}: this student was trained on guidance {low:g} to {high:g}; choose one of these values"
             )
+        return guidance
 
     @property
     def label(self) -> str:
@@ -189,7 +234,7 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu", dtyp
             supported, or it has changed since it was added to an output folder.
         RunError: a file does not match its checksum.
     """
-    path = Path(folder)
+    path = Path(folder).expanduser()
     if (path / MANIFEST).is_file():
         verified_manifest(path)
     info = read_info(path)
@@ -233,12 +278,15 @@ def read_info(path: Path) -> CheckpointInfo:
     Raises:
         ConfigError: the folder does not exist or is not a checkpoint, or its weights are pickled.
     """
+    path = path.expanduser()
     if not (path / MANIFEST).is_file() and is_pretrained(split_loras(path)[0]):
         return pretrained_info(path)
     if path.is_file() and path.suffix in PICKLE_SUFFIXES:
         raise ConfigError(
             f"{path}: pickled weights are refused (they can run code when loaded); convert to a safetensors folder"
         )
+    if not (path / MANIFEST).is_file() and (explanation := explain_other_layout(split_loras(path)[0])):
+        raise ConfigError(explanation)
     if not path.is_dir():
         raise ConfigError(f"{path}: no such checkpoint folder; `isocost run` writes checkpoints to OUT/artefacts/checkpoint/")
     if (path / MANIFEST).is_file() and _is_pretrained_entry(manifest := read_manifest(path)):

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from isocost.config.sampling import FOLDER_SOLVERS
 from isocost.config.study import StudySpec
 from isocost.config.study_yaml import dump_study, load_study
 from isocost.config.types import TaskName
@@ -74,7 +75,8 @@ class Pipeline:
         sweeps += [(part.sweep, part.metric or study.report.metric) for part in study.finetune_parts().values()]
         for sweep, metric in sweeps:
             for solver in sweep.solvers:
-                SOLVERS.check(solver.name, f"{study.name}: sweep.solvers")
+                if not (study.checkpoints and solver.name in FOLDER_SOLVERS):
+                    SOLVERS.check(solver.name, f"{study.name}: sweep.solvers")
                 for num_steps in () if study.checkpoints else (*sweep.num_steps, sweep.snapshot_num_steps):
                     solver_coefficients(solver, num_steps, NoiseSchedule.scaled_linear())
             metric_of(metric)

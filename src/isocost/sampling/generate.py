@@ -20,6 +20,7 @@ from isocost.data.latent_cache import NULL_CAPTION
 from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.models.autoencoder import Autoencoder, images_per_call
 from isocost.models.checkpoint import CheckpointInfo
+from isocost.models.pretrained.prompt_encoder import PipelineTextEncoder
 from isocost.models.text_encoder import TextEncoder
 from isocost.sampling.denoiser import Denoiser
 from isocost.sampling.engine import Engine
@@ -52,6 +53,8 @@ class PromptEmbeds:
         """Encode the prompts and the empty prompt."""
         distinct = sorted(set(prompts))
         index_of = {prompt: index for index, prompt in enumerate(distinct)}
+        if isinstance(text_encoder, PipelineTextEncoder):
+            text_encoder.warn_about_cut(distinct)
         texts = [*distinct, NULL_CAPTION]
         started = time.perf_counter()
         batches = [text_encoder.encode(texts[start : start + ENCODE_BATCH]) for start in range(0, len(texts), ENCODE_BATCH)]

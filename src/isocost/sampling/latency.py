@@ -147,8 +147,8 @@ def latency(
     info = opened.info
     if guidance is None:
         guidance = DEFAULT_GUIDANCE if info.scale is None else DEFAULT_UPSCALING_GUIDANCE
-    info.check_guidance(guidance)
-    spec = solver or info.solver
+    guidance = info.effective_guidance(guidance)
+    spec = info.resolve_solver(solver)
     coefficients = solver_coefficients(spec, info.num_steps if num_steps is None else num_steps, schedule_of(info))
     SampleRequest(0, 0, coefficients, guidance)  # rejects an invalid guidance before more is loaded
     autoencoder = load_checkpoint_autoencoder(opened, target)

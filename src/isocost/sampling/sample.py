@@ -136,7 +136,7 @@ class Model:
             solver: a name of `isocost.list_solvers()` or its full specification; by default the checkpoint's own: DDIM, or LCM
                 for a consistency student.
             num_steps: by default 16, and 4 for a few-step student.
-            guidance: w in `uncond + w (cond - uncond)`.
+            guidance: w in `uncond + w (cond - uncond)`; 1 is no guidance. For a published checkpoint 0 means 1.
             num_images: K, images per prompt.
             seed: of the noise.
             negative_prompt: replaces the empty prompt in guidance's unconditional pass.
@@ -152,12 +152,12 @@ class Model:
             raise ConfigError(f"num_images = {num_images}: give at least 1")
         if negative_prompt is not None and guidance in (0, 1):
             raise ConfigError("a negative prompt has no effect at guidance 0 or 1; give a guidance above 1, or leave it out")
-        info.check_guidance(guidance)
+        guidance = info.effective_guidance(guidance)
         if negative_prompt is not None and info.model.embeds_guidance:
             raise ConfigError(
                 f"{self.checkpoint}: a guidance-distilled student has no unconditional pass; leave the negative prompt out"
             )
-        spec = SolverSpec(name=solver) if isinstance(solver, str) else solver or info.solver
+        spec = info.resolve_solver(SolverSpec(name=solver) if isinstance(solver, str) else solver)
         coefficients = solver_coefficients(spec, info.num_steps if num_steps is None else num_steps, schedule_of(info))
         negative_index = None if negative_prompt is None else len(prompts)
         requests = [

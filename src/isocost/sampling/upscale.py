@@ -103,9 +103,9 @@ def upscale(
     min_overlap = min(int(overlap * tile_size), tile_size - unit)
     tiling = Tiling.from_size(enlarged.shape[1], enlarged.shape[2], tile_size, min_overlap, unit)
     started = time.perf_counter()
-    info.check_guidance(guidance)
+    guidance = info.effective_guidance(guidance)
     steps = info.num_steps if num_steps is None else num_steps
-    coefficients = solver_coefficients(solver or info.solver, steps, schedule_of(info))
+    coefficients = solver_coefficients(info.resolve_solver(solver), steps, schedule_of(info))
     requests = [SampleRequest(i, 0, coefficients, guidance, seed=seed) for i in range(len(tiling.corners))]
     concat_cond = torch.cat([autoencoder.encode(tile)[0].float().cpu() for tile in tiling.cut(enlarged).split(1)])
     latent_height, latent_width = (length // autoencoder.factor for length in enlarged.shape[1:])

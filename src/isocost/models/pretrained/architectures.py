@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from isocost.config.pretrained import FamilyName
 from isocost.errors import ConfigError
-from isocost.models.pretrained.files import load_module, read_config
+from isocost.models.pretrained.files import first_line, load_module, read_config
 from isocost.models.pretrained.lora import Lora, check_loras, fuse_loras
 from isocost.models.pretrained.wrappers import (
     FLUX_PATCH,
@@ -119,14 +119,40 @@ FAMILIES = (
 )
 FLUX_LATENT_SIZE = 128
 """Latent size that diffusers' Flux pipeline uses by default."""
+SAME_NETWORKS = {
+    "StableDiffusionPipeline": (
+        *("StableDiffusionPAGPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionPAGImg2ImgPipeline"),
+        *("StableDiffusionInpaintPipeline", "StableDiffusionPAGInpaintPipeline"),
+    ),
+    "LatentConsistencyModelPipeline": ("LatentConsistencyModelImg2ImgPipeline",),
+    "StableDiffusionXLPipeline": (
+        *("StableDiffusionXLPAGPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLPAGImg2ImgPipeline"),
+        *("StableDiffusionXLInpaintPipeline", "StableDiffusionXLPAGInpaintPipeline"),
+    ),
+    "PixArtSigmaPipeline": ("PixArtSigmaPAGPipeline",),
+    "StableDiffusion3Pipeline": (
+        *("StableDiffusion3PAGPipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3PAGImg2ImgPipeline"),
+        "StableDiffusion3InpaintPipeline",
+    ),
+    "FluxPipeline": ("FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+}
+"""Pipelines with the networks of a text-to-image pipeline. A folder of one is sampled as text-to-image, without perturbed
+attention; a denoiser with further input channels is refused as everywhere."""
+PIPELINE_OF = {other: pipeline for pipeline, others in SAME_NETWORKS.items() for other in others}
 PIPELINES = {pipeline: family for family in FAMILIES for pipeline in family.pipelines}
 _UNSUPPORTED_UNET_FIELDS = (
     *("class_embed_type", "encoder_hid_dim", "encoder_hid_dim_type", "dual_cross_attention", "num_class_embeds"),
-    *("time_embedding_act_fn", "timestep_post_act", "mid_block_only_cross_attention", "reverse_transformer_layers_per_block"),
+    *("time_embedding_act_fn", "timestep_post_act", "mid_block_only_cross_attention"),
 )
 _OTHER_UNET_TASKS = {8: "for image editing or super-resolution", 9: "for inpainting"}
 _OTHER_FLUX_TASKS = {128: "for depth or edge control", 384: "for inpainting"}
 """Tasks of published denoisers that are not text-to-image, by their input channels."""
+
+
+def text_to_image_pipeline(index: Mapping[str, Any]) -> str:
+    """The text-to-image pipeline with the networks of the pipeline that `model_index.json` names."""
+    name = index.get("_class_name")
+    return PIPELINE_OF.get(name, name) if isinstance(name, str) else repr(name)
 
 
 def family_of(index: Mapping[str, Any], file: Path) -> PipelineFamily:
@@ -139,10 +165,12 @@ def family_of(index: Mapping[str, Any], file: Path) -> PipelineFamily:
     Raises:
         ConfigError: the pipeline or its denoiser is not supported.
     """
-    pipeline = index.get("_class_name")
+    pipeline = text_to_image_pipeline(index)
     if pipeline not in PIPELINES:
         raise ConfigError(f"{file}: the pipeline {pipeline} is not supported; supported: {', '.join(PIPELINES)}")
     family = PIPELINES[pipeline]
+    if index.get("requires_aesthetics_score"):
+        raise ConfigError(f"{file}: requires_aesthetics_score = True: a refiner of images; only text-to-image is supported")
     entry = index.get(family.denoiser_folder)
     if not isinstance(entry, list) or len(entry) != 2 or entry[1] not in family.denoiser_classes:
         needed = " or ".join(family.denoiser_classes)
@@ -160,8 +188,10 @@ def check_denoiser(family: PipelineFamily, config: Mapping[str, Any], latent_cha
         raise ConfigError(f"{file}: _class_name = {config.get('_class_name')}: supported classes: {supported}")
     in_channels = config.get("in_channels")
     is_flux = family.name == "flux"
+    if not isinstance(in_channels, int) or isinstance(in_channels, bool):
+        raise ConfigError(f"{file}: in_channels = {in_channels!r}: must be a number of channels")
     if in_channels != latent_channels * (FLUX_PATCH**2 if is_flux else 1):
-        other_task = (_OTHER_FLUX_TASKS if is_flux else _OTHER_UNET_TASKS).get(int(in_channels or 0))
+        other_task = (_OTHER_FLUX_TASKS if is_flux else _OTHER_UNET_TASKS).get(in_channels)
         if other_task is None:
             problem = f"does not fit the autoencoder's {latent_channels} latent channels"
         else:
@@ -234,9 +264,8 @@ def _build_on_meta(family: PipelineFamily, config: Mapping[str, Any]) -> nn.Modu
     try:
         with torch.device("meta"):
             network: nn.Module = family.denoiser_type.from_config(arguments).eval()  # type: ignore[attr-defined]
-    except (ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"diffusers cannot build a {family.denoiser_classes[0]} from it: {reason}") from error
+    except Exception as error:  # diffusers raises many kinds of errors for a wrong config
+        raise ConfigError(f"diffusers cannot build a {family.denoiser_classes[0]} from it: {first_line(error)}") from error
     return network
 
 
@@ -277,7 +306,9 @@ def latent_size(
     """
     if family.name != "flux":
         size = config.get("sample_size")
-        if not isinstance(size, int) or size < 1:
+        if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1]:
+            size = size[0]
+        if not isinstance(size, int) or not _is_positive_integer(size):
             raise ConfigError(f"{file}: sample_size = {size}: must be one positive number, the size of a square latent")
         return size
     pixels = autoencoder.get("sample_size", FLUX_LATENT_SIZE * factor)
@@ -287,6 +318,10 @@ def latent_size(
             f"images, a multiple of {FLUX_PATCH * factor}"
         )
     return pixels // factor
+
+
+def _is_positive_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def count_denoiser(
@@ -310,7 +345,24 @@ def count_denoiser(
 @lru_cache(maxsize=64)
 def _count_denoiser(pipeline: str, config_json: str, num_tokens: int, resolution: int, latent_size: int) -> DenoiserCost:
     family, config = PIPELINES[pipeline], json.loads(config_json)
-    network = family.wrap(_build_on_meta(family, config), resolution)
+    try:
+        network = family.wrap(_build_on_meta(family, config), resolution)
+        guidance_embed_dim, gflop = _count_forward(family, config, network, num_tokens, latent_size)
+        width = int(config["block_out_channels"][0] if family.denoiser_folder == "unet" else _transformer_width(config))
+    except ConfigError:
+        raise
+    except Exception as error:  # diffusers and torch raise many kinds of errors for a wrong config
+        raise ConfigError(
+            f"a {family.denoiser_classes[0]} with this config does not run ({first_line(error)}); correct the config"
+        ) from error
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    return DenoiserCost(num_parameters, gflop, width, guidance_embed_dim)
+
+
+def _count_forward(
+    family: PipelineFamily, config: Mapping[str, Any], network: nn.Module, num_tokens: int, latent_size: int
+) -> tuple[int | None, float]:
+    """Width of the guidance embedding, and GFLOP of a forward pass of one sample."""
     embed_dim, num_embeds, channels = int(config.get(family.embed_dim_field) or 0), num_tokens, int(config["in_channels"])
     guidance_embed_dim = config.get("time_cond_proj_dim")
     if isinstance(network, ConditionedDenoiser):
@@ -321,17 +373,9 @@ def _count_denoiser(pipeline: str, config_json: str, num_tokens: int, resolution
     options = {}
     if guidance_embed_dim is not None:
         options["timestep_cond"] = torch.empty(1, guidance_embed_dim, device="meta")
-    try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
-            network(latents, torch.zeros(1), torch.empty(1, num_embeds, embed_dim), **options)
-    except (ValueError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"a {family.denoiser_classes[0]} with this config does not run ({reason}); correct the config"
-        ) from error
-    num_parameters = sum(parameter.numel() for parameter in network.parameters())
-    width = config["block_out_channels"][0] if family.denoiser_folder == "unet" else _transformer_width(config)
-    return DenoiserCost(num_parameters, counter.get_total_flops() / 1e9, int(width), guidance_embed_dim)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
+        network(latents, torch.zeros(1), torch.empty(1, num_embeds, embed_dim), **options)
+    return guidance_embed_dim, counter.get_total_flops() / 1e9
 
 
 def _transformer_width(config: Mapping[str, Any]) -> int:

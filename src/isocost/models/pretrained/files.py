@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from torch import nn
 
 from isocost.config.base import digest
@@ -30,9 +29,21 @@ OTHER_FOLDERS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 """File names of weights in diffusers and in transformers, without suffix."""
-VARIANTS = ("", ".fp16")
+VARIANTS = ("", ".fp32", ".fp16", ".bf16", ".ema", ".non_ema")
+"""Variants of weights in the order of preference."""
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".sft")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 IGNORED_FILES = ("*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.xml", "*.non_ema.*", "*openvino*", "*flax*")
+
+QUANTISED = "quantised weights are not supported; load the pipeline with diffusers, dequantise it and save it in bf16 or fp16"
+"""Ending of the errors for quantised networks."""
+MAX_SIZE = 10_000_000
+_LIMITS = {"layers": 200, "sample_size": 8192, "pos_embed_max_size": 512, "block_out_channels": 65_536}
+"""Largest numbers in the config of a network, by a part of the field's name. Published networks have at most 57 layers."""
+_FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+_SCALES = (".scale_weight", "scaled_fp8", ".SCB", ".weight_scale", ".weight._scale")
+"""Ends of the names of scales in quantised weights."""
+MAX_FILE_NAME = 255
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -42,7 +53,29 @@ def is_pretrained(path: str | Path) -> bool:
     folder = Path(path)
     if folder.exists():
         return (folder / MODEL_INDEX).is_file()
+    if folder.suffix in (*WEIGHT_SUFFIXES, *PICKLE_SUFFIXES):
+        return False
     return HUB_ID.fullmatch(str(path)) is not None
+
+
+def explain_other_layout(path: str | Path) -> str:
+    """One line about weights that are no diffusers folder, with the remedy; empty if there are none at a path.
+
+    Such weights are a single file, as of Civitai, or a folder of single files, as ComfyUI and other programs have.
+    """
+    source = Path(path)
+    convert = "PIPELINE.from_single_file(FILE).save_pretrained(FOLDER) of diffusers, with its pipeline class for the model"
+    if source.is_file():
+        return f"{path}: a single file, not a diffusers pipeline folder; convert it: {convert}"
+    if not source.is_dir() or (source / MODEL_INDEX).is_file():
+        return ""
+    files = [file for folder in (source, *sorted(source.iterdir())) if folder.is_dir() for file in sorted(folder.iterdir())]
+    weights = [file for file in files if file.suffix in (*WEIGHT_SUFFIXES, *PICKLE_SUFFIXES)]
+    if (source / "config.json").is_file() and weights:
+        return f"{path}: one network, not a pipeline folder with a {MODEL_INDEX}; give the folder of the whole pipeline"
+    if weights:
+        return f"{path}: has {weights[0].relative_to(source)}, but no {MODEL_INDEX} of diffusers; convert a file: {convert}"
+    return ""
 
 
 def find_folder(path: str | Path) -> Path:
@@ -52,9 +85,11 @@ def find_folder(path: str | Path) -> Path:
         ConfigError: there is no such folder, and the Hub id cannot be downloaded.
     """
     folder = Path(path)
-    if folder.is_dir():
+    if folder.is_dir() and not explain_other_layout(folder):
         return folder
-    if HUB_ID.fullmatch(str(path)) is None:
+    if folder.exists():
+        raise ConfigError(explain_other_layout(path))
+    if HUB_ID.fullmatch(str(path)) is None or folder.suffix in (*WEIGHT_SUFFIXES, *PICKLE_SUFFIXES):
         raise ConfigError(f"{path}: no such folder, and not a Hub id (OWNER/NAME)")
     name, _, revision = str(path).partition("@")
     needed = [MODEL_INDEX, *(f"{subfolder}/*" for subfolder in (*WEIGHT_FOLDERS, *OTHER_FOLDERS))]
@@ -78,11 +113,47 @@ def read_config(file: Path) -> dict[str, Any]:
         raise ConfigError(_missing(file))
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or an integer of too many digits
+        raise ConfigError(f"{file}: not JSON: {' '.join(str(error).split())[:160]}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{file}: not a JSON object")
     return config
+
+
+def read_component_config(file: Path) -> dict[str, Any]:
+    """Read the config of a network, and refuse what would not load or would take forever.
+
+    Raises:
+        ConfigError: the file is missing or is not a JSON object, the network is quantised, or a number is too large.
+    """
+    config = read_config(file)
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ConfigError(f"{file}: quantization_config: {str(method)[:40]}: {QUANTISED}")
+    for key, value in config.items():
+        if key.startswith("_"):
+            continue
+        limit = next((limit for name, limit in _LIMITS.items() if name in key), MAX_SIZE)
+        largest = max(_numbers_in(value), default=0)
+        if largest > limit:
+            raise ConfigError(
+                f"{file}: {key} = {str(value)[:60]}: too large; isocost reads networks with at most {limit:,} here"
+            )
+    return config
+
+
+def _numbers_in(value: Any) -> Iterator[float]:
+    """All numbers in a value of JSON."""
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, int | float) and not isinstance(item, bool):
+            yield abs(item)
+        elif isinstance(item, list | tuple):
+            pending += item
+        elif isinstance(item, dict):
+            pending += item.values()
 
 
 def _missing(file: Path) -> str:
@@ -90,15 +161,16 @@ def _missing(file: Path) -> str:
 
 
 def weight_files(folder: Path) -> tuple[str, list[Path]]:
-    """Find the weights of a network folder. Full precision is preferred to fp16.
+    """Find the weights of a network folder: of the first variant of `VARIANTS` that exists, or of the only other one.
 
     Returns:
-        The variant ("" or "fp16") and the files, all of them complete.
+        The variant ("", "fp16", ...) and the files, all of them complete.
 
     Raises:
         ConfigError: a file is missing or truncated, or there are only pickled weights; the message names the file.
     """
-    for variant in VARIANTS:
+    others = _other_variants(folder)
+    for variant in (*VARIANTS, *(others if len(others) == 1 else ())):
         for stem in WEIGHT_STEMS:
             single = folder / f"{stem}{variant}.safetensors"
             indices = [folder / f"{stem}.safetensors.index{variant}.json", folder / f"{stem}{variant}.safetensors.index.json"]
@@ -107,6 +179,9 @@ def weight_files(folder: Path) -> tuple[str, list[Path]]:
                 shards = read_config(index).get("weight_map")
                 if not isinstance(shards, dict) or not shards:
                     raise ConfigError(f"{index}: has no weight_map")
+                invalid = next((name for name in shards.values() if not _is_file_name(name)), None)
+                if invalid is not None:
+                    raise ConfigError(f"{index}: weight_map: {str(invalid)[:60]!r} is not the name of a file in this folder")
                 files = [folder / name for name in sorted(set(shards.values()))]
             elif single.is_file():
                 files = [single]
@@ -118,14 +193,29 @@ def weight_files(folder: Path) -> tuple[str, list[Path]]:
     pickles = sorted(file for file in folder.glob("*") if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise ConfigError(f"{pickles[0]}: pickled weights are refused (they can run code when loaded); convert to safetensors")
+    if len(others) > 1:
+        names = ", ".join(name.lstrip(".") for name in others)
+        raise ConfigError(f"{folder}: has the variants {names} of its weights; keep one of them")
     stem = WEIGHT_STEMS[folder.name.startswith("text_encoder")]
     raise ConfigError(_missing(folder / f"{stem}.safetensors"))
+
+
+def _is_file_name(name: Any) -> bool:
+    is_text = isinstance(name, str) and name.isprintable() and len(name.encode(errors="replace")) <= MAX_FILE_NAME
+    return is_text and name not in ("", ".", "..") and "/" not in name and "\\" not in name
+
+
+def _other_variants(folder: Path) -> list[str]:
+    """Variants in the names of weight files that are not in `VARIANTS`, with their leading dot."""
+    pattern = re.compile(rf"(?:{'|'.join(WEIGHT_STEMS)})(\.[\w-]+?)(?:-\d+-of-\d+)?\.safetensors")
+    matches = (pattern.fullmatch(file.name) for file in folder.glob("*.safetensors"))
+    return sorted({match[1] for match in matches if match is not None} - set(VARIANTS))
 
 
 def check_complete(file: Path) -> None:
     """
     Raises:
-        ConfigError: a safetensors file is missing, or its length differs from the length in its header.
+        ConfigError: a safetensors file is missing, it is truncated, or its weights are quantised.
     """
     if not file.is_file():
         raise ConfigError(_missing(file))
@@ -135,12 +225,17 @@ def check_complete(file: Path) -> None:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         header = opened.read(length) if 8 + length <= size else b""
     try:
-        tensors = [value for key, value in json.loads(header).items() if key != "__metadata__"]
-        end = 8 + length + max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        tensors = {key: value for key, value in json.loads(header).items() if key != "__metadata__"}
+        end = 8 + length + max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
+        types = {key: str(tensor["dtype"]) for key, tensor in tensors.items()}
+    except (ValueError, AttributeError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise ConfigError(f"{file}: not a complete safetensors file; download it again") from error
     if end != size:
         raise ConfigError(f"{file}: truncated: it has {size:,} bytes, its header needs {end:,}; download it again")
+    for key, type_name in types.items():
+        is_integer_weight = type_name not in _FLOAT_TYPES and "weight" in key
+        if type_name.startswith(("F8", "F4", "F6")) or is_integer_weight or key.endswith(_SCALES):
+            raise ConfigError(f"{file}: {key} has type {type_name}: {QUANTISED}")
 
 
 def load_module(network_class: type[M], folder: Path, dtype: torch.dtype = torch.float32) -> M:
@@ -154,26 +249,33 @@ def load_module(network_class: type[M], folder: Path, dtype: torch.dtype = torch
     Raises:
         ConfigError: files are missing, pickled or truncated, lack weights that the config requires, or contain NaN or inf.
     """
-    read_config(folder / "config.json")
+    read_component_config(folder / "config.json")
     variant, _ = weight_files(folder)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "variant": variant or None}
     is_diffusers = network_class.__module__.startswith("diffusers")
     options |= {"torch_dtype" if is_diffusers else "dtype": dtype}
     try:
         network, loading_info = network_class.from_pretrained(str(folder), **options)  # type: ignore[attr-defined]
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise ConfigError(f"{folder}: cannot load it: {' '.join(str(error).split())[:200]}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # diffusers and transformers raise many kinds of errors for a wrong config
+        raise ConfigError(f"{folder}: cannot load it: {first_line(error)}") from error
     check_loaded(network, loading_info, folder)
     loaded: M = network.eval().requires_grad_(False)
     return loaded
 
 
-def content_digest(folder: Path, loras: Sequence[tuple[Path, float]] = ()) -> str:
+def first_line(error: BaseException) -> str:
+    """The message of another library's error in one line, with its kind if it has no message."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def content_digest(folder: Path, loras: Sequence[tuple[Sequence[Path], float]] = ()) -> str:
     """Digest of everything that determines the images of a checkpoint: configs, tokenizers and weights.
 
     Args:
         folder: pipeline folder.
-        loras: LoRA files and their scales.
+        loras: the files of every LoRA, and its scale.
 
     Returns:
         16 hexadecimal digits.
@@ -186,6 +288,6 @@ def content_digest(folder: Path, loras: Sequence[tuple[Path, float]] = ()) -> st
         if name in WEIGHT_FOLDERS and (component / "config.json").is_file():
             files += weight_files(component)[1]
     hashes = {str(file.relative_to(folder)): file_sha256(file) for file in sorted(set(files))}
-    lora_hashes = [[file_sha256(file), scale] for file, scale in loras]
+    lora_hashes = [[*(file_sha256(file) for file in files), scale] for files, scale in loras]
     lora_entry = {"loras": lora_hashes} if lora_hashes else {}
     return digest({"stage": "pretrained", "version": 1, "files": hashes, **lora_entry})

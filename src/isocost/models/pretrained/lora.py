@@ -22,15 +22,18 @@ import diffusers
 import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import safe_open
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from isocost.errors import ConfigError
-from isocost.models.pretrained.files import PICKLE_SUFFIXES, check_complete
+from isocost.models.pretrained.files import PICKLE_SUFFIXES, check_complete, first_line, read_config
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 """Default file name of a LoRA in diffusers."""
+ADAPTER_NAME, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""File names of a LoRA that the package peft saved; its alpha is in the config."""
+_ADAPTER_PREFIX = "base_model.model."
 _PLUS = re.compile(r"(?:^|\s)\+(?:\s|$)")
 _PATH_AND_SCALE = re.compile(r"(.+?)(?::([+-]?(?:\d+\.?\d*|\.\d+)))?")
 _HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@([\w.-]+))?(?:/(.+\.safetensors))?")
@@ -59,7 +62,7 @@ class Lora:
     def name(self) -> str:
         """Name in tables: the file name, or the name of the folder or repository if the file has diffusers' default name."""
         path = Path(self.path)
-        name = path.parent.name if path.name == WEIGHT_NAME else path.name.removesuffix(".safetensors")
+        name = path.parent.name if path.name in (WEIGHT_NAME, ADAPTER_NAME) else path.name.removesuffix(".safetensors")
         return name if self.scale == 1 else f"{name}:{self.scale:g}"
 
 
@@ -69,19 +72,19 @@ def split_loras(source: str | Path) -> tuple[str, tuple[Lora, ...]]:
     Raises:
         ConfigError: one side of a plus is empty, or a scale is 0.
     """
-    if Path(source).is_dir():
-        return str(source), ()
+    if Path(source).expanduser().is_dir():
+        return str(Path(source).expanduser()), ()
     base, *terms = _PLUS.split(str(source))
     loras = []
     for term in terms:
         match = _PATH_AND_SCALE.fullmatch(term.strip())
         if not base.strip() or match is None:
             raise ConfigError(f"{source}: write CHECKPOINT + LORA, or CHECKPOINT + LORA:SCALE")
-        lora = Lora(match[1], 1.0 if match[2] is None else float(match[2]))
+        lora = Lora(os.path.expanduser(match[1]), 1.0 if match[2] is None else float(match[2]))
         if lora.scale == 0:
             raise ConfigError(f"{source}: {lora.path} at scale 0 does nothing; remove it")
         loras.append(lora)
-    return base.strip(), tuple(loras)
+    return os.path.expanduser(base.strip()), tuple(loras)
 
 
 def absolute_source(source: str | Path) -> str:
@@ -106,7 +109,7 @@ def find_lora(lora: Lora) -> Path:
     elif not path.is_file() and (match := _HUB_FILE.fullmatch(lora.path)) is not None:
         name, revision, file = match.groups()
         try:
-            path = Path(hf_hub_download(name, file or WEIGHT_NAME, revision=revision))
+            path = _download(name, revision, file)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = " ".join(str(error).split())[:160]
             raise ConfigError(
@@ -118,6 +121,28 @@ def find_lora(lora: Lora) -> Path:
         raise ConfigError(f"{path}: no such LoRA; give a safetensors file, a folder of one, or a Hub id")
     check_complete(path)
     return path
+
+
+def _download(name: str, revision: str | None, file: str | None) -> Path:
+    """Download a LoRA file of a Hub repository; by default diffusers' file or, if it is absent, peft's with its config."""
+    if file is not None:
+        return Path(hf_hub_download(name, file, revision=revision))
+    try:
+        return Path(hf_hub_download(name, WEIGHT_NAME, revision=revision))
+    except EntryNotFoundError:
+        hf_hub_download(name, ADAPTER_CONFIG, revision=revision)
+        return Path(hf_hub_download(name, ADAPTER_NAME, revision=revision))
+
+
+def lora_files(lora: Lora) -> list[Path]:
+    """The files that determine the update of a LoRA: its weights, and the config of one that peft saved.
+
+    Raises:
+        ConfigError: see `find_lora`.
+    """
+    file = find_lora(lora)
+    config = file.with_name(ADAPTER_CONFIG)
+    return [file, config] if file.name == ADAPTER_NAME and config.is_file() else [file]
 
 
 def _only_file(folder: Path) -> Path:
@@ -156,9 +181,16 @@ def read_lora(file: Path, pipeline: str, denoiser_folder: str, config: Mapping[s
     Raises:
         ConfigError: the file is not a LoRA of this pipeline, has weights other than up and down, or changes text encoders.
     """
-    with safe_open(file, "pt") as opened:
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        metadata_json = (opened.metadata() or {}).get(_METADATA, "{}")
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            metadata_json = (opened.metadata() or {}).get(_METADATA, "{}")
+    except SafetensorError as error:
+        raise ConfigError(f"{file}: not a complete safetensors file: {first_line(error)}; download it again") from error
+    damaged = next((key for key, value in tensors.items() if not bool(value.isfinite().all())), None)
+    if damaged is not None:
+        raise ConfigError(f"{file}: {damaged} contains NaN or inf; the weights are damaged, download them again")
+    metadata, tensors = _peft_adapter(file, tensors, denoiser_folder)
     for key in tensors:
         method = next((method for substring, method in _UNSUPPORTED_KEYS.items() if substring in key), None)
         if method is not None:
@@ -168,13 +200,38 @@ def read_lora(file: Path, pipeline: str, denoiser_folder: str, config: Mapping[s
         raise ConfigError(f"{file}: diffusers supports no LoRA for a {pipeline}")
     options: dict[str, Any] = {"return_alphas": True} if pipeline == "FluxPipeline" else {}
     options |= {"unet_config": _AttributeDict(config)} if pipeline == "StableDiffusionXLPipeline" else {}
+    traced = {key: tensor.requires_grad_(tensor.is_floating_point()) for key, tensor in tensors.items()}
     try:
-        metadata, converted = json.loads(metadata_json), convert(dict(tensors), **options)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-        raise ConfigError(f"{file}: not a LoRA of a {pipeline}: {' '.join(str(error).split())[:160]}") from error
+        metadata = {**json.loads(metadata_json), **metadata}
+        with torch.enable_grad():
+            converted = convert({key: tensor.view_as(tensor) for key, tensor in traced.items()}, **options)
+    except Exception as error:  # diffusers raises many kinds of errors for weights that it does not know
+        raise ConfigError(f"{file}: not a LoRA of a {pipeline}: {first_line(error)}") from error
     weights, alphas = converted if isinstance(converted, tuple) else (converted, None)
     _refuse_text_encoder_weights(file, weights)
-    return _layer_updates(file, weights, {**(alphas or {})}, metadata, denoiser_folder)
+    _refuse_unused_weights(file, traced, weights)
+    detached = {key: value.detach() for key, value in weights.items()}
+    return _layer_updates(file, detached, {**(alphas or {})}, metadata, denoiser_folder)
+
+
+def _peft_adapter(file: Path, tensors: dict[str, Tensor], denoiser_folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Options and weights with the prefix of the denoiser, if peft saved the file; else no options and the same weights.
+
+    Raises:
+        ConfigError: the adapter's config is missing, or the adapter is no LoRA or changes the weights of the network.
+    """
+    if not tensors or not all(key.startswith(_ADAPTER_PREFIX) for key in tensors):
+        return {}, tensors
+    options = read_config(file.with_name(ADAPTER_CONFIG))
+    if options.get("peft_type") != "LORA":
+        raise ConfigError(f"{file.parent}: peft_type = {options.get('peft_type')}: only adapters of type LORA are supported")
+    if options.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal"):
+        raise ConfigError(
+            f"{file.parent}: init_lora_weights = {options['init_lora_weights']}: it changes the weights of the network too; "
+            "merge it with peft and save the pipeline"
+        )
+    renamed = {f"{denoiser_folder}.{key.removeprefix(_ADAPTER_PREFIX)}": value for key, value in tensors.items()}
+    return {f"{denoiser_folder}.{key}": value for key, value in options.items()}, renamed
 
 
 class _AttributeDict(dict[str, Any]):
@@ -191,6 +248,31 @@ def _refuse_text_encoder_weights(file: Path, weights: Mapping[str, Any]) -> None
             f"{file}: {len(text_keys)} of its weights are for text encoders (the first is {text_keys[0]}), which is not "
             "supported; fuse it with diffusers and save the pipeline"
         )
+
+
+@torch.enable_grad()
+def _refuse_unused_weights(file: Path, weights: Mapping[str, Tensor], converted: Mapping[str, Tensor]) -> None:
+    """Refuse a file of which diffusers' conversion drops a weight.
+
+    The converted weights are differentiable functions of the file's weights; a weight without a gradient was dropped. An alpha
+    is used as a number; it is dropped if the file has no other weight of its layer.
+    """
+    outputs = [value.sum(dtype=torch.float32) for value in converted.values() if value.requires_grad]
+    if outputs:
+        torch.stack(outputs).sum().backward()
+    used = {key for key, value in weights.items() if value.grad is not None}
+    used_layers = {_lora_layer(key) for key in used}
+    unused = sorted(key for key in weights.keys() - used if not (key.endswith(".alpha") and _lora_layer(key) in used_layers))
+    if unused:
+        raise ConfigError(
+            f"{file}: diffusers drops {len(unused)} of its weights (the first is {unused[0]}), so the images would not be "
+            "those of the whole file; fuse it with the program that trained it and save the pipeline"
+        )
+
+
+def _lora_layer(key: str) -> str:
+    """Layer of a weight in a LoRA file: the key up to the names of the formats for up, down and alpha."""
+    return re.split(r"\.(?:alpha|lora|diff|processor|down|up)|_lora\.", key, maxsplit=1)[0]
 
 
 def _layer_updates(

@@ -12,7 +12,6 @@ from typing import Any
 
 from isocost.config.model import ModelSpec, TextEncoderSpec
 from isocost.config.pretrained import PretrainedSpec
-from isocost.config.sampling import SolverSpec
 from isocost.errors import ConfigError
 from isocost.models.pretrained.architectures import (
     DenoiserCost,
@@ -22,9 +21,17 @@ from isocost.models.pretrained.architectures import (
     count_denoiser,
     family_of,
     latent_size,
+    text_to_image_pipeline,
 )
-from isocost.models.pretrained.files import MODEL_INDEX, content_digest, find_folder, read_config, weight_files
-from isocost.models.pretrained.lora import absolute_source, find_lora, split_loras
+from isocost.models.pretrained.files import (
+    MODEL_INDEX,
+    content_digest,
+    find_folder,
+    read_component_config,
+    read_config,
+    weight_files,
+)
+from isocost.models.pretrained.lora import absolute_source, lora_files, split_loras
 from isocost.models.pretrained.scheduler_config import read_scheduler
 from isocost.models.pretrained.wrappers import FLUX_PATCH
 from isocost.models.unet import size_name
@@ -32,7 +39,9 @@ from isocost.models.unet import size_name
 _SD1_EMBED_DIM = 768
 _CLIP_TOKENS = 77
 FLUX_SCHNELL_TOKENS = 256
-_UNSET = frozenset({None, "None"})
+_UNSET = (None, "None")
+MAX_PROMPT_TOKENS = 4096
+MAX_VAE_LEVELS = 8
 
 
 def read_pipeline(path: str | Path) -> dict[str, Any]:
@@ -49,10 +58,10 @@ def read_pipeline(path: str | Path) -> dict[str, Any]:
     index = read_config(folder / MODEL_INDEX)
     family = family_of(index, folder / MODEL_INDEX)
     vae_file = folder / "vae" / "config.json"
-    vae = read_config(vae_file)
+    vae = read_component_config(vae_file)
     channels, factor = _read_autoencoder(family, vae, vae_file)
     file = folder / family.denoiser_folder / "config.json"
-    config = read_config(file)
+    config = read_component_config(file)
     check_denoiser(family, config, channels, file)
     encoders = text_encoder_classes(family, index, folder)
     for component in (family.denoiser_folder, "vae", *encoders):
@@ -61,7 +70,8 @@ def read_pipeline(path: str | Path) -> dict[str, Any]:
     resolution = size * factor
     num_patches = (size // FLUX_PATCH) ** 2 if family.name == "flux" else None
     is_sd1 = family.name == "sd" and config.get(family.embed_dim_field) == _SD1_EMBED_DIM
-    scheduler = read_scheduler(folder, epsilon_is_certain=is_sd1, num_patches=num_patches)
+    sets_sd_fields = family.name == "sd" and text_to_image_pipeline(index) != "LatentConsistencyModelPipeline"
+    scheduler = read_scheduler(folder, is_sd1, num_patches, sets_sd_fields)
     is_flow = family.name in ("sd3", "flux")
     if (scheduler.prediction_type == "flow_prediction") != is_flow:
         needed = "flow matching" if is_flow else "a schedule of betas"
@@ -69,14 +79,12 @@ def read_pipeline(path: str | Path) -> dict[str, Any]:
     check_loras_fit(family, config, loras)
     num_tokens, max_tokens = num_tokens_of(family, folder)
     cost = _denoiser_cost(family, config, num_tokens, resolution, size, file)
-    solver = scheduler.solver
-    if family.name == "sd" and solver.timestep_spacing == "leading":
-        solver = SolverSpec(name=solver.name, timestep_spacing="leading")  # diffusers' pipeline sets steps_offset to 1
     pretrained = PretrainedSpec(
         path=source,
         kind=family.name,
         noise=scheduler.noise,
-        solver=solver,
+        solver=scheduler.solver,
+        solver_problem=scheduler.solver_problem,
         max_tokens=max_tokens,
         null_is_zero=family.name == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
@@ -86,7 +94,7 @@ def read_pipeline(path: str | Path) -> dict[str, Any]:
             width=cost.width,
             latent_channels=channels,
             latent_size=size,
-            cross_attention_dim=int(config[family.embed_dim_field]),
+            cross_attention_dim=int(config.get(family.embed_dim_field) or 0),
             guidance_embed_dim=cost.guidance_embed_dim,
         ),
         "size": size_name(0, cost.num_parameters, 0),
@@ -105,10 +113,10 @@ def read_pipeline(path: str | Path) -> dict[str, Any]:
     }
 
 
-def display_name(path: str) -> str:
-    """Name of a checkpoint in tables: the last part of its path or id, and the names of its LoRAs."""
+def display_name(path: str, num_parts: int = 1) -> str:
+    """Name of a checkpoint in tables: the last `num_parts` parts of its path or id, and the names of its LoRAs."""
     base, loras = split_loras(path)
-    return " + ".join([base.rpartition("/")[2], *(lora.name for lora in loras)])
+    return " + ".join(["/".join(base.split("/")[-num_parts:]), *(lora.name for lora in loras)])
 
 
 def source_digest(path: str | Path) -> str:
@@ -118,7 +126,7 @@ def source_digest(path: str | Path) -> str:
         ConfigError: a file is missing or incomplete.
     """
     base, loras = split_loras(path)
-    return content_digest(find_folder(base), [(find_lora(lora), lora.scale) for lora in loras])
+    return content_digest(find_folder(base), [(lora_files(lora), lora.scale) for lora in loras])
 
 
 def find_base_folder(path: str | Path) -> Path:
@@ -152,7 +160,7 @@ def text_encoder_classes(family: PipelineFamily, index: Mapping[str, Any], folde
             continue
         if not isinstance(entry, list) or len(entry) != 2 or entry[1] != needed:
             raise ConfigError(f"{folder / MODEL_INDEX}: {name} = {entry}: a {index['_class_name']} needs {needed}")
-        read_config(folder / name / "config.json")
+        read_component_config(folder / name / "config.json")
         tokenizer = folder / name.replace("text_encoder", "tokenizer")
         if not tokenizer.is_dir():
             raise ConfigError(f"{tokenizer}: missing; the folder is incomplete, download it again")
@@ -164,7 +172,12 @@ def num_tokens_of(family: PipelineFamily, folder: Path) -> tuple[int, int]:
     """Tokens of a prompt in the denoiser's input, and the limit of T5's tokenizer (of CLIP's if there is no T5)."""
     clip_tokens = _CLIP_TOKENS
     if family.name in ("sd", "sdxl"):
-        clip_tokens = int(read_config(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length", _CLIP_TOKENS))
+        tokenizer = folder / "tokenizer" / "tokenizer_config.json"
+        clip_tokens = read_config(tokenizer).get("model_max_length", _CLIP_TOKENS)
+        if not isinstance(clip_tokens, int) or not 3 <= clip_tokens <= MAX_PROMPT_TOKENS:
+            raise ConfigError(
+                f"{tokenizer}: model_max_length = {str(clip_tokens)[:40]}: must be the number of tokens of a prompt, usually 77"
+            )
     max_tokens = family.max_tokens or clip_tokens
     if family.name == "flux" and is_schnell(folder):
         max_tokens = FLUX_SCHNELL_TOKENS
@@ -192,8 +205,10 @@ def _read_autoencoder(family: PipelineFamily, config: Mapping[str, Any], file: P
     if name == "AutoencoderTiny":
         widths = config.get("decoder_block_out_channels", (64, 64, 64, 64))
         channels = config.get("latent_channels", 4)
-    if not isinstance(channels, int) or not isinstance(widths, list | tuple) or not widths:
-        raise ConfigError(f"{file}: latent_channels or block_out_channels is missing")
+    if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
+        raise ConfigError(f"{file}: latent_channels = {channels!r}: must be a number of channels")
+    if not isinstance(widths, list | tuple) or not 0 < len(widths) <= MAX_VAE_LEVELS:
+        raise ConfigError(f"{file}: block_out_channels = {widths!r}: must be the widths of 1 to {MAX_VAE_LEVELS} levels")
     for key in ("scaling_factor", "shift_factor"):
         _check_factor(family, config, key, file)
     return channels, 2 ** (len(widths) - 1)

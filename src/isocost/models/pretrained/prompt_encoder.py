@@ -5,19 +5,25 @@ Shapes: N prompts, T tokens, D width of the prompt embeddings, P width of a pool
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
+from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
 
 from isocost.errors import ConfigError
 from isocost.models.checkpoint import CheckpointInfo
-from isocost.models.pretrained.files import MODEL_INDEX, load_module, read_config
-from isocost.models.pretrained.pipeline_config import family_at, text_encoder_classes
+from isocost.models.pretrained.files import MODEL_INDEX, first_line, load_module, read_config
+from isocost.models.pretrained.pipeline_config import MAX_PROMPT_TOKENS, family_at, text_encoder_classes
 from isocost.models.pretrained.wrappers import pack_mask, pack_pooled
+
+TEXTUAL_INVERSION_FAMILIES = ("sd", "sdxl", "flux")
+"""Families whose diffusers pipelines read textual inversions (arXiv 2208.01618)."""
+logger = logging.getLogger(__name__)
 
 
 class PipelineTextEncoder:
@@ -50,11 +56,26 @@ class PipelineTextEncoder:
         classes = text_encoder_classes(family_at(folder), read_config(folder / MODEL_INDEX), folder)
         self.encoders = {name: load_encoder(folder / name, cls).to(self.device) for name, cls in classes.items()}
         self.tokenizers = {name: load_tokenizer(folder / name.replace("text_encoder", "tokenizer")) for name in classes}
-        width = self.encode([""]).shape[-1] - (self.family == "pixart")
+        self._check_tokenizers(folder)
+        try:
+            width = self.encode([""]).shape[-1] - (self.family == "pixart")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a tokenizer and an encoder that do not fit raise many kinds of errors
+            raise ConfigError(f"{folder}: its text encoders and tokenizers do not run: {first_line(error)}") from error
         if width != self.cross_attention_dim:
             raise ConfigError(
                 f"{folder}: the text encoder's embeddings have width {width}, the denoiser needs {self.cross_attention_dim}"
             )
+
+    def _check_tokenizers(self, folder: Path) -> None:
+        for name, tokenizer in self.tokenizers.items():
+            path, limit = folder / name.replace("text_encoder", "tokenizer"), tokenizer.model_max_length
+            if not self._is_t5(name) and not 3 <= limit <= MAX_PROMPT_TOKENS:
+                raise ConfigError(f"{path}: model_max_length = {limit}: must be the number of tokens of a prompt, usually 77")
+            encoder: Any = self.encoders[name]
+            if len(tokenizer) > encoder.get_input_embeddings().num_embeddings:
+                raise ConfigError(f"{path}: has {len(tokenizer)} tokens, more than the text encoder's embeddings")
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -80,6 +101,29 @@ class PipelineTextEncoder:
             t5 = clip.new_zeros(len(texts), self.max_tokens, self.cross_attention_dim)
         return pack_pooled(torch.cat([clip, t5], dim=1), torch.cat([first_pooled, second_pooled], dim=-1))
 
+    def warn_about_cut(self, prompts: Sequence[str]) -> int:
+        """Count the prompts with more tokens than the text encoder reads; a message reports them.
+
+        The limit is that of T5 if the pipeline has one, else that of CLIP.
+        """
+        name = next((name for name in self.encoders if self._is_t5(name)), "text_encoder")
+        limit = self.max_tokens if self._is_t5(name) else self.tokenizers[name].model_max_length
+        tokenizer, texts = self.tokenizers[name], list(prompts)
+        if self.family in TEXTUAL_INVERSION_FAMILIES:
+            texts = _expand_learned_tokens(texts, tokenizer)
+        lengths = [len(tokenizer(text, truncation=False)["input_ids"]) for text in texts]
+        cut = [index for index, length in enumerate(lengths) if length > limit]
+        if cut:
+            longest = max(cut, key=lambda index: lengths[index])
+            logger.warning(
+                f"{len(cut)} of {len(prompts)} prompts have more than {limit} tokens and are cut there; the longest has "
+                f"{lengths[longest]}: {prompts[longest][:60]!r}..."
+            )
+        return len(cut)
+
+    def _is_t5(self, name: str) -> bool:
+        return type(self.encoders[name]).__name__ == "T5EncoderModel"
+
     def _encode_clip(self, name: str, texts: list[str], before_last: bool = False) -> tuple[Tensor, Tensor]:
         """Hidden states [N, T, D] and pooled embeddings [N, P] of a CLIP, projected if it has a projection."""
         encoder: Any = self.encoders[name]
@@ -99,8 +143,17 @@ class PipelineTextEncoder:
         return output.last_hidden_state.float(), mask
 
     def _tokenize(self, name: str, texts: list[str], max_tokens: int) -> Any:
+        if self.family in TEXTUAL_INVERSION_FAMILIES:
+            texts = _expand_learned_tokens(texts, self.tokenizers[name])
         tokens = self.tokenizers[name](texts, padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt")
         return tokens.to(self.device)
+
+
+def _expand_learned_tokens(texts: list[str], tokenizer: Any) -> list[str]:
+    """Replace the token of a textual inversion with several vectors by its tokens "TOKEN TOKEN_1 ...", as diffusers does."""
+    expanded = TextualInversionLoaderMixin().maybe_convert_prompt(texts, tokenizer)
+    assert isinstance(expanded, list), "a list gives a list"
+    return expanded
 
 
 def load_encoder(folder: Path, class_name: str) -> nn.Module:
@@ -121,5 +174,5 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder}: cannot load a tokenizer from it: {' '.join(str(error).split())[:200]}") from error
+    except Exception as error:  # transformers and tokenizers raise many kinds of errors for wrong files
+        raise ConfigError(f"{folder}: cannot load a tokenizer from it: {first_line(error)}") from error

@@ -6,10 +6,15 @@ one is read as epsilon only if that is certain.
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
+
+import diffusers
 
 from isocost.config.base import parse_spec
 from isocost.config.pretrained import NoiseSpec
@@ -17,6 +22,11 @@ from isocost.config.sampling import SolverSpec
 from isocost.config.types import PredictionType
 from isocost.errors import ConfigError
 from isocost.models.pretrained.files import read_config
+from isocost.models.pretrained.scheduler_fields import (
+    WITHOUT_EXACT_SOLVER,
+    FieldProblem,
+    field_problems,
+)
 
 SCHEDULER_CLASS_TO_SOLVER: dict[str, str] = {
     "DDIMScheduler": "ddim",
@@ -35,26 +45,31 @@ SCHEDULER_CLASS_TO_SOLVER: dict[str, str] = {
 }
 """The nearest solver of isocost for each scheduler class."""
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-DEFAULT_BETAS = {"LCMScheduler": ("scaled_linear", 0.00085, 0.012), "HeunDiscreteScheduler": ("linear", 0.00085, 0.012)}
-DEFAULT_SPACING = {"DPMSolverMultistepScheduler": "linspace", "DPMSolverSinglestepScheduler": "linspace"}
-DEFAULT_SPACING |= {"EulerDiscreteScheduler": "linspace", "EulerAncestralDiscreteScheduler": "linspace"}
-DEFAULT_SPACING |= {"DEISMultistepScheduler": "linspace", "UniPCMultistepScheduler": "linspace"}
-DEFAULT_SPACING |= {"HeunDiscreteScheduler": "linspace", "LMSDiscreteScheduler": "linspace"}
-UNSUPPORTED_FLAGS = ("use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "thresholding", "final_sigma")
-UNSUPPORTED_FLOW_FLAGS = ("use_karras_sigmas", "shift_terminal", "stochastic_sampling")
+SPACING_NAMES = ("leading", "trailing", "linspace")
 
 
 @dataclass(frozen=True)
 class SchedulerSettings:
-    """Settings of a scheduler; `is_consistency_model` is True for a consistency student."""
+    """Settings of a scheduler.
+
+    Attributes:
+        noise: the noise schedule.
+        prediction_type: what the network predicts.
+        solver: the solver that equals the scheduler, or the nearest one.
+        solver_problem: why `solver` does not equal the scheduler; empty if it does.
+        is_consistency_model: True for a consistency student.
+    """
 
     noise: NoiseSpec
     prediction_type: PredictionType
     solver: SolverSpec
+    solver_problem: str
     is_consistency_model: bool
 
 
-def read_scheduler(folder: Path, epsilon_is_certain: bool, num_patches: int | None = None) -> SchedulerSettings:
+def read_scheduler(
+    folder: Path, epsilon_is_certain: bool, num_patches: int | None = None, pipeline_sets_sd_fields: bool = False
+) -> SchedulerSettings:
     """Read `scheduler/scheduler_config.json` of a pipeline folder.
 
     Args:
@@ -62,6 +77,7 @@ def read_scheduler(folder: Path, epsilon_is_certain: bool, num_patches: int | No
         epsilon_is_certain: a missing prediction type means epsilon (Stable Diffusion 1).
         num_patches: patches of an image in Flux's transformer, for a shift that depends on the resolution; None for other
             families, whose shift is a constant.
+        pipeline_sets_sd_fields: diffusers' pipeline sets `steps_offset` to 1 and `clip_sample` to false.
 
     Raises:
         ConfigError: the scheduler or its noise schedule is not supported, or the prediction type is missing and not certain.
@@ -69,15 +85,24 @@ def read_scheduler(folder: Path, epsilon_is_certain: bool, num_patches: int | No
     file = folder / "scheduler" / "scheduler_config.json"
     config = read_config(file)
     name = config.get("_class_name")
-    if name not in SCHEDULER_CLASS_TO_SOLVER:
+    if not isinstance(name, str) or name not in SCHEDULER_CLASS_TO_SOLVER:
         supported = ", ".join(SCHEDULER_CLASS_TO_SOLVER)
         raise ConfigError(f"{file}: the scheduler {name} is not supported; supported: {supported}")
+    defaults = default_fields(name)
+    if pipeline_sets_sd_fields:
+        fixed = {"steps_offset": 1, "clip_sample": False}
+        config |= {key: value for key, value in fixed.items() if key in config or key in defaults}
+    try:
+        problems = list(field_problems(config, defaults))
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
     is_flow = name == FLOW_SCHEDULER
-    unsupported = [key for key in (*UNSUPPORTED_FLAGS, *(UNSUPPORTED_FLOW_FLAGS if is_flow else ())) if config.get(key)]
-    if config.get("use_dynamic_shifting") and (num_patches is None or not is_flow):
-        unsupported.append("use_dynamic_shifting")
-    if unsupported:
-        raise ConfigError(f"{file}: {unsupported[0]} = {config[unsupported[0]]}: not supported; remove it from the file")
+    schedule_problems = [problem for problem in problems if problem.is_schedule]
+    if is_flow and config.get("use_dynamic_shifting") and num_patches is None:
+        schedule_problems.append(FieldProblem("use_dynamic_shifting", True, "supported for Flux only", True))
+    if schedule_problems:
+        problem = schedule_problems[0]
+        raise ConfigError(f"{file}: {problem}: not supported{problem.hint}; choose another checkpoint, or correct the file")
     if is_flow:
         shift, num_timesteps = config.get("shift", 1.0), config.get("num_train_timesteps", 1000)
         if config.get("use_dynamic_shifting"):
@@ -85,14 +110,50 @@ def read_scheduler(folder: Path, epsilon_is_certain: bool, num_patches: int | No
             shift = _resolution_shift(num_patches, config, file)
         noise = parse_spec(NoiseSpec, {"kind": "flow", "shift": shift, "num_timesteps": num_timesteps}, str(file))
         # Flux's pipeline passes its own sigmas, from 1 to 1 / steps.
-        timestep_spacing = "linspace" if num_patches is None else "trailing"
-        return SchedulerSettings(noise, "flow_prediction", SolverSpec(name="euler", timestep_spacing=timestep_spacing), False)
+        solver = SolverSpec(name="euler", timestep_spacing="linspace" if num_patches is None else "trailing")
+        return SchedulerSettings(noise, "flow_prediction", solver, _solver_problem(file, config, problems), False)
+    own_fields = {"_class_name": name, **{key: config.get(key, default) for key, default in defaults.items()}}
+    solver = _solver_spec(own_fields, file)
+    problems += _combination_problems(own_fields, solver)
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in defaults:
+        problems.append(FieldProblem("rescale_betas_zero_snr", True, f"diffusers' {name} does not read it", False))
     return SchedulerSettings(
-        _noise_spec(config, file),
+        _noise_spec(config, defaults, file),
         _prediction_type(config, file, epsilon_is_certain),
-        _solver_spec(config, file),
+        solver,
+        _solver_problem(file, config, problems),
         name == "LCMScheduler",
     )
+
+
+@lru_cache(maxsize=64)
+def default_fields(class_name: str) -> dict[str, Any]:
+    """diffusers' default of every field of a scheduler class."""
+    parameters = inspect.signature(getattr(diffusers, class_name).__init__).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name != "self"}
+
+
+def _solver_problem(file: Path, config: Mapping[str, Any], problems: Sequence[FieldProblem]) -> str:
+    """One line about the first field that our solver does not reproduce; empty if it reproduces all."""
+    name = config["_class_name"]
+    if name in WITHOUT_EXACT_SOLVER:
+        return f"{file}: _class_name = {name}: isocost does not have this solver"
+    return f"{file}: {problems[0]}: isocost has no {name} with this value{problems[0].hint}" if problems else ""
+
+
+def _combination_problems(config: Mapping[str, Any], solver: SolverSpec) -> Iterator[FieldProblem]:
+    """Yield fields whose values are supported, but not together."""
+    name, spacing = config["_class_name"], config.get("timestep_spacing")
+    if config.get("use_karras_sigmas"):
+        if name in ("EulerDiscreteScheduler", "HeunDiscreteScheduler") and spacing != "linspace":
+            yield FieldProblem("timestep_spacing", spacing, "use_karras_sigmas needs linspace", False)
+        is_rounded = name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+        if is_rounded and config["beta_schedule"] == "squaredcos_cap_v2":
+            yield FieldProblem("use_karras_sigmas", True, "not with beta_schedule = squaredcos_cap_v2", False)
+    if name == "DPMSolverMultistepScheduler" and config["solver_order"] == 1 and solver.timestep_spacing != "trailing":
+        yield FieldProblem("solver_order", 1, "needs timestep_spacing = trailing without karras sigmas", False)
+    if config.get("rescale_betas_zero_snr") and config.get("use_karras_sigmas"):
+        yield FieldProblem("use_karras_sigmas", True, "not with rescale_betas_zero_snr", False)
 
 
 def _resolution_shift(num_patches: int, config: dict[str, Any], file: Path) -> float:
@@ -121,19 +182,15 @@ def _resolution_shift(num_patches: int, config: dict[str, Any], file: Path) -> f
     return float(math.exp(mu) if shift_type == "exponential" else mu)
 
 
-def _noise_spec(config: dict[str, Any], file: Path) -> NoiseSpec:
-    if config.get("trained_betas") is not None:
-        raise ConfigError(f"{file}: trained_betas are not supported; supported: linear, scaled_linear, squaredcos_cap_v2")
-    if config.get("use_flow_sigmas"):
-        raise ConfigError(f"{file}: use_flow_sigmas is not supported; a flow needs a {FLOW_SCHEDULER}")
-    kind, start, end = DEFAULT_BETAS.get(config["_class_name"], ("linear", 0.0001, 0.02))
+def _noise_spec(config: dict[str, Any], defaults: Mapping[str, Any], file: Path) -> NoiseSpec:
+    merged = {**defaults, **config}
     fields = {
-        "kind": config.get("beta_schedule", kind),
-        "beta_start": config.get("beta_start", start),
-        "beta_end": config.get("beta_end", end),
-        "num_timesteps": config.get("num_train_timesteps", 1000),
-        "rescale_betas_zero_snr": bool(config.get("rescale_betas_zero_snr", False)),
-        "set_alpha_to_one": bool(config.get("set_alpha_to_one", config["_class_name"] in ("DDIMScheduler", "LCMScheduler"))),
+        "kind": merged["beta_schedule"],
+        "beta_start": merged["beta_start"],
+        "beta_end": merged["beta_end"],
+        "num_timesteps": merged["num_train_timesteps"],
+        "rescale_betas_zero_snr": bool(merged.get("rescale_betas_zero_snr", False)),
+        "set_alpha_to_one": bool(merged.get("set_alpha_to_one", False)),
     }
     return parse_spec(NoiseSpec, fields, str(file))
 
@@ -151,11 +208,21 @@ def _prediction_type(config: dict[str, Any], file: Path, epsilon_is_certain: boo
     raise ConfigError(f"{file}: prediction_type = {value!r}: supported: epsilon, v_prediction, sample")
 
 
-def _solver_spec(config: dict[str, Any], file: Path) -> SolverSpec:
+def _solver_spec(config: Mapping[str, Any], file: Path) -> SolverSpec:
+    """The solver nearest to a scheduler, from its fields with diffusers' defaults."""
     name = SCHEDULER_CLASS_TO_SOLVER[config["_class_name"]]
     if name == "lcm":
         return SolverSpec(name="lcm")
-    timestep_spacing = config.get("timestep_spacing", DEFAULT_SPACING.get(config["_class_name"], "leading"))
+    # DPMSolverSinglestepScheduler has no such field; its timesteps are those of linspace.
+    timestep_spacing = config.get("timestep_spacing", "linspace")
+    if timestep_spacing not in SPACING_NAMES:
+        raise ConfigError(f"{file}: timestep_spacing = {timestep_spacing!r}: supported: {', '.join(SPACING_NAMES)}")
+    if config["_class_name"] == "DPMSolverMultistepScheduler":
+        is_sde = config["algorithm_type"] == "sde-dpmsolver++"
+        if config["solver_order"] == 1:
+            name = "euler-ancestral" if is_sde else "euler"
+        elif is_sde:
+            name = "sde-dpmsolver++2m"
     if config.get("use_karras_sigmas"):
         timestep_spacing = "karras"
     offset = {"steps_offset": config.get("steps_offset", 0)} if timestep_spacing == "leading" else {}
