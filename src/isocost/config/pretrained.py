@@ -8,6 +8,7 @@ from pydantic import Field
 
 from isocost.config.base import Spec
 from isocost.config.sampling import SolverSpec
+from isocost.config.types import Tokens
 
 FamilyName = Literal["sd", "sdxl", "pixart", "sd3", "flux"]
 
@@ -18,10 +19,10 @@ class NoiseSpec(Spec):
     kind: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "flow"]
     beta_start: float = Field(0.0001, gt=0, lt=1)
     beta_end: float = Field(0.02, gt=0, lt=1)
-    num_timesteps: int = Field(1000, ge=1)
+    num_timesteps: int = Field(1000, ge=1, le=100_000)
     rescale_betas_zero_snr: bool = False
     set_alpha_to_one: bool = Field(False, description="DDIM's last step ends at the clean latent")
-    shift: float = Field(1.0, gt=0, description="time shift of a flow")
+    shift: float = Field(1.0, gt=0, le=1e6, description="time shift of a flow")
 
 
 class PretrainedSpec(Spec):
@@ -31,5 +32,5 @@ class PretrainedSpec(Spec):
     kind: FamilyName
     noise: NoiseSpec
     solver: SolverSpec = Field(description="the solver that is nearest to the pipeline's scheduler")
-    max_tokens: int = Field(description="prompt length, tokens")
+    max_tokens: Tokens = Field(description="prompt length, tokens")
     null_is_zero: bool = Field(False, description="the unconditional embeddings are zeros, not those of the empty prompt")

@@ -11,13 +11,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
 from isocost.analysis.results_table import REPORT_DATA, table_file
 from isocost.config.base import parse_spec
 from isocost.config.study import StudySpec
 from isocost.config.study_yaml import dump_study
 from isocost.config.types import TaskName
+from isocost.config.yaml_text import read_yaml
 from isocost.errors import ConfigError
 from isocost.models.checkpoint import read_info
 from isocost.pipeline.pipeline import RESULTS_DB_FILE, STUDY_FILE, check_compatible
@@ -191,7 +190,7 @@ def _load_study(folder: Path) -> StudySpec:
     file = folder / STUDY_FILE
     if not file.is_file() or not (folder / RESULTS_DB_FILE).is_file():
         raise ConfigError(f"{folder}: not the output folder of a study, which has {STUDY_FILE} and {RESULTS_DB_FILE}")
-    return parse_spec(StudySpec, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+    return parse_spec(StudySpec, read_yaml(file), str(file))
 
 
 def _merge_specs(first: StudySpec, second: StudySpec) -> StudySpec:
