@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor, nn
 
 from isocost.config.base import parse_spec
 from isocost.config.study import StudySpec
 from isocost.config.study_yaml import dump_study
 from isocost.config.types import TaskName
+from isocost.config.yaml_text import read_yaml
 from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import SOLVERS, solver_coefficients
 from isocost.errors import ConfigError
@@ -35,7 +34,7 @@ from isocost.models.flops import ModelCost, model_cost
 from isocost.pipeline.status import PlannedPoint, Status, StatusFile, now, seconds_left, size_status
 from isocost.pipeline.sweep_runner import Sweeper, planned_points, unsearched_cells
 from isocost.sweep.grid import SweepPoint
-from isocost.sweep.leases import POLL_S, Leases
+from isocost.sweep.leases import Leases
 from isocost.sweep.results_db import ResultsDB
 from isocost.training.distributed import process_info
 from isocost.training.state_checkpoint import newest_state_images
@@ -494,7 +493,7 @@ class Pipeline:
             else:
                 if deadline_passed(deadline):
                     return False
-                time.sleep(POLL_S)
+                self.leases.wait(*(f"train {run.digest}" for run in unfinished))
         return self.score_search_winners(runs, deadline)
 
     def _must_wait(self, run: TrainingRun, unfinished: list[TrainingRun]) -> bool:
@@ -512,7 +511,7 @@ def check_compatible(study: StudySpec, store: Store) -> None:
     file = store.out / STUDY_FILE
     if not file.is_file() or store.is_empty():
         return
-    before = parse_spec(StudySpec, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+    before = parse_spec(StudySpec, read_yaml(file), str(file))
     old_fields, new_fields = before.immutable_fields(), study.immutable_fields()
     shared = [name for name in old_fields if name in new_fields]  # fine-tuning sections may be added later
     difference = _first_difference({name: old_fields[name] for name in shared}, {name: new_fields[name] for name in shared})

@@ -7,6 +7,7 @@ thread of the worker sends a heartbeat every few seconds. A lease is free again 
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import threading
@@ -14,6 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, delete, func, literal_column, select, update
 from sqlalchemy.engine import Engine
@@ -28,6 +30,22 @@ from isocost.utils.artifact_store import is_alive
 LEASE_TIMEOUT_S = 60.0
 HEARTBEAT_S = 5.0
 POLL_S = 0.5
+FIRST_NOTICE_S = 5.0
+"""Time after which a wait is reported. Shorter waits are usual at the end of a stage that workers share."""
+NOTICE_S = 30.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Holder:
+    """The worker that holds a lease which this one asked for, and since when it has been asked for."""
+
+    worker: str
+    host: str
+    pid: int
+    age_s: float
+    asked: float
 
 
 class Leases:
@@ -42,6 +60,8 @@ class Leases:
             sqlite if engine.dialect.name == "sqlite" else "extract(epoch from clock_timestamp())"
         )
         self._held: set[str] = set()
+        self._holders: dict[str, _Holder] = {}
+        self._noticed = -NOTICE_S
         self._heartbeat_thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._error: RunError | None = None
@@ -61,6 +81,7 @@ class Leases:
         except IntegrityError:  # another worker acquired it at the same time
             return False
         self._held.add(work_item)
+        self._holders.pop(work_item, None)
         self._start_heartbeat()
         return True
 
@@ -80,6 +101,9 @@ class Leases:
                 f"{work_item}: leased by {lease.host}, {-lease.age_s:.0f} s in the future; correct the clock of that host"
             )
         if lease.age_s < LEASE_TIMEOUT_S and (lease.host != self.host or is_alive(lease.pid)):
+            known = self._holders.get(work_item)
+            asked = known.asked if known is not None and known.worker == lease.worker else time.monotonic()
+            self._holders[work_item] = _Holder(lease.worker, lease.host, lease.pid, lease.age_s, asked)
             return False
         takeover = update(LeaseRecord).where(LeaseRecord.work_item == work_item, LeaseRecord.worker == lease.worker)
         return bool(session.execute(takeover.values(**columns)).rowcount)  # type: ignore[attr-defined]
@@ -98,11 +122,33 @@ class Leases:
         if self._held:
             self.release(*self._held)
 
+    def wait(self, *work_items: str) -> None:
+        """Pause before the next attempt to acquire leases that other workers hold, and report a long wait.
+
+        The report names the worker that has held one of the leases for the longest time. It comes after `FIRST_NOTICE_S`, and
+        then every `NOTICE_S` at most.
+
+        Args:
+            work_items: those that this worker waits for.
+        """
+        self._holders = {item: holder for item, holder in self._holders.items() if item in work_items}
+        clock = time.monotonic()
+        if self._holders and clock - self._noticed >= NOTICE_S:
+            item, holder = min(self._holders.items(), key=lambda entry: entry[1].asked)
+            if clock - holder.asked >= FIRST_NOTICE_S:
+                self._noticed = clock
+                logger.info(
+                    f"waiting for {item}: process {holder.pid} on {holder.host} has held it for {clock - holder.asked:.0f} s "
+                    f"or more, and was last heard of {max(0.0, holder.age_s):.0f} s ago; if it does nothing, end it, and the "
+                    "work goes on here"
+                )
+        time.sleep(POLL_S)
+
     @contextmanager
     def exclusively(self, work_item: str) -> Iterator[None]:
         """Wait for the lease of a work item, and hold it inside the context."""
         while not self.acquire(work_item):
-            time.sleep(POLL_S)
+            self.wait(work_item)
         try:
             yield
         finally:

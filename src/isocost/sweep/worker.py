@@ -28,7 +28,7 @@ from isocost.sampling.generate import GeneratedBatch, PromptEmbeds, generate, ma
 from isocost.sampling.request import PerSampleFn, SampleRequest, passes_per_evaluation
 from isocost.sweep.grid import SweepPoint
 from isocost.sweep.image_shards import Shard, ShardBuilder, ShardChunk, merge_shards, split_into_shards
-from isocost.sweep.leases import POLL_S, Leases
+from isocost.sweep.leases import Leases
 from isocost.sweep.results_db import ResultsDB
 from isocost.utils.artifact_store import Store
 from isocost.utils.device import device_monitor
@@ -97,7 +97,7 @@ class Worker:
                 return False
             shards = [shard for point in missing for shard in split_into_shards(point, self.shard_size)]
             if not self._generate(shards, deadline, done):
-                time.sleep(POLL_S)  # other workers hold the missing shards
+                self._wait(shards)
         return True
 
     def generate_shards(self, shards: Sequence[Shard], deadline: float | None) -> bool:
@@ -106,7 +106,7 @@ class Worker:
             if deadline_passed(deadline):
                 return False
             if not self._generate(missing, deadline, None):
-                time.sleep(POLL_S)
+                self._wait(missing)
         return True
 
     def measure_ms_per_image(self, point: SweepPoint) -> tuple[float, int]:
@@ -216,6 +216,10 @@ class Worker:
                 self.leases.release(shard.digest)
                 continue
             yield shard
+
+    def _wait(self, shards: Sequence[Shard]) -> None:
+        """Wait for the other workers that hold the missing shards or merge the points."""
+        self.leases.wait(*(shard.digest for shard in shards), *dict.fromkeys(shard.point.digest for shard in shards))
 
     def _exists(self, shard: Shard) -> bool:
         return self.store.has("point", shard.point.digest) or self.store.has("shard", shard.digest)
