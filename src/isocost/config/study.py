@@ -24,7 +24,9 @@ class ReportSpec(Spec):
 
     metric: str = Field("mmd_efficientnet", description="main metric of the report")
     budgets: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (), description="normalized cost budgets of the recommendations; chosen from the data if empty"
+        (),
+        description="budgets of the recommendations: normalized cost, or GFLOP per image in a study of checkpoints; "
+        "chosen from the data if empty",
     )
 
 
