@@ -19,7 +19,8 @@ from isocost.config.types import TaskName
 from isocost.config.yaml_text import read_yaml
 from isocost.errors import ConfigError
 from isocost.models.checkpoint import read_info
-from isocost.pipeline.pipeline import RESULTS_DB_FILE, STUDY_FILE, check_compatible
+from isocost.pipeline.compatibility import DATA_FILE, STUDY_FILE, check_compatible, read_data_content
+from isocost.pipeline.pipeline import RESULTS_DB_FILE
 from isocost.sweep.results_db import ResultsDB
 from isocost.utils.artifact_store import MANIFEST, Store, copy_artefact, write_atomically
 
@@ -67,12 +68,13 @@ def archive(
     source, target = Path(out), Path(folder)
     study = _load_study(source)
     if (target / STUDY_FILE).is_file():
-        check_compatible(study, Store(target))
+        check_compatible(study, Store(target), read_data_content(source))
         study = _merge_specs(_load_study(target), study)
     elif target.exists() and any(target.iterdir()):
         raise ConfigError(f"{target}: neither empty nor the archive of a study")
     target.mkdir(parents=True, exist_ok=True)
     write_atomically(target / STUDY_FILE, dump_study(study))
+    _copy_data_content(source, target)
     excluded = _excluded(source, checkpoint_mib, tasks)
     with ResultsDB(target / RESULTS_DB_FILE) as archived_db, ResultsDB(source / RESULTS_DB_FILE) as results_db:
         archived_db.import_from(results_db)
@@ -103,10 +105,11 @@ def merge(out: str | Path, others: list[Path]) -> dict[str, int]:
             raise ConfigError(f"{target}: neither empty nor the output folder of a study")
         target.mkdir(parents=True, exist_ok=True)
         write_atomically(target / STUDY_FILE, dump_study(studies[0]))
+        _copy_data_content(others[0], target)
         ResultsDB(target / RESULTS_DB_FILE)
     merged_study = _load_study(target)
-    for study in studies:
-        check_compatible(study, store)
+    for other, study in zip(others, studies, strict=True):
+        check_compatible(study, store, read_data_content(other))
         merged_study = _merge_specs(merged_study, study)
     results_db, num_copied = ResultsDB(target / RESULTS_DB_FILE), {"artefacts": 0, "points": 0}
     for other in others:
@@ -184,6 +187,12 @@ def _copy_report_data(source: Path, target: Path) -> None:
     for file in (table_file(source, task) for task in get_args(TaskName)):
         if file.is_file():
             shutil.copy(file, target / file.name)
+
+
+def _copy_data_content(source: Path, target: Path) -> None:
+    """Copy the digests of the data, unless `target` has them: its study keeps its paths."""
+    if (source / DATA_FILE).is_file() and not (target / DATA_FILE).exists():
+        shutil.copyfile(source / DATA_FILE, target / DATA_FILE)
 
 
 def _load_study(folder: Path) -> StudySpec:
