@@ -36,7 +36,6 @@ from isocost.models.text_encoder import MiniLMTextEncoder
 from isocost.pipeline.merge import archive
 from isocost.pipeline.pipeline import Pipeline
 from isocost.sampling.sample_folder import write_sample_folder
-from isocost.sweep import leases as leasing
 from isocost.sweep.leases import Leases
 from isocost.sweep.results_db import ResultsDB
 from isocost.utils.artifact_store import MANIFEST, Store, read_manifest
@@ -528,24 +527,3 @@ def test_a_lease_with_a_heartbeat_that_is_no_number_is_free(heartbeat: Any, tmp_
     leases = Leases(results_db.engine)
     assert leases.acquire("train a")
     leases.close()
-
-
-def test_a_worker_that_waits_says_for_whom(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    results_db = ResultsDB(tmp_path / "results.sqlite")
-    holder, waiting = Leases(results_db.engine), Leases(results_db.engine)
-    assert holder.acquire("train a")
-    clock = 1000.0
-    monkeypatch.setattr(leasing.time, "monotonic", lambda: clock)
-    messages = []
-    with caplog.at_level("INFO", logger="isocost"):
-        for clock in (1000.0, 1010.0, 1031.0, 1032.0, 1050.0, 1062.0):  # noqa: B007
-            assert not waiting.acquire("train a")
-            messages.append(len(caplog.messages))
-    assert messages == [0, 0, 1, 1, 1, 2]
-    assert f"waiting for train a, which is the work of process {holder.pid} of {holder.host}" in caplog.messages[0]
-    monkeypatch.undo()
-    holder.close()
-    assert waiting.acquire("train a")
-    waiting.close()

@@ -13,6 +13,7 @@ from isocost.analysis.formatting import format_configuration, format_score
 from isocost.analysis.pareto import best_at_budgets, default_budgets, pareto
 from isocost.errors import ConfigError
 from isocost.report.markdown import MAX_ROWS, ZERO_WIDTH_SPACE, escape_markdown, headline, markdown_summary
+from isocost.report.scope import checkpoint_scope
 from synthetic_results import exact, synthetic_superres, synthetic_table
 from test_report import METRIC
 
@@ -188,3 +189,17 @@ def test_it_is_short_enough_to_paste(table: pd.DataFrame) -> None:
     text = markdown_summary(table, METRIC, "synthetic")
     assert len(text.splitlines()) < 40
     assert len(text) < 4000
+
+
+def test_a_summary_of_published_checkpoints_has_budgets_of_whole_images_and_nothing_of_training() -> None:
+    table = synthetic_table(snapshots=())
+    scope = checkpoint_scope(table)
+    assert (scope.budget_cost, scope.costs[-1], scope.noun) == ("gflop", "normalized_cost", "checkpoint")
+    text = read(markdown_summary(table, METRIC, "published", scope=scope)).text
+    assert "The best checkpoint moves from" in text
+    assert "Budgets in GFLOP per image" in text
+    assert "best of another checkpoint" in text
+    assert "no checkpoint before the last" not in text
+    assert "normalized cost:" not in text
+    unmeasured = table.assign(gflop=table["gflop"].where(table.index > 0))
+    assert checkpoint_scope(unmeasured).budget_cost != "gflop"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from isocost.errors import ConfigError
 from isocost.models.checkpoint import load_checkpoint
 from isocost.models.components import DownsamplingDecoder
 from isocost.pipeline.pipeline import Pipeline
+from isocost.report.report_data import rebuild
 
 
 def plain(paths: list[Path], **changes: Any) -> dict[str, Any]:
@@ -69,6 +71,33 @@ def isocost(isocost: Any) -> Any:
     return command
 
 
+def check_report(out: Path) -> None:
+    """The report leads with GFLOP per image, names nothing that needs a training, and is rebuilt byte by byte."""
+    page, summary = (out / "report" / "index.html"), (out / "report" / "summary.md").read_text()
+    body = page.read_text().partition('id="report-data"')[0].partition("<h3>Study</h3>")[0]
+    for text in (re.sub(r"<[^>]+>", " ", body.partition("<body>")[2]), summary):
+        assert "GFLOP per image" in text
+        assert "units of normalized cost" not in text
+        for word in (
+            "DreamBooth",
+            "super-resolution",
+            "snapshot",
+            "Training",
+            "training",
+            " trained",
+            "images seen",
+            "paper's",
+        ):
+            assert word not in text, word
+    assert "| GFLOP |" in summary
+    assert not (out / "report" / "claims.md").exists()
+    assert not list((out / "report" / "figures").glob("*compute*"))
+    before = page.read_bytes()
+    rebuild(out)
+    assert page.read_bytes() == before
+    assert (out / "report" / "summary.md").read_text() == summary
+
+
 def test_a_run_is_scored_and_recommended_from(folders: list[Path], tmp_path: Path, isocost: Any) -> None:
     file, out = tmp_path / "study.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump(plain(folders)))
@@ -79,6 +108,8 @@ def test_a_run_is_scored_and_recommended_from(folders: list[Path], tmp_path: Pat
     assert result["finished"]
     assert result["num_points"] == 12
     assert isocost("status", out)["stage"] == "done"
+    assert {choice["cost"] for choice in result["best_at_budgets"]} == {"gflop"}
+    check_report(out)
     pipeline = Pipeline(parse_spec(StudySpec, yaml.safe_load((out / "study.yaml").read_text()), "study.yaml"), out)
     table = pipeline.results_db.table()
     assert table["mmd_efficientnet"].notna().all()

@@ -49,6 +49,19 @@ def study_file(folder: Path, **changes: Any) -> Path:
 # --- leases ---
 
 
+class VirtualClock:
+    """A clock that only `sleep` moves."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
 def two(folder: Path) -> tuple[Leases, Leases]:
     engine = ResultsDB(folder / "results.sqlite").engine
     return Leases(engine), Leases(ResultsDB(folder / "results.sqlite").engine)
@@ -110,6 +123,31 @@ def test_leases_are_renewed_while_their_worker_lives(tmp_path: Path, monkeypatch
     leases.time.sleep(1.2)
     assert second.acquire("a")
     second.close()
+
+
+def test_a_long_wait_names_the_holder_of_the_lease_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = VirtualClock()
+    monkeypatch.setattr(leases, "time", clock)
+    first, second = two(tmp_path)
+    first.pid = os.getppid()
+    assert first.acquire("train 1")
+    with caplog.at_level("INFO", logger="isocost"):
+        for _ in range(round(100 / leases.POLL_S)):
+            assert not second.acquire("train 1")
+            second.wait("train 1")
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 4  # after 5, 35, 65 and 95 s
+    assert f"waiting for train 1: process {first.pid} on {first.host} has held it for 5 s or more" in messages[0]
+    assert "has held it for 95 s or more" in messages[3]
+    first.release("train 1")
+    assert second.acquire("train 1")
+    caplog.clear()
+    second.wait("train 1")
+    assert not caplog.records
+    second.close()
+    first.close()
 
 
 # --- shards ---

@@ -123,18 +123,24 @@ def recommend(
     )
 
 
-def describe_choice(choice: BudgetChoice) -> RecommendationText:
-    """The text for one budget: the best configuration, its score, the runner-up, and whether the choice is decided."""
+def describe_choice(choice: BudgetChoice, noun: str = "size") -> RecommendationText:
+    """The text for one budget: the best configuration, its score, the runner-up, and whether the choice is decided.
+
+    Args:
+        choice: the choice.
+        noun: the word for one network, "size" in a family and "checkpoint" among published ones.
+    """
     lead = f"For {cost_of(choice.cost).format_amount(choice.budget)}"
     if choice.best is None:
         return RecommendationText(lead, "nothing fits", "", _format_cheapest(choice), (), decided=False)
     score = f"{format_metric(choice.metric)} {choice.best.score}"
     if choice.runner_up is None:
-        verdict = "no other size fits"
+        verdict = f"no other {noun} fits"
     else:
         tail = f"; {_format_undecided(choice.best, choice.runner_up)}" if choice.undecided else ""
         verdict = f"runner-up {choice.runner_up} with {choice.runner_up.score}{tail}"
-    return RecommendationText(lead, str(choice.best), score, verdict, _notes(choice, choice.best), decided=not choice.undecided)
+    notes = _notes(choice, choice.best, noun=noun)
+    return RecommendationText(lead, str(choice.best), score, verdict, notes, decided=not choice.undecided)
 
 
 def sample_command(configuration: Configuration, out: str = "OUT", task: str = "text2image") -> str:
@@ -170,11 +176,11 @@ def _format_undecided(best: Configuration, runner_up: Configuration) -> str:
     return "undecided, the intervals overlap" if overlap else "undecided, an interval is missing"
 
 
-def _notes(choice: BudgetChoice, best: Configuration, other_budgets_bind: bool = False) -> tuple[str, ...]:
+def _notes(choice: BudgetChoice, best: Configuration, other_budgets_bind: bool = False, noun: str = "size") -> tuple[str, ...]:
     notes = []
     if choice.beyond_data and not other_budgets_bind:
         highest = cost_of(choice.cost).format_amount(choice.dearest.cost)
-        remedy = "more steps or a larger size may be better"
+        remedy = f"more steps or a larger {noun} may be better"
         notes.append(f"the budget is beyond the data, whose most expensive point costs {highest}: {remedy}")
     if best.guidance_at_boundary:
         remedy = "widen the grid to be sure of the optimum"

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
-import yaml
 
 from isocost.config.base import parse_spec
 from isocost.config.sampling import SolverSpec
 from isocost.config.study import StudySpec
-from isocost.config.study_yaml import load_study
+from isocost.config.study_yaml import load_study, parse_override
 from isocost.config.types import DTypeName, TaskName
 from isocost.errors import ConfigError
 
@@ -66,10 +65,7 @@ def read_study(file: Path, overrides: list[str] | None) -> StudySpec:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {item}: give KEY=VALUE, such as train.num_images=5000")
-        try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {item}: the value is not YAML") from error
+        values[key] = parse_override(key, value)
     return load_study(file, values)
 
 

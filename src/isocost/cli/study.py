@@ -385,7 +385,7 @@ def _print_report(name: str, out: Path, report: Any, finished: bool) -> None:
     from isocost.analysis.recommend import describe_choice
 
     for choice in report.choices:
-        print(describe_choice(choice), file=sys.stderr)
+        print(describe_choice(choice, report.scope.noun), file=sys.stderr)
     best = [
         {
             "budget": choice.budget,

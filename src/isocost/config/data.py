@@ -7,13 +7,16 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from isocost.config.base import Spec
+from isocost.config.types import MAX_IMAGE_FILES, MAX_RESOLUTION, Seed
 
 
 class FileSource(Spec):
     """The common fields of file sources. A hash of the file name assigns one image in ten to the test set."""
 
     path: str
-    limit: int | None = Field(None, ge=1, description="largest number of images that are read; all if absent")
+    limit: int | None = Field(
+        None, ge=1, le=MAX_IMAGE_FILES, description="largest number of images that are read; all if absent"
+    )
     subset: Literal["all", "train", "test"] = Field("all", description="`train` or `test` splits one data set by file name")
 
 
@@ -43,9 +46,9 @@ class ScenesSource(Spec):
     """The built-in procedural images: scene `index` of `seed` for `first <= index < first + num_images`."""
 
     kind: Literal["scenes"]
-    num_images: int = Field(ge=1)
-    first: int = Field(0, ge=0)
-    seed: int = 0
+    num_images: int = Field(ge=1, le=MAX_IMAGE_FILES)
+    first: int = Field(0, ge=0, le=MAX_IMAGE_FILES)
+    seed: Seed = 0
 
 
 SourceSpec = Annotated[FolderSource | WebdatasetSource | HubSource | ScenesSource, Field(discriminator="kind")]
@@ -56,7 +59,7 @@ class DataSpec(Spec):
 
     train: SourceSpec | None = Field(None, description="absent in a study of pretrained checkpoints")
     reference: SourceSpec
-    resolution: int = Field(ge=8, description="size of the square images, pixels")
+    resolution: int = Field(ge=8, le=MAX_RESOLUTION, description="size of the square images, pixels")
     max_unreadable_fraction: float = Field(
         0.01, ge=0, lt=1, description="fraction of unreadable images above which the run stops"
     )

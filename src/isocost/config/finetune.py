@@ -12,31 +12,43 @@ from isocost.config.evaluation import MIN_IMAGES, PairedMetricName, ProtocolSpec
 from isocost.config.sampling import SolverSpec
 from isocost.config.sweep import SweepSpec
 from isocost.config.training import TrainSpec
-from isocost.config.types import NUM_TRAIN_TIMESTEPS
+from isocost.config.types import (
+    MAX_CHANNELS,
+    MAX_SAMPLES,
+    NUM_TRAIN_TIMESTEPS,
+    Guidance,
+    ImagesSeen,
+    NumSamples,
+    NumSteps,
+    Probability,
+    Weight,
+)
 
 DistillVariant = Literal["consistency", "codi", "codi-efficient", "progressive"]
 ADAPTED_VARIANTS: frozenset[DistillVariant] = frozenset({"codi", "codi-efficient"})
 NO_ADAPTER = "codi copies the encoder of a U-Net, and a transformer has none; use consistency or progressive"
-Range = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
+Range = tuple[Annotated[float, Field(ge=0, le=1000)], Annotated[float, Field(ge=0, le=1000)]]
+Enlargement = Annotated[float, Field(gt=0, le=16)]
+Quality = Annotated[float, Field(ge=0, le=100)]
 
 
 class DegradationStage(Spec):
     """One of the two rounds of Real-ESRGAN's degradation. Defaults: its first round (arXiv 2107.10833, section 4.1)."""
 
-    blur_probability: float = Field(1.0, ge=0, le=1)
-    sinc_probability: float = Field(0.1, ge=0, le=1, description="fraction of the blurs that are sinc filters")
+    blur_probability: Probability = 1.0
+    sinc_probability: Probability = Field(0.1, description="fraction of the blurs that are sinc filters")
     blur_sigma: Range = Field((0.2, 3.0), description="standard deviation of the blur, pixels")
     generalized_beta: Range = (0.5, 4.0)
     plateau_beta: Range = (1.0, 2.0)
-    resize_probabilities: tuple[float, float, float] = Field(
+    resize_probabilities: tuple[Probability, Probability, Probability] = Field(
         (0.2, 0.7, 0.1), description="probabilities to enlarge, to shrink, and not to resize"
     )
-    resize_range: Range = Field((0.15, 1.5), description="factor on the target size")
-    gaussian_probability: float = Field(0.5, ge=0, le=1, description="fraction of Gaussian noise; the rest is Poisson noise")
+    resize_range: tuple[Enlargement, Enlargement] = Field((0.15, 1.5), description="factor on the target size")
+    gaussian_probability: Probability = Field(0.5, description="fraction of Gaussian noise; the rest is Poisson noise")
     noise_sigma: Range = Field((1.0, 30.0), description="standard deviation of Gaussian noise, grey levels of 255")
     poisson_scale: Range = (0.05, 3.0)
-    grey_noise_probability: float = Field(0.4, ge=0, le=1)
-    jpeg_quality: Range = (30.0, 95.0)
+    grey_noise_probability: Probability = 0.4
+    jpeg_quality: tuple[Quality, Quality] = (30.0, 95.0)
 
     @model_validator(mode="after")
     def _ranges(self) -> DegradationStage:
@@ -66,22 +78,22 @@ class DegradationSpec(Spec):
     kind: Literal["real-esrgan", "bicubic"] = "real-esrgan"
     first: DegradationStage = DegradationStage()
     second: DegradationStage = SECOND_STAGE
-    final_sinc_probability: float = Field(0.8, ge=0, le=1)
+    final_sinc_probability: Probability = 0.8
 
 
 class DistillSweepSpec(SweepSpec):
     """The sweep of few-step students. A progressive student uses DDIM at the steps of its stages instead."""
 
     solvers: tuple[SolverSpec, ...] = (SolverSpec(name="lcm"),)
-    num_steps: tuple[Annotated[int, Field(ge=1, le=NUM_TRAIN_TIMESTEPS)], ...] = (1, 2, 4, 8)
-    snapshot_num_steps: int = Field(4, ge=1, le=NUM_TRAIN_TIMESTEPS)
+    num_steps: tuple[NumSteps, ...] = (1, 2, 4, 8)
+    snapshot_num_steps: NumSteps = 4
 
 
 class SuperresDistillSweepSpec(DistillSweepSpec):
     """A sweep without guidance by default."""
 
-    guidance: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
-    snapshot_guidance: float = Field(1.0, ge=0)
+    guidance: tuple[Guidance, ...] = (1.0,)
+    snapshot_guidance: Guidance = 1.0
 
 
 class DistillSpec(Spec):
@@ -94,22 +106,25 @@ class DistillSpec(Spec):
 
     variants: tuple[DistillVariant, ...] = Field(("consistency",), min_length=1)
     teachers: tuple[str, ...] = Field((), description="checkpoint folders to distil, instead of those of the study")
-    guidance_range: tuple[float, float] | None = Field(
+    guidance_range: tuple[Guidance, Guidance] | None = Field(
         (1.0, 8.0), description="range of w, which becomes an input of the student (one pass); null disables guidance"
     )
-    guidance_embed_dim: int = Field(256, ge=8, description="width of the embedding of w; 256 in Stable Diffusion's students")
+    guidance_embed_dim: int = Field(
+        256, ge=8, le=MAX_CHANNELS, description="width of the embedding of w; 256 in Stable Diffusion's students"
+    )
     solver_steps: int = Field(
-        50, ge=2, description="number of training timesteps of consistency distillation; the solver lcm assumes 50"
+        50,
+        ge=2,
+        le=NUM_TRAIN_TIMESTEPS,
+        description="number of training timesteps of consistency distillation; the solver lcm assumes 50",
     )
-    huber_delta: float = Field(1e-3, gt=0, description="delta of the pseudo-Huber loss of consistency distillation")
-    latent_weight: float = Field(1.0, ge=0, description="CoDi: weight of the error in the clean latent")
+    huber_delta: float = Field(1e-3, gt=0, le=1e6, description="delta of the pseudo-Huber loss of consistency distillation")
+    latent_weight: Weight = Field(1.0, description="CoDi: weight of the error in the clean latent")
     one_timestep_per_batch: bool = Field(False, description="one timestep per batch, as in CoDi; if false, one per image")
-    target_half_life_images: int = Field(
-        500, ge=1, description="half-life of the EMA that gives the consistency targets, images"
+    target_half_life_images: ImagesSeen = Field(
+        500, description="half-life of the EMA that gives the consistency targets, images"
     )
-    stages: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (16, 8, 4), description="progressive: number of steps after each stage"
-    )
+    stages: tuple[NumSteps, ...] = Field((16, 8, 4), description="progressive: number of steps after each stage")
     train: TrainSpec
     sweep: DistillSweepSpec = Field(description="sweep of the students; its guidance must be within guidance_range")
     metric: str | None = Field(None, description="main metric of its report; the teacher's if absent")
@@ -147,15 +162,15 @@ class DistillSpec(Spec):
 class SuperresDistillSpec(DistillSpec):
     """Few-step students of super-resolution, without guidance by default."""
 
-    guidance_range: tuple[float, float] | None = None
+    guidance_range: tuple[Guidance, Guidance] | None = None
     sweep: SuperresDistillSweepSpec = SuperresDistillSweepSpec()
 
 
 class SuperresSweepSpec(SweepSpec):
     """A sweep without guidance by default."""
 
-    guidance: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
-    snapshot_guidance: float = Field(1.0, ge=0)
+    guidance: tuple[Guidance, ...] = (1.0,)
+    snapshot_guidance: Guidance = 1.0
 
 
 class SuperresProtocolSpec(ProtocolSpec):
@@ -172,7 +187,7 @@ class SuperresSpec(Spec):
     `warmup_images`.
     """
 
-    scale: int = Field(4, ge=2, description="enlargement")
+    scale: int = Field(4, ge=2, le=64, description="enlargement")
     degradation: DegradationSpec = DegradationSpec()
     captions: Literal["empty", "dataset"] = Field("empty", description="train on the empty caption or on those of the data set")
     parents: tuple[str, ...] = Field((), description="checkpoint folders to start from, instead of the study's family")
@@ -192,34 +207,34 @@ class PhotographedSubjects(Spec):
     kind: Literal["folder"]
     path: str
     names: tuple[str, ...] = Field((), description="subjects; all if empty")
-    num_prompts: int | None = Field(None, ge=1, description="number of prompts per subject, the first ones; all 25 if absent")
+    num_prompts: NumSamples | None = Field(None, description="number of prompts per subject, the first ones; all 25 if absent")
 
 
 class SyntheticSubjects(Spec):
     """Rendered objects that occur in no scene and no caption, so that learning them can be measured."""
 
     kind: Literal["scenes"]
-    num_subjects: int = Field(1, ge=1)
-    num_images: int = Field(4, ge=1, description="training images per subject")
-    num_prompts: int | None = Field(None, ge=1, description="number of prompts per subject; all if absent")
+    num_subjects: NumSamples = 1
+    num_images: NumSamples = Field(4, description="training images per subject")
+    num_prompts: NumSamples | None = Field(None, description="number of prompts per subject; all if absent")
 
 
 class PriorSpec(Spec):
     """Prior preservation: training also uses images of the class that the original model generates."""
 
-    num_images: int = Field(100, ge=0, description="class images; 0 disables prior preservation")
-    weight: float = Field(1.0, ge=0, description="weight of their loss")
-    num_steps: int = Field(20, ge=1, le=NUM_TRAIN_TIMESTEPS)
-    guidance: float = Field(3.0, ge=0)
+    num_images: int = Field(100, ge=0, le=MAX_SAMPLES, description="class images; 0 disables prior preservation")
+    weight: Weight = Field(1.0, description="weight of their loss")
+    num_steps: NumSteps = 20
+    guidance: Guidance = 3.0
 
 
 class DreamboothSweepSpec(SweepSpec):
     """The paper's sweep by default (arXiv 2404.01367, section 4.4)."""
 
-    num_steps: tuple[Annotated[int, Field(ge=1, le=NUM_TRAIN_TIMESTEPS)], ...] = (50,)
-    guidance: tuple[Annotated[float, Field(ge=0)], ...] = (7.5,)
-    snapshot_num_steps: int = Field(50, ge=1, le=NUM_TRAIN_TIMESTEPS)
-    snapshot_guidance: float = Field(7.5, ge=0)
+    num_steps: tuple[NumSteps, ...] = (50,)
+    guidance: tuple[Guidance, ...] = (7.5,)
+    snapshot_num_steps: NumSteps = 50
+    snapshot_guidance: Guidance = 7.5
     search: Literal["grid"] = "grid"
 
 
@@ -239,9 +254,12 @@ class DreamboothSpec(Spec):
     token: str = Field("sks", min_length=1, description="the rare word that names the subject in prompts")
     prior: PriorSpec = PriorSpec()
     train_text_encoder: bool = Field(False, description="also fine-tune the text encoder; the checkpoint then contains it")
-    num_images: int = Field(4, ge=1, description="images per prompt")
+    num_images: NumSamples = Field(4, description="images per prompt")
     num_prior_images: int = Field(
-        128, ge=MIN_IMAGES, description="images of other prompts, which show the quality that the model lost on them"
+        128,
+        ge=MIN_IMAGES,
+        le=MAX_SAMPLES,
+        description="images of other prompts, which show the quality that the model lost on them",
     )
     train: TrainSpec
     sweep: DreamboothSweepSpec = DreamboothSweepSpec()

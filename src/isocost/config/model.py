@@ -7,8 +7,22 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from isocost.config.base import Spec
+from isocost.config.types import (
+    MAX_CHANNELS,
+    MAX_RESOLUTION,
+    MAX_SAMPLES,
+    MAX_TOKENS,
+    Channels,
+    ImagesSeen,
+    Layers,
+    LearningRate,
+    Seed,
+    SweepBatch,
+    Weight,
+)
 
 FamilyKind = Literal["unet", "dit"]
+MAX_LATENT_CHANNELS = 1024
 
 
 # --- autoencoder and text encoder ---
@@ -18,28 +32,30 @@ class PCAAutoencoderSpec(Spec):
     """A PCA of image patches, fitted in seconds: `patch` x `patch` pixels to `num_channels` components."""
 
     kind: Literal["pca"]
-    patch: int = Field(ge=2, description="size of a patch, pixels")
-    num_channels: int = Field(ge=1, description="latent channels")
-    num_fit_images: int = Field(2000, ge=16, description="images that the PCA is fitted to")
+    patch: int = Field(ge=2, le=256, description="size of a patch, pixels")
+    num_channels: int = Field(ge=1, le=MAX_LATENT_CHANNELS, description="latent channels")
+    num_fit_images: int = Field(2000, ge=16, le=MAX_SAMPLES, description="images that the PCA is fitted to")
 
 
 class TrainedAutoencoderSpec(Spec):
     """A diffusers AutoencoderKL, trained on `data.train` with an L1, a perceptual and a KL loss."""
 
     kind: Literal["kl"]
-    block_widths: tuple[int, ...] = Field(description="channels per level; each level after the first halves the resolution")
-    num_channels: int = Field(ge=1, description="latent channels")
-    num_images: int = Field(ge=1, description="images seen in training")
-    batch_size: int = Field(32, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    layers_per_block: int = Field(1, ge=1)
-    kl_weight: float = Field(1e-4, ge=0)
-    perceptual_weight: float = Field(0.1, ge=0)
+    block_widths: tuple[Channels, ...] = Field(
+        min_length=1, max_length=10, description="channels per level; each level after the first halves the resolution"
+    )
+    num_channels: int = Field(ge=1, le=MAX_LATENT_CHANNELS, description="latent channels")
+    num_images: ImagesSeen = Field(description="images seen in training")
+    batch_size: SweepBatch = 32
+    lr: LearningRate = 1e-3
+    layers_per_block: Layers = 1
+    kl_weight: Weight = 1e-4
+    perceptual_weight: Weight = 0.1
     perceptual_fraction: float = Field(1.0, gt=0, le=1, description="fraction of each batch in the perceptual loss")
     perceptual: str = Field(
         "efficientnet-lite0", description="`efficientnet-lite0`, or a safetensors file of AlexNet for LPIPS"
     )
-    seed: int = 0
+    seed: Seed = 0
 
 
 class PretrainedAutoencoderSpec(Spec):
@@ -59,7 +75,7 @@ class TextEncoderSpec(Spec):
     """A text encoder of the transformers library: a Hub id, a local folder, or `minilm` (extra `demo`)."""
 
     path: str = "minilm"
-    max_tokens: int = Field(32, ge=4)
+    max_tokens: int = Field(32, ge=4, le=MAX_TOKENS)
     subfolder: str | None = None
     cache_prompt_embeds: bool = Field(
         True, description="store the embeddings of each distinct caption; if false, encode at every step"
@@ -78,11 +94,14 @@ class FamilySpec(Spec):
     """
 
     kind: FamilyKind = "unet"
-    widths: tuple[int, ...] = Field(description="one network per width c")
-    layers_per_block: int = Field(2, ge=1)
+    widths: tuple[Channels, ...] = Field(description="one network per width c")
+    layers_per_block: Layers = 2
     num_levels: int = Field(4, ge=2, le=4, description="the block widths are the first `num_levels` of [c, 2c, 4c, 4c]")
     patch: int | None = Field(
-        None, ge=1, description="dit: size of a token in the latent; if absent 2, or 1 for latents below 16 x 16"
+        None,
+        ge=1,
+        le=MAX_RESOLUTION,
+        description="dit: size of a token in the latent; if absent 2, or 1 for latents below 16 x 16",
     )
 
     @field_validator("widths")
@@ -112,18 +131,20 @@ class ModelSpec(Spec):
     """
 
     kind: FamilyKind = "unet"
-    width: int
-    latent_channels: int = 4
-    latent_size: int = 64
-    cross_attention_dim: int = 1024
-    extra_input_channels: int = 0
-    layers_per_block: int = 2
-    num_levels: int = 4
-    guidance_embed_dim: int | None = Field(
+    width: Channels
+    latent_channels: Channels = 4
+    latent_size: int = Field(64, ge=1, le=MAX_RESOLUTION)
+    cross_attention_dim: Channels = 1024
+    extra_input_channels: int = Field(0, ge=0, le=MAX_CHANNELS)
+    layers_per_block: Layers = 2
+    num_levels: int = Field(4, ge=2, le=4)
+    guidance_embed_dim: Channels | None = Field(
         None, description="width of the guidance embedding, for students with w as an input; 1 is w itself"
     )
     adapter: Literal["none", "noisy", "concat_cond"] = Field("none", description="CoDi: input of the second encoder")
-    patch: int | None = Field(None, description="dit: size of a token in the latent; chosen by latent_size if absent")
+    patch: int | None = Field(
+        None, ge=1, le=MAX_RESOLUTION, description="dit: size of a token in the latent; chosen by latent_size if absent"
+    )
 
     @property
     def embeds_guidance(self) -> bool:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from isocost.config.base import Spec
 from isocost.config.sampling import SolverSpec
+from isocost.config.types import Tokens
 
 MAX_TRAIN_TIMESTEPS = 1_000_000
 FamilyName = Literal["sd", "sdxl", "pixart", "sd3", "flux"]
@@ -22,7 +23,7 @@ class NoiseSpec(Spec):
     num_timesteps: int = Field(1000, ge=2, le=MAX_TRAIN_TIMESTEPS)
     rescale_betas_zero_snr: bool = False
     set_alpha_to_one: bool = Field(False, description="DDIM's last step ends at the clean latent")
-    shift: float = Field(1.0, gt=0, description="time shift of a flow")
+    shift: float = Field(1.0, gt=0, le=1e6, description="time shift of a flow")
 
 
 class PretrainedSpec(Spec):
@@ -33,5 +34,5 @@ class PretrainedSpec(Spec):
     noise: NoiseSpec
     solver: SolverSpec = Field(description="the solver that equals the pipeline's scheduler, or the nearest one")
     solver_problem: str = Field("", description="why `solver` does not equal the scheduler; empty if it does")
-    max_tokens: int = Field(description="prompt length, tokens")
+    max_tokens: Tokens = Field(description="prompt length, tokens")
     null_is_zero: bool = Field(False, description="the unconditional embeddings are zeros, not those of the empty prompt")

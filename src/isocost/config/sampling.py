@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from isocost.config.base import Spec
+from isocost.config.types import NUM_TRAIN_TIMESTEPS
 
 TIMESTEP_SPACING_NAMES = ("leading", "trailing", "linspace", "karras")
 
@@ -23,7 +24,9 @@ class SolverSpec(Spec):
     name: str = Field("ddim", pattern=r"^[^/\s]+$", description="name of a solver; see `isocost list solvers`")
     timestep_spacing: TimestepSpacingName = "trailing"
     eta: float = Field(0.0, ge=0, le=1, description="ddim: fraction of DDPM's noise; 0 is deterministic")
-    steps_offset: int = Field(1, ge=0, description="added to the timesteps of leading spacing, as in diffusers")
+    steps_offset: int = Field(
+        1, ge=0, le=NUM_TRAIN_TIMESTEPS, description="added to the timesteps of leading spacing, as in diffusers"
+    )
 
     @property
     def label(self) -> str:

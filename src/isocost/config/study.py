@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,6 +15,7 @@ from isocost.config.finetune import ADAPTED_VARIANTS, NO_ADAPTER, DistillSpec, D
 from isocost.config.model import AutoencoderSpec, FamilySpec, TextEncoderSpec
 from isocost.config.sweep import NO_GUIDANCE, SweepSpec
 from isocost.config.training import TrainSpec
+from isocost.config.types import Channels, Seed
 from isocost.errors import ConfigError
 
 
@@ -22,20 +23,22 @@ class ReportSpec(Spec):
     """Configuration of the report."""
 
     metric: str = Field("mmd_efficientnet", description="main metric of the report")
-    budgets: tuple[float, ...] = Field(
-        (), description="normalized cost budgets of the recommendations; chosen from the data if empty"
+    budgets: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (),
+        description="budgets of the recommendations: normalized cost, or GFLOP per image in a study of checkpoints; "
+        "chosen from the data if empty",
     )
 
 
 class SeedReplicatesSpec(Spec):
     """Sizes of the family that are trained again from other seeds, to estimate the seed variance."""
 
-    seeds: tuple[int, ...] = Field(description="seeds of the further trainings; they must differ from train.seed")
-    widths: tuple[int, ...] = Field((), description="widths out of family.widths; all if empty")
+    seeds: tuple[Seed, ...] = Field(description="seeds of the further trainings; they must differ from train.seed")
+    widths: tuple[Channels, ...] = Field((), description="widths out of family.widths; all if empty")
 
     @field_validator("seeds")
     @classmethod
-    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+    def _distinct(cls, seeds: tuple[Seed, ...]) -> tuple[int, ...]:
         if len(set(seeds)) != len(seeds) or not seeds:
             raise ValueError("give at least one seed, and each seed once")
         return seeds

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
-import yaml
-
-from isocost.config.base import parse_spec
+from isocost.config.base import parse_spec, specs_in
 from isocost.config.study import StudySpec
+from isocost.config.yaml_text import format_yaml, parse_yaml, read_yaml
 from isocost.errors import ConfigError
 
 
@@ -28,10 +28,7 @@ def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"{file}: no such study file; `isocost demo` runs the built-in study")
-    try:
-        plain = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: this is not YAML: {' '.join(str(error).split())}") from error
+    plain = read_yaml(file)
     if not isinstance(plain, dict):
         raise ConfigError(f"{file}: a study must be a mapping with the keys name, data, autoencoder, family, train, sweep, ...")
     values = dict(overrides or {})
@@ -43,19 +40,47 @@ def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
 
 def dump_study(study: StudySpec) -> str:
     """YAML text with the values of all fields; loading and dumping it again gives the same text."""
-    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return format_yaml(study.model_dump(mode="json"))
+
+
+def parse_override(key: str, text: str) -> Any:
+    """The value of `--set KEY=TEXT`.
+
+    The text of a setting that is itself text, such as a path, is taken as it was typed; one pair of quotes around all of it is
+    removed. Every other text is YAML.
+
+    Raises:
+        ConfigError: the text is not YAML.
+    """
+    where = f"--set {key}={text}"
+    if not _is_text(StudySpec, tuple(key.split("."))):
+        return parse_yaml(text, where)
+    if text in ("", "~", "null"):
+        return None if text else ""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+
+
+def _is_text(annotation: Any, path: tuple[str, ...]) -> bool:
+    """Whether the setting at `path` below a spec, a union or a mapping is a single text."""
+    if not path:
+        is_union = get_origin(annotation) in (Union, UnionType)
+        return annotation is str or (is_union and any(_is_text(part, ()) for part in get_args(annotation)))
+    if get_origin(annotation) is dict:
+        return _is_text(get_args(annotation)[1], path[1:])
+    fields = [spec.model_fields[path[0]] for spec in specs_in(annotation) if path[0] in spec.model_fields]
+    return any(_is_text(field.annotation, path[1:]) for field in fields)
 
 
 def _scale_overrides(scales: Any, scale: Any, file: Path) -> dict[str, Any]:
     """Values by dotted key of `scale`, from the file's section `scales: {NAME: {KEY: VALUE, ...}}`."""
     if scale is None:
         return {}
-    if not isinstance(scales, dict) or not isinstance(scales.get(scale), dict):
-        known = (
-            ", ".join(map(str, scales)) if isinstance(scales, dict) and scales else "none; the file has no section `scales:`"
-        )
+    by_name = {str(name): values for name, values in scales.items()} if isinstance(scales, dict) else {}
+    values = by_name.get(str(scale))
+    if not isinstance(values, dict):
+        known = ", ".join(by_name) or "none; the file has no section `scales:`"
         raise ConfigError(f"{file}: scale = {scale!r} is unknown; the file defines: {known}")
-    return dict(scales[scale])
+    return {str(key): value for key, value in values.items()}
 
 
 def _set_dotted(plain: dict[str, Any], key: str, value: Any, file: Path) -> None:

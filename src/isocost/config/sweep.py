@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from isocost.config.base import Spec
 from isocost.config.sampling import SolverSpec
-from isocost.config.types import NUM_TRAIN_TIMESTEPS, DTypeName
+from isocost.config.types import MAX_SAMPLES, DTypeName, Guidance, NumSamples, NumSteps, Seed, SweepBatch
 
 DEFAULT_BATCH_SIZE = 64
 NO_GUIDANCE = "guidance = 0 samples without the prompt; give 1 for no guidance (one network pass per evaluation)"
@@ -21,13 +21,13 @@ class PointSpec(Spec):
 
     checkpoint: str
     solver: SolverSpec
-    num_steps: int = Field(ge=1, le=NUM_TRAIN_TIMESTEPS)
-    guidance: float = Field(ge=0)
-    num_images: int = Field(ge=1)
-    seed: int = 0
+    num_steps: NumSteps
+    guidance: Guidance
+    num_images: NumSamples
+    seed: Seed = 0
     dtype: DTypeName = "fp32"
     compiled: bool = False
-    batch_size: int = Field(DEFAULT_BATCH_SIZE, ge=1)
+    batch_size: SweepBatch = DEFAULT_BATCH_SIZE
 
     @property
     def numerics(self) -> tuple[str, bool, int]:
@@ -38,7 +38,7 @@ class PointSpec(Spec):
 class RaceSpec(Spec):
     """Guidance search by successive halving (`sweep/guidance_search.py`). The winner is scored again with other noise."""
 
-    rungs: tuple[Annotated[int, Field(ge=16)], ...] = Field(
+    rungs: tuple[Annotated[int, Field(ge=16, le=MAX_SAMPLES)], ...] = Field(
         (), description="images per guidance value in each rung, rising; if absent, derived from protocol.num_images"
     )
     tolerance: float | None = Field(
@@ -48,7 +48,7 @@ class RaceSpec(Spec):
         description="allowed loss of the selected value, as a fraction of the score; if absent, from protocol.num_images",
     )
     confidence: float = Field(0.95, gt=0.5, lt=1, description="confidence of dropping a value and of ending a race")
-    seed: int = Field(1, description="seed of the search; must differ from sweep.seed, the seed of the scores")
+    seed: Seed = Field(1, description="seed of the search; must differ from sweep.seed, the seed of the scores")
     stop_confidence: float | None = Field(
         0.99, gt=0.5, lt=1, description="confidence that a winner is on no frontier, so that it is not scored; null scores all"
     )
@@ -69,19 +69,19 @@ class SweepSpec(Spec):
     """
 
     solvers: tuple[SolverSpec, ...] = (SolverSpec(),)
-    num_steps: tuple[Annotated[int, Field(ge=1, le=NUM_TRAIN_TIMESTEPS)], ...]
-    guidance: tuple[Annotated[float, Field(ge=0)], ...]
+    num_steps: tuple[NumSteps, ...]
+    guidance: tuple[Guidance, ...]
     search: Literal["grid", "race"] = Field(
         "grid", description="score every guidance value, or search the best one with few images"
     )
     race: RaceSpec = RaceSpec()
-    seed: int = 0
+    seed: Seed = 0
     dtype: DTypeName = "fp32"
     compiled: bool = Field(False, description="compile the network; takes minutes once per machine")
-    batch_size: int = Field(DEFAULT_BATCH_SIZE, ge=1, description="slots of a network call; on a CPU one call per core")
-    shard_size: int = Field(256, ge=1, description="images per unit of work of a worker; changes no result")
-    snapshot_num_steps: int = Field(16, ge=1, le=NUM_TRAIN_TIMESTEPS, description="num_steps of the snapshots' points")
-    snapshot_guidance: float = Field(2.0, ge=0, description="guidance of the snapshots' points")
+    batch_size: SweepBatch = Field(DEFAULT_BATCH_SIZE, description="slots of a network call; on a CPU one call per core")
+    shard_size: NumSamples = Field(256, description="images per unit of work of a worker; changes no result")
+    snapshot_num_steps: NumSteps = Field(16, description="num_steps of the snapshots' points")
+    snapshot_guidance: Guidance = Field(2.0, description="guidance of the snapshots' points")
 
     @model_validator(mode="after")
     def _check_search(self) -> SweepSpec:

@@ -7,7 +7,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from isocost.config.base import Spec
-from isocost.config.types import DTypeName, PredictionType
+from isocost.config.types import (
+    MAX_IMAGES_SEEN,
+    DTypeName,
+    ImagesSeen,
+    LearningRate,
+    PredictionType,
+    Seed,
+    TrainBatch,
+    Weight,
+)
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 RUNTIME_FIELDS = frozenset(
     {
@@ -37,20 +48,22 @@ class TrainSpec(Spec):
     If the learning rate decays (`cosine`, `wsd`), `num_images` determines the weights and is part of the recipe.
     """
 
-    num_images: int = Field(ge=1, description="total number of images seen")
-    snapshots: tuple[int, ...] = Field((), description="images seen at which further checkpoints are saved")
-    snapshots_gflop: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+    num_images: ImagesSeen = Field(description="total number of images seen")
+    snapshots: tuple[ImagesSeen, ...] = Field((), description="images seen at which further checkpoints are saved")
+    snapshots_gflop: tuple[Annotated[float, Field(gt=0, le=1e30)], ...] = Field(
         (), description="snapshots by training compute, 3 x GFLOP per forward x images; those after num_images are ignored"
     )
-    batch_size: int = Field(64, ge=1, description="images per step, over all processes")
-    lr: float = Field(1e-4, gt=0)
+    batch_size: TrainBatch = Field(64, description="images per step, over all processes")
+    lr: LearningRate = 1e-4
     lr_schedule: Literal["constant", "cosine", "wsd"] = Field(
         "constant", description="after the warm-up; wsd is constant, then falls linearly to 0 over the last lr_decay_fraction"
     )
     lr_decay_fraction: float = Field(0.2, gt=0, le=1, description="fraction of num_images over which wsd decays")
-    warmup_images: int = Field(0, ge=0, description="images over which the learning rate rises linearly from 0")
-    weight_decay: float = Field(0.01, ge=0)
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    warmup_images: int = Field(
+        0, ge=0, le=MAX_IMAGES_SEEN, description="images over which the learning rate rises linearly from 0"
+    )
+    weight_decay: Weight = 0.01
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of the two moments of Adam, from 0 to below 1")
     max_grad_norm: float = Field(1.0, gt=0)
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="probability of training an image on the empty caption")
     prediction_type: PredictionType = "epsilon"
@@ -58,12 +71,12 @@ class TrainSpec(Spec):
         False, description="the last timestep is pure noise (arXiv 2305.08891); not with epsilon"
     )
     min_snr_gamma: float | None = Field(
-        None, gt=0, description="min-SNR weighting of the loss (arXiv 2303.09556); 5 is usual; null disables it"
+        None, gt=0, le=1e6, description="min-SNR weighting of the loss (arXiv 2303.09556); 5 is usual; null disables it"
     )
-    ema_half_life_images: int | tuple[int, ...] = Field(
+    ema_half_life_images: ImagesSeen | tuple[ImagesSeen, ...] = Field(
         10_000, description="half-life of the EMA of the weights; several values keep several EMAs"
     )
-    snapshot_ema: int | None = Field(
+    snapshot_ema: ImagesSeen | None = Field(
         None, description="the value of ema_half_life_images that checkpoints contain; the first if absent"
     )
     snapshot_dtype: DTypeName = Field("fp32", description="dtype of the weights in checkpoints; bf16 halves their size")
@@ -71,7 +84,7 @@ class TrainSpec(Spec):
     sharding: Literal["none", "fsdp"] = Field(
         "none", description="fsdp shards weights, gradients, moments and EMA over the processes (FSDP2)"
     )
-    microbatch: int | Literal["auto"] = Field(
+    microbatch: TrainBatch | Literal["auto"] = Field(
         "auto", description="images per forward pass of a process; auto finds the largest that fits"
     )
     gradient_checkpointing: bool = False
@@ -79,13 +92,13 @@ class TrainSpec(Spec):
     cuda_graphs: bool = Field(
         False, description="record the training step as a CUDA graph; one process, one CUDA device, small networks"
     )
-    state_every_images: int = Field(10_000, ge=1, description="images between saved training states")
-    keep_last_states: int = Field(1, ge=1, description="number of newest training states that are kept")
-    keep_state_every_images: int | None = Field(
-        None, ge=1, description="training states at multiples of this number are never deleted"
+    state_every_images: ImagesSeen = Field(10_000, description="images between saved training states")
+    keep_last_states: int = Field(1, ge=1, le=1_000_000, description="number of newest training states that are kept")
+    keep_state_every_images: ImagesSeen | None = Field(
+        None, description="training states at multiples of this number are never deleted"
     )
     cache_dir: str | None = Field(None, description="folder or URL (s3://, gs://, ...) of the latent caches; OUT if absent")
-    seed: int = 0
+    seed: Seed = 0
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
 
     @field_validator("ema_half_life_images")
@@ -106,8 +119,6 @@ class TrainSpec(Spec):
             raise ValueError(
                 f"rescale_betas_zero_snr needs prediction_type: v_prediction (or sample), not {self.prediction_type}"
             )
-        if self.microbatch != "auto" and self.microbatch < 1:
-            raise ValueError(f"microbatch={self.microbatch}: give 'auto', or 1 or more")
         return self
 
     def recipe(self) -> dict[str, Any]:

@@ -92,10 +92,18 @@ class StudyAssets:
     def source_key(self, part: str) -> dict[str, Any]:
         """Return the digest inputs of the source `train` or `reference`: its content and how it is read, not its location."""
         source: SourceSpec = getattr(self.study.data, part)
-        if part not in self._fingerprints:
-            self._fingerprints[part] = source_fingerprint(source)
         plain = {key: value for key, value in source.canonical().items() if key != "path"}
-        return {**plain, "content": self._fingerprints[part], "resolution": self.study.data.resolution}
+        return {**plain, "content": self.source_content(part), "resolution": self.study.data.resolution}
+
+    def source_content(self, part: str) -> str:
+        """Return the digest of the files of `train` or `reference`; the first call reads them.
+
+        Raises:
+            ConfigError: the files are missing.
+        """
+        if part not in self._fingerprints:
+            self._fingerprints[part] = source_fingerprint(getattr(self.study.data, part))
+        return self._fingerprints[part]
 
     def images(self, part: str) -> ImageDataset:
         """Return the images of `train` or `reference`; the first call reads and decodes them."""

@@ -24,8 +24,8 @@ from isocost.models.paper_table import BY_SIZE, BY_WIDTH, PAPER_CROSS_ATTENTION_
 
 _MAX_GROUPS, _CHANNELS_PER_GROUP = 32, 2
 _MAX_HEADS, _CHANNELS_PER_HEAD = 8, 8
-_LATENT_MULTIPLE = 8
 _MIN_WIDTH = 4
+_TIMES = {2: "once", 3: "twice", 4: "three times"}
 
 
 def check_width(width: int) -> None:
@@ -59,8 +59,14 @@ def build_unet(spec: ModelSpec, device: str | torch.device = "cpu") -> UNet2DCon
         ConfigError: the width or the latent size does not fit the family.
     """
     check_width(spec.width)
-    if spec.latent_size % _LATENT_MULTIPLE:
-        raise ConfigError(f"latent size {spec.latent_size}: the U-Net halves it three times, so it must be a multiple of 8")
+    multiple = 2 ** (spec.num_levels - 1)
+    if spec.latent_size % multiple:
+        fitting = [levels for levels in range(2, spec.num_levels) if spec.latent_size % 2 ** (levels - 1) == 0]
+        fewer = f", or family.num_levels {fitting[-1]}" if fitting else ""
+        raise ConfigError(
+            f"latent size {spec.latent_size}: a U-Net of {spec.num_levels} levels halves it {_TIMES[spec.num_levels]}; "
+            f"choose a resolution and an autoencoder whose latent size is a multiple of {multiple}{fewer}"
+        )
     return build_unchecked_unet(spec, device)
 
 

@@ -13,7 +13,8 @@ from isocost.analysis.study_comparison import Ranking, concat_studies, rankings
 from isocost.config.study_yaml import load_study
 from isocost.errors import ConfigError
 from isocost.evaluation.paired import PairedComparer
-from isocost.pipeline.pipeline import STUDY_FILE, Pipeline
+from isocost.pipeline.compatibility import STUDY_FILE
+from isocost.pipeline.pipeline import Pipeline
 from isocost.utils.artifact_store import Store
 
 

@@ -18,7 +18,14 @@ from isocost.config.study_yaml import dump_study
 from isocost.config.types import TaskName
 from isocost.errors import ConfigError
 from isocost.models.checkpoint import read_info
-from isocost.pipeline.pipeline import RESULTS_DB_FILE, STUDY_FILE, check_compatible, read_study_file
+from isocost.pipeline.compatibility import (
+    DATA_FILE,
+    STUDY_FILE,
+    check_compatible,
+    read_data_content,
+    read_study_file,
+)
+from isocost.pipeline.pipeline import RESULTS_DB_FILE
 from isocost.sweep.results_db import ResultsDB
 from isocost.training.state_checkpoint import newest_state_images
 from isocost.utils.artifact_store import (
@@ -77,7 +84,7 @@ def archive(
     source, target = Path(out), check_output_folder(folder)
     study = _load_study(source)
     check_separate(target, source)
-    _prepare_target(target, [study], "the archive of a study")
+    _prepare_target(target, [source], "the archive of a study")
     study = _merge_specs(read_study_file(target), study)
     excluded = _excluded(source, checkpoint_mib, tasks)
     with ResultsDB(target / RESULTS_DB_FILE) as archived_db, ResultsDB(source / RESULTS_DB_FILE) as results_db:
@@ -107,7 +114,7 @@ def merge(out: str | Path, others: list[Path]) -> dict[str, int]:
     target = check_output_folder(out)
     studies = [_load_study(other) for other in others]
     check_separate(target, *others)
-    _prepare_target(target, studies, "the output folder of a study")
+    _prepare_target(target, others, "the output folder of a study")
     merged_study = read_study_file(target)
     for study in studies:
         merged_study = _merge_specs(merged_study, study)
@@ -158,20 +165,21 @@ def take_artefacts(out: str | Path, others: list[Path]) -> int:
     return num_copied
 
 
-def _prepare_target(target: Path, studies: Sequence[StudySpec], description: str) -> None:
+def _prepare_target(target: Path, sources: Sequence[Path], description: str) -> None:
     """Check a folder to copy studies into; create it with the first study if it is missing or empty.
 
     Raises:
         ConfigError: the folder holds another study, or anything else than `description`.
     """
     if (target / STUDY_FILE).is_file():
-        for study in studies:
-            check_compatible(study, Store(target))
+        for source in sources:
+            check_compatible(_load_study(source), Store(target), read_data_content(source))
     elif target.is_dir() and any(target.iterdir()):
         raise ConfigError(f"{target}: neither empty nor {description}; give a new folder")
     else:
         target.mkdir(parents=True, exist_ok=True)
-        write_atomically(target / STUDY_FILE, dump_study(studies[0]))
+        write_atomically(target / STUDY_FILE, dump_study(_load_study(sources[0])))
+    _copy_data_content(sources[0], target)
 
 
 def _copy_if_absent(artefact: Path, target: Path) -> bool:
@@ -211,6 +219,12 @@ def _copy_report_data(source: Path, target: Path) -> None:
                 with replacing(target / file.name) as temporary:
                     shutil.copyfile(file, temporary)
         replace_folder(partial / REPORT_DATA, target / REPORT_DATA)
+
+
+def _copy_data_content(source: Path, target: Path) -> None:
+    """Copy the digests of the data, unless `target` has them: its study keeps its paths."""
+    if (source / DATA_FILE).is_file() and not (target / DATA_FILE).exists():
+        shutil.copyfile(source / DATA_FILE, target / DATA_FILE)
 
 
 def _load_study(folder: Path) -> StudySpec:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from isocost.config.sampling import FOLDER_SOLVERS
 from isocost.config.study import StudySpec
-from isocost.config.study_yaml import dump_study, load_study
+from isocost.config.study_yaml import dump_study
 from isocost.config.types import TaskName
 from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import SOLVERS, solver_coefficients
@@ -31,10 +30,11 @@ from isocost.experiments.superres import SuperresExperiment
 from isocost.models.checkpoint import CheckpointInfo
 from isocost.models.factory import check_widths
 from isocost.models.flops import ModelCost, model_cost
+from isocost.pipeline.compatibility import DATA_PARTS, STUDY_FILE, check_compatible, write_data_content
 from isocost.pipeline.status import PlannedPoint, Status, StatusFile, now, seconds_left, size_status
 from isocost.pipeline.sweep_runner import Sweeper, planned_points, unsearched_cells
 from isocost.sweep.grid import SweepPoint
-from isocost.sweep.leases import POLL_S, Leases
+from isocost.sweep.leases import Leases
 from isocost.sweep.results_db import ResultsDB
 from isocost.training.distributed import process_info
 from isocost.training.state_checkpoint import newest_state_images
@@ -46,7 +46,6 @@ from isocost.utils.signals import deadline_passed
 
 logger = logging.getLogger(__name__)
 
-STUDY_FILE = "study.yaml"
 RESULTS_DB_FILE = "results.sqlite"
 
 
@@ -102,9 +101,10 @@ class Pipeline:
         """
         if self._results_db is None:
             if self.process.rank == 0:
-                for part in ("reference",) if self.study.checkpoints else ("train", "reference"):
-                    self.assets.source_key(part)
+                parts = ("reference",) if self.study.checkpoints else DATA_PARTS
+                contents = {part: self.assets.source_content(part) for part in parts}
                 self.out.mkdir(parents=True, exist_ok=True)
+                write_data_content(self.out, contents)
                 write_atomically(self.out / STUDY_FILE, dump_study(self.study))
                 self.store.remove_partial()
             self._results_db = ResultsDB(self.results_db_address)
@@ -496,55 +496,10 @@ class Pipeline:
             else:
                 if deadline_passed(deadline):
                     return False
-                time.sleep(POLL_S)
+                self.leases.wait(*(f"train {run.digest}" for run in unfinished))
         return self.score_search_winners(runs, deadline)
 
     def _must_wait(self, run: TrainingRun, unfinished: list[TrainingRun]) -> bool:
         """Whether another unfinished run has yet to train a checkpoint that this one starts from."""
         absent = {folder.name for folder in run.sources if not folder.is_dir()}
         return any(other.final in absent for other in unfinished if other is not run)
-
-
-def check_compatible(study: StudySpec, store: Store) -> None:
-    """Check that a study may continue in its output folder. Sizes, steps, guidance, solvers, snapshots and images may be added.
-
-    Raises:
-        ConfigError: the folder holds artefacts of a study that this one cannot continue.
-    """
-    file = store.out / STUDY_FILE
-    if not file.is_file() or store.is_empty():
-        return
-    before = read_study_file(store.out)
-    old_fields, new_fields = before.immutable_fields(), study.immutable_fields()
-    shared = [name for name in old_fields if name in new_fields]  # fine-tuning sections may be added later
-    difference = _first_difference({name: old_fields[name] for name in shared}, {name: new_fields[name] for name in shared})
-    if difference is not None:
-        key, old, new = difference
-        raise ConfigError(
-            f"{store.out}: its artefacts were made with {key} = {old}, but the study has {new}; set {key} back to {old}, "
-            "or give another --out"
-        )
-
-
-def read_study_file(out: Path) -> StudySpec:
-    """Read the study that a run wrote into its output folder.
-
-    Raises:
-        ConfigError: the file is damaged, or was written by a version with other keys.
-    """
-    file = out / STUDY_FILE
-    try:
-        return load_study(file)
-    except ConfigError as error:
-        raise ConfigError(f"{error}; `isocost run STUDY --out {out}` writes {STUDY_FILE} again once it is removed") from error
-
-
-def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """Dotted key, old value and new value of the first field that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in [*old, *(name for name in new if name not in old)]:
-            difference = _first_difference(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-            if difference is not None:
-                return difference
-        return None
-    return None if old == new else (key, old, new)

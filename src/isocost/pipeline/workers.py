@@ -19,7 +19,8 @@ import torch
 
 from isocost.config.study_yaml import load_study
 from isocost.errors import ConfigError, RunError
-from isocost.pipeline.pipeline import STUDY_FILE, Pipeline
+from isocost.pipeline.compatibility import STUDY_FILE
+from isocost.pipeline.pipeline import Pipeline
 from isocost.utils.signals import request_stop, stop_requested
 
 logger = logging.getLogger(__name__)

@@ -21,6 +21,7 @@ from isocost.analysis.pareto import BudgetChoice, Configuration, best_at_budgets
 from isocost.analysis.recommend import describe_choice, sample_command
 from isocost.analysis.results_table import final_points, rank_points
 from isocost.report.chart_panels import costs_in, metrics_in
+from isocost.report.scope import TRAINED, Scope
 
 NOT_RECORDED = "not recorded"
 
@@ -51,11 +52,14 @@ def slider_values(table: pd.DataFrame, metric: str, cost: str) -> list[BudgetCho
     return best_at_budgets(table, cost, metric, budgets)
 
 
-def budget_slider(table: pd.DataFrame, metric: str, points_with_images: Collection[str]) -> dict[str, Any]:
+def budget_slider(
+    table: pd.DataFrame, metric: str, points_with_images: Collection[str], scope: Scope = TRAINED
+) -> dict[str, Any]:
     """Return the data of the slider as plain values: `axes`, one per cost with its positions, and `configurations` by point.
 
     Args:
         points_with_images: points whose images the page can show.
+        scope: gives the order of the costs and the word for one network.
 
     Raises:
         ConfigError: no final point has the metric.
@@ -63,15 +67,15 @@ def budget_slider(table: pd.DataFrame, metric: str, points_with_images: Collecti
     final_points(table, metric)
     axes: list[dict[str, Any]] = []
     shown: dict[str, Configuration] = {}
-    for cost in costs_in(table):
+    for cost in costs_in(table, scope):
         choices = slider_values(table, metric, cost)
-        axes.append({"cost": cost, **_axis_labels(cost), "values": [_slider_value(choice) for choice in choices]})
+        axes.append({"cost": cost, **_axis_labels(cost), "values": [_slider_value(choice, scope) for choice in choices]})
         chosen = [configuration for choice in choices for configuration in (choice.best, choice.runner_up)]
         shown |= {configuration.point: configuration for configuration in chosen if configuration is not None}
     rows = table[table["point"].isin(list(shown))].to_dict("records")
     other_metrics = [name for name in metrics_in(table) if name != metric]
     configurations = {
-        str(row["point"]): _configuration_data(row, shown[row["point"]], metric, other_metrics, points_with_images)
+        str(row["point"]): _configuration_data(row, shown[row["point"]], metric, other_metrics, points_with_images, scope)
         for row in rows
     }
     return {"metric": format_metric(metric), "axes": axes, "configurations": configurations}
@@ -82,8 +86,8 @@ def _axis_labels(cost: str) -> dict[str, str]:
     return {"label": about.label, "unit": about.unit, "axis_label": about.axis}
 
 
-def _slider_value(choice: BudgetChoice) -> dict[str, Any]:
-    sentence = describe_choice(choice)
+def _slider_value(choice: BudgetChoice, scope: Scope) -> dict[str, Any]:
+    sentence = describe_choice(choice, scope.noun)
     assert choice.best is not None, "every position is the cost of a point"
     return {
         "budget": choice.budget,
@@ -102,11 +106,12 @@ def _configuration_data(
     metric: str,
     other_metrics: list[str],
     points_with_images: Collection[str],
+    scope: Scope,
 ) -> dict[str, Any]:
     """Return what the page shows of a point: label, score, `facts` by name, and the `sources` of the numbers."""
     facts = {format_metric(metric): configuration.score}
     facts |= {format_metric(name): _format_row_score(row, name) for name in other_metrics if not _is_nan(row[name])}
-    facts |= {cost.label: format_number(row[name]) for name, cost in COSTS.items() if not _is_nan(row[name])}
+    facts |= {COSTS[name].label: format_number(row[name]) for name in scope.costs if not _is_nan(row[name])}
     facts["parameters"] = f"{row['num_parameters']:,}"
     if "guidance_low" in row and not _is_nan(row["guidance_low"]):
         low, high = (format_number(row[f"guidance_{end}"]) for end in ("low", "high"))

@@ -27,10 +27,10 @@ from isocost.errors import ConfigError
 from isocost.experiments.base import Experiment
 from isocost.pipeline.pipeline import Pipeline
 from isocost.report.html import STUDY_YAML
-from isocost.report.markdown import BUDGET_COST
 from isocost.report.plot_data import COMPUTE_AXES, FLOOR_LABEL
 from isocost.report.plot_data_finetune import PRETRAINING_QUESTIONS, Pretrained
 from isocost.report.report_data import Page, Report, ReportData, render, task_folder
+from isocost.report.scope import TRAINED, Scope, checkpoint_scope
 from isocost.sweep.image_shards import read_images
 from isocost.utils.artifact_store import Store
 from isocost.utils.environment import provenance
@@ -132,20 +132,23 @@ def _report_data(
     study, experiment = pipeline.study, pipeline.experiments[task]
     table, samples = experiment.summarise(table, SavedImages(pipeline.store, table["point"]))
     baselines = experiment.baselines
+    scope = checkpoint_scope(table) if study.checkpoints else TRAINED
+    missing = [title for title in TITLES.values() if title not in other_pages and title != TITLES[task]]
     page = Page(
         study_name=study.name if task == "text2image" else f"{study.name}, {TITLES[task]}",
         metric=experiment.metric,
-        provenance=_provenance(pipeline, experiment, table),
+        provenance=_provenance(pipeline, experiment, table, scope),
         reconstruction_floors=next(iter(baselines.values())),
         prompts=experiment.sample_labels,
-        budgets=(list(study.report.budgets) if task == "text2image" else []) or default_budgets(table, BUDGET_COST),
+        budgets=(list(study.report.budgets) if task == "text2image" else []) or default_budgets(table, scope.budget_cost),
         comparison_rows=_comparison_rows(experiment, table, samples),
         other_pages=other_pages,
         findings=experiment.findings(table),
         floor_label=FLOOR_LABELS.get(next(iter(baselines)), FLOOR_LABEL),
         reference_lines={"bicubic": baselines["bicubic"]} if "bicubic" in baselines else None,
-        missing_experiments=[title for title in TITLES.values() if title not in other_pages and title != TITLES[task]],
+        missing_experiments=missing if scope.trained else [],
         pretrained=pretrained,
+        scope=scope,
     )
     return page, table, samples
 
@@ -219,17 +222,17 @@ class SavedImages(Mapping[str, np.ndarray]):
         return len(self.points)
 
 
-def _provenance(pipeline: Pipeline, experiment: Experiment, table: pd.DataFrame) -> dict[str, Any]:
+def _provenance(pipeline: Pipeline, experiment: Experiment, table: pd.DataFrame, scope: Scope) -> dict[str, Any]:
     assets = pipeline.assets
     skipped = [event for event in pipeline.results_db.events() if event["stage"].startswith("data.")]
     num_flagged = int(table["has_too_few_samples"].sum())
     too_few_images = "points have fewer images than twice the number of features; compare only equal numbers of images"
-    is_family = _has_one_family(table)
+    is_family = scope.trained and _has_one_family(table)
     return {
         "protocol": experiment.protocol_summary,
         "autoencoder": {"digest": assets.autoencoder_digest, "latent shape": " x ".join(map(str, assets.latent_shape))},
         **{BASELINES[title]: _rounded(scores) for title, scores in experiment.baselines.items()},
-        "quality against training compute": _scaling_laws(experiment, table),
+        **({"quality against training compute": _scaling_laws(experiment, table)} if scope.trained else {}),
         **({"best size by budget": _best_size_by_budget(experiment, table)} if is_family else {}),
         **({"predicted frontier of the largest size": _predicted_frontier(experiment, table)} if is_family else {}),
         **({"milliseconds": untimed} if (untimed := format_excluded_timings(table)) else {}),

@@ -20,6 +20,7 @@ from isocost.errors import ConfigError
 from isocost.evaluation.metric_registry import METRICS
 from isocost.report import plot_data, plot_data_finetune, plotly_backend
 from isocost.report.plot_data_finetune import Pretrained
+from isocost.report.scope import TRAINED, Scope
 
 RACE_COLUMNS = ("guidance_low", "guidance_high", "race_images", "race_at_boundary")
 
@@ -82,16 +83,34 @@ def metrics_in(table: pd.DataFrame) -> list[str]:
     return [name for name in METRICS if name in table.columns and table[name].notna().any()]
 
 
-def costs_in(table: pd.DataFrame) -> list[str]:
-    """Return the costs that at least one final point has, in the order of `COSTS`."""
+def costs_in(table: pd.DataFrame, scope: Scope = TRAINED) -> list[str]:
+    """Return the costs that at least one final point has, in the order of the report."""
     finished = table[table["is_final"].astype(bool)]
-    return [cost for cost in COSTS if finished[cost].notna().any()]
+    return [cost for cost in scope.costs if finished[cost].notna().any()]
 
 
-def _cost_chart(table: pd.DataFrame, metric: str, reconstruction_floors: Mapping[str, float], options: CurveOptions) -> Chart:
+def cost_chart(
+    table: pd.DataFrame,
+    metric: str,
+    reconstruction_floors: Mapping[str, float],
+    options: CurveOptions,
+    scope: Scope = TRAINED,
+) -> Chart:
+    """Quality against cost, for every cost, solver and metric.
+
+    Args:
+        table: points, as in `isocost.analysis.results_table`.
+        metric: the metric that comes first.
+        reconstruction_floors: metric -> the best possible value.
+        options: metric -> further fields of its curves.
+        scope: gives the order of the costs.
+
+    Raises:
+        ConfigError: no choice has curves.
+    """
     metrics = _with_metric_first(table, metric)
     solvers = sorted(final_points(table, metric)["solver"].unique())
-    costs = costs_in(table)
+    costs = costs_in(table, scope)
     solver_choices: list[str | None] = [None, *solvers] if len(solvers) > 1 else [None]
     arguments = {
         f"{a}|{b}|{c}": (name, (cost, reconstruction_floors.get(name), solver))
@@ -209,7 +228,7 @@ def _pretraining_chart(
 
 
 CHARTS = {
-    "cost": _cost_chart,
+    "cost": cost_chart,
     "compute": _compute_chart,
     "solvers": _solver_chart,
     "guidance": _guidance_chart,

@@ -41,6 +41,7 @@ from isocost.report.plot_data import (
     solver_curves,
 )
 from isocost.report.plot_data_finetune import Pretrained, distillation_curves, pretraining_curves
+from isocost.report.scope import TRAINED, Scope
 
 
 def plot_quality_vs_cost(
@@ -162,6 +163,7 @@ def all_figures(
     budgets: Sequence[float],
     comparison_rows: Mapping[str, np.ndarray],
     pretrained: Pretrained | None = None,
+    scope: Scope = TRAINED,
     **overrides: Any,
 ) -> dict[str, Callable[[], Figure]]:
     """Return a function for every figure of one experiment, by the name of its file.
@@ -171,22 +173,24 @@ def all_figures(
         floor: the best possible value, drawn as a horizontal line.
         samples: point -> images uint8 [K, H, W, 3] of the same K prompts and seeds.
         prompts: the K prompts.
-        budgets: budgets of normalized cost.
+        budgets: budgets of `scope.budget_cost`.
         comparison_rows: title -> images uint8 [K, H, W, 3] to show next to each other; may be empty.
         pretrained: the checkpoints that the runs started from, if the task is in `PRETRAINING_FIGURES`.
+        scope: published checkpoints have no figures about training.
     """
     options: dict[str, Any] = {"floor": floor, **overrides}
     plots_by_axis: dict[Callable[..., Figure], Sequence[str]] = {
-        plot_quality_vs_cost: list(COSTS),
-        plot_quality_vs_compute: [axis for axis in COMPUTE_AXES if axis in table.columns],
+        plot_quality_vs_cost: scope.costs,
+        plot_quality_vs_compute: [axis for axis in COMPUTE_AXES if scope.trained and axis in table.columns],
         plot_distillation_frontier: list(COSTS),
     }
+    questions = {} if scope.trained else {plot_quality_vs_cost: {"question": "Which checkpoint is best at equal cost?"}}
     single_plots: dict[Callable[..., Figure], Callable[[], Figure]] = {
         plot_solvers: lambda: plot_solvers(table, metric, **options),
         plot_guidance_heatmap: lambda: plot_guidance_heatmap(table, metric),
         plot_best_guidance: lambda: plot_best_guidance(table, metric),
         plot_steps_grid: lambda: plot_steps_grid(table, metric, samples, prompts),
-        plot_budget_grid: lambda: plot_budget_grid(table, metric, samples, prompts, budgets),
+        plot_budget_grid: lambda: plot_budget_grid(table, metric, samples, prompts, budgets, scope.budget_cost),
         plot_inputs_outputs: lambda: plot_inputs_outputs(comparison_rows, prompts),
         **{
             plot: partial(_plot_vs_pretraining, plot, task, table, metric, pretrained, options)
@@ -194,7 +198,7 @@ def all_figures(
         },
     }
     figures = {
-        f"{file_name(plot)}-{axis}": partial(plot, table, metric, axis, **options)
+        f"{file_name(plot)}-{axis}": partial(plot, table, metric, axis, **options, **questions.get(plot, {}))
         for plot, axes in plots_by_axis.items()
         for axis in axes
     }

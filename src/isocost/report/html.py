@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from isocost.analysis.results_table import with_metric
 from isocost.models.paper_table import TABLE_1
 from isocost.report import plot_data
 from isocost.report.budget_slider import budget_slider
-from isocost.report.chart_panels import CHARTS, Chart, Unavailable, finetune_charts, metrics_in, try_make
+from isocost.report.chart_panels import CHARTS, Chart, Unavailable, cost_chart, finetune_charts, metrics_in, try_make
 from isocost.report.claims_table import claim_rows
 from isocost.report.figures import all_figures, save_figures
 from isocost.report.image_embedding import EmbeddedImages, embed_images
@@ -42,6 +43,7 @@ from isocost.report.markdown import headline
 from isocost.report.matplotlib_backend import FORMATS
 from isocost.report.plot_data_finetune import DISTILLATION_QUESTION, PRETRAINING_QUESTIONS, Pretrained
 from isocost.report.results_table import headline_facts, point_columns, size_rows
+from isocost.report.scope import PAPER_COST, TRAINED, Scope
 from isocost.utils.artifact_store import write_atomically
 
 STUDY_YAML = "study_yaml"
@@ -70,6 +72,7 @@ def write_report(
     pretrained: Pretrained | None = None,
     verdicts: Sequence[ClaimVerdict] = (),
     with_figures: bool = True,
+    scope: Scope = TRAINED,
 ) -> Path:
     """Write `index.html` and `figures/` (`isocost.report.figures`, PNG and PDF) into `folder` and return the path of the page.
 
@@ -82,7 +85,7 @@ def write_report(
         reconstruction_floors: metric -> the best possible value, for example of real images through the autoencoder.
         samples: point -> images uint8 [K, H, W, 3] of the same K prompts and seeds.
         prompts: the K prompts.
-        budgets: budgets of normalized cost for the answer; spread over the data if empty.
+        budgets: budgets of `scope.budget_cost` for the answer; spread over the data if empty.
         comparison_rows: title -> images uint8 [K, H, W, 3] to show next to each other: inputs, outputs and targets.
         other_pages: title -> address of the study's other pages.
         findings: results of paired comparisons by title: texts, or mappings of them.
@@ -92,6 +95,7 @@ def write_report(
         pretrained: the points of the checkpoints that the runs started from, for tasks that are compared with them.
         verdicts: verdicts for the paper's claims on these points and those of the other tasks.
         with_figures: false writes the page alone, in about a third of the time, and removes figures of an earlier report.
+        scope: whether the study trained the networks, and the cost of the budgets.
 
     Raises:
         ConfigError: the points cannot be compared (they differ in protocol, number of images or seed).
@@ -100,24 +104,22 @@ def write_report(
         with_metric(table, name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    floor = reconstruction_floors.get(metric)
+    floor, cost = reconstruction_floors.get(metric), scope.budget_cost
 
     def curve_options(name: str) -> dict[str, Any]:
         lines = tuple((title, scores[name]) for title, scores in (reference_lines or {}).items() if name in scores)
         return {"floor_label": floor_label, "reference_lines": lines}
 
-    budgets = list(budgets) or try_make(lambda: default_budgets(table, "normalized_cost"))
-    choices = (
-        budgets if isinstance(budgets, Unavailable) else try_make(best_at_budgets, table, "normalized_cost", metric, budgets)
-    )
+    budgets = list(budgets) or try_make(lambda: default_budgets(table, cost))
+    choices = budgets if isinstance(budgets, Unavailable) else try_make(best_at_budgets, table, cost, metric, budgets)
     grid_budgets = [] if isinstance(budgets, Unavailable) else budgets
     comparison_rows = comparison_rows or {}
     figures = all_figures(
-        table, metric, floor, samples, prompts, grid_budgets, comparison_rows, pretrained, **curve_options(metric)
+        table, metric, floor, samples, prompts, grid_budgets, comparison_rows, pretrained, scope, **curve_options(metric)
     )
     finetune = finetune_charts(table, metric, reconstruction_floors, curve_options, pretrained)
-    grids = try_make(_image_grids, table, metric, samples, prompts, grid_budgets)
-    slider = try_make(budget_slider, table, metric, set(samples))
+    grids = try_make(_image_grids, table, metric, samples, prompts, grid_budgets, cost)
+    slider = try_make(budget_slider, table, metric, set(samples), scope)
     images = _embed_shown_images(choices, slider, grids, samples, prompts, comparison_rows)
     page = (
         _environment()
@@ -126,13 +128,18 @@ def write_report(
             study=study_name,
             metric=metric_of(metric),
             metric_label=format_metric(metric),
-            facts=headline_facts(table, metric),
+            facts=headline_facts(table, metric, scope),
             choices=choices,
-            answers=choices if isinstance(choices, Unavailable) else [describe_choice(choice) for choice in choices],
-            headline=None if isinstance(choices, Unavailable) else headline(choices),
+            answers=choices
+            if isinstance(choices, Unavailable)
+            else [describe_choice(choice, scope.noun) for choice in choices],
+            headline=None if isinstance(choices, Unavailable) else headline(choices, scope.noun),
+            scope=scope,
+            budget_unit="units" if cost == PAPER_COST else COSTS[cost].label,
             slider=slider,
             charts={
-                chart: try_make(make, table, metric, reconstruction_floors, curve_options) for chart, make in CHARTS.items()
+                chart: try_make(make, table, metric, reconstruction_floors, curve_options)
+                for chart, make in (CHARTS | {"cost": partial(cost_chart, scope=scope)}).items()
             }
             | finetune,
             finetune_questions={
@@ -156,8 +163,8 @@ def write_report(
             claims=claim_rows(verdicts),
             report_json=_report_json(slider, images, prompts),
             chart_json=_chart_json,
-            points_json=_script_json(point_columns(table, metric)),
-            sizes=size_rows(table),
+            points_json=_script_json(point_columns(table, metric, scope)),
+            sizes=size_rows(table, scope),
             provenance={key: value for key, value in provenance.items() if key != STUDY_YAML},
             study_yaml=provenance.get(STUDY_YAML),
             figures=_save_figures(folder / FIGURES, figures, with_figures),
@@ -185,11 +192,16 @@ def _save_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]], wit
 
 
 def _image_grids(
-    table: pd.DataFrame, metric: str, samples: Mapping[str, np.ndarray], prompts: Sequence[str], budgets: Sequence[float]
+    table: pd.DataFrame,
+    metric: str,
+    samples: Mapping[str, np.ndarray],
+    prompts: Sequence[str],
+    budgets: Sequence[float],
+    cost: str,
 ) -> list[ImageGrid]:
     """Return the image grid over numbers of steps and, if there are budgets, the one over budgets."""
     by_steps = image_grid(table, metric, samples, prompts)
-    return [by_steps, *([image_grid(table, metric, samples, prompts, "normalized_cost", budgets)] if budgets else [])]
+    return [by_steps, *([image_grid(table, metric, samples, prompts, cost, budgets)] if budgets else [])]
 
 
 def _embed_shown_images(

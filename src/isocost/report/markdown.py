@@ -17,8 +17,8 @@ from isocost.analysis.pareto import BudgetChoice, best_at_budgets, default_budge
 from isocost.analysis.recommend import describe_choice, sample_command
 from isocost.analysis.results_table import final_points, sizes_in_order, with_metric
 from isocost.errors import ConfigError
+from isocost.report.scope import TRAINED, Scope
 
-BUDGET_COST = "normalized_cost"
 MAX_ROWS = 8
 """Rows of the frontier table."""
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
@@ -34,6 +34,7 @@ def markdown_summary(
     floor: float | None = None,
     floor_label: str = "",
     missing_experiments: Sequence[str] = (),
+    scope: Scope = TRAINED,
 ) -> str:
     """Return the best configuration at each budget, the frontier, the data behind it, what is not included, and next commands.
 
@@ -41,31 +42,32 @@ def markdown_summary(
         table: points, as in `isocost.analysis.results_table`.
         metric: the metric that ranks the points.
         study_name: the heading.
-        budgets: budgets of normalized cost; spread over the data if empty.
+        budgets: budgets of `scope.budget_cost`; spread over the data if empty.
         floor: the best possible value of `metric`.
         floor_label: name of `floor`.
         missing_experiments: titles of experiments that the study does not have.
+        scope: whether the study trained the networks, and the cost of the budgets.
 
     Raises:
         ConfigError: the points cannot be compared (they differ in protocol, number of images or seed).
     """
-    rows = with_metric(table, metric)
+    rows, cost = with_metric(table, metric), scope.budget_cost
     try:
-        choices = best_at_budgets(table, BUDGET_COST, metric, list(budgets) or default_budgets(table, BUDGET_COST))
+        choices = best_at_budgets(table, cost, metric, list(budgets) or default_budgets(table, cost))
     except ConfigError as error:
         choices, lines = [], [f"**{escape_markdown(study_name)}**: No answer yet: {escape_markdown(str(error))}."]
     else:
-        title = f"**{escape_markdown(study_name)}**: {escape_markdown(headline(choices))}"
-        lines = [title, "", *_format_choices(choices, metric)]
-        lines += ["", *_format_frontier(table, metric)]
+        title = f"**{escape_markdown(study_name)}**: {escape_markdown(headline(choices, scope.noun))}"
+        lines = [title, "", *_format_choices(choices, metric, scope)]
+        lines += ["", *_format_frontier(table, metric, scope)]
     first = rows.iloc[0]
     ranking = f"By {escape_markdown(format_metric(metric))} ({metric_of(metric).better} is better) with 95 % intervals"
     floor_text = "" if floor is None else f"; {escape_markdown(floor_label)}: {format_number(floor)}"
-    extent = f"{_format_count(len(rows), 'point')} of {_format_count(len(sizes_in_order(rows)), 'size')}"
+    extent = f"{_format_count(len(rows), 'point')} of {_format_count(len(sizes_in_order(rows)), scope.noun)}"
     extent += f", {first['num_images']:,} images per point"
     protocol = f"protocol {escape_markdown(str(first['protocol']))}, seed {first['seed']}"
-    lines += ["", f"{ranking}{floor_text}. {extent}; {protocol}.", *_format_notes(choices)]
-    not_included = _not_included(table, metric, missing_experiments)
+    lines += ["", f"{ranking}{floor_text}. {extent}; {protocol}.", *_format_notes(choices, scope)]
+    not_included = _not_included(table, metric, missing_experiments, scope)
     lines += ["", f"Not included: {'; '.join(not_included)}."] if not_included else []
     best = next((choice.best for choice in reversed(choices) if choice.best is not None), None)
     commands = "Write this report again: `isocost report OUT/study.yaml --out OUT`"
@@ -75,10 +77,14 @@ def markdown_summary(
     return "\n".join([*lines, "", commands]) + "\n"
 
 
-def headline(choices: Sequence[BudgetChoice]) -> str:
+def headline(choices: Sequence[BudgetChoice], noun: str = "size") -> str:
     """Return one sentence about all budgets: whether the best size changes, and how many choices are decided.
 
     A choice is decided if the best and the second-best size both have intervals, and these do not overlap.
+
+    Args:
+        choices: one per budget.
+        noun: the word for one network, "size" in a family and "checkpoint" among published ones.
     """
     choices_with_best = [(choice, choice.best) for choice in choices if choice.best is not None]
     if not choices_with_best:
@@ -88,18 +94,18 @@ def headline(choices: Sequence[BudgetChoice]) -> str:
     if all(choice.runner_up is None for choice, _ in choices_with_best):
         sentence = f"Only {smallest.size} fits the budgets"
     elif len(sizes) == 1:
-        sentence = f"{smallest.size} is the best size at every budget"
+        sentence = f"{smallest.size} is the best {noun} at every budget"
     elif smallest.size == largest.size:
         order = ", ".join(dict.fromkeys(best.size for _, best in choices_with_best))
-        sentence = f"The best size changes with the budget: {order}"
+        sentence = f"The best {noun} changes with the budget: {order}"
     else:
         start, end = format_number(first.budget), cost_of(last.cost).format_amount(last.budget)
-        sentence = f"The best size moves from {smallest.size} at {start} to {largest.size} at {end}"
+        sentence = f"The best {noun} moves from {smallest.size} at {start} to {largest.size} at {end}"
     contested = [choice for choice, _ in choices_with_best if choice.runner_up is not None]
     num_decided = sum(not choice.undecided for choice in contested)
     if not contested:
         return f"{sentence}."
-    return f"{sentence}; {num_decided} of {len(contested)} choices between sizes are decided."
+    return f"{sentence}; {num_decided} of {len(contested)} choices between {noun}s are decided."
 
 
 def escape_markdown(text: str) -> str:
@@ -109,23 +115,23 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"[@#](?=\w)|www(?=\.)|:(?=//)", rf"\g<0>{ZERO_WIDTH_SPACE}", line)
 
 
-def _format_choices(choices: Sequence[BudgetChoice], metric: str) -> list[str]:
-    lines = [_table_row("at most", "best", format_metric(metric), "best of another size", ""), "|--:|---|---|---|---|"]
+def _format_choices(choices: Sequence[BudgetChoice], metric: str, scope: Scope) -> list[str]:
+    lines = [_table_row("at most", "best", format_metric(metric), f"best of another {scope.noun}", ""), "|--:|---|---|---|---|"]
     for choice in choices:
         best, runner_up = choice.best, choice.runner_up
         best_cells = ("nothing fits", "") if best is None else (escape_markdown(str(best)), best.score)
         runner_up_cell = "none fits" if runner_up is None else f"{escape_markdown(str(runner_up))}: {runner_up.score}"
         verdict = "" if runner_up is None else "undecided" if choice.undecided else "decided"
         lines.append(_table_row(format_number(choice.budget), *best_cells, runner_up_cell, verdict))
-    return [f"Budgets in {cost_of(BUDGET_COST).unit}:", "", *lines]
+    return [f"Budgets in {cost_of(scope.budget_cost).unit}:", "", *lines]
 
 
-def _format_frontier(table: pd.DataFrame, metric: str) -> list[str]:
+def _format_frontier(table: pd.DataFrame, metric: str, scope: Scope) -> list[str]:
     """Return a table of the frontier: all of its points, or `MAX_ROWS` of them with both ends."""
-    frontier = pareto(table, BUDGET_COST, metric)
+    frontier = pareto(table, scope.budget_cost, metric)
     indices = sorted({round(index) for index in np.linspace(0, len(frontier) - 1, min(len(frontier), MAX_ROWS)).tolist()})
     rows = frontier.iloc[indices]
-    costs = [name for name in COSTS if rows[name].notna().any()]
+    costs = [name for name in scope.costs if rows[name].notna().any()]
     count = f"{len(rows)} of {len(frontier)} points" if len(rows) < len(frontier) else _format_count(len(frontier), "point")
     titles = [*(COSTS[name].label for name in costs), "configuration", format_metric(metric)]
     lines = [f"Frontier, {count}:", "", _table_row(*titles), "|" + "--:|" * len(costs) + "---|---|"]
@@ -137,18 +143,19 @@ def _format_frontier(table: pd.DataFrame, metric: str) -> list[str]:
     return lines
 
 
-def _format_notes(choices: Sequence[BudgetChoice]) -> list[str]:
-    notes = dict.fromkeys(note for choice in choices for note in describe_choice(choice).notes)
+def _format_notes(choices: Sequence[BudgetChoice], scope: Scope) -> list[str]:
+    notes = dict.fromkeys(note for choice in choices for note in describe_choice(choice, scope.noun).notes)
     return ["", f"Note: {'; '.join(escape_markdown(note) for note in notes)}."] if notes else []
 
 
-def _not_included(table: pd.DataFrame, metric: str, missing_experiments: Sequence[str]) -> list[str]:
+def _not_included(table: pd.DataFrame, metric: str, missing_experiments: Sequence[str], scope: Scope) -> list[str]:
     """Return everything that a reader might expect in the results, but is not there."""
     rows = with_metric(table, metric)
     finished = rows[rows["is_final"].astype(bool)]
     missing = [escape_markdown(title) for title in missing_experiments]
     if waiting := [size for size in sizes_in_order(table) if size not in set(finished["size"])]:
-        missing.append(f"final checkpoints of {', '.join(escape_markdown(size) for size in waiting)} are not scored yet")
+        subject = "final checkpoints of " if scope.trained else ""
+        missing.append(f"{subject}{', '.join(escape_markdown(size) for size in waiting)} are not scored yet")
     if not finished.empty:
         missing += [f"{cost.label} not measured" for cost in COSTS.values() if finished[cost.name].isna().all()]
         competing = final_points(table, metric)
@@ -157,7 +164,7 @@ def _not_included(table: pd.DataFrame, metric: str, missing_experiments: Sequenc
                 missing.append(f"only one {label} was tried ({escape_markdown(str(competing[column].iloc[0]))})")
         if competing[[f"{metric}_low", f"{metric}_high"]].isna().any(axis=None):
             missing.append("some scores have no interval")
-    if rows["is_final"].all():
+    if scope.trained and rows["is_final"].all():
         missing.append("no checkpoint before the last was scored")
     return missing
 

@@ -32,8 +32,9 @@ from isocost.config.types import TaskName
 from isocost.errors import ConfigError
 from isocost.report.claims_table import markdown_claims
 from isocost.report.html import write_report
-from isocost.report.markdown import BUDGET_COST, markdown_summary
+from isocost.report.markdown import markdown_summary
 from isocost.report.plot_data_finetune import Pretrained
+from isocost.report.scope import TRAINED, Scope
 from isocost.utils.artifact_store import replace_folder, replacing, write_atomically
 from isocost.utils.output_paths import private_folder
 
@@ -50,9 +51,10 @@ class Report:
     Attributes:
         page: path of the HTML page.
         table: the points.
-        choices: the best configuration at each budget of normalized cost.
+        choices: the best configuration at each budget of the cost that leads the report.
         summary: the text of `summary.md`.
         task_reports: the reports of the other tasks of the study.
+        scope: whether the study trained the networks, and the cost of the budgets.
     """
 
     page: Path
@@ -60,6 +62,7 @@ class Report:
     choices: list[BudgetChoice]
     summary: str
     task_reports: Mapping[TaskName, Report] = field(default_factory=dict)
+    scope: Scope = TRAINED
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Page:
     missing_experiments: Sequence[str]
     comparison_rows: Mapping[str, np.ndarray] = field(default_factory=dict)
     pretrained: Pretrained | None = None
+    scope: Scope = TRAINED
 
 
 ReportData = tuple[Page, pd.DataFrame, Mapping[str, np.ndarray]]
@@ -142,10 +146,14 @@ def _write_reports(
     out: Path, pages: Mapping[TaskName, Page], samples: Mapping[TaskName, Mapping[str, np.ndarray]], with_figures: bool
 ) -> Report:
     tables = with_seed_variance({task: TaskResults(read_table(out, task), page.metric) for task, page in pages.items()})
-    verdicts = evaluate_claims(CLAIMS, tables)
-    study_name = next(iter(pages.values())).study_name
+    first_page = next(iter(pages.values()))
     (out / "report").mkdir(exist_ok=True)
-    write_atomically(out / "report" / "claims.md", markdown_claims(study_name, verdicts, tables))
+    verdicts: Sequence[ClaimVerdict] = ()
+    if first_page.scope.trained:
+        verdicts = evaluate_claims(CLAIMS, tables)
+        write_atomically(out / "report" / "claims.md", markdown_claims(first_page.study_name, verdicts, tables))
+    else:  # the claims are about sizes of one family that were trained alike
+        (out / "report" / "claims.md").unlink(missing_ok=True)
     first, *others = (
         _write_task_report(out, task, page, tables[task].table, samples[task], () if index else verdicts, with_figures)
         for index, (task, page) in enumerate(pages.items())
@@ -182,14 +190,15 @@ def _write_task_report(
         page.pretrained,
         verdicts,
         with_figures,
+        page.scope,
     )
     floor = page.reconstruction_floors.get(page.metric)
     summary = markdown_summary(
-        table, page.metric, page.study_name, page.budgets, floor, page.floor_label, page.missing_experiments
+        table, page.metric, page.study_name, page.budgets, floor, page.floor_label, page.missing_experiments, page.scope
     )
     write_atomically(folder / "summary.md", summary)
-    choices = best_at_budgets(table, BUDGET_COST, page.metric, page.budgets)
-    return Report(page_file, table, choices, summary)
+    choices = best_at_budgets(table, page.scope.budget_cost, page.metric, page.budgets)
+    return Report(page_file, table, choices, summary, scope=page.scope)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -235,7 +244,9 @@ class LazyImages(Mapping[str, np.ndarray]):
 
 def _save_page(folder: Path, page: Page) -> None:
     folder.mkdir()
-    contents = {name: value for name, value in vars(page).items() if name not in ("comparison_rows", "pretrained")}
+    contents = {name: value for name, value in vars(page).items() if name not in ("comparison_rows", "pretrained", "scope")}
+    if page.scope != TRAINED:
+        contents["scope"] = vars(page.scope)
     contents["comparison_rows"] = list(page.comparison_rows)
     contents["pretrained"] = None
     if page.pretrained is not None:
@@ -255,7 +266,8 @@ def _load_page(folder: Path) -> Page:
         pretrained = contents["pretrained"]
         if pretrained is not None:
             pretrained = Pretrained(pretrained["task"], pd.read_parquet(folder / PRETRAINED), pretrained["metric"])
-        return Page(**{**contents, "comparison_rows": comparison_rows, "pretrained": pretrained})
+        scope = Scope(**contents.get("scope", {}))
+        return Page(**{**contents, "comparison_rows": comparison_rows, "pretrained": pretrained, "scope": scope})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder}: the report data is damaged ({error}); write the report of the study again") from error
 

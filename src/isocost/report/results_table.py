@@ -18,6 +18,7 @@ from isocost.analysis.pareto import metric_of
 from isocost.analysis.results_table import rank_points, sizes_in_order, with_metric
 from isocost.report.budget_slider import commit_and_device
 from isocost.report.chart_panels import metrics_in
+from isocost.report.scope import TRAINED, Scope
 
 MAX_CODED_FRACTION = 0.25
 """A column is stored as codes if it has at most this fraction of distinct values."""
@@ -28,8 +29,13 @@ CSV_DIGITS = 9
 Key = float | int | str | None
 
 
-def point_columns(table: pd.DataFrame, metric: str) -> dict[str, Any]:
+def point_columns(table: pd.DataFrame, metric: str, scope: Scope = TRAINED) -> dict[str, Any]:
     """Return the table as plain values, with the best point first.
+
+    Args:
+        table: points, as in `isocost.analysis.results_table`.
+        metric: the metric that ranks the points.
+        scope: gives the order of the costs; published checkpoints have no columns about training.
 
     Returns:
         `rows`, the number of rows; `columns`; and `sorted_by`, the index and direction of the column that orders the rows.
@@ -37,7 +43,7 @@ def point_columns(table: pd.DataFrame, metric: str) -> dict[str, Any]:
     metrics = metrics_in(table)
     rows = (rank_points(table, metric) if metric in metrics else table).to_dict("records")
     columns = [
-        _column("size", "size", [row["num_parameters"] for row in rows], [row["size"] for row in rows], numeric=False),
+        _column("size", scope.noun, [row["num_parameters"] for row in rows], [row["size"] for row in rows], numeric=False),
         _column("solver", "solver", *_strings(rows, "solver")),
         _column("num_steps", "steps", *_numbers(rows, "num_steps", str)),
         _column("guidance", "guidance", *_numbers(rows, "guidance", lambda value: f"{value:.4g}")),
@@ -52,11 +58,13 @@ def point_columns(table: pd.DataFrame, metric: str) -> dict[str, Any]:
         column = _column(name, format_metric(name), [_plain(row[name]) for row in rows], texts)
         ends = {end: [_plain(row[f"{name}_{end}"]) for row in rows] for end in ("low", "high")}
         columns.append(column | ends)
-    columns += [_column(name, cost.label, *_numbers(rows, name, format_number)) for name, cost in COSTS.items()]
-    columns.append(_column("images_seen", "images seen", *_numbers(rows, "images_seen", _format_integer)))
-    is_final = ["yes" if row["is_final"] else "no" for row in rows]
-    columns.append(_column("is_final", "final checkpoint", is_final, is_final))
-    columns += [_column(name, name, *_strings(rows, name)) for name in ("point", "checkpoint", "protocol")]
+    columns += [_column(name, COSTS[name].label, *_numbers(rows, name, format_number)) for name in scope.costs]
+    if scope.trained:
+        columns.append(_column("images_seen", "images seen", *_numbers(rows, "images_seen", _format_integer)))
+        is_final = ["yes" if row["is_final"] else "no" for row in rows]
+        columns.append(_column("is_final", "final checkpoint", is_final, is_final))
+    digests = {"point": "point", "checkpoint": "checkpoint" if scope.trained else "digest", "protocol": "protocol"}
+    columns += [_column(name, title, *_strings(rows, name)) for name, title in digests.items()]
     columns.append(_column("num_images", "images", *_numbers(rows, "num_images", _format_integer)))
     columns.append(_column("seed", "seed", *_numbers(rows, "seed", str)))
     origins = [commit_and_device(row.get("provenance")) for row in rows]
@@ -113,9 +121,23 @@ def _format_row_score(row: Mapping[Any, Any], metric: str) -> str:
     return format_score(*(float(row[column]) for column in (metric, f"{metric}_low", f"{metric}_high")))
 
 
-def size_rows(table: pd.DataFrame) -> list[dict[str, str]]:
-    """Return one row per final checkpoint, from small to large."""
+def size_rows(table: pd.DataFrame, scope: Scope = TRAINED) -> list[dict[str, str]]:
+    """Return one row per final checkpoint, from small to large; published ones have no facts about their training.
+
+    Args:
+        table: points, as in `isocost.analysis.results_table`.
+        scope: whether the study trained the networks.
+    """
     rows = table[table["is_final"].astype(bool)].drop_duplicates("checkpoint").sort_values(["num_parameters", "checkpoint"])
+    if not scope.trained:
+        return [
+            {
+                "checkpoint": str(row["size"]),
+                "parameters": f"{row['num_parameters']:,}",
+                "digest": str(row["checkpoint"]),
+            }
+            for row in rows.to_dict("records")
+        ]
     return [
         {
             "size": str(row["size"]),
@@ -129,11 +151,17 @@ def size_rows(table: pd.DataFrame) -> list[dict[str, str]]:
     ]
 
 
-def headline_facts(table: pd.DataFrame, metric: str) -> dict[str, str]:
-    """Return a few numbers about the extent of the study, by name."""
+def headline_facts(table: pd.DataFrame, metric: str, scope: Scope = TRAINED) -> dict[str, str]:
+    """Return a few numbers about the extent of the study, by name.
+
+    Args:
+        table: points, as in `isocost.analysis.results_table`.
+        metric: the metric that ranks the points.
+        scope: gives the word for one network.
+    """
     rows = with_metric(table, metric) if metric in metrics_in(table) else table
     extent = {
-        "sizes": len(sizes_in_order(rows)),
+        f"{scope.noun}s": len(sizes_in_order(rows)),
         "solvers": rows["solver"].nunique(),
         "step counts": rows["num_steps"].nunique(),
         "guidance values": rows["guidance"].nunique(),

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, delete, func, literal_column, select, update
 from sqlalchemy.engine import Engine
@@ -30,8 +31,20 @@ logger = logging.getLogger(__name__)
 LEASE_TIMEOUT_S = 60.0
 HEARTBEAT_S = 5.0
 POLL_S = 0.5
-REPORT_WAIT_S = 30.0
-"""Seconds of waiting for a lease after which its holder is named."""
+FIRST_NOTICE_S = 5.0
+"""Time after which a wait is reported. Shorter waits are usual at the end of a stage that workers share."""
+NOTICE_S = 30.0
+
+
+@dataclass
+class _Holder:
+    """The worker that holds a lease which this one asked for, and since when it has been asked for."""
+
+    worker: str
+    host: str
+    pid: int
+    age_s: float
+    asked: float
 
 
 class Leases:
@@ -46,11 +59,11 @@ class Leases:
             sqlite if engine.dialect.name == "sqlite" else "extract(epoch from clock_timestamp())"
         )
         self._held: set[str] = set()
+        self._holders: dict[str, _Holder] = {}
+        self._noticed = -NOTICE_S
         self._heartbeat_thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._error: RunError | None = None
-        self._refused: dict[str, float] = {}
-        self._holder, self._last_report = "", 0.0
 
     def acquire(self, work_item: str) -> bool:
         """Acquire the lease of a work item; False if another living worker holds it.
@@ -63,12 +76,11 @@ class Leases:
             raise self._error
         try:
             if not run_transaction(self.engine, lambda session: self._acquire(session, work_item), max_conflicts=0):
-                self._report_wait(work_item)
                 return False
         except IntegrityError:  # another worker acquired it at the same time
             return False
-        self._refused.pop(work_item, None)
         self._held.add(work_item)
+        self._holders.pop(work_item, None)
         self._start_heartbeat()
         return True
 
@@ -88,21 +100,12 @@ class Leases:
                 f"{work_item}: leased by {lease.host}, {-lease.age_s:.0f} s in the future; correct the clock of that host"
             )
         if lease.age_s < LEASE_TIMEOUT_S and (lease.host != self.host or is_alive(lease.pid)):
-            self._holder = f"process {lease.pid} of {lease.host}, last seen {max(lease.age_s, 0):.0f} s ago"
+            known = self._holders.get(work_item)
+            asked = known.asked if known is not None and known.worker == lease.worker else time.monotonic()
+            self._holders[work_item] = _Holder(lease.worker, lease.host, lease.pid, lease.age_s, asked)
             return False
         takeover = update(LeaseRecord).where(LeaseRecord.work_item == work_item, LeaseRecord.worker == lease.worker)
         return bool(session.execute(takeover.values(**columns)).rowcount)  # type: ignore[attr-defined]
-
-    def _report_wait(self, work_item: str) -> None:
-        """Log who holds a lease that this worker has wanted for a while, at most once in that while."""
-        now = time.monotonic()
-        first = self._refused.setdefault(work_item, now)
-        if min(now - first, now - self._last_report) >= REPORT_WAIT_S:
-            self._last_report = now
-            logger.info(
-                f"waiting for {work_item}, which is the work of {self._holder}; this process takes it over when that one ends "
-                f"or gives no sign for {LEASE_TIMEOUT_S:.0f} s"
-            )
 
     def release(self, *work_items: str) -> None:
         statement = delete(LeaseRecord).where(LeaseRecord.work_item.in_(work_items), LeaseRecord.worker == self.worker)
@@ -118,11 +121,33 @@ class Leases:
         if self._held:
             self.release(*self._held)
 
+    def wait(self, *work_items: str) -> None:
+        """Pause before the next attempt to acquire leases that other workers hold, and report a long wait.
+
+        The report names the worker that has held one of the leases for the longest time. It comes after `FIRST_NOTICE_S`, and
+        then every `NOTICE_S` at most.
+
+        Args:
+            work_items: those that this worker waits for.
+        """
+        self._holders = {item: holder for item, holder in self._holders.items() if item in work_items}
+        clock = time.monotonic()
+        if self._holders and clock - self._noticed >= NOTICE_S:
+            item, holder = min(self._holders.items(), key=lambda entry: entry[1].asked)
+            if clock - holder.asked >= FIRST_NOTICE_S:
+                self._noticed = clock
+                logger.info(
+                    f"waiting for {item}: process {holder.pid} on {holder.host} has held it for {clock - holder.asked:.0f} s "
+                    f"or more, and was last heard of {max(0.0, holder.age_s):.0f} s ago; if it does nothing, end it, and the "
+                    "work goes on here"
+                )
+        time.sleep(POLL_S)
+
     @contextmanager
     def exclusively(self, work_item: str) -> Iterator[None]:
         """Wait for the lease of a work item, and hold it inside the context."""
         while not self.acquire(work_item):
-            time.sleep(POLL_S)
+            self.wait(work_item)
         try:
             yield
         finally:

@@ -30,7 +30,7 @@ from isocost.sampling.request import PerSampleFn, SampleRequest, passes_per_eval
 from isocost.sampling.stage_times import StageTimes, measure_stage_times
 from isocost.sweep.grid import SweepPoint
 from isocost.sweep.image_shards import Shard, ShardBuilder, ShardChunk, merge_shards, split_into_shards
-from isocost.sweep.leases import POLL_S, Leases
+from isocost.sweep.leases import Leases
 from isocost.sweep.results_db import ResultsDB
 from isocost.utils.artifact_store import Store
 from isocost.utils.device import best_device, device_monitor
@@ -103,7 +103,7 @@ class Worker:
                 return False
             shards = [shard for point in missing for shard in split_into_shards(point, self.shard_size)]
             if not self._generate(shards, deadline, done):
-                time.sleep(POLL_S)  # other workers hold the missing shards
+                self._wait(shards)
         return True
 
     def generate_shards(self, shards: Sequence[Shard], deadline: float | None) -> bool:
@@ -112,7 +112,7 @@ class Worker:
             if deadline_passed(deadline):
                 return False
             if not self._generate(missing, deadline, None):
-                time.sleep(POLL_S)
+                self._wait(missing)
         return True
 
     def measure_ms_per_image(self, point: SweepPoint) -> tuple[float, int]:
@@ -233,6 +233,10 @@ class Worker:
                 self.leases.release(shard.digest)
                 continue
             yield shard
+
+    def _wait(self, shards: Sequence[Shard]) -> None:
+        """Wait for the other workers that hold the missing shards or merge the points."""
+        self.leases.wait(*(shard.digest for shard in shards), *dict.fromkeys(shard.point.digest for shard in shards))
 
     def _exists(self, shard: Shard) -> bool:
         return self.store.has("point", shard.point.digest) or self.store.has("shard", shard.digest)

@@ -1,0 +1,46 @@
+"""The subject of a report: networks that the study trained, or published checkpoints that it only scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from isocost.analysis.costs import COSTS
+
+PAPER_COST = "normalized_cost"
+CHECKPOINT_COSTS = ("gflop", "ms_per_image", "nfe", PAPER_COST)
+"""Costs for published checkpoints, the one for budgets first. The paper's cost has no pass for guidance, so it comes last."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The kind of networks in a report and the cost that leads it.
+
+    Attributes:
+        budget_cost: cost of the budgets, a name of `COSTS`.
+        trained: false for published checkpoints, which have no snapshots, no training compute and no other experiments.
+    """
+
+    budget_cost: str = PAPER_COST
+    trained: bool = True
+
+    @property
+    def noun(self) -> str:
+        """The word for one network."""
+        return "size" if self.trained else "checkpoint"
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """All costs in the order of the report, that of the budgets first."""
+        costs = tuple(COSTS) if self.trained else CHECKPOINT_COSTS
+        return (self.budget_cost, *(cost for cost in costs if cost != self.budget_cost))
+
+
+TRAINED = Scope()
+
+
+def checkpoint_scope(table: pd.DataFrame) -> Scope:
+    """The scope of published checkpoints. The budgets are in the first of `CHECKPOINT_COSTS` that all final points have."""
+    finished = table[table["is_final"].astype(bool)]
+    return Scope(next((cost for cost in CHECKPOINT_COSTS if finished[cost].notna().all()), PAPER_COST), trained=False)
