@@ -23,6 +23,7 @@ from isocost.models.text_encoder import TextEncoder
 from isocost.sampling.denoiser import Denoiser
 from isocost.sampling.engine import Engine
 from isocost.sampling.request import PerSampleFn, SampleRequest, SampleResult
+from isocost.utils.warn_once import warn_once
 
 ENCODE_BATCH = 256
 DECODE_BATCH = 32
@@ -47,7 +48,9 @@ class PromptEmbeds:
 
     @classmethod
     def encode(cls, prompts: Sequence[str], text_encoder: TextEncoder) -> PromptEmbeds:
-        """Encode the prompts and the empty prompt."""
+        """Encode the prompts and the empty prompt; a warning counts the prompts that the encoder cuts or does not know."""
+        if note := text_encoder.token_statistics(prompts).note():
+            warn_once(f"prompts: {note}")
         distinct = sorted(set(prompts))
         index_of = {prompt: index for index, prompt in enumerate(distinct)}
         texts = [*distinct, NULL_CAPTION]

@@ -18,6 +18,7 @@ from isocost.models.checkpoint import CheckpointInfo
 from isocost.models.pretrained.files import MODEL_INDEX, load_module, read_config
 from isocost.models.pretrained.pipeline_config import family_at, text_encoder_classes
 from isocost.models.pretrained.wrappers import pack_mask, pack_pooled
+from isocost.models.text_encoder import TokenStatistics, token_statistics
 
 
 class PipelineTextEncoder:
@@ -79,6 +80,14 @@ class PipelineTextEncoder:
         else:
             t5 = clip.new_zeros(len(texts), self.max_tokens, self.cross_attention_dim)
         return pack_pooled(torch.cat([clip, t5], dim=1), torch.cat([first_pooled, second_pooled], dim=-1))
+
+    def token_statistics(self, prompts: Sequence[str]) -> TokenStatistics:
+        """Count the prompts that are cut or have unknown words, by the tokenizer that reads the most tokens."""
+        t5 = {"pixart": "text_encoder", "flux": "text_encoder_2", "sd3": "text_encoder_3"}.get(self.family, "")
+        name, max_tokens = t5, self.max_tokens
+        if t5 not in self.tokenizers:
+            name, max_tokens = "text_encoder", self.tokenizers["text_encoder"].model_max_length
+        return token_statistics(self.tokenizers[name], prompts, max_tokens)
 
     def _encode_clip(self, name: str, texts: list[str], before_last: bool = False) -> tuple[Tensor, Tensor]:
         """Hidden states [N, T, D] and pooled embeddings [N, P] of a CLIP, projected if it has a projection."""
