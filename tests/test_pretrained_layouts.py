@@ -234,13 +234,13 @@ def test_prompts_that_are_cut_are_counted(whole: Path, tmp_path: Path, caplog: p
     long = "a ring " * 40
     with caplog.at_level(logging.WARNING, "isocost"):
         sample(whole, ["a ring", long], **SETTINGS)
-    assert "1 of 2 prompts have more than 77 tokens and are cut there; the longest has 202: 'a ring a ring" in caplog.text
+    assert "of 2 distinct captions, 1 (50.0%) are longer than 77 tokens and are cut" in caplog.text
     caplog.clear()
     sample(whole, "a ring", **SETTINGS)
     assert "tokens" not in caplog.text
     pixart = tiny_pipelines.written(tiny_pipelines.pixart(), tmp_path / "pixart")
     sample(pixart, [long, "a ring"], **SETTINGS)
-    assert "1 of 2 prompts have more than 120 tokens" in caplog.text
+    assert "of 2 distinct captions, 1 (50.0%) are longer than 120 tokens and are cut" in caplog.text
 
 
 FLUX_STEM = "lora_unet_double_blocks_0_img_mlp_2"

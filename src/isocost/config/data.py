@@ -21,13 +21,14 @@ class FileSource(Spec):
 
 
 class FolderSource(FileSource):
-    """Images in a folder with `captions.jsonl` ({"file", "caption" or "captions"}) or one .txt or .json file per image."""
+    """Images in a folder with `captions.jsonl` ({"file", "caption" or "captions"}), one .txt or .json file per image, or the
+    `metadata.jsonl` of `datasets` ({"file_name", "text"})."""
 
     kind: Literal["folder"]
 
 
 class WebdatasetSource(FileSource):
-    """Tar shards of NAME.jpg|png|webp + NAME.json|txt; `path` may hold a glob (`aerial/train-*.tar`)."""
+    """Tar shards of NAME.jpg|png|webp|... + NAME.json|txt; `path` may hold a glob (`aerial/train-*.tar`)."""
 
     kind: Literal["webdataset"]
 

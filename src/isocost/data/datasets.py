@@ -1,36 +1,58 @@
 """Read images with captions from a folder, tar shards, a data set of `datasets` or the built-in synthetic scenes.
 
 A source is read in a fixed order, so the position of an image is its id. A sample that cannot be read is yielded as an
-`UnreadableSample` with its name and the reason; it is never dropped silently.
+`UnreadableSample` with its name and the reason; it is never dropped silently. Files that are passed over are counted in a
+warning.
 
 Shapes: R resolution, A number of labels.
 """
 
 from __future__ import annotations
 
-import codecs
 import glob
 import hashlib
-import io
-import json
 import lzma
+import os
 import re
-import struct
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from isocost.config.data import FolderSource, HubSource, ScenesSource, SourceSpec, WebdatasetSource
+from isocost.data.caption_files import (
+    CAPTION_LIST,
+    HUB_CAPTION_LIST,
+    CaptionList,
+    caption_problem,
+    decode_text,
+    parse_captions,
+    parse_json,
+    read_caption_list,
+)
+from isocost.data.image_files import (
+    FIRST_SUFFIXES,
+    IMAGE_SUFFIXES,
+    FolderContent,
+    UnreadableImage,
+    center_square,
+    is_image_name,
+    list_folder,
+    printable,
+    read_rgb,
+    system_part,
+)
 from isocost.data.synthetic import scenes
 from isocost.errors import ConfigError
+from isocost.utils.warn_once import warn_once
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+READING_VERSION = 2
+"""Part of the fingerprint of a folder from which version 1 read other images or captions."""
+SIDECAR_SUFFIXES = (".txt", ".json")
 NUM_TEST_BYTES = 26
 """`subset: test` takes the images whose name hash has a first byte below this number: 26 of 256, about 10 %."""
 
@@ -88,7 +110,7 @@ def read_source(
 
 def name_hash(name: str) -> bytes:
     """Hash the name of an image. The test subset has the lowest hashes; sorting by hash gives a pseudo-random order."""
-    return hashlib.sha256(name.encode()).digest()
+    return hashlib.sha256(printable(name).encode()).digest()
 
 
 def _in_subset(raw: _Raw | UnreadableSample, source: FolderSource | WebdatasetSource | HubSource) -> bool:
@@ -102,7 +124,7 @@ def source_fingerprint(source: SourceSpec) -> str:
     """Hash the content of a source: names and bytes of its files. For a Hub id it is the id itself.
 
     Raises:
-        ConfigError: the files are missing.
+        ConfigError: the files are missing, or the caption list of a folder is broken.
     """
     if isinstance(source, ScenesSource):
         return f"scenes-v{scenes.VERSION}"
@@ -111,11 +133,36 @@ def source_fingerprint(source: SourceSpec) -> str:
     sha = hashlib.sha256()
     for file in _files_of(source):
         name = file.relative_to(source.path) if Path(source.path).is_dir() else file.name
-        sha.update(str(name).encode())
-        with file.open("rb") as stream:
-            for block in iter(lambda: stream.read(1 << 20), b""):
-                sha.update(block)
+        sha.update(str(name).encode("utf-8", "surrogateescape"))
+        try:
+            with file.open("rb") as stream:
+                for block in iter(lambda: stream.read(1 << 20), b""):
+                    sha.update(block)
+        except OSError:  # the reader reports the file as an unreadable sample
+            sha.update(b"unreadable")
+    if isinstance(source, FolderSource) and _is_read_otherwise_than_by_version_1(source):
+        sha.update(f"reading-{READING_VERSION}".encode())
     return sha.hexdigest()[:16]
+
+
+def _is_read_otherwise_than_by_version_1(source: FolderSource) -> bool:
+    """Whether version 1 read other images or captions from the same files. It did so in three cases.
+
+    It took the last of several lines about one image, it passed over the suffixes outside `FIRST_SUFFIXES`, and it refused
+    links to files outside the folder.
+    """
+    root = Path(source.path)
+    if not root.is_dir():
+        return False
+    content = _folder_content(source)
+    listed = read_caption_list(root / CAPTION_LIST) if (root / CAPTION_LIST).is_file() else CaptionList({}, False)
+    new = [file for file in content.images if file.suffix.lower() not in FIRST_SUFFIXES]
+    links = [file for file in content.images if file.is_symlink() and str(file.relative_to(root)) in listed.captions]
+    return (
+        listed.has_repeated_files
+        or any(str(file.relative_to(root)) not in listed.captions for file in new)
+        or any(not file.resolve().is_relative_to(root.resolve()) for file in links)
+    )
 
 
 def num_classes(source: SourceSpec) -> tuple[int, ...] | None:
@@ -153,101 +200,199 @@ def _files_of(source: FolderSource | WebdatasetSource | HubSource) -> list[Path]
         if not files:
             raise ConfigError(f"{source.path}: no such tar shard; give a path or a glob like data/train-*.tar")
         return files
-    if not path.exists():
+    if not os.path.exists(path):
         raise ConfigError(
             f"{source.path}: no such file or folder; paths in a study are relative to the folder in which isocost is started"
         )
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    if isinstance(source, HubSource) and path.is_dir():
+    if isinstance(source, FolderSource):
+        return [path] if path.is_file() else _folder_content(source).files
+    files = [path] if path.is_file() else list_folder(path).files
+    if path.is_dir():
         word = re.compile(rf"(?<![A-Za-z]){re.escape(source.split)}(?![A-Za-z])")
         files = [file for file in files if file.suffix == ".parquet" and word.search(file.stem)]
         if not files:
             raise ConfigError(f"{source.path}: no Parquet file has the split '{source.split}' in its name; set `split`")
-    if isinstance(source, FolderSource) and not any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
-        raise ConfigError(f"{source.path}: the folder has no images; supported are {', '.join(sorted(IMAGE_SUFFIXES))}")
     return files
+
+
+def _folder_content(source: FolderSource) -> FolderContent:
+    content = list_folder(Path(source.path))
+    if not content.images:
+        supported, note = ", ".join(sorted(IMAGE_SUFFIXES)), content.note()
+        raise ConfigError(f"{source.path}: the folder has no images; supported are {supported}{note and f'; {note}'}")
+    return content
 
 
 def _raw_folder(source: FolderSource) -> Iterator[_Raw | UnreadableSample]:
     root = Path(source.path)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise ConfigError(f"{source.path}: no such folder of images; set `path` to an existing folder")
-    images = [file for file in _files_of(source) if file.suffix.lower() in IMAGE_SUFFIXES]
-    captions_file = root / "captions.jsonl"
-    if captions_file.is_file():
-        captions = _read_captions_file(captions_file)
-        unlisted = {str(file.relative_to(root)) for file in images} - captions.keys()
-        for name in sorted(captions.keys() | unlisted):
-            file = root / name
-            if name in unlisted:
-                yield UnreadableSample(name, "captions.jsonl has no line for it")
-            elif not file.resolve().is_relative_to(root.resolve()):
-                yield UnreadableSample(name, "captions.jsonl names a file outside its folder")
-            elif not file.is_file():
-                yield UnreadableSample(name, "captions.jsonl names it, but the image file is missing")
-            elif not _captions_nonempty(captions[name]):
-                yield UnreadableSample(name, "empty caption")
-            else:
-                yield _Raw(name, file.read_bytes(), captions[name])
+    content = _folder_content(source)
+    if note := content.note():
+        warn_once(f"{source.path}: {note}")
+    sidecars = _sidecars(content)
+    if (root / CAPTION_LIST).is_file():
+        yield from _listed_images(root, content, CAPTION_LIST)
+    elif (root / HUB_CAPTION_LIST).is_file() and not sidecars:
+        yield from _listed_images(root, content, HUB_CAPTION_LIST)
+    else:
+        for file in content.images:
+            yield from _with_file_name(root, file, sidecars.get(file))
+
+
+def _sidecars(content: FolderContent) -> dict[Path, Path]:
+    """The caption file of every image that has one."""
+    files = set(content.files)
+    candidates = {image: [image.with_suffix(suffix) for suffix in SIDECAR_SUFFIXES] for image in content.images}
+    return {image: found[0] for image, names in candidates.items() if (found := [name for name in names if name in files])}
+
+
+def _with_file_name(root: Path, file: Path, sidecar: Path | None) -> Iterator[_Raw | UnreadableSample]:
+    """The image of a folder without a caption list."""
+    name = printable(str(file.relative_to(root)))
+    if sidecar is None:
+        yield UnreadableSample(
+            name, f"no caption: there is no {CAPTION_LIST} or {HUB_CAPTION_LIST}, and no .txt or .json file of the same name"
+        )
         return
-    for file in images:
-        name = str(file.relative_to(root))
-        sidecars = [sidecar for suffix in (".txt", ".json") if (sidecar := file.with_suffix(suffix)).is_file()]
-        if not sidecars:
-            yield UnreadableSample(name, "no caption: there is no captions.jsonl, and no .txt or .json file of the same name")
-            continue
-        yield _with_sidecar(name, file.read_bytes(), sidecars[0].name, sidecars[0].read_bytes())
+    data, text = _read_bytes(file), _read_bytes(sidecar)
+    if isinstance(data, str):
+        yield UnreadableSample(name, data)
+    elif isinstance(text, str):
+        yield UnreadableSample(name, f"caption file {printable(sidecar.name)}: {text}")
+    else:
+        yield _with_sidecar(name, data, sidecar.name, text)
 
 
-def _read_captions_file(file: Path) -> dict[str, tuple[str, ...]]:
-    captions: dict[str, tuple[str, ...]] = {}
-    for number, line in enumerate(file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line.decode("utf-8"))
-            captions[str(entry["file"])] = _parse_captions(entry)
-        except (ValueError, KeyError, TypeError) as error:
-            remedy = 'each line must be {"file": NAME, "caption": TEXT} or {"file": NAME, "captions": [TEXT, ...]}'
-            raise ConfigError(f"{file}: line {number} is broken; {remedy}") from error
-    return captions
+def _listed_images(root: Path, content: FolderContent, list_name: str) -> Iterator[_Raw | UnreadableSample]:
+    """The images of a folder with a caption list, in the order of their names; also those that the list omits."""
+    captions = read_caption_list(root / list_name).captions
+    unlisted = {str(file.relative_to(root)) for file in content.images} - captions.keys()
+    for name in sorted(captions.keys() | unlisted):
+        data = "" if name in unlisted else _read_listed(root, name, list_name)
+        if name in unlisted:
+            yield UnreadableSample(printable(name), f"{list_name} has no line for it")
+        elif isinstance(data, str):
+            yield UnreadableSample(printable(name), data)
+        elif problem := caption_problem(captions[name]):
+            yield UnreadableSample(printable(name), problem)
+        else:
+            yield _Raw(printable(name), data, captions[name])
+
+
+def _read_listed(root: Path, name: str, list_name: str) -> bytes | str:
+    """The content of a file that a caption list names, or the reason why it is not read. Links may lead outside the folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in re.split(r"[/\\]", name):
+        return f"{list_name} names a file outside its folder; give a path in the folder without `..`"
+    if (part := system_part(path)) is not None:
+        return f"{list_name} names it, but files in {printable(part)} are passed over"
+    return _read_bytes(root / name, f"{list_name} names it, but the image file is missing")
+
+
+def _read_bytes(file: Path, missing: str = "the file is missing") -> bytes | str:
+    """The content of a file, or the reason why it cannot be read."""
+    try:
+        if file.is_symlink() and not file.exists():
+            return "a link whose target is missing; fetch the target (`git annex get`, `dvc pull`) or remove the link"
+        return file.read_bytes() if file.is_file() else missing
+    except (OSError, ValueError) as error:
+        return f"the file cannot be read: {error.strerror if isinstance(error, OSError) else 'not a file name'}"
 
 
 def _raw_webdataset(source: WebdatasetSource) -> Iterator[_Raw | UnreadableSample]:
+    passed_over: Counter[str] = Counter()
     for shard in _files_of(source):
         try:
             with tarfile.open(shard) as archive:
-                yield from _raw_tar(shard.name, archive)
+                yield from _raw_tar(printable(shard.name), archive, passed_over)
         except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-            yield UnreadableSample(shard.name, f"tar shard cannot be read: {' '.join(str(error).split())}")
+            yield UnreadableSample(printable(shard.name), f"tar shard cannot be read: {' '.join(str(error).split())}")
+    if note := FolderContent([], passed_over=passed_over).note():
+        warn_once(f"{source.path}: {note}")
 
 
-def _raw_tar(shard: str, archive: tarfile.TarFile) -> Iterator[_Raw | UnreadableSample]:
-    group: dict[str, tuple[str, bytes]] = {}
-    current = ""
+@dataclass
+class _Group:
+    """The members of a tar shard with the same key, which is the name up to its first dot (webdataset's rule).
+
+    Attributes:
+        members: name and content of images and captions by suffix, which is the rest of the name.
+        images: names of all image members.
+        repeated: a suffix that two members have.
+    """
+
+    key: str = ""
+    members: dict[str, tuple[str, bytes | None]] = field(default_factory=dict)
+    images: list[str] = field(default_factory=list)
+    repeated: str = ""
+    num_members: int = 0
+
+
+def _raw_tar(shard: str, archive: tarfile.TarFile, passed_over: Counter[str]) -> Iterator[_Raw | UnreadableSample]:
+    group = _Group()
     for member in archive:
-        if not member.isfile():
+        path = PurePosixPath(member.name)
+        if not (member.isfile() or member.islnk() or member.issym()):
+            continue
+        if (part := system_part(path)) is not None:
+            passed_over.update([part] if is_image_name(path) else [])
+            continue
+        if not path.suffix:
+            passed_over.update(["names without a suffix"])
             continue
         folder, _, last = member.name.rpartition("/")
         stem, _, suffix = last.partition(".")
-        stem = f"{folder}/{stem}" if folder else stem
-        if stem != current and group:
-            yield _from_group(f"{shard}/{current}", group)
-            group = {}
-        current = stem
+        key, suffix = f"{folder}/{stem}" if folder else stem, f".{suffix.lower()}"
+        if key != group.key:
+            yield from _from_group(shard, group)
+            group = _Group(key)
+        group.num_members += 1
+        group.images += [member.name] if is_image_name(path) else []
+        if suffix in group.members:
+            group.repeated = suffix
+        elif suffix in IMAGE_SUFFIXES or suffix in SIDECAR_SUFFIXES:
+            group.members[suffix] = (member.name, _read_member(archive, member))
+    yield from _from_group(shard, group)
+
+
+def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
+    """The content of a member, or of the member that a link leads to; None if the shard does not have that member."""
+    try:
         stream = archive.extractfile(member)
-        if stream is not None:
-            group[f".{suffix.lower()}"] = (member.name, stream.read())
-    if group:
-        yield _from_group(f"{shard}/{current}", group)
+    except KeyError:
+        return None
+    return None if stream is None else stream.read()
 
 
-def _from_group(name: str, group: dict[str, tuple[str, bytes]]) -> _Raw | UnreadableSample:
-    images = [suffix for suffix in group if suffix in IMAGE_SUFFIXES]
-    sidecars = [suffix for suffix in (".json", ".txt") if suffix in group]
-    if not images or not sidecars:
-        return UnreadableSample(name, "needs an image and a .json or .txt of the same name")
-    return _with_sidecar(name, group[images[0]][1], *group[sidecars[0]])
+def _from_group(shard: str, group: _Group) -> Iterator[_Raw | UnreadableSample]:
+    """The sample of a key. A key without a sample gives one unreadable sample for each of its images, at least one."""
+    if not group.num_members:
+        return
+    name = printable(f"{shard}/{group.key}")
+    images = [suffix for suffix in group.members if suffix in FIRST_SUFFIXES] or [
+        suffix for suffix in group.members if suffix in IMAGE_SUFFIXES
+    ]
+    sidecars = [suffix for suffix in reversed(SIDECAR_SUFFIXES) if suffix in group.members]
+    if group.repeated:
+        reason = f"two members of the key end in {printable(group.repeated)}; keep one"
+    elif images and sidecars:
+        (_, data), (sidecar_name, sidecar) = group.members[images[0]], group.members[sidecars[0]]
+        if data is not None and sidecar is not None:
+            yield _with_sidecar(name, data, sidecar_name, sidecar)
+            return
+        reason = "a link to a member that the shard does not have"
+    elif len(group.images) > len(images):
+        reason = (
+            f"the key of a member ends at the first dot of its name, so {len(group.images)} images have the key "
+            f"{printable(group.key)}; rename the members without dots before the suffix"
+        )
+    else:
+        reason = "needs an image and a .json or .txt of the same name"
+    if len(group.images) > 1:
+        yield from (UnreadableSample(printable(f"{shard}/{image}"), reason) for image in group.images)
+    else:
+        yield UnreadableSample(name, reason)
 
 
 def _raw_hub(source: HubSource) -> Iterator[_Raw | UnreadableSample]:
@@ -285,8 +430,8 @@ def _raw_hub(source: HubSource) -> Iterator[_Raw | UnreadableSample]:
         label = row[source.label_column] if source.label_column else None
         if not data:
             yield UnreadableSample(name, "no image bytes in the image column")
-        elif not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-            yield UnreadableSample(name, "no caption, or an empty one")
+        elif problem := caption_problem(captions):
+            yield UnreadableSample(name, problem)
         elif source.label_column and label is None:
             yield UnreadableSample(name, "no label")
         else:
@@ -298,88 +443,21 @@ def _raw_hub(source: HubSource) -> Iterator[_Raw | UnreadableSample]:
 
 def _with_sidecar(name: str, data: bytes, sidecar_name: str, sidecar: bytes) -> _Raw | UnreadableSample:
     try:
-        text = sidecar.decode("utf-8-sig")
-        captions = _parse_captions(json.loads(text) if sidecar_name.endswith(".json") else {"caption": text.strip()})
-    except (ValueError, KeyError, TypeError) as error:
-        return UnreadableSample(name, f"caption file {sidecar_name} cannot be read: {' '.join(str(error).split())}")
+        text = decode_text(sidecar)
+        captions = parse_captions(parse_json(text)) if sidecar_name.endswith(".json") else (text.strip(),)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:120]
+        return UnreadableSample(name, f"caption file {printable(sidecar_name)} cannot be read: {reason}")
+    problem = caption_problem(captions)
     return (
-        _Raw(name, data, captions)
-        if _captions_nonempty(captions)
-        else UnreadableSample(name, f"caption file {sidecar_name} is empty")
+        UnreadableSample(name, f"caption file {printable(sidecar_name)}: {problem}") if problem else _Raw(name, data, captions)
     )
-
-
-def _parse_captions(entry: dict[str, Any]) -> tuple[str, ...]:
-    value = entry["captions"] if "captions" in entry else entry["caption"]
-    captions = [value] if isinstance(value, str) else value
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise TypeError("captions must be a text or a list of texts")
-    return tuple(captions)
-
-
-def _captions_nonempty(captions: tuple[str, ...]) -> bool:
-    return bool(captions) and all(caption.strip() for caption in captions)
 
 
 def _decode(raw: _Raw, resolution: int) -> Sample | UnreadableSample:
     try:
-        with Image.open(io.BytesIO(raw.data)) as opened:
-            image = square_rgb(opened, resolution)
-    except UnidentifiedImageError:
-        return UnreadableSample(raw.name, "image cannot be read: unknown format")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return UnreadableSample(raw.name, f"image cannot be read: {' '.join(str(error).split())[:120]}")
+        image = center_square(read_rgb(raw.data), resolution)
+    except UnreadableImage as error:
+        return UnreadableSample(raw.name, f"image cannot be read: {error}")
     labels = None if raw.label is None else np.array([raw.label], dtype=np.int64)
     return Sample(raw.name, image, raw.captions, labels)
-
-
-_EXIF_ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def _apply_exif_orientation(opened: Image.Image) -> Image.Image:
-    """Turn an image by its EXIF orientation; a broken EXIF block is ignored."""
-    try:
-        transpose = _EXIF_ORIENTATIONS.get(opened.getexif().get(0x0112, 1))
-    except (ValueError, TypeError, SyntaxError, OSError, KeyError, struct.error):
-        transpose = None
-    return opened if transpose is None else opened.transpose(transpose)
-
-
-def square_rgb(opened: Image.Image, resolution: int) -> np.ndarray:
-    """Crop an image to its centre square, composite it onto white and resize it (Lanczos) to uint8 [R, R, 3]."""
-    opened = _apply_exif_orientation(opened)
-    if opened.mode.startswith("I;16"):
-        opened = Image.fromarray((np.asarray(opened) / 257).round().astype(np.uint8))
-    if opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
-        rgba = opened.convert("RGBA")
-        opened = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    rgb = opened.convert("RGB")
-    size = min(rgb.size)
-    left, top = (rgb.width - size) // 2, (rgb.height - size) // 2
-    rgb = rgb.crop((left, top, left + size, top + size))
-    if size != resolution:
-        rgb = rgb.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    return np.asarray(rgb)
-
-
-def read_photograph(file: Path) -> Image.Image:
-    """Read an image that the user names as RGB, turned by its EXIF orientation.
-
-    Raises:
-        ConfigError: there is no such file, or it cannot be read.
-    """
-    if not file.is_file():
-        raise ConfigError(f"{file}: no such image; give the path of an image file")
-    try:
-        with Image.open(file) as image:
-            return _apply_exif_orientation(image).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{file}: the image cannot be read ({error}); remove or replace it") from error

@@ -8,8 +8,12 @@ Shapes: K training images of a subject, M reference images, R resolution.
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import os
 import re
+import string
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isocost.data.datasets import read_photograph, square_rgb
+from isocost.data.caption_files import decode_text
+from isocost.data.image_files import center_square, list_images, read_image_file
 from isocost.data.synthetic.scenes import BACKGROUNDS, MARGIN, RGB, SIDE, Scene, render, with_article
 from isocost.data.synthetic.shapes import Floats, cover
 from isocost.errors import ConfigError
 
 PROMPTS_FILE = "prompts_and_classes.txt"
+LIST_END = r"""^\s*\]|[)'",]\s*\]\s*$"""
 LIVE_CLASSES = ("cat", "dog")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,18 +70,83 @@ def read_prompts(file: Path) -> tuple[dict[str, str], dict[str, tuple[str, ...]]
         The class word of each subject, and its prompt templates.
 
     Raises:
-        ConfigError: there is no such file, or it has another format.
+        ConfigError: there is no such file, or a line of it cannot be read; the message names the line.
     """
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ConfigError(f"{file}: no such file; take the {PROMPTS_FILE} of google/dreambooth")
-    text = file.read_text(encoding="utf-8")
-    classes = dict(re.findall(r"^(\w+),([\w ]+)$", text.partition("Prompts")[0], flags=re.MULTILINE))
-    classes.pop("subject_name", None)
-    lists = [tuple(re.findall(r"'([^']+)'\.format", block)) for block in text.split("prompt_list = [")[1:]]
-    if len(lists) != 2 or not classes:
+    try:
+        lines = unicodedata.normalize("NFC", decode_text(file.read_bytes())).replace("\r\n", "\n").split("\n")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error})") from error
+    end = next((number for number, line in enumerate(lines) if line.startswith("Prompts")), None)
+    starts = [number for number, line in enumerate(lines) if re.match(r"\s*prompt_list\s*=\s*\[", line)]
+    if end is None or len(starts) != 2 or starts[0] < end:
         raise ConfigError(f"{file}: not the {PROMPTS_FILE} of google/dreambooth")
-    objects, live = lists
-    return classes, {name: live if word in LIVE_CLASSES else objects for name, word in classes.items()}
+    classes = _read_classes(file, lines[:end])
+    objects, live = (_read_templates(file, lines, start) for start in starts)
+    prompts = {name: live if word in LIVE_CLASSES else objects for name, word in classes.items()}
+    without = [name for name, templates in prompts.items() if not templates]
+    if without:
+        raise ConfigError(f"{file}: the prompt list of subject {without[0]} is empty; add prompts")
+    return classes, prompts
+
+
+def _read_classes(file: Path, lines: list[str]) -> dict[str, str]:
+    """The class word of each subject, from lines "SUBJECT,CLASS"; headings are passed over."""
+    classes: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not re.search(r"\w", line) or re.fullmatch(r"Classes|subject_name\s*,\s*class", line.strip()):
+            continue
+        name, _, word = (part.strip() for part in line.partition(","))
+        if not name or not word or "," in word or name.startswith(".") or re.search(r"[/\\\0]", name):
+            raise ConfigError(
+                f"{file}: line {number} is not SUBJECT,CLASS: {line.strip()[:80]!r}; the subject names a subfolder"
+            )
+        if name in classes:
+            raise ConfigError(f"{file}: line {number}: subject {name} appears twice; remove one of its lines")
+        classes[name] = word
+    if not classes:
+        raise ConfigError(f"{file}: not the {PROMPTS_FILE} of google/dreambooth; it has no line SUBJECT,CLASS")
+    return classes
+
+
+def _read_templates(file: Path, lines: list[str], start: int) -> tuple[str, ...]:
+    """The templates of a Python list of `'TEMPLATE'.format(unique_token, class_token)`; the list is parsed, never executed."""
+    remedy = "write 'a {0} {1} in the snow'.format(unique_token, class_token)"
+    end = next((number for number in range(start, len(lines)) if re.search(LIST_END, lines[number])), None)
+    if end is None:
+        raise ConfigError(f"{file}: line {start + 1}: the list of prompts has no closing bracket")
+    text = "\n".join([lines[start].partition("=")[2].lstrip(), *lines[start + 1 : end + 1]])
+    try:
+        parsed = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        number = start + (getattr(error, "lineno", None) or 1)
+        raise ConfigError(f"{file}: line {number} is no prompt: {lines[number - 1].strip()[:80]!r}; {remedy}") from error
+    templates = []
+    for node in parsed.elts if isinstance(parsed, ast.List) else [parsed]:
+        template = _template_of(node)
+        if template is None:
+            number = start + node.lineno
+            raise ConfigError(f"{file}: line {number} is no prompt: {lines[number - 1].strip()[:80]!r}; {remedy}")
+        templates.append(template)
+    return tuple(templates)
+
+
+def _template_of(node: ast.expr) -> str | None:
+    """The text of `'TEXT'.format(unique_token, class_token)` or of `'TEXT'`; None if it is not a template for both words."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format":
+        names = [argument.id for argument in node.args if isinstance(argument, ast.Name)]
+        if len(names) != 2 or len(node.args) != 2 or node.keywords or names[0] == "class_token":
+            return None
+        node = node.func.value
+    if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+        return None
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(node.value) if name is not None]
+        node.value.format("token", "class")
+    except (ValueError, IndexError, KeyError, AttributeError):
+        return None
+    return node.value if fields and {*fields} <= {"", "0", "1"} else None
 
 
 def read_subjects(folder: Path, names: tuple[str, ...], resolution: int) -> list[Subject]:
@@ -86,15 +156,20 @@ def read_subjects(folder: Path, names: tuple[str, ...], resolution: int) -> list
         names: the subjects to read; empty for all.
 
     Raises:
-        ConfigError: `prompts_and_classes.txt` does not list a name, or a subject has no images or an unreadable one.
+        ConfigError: `prompts_and_classes.txt` does not list a name, a name is given twice, or a subject has no images or an
+            unreadable one.
     """
     classes, prompts = read_prompts(folder / PROMPTS_FILE)
+    names = tuple(unicodedata.normalize("NFC", name) for name in names)
     unknown = [name for name in names if name not in classes]
     if unknown:
         raise ConfigError(f"{folder}: unknown subject {unknown[0]}; choose from {', '.join(sorted(classes))}")
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise ConfigError(f"dreambooth.subjects.names: {repeated[0]} appears twice; give each subject once")
     subjects = []
     for name in names or tuple(classes):
-        files = _image_files(folder / name)
+        files = _image_files(_subject_folder(folder, name))
         if not files:
             raise ConfigError(f"{folder / name}: the subject has no images; put three to five there")
         images = torch.stack([_read_square(file, resolution) for file in files])
@@ -102,13 +177,21 @@ def read_subjects(folder: Path, names: tuple[str, ...], resolution: int) -> list
     return subjects
 
 
+def _subject_folder(folder: Path, name: str) -> Path:
+    """The folder of a subject; its accents may be composed or, as on macOS, decomposed."""
+    if (folder / name).is_dir():
+        return folder / name
+    same = (entry for entry in sorted(folder.iterdir()) if unicodedata.normalize("NFC", entry.name) == name)
+    return next(same, folder / name)
+
+
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
+    return [file for file in list_images(folder) if file.parent == folder] if folder.is_dir() else []
 
 
 def _read_square(file: Path, resolution: int) -> Tensor:
     """The centre square of an image file, uint8 [3, R, R]."""
-    return torch.from_numpy(square_rgb(read_photograph(file), resolution).copy()).permute(2, 0, 1)
+    return torch.from_numpy(center_square(read_image_file(file), resolution).copy()).permute(2, 0, 1)
 
 
 # --- synthetic subjects -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +31,7 @@ from isocost.data.datasets import Sample, SkippedSample, UnreadableSample, name_
 from isocost.data.row_store import RowTable, ShardStore, write_shard
 from isocost.errors import RunError
 from isocost.models.autoencoder import Autoencoder
-from isocost.models.text_encoder import MiniLMTextEncoder
+from isocost.models.text_encoder import MiniLMTextEncoder, TokenStatistics
 from isocost.utils.output_paths import remove_leftovers
 
 CACHE_VERSION = 2
@@ -204,6 +204,7 @@ def write_cache(
         _refuse_unreadable(len(readable), list(unreadable.values()), max_unreadable_fraction)
         distinct_captions = sorted({caption for image_captions in readable for caption in image_captions})
         texts = _write_texts(store, [*distinct_captions, NULL_CAPTION], text_encoder, with_prompt_embeds, process, progress)
+        tokens = asdict(text_encoder.token_statistics(distinct_captions)) if process.rank == 0 else {}
         process.wait()
         numbers = _write_caption_numbers(store, readable, distinct_captions) if process.rank == 0 else []
     except OSError as error:
@@ -215,6 +216,7 @@ def write_cache(
         "num_captions": len(distinct_captions),
         "latent_shape": next(shard["latent_shape"] for shard in shards if shard["latent_shape"]),
         "num_tokens": text_encoder.max_tokens,
+        "token_statistics": tokens,
         "cross_attention_dim": text_encoder.cross_attention_dim,
         "with_prompt_embeds": with_prompt_embeds,
         "num_bad": len(unreadable),
@@ -409,6 +411,12 @@ class LatentCache(Cache):
 
     def __len__(self) -> int:
         return int(self.index["num_images"])
+
+    @property
+    def token_note(self) -> str:
+        """A warning about captions that the text encoder cuts or does not know; empty if none were counted."""
+        counts = self.index.get("token_statistics")
+        return TokenStatistics(**counts).note() if counts else ""
 
     @property
     def null_caption(self) -> int:

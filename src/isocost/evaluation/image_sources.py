@@ -5,6 +5,7 @@ Shapes: N images, H x W pixels, R resolution.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from isocost.config.data import HubSource, ScenesSource, SourceSpec, WebdatasetSource
-from isocost.data.datasets import IMAGE_SUFFIXES, Sample, UnreadableSample, read_source, square_rgb
+from isocost.data.datasets import Sample, UnreadableSample, read_source
+from isocost.data.image_files import center_square, is_image_name, list_images, printable, read_image_file
 from isocost.errors import ConfigError
 
 HUB, SCENES = "hub:", "scenes:"
@@ -48,8 +50,8 @@ def image_id(name: str) -> str:
 
     COCO_val2014_000000203564.jpg, 000000203564.png and 203564 are the same image; airport_348.jpg has the id airport_348.
     """
-    stem = name.rsplit("/", 1)[-1]
-    stem = re.sub(r"\.(jpe?g|png|webp|bmp)$", "", stem, flags=re.IGNORECASE)
+    stem = printable(name.rsplit("/", 1)[-1])
+    stem = stem.rpartition(".")[0] if is_image_name(stem) else stem
     number = re.fullmatch(r"(?:COCO_\w+_)?(\d+)", stem)
     return str(int(number[1])) if number else stem
 
@@ -94,13 +96,13 @@ def iter_images(source: str, *, resolution: int | None, exact: bool, ids: Sequen
     elif source.endswith(ARRAY_SUFFIXES):
         yield from _iter_array(Path(source), resolution if exact else None)
     else:
-        files = image_files(Path(source))
+        files = list_images(Path(source))
         if ids is not None:
             position = {key: number for number, key in enumerate(ids)}
             selected = (file for file in files if image_id(file.name) in position)
             files = sorted(selected, key=lambda file: position[image_id(file.name)])
         for file in files:
-            yield SourceImage(image_id(file.name), str(file), _read_image(file, resolution, exact))
+            yield SourceImage(image_id(file.name), printable(str(file)), _read_image(file, resolution, exact))
 
 
 def images_by_id(source: str, *, resolution: int | None, exact: bool) -> dict[str, Callable[[], SourceImage]]:
@@ -112,23 +114,12 @@ def images_by_id(source: str, *, resolution: int | None, exact: bool) -> dict[st
     if source.endswith(ARRAY_SUFFIXES):
         return {image.id: partial(_identity, image) for image in _iter_array(Path(source), resolution if exact else None)}
     files: dict[str, Path] = {}
-    for file in image_files(Path(source)):
+    for file in list_images(Path(source)):
         key = image_id(file.name)
         if key in files:
             raise ConfigError(f"{file}: id {key} appears twice; the other image is {files[key]}")
         files[key] = file
     return {key: partial(_open_image, key, file, resolution, exact) for key, file in files.items()}
-
-
-def image_files(folder: Path) -> list[Path]:
-    """All image files in a folder and its subfolders, sorted by path.
-
-    Raises:
-        ConfigError: there is no such folder.
-    """
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder of images")
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _source_spec(source: str) -> SourceSpec:
@@ -149,25 +140,15 @@ def _identity(image: SourceImage) -> SourceImage:
 
 
 def _open_image(key: str, file: Path, resolution: int | None, exact: bool) -> SourceImage:
-    return SourceImage(key, str(file), _read_image(file, resolution, exact))
+    return SourceImage(key, printable(str(file)), _read_image(file, resolution, exact))
 
 
 def _read_image(file: Path, resolution: int | None, exact: bool) -> Tensor:
-    try:
-        with Image.open(file) as opened:
-            if exact:
-                _check_image(file, opened, resolution)
-            image = square_rgb(opened, resolution or min(opened.size))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            f"{file}: cannot be read as an image ({' '.join(str(error).split())[:120]}); replace or remove the file"
-        ) from error
-    return torch.from_numpy(image.copy()).permute(2, 0, 1)
+    rgb = read_image_file(file, partial(_check_image, file, resolution) if exact else None)
+    return torch.from_numpy(center_square(rgb, resolution).copy()).permute(2, 0, 1)
 
 
-def _check_image(file: Path, opened: Image.Image, resolution: int | None) -> None:
+def _check_image(file: Path, resolution: int | None, opened: Image.Image) -> None:
     if opened.mode != "RGB":
         kind = {"L": "is grey", "RGBA": "is RGBA, with transparency", "P": "has a palette"}.get(
             opened.mode, f"is {opened.mode}"
@@ -199,7 +180,7 @@ def _iter_array(file: Path, resolution: int | None) -> Iterator[SourceImage]:
 
 
 def _load_array(file: Path) -> np.ndarray:
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ConfigError(f"{file}: no such image file")
     try:
         loaded: Any = np.load(file, allow_pickle=False)

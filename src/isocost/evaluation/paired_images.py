@@ -16,10 +16,11 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from isocost.config.evaluation import ProtocolSpec
+from isocost.data.image_files import list_images
 from isocost.errors import ConfigError
 from isocost.evaluation.confidence_intervals import Interval, mean_interval
 from isocost.evaluation.feature_batches import BatchFunction, FixedBatchRunner
-from isocost.evaluation.image_sources import SourceImage, image_files, iter_images
+from isocost.evaluation.image_sources import SourceImage, iter_images
 from isocost.evaluation.protocol import Protocol
 from isocost.evaluation.reference_stats import check_num_images, extract_features
 from isocost.metrics.extractor_base import FeatureExtractor
@@ -162,7 +163,7 @@ def subject_scores(
         ConfigError: the name of an image has no known subject and prompt, a subject has no photographs, or the number of
             images is wrong.
     """
-    files = image_files(images)
+    files = list_images(images)
     keys = [f"{file.parent.name}/{file.stem}" for file in files]
     for file, key in zip(files, keys, strict=True):
         if key.rpartition("_")[0] not in prompts:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
+from isocost.data.caption_files import read_caption_table
 from isocost.data.dreambooth import read_prompts
 from isocost.errors import ConfigError
 from isocost.evaluation.image_sources import image_id, is_dataset, iter_samples
@@ -25,7 +25,7 @@ def read_prompt_list(source: str, expected: PromptList) -> dict[str, str]:
         ConfigError: the source cannot be read, or is another list.
     """
     if is_dataset(source):
-        prompts = {image_id(sample.name): sample.captions[0] for sample in iter_samples(source, 32)}
+        prompts = _read_samples(source)
     elif source.endswith(".csv"):
         prompts = _read_csv(Path(source))
     elif source.endswith(".txt"):
@@ -47,18 +47,22 @@ def prompts_sha256(prompts: dict[str, str]) -> str:
 
 
 def _read_csv(file: Path) -> dict[str, str]:
-    if not file.is_file():
-        raise ConfigError(f"--prompts {file}: no such file")
-    with file.open(encoding="utf-8", newline="") as stream:
-        rows = csv.DictReader(stream)
-        columns = rows.fieldnames or []
-        id_column = next((name for name in _ID_COLUMNS if name in columns), None)
-        prompt_column = next((name for name in _PROMPT_COLUMNS if name in columns), None)
-        if id_column is None or prompt_column is None:
-            raise ConfigError(
-                f"--prompts {file}: needs a column image_id or id and a column prompt or caption; it has {columns}"
-            )
-        return {image_id(row[id_column]): row[prompt_column] for row in rows}
+    prompts: dict[str, str] = {}
+    for row in read_caption_table(file, _ID_COLUMNS, _PROMPT_COLUMNS):
+        if (key := image_id(row.id)) in prompts:
+            raise ConfigError(f"{file}: line {row.line}: id {key} appears twice; keep one of its rows")
+        prompts[key] = row.caption
+    return prompts
+
+
+def _read_samples(source: str) -> dict[str, str]:
+    """The first caption of every sample."""
+    prompts: dict[str, str] = {}
+    for sample in iter_samples(source, 32):
+        if (key := image_id(sample.name)) in prompts:
+            raise ConfigError(f"{source}: {sample.name}: id {key} appears twice; rename or remove one of the samples")
+        prompts[key] = sample.captions[0]
+    return prompts
 
 
 def _read_dreambooth(file: Path) -> dict[str, str]:

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from isocost.data.image_files import list_images, read_image_file
 from isocost.errors import ConfigError, RunError
 from isocost.evaluation.feature_batches import FixedBatchRunner
 from isocost.evaluation.feature_store import read_features, write_features
-from isocost.evaluation.image_sources import SourceImage, image_files, iter_images
+from isocost.evaluation.image_sources import SourceImage, iter_images
 from isocost.evaluation.protocol_presets import Crops, ProtocolPreset
 from isocost.metrics.extractor_base import FeatureExtractor
 from isocost.utils.artifact_store import MANIFEST, publish, read_manifest, remedy, verified_manifest
@@ -225,11 +226,10 @@ def _check_same_extractor(folder: Path, made_by: str | None, extractor: FeatureE
 
 
 def _iter_crops(folder: Path, crops: Crops) -> Iterator[SourceImage]:
-    files = image_files(folder)
+    files = list_images(folder)
     check_num_images(str(folder), len(files), crops.num_sources)
     for file_index, file in enumerate(files):
-        with Image.open(file) as opened:
-            image = np.asarray(opened.convert("RGB"))
+        image = np.asarray(read_image_file(file))
         if min(image.shape[:2]) < crops.side:
             raise ConfigError(f"{file}: {image.shape[1]} x {image.shape[0]} pixels; crops of {crops.side} do not fit")
         for number in range(file_index, crops.num, crops.num_sources):

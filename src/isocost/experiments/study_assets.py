@@ -60,6 +60,7 @@ from isocost.utils.artifact_store import Store, free_disk
 from isocost.utils.device import best_device
 from isocost.utils.environment import provenance
 from isocost.utils.progress import Report, progress_bar
+from isocost.utils.warn_once import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -301,7 +302,10 @@ class StudyAssets:
             if self.process.rank == 0:
                 write_index(cache_store, {"kind": "cache", "digest": self.cache_digest, **index, "provenance": provenance()})
             self.process.wait()
-        return LatentCache(cache_store)
+        cache = LatentCache(cache_store)
+        if self.process.rank == 0 and (note := cache.token_note):
+            warn_once(f"data.train: {note}")
+        return cache
 
     def _cache_size(self) -> tuple[int, int, int]:
         """Count images and captions, readable or not, and estimate the bytes of the cache; no image is decoded."""

@@ -5,7 +5,9 @@ Shapes: N prompts, T tokens, D width of the prompt embeddings.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +21,8 @@ from isocost.errors import ConfigError
 from isocost.models.checkpoint import refuse_pickles
 from isocost.models.weight_checks import check_loaded
 
+TOKENIZE_BATCH = 4096
+
 
 class TextEncoder(Protocol):
     """Encodes prompts to the embeddings that the denoiser receives.
@@ -31,6 +35,64 @@ class TextEncoder(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Encode prompts to float32 [N, T, D]."""
+
+    def token_statistics(self, prompts: Sequence[str]) -> TokenStatistics:
+        """Count the prompts that the encoder does not read completely."""
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """The part of prompts that a tokenizer loses.
+
+    Attributes:
+        num_prompts: number of distinct prompts.
+        max_tokens: longer prompts are cut.
+        num_cut: number of prompts that are cut.
+        num_unknown: number of prompts with a word that becomes the token for unknown words.
+        num_token_rows: number of distinct rows of tokens. The encoder cannot distinguish prompts with the same row.
+    """
+
+    num_prompts: int
+    max_tokens: int
+    num_cut: int
+    num_unknown: int
+    num_token_rows: int
+
+    def note(self) -> str:
+        """A warning for the user in one line; empty if the encoder reads every prompt completely."""
+        parts = []
+        if self.num_cut:
+            share = self.num_cut / self.num_prompts
+            parts.append(f"{self.num_cut} ({share:.1%}) are longer than {self.max_tokens} tokens and are cut")
+        if self.num_unknown:
+            share = self.num_unknown / self.num_prompts
+            parts.append(f"{self.num_unknown} ({share:.1%}) have words that the text encoder does not know")
+        if self.num_token_rows < self.num_prompts:
+            parts.append(f"they become only {self.num_token_rows} distinct token rows")
+        remedy = "shorten them, raise text_encoder.max_tokens, or use a text encoder for their language"
+        return f"of {self.num_prompts} distinct captions, {'; '.join(parts)}; {remedy}" if parts else ""
+
+
+def token_statistics(tokenizer: Any, prompts: Sequence[str], max_tokens: int) -> TokenStatistics:
+    """Count how a tokenizer of transformers reads prompts.
+
+    Args:
+        tokenizer: the tokenizer.
+        prompts: the prompts; repeated ones count once.
+        max_tokens: T.
+    """
+    distinct = sorted(set(prompts))
+    special = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
+    unknown = None if tokenizer.unk_token_id in special else tokenizer.unk_token_id
+    num_cut = num_unknown = 0
+    rows: set[bytes] = set()
+    for start in range(0, len(distinct), TOKENIZE_BATCH):
+        chunk = distinct[start : start + TOKENIZE_BATCH]
+        num_cut += sum(len(ids) > max_tokens for ids in tokenizer(chunk, truncation=False, verbose=False)["input_ids"])
+        for ids in tokenizer(chunk, truncation=True, max_length=max_tokens)["input_ids"]:
+            num_unknown += unknown in ids
+            rows.add(hashlib.blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=16).digest())
+    return TokenStatistics(len(distinct), max_tokens, num_cut, num_unknown, len(rows))
 
 
 class MiniLMTextEncoder:
@@ -75,6 +137,10 @@ class MiniLMTextEncoder:
         """Token ids of prompts, int32 [N, T], truncated and padded to `max_tokens`."""
         encoded = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=self.max_tokens)
         return np.asarray(encoded["input_ids"], dtype=np.int32)
+
+    def token_statistics(self, prompts: Sequence[str]) -> TokenStatistics:
+        """Count the prompts that are cut to `max_tokens` or have unknown words."""
+        return token_statistics(self.tokenizer, prompts, self.max_tokens)
 
     @torch.inference_mode()
     def encode_tokens(self, token_ids: np.ndarray) -> Tensor:

@@ -29,6 +29,7 @@ from isocost.analysis.paper_claims import CLAIMS
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets
 from isocost.analysis.results_table import REPORT_DATA, read_table, table_file
 from isocost.config.types import TaskName
+from isocost.data.image_files import read_image_file
 from isocost.errors import ConfigError
 from isocost.report.claims_table import markdown_claims
 from isocost.report.html import write_report
@@ -39,7 +40,7 @@ from isocost.utils.artifact_store import replace_folder, replacing, write_atomic
 from isocost.utils.output_paths import private_folder
 
 PAGE, IMAGES, COMPARISON_ROWS, PRETRAINED = "page.json", "images", "comparison_rows", "pretrained.parquet"
-IMAGE_SUFFIXES = (".webp", ".png")
+IMAGE_ROW_SUFFIXES = (".webp", ".png")
 WEBP_MAX_SIDE = 16383
 """The largest width and height of a WebP image in pixels."""
 
@@ -230,7 +231,7 @@ class LazyImages(Mapping[str, np.ndarray]):
     """The saved images of a page by point; a file is read when its images are used."""
 
     def __init__(self, folder: Path) -> None:
-        self.files = {file.stem: file for file in sorted(folder.glob("*")) if file.suffix in IMAGE_SUFFIXES}
+        self.files = {file.stem: file for file in sorted(folder.glob("*")) if file.suffix in IMAGE_ROW_SUFFIXES}
 
     def __getitem__(self, point: str) -> np.ndarray:
         return read_image_row(self.files[point])
@@ -297,11 +298,11 @@ def write_image_row(folder: Path, name: str, images: np.ndarray) -> Path:
 
 def find_image_row(folder: Path, name: str) -> Path | None:
     """Return the file that `write_image_row` wrote, None if there is none."""
-    return next((file for suffix in IMAGE_SUFFIXES if (file := folder / f"{name}{suffix}").exists()), None)
+    return next((file for suffix in IMAGE_ROW_SUFFIXES if (file := folder / f"{name}{suffix}").exists()), None)
 
 
 def read_image_row(file: Path) -> np.ndarray:
     """Read the images [K, R, R, 3] that `write_image_row` wrote."""
-    row = np.asarray(Image.open(file).convert("RGB"))
+    row = np.asarray(read_image_file(file))
     side = row.shape[0]
     return np.stack([row[:, left : left + side] for left in range(0, row.shape[1], side)])

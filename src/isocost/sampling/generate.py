@@ -20,11 +20,11 @@ from isocost.data.latent_cache import NULL_CAPTION
 from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.models.autoencoder import Autoencoder, images_per_call
 from isocost.models.checkpoint import CheckpointInfo
-from isocost.models.pretrained.prompt_encoder import PipelineTextEncoder
 from isocost.models.text_encoder import TextEncoder
 from isocost.sampling.denoiser import Denoiser
 from isocost.sampling.engine import Engine
 from isocost.sampling.request import PerSampleFn, SampleRequest, SampleResult
+from isocost.utils.warn_once import warn_once
 
 ENCODE_BATCH = 256
 MAX_DECODE_IN_FLIGHT = 2
@@ -50,11 +50,11 @@ class PromptEmbeds:
 
     @classmethod
     def encode(cls, prompts: Sequence[str], text_encoder: TextEncoder) -> PromptEmbeds:
-        """Encode the prompts and the empty prompt."""
+        """Encode the prompts and the empty prompt; a warning counts the prompts that the encoder cuts or does not know."""
+        if note := text_encoder.token_statistics(prompts).note():
+            warn_once(f"prompts: {note}")
         distinct = sorted(set(prompts))
         index_of = {prompt: index for index, prompt in enumerate(distinct)}
-        if isinstance(text_encoder, PipelineTextEncoder):
-            text_encoder.warn_about_cut(distinct)
         texts = [*distinct, NULL_CAPTION]
         started = time.perf_counter()
         batches = [text_encoder.encode(texts[start : start + ENCODE_BATCH]) for start in range(0, len(texts), ENCODE_BATCH)]

@@ -17,8 +17,8 @@ from torch import Tensor
 from isocost.config.sampling import SolverSpec
 from isocost.config.sweep import DEFAULT_BATCH_SIZE
 from isocost.config.types import DTypeName
-from isocost.data.datasets import read_photograph
 from isocost.data.degradations import resize
+from isocost.data.image_files import read_image_file
 from isocost.data.latent_cache import NULL_CAPTION
 from isocost.diffusion.philox import INITIAL_NOISE, philox_normal
 from isocost.diffusion.solvers import solver_coefficients
@@ -134,7 +134,7 @@ def upscale(
 
 def _read(file: str | Path) -> Tensor:
     """uint8 [3, h, w]."""
-    return torch.from_numpy(np.array(read_photograph(Path(file)))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(read_image_file(Path(file)))).permute(2, 0, 1)
 
 
 def _noise(opened: Checkpoint, height: int, width: int, seed: int) -> Tensor:

@@ -20,6 +20,7 @@ from isocost.models.checkpoint import CheckpointInfo
 from isocost.models.pretrained.files import MODEL_INDEX, first_line, load_module, read_config
 from isocost.models.pretrained.pipeline_config import MAX_PROMPT_TOKENS, family_at, text_encoder_classes
 from isocost.models.pretrained.wrappers import pack_mask, pack_pooled
+from isocost.models.text_encoder import TokenStatistics, token_statistics
 
 TEXTUAL_INVERSION_FAMILIES = ("sd", "sdxl", "flux")
 """Families whose diffusers pipelines read textual inversions (arXiv 2208.01618)."""
@@ -68,6 +69,9 @@ class PipelineTextEncoder:
                 f"{folder}: the text encoder's embeddings have width {width}, the denoiser needs {self.cross_attention_dim}"
             )
 
+    def _is_t5(self, name: str) -> bool:
+        return type(self.encoders[name]).__name__ == "T5EncoderModel"
+
     def _check_tokenizers(self, folder: Path) -> None:
         for name, tokenizer in self.tokenizers.items():
             path, limit = folder / name.replace("text_encoder", "tokenizer"), tokenizer.model_max_length
@@ -101,28 +105,14 @@ class PipelineTextEncoder:
             t5 = clip.new_zeros(len(texts), self.max_tokens, self.cross_attention_dim)
         return pack_pooled(torch.cat([clip, t5], dim=1), torch.cat([first_pooled, second_pooled], dim=-1))
 
-    def warn_about_cut(self, prompts: Sequence[str]) -> int:
-        """Count the prompts with more tokens than the text encoder reads; a message reports them.
-
-        The limit is that of T5 if the pipeline has one, else that of CLIP.
-        """
+    def token_statistics(self, prompts: Sequence[str]) -> TokenStatistics:
+        """Count the prompts that are cut or have unknown words, by the tokenizer that reads the most tokens."""
         name = next((name for name in self.encoders if self._is_t5(name)), "text_encoder")
-        limit = self.max_tokens if self._is_t5(name) else self.tokenizers[name].model_max_length
-        tokenizer, texts = self.tokenizers[name], list(prompts)
+        max_tokens = self.max_tokens if self._is_t5(name) else self.tokenizers[name].model_max_length
+        texts = list(prompts)
         if self.family in TEXTUAL_INVERSION_FAMILIES:
-            texts = _expand_learned_tokens(texts, tokenizer)
-        lengths = [len(tokenizer(text, truncation=False)["input_ids"]) for text in texts]
-        cut = [index for index, length in enumerate(lengths) if length > limit]
-        if cut:
-            longest = max(cut, key=lambda index: lengths[index])
-            logger.warning(
-                f"{len(cut)} of {len(prompts)} prompts have more than {limit} tokens and are cut there; the longest has "
-                f"{lengths[longest]}: {prompts[longest][:60]!r}..."
-            )
-        return len(cut)
-
-    def _is_t5(self, name: str) -> bool:
-        return type(self.encoders[name]).__name__ == "T5EncoderModel"
+            texts = _expand_learned_tokens(texts, self.tokenizers[name])
+        return token_statistics(self.tokenizers[name], texts, max_tokens)
 
     def _encode_clip(self, name: str, texts: list[str], before_last: bool = False) -> tuple[Tensor, Tensor]:
         """Hidden states [N, T, D] and pooled embeddings [N, P] of a CLIP, projected if it has a projection."""

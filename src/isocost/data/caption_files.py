@@ -1,0 +1,211 @@
+"""Readers of captions: text in any Unicode encoding, JSON without repeated keys, caption lists of a folder, caption tables."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from isocost.data.image_files import printable
+from isocost.errors import ConfigError
+
+CAPTION_LIST, HUB_CAPTION_LIST = "captions.jsonl", "metadata.jsonl"
+"""Caption lists of a folder: isocost's own, and the one of `datasets`' imagefolder layout."""
+LINE_REMEDY = 'each line must be {"file": NAME, "caption": TEXT} or {"file": NAME, "captions": [TEXT, ...]}'
+HUB_LINE_REMEDY = 'each line must be {"file_name": NAME, "text": TEXT}'
+_FILE_KEYS, _CAPTION_KEYS = ("file", "file_name"), ("captions", "caption", "text")
+_BYTE_ORDER_MARKS = (
+    *((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")),
+    *((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"), (codecs.BOM_UTF8, "utf-8-sig")),
+)
+
+
+def decode_text(data: bytes) -> str:
+    """Decode UTF-8, or UTF-16 or UTF-32 with a byte order mark, which is removed.
+
+    Raises:
+        ValueError: the bytes have another encoding; the message has the number of the line.
+    """
+    encoding = next((encoding for mark, encoding in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        name = encoding.removesuffix("-sig").upper()
+        raise ValueError(f"line {line}: byte 0x{error.object[error.start]:02x} is not {name}; save it as UTF-8") from error
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: it is no JSON, an object has a key twice, or it is nested too deep.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeated_keys)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key '{printable(repeated)}' appears twice")
+    return dict(pairs)
+
+
+def parse_captions(entry: Any) -> tuple[str, ...]:
+    """The captions of a JSON object: `captions`, `caption` or `text`, a text or a list of texts.
+
+    Raises:
+        ValueError: there are none, or they have another type.
+    """
+    keys = [key for key in _CAPTION_KEYS if key in entry] if isinstance(entry, dict) else []
+    if not keys:
+        raise ValueError("no JSON object with caption or captions")
+    captions = [entry[keys[0]]] if isinstance(entry[keys[0]], str) else entry[keys[0]]
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError("captions must be a text or a list of texts")
+    return tuple(captions)
+
+
+def caption_problem(captions: Sequence[Any] | None) -> str | None:
+    """The reason why the captions of an image cannot be used; None if they can."""
+    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
+        return "no caption, or an empty caption"
+    for caption in captions:
+        if printable(caption) != caption:
+            return f"a caption has half a surrogate pair: {printable(caption)[:80]}"
+    return None
+
+
+# --- caption lists of a folder --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CaptionList:
+    """The lines of captions.jsonl or metadata.jsonl.
+
+    Attributes:
+        captions: by file name. Several lines with the same file add up; a caption that an earlier line has is not added again.
+        has_repeated_files: several lines with different captions have the same file.
+    """
+
+    captions: dict[str, tuple[str, ...]]
+    has_repeated_files: bool
+
+
+def read_caption_list(file: Path) -> CaptionList:
+    """Read captions.jsonl or metadata.jsonl.
+
+    Raises:
+        ConfigError: a line is broken, or the file cannot be read.
+    """
+    remedy = HUB_LINE_REMEDY if file.name == HUB_CAPTION_LIST else LINE_REMEDY
+    captions: dict[str, tuple[str, ...]] = {}
+    has_repeated_files = False
+    for number, line in enumerate(_json_lines(file), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = parse_json(decode_text(line))
+            names = [entry[key] for key in _FILE_KEYS if key in entry] if isinstance(entry, dict) else []
+            if not names or not isinstance(names[0], str | int | float):
+                raise ValueError("no file name")
+            name, added = str(PurePosixPath(str(names[0]))), parse_captions(entry)
+        except ValueError as error:
+            reason = re.sub(r"^line 1: ", "", " ".join(str(error).split()))[:120]
+            raise ConfigError(f"{printable(str(file))}: line {number} is broken ({reason}); {remedy}") from error
+        earlier = captions.get(name)
+        if earlier is not None:
+            added = (*earlier, *(caption for caption in added if caption not in earlier))
+            has_repeated_files = has_repeated_files or added != earlier
+        captions[name] = added
+    return CaptionList(captions, has_repeated_files)
+
+
+def _json_lines(file: Path) -> list[bytes]:
+    """The lines of a file in UTF-8. Only a newline ends a line, because JSON strings may contain other separators."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{printable(str(file))}: cannot be read ({error.strerror}); check its permissions") from error
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            data = decode_text(data).encode("utf-8", "surrogatepass")
+        except ValueError as error:
+            raise ConfigError(f"{printable(str(file))}: {error}") from error
+    return data.removeprefix(codecs.BOM_UTF8).split(b"\n")
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of a caption table, with the number of its last line."""
+
+    line: int
+    id: str
+    caption: str
+
+
+def read_caption_table(file: Path, id_columns: Sequence[str], caption_columns: Sequence[str]) -> list[TableRow]:
+    """Read two columns of a table with a header, separated by commas, semicolons or tabs.
+
+    Args:
+        id_columns: names of the column of ids; the first one that exists is read.
+        caption_columns: the same for the column of captions.
+
+    Raises:
+        ConfigError: there is no such file, its encoding is not Unicode, a column is missing, or a row has too few or too many
+            values.
+    """
+    if not os.path.isfile(file):
+        raise ConfigError(f"{file}: no such file")
+    try:
+        text = decode_text(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: the table cannot be read ({error})") from error
+    rows, columns = _reader(text, id_columns, caption_columns)
+    indices = [
+        next((columns.index(name) for name in names if name in columns), None) for names in (id_columns, caption_columns)
+    ]
+    if indices[0] is None or indices[1] is None:
+        raise ConfigError(
+            f"{file}: needs a column {' or '.join(id_columns)} and a column {' or '.join(caption_columns)}; it has {columns}"
+        )
+    table = []
+    try:
+        for row in rows:
+            if row and (len(row) < len(columns) or any(row[len(columns) :])):
+                raise ConfigError(
+                    f"{file}: line {rows.line_num + 1} has {len(row)} values for {len(columns)} columns; "
+                    "complete the row, and put captions with a separator in double quotes"
+                )
+            if row:
+                table.append(TableRow(rows.line_num + 1, row[indices[0]].strip(), row[indices[1]]))
+    except csv.Error as error:
+        raise ConfigError(f"{file}: line {rows.line_num + 1} is no row of a table ({error}); save it as CSV again") from error
+    return table
+
+
+def _reader(text: str, id_columns: Sequence[str], caption_columns: Sequence[str]) -> tuple[Any, list[str]]:
+    """A reader behind the header, and the header's columns; the separator is the one that gives the header both columns."""
+    header = text.partition("\n")[0]
+    for delimiter in ",;\t":
+        columns = [column.strip(' "') for column in header.rstrip("\r").split(delimiter)]
+        if {*id_columns} & {*columns} and {*caption_columns} & {*columns}:
+            break
+    else:
+        delimiter, columns = ",", header.rstrip("\r").split(",")
+    rows = csv.reader(io.StringIO(text[len(header) + 1 :], newline=""), delimiter=delimiter)
+    return rows, columns
