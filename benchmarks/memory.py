@@ -1,4 +1,4 @@
-"""Peak memory of one image, and of a stream of 32 images as in a sweep, next to diffusers' own pipeline.
+"""Peak memory of one image, and of several images, next to diffusers' own pipeline.
 
     python benchmarks/memory.py [--quick] [--json]
 
@@ -20,7 +20,7 @@ from results import Row, argument_parser, print_results, row
 TESTS = str(Path(__file__).resolve().parents[1] / "tests")
 SIDES, QUICK_SIDES = (128, 256, 512), (128,)
 MAX_RATIO = 1.2
-NUM_STEPS, NUM_STREAM_IMAGES = 2, 32
+NUM_STEPS, NUM_STREAM_IMAGES = 2, 4
 KIB = 1024
 
 
