@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -72,6 +74,38 @@ def test_a_shell_parses_the_command_correctly() -> None:
 def test_the_command_contains_eta() -> None:
     table = synthetic_table(solvers=("ddim/leading/eta=0.5",))
     assert "--solver ddim --timestep-spacing leading --eta 0.5" in recommend(table, "nfe", 64, KERNEL).command
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize("guidance", [1.0, 2.0 ** (1 / 12), 7.5])
+@pytest.mark.parametrize("label", ["ddim/leading/eta=0.5/offset=0", "euler/karras", "sde-dpmsolver++2m/leading/offset=3"])
+def test_the_command_reproduces_the_point(
+    dtype: str, compiled: bool, seed: int, guidance: float, label: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command is parsed by the command line itself; the settings that reach the sampler are those of the point."""
+    from typer.testing import CliRunner
+
+    from isocost.cli import app
+    from isocost.sampling import sample as sample_module
+
+    received: dict[str, Any] = {}
+
+    def receive(checkpoint: Path, prompts: list[str], **settings: Any) -> None:
+        received.update(settings, checkpoint=checkpoint, prompts=prompts)
+        raise ConfigError("received")
+
+    monkeypatch.setattr(sample_module, "sample", receive)
+    table = synthetic_table(solvers=(label,), guidance=(guidance,)).assign(dtype=dtype, compiled=compiled, seed=seed)
+    result = recommend(table, "nfe", 64, KERNEL)
+    outcome = CliRunner().invoke(app, shlex.split(result.command)[1:])
+    assert isinstance(outcome.exception, ConfigError), outcome.output
+    assert received["solver"].label == label
+    assert received["guidance"] == guidance
+    assert (received["dtype"], received["compiled"], received["seed"]) == (dtype, compiled, seed)
+    assert received["num_steps"] == result.configuration.num_steps
+    assert received["prompts"] == ["TEXT"]
 
 
 def test_a_boundary_of_the_guidance_grid_is_noted() -> None:

@@ -31,6 +31,8 @@ class Configuration:
         cost: in the unit of the cost that was asked for.
         value: the score; `low` and `high` are the ends of its 95 % interval, None without one.
         guidance_at_boundary: whether the guidance is the lowest or the highest that was tried (`final_points`).
+        dtype, compiled: of the network.
+        seed: of the noise.
     """
 
     point: str
@@ -44,6 +46,9 @@ class Configuration:
     low: float | None
     high: float | None
     guidance_at_boundary: bool
+    dtype: str = "fp32"
+    compiled: bool = False
+    seed: int = 0
 
     @property
     def score(self) -> str:
@@ -181,6 +186,9 @@ def _configuration(row: pd.Series, cost: str, metric: str) -> Configuration:
         low=low,
         high=high,
         guidance_at_boundary=bool(row["guidance_at_boundary"]),
+        dtype=str(row.get("dtype", "fp32")),
+        compiled=bool(row.get("compiled", False)),
+        seed=int(row.get("seed", 0)),
     )
 
 

@@ -26,6 +26,9 @@ from isocost.analysis.results_table import final_points, rank_points
 from isocost.errors import ConfigError
 from isocost.evaluation.metric_registry import metric_of
 
+SOLVER_OPTIONS = {"eta": "--eta", "offset": "--steps-offset"}
+"""Options of `isocost sample` for the parts of a solver's label."""
+
 
 @dataclass(frozen=True)
 class Recommendation:
@@ -144,19 +147,27 @@ def describe_choice(choice: BudgetChoice, noun: str = "size") -> RecommendationT
 
 
 def sample_command(configuration: Configuration, out: str = "OUT", task: str = "text2image") -> str:
-    """A command line that samples images with `configuration`.
+    """A command line that samples images with `configuration`, with every setting that changes the images.
 
     The prompt is left as TEXT, and the files of super-resolution as IMAGE and LARGER.png.
     """
     name, timestep_spacing, *options = configuration.solver.split("/")
     verb, inputs = ("upscale", ["IMAGE", "LARGER.png"]) if task.startswith("superres") else ("sample", ["--prompt", "TEXT"])
     command = ["isocost", verb, f"{out.rstrip('/')}/artefacts/checkpoint/{configuration.checkpoint}"]
-    command += ["--steps", str(configuration.num_steps), "--guidance", f"{configuration.guidance:g}"]
+    command += ["--steps", str(configuration.num_steps), "--guidance", _exact(configuration.guidance)]
     command += ["--solver", name, "--timestep-spacing", timestep_spacing]
     for option in options:
         key, _, value = option.partition("=")
-        command += [f"--{key}", value]
+        command += [SOLVER_OPTIONS[key], value]
+    command += ["--dtype", configuration.dtype] if configuration.dtype != "fp32" else []
+    command += ["--compile"] if configuration.compiled else []
+    command += ["--seed", str(configuration.seed)] if configuration.seed else []
     return shlex.join([*command, *inputs])
+
+
+def _exact(number: float) -> str:
+    """The shortest text that is read as the same number: "2", not "2.0"."""
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
 def _format_reason(choice: BudgetChoice, best: Configuration, constraints: str) -> str:

@@ -12,11 +12,13 @@ from isocost.cli.app import app, print_json
 from isocost.cli.options import (
     CHECKPOINT_HELP,
     GUIDANCE_HELP,
+    Compiled,
     DType,
     Eta,
     NumSteps,
     Seed,
     SolverName,
+    StepsOffset,
     TimestepSpacing,
     parse_solver,
 )
@@ -34,8 +36,10 @@ def sample(
     solver_name: SolverName = None,
     timestep_spacing: TimestepSpacing = "trailing",
     eta: Eta = 0.0,
+    steps_offset: StepsOffset = 1,
     negative_prompt: Annotated[str | None, typer.Option(help="text to guide away from; default: the empty text")] = None,
     dtype: DType = "fp32",
+    compiled: Compiled = False,
     num_images: Annotated[int, typer.Option("--num-images", help="images per prompt")] = 4,
     seed: Seed = 0,
     out: Annotated[
@@ -54,13 +58,14 @@ def sample(
     samples = sample_images(
         checkpoint,
         prompts,
-        solver=parse_solver(solver_name, timestep_spacing, eta),
+        solver=parse_solver(solver_name, timestep_spacing, eta, steps_offset),
         num_steps=num_steps,
         guidance=guidance,
         num_images=num_images,
         seed=seed,
         negative_prompt=negative_prompt,
         dtype=dtype,
+        compiled=compiled,
     )
     files, sheet = write_sample_folder(out, samples.array)
     cost = {"nfe": samples.nfe, "gflop_per_image": samples.gflop, "seconds": samples.seconds}
@@ -78,8 +83,10 @@ def upscale(
     solver_name: SolverName = None,
     timestep_spacing: TimestepSpacing = "trailing",
     eta: Eta = 0.0,
+    steps_offset: StepsOffset = 1,
     overlap: Annotated[float, typer.Option(help="minimum overlap of tiles, as a fraction of the tile")] = 0.25,
     dtype: DType = "fp32",
+    compiled: Compiled = False,
     seed: Seed = 0,
 ) -> None:
     """Enlarge an image with a super-resolution checkpoint, in overlapping tiles."""
@@ -92,12 +99,13 @@ def upscale(
         checkpoint,
         image,
         prompt=prompt,
-        solver=parse_solver(solver_name, timestep_spacing, eta),
+        solver=parse_solver(solver_name, timestep_spacing, eta, steps_offset),
         num_steps=num_steps,
         guidance=guidance,
         overlap=overlap,
         seed=seed,
         dtype=dtype,
+        compiled=compiled,
     )
     with private_folder(out) as folder:
         Image.fromarray(result.image).save(folder / out.name, format="PNG")

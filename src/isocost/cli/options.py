@@ -50,6 +50,8 @@ SolverName = Annotated[
 ]
 TimestepSpacing = Annotated[str, typer.Option("--timestep-spacing", help="trailing, leading, linspace or karras")]
 Eta = Annotated[float, typer.Option("--eta", help="ddim: fraction of ancestral noise, from 0 to 1")]
+StepsOffset = Annotated[int, typer.Option("--steps-offset", help="added to the timesteps of leading spacing")]
+Compiled = Annotated[bool, typer.Option("--compile/--no-compile", help="compile the network; takes minutes once per machine")]
 DType = Annotated[DTypeName, typer.Option("--dtype", help="data type of the network")]
 Seed = Annotated[int, typer.Option("--seed", help="random seed")]
 
@@ -100,14 +102,17 @@ def parse_tasks(tasks: list[str] | None) -> tuple[TaskName, ...] | None:
     return tuple(name for name in names if name in tasks) if tasks else None
 
 
-def parse_solver(name: str | None, timestep_spacing: str = "trailing", eta: float = 0.0) -> SolverSpec | None:
-    """Return the solver that --solver, --timestep-spacing and --eta describe.
+def parse_solver(
+    name: str | None, timestep_spacing: str = "trailing", eta: float = 0.0, steps_offset: int = 1
+) -> SolverSpec | None:
+    """Return the solver that --solver, --timestep-spacing, --eta and --steps-offset describe.
 
-    None if all three have their default values: then the checkpoint's default solver is used.
+    None if all have their default values: then the checkpoint's default solver is used.
 
     Raises:
         ConfigError: the solver is unknown or does not take an option.
     """
-    if name is None and (timestep_spacing, eta) == ("trailing", 0.0):
+    if name is None and (timestep_spacing, eta, steps_offset) == ("trailing", 0.0, 1):
         return None
-    return parse_spec(SolverSpec, {"name": name or "ddim", "timestep_spacing": timestep_spacing, "eta": eta}, "--solver")
+    fields = {"timestep_spacing": timestep_spacing, "eta": eta, "steps_offset": steps_offset}
+    return parse_spec(SolverSpec, {"name": name or "ddim", **fields}, "--solver")

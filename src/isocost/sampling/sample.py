@@ -84,13 +84,19 @@ class Model:
     """
 
     def __init__(
-        self, checkpoint: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | str = "fp32"
+        self,
+        checkpoint: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str = "fp32",
+        compiled: bool = False,
     ) -> None:
         """
         Args:
             checkpoint: a checkpoint folder or a published pipeline.
             device: by default CUDA if there is any, else the CPU.
             dtype: of the denoiser: "fp32" or "bf16", or the torch dtype.
+            compiled: compile the denoiser, which takes minutes once per machine.
 
         Raises:
             ConfigError: the checkpoint cannot be read, is for super-resolution, or the dtype is not supported.
@@ -104,7 +110,7 @@ class Model:
         self.info = self._opened.info
         if self.info.scale is not None:
             raise ConfigError(f"{checkpoint}: this is a super-resolution model; use `isocost upscale CHECKPOINT IMAGE OUT`")
-        self._denoiser = Denoiser(self._opened.network, self.dtype)
+        self._denoiser = Denoiser(self._opened.network, self.dtype, compiled)
 
     @cached_property
     def _autoencoder(self) -> Autoencoder:
@@ -189,12 +195,13 @@ def sample(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "fp32",
+    compiled: bool = False,
     **settings: Any,
 ) -> Samples:
-    """Load a checkpoint and generate images: `Model(checkpoint, device=device, dtype=dtype).sample(prompts, **settings)`.
+    """Load a checkpoint and generate images: `Model(checkpoint, ...).sample(prompts, **settings)`.
 
     Raises:
         ConfigError: the checkpoint does not load, the checkpoint or the solver does not support the settings, or an image
             contains NaN or inf.
     """
-    return Model(checkpoint, device=device, dtype=dtype).sample(prompts, **settings)
+    return Model(checkpoint, device=device, dtype=dtype, compiled=compiled).sample(prompts, **settings)

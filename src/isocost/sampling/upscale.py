@@ -64,6 +64,7 @@ def upscale(
     overlap: float = 0.25,
     seed: int = 0,
     dtype: DTypeName = "fp32",
+    compiled: bool = False,
 ) -> Upscaled:
     """Enlarge an image by the checkpoint's scale.
 
@@ -80,6 +81,7 @@ def upscale(
         overlap: smallest overlap of neighbouring tiles, as a fraction of the tile size.
         seed: of the noise.
         dtype: of the denoiser.
+        compiled: compile the denoiser.
 
     Raises:
         ConfigError: the image is unreadable or too large, the checkpoint is not for super-resolution or does not support the
@@ -116,6 +118,7 @@ def upscale(
         PromptEmbeds.encode([prompt], MiniLMTextEncoder(opened.text_encoder, best_device())),
         batch_size=min(DEFAULT_BATCH_SIZE, len(requests) * passes_per_evaluation(guidance, info.model.embeds_guidance)),
         dtype=dtype,
+        compiled=compiled,
         concat_cond=lambda indices: concat_cond[indices],
         initial_noise=lambda indices: initial_noise[indices],
     )
