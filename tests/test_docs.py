@@ -97,7 +97,9 @@ def test_every_command_in_running_text_has_the_options_it_is_given(page: Path) -
     for span in re.findall(r"`isocost ([a-z][^`]*)`", text.replace("\n# ", " ")):
         name, *words = span.replace("[", " ").replace("]", " ").split()
         assert name in COMMANDS.commands, span
-        options = {option for parameter in COMMANDS.commands[name].params for option in parameter.opts}
+        options = {
+            option for parameter in COMMANDS.commands[name].params for option in (*parameter.opts, *parameter.secondary_opts)
+        }
         assert {word for word in words if word.startswith("--")} <= options, span
 
 

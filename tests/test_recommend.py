@@ -84,7 +84,7 @@ def test_the_command_contains_eta() -> None:
 def test_the_command_reproduces_the_point(
     dtype: str, compiled: bool, seed: int, guidance: float, label: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command is parsed by the command line itself; the settings that reach the sampler are those of the point."""
+    """The command is parsed by the command line itself; the settings that reach `sample` are those of the point."""
     from typer.testing import CliRunner
 
     from isocost.cli import app
