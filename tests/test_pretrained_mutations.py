@@ -137,9 +137,15 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
         weights(f"unet/{WEIGHTS}", lambda tensors: {**tensors, "conv_in.scale_weight": torch.ones(1)}),
         "conv_in.scale_weight has type F32: quantised weights",
     ),
-    "NaN in the denoiser": (weights(f"unet/{WEIGHTS}", with_nan), r"/unet: 1 of 208 weights contain NaN or inf, the first is conv_in.bias; get the file again"),
+    "NaN in the denoiser": (
+        weights(f"unet/{WEIGHTS}", with_nan),
+        r"/unet: 1 of 208 weights contain NaN or inf, the first is conv_in.bias; get the file again",
+    ),
     "NaN in the autoencoder": (weights(f"vae/{WEIGHTS}", with_nan), r"/vae: 1 of .* contain NaN or inf"),
-    "NaN in the text encoder": (weights("text_encoder/model.safetensors", with_nan), r"/text_encoder: 1 of .* contain NaN or inf"),
+    "NaN in the text encoder": (
+        weights("text_encoder/model.safetensors", with_nan),
+        r"/text_encoder: 1 of .* contain NaN or inf",
+    ),
     "class of the pipeline": (setting("model_index.json", _class_name=["a"]), r"the pipeline \['a'\] is not supported"),
     "class of the denoiser": (setting(UNET, _class_name=["UNet2DConditionModel"]), "_class_name = "),
     "class of the scheduler": (
