@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,7 @@ def test_the_index_describes_the_cache_and_progress_counts_images_and_captions(
     index = write_cache(store, images.read, autoencoder, text, max_unreadable_fraction=0.1, progress=steps.append)
     assert sum(steps) == NUM_IMAGES + index["num_captions"] + 1
     assert len(steps) > 3
+    assert index.pop("token_statistics") == asdict(text.token_statistics([c for of_image in images.captions for c in of_image]))
     assert index.pop("tables").keys() == {"latents", "captions", "text"}
     assert index == {
         "num_images": NUM_IMAGES,
