@@ -294,7 +294,7 @@ def test_a_killed_fine_tuning_ends_with_the_same_table(
     finished: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    stop_twice(dreambooth_study(), out, monkeypatch, at_step=6, at_record=7)  # the family takes four steps and has five points
+    stop_twice(dreambooth_study(), out, monkeypatch, at_step=6, at_record=2)  # the family takes four steps and has five points
     pipeline = Pipeline(dreambooth_study(), out)
     assert pipeline.run()
     report(pipeline, with_figures=False)
