@@ -4,7 +4,7 @@
 
 The checkpoint has a decoder of the size of Stable Diffusion's (49.5M parameters) and a small U-Net, both with random weights:
 the decoder's activations are what differs. Each measurement is a process of its own. Its peak is the largest resident memory
-above that of the imports. The last line is JSON. The issue's target: at most 1.2 times diffusers' peak for one image.
+of the process. The last line is JSON. The target is at most 1.2 times diffusers' peak for one image.
 """
 
 from __future__ import annotations
