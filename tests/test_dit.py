@@ -383,7 +383,7 @@ def test_a_student_with_guidance_as_an_input_has_no_pipeline(finished: Pipeline,
 def test_a_width_that_does_not_fit_is_refused_with_neighbours(width: int, remedy: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"width {width}: attention heads .* cannot divide it.*such as {remedy}"):
         check_dit_width(width)
-    with pytest.raises(ConfigError, match=f"width {width}"):
+    with pytest.raises(ConfigError, match=rf"width {width}|family\.widths\.0 = {width}"):
         Pipeline(tiny_study(family={"kind": "dit", "widths": [width]}), tmp_path)
 
 
