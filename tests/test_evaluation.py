@@ -497,7 +497,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, folders: Path, ge
     file = tmp_path / "0007.png"
     content = file.read_bytes()
     file.write_bytes({"empty": b"", "text": b"not an image", "truncated": content[: len(content) // 2]}[damage])
-    with pytest.raises(ConfigError, match=r"0007\.png: cannot be read") as refused:
+    with pytest.raises(ConfigError, match=r"0007\.png: the image cannot be read") as refused:
         score_folder(tmp_path, folders / "real", KERNEL)
     assert "\n" not in str(refused.value)
 
