@@ -169,7 +169,11 @@ def text_encoder_classes(family: PipelineFamily, index: Mapping[str, Any], folde
 
 
 def num_tokens_of(family: PipelineFamily, folder: Path) -> tuple[int, int]:
-    """Tokens of a prompt in the denoiser's input, and the limit of T5's tokenizer (of CLIP's if there is no T5)."""
+    """Tokens of a prompt in the denoiser's input, and the limit of T5's tokenizer (of CLIP's if there is no T5).
+
+    Raises:
+        ConfigError: the tokenizer's limit is no usable number.
+    """
     clip_tokens = _CLIP_TOKENS
     if family.name in ("sd", "sdxl"):
         tokenizer = folder / "tokenizer" / "tokenizer_config.json"
