@@ -151,7 +151,10 @@ def sample_command(configuration: Configuration, out: str = "OUT", task: str = "
 
     The prompt is left as TEXT, and the files of super-resolution as IMAGE and LARGER.png.
     """
-    name, timestep_spacing, *options = configuration.solver.split("/")
+    parts, options = configuration.solver.split("/"), list[str]()
+    while parts[-1].partition("=")[0] in SOLVER_OPTIONS:
+        options.insert(0, parts.pop())
+    name, timestep_spacing = "/".join(parts[:-1]), parts[-1]
     verb, inputs = ("upscale", ["IMAGE", "LARGER.png"]) if task.startswith("superres") else ("sample", ["--prompt", "TEXT"])
     command = ["isocost", verb, f"{out.rstrip('/')}/artefacts/checkpoint/{configuration.checkpoint}"]
     command += ["--steps", str(configuration.num_steps), "--guidance", _exact(configuration.guidance)]
