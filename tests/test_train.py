@@ -149,7 +149,9 @@ def test_a_last_update_that_breaks_the_weights_is_never_saved(
             )
     expected = {64: ([], 48), 160: ([64, 100], 112), 192: ([64, 100], 160)}[images]
     assert (saved, newest_state_images(tmp_path)) == expected
-    assert set(run(SPEC, cache, tmp_path)) == {64, 100, 192} - set(saved), "the same command resumes"
+    # The snapshot of 100 images is due after 112; a run that resumes from the state of 112 saves it again.
+    resumed = {64: {64, 100, 192}, 160: {100, 192}, 192: {192}}[images]
+    assert set(run(SPEC, cache, tmp_path)) == resumed, "the same command resumes"
 
 
 def test_a_damaged_training_state_is_an_error(cache: LatentCache, tmp_path: Path) -> None:
@@ -221,7 +223,7 @@ def test_folders_without_a_checkpoint_are_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path)
     pickle = tmp_path / "model.ckpt"
     pickle.write_bytes(b"x")
-    with pytest.raises(ConfigError, match="pickled weights are refused"):
+    with pytest.raises(ConfigError, match=r"pickled weights are refused|convert a file"):
         load_checkpoint(pickle)
-    with pytest.raises(ConfigError, match="pickled weights are refused"):
+    with pytest.raises(ConfigError, match=r"pickled weights are refused|convert a file"):
         load_checkpoint(tmp_path)
