@@ -20,12 +20,12 @@ from conftest import tiny_study
 from finished_study import finished_spec
 from isocost.config.data import ScenesSource
 from isocost.config.model import TextEncoderSpec
+from isocost.data.image_files import list_images
 from isocost.data.latent_cache import LatentCache, load_images, write_cache, write_index
 from isocost.data.row_store import ShardStore
 from isocost.errors import ConfigError, RunError
 from isocost.evaluation import reference_stats
 from isocost.evaluation.feature_store import SampleFeatures, read_sample_features, write_features, write_sample_features
-from isocost.evaluation.image_sources import image_files
 from isocost.evaluation.protocol_presets import protocol_preset
 from isocost.evaluation.reference_stats import build_statistics, read_statistics
 from isocost.experiments.study_assets import StudyAssets
@@ -440,8 +440,8 @@ def test_samples_are_alone_in_their_folder(isocost: Any, tmp_path: Path) -> None
     checkpoint, out = write_checkpoint(Store(tmp_path / "store"), autoencoder="scenes"), tmp_path / "samples"
     arguments = ["sample", checkpoint, "--steps", "1", "--out", out, "--prompt", "a red ring"]
     answer = isocost(*arguments, "--num-images", "3").answer
-    assert [file.name for file in image_files(out)] == ["00-00.png", "00-01.png", "00-02.png"]
-    assert sorted(answer["files"]) == [str(file) for file in image_files(out)]
+    assert [file.name for file in list_images(out)] == ["00-00.png", "00-01.png", "00-02.png"]
+    assert sorted(answer["files"]) == [str(file) for file in list_images(out)]
     assert Path(answer["sheet"]) == tmp_path / "samples-sheet.png"
     before = contents(tmp_path)
     refused = isocost(*arguments, "--num-images", "1")
@@ -450,7 +450,7 @@ def test_samples_are_alone_in_their_folder(isocost: Any, tmp_path: Path) -> None
     assert "--overwrite" in refused.line
     assert contents(tmp_path) == before
     assert isocost(*arguments, "--num-images", "1", "--overwrite").status == 0
-    assert [file.name for file in image_files(out)] == ["00-00.png"]
+    assert [file.name for file in list_images(out)] == ["00-00.png"]
     (out / "photo.png").write_bytes(b"mine")
     for more in ([], ["--overwrite"]):
         refused = isocost(*arguments, *more)
@@ -472,7 +472,7 @@ def test_a_full_disk_leaves_earlier_samples(tmp_path: Path, monkeypatch: pytest.
             write_sample_folder(out, np.ones((1, 2, 8, 8, 3), np.uint8))
     assert contents(tmp_path) == before
     write_sample_folder(out, np.ones((1, 2, 8, 8, 3), np.uint8))
-    assert len(image_files(out)) == 2
+    assert len(list_images(out)) == 2
 
 
 # --- the results database and leases ----------------------------------------------------------------------------------
