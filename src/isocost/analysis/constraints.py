@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from isocost.analysis.costs import COSTS, cost_of
-from isocost.analysis.formatting import ROUNDING, format_configuration, format_metric, format_number, format_score
+from isocost.analysis.formatting import ROUNDING, format_metric, format_number, format_row, format_score
 from isocost.analysis.results_table import is_within_budget
 from isocost.errors import ConfigError
 from isocost.evaluation.metric_registry import metric_of
@@ -257,4 +257,4 @@ def _format_all(constraints: Sequence[Constraint]) -> str:
 
 
 def _format_configuration(row: pd.Series) -> str:
-    return format_configuration(str(row["size"]), int(row["num_steps"]), float(row["guidance"]), str(row["solver"]))
+    return format_row(row)

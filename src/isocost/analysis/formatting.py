@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
+from typing import Any
 
+import pandas as pd
+
+from isocost.diffusion.guidance import format_interval
 from isocost.evaluation.metric_registry import metric_of
 
 ROUNDING = 1e-9
@@ -15,9 +21,37 @@ def format_steps(num_steps: int) -> str:
     return "1 step" if num_steps == 1 else f"{num_steps} steps"
 
 
-def format_configuration(size: str, num_steps: int, guidance: float, solver: str) -> str:
+def format_configuration(size: str, num_steps: int, guidance: str, solver: str) -> str:
     """A sampling configuration in running text: "2.6M, 8 steps, guidance 2, ddim/trailing"."""
-    return f"{size}, {format_steps(num_steps)}, guidance {guidance:g}, {solver}"
+    return f"{size}, {format_steps(num_steps)}, {guidance}, {solver}"
+
+
+def format_row(row: Mapping[Any, Any] | pd.Series) -> str:
+    """The sampling configuration of a row of a results table in running text."""
+    return format_configuration(str(row["size"]), int(row["num_steps"]), format_row_guidance(row), str(row["solver"]))
+
+
+def format_row_guidance(row: Mapping[Any, Any] | pd.Series) -> str:
+    """The guidance of a row of a results table in running text; see `format_guidance`."""
+    guide, interval, schedule = (
+        None if pd.isna(value := row.get(column)) else str(value)
+        for column in ("guide", "guidance_interval", "guidance_schedule")
+    )
+    return format_guidance(float(row["guidance"]), guide, interval, schedule)
+
+
+def format_guidance(guidance: float, guide: str | None = None, interval: str | None = None, schedule: str | None = None) -> str:
+    """Guidance in running text: "guidance 2 by 0.8M in [-3, 2]".
+
+    Args:
+        guidance: w.
+        guide: label of the guide network.
+        interval: JSON of the guidance interval.
+        schedule: JSON of the guidance schedule, in place of w.
+    """
+    text = f"guidance {guidance:g}" if schedule is None else f"guidance {schedule}"
+    text += "" if guide is None else f" by {guide}"
+    return text if interval is None else f"{text} in {format_interval(json.loads(interval))}"
 
 
 def format_metric(name: str) -> str:

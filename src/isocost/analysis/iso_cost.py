@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import pandas as pd
 
-from isocost.analysis.formatting import format_configuration, format_score
+from isocost.analysis.formatting import format_row, format_score
 from isocost.analysis.results_table import is_within_budget
 from isocost.evaluation.confidence_intervals import Interval, independent_difference
 from isocost.evaluation.metric_registry import metric_of
@@ -140,4 +140,4 @@ def format_difference(difference: Interval | None, is_paired: bool) -> str:
 def _format_configuration(row: Mapping[Any, Any], by: str) -> str:
     if by == "size":
         return f"{row['num_steps']} steps, guidance {row['guidance']:g}"
-    return format_configuration(row["size"], row["num_steps"], row["guidance"], row["solver"])
+    return format_row(row)

@@ -14,8 +14,15 @@ import numpy as np
 import pandas as pd
 
 from isocost.analysis.costs import COSTS, cost_of
-from isocost.analysis.formatting import ROUNDING, decimal_exponent, format_configuration, format_score
-from isocost.analysis.results_table import CELL_COLUMNS, best_per_group, final_points, is_within_budget, rank_points
+from isocost.analysis.formatting import ROUNDING, decimal_exponent, format_configuration, format_guidance, format_score
+from isocost.analysis.results_table import (
+    CELL_COLUMNS,
+    GUIDANCE_COLUMNS,
+    best_per_group,
+    final_points,
+    is_within_budget,
+    rank_points,
+)
 from isocost.errors import ConfigError
 from isocost.evaluation.metric_registry import metric_of
 
@@ -30,6 +37,9 @@ class Configuration:
     Attributes:
         cost: in the unit of the cost that was asked for.
         value: the score; `low` and `high` are the ends of its 95 % interval, None without one.
+        guide, guide_checkpoint: label and digest of the guide network; None without one.
+        guide_null_prompt: whether the guide gets the empty prompt.
+        guidance_interval, guidance_schedule: as JSON; None without.
         guidance_at_boundary: whether the guidance is the lowest or the highest that was tried (`final_points`).
         dtype, compiled: of the network.
         seed: of the noise.
@@ -49,6 +59,11 @@ class Configuration:
     dtype: str = "fp32"
     compiled: bool = False
     seed: int = 0
+    guide: str | None = None
+    guide_checkpoint: str | None = None
+    guide_null_prompt: bool = False
+    guidance_interval: str | None = None
+    guidance_schedule: str | None = None
 
     @property
     def score(self) -> str:
@@ -56,7 +71,8 @@ class Configuration:
         return format_score(self.value, self.low, self.high)
 
     def __str__(self) -> str:
-        return format_configuration(self.size, self.num_steps, self.guidance, self.solver)
+        guidance = format_guidance(self.guidance, self.guide, self.guidance_interval, self.guidance_schedule)
+        return format_configuration(self.size, self.num_steps, guidance, self.solver)
 
 
 @dataclass(frozen=True)
@@ -89,10 +105,13 @@ class BudgetChoice:
 def best_guidance(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The row with the best guidance for every (size, solver, num_steps), with the column `guidance_at_boundary`.
 
-    This is the rule of arXiv 2404.01367 (section on sampling efficiency). The best of several noisy scores is optimistic; its
-    interval does not include the effect of this selection.
+    This is the rule of arXiv 2404.01367 (section on sampling efficiency), which knows classifier-free guidance only. So points
+    with a guide, an interval or a schedule take part only where a table has no other points. The best of several noisy scores
+    is optimistic; its interval does not include the effect of this selection.
     """
-    return best_per_group(final_points(table, metric), metric, CELL_COLUMNS)
+    rows = final_points(table, metric)
+    is_plain = rows[list(GUIDANCE_COLUMNS)].isna().all(axis=1)
+    return best_per_group(rows[is_plain] if is_plain.any() else rows, metric, CELL_COLUMNS)
 
 
 def pareto(table: pd.DataFrame, cost: str, metric: str) -> pd.DataFrame:
@@ -189,6 +208,8 @@ def _configuration(row: pd.Series, cost: str, metric: str) -> Configuration:
         dtype=str(row.get("dtype", "fp32")),
         compiled=bool(row.get("compiled", False)),
         seed=int(row.get("seed", 0)),
+        guide_null_prompt=not pd.isna(is_null := row.get("guide_null_prompt")) and bool(is_null),
+        **{column: None if pd.isna(value := row.get(column)) else str(value) for column in GUIDANCE_COLUMNS},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -157,7 +158,9 @@ def sample_command(configuration: Configuration, out: str = "OUT", task: str = "
     name, timestep_spacing = "/".join(parts[:-1]), parts[-1]
     verb, inputs = ("upscale", ["IMAGE", "LARGER.png"]) if task.startswith("superres") else ("sample", ["--prompt", "TEXT"])
     command = ["isocost", verb, f"{out.rstrip('/')}/artefacts/checkpoint/{configuration.checkpoint}"]
-    command += ["--steps", str(configuration.num_steps), "--guidance", _exact(configuration.guidance)]
+    command += ["--steps", str(configuration.num_steps)]
+    command += ["--guidance", _exact(configuration.guidance)] if configuration.guidance_schedule is None else []
+    command += _guidance_options(configuration, out)
     command += ["--solver", name, "--timestep-spacing", timestep_spacing]
     for option in options:
         key, _, value = option.partition("=")
@@ -166,6 +169,21 @@ def sample_command(configuration: Configuration, out: str = "OUT", task: str = "
     command += ["--compile"] if configuration.compiled else []
     command += ["--seed", str(configuration.seed)] if configuration.seed else []
     return shlex.join([*command, *inputs])
+
+
+def _guidance_options(configuration: Configuration, out: str) -> list[str]:
+    """Options for a guide, an interval and a schedule."""
+    options = []
+    if configuration.guide_checkpoint is not None:
+        options += ["--guide", f"{out.rstrip('/')}/artefacts/checkpoint/{configuration.guide_checkpoint}"]
+        options += ["--guide-null-prompt"] if configuration.guide_null_prompt else []
+    if configuration.guidance_interval is not None:
+        ends = json.loads(configuration.guidance_interval)
+        options += ["--guidance-interval", ":".join("" if end is None else _exact(end) for end in ends)]
+    if configuration.guidance_schedule is not None:
+        points = json.loads(configuration.guidance_schedule)
+        options += ["--guidance-schedule", ",".join(f"{_exact(level)}:{_exact(weight)}" for level, weight in points)]
+    return options
 
 
 def _exact(number: float) -> str:

@@ -6,8 +6,12 @@ point, checkpoint                         digests
 size, width, num_parameters               the network
 images_seen, training_gflop, is_final     the training; `is_final` is true for the last checkpoint of a training run
 solver, num_steps, guidance               the sampling configuration
+guide, guide_checkpoint                   label and digest of the guide network; absent with classifier-free guidance
+guide_null_prompt                         whether the guide has the empty prompt
+guidance_interval, guidance_schedule      as JSON, in log-SNR; absent without
 guidance_low, guidance_high, race_images, race_at_boundary    the guidance search, if there was one
 num_images, seed, protocol                the evaluation
+guide_nfe                                 the evaluations by the guide, part of nfe
 normalized_cost, nfe, gflop, ms_per_image the costs (`isocost.analysis.costs.COSTS`)
 m, m_low, m_high                          for every metric m: the score and the ends of its 95 % interval, NaN where absent
 """
@@ -23,14 +27,16 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from isocost.analysis.costs import COSTS, cost_of
-from isocost.analysis.formatting import ROUNDING
+from isocost.analysis.formatting import ROUNDING, format_row
 from isocost.analysis.timings import keep_one_timing_device
 from isocost.errors import ConfigError
 from isocost.evaluation.metric_registry import metric_of
 from isocost.evaluation.protocol import format_difference
 
 COMPARABLE_BY = ("protocol", "num_images", "seed")
-CONFIGURATION_COLUMNS = ("size", "solver", "num_steps", "guidance")
+GUIDANCE_COLUMNS = ("guide", "guide_checkpoint", "guidance_interval", "guidance_schedule")
+"""Columns of guidance beyond the classifier-free one at all noise levels; absent there, and in tables of version 0.1."""
+CONFIGURATION_COLUMNS = ("size", "solver", "num_steps", "guidance", *GUIDANCE_COLUMNS)
 CELL_COLUMNS = ("size", "solver", "num_steps")
 """One guidance is chosen for each combination of these columns."""
 BASELINE_TASKS = {"seed-replicates": "text2image", "distill": "text2image", "superres-distill": "superres"}
@@ -124,15 +130,17 @@ def final_points(table: pd.DataFrame, metric: str, cost: str | None = None) -> p
     rows = rows[rows["is_final"].astype(bool)]
     if rows.empty:
         raise ConfigError(f"no final checkpoint has {metric} yet: let `isocost run` finish training and sweep")
+    rows = rows.assign(**{column: None for column in GUIDANCE_COLUMNS if column not in rows.columns})
     columns = list(CONFIGURATION_COLUMNS)
     duplicates = rows[rows.duplicated(columns, keep=False)].sort_values(["point"])
     if not duplicates.empty:
         row = duplicates.iloc[0]
-        points = duplicates[(duplicates[columns] == row[columns]).all(axis=1)]["point"]
-        configuration = f"{row['size']}, {row['solver']}, {row['num_steps']} steps, guidance {row['guidance']:g}"
-        raise ConfigError(f"{configuration}: points {', '.join(points)} have this same configuration; keep one of them")
-    tried = rows.groupby(list(CELL_COLUMNS))["guidance"]
-    is_lowest = (rows["guidance"] == tried.transform("min")) & (rows["guidance"] != 0)
+        is_equal = (duplicates[columns] == row[columns]) | (duplicates[columns].isna() & row[columns].isna())
+        points = duplicates[is_equal.all(axis=1)]["point"]
+        raise ConfigError(f"{format_row(row)}: points {', '.join(points)} have this same configuration; keep one of them")
+    tried = rows.groupby([*CELL_COLUMNS, *GUIDANCE_COLUMNS], dropna=False)["guidance"]
+    lowest_of_cell = rows.groupby(list(CELL_COLUMNS))["guidance"].transform("min")
+    is_lowest = (rows["guidance"] == np.minimum(tried.transform("min"), lowest_of_cell)) & (rows["guidance"] != 0)
     is_highest = rows["guidance"] == tried.transform("max")
     is_unguided = (rows["guidance"] == 1) & (tried.transform("nunique") == 1)
     at_boundary = (is_lowest | is_highest) & ~is_unguided

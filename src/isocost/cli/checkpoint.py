@@ -20,6 +20,8 @@ from isocost.cli.options import (
     SolverName,
     StepsOffset,
     TimestepSpacing,
+    parse_guidance_schedule,
+    parse_interval,
     parse_solver,
 )
 from isocost.utils.output_paths import check_output_file, check_separate, private_folder
@@ -33,6 +35,17 @@ def sample(
     prompts: Annotated[list[str], typer.Option("--prompt", help="prompt; may be repeated")],
     num_steps: NumSteps = None,
     guidance: Annotated[float, typer.Option(help=GUIDANCE_HELP)] = 2.0,
+    guide: Annotated[
+        Path | None,
+        typer.Option(help="checkpoint of a smaller or less trained network that guides this one, in place of the empty prompt"),
+    ] = None,
+    guide_null_prompt: Annotated[bool, typer.Option("--guide-null-prompt", help="the guide gets the empty prompt")] = False,
+    guidance_interval: Annotated[
+        str | None, typer.Option(help="noise levels with guidance, LOW:HIGH in log-SNR; an empty end is open")
+    ] = None,
+    guidance_schedule: Annotated[
+        str | None, typer.Option(help="guidance by noise level in place of --guidance: LOGSNR:GUIDANCE,LOGSNR:GUIDANCE,...")
+    ] = None,
     solver_name: SolverName = None,
     timestep_spacing: TimestepSpacing = "trailing",
     eta: Eta = 0.0,
@@ -64,6 +77,10 @@ def sample(
         num_images=num_images,
         seed=seed,
         negative_prompt=negative_prompt,
+        guide=guide,
+        guide_null_prompt=guide_null_prompt,
+        guidance_interval=None if guidance_interval is None else parse_interval(guidance_interval),
+        guidance_schedule=None if guidance_schedule is None else parse_guidance_schedule(guidance_schedule),
         dtype=dtype,
         compiled=compiled,
     )

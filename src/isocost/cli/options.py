@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -100,6 +101,42 @@ def parse_tasks(tasks: list[str] | None) -> tuple[TaskName, ...] | None:
         if task not in names:
             raise ConfigError(f"--task {task}: give one of {', '.join(names)}")
     return tuple(name for name in names if name in tasks) if tasks else None
+
+
+def parse_interval(text: str) -> tuple[float | None, float | None]:
+    """Read LOW:HIGH in log-SNR; an empty end is open.
+
+    Raises:
+        ConfigError: there are not two ends, or one is no number.
+    """
+    low, separator, high = text.partition(":")
+    if not separator:
+        raise ConfigError(f"--guidance-interval {text}: give LOW:HIGH in log-SNR, such as -3:2, or -3: for an open end")
+    ends = [_finite(end, f"--guidance-interval {text}") if end.strip() else None for end in (low, high)]
+    return ends[0], ends[1]
+
+
+def parse_guidance_schedule(text: str) -> tuple[tuple[float, float], ...]:
+    """Read LOGSNR:GUIDANCE,LOGSNR:GUIDANCE,...
+
+    Raises:
+        ConfigError: a point is not a pair of numbers.
+    """
+    where = f"--guidance-schedule {text}"
+    points = [point.split(":") for point in text.split(",")]
+    if any(len(point) != 2 for point in points):
+        raise ConfigError(f"{where}: give points LOGSNR:GUIDANCE, separated by commas, such as -4:1,0:3")
+    return tuple((_finite(level, where), _finite(weight, where)) for level, weight in points)
+
+
+def _finite(text: str, where: str) -> float:
+    try:
+        number = float(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {text!r} is not a number") from error
+    if not math.isfinite(number):
+        raise ConfigError(f"{where}: {text!r} is not finite; leave an open end of an interval empty")
+    return number
 
 
 def parse_solver(

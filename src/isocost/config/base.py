@@ -145,6 +145,7 @@ def _format_error(error: ValidationError, spec_type: type[Spec], where: str) -> 
     problem = error.errors()[0]
     tags = _union_tags(spec_type)  # pydantic adds the tag of a discriminated union to the location
     location = [part for part in problem["loc"] if part not in tags or part == problem["loc"][-1]]
+    location = [part for part in location if "[" not in str(part)]  # pydantic's names of validators and of union members
     value = problem.get("input")
     if problem["type"] == "scalar":
         location, shown = [*location, problem["ctx"]["key"]], f" = {problem['ctx']['shown']}"

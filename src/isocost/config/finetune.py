@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from isocost.config.base import Spec
 from isocost.config.evaluation import MIN_IMAGES, PairedMetricName, ProtocolSpec
 from isocost.config.sampling import SolverSpec
-from isocost.config.sweep import SweepSpec
+from isocost.config.sweep import SweepSpec, without_guides
 from isocost.config.training import TrainSpec
 from isocost.config.types import (
     MAX_CHANNELS,
@@ -88,6 +88,11 @@ class DistillSweepSpec(SweepSpec):
     num_steps: tuple[NumSteps, ...] = (1, 2, 4, 8)
     snapshot_num_steps: NumSteps = 4
 
+    @field_validator("guides")
+    @classmethod
+    def _no_guides(cls, guides: tuple[Any, ...]) -> tuple[Any, ...]:
+        return without_guides(guides, "students have their guidance as an input or learned it")
+
 
 class SuperresDistillSweepSpec(DistillSweepSpec):
     """A sweep without guidance by default."""
@@ -146,6 +151,8 @@ class DistillSpec(Spec):
         outside = [w for w in guidance if not low <= w <= high]
         if outside:
             raise ValueError(f"sweep.guidance: {outside[0]:g} is outside guidance_range, {low:g} to {high:g}; remove it")
+        if low > 1 and any(interval is not None for interval in self.sweep.intervals):
+            raise ValueError(f"sweep.guidance_intervals: guidance is 1 outside, which guidance_range {low:g} to {high:g} lacks")
         if any(2 * later != earlier for earlier, later in pairwise(self.stages)) or not self.stages:
             raise ValueError(
                 f"stages={list(self.stages)}: each stage must have half the steps of the previous one, as in [16, 8, 4]"
@@ -236,6 +243,11 @@ class DreamboothSweepSpec(SweepSpec):
     snapshot_num_steps: NumSteps = 50
     snapshot_guidance: Guidance = 7.5
     search: Literal["grid"] = "grid"
+
+    @field_validator("guides")
+    @classmethod
+    def _no_guides(cls, guides: tuple[Any, ...]) -> tuple[Any, ...]:
+        return without_guides(guides, "no smaller network is fine-tuned on the same subject in the same way")
 
 
 class DreamboothProtocolSpec(ProtocolSpec):

@@ -5,19 +5,52 @@ from __future__ import annotations
 import itertools
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from isocost.config.base import Spec
 from isocost.config.sampling import SolverSpec
 from isocost.config.types import MAX_SAMPLES, DTypeName, Guidance, NumSamples, NumSteps, Seed, SweepBatch
 
 DEFAULT_BATCH_SIZE = 64
+MAX_LOG_SNR = 100.0
+"""Beyond this log-SNR there is no noise, or nothing but noise, in any schedule."""
 NO_GUIDANCE = "guidance = 0 samples without the prompt; give 1 for no guidance (one network pass per evaluation)"
 """The error for guidance 0 of a model that is trained here."""
 
 
+IntervalEnd = Annotated[float, Field(ge=-MAX_LOG_SNR, le=MAX_LOG_SNR)] | None
+GuidanceInterval = tuple[IntervalEnd, IntervalEnd]
+"""(low, high) in log-SNR, `log(alpha^2 / sigma^2)`: guidance applies where low <= log-SNR < high; null is an open end."""
+GuidanceSchedule = tuple[tuple[Annotated[float, Field(ge=-MAX_LOG_SNR, le=MAX_LOG_SNR)], Guidance], ...]
+"""Points (log-SNR, w) with rising log-SNR; w is linear between them and constant outside."""
+
+
+def _check_interval(interval: GuidanceInterval | None) -> GuidanceInterval | None:
+    low, high = (None, None) if interval is None else interval
+    if low is not None and high is not None and low >= high:
+        raise ValueError("the lower log-SNR comes first (low log-SNR is high noise); exchange the two")
+    return interval
+
+
+def _check_schedule(schedule: GuidanceSchedule | None) -> GuidanceSchedule | None:
+    levels = [level for level, _ in schedule or ((0.0, 1.0),)]
+    if not levels or any(later <= earlier for earlier, later in itertools.pairwise(levels)):
+        raise ValueError("give points [log-SNR, guidance] with rising log-SNR")
+    return schedule
+
+
+class GuideSpec(Spec):
+    """A network that guides another one: `guide + w (main - guide)` (autoguidance, arXiv 2406.02507)."""
+
+    checkpoint: str
+    null_prompt: bool = Field(False, description="the guide gets the empty prompt in place of the image's prompt")
+
+
 class PointSpec(Spec):
-    """A point of the sweep: everything that determines the generated images."""
+    """A point of the sweep: everything that determines the generated images.
+
+    With a guidance schedule, `guidance` is its largest value.
+    """
 
     checkpoint: str
     solver: SolverSpec
@@ -28,6 +61,9 @@ class PointSpec(Spec):
     dtype: DTypeName = "fp32"
     compiled: bool = False
     batch_size: SweepBatch = DEFAULT_BATCH_SIZE
+    guide: GuideSpec | None = None
+    guidance_interval: Annotated[GuidanceInterval | None, AfterValidator(_check_interval)] = None
+    guidance_schedule: Annotated[GuidanceSchedule | None, AfterValidator(_check_schedule)] = None
 
     @property
     def numerics(self) -> tuple[str, bool, int]:
@@ -61,8 +97,48 @@ class RaceSpec(Spec):
         return rungs
 
 
+class GuideSelection(Spec):
+    """Members of the study, or a published checkpoint, that guide the networks of a sweep.
+
+    A guide is a network of the same size or smaller. Of the same size it is an earlier snapshot.
+    """
+
+    size: Literal["smaller", "same", "all"] | Annotated[int, Field(ge=1)] | None = Field(
+        None, description="guides by size: smaller, same (earlier snapshots), all of these, or a width of the family"
+    )
+    snapshot: Literal["last", "all"] | Annotated[int, Field(ge=1)] = Field(
+        "last", description="guides by training: last, all, or the number of images of a snapshot"
+    )
+    checkpoint: str | None = Field(None, description="a published checkpoint in place of a size: a folder or OWNER/NAME")
+    null_prompt: bool = Field(False, description="the guide gets the empty prompt in place of the image's prompt")
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> GuideSelection:
+        if (self.size is None) is (self.checkpoint is None):
+            raise ValueError("a guide has either size or checkpoint; give one of the two")
+        if self.checkpoint is not None and self.snapshot != "last":
+            raise ValueError("snapshot belongs to a size of the family; leave it out for a checkpoint")
+        return self
+
+    @property
+    def title(self) -> str:
+        """The selection for messages."""
+        return ", ".join(f"{key}: {value}" for key, value in self.canonical().items())
+
+
+def without_guides(guides: tuple[Any, ...], reason: str) -> tuple[Any, ...]:
+    """Return the guides of a sweep that may have none.
+
+    Raises:
+        ValueError: there is a guide; the message has the reason.
+    """
+    if any(isinstance(guide, GuideSelection) for guide in guides):
+        raise ValueError(f"this sweep takes no guides, because {reason}; remove them")
+    return guides
+
+
 class SweepSpec(Spec):
-    """The grid of points: every size x solver x num_steps x guidance.
+    """The grid of points: every size x solver x num_steps x guidance, with each guide and in each guidance interval.
 
     With `search: race` the values of guidance are a range, and the best value is searched for every size, solver and num_steps.
     Snapshots are scored at one point: the first solver, `snapshot_num_steps` and `snapshot_guidance`.
@@ -71,6 +147,15 @@ class SweepSpec(Spec):
     solvers: tuple[SolverSpec, ...] = (SolverSpec(),)
     num_steps: tuple[NumSteps, ...]
     guidance: tuple[Guidance, ...]
+    guides: tuple[GuideSelection | Literal["none"] | None, ...] = Field(
+        ("none",), description="networks that run the second pass of guidance; none is the network itself with the empty prompt"
+    )
+    guidance_intervals: tuple[Annotated[GuidanceInterval, AfterValidator(_check_interval)] | Literal["all"] | None, ...] = (
+        Field(("all",), description="noise levels with guidance, [low, high] in log-SNR, or all; elsewhere guidance is 1")
+    )
+    guidance_schedules: tuple[Annotated[GuidanceSchedule, AfterValidator(_check_schedule)], ...] = Field(
+        (), description="further ways of guidance: lists of points [log-SNR, guidance]; needs search: grid"
+    )
     search: Literal["grid", "race"] = Field(
         "grid", description="score every guidance value, or search the best one with few images"
     )
@@ -89,9 +174,33 @@ class SweepSpec(Spec):
             raise ValueError(f"race.seed = {self.seed} equals sweep.seed; choose another seed")
         if self.search == "race" and min(self.guidance) < 1:
             raise ValueError("search: race needs guidance of 1 or more; remove the lower values, or use search: grid")
+        if self.search == "race" and self.guidance_schedules:
+            raise ValueError("guidance_schedules: a race searches one guidance value; use search: grid")
+        weights = [*self.guidance, *(weight for schedule in self.guidance_schedules for _, weight in schedule)]
+        if self.guide_selections and min(weights) < 1:
+            raise ValueError("guidance below 1 with a guide leads to the images of the guide; remove the values below 1")
         return self
 
-    @field_validator("solvers", "num_steps", "guidance")
+    @property
+    def guide_selections(self) -> tuple[GuideSelection, ...]:
+        """The guides other than the network itself."""
+        return tuple(guide for guide in self.guides if isinstance(guide, GuideSelection))
+
+    @property
+    def includes_no_guide(self) -> bool:
+        """Whether points without a guide belong to the sweep."""
+        return any(not isinstance(guide, GuideSelection) for guide in self.guides)
+
+    @property
+    def intervals(self) -> tuple[GuidanceInterval | None, ...]:
+        """The guidance intervals without repetition; None is all noise levels."""
+        plain: list[GuidanceInterval | None] = [
+            interval if isinstance(interval, tuple) and interval != (None, None) else None
+            for interval in self.guidance_intervals
+        ]
+        return tuple(dict.fromkeys(plain))
+
+    @field_validator("solvers", "num_steps", "guidance", "guides", "guidance_intervals")
     @classmethod
     def _not_empty(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if not values:

@@ -191,7 +191,7 @@ class _Calculator:
         training = _sum(Work.of(work.run.spec.dtype, work.gflop_per_image * work.training_images) for work in works)
         preparing = _sum(self._preparing(work) for work in works)
         sampling = _sum(
-            Work.of(point.spec.dtype, work.cost.gflop_per_forward * point.nfe(work.run.model) * point.spec.num_images)
+            Work.of(point.spec.dtype, work.gflop_of(point) * point.spec.num_images)
             for work in works
             for _, scored in work.points
             for point in scored

@@ -6,7 +6,7 @@ guidance value of a sweep counts as a point.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from isocost.config.types import TaskName
 from isocost.data.dreambooth import PROMPT_BACKGROUNDS
 from isocost.estimate.component_shapes import ComponentShapes
 from isocost.evaluation.protocol import Protocol
-from isocost.experiments.base import TrainingRun, make_run
+from isocost.experiments.base import Experiment, TrainingRun, make_run
 from isocost.experiments.distillation import DistillExperiment, StudentRun
 from isocost.experiments.pretrain import PretrainExperiment
 from isocost.experiments.seed_replicates import SeedReplicatesExperiment
@@ -28,7 +28,8 @@ from isocost.experiments.study_assets import StudyAssets
 from isocost.experiments.superres import SuperresExperiment
 from isocost.models.flops import ModelCost, model_cost
 from isocost.sampling.request import passes_per_evaluation
-from isocost.sweep.grid import SweepPoint, grid_points, snapshot_point
+from isocost.sweep.grid import NO_GUIDES, Guides, SweepPoint, grid_points, snapshot_point
+from isocost.training.objectives import training_schedule
 from isocost.utils.artifact_store import Store
 
 NUM_SUBJECTS, NUM_PROMPTS = 30, 25
@@ -73,6 +74,7 @@ class PlannedWork:
         class_images: forward passes per image and number of images, sampled before the training (DreamBooth's class images).
         has_captions: whether images have captions, which may have to be encoded in each step.
         encodes_images: whether the training encodes every image in each step.
+        guide_gflop: GFLOP per forward of guides, by their checkpoint.
     """
 
     run: TrainingRun
@@ -83,6 +85,13 @@ class PlannedWork:
     class_images: tuple[int, int] = (0, 0)
     has_captions: bool = True
     encodes_images: bool = False
+    guide_gflop: Mapping[str, float] = field(default_factory=dict)
+
+    def gflop_of(self, point: SweepPoint) -> float:
+        """GFLOP of the passes of one image of a point, by the network and its guide."""
+        main_passes, guide_passes = point.passes(self.run.model, training_schedule(self.run.spec))
+        guide = 0.0 if point.spec.guide is None else self.guide_gflop[point.spec.guide.checkpoint]
+        return self.cost.gflop_per_forward * main_passes + guide * guide_passes
 
     @property
     def training_images(self) -> int:
@@ -116,15 +125,19 @@ def plan_study(study: StudySpec, shapes: ComponentShapes) -> StudyPlan:
     family = PretrainExperiment(study, assets)
     for run in family.runs:
         cost = model_cost(run.model, tokens)
-        points = _run_points(run, study.sweep, study.protocol)
-        plan.work.append(PlannedWork(run, cost, 3 * cost.gflop_per_forward, [(study.protocol, points)]))
+        points = _run_points(run, study.sweep, study.protocol, family.guides(run))
+        guide_gflop = _guide_gflop(family, tokens)
+        plan.work.append(
+            PlannedWork(run, cost, 3 * cost.gflop_per_forward, [(study.protocol, points)], guide_gflop=guide_gflop)
+        )
     if study.seed_replicates is not None:
-        for run in SeedReplicatesExperiment(study.seed_replicates, family).runs:
+        replicates = SeedReplicatesExperiment(study.seed_replicates, family)
+        for run in replicates.runs:
             cost = model_cost(run.model, tokens)
+            points = _run_points(run, study.sweep, study.protocol, replicates.guides(run))
+            guide_gflop = _guide_gflop(family, tokens)
             plan.work.append(
-                PlannedWork(
-                    run, cost, 3 * cost.gflop_per_forward, [(study.protocol, _run_points(run, study.sweep, study.protocol))]
-                )
+                PlannedWork(run, cost, 3 * cost.gflop_per_forward, [(study.protocol, points)], guide_gflop=guide_gflop)
             )
     if study.distill is not None:
         _add_students(plan, "distill", study.distill, assets, family)
@@ -138,10 +151,17 @@ def plan_study(study: StudySpec, shapes: ComponentShapes) -> StudyPlan:
     return plan
 
 
-def _run_points(run: TrainingRun, sweep: SweepSpec, protocol: ProtocolSpec) -> list[SweepPoint]:
+def _guide_gflop(experiment: Experiment, tokens: int) -> dict[str, float]:
+    """GFLOP per forward by checkpoint, of all networks that can be guides."""
+    return {
+        name: model_cost(run.model, tokens).gflop_per_forward for run in experiment.runs for name in run.checkpoints.values()
+    }
+
+
+def _run_points(run: TrainingRun, sweep: SweepSpec, protocol: ProtocolSpec, guides: Guides = NO_GUIDES) -> list[SweepPoint]:
     """Points as in `sweep.grid.run_points`, but with the full grid: the grid at the last checkpoint, one point per snapshot."""
     checkpoints = tuple(run.checkpoints.values())
-    points = grid_points(run.final, sweep, protocol, _PLACEHOLDER_PROTOCOL)
+    points = grid_points(run.final, sweep, protocol, _PLACEHOLDER_PROTOCOL, guides)
     if len(checkpoints) > 1:
         points += [snapshot_point(checkpoint, sweep, protocol, _PLACEHOLDER_PROTOCOL) for checkpoint in checkpoints]
     return list({point.digest: point for point in points}.values())
@@ -153,9 +173,12 @@ def _add_superres(plan: StudyPlan, assets: ShapeOnlyAssets, family: PretrainExpe
     experiment = SuperresExperiment(spec, assets, family)
     for run in experiment.runs:
         cost = model_cost(run.model, assets.study.text_encoder.max_tokens)
-        points = _run_points(run, spec.sweep, spec.protocol)
-        work = PlannedWork(run, cost, 3 * cost.gflop_per_forward, [(spec.protocol, points)], encodes_images=True)
-        plan.work.append(work)
+        points = _run_points(run, spec.sweep, spec.protocol, experiment.guides(run))
+        guide_gflop = _guide_gflop(experiment, assets.study.text_encoder.max_tokens)
+        scored = [(spec.protocol, points)]
+        plan.work.append(
+            PlannedWork(run, cost, 3 * cost.gflop_per_forward, scored, encodes_images=True, guide_gflop=guide_gflop)
+        )
     if spec.distill is not None:
         _add_students(plan, "superres-distill", spec.distill, assets, experiment)
     plan.not_counted.append("superres: low-resolution images, which are made on the CPU, and paired metrics")

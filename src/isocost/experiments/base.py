@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from isocost.config.base import digest
 from isocost.config.evaluation import ProtocolSpec
 from isocost.config.model import ModelSpec
-from isocost.config.sweep import SweepSpec
+from isocost.config.sweep import GuideSelection, GuideSpec, SweepSpec
 from isocost.config.training import TrainSpec
 from isocost.config.types import TaskName
+from isocost.diffusion.guidance import check_interval
+from isocost.diffusion.noise_schedule import NoiseSchedule
+from isocost.errors import ConfigError
 from isocost.evaluation.protocol import Protocol
 from isocost.evaluation.reference_set import ReferenceSet
 from isocost.models.autoencoder import Autoencoder
@@ -29,8 +32,8 @@ from isocost.models.checkpoint import CheckpointInfo, save_networks
 from isocost.models.factory import Network
 from isocost.sampling.generate import PromptEmbeds
 from isocost.sampling.request import PerSampleFn
-from isocost.sweep.grid import SearchCell, SweepPoint, run_points, search_cells
-from isocost.training.objectives import Objective
+from isocost.sweep.grid import NO_GUIDES, Guides, SearchCell, SweepPoint, run_points, search_cells
+from isocost.training.objectives import Objective, training_schedule
 
 TRAIN_VERSION = 2
 
@@ -89,6 +92,7 @@ class EvalContext:
         metrics: metrics to compute.
         concat_cond: second input of the network by sample index (super-resolution).
         autoencoder: autoencoder of a pretrained checkpoint; None takes the study's.
+        guide_prompts: makes the prompt embeddings of guides with a text encoder of their own, by the guide's checkpoint.
     """
 
     reference: ReferenceSet
@@ -97,6 +101,7 @@ class EvalContext:
     metrics: tuple[str, ...]
     concat_cond: PerSampleFn | None = None
     autoencoder: Autoencoder | None = None
+    guide_prompts: Mapping[str, Callable[[], PromptEmbeds]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,12 @@ class EvalJob:
     eval_context: Callable[[], EvalContext]
     cells: tuple[SearchCell, ...] = ()
     protocol_spec: ProtocolSpec | None = None
+
+    @property
+    def guides(self) -> list[str]:
+        """Digests of the checkpoints that guide points or cells of the job."""
+        specs = [*(point.spec for point in self.points), *(cell.scored for cell in self.cells)]
+        return sorted({spec.guide.checkpoint for spec in specs if spec.guide is not None})
 
 
 class Experiment(ABC):
@@ -178,6 +189,67 @@ class Experiment(ABC):
         All points of a job have the same checkpoint and the same evaluation context.
         """
 
+    def schedule(self, run: TrainingRun) -> NoiseSchedule:
+        """Return the noise schedule of a run's checkpoints."""
+        return training_schedule(run.spec)
+
+    def check_guidance(self, run: TrainingRun) -> None:
+        """Check the guides and the guidance intervals of a run, before anything is trained.
+
+        Raises:
+            ConfigError: a guide does not exist or does not fit, or an interval is outside of the noise schedule.
+        """
+        self.guides(run)
+        for interval in self.sweep.intervals:
+            if interval is not None:
+                check_interval(interval, self.schedule(run))
+
+    def external_guides(self, run: TrainingRun) -> Mapping[str, CheckpointInfo]:
+        """Return published checkpoints that guide a run, by digest."""
+        return {}
+
+    def guides(self, run: TrainingRun) -> Guides:
+        """Return the guides of a run's last checkpoint: members of the experiment of the same size or smaller.
+
+        Raises:
+            ConfigError: a requested size or snapshot does not exist, or the only one is the network itself.
+        """
+        members = [other for other in self.runs if other.variant == run.variant and other.model.width <= run.model.width]
+        selected: list[GuideSpec | None] = [None] if self.sweep.includes_no_guide else []
+        for selection in self.sweep.guide_selections:
+            selected += [
+                GuideSpec(checkpoint=checkpoint, null_prompt=selection.null_prompt)
+                for checkpoint in self._selected_checkpoints(selection, run, members)
+            ]
+        return tuple(dict.fromkeys(selected)) or NO_GUIDES
+
+    def _selected_checkpoints(self, selection: GuideSelection, run: TrainingRun, members: list[TrainingRun]) -> list[str]:
+        where = f"sweep.guides: {selection.title}"
+        if selection.checkpoint is not None:
+            raise ConfigError(f"{where}: a study that trains its networks has only guides by size")
+        widths = sorted({other.model.width for other in self.runs})
+        if isinstance(selection.size, int) and selection.size not in widths:
+            raise ConfigError(f"{where}: no such width; the study has {', '.join(map(str, widths))}")
+        fits = {
+            "smaller": lambda other: other.model.width < run.model.width,
+            "same": lambda other: other.model.width == run.model.width,
+            "all": lambda _: True,
+        }.get(str(selection.size), lambda other: other.model.width == selection.size)
+        checkpoints = []
+        for other in filter(fits, members):
+            snapshots = other.checkpoints
+            if isinstance(selection.snapshot, int) and selection.snapshot not in snapshots:
+                known = ", ".join(map(str, sorted(snapshots)))
+                raise ConfigError(f"{where}: width {other.model.width} has no such snapshot; it has {known} images")
+            chosen = {"last": [max(snapshots)], "all": sorted(snapshots)}.get(str(selection.snapshot), [selection.snapshot])
+            names = [snapshots[images] for images in chosen if isinstance(images, int)]
+            if names == [run.final]:
+                if selection.size != "all":
+                    raise ConfigError(f"{where}: width {run.model.width} would guide itself; give an earlier snapshot")
+                continue
+            checkpoints += [name for name in names if name != run.final]
+        return checkpoints
+
     def has_points(self, run: TrainingRun) -> bool:
         """Whether the sweep has points at each of the run's checkpoints."""
         return True
@@ -192,8 +264,9 @@ class Experiment(ABC):
         """Return the jobs of a run: a point at every snapshot, and the grid or the search cells at the last checkpoint."""
         checkpoints = tuple(run.checkpoints.values())
         embeds_guidance = run.model.embeds_guidance
-        cells = tuple(search_cells(checkpoints[-1], sweep, self.protocol_spec, protocol, self.metric, embeds_guidance))
-        points_by_checkpoint = run_points(checkpoints, sweep, self.protocol_spec, protocol)
+        guides = self.guides(run)
+        cells = tuple(search_cells(checkpoints[-1], sweep, self.protocol_spec, protocol, self.metric, embeds_guidance, guides))
+        points_by_checkpoint = run_points(checkpoints, sweep, self.protocol_spec, protocol, guides)
         return [
             EvalJob(checkpoint, points, eval_context, cells if checkpoint == checkpoints[-1] else ())
             for checkpoint, points in points_by_checkpoint.items()

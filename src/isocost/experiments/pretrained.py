@@ -9,8 +9,9 @@ from torch import nn
 
 from isocost.config.sampling import SolverSpec
 from isocost.config.study import StudySpec
-from isocost.config.sweep import SweepSpec
+from isocost.config.sweep import GuideSpec, SweepSpec
 from isocost.config.training import TrainSpec
+from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import solver_coefficients
 from isocost.errors import ConfigError
 from isocost.evaluation.protocol import Protocol
@@ -22,6 +23,8 @@ from isocost.models.pretrained.lora import split_loras
 from isocost.models.pretrained.pipeline_config import display_name, find_base_folder, source_digest
 from isocost.models.pretrained.prompt_encoder import PipelineTextEncoder
 from isocost.sampling.generate import PromptEmbeds, schedule_of
+from isocost.sampling.guides import check_guide, check_same_latent_space
+from isocost.sweep.grid import NO_GUIDES, Guides
 from isocost.training.objectives import Objective
 from isocost.utils.device import best_device
 
@@ -74,6 +77,71 @@ class PretrainedExperiment(Experiment):
     def pretrained(self, run: TrainingRun) -> CheckpointInfo:
         """Return the metadata of the run's checkpoint."""
         return self.infos[run.final]
+
+    def schedule(self, run: TrainingRun) -> NoiseSchedule:
+        """Return the noise schedule of the run's checkpoint."""
+        return schedule_of(self.pretrained(run))
+
+    @cached_property
+    def selected_guides(self) -> list[tuple[GuideSpec, CheckpointInfo]]:
+        """The guides that the sweep names, with their metadata.
+
+        Raises:
+            ConfigError: isocost cannot read a guide, or a guide is asked for by size.
+        """
+        selected = []
+        for selection in self.sweep.guide_selections:
+            if selection.checkpoint is None:
+                raise ConfigError(
+                    f"sweep.guides: {selection.title}: published checkpoints are no family; "
+                    "give checkpoint: FOLDER or OWNER/NAME"
+                )
+            spec = GuideSpec(checkpoint=source_digest(selection.checkpoint), null_prompt=selection.null_prompt)
+            selected.append((spec, pretrained_info(selection.checkpoint)))
+        return selected
+
+    def external_guides(self, run: TrainingRun) -> dict[str, CheckpointInfo]:
+        """Return the guides that fit a checkpoint: others with its latent space and noise schedule that cost no more a pass."""
+        return {spec.checkpoint: info for spec, info in self.selected_guides if not self._problem(run, spec.checkpoint, info)}
+
+    def _problem(self, run: TrainingRun, name: str, guide: CheckpointInfo) -> str:
+        """Why a guide does not fit a checkpoint, or nothing."""
+        main = self.pretrained(run)
+        if name == run.final:
+            return f"{guide.label} would guide itself; give another checkpoint"
+        try:
+            check_guide(main, guide)
+        except ConfigError as error:
+            return str(error)
+        if guide.gflop_per_forward > main.gflop_per_forward:
+            return f"{guide.label} costs more a pass than {main.label}; exchange the two"
+        return ""
+
+    def guides(self, run: TrainingRun) -> Guides:
+        """Return the guides of a checkpoint."""
+        fitting = self.external_guides(run)
+        selected: list[GuideSpec | None] = [None] if self.sweep.includes_no_guide else []
+        selected += [spec for spec, _ in self.selected_guides if spec.checkpoint in fitting]
+        return tuple(dict.fromkeys(selected)) or NO_GUIDES
+
+    def check_guidance(self, run: TrainingRun) -> None:
+        """Check that every guide fits a checkpoint, by its metadata and by its autoencoder.
+
+        Raises:
+            ConfigError: a guide fits none of the checkpoints, or decodes latents to other images.
+        """
+        super().check_guidance(run)
+        for spec, guide in self.selected_guides:
+            problems = [self._problem(other, spec.checkpoint, guide) for other in self.runs]
+            if all(problems):
+                raise ConfigError(f"sweep.guides: {problems[-1]}")
+        info = self.pretrained(run)
+        assert info.pretrained is not None
+        for guide in self.external_guides(run).values():
+            assert guide.pretrained is not None
+            folders = [find_base_folder(part.path) for part in (info.pretrained, guide.pretrained)]
+            main_autoencoder, guide_autoencoder = (load_pipeline_autoencoder(folder) for folder in folders)
+            check_same_latent_space(main_autoencoder, guide_autoencoder, guide.label)
 
     def objective(self, run: TrainingRun, network: nn.Module) -> Objective:
         """Not available: pretrained checkpoints are not trained."""
@@ -139,12 +207,25 @@ class PretrainedExperiment(Experiment):
         assets, info = self.assets, self.pretrained(run)
         assert info.pretrained is not None
         folder = find_base_folder(info.pretrained.path)
-        prompts = PromptEmbeds.encode(assets.reference.prompts, PipelineTextEncoder(folder, info, best_device()))
+        prompts = self._prompts_of(info)
         autoencoder = load_pipeline_autoencoder(folder, best_device())
         resolution = self.study.data.resolution
         if info.resolution != resolution:
             autoencoder = DownsamplingDecoder(autoencoder, resolution)
-        return EvalContext(assets.reference, prompts, assets.saved_indices, self.protocol_spec.metrics, autoencoder=autoencoder)
+        guide_prompts = {name: partial(self._prompts_of, guide) for name, guide in self.external_guides(run).items()}
+        return EvalContext(
+            assets.reference,
+            prompts,
+            assets.saved_indices,
+            self.protocol_spec.metrics,
+            autoencoder=autoencoder,
+            guide_prompts=guide_prompts,
+        )
+
+    def _prompts_of(self, info: CheckpointInfo) -> PromptEmbeds:
+        assert info.pretrained is not None
+        folder = find_base_folder(info.pretrained.path)
+        return PromptEmbeds.encode(self.assets.reference.prompts, PipelineTextEncoder(folder, info, best_device()))
 
     @property
     def protocol(self) -> Protocol:

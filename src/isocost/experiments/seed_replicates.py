@@ -15,6 +15,7 @@ from isocost.errors import ConfigError
 from isocost.experiments.base import TrainingRun, make_run
 from isocost.experiments.pretrain import PretrainExperiment
 from isocost.models.flops import model_cost
+from isocost.sweep.grid import Guides
 
 
 class SeedReplicatesExperiment(PretrainExperiment):
@@ -39,6 +40,12 @@ class SeedReplicatesExperiment(PretrainExperiment):
         spec = run.spec.model_copy(update={"seed": seed})
         gflop = model_cost(run.model, self.study.text_encoder.max_tokens).gflop_per_forward
         return make_run("seed-replicates", run.model, spec, self.stage, gflop, variant=f"{SEED_SUFFIX} {seed}")
+
+    def guides(self, run: TrainingRun) -> Guides:
+        """Return the guides of the first training of the same size."""
+        assert self.baseline is not None, "replicates have a family"
+        original = next(other for other in self.baseline.runs if other.model == run.model)
+        return self.baseline.guides(original)
 
     def checkpoint_metadata(self, run: TrainingRun) -> dict[str, Any]:
         """Return the seed as the variant."""

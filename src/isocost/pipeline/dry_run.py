@@ -43,8 +43,8 @@ def _plan_run(pipeline: Pipeline, run: TrainingRun, recorded: set[str], races: d
     training_images = 0
     if not run.is_pretrained and pipeline.missing_snapshots(run):
         training_images = max(0, max(run.checkpoints) - newest_state_images(pipeline.store.folder("run", run.digest)))
-    evaluations = sum(point.nfe(run.model) * point.spec.num_images for point in missing) + sum(
-        cell.point(cell.guidance[-1]).nfe(run.model) * expected_race_images(cell) for cell in cells
+    sampling_gflop = sum(pipeline.gflop_per_image(run, point) * point.spec.num_images for point in missing) + sum(
+        pipeline.gflop_per_image(run, cell.point(cell.guidance[-1])) * expected_race_images(cell) for cell in cells
     )
     protocol, resolution = experiment.protocol_spec, pipeline.study.data.resolution
     points_bytes = sum(point_bytes(protocol, point.spec.num_images, resolution) for point in points)
@@ -61,7 +61,7 @@ def _plan_run(pipeline: Pipeline, run: TrainingRun, recorded: set[str], races: d
         "images_to_make": sum(point.spec.num_images for point in missing),
         "cells_to_race": len(cells),
         "images_of_races": sum(expected_race_images(cell) for cell in cells),
-        "sampling_gflop": cost.gflop_per_forward * evaluations,
+        "sampling_gflop": sampling_gflop,
         "disk_bytes": points_bytes + training_bytes,
     }
 

@@ -177,6 +177,19 @@ class Pipeline:
             return ModelCost(info.size, info.model.width, *numbers)
         return model_cost(run.model, self.study.text_encoder.max_tokens)
 
+    def gflop_per_image(self, run: TrainingRun, point: SweepPoint) -> float:
+        """Cost of the passes of one image of a run's network and of its guide."""
+        experiment = self.experiments[run.task]
+        main_passes, guide_passes = point.passes(run.model, experiment.schedule(run))
+        gflop = self.cost(run).gflop_per_forward * main_passes
+        if point.spec.guide is None or not guide_passes:
+            return gflop
+        name = point.spec.guide.checkpoint
+        if (external := experiment.external_guides(run).get(name)) is not None:
+            return gflop + external.gflop_per_forward * guide_passes
+        guide_run = next(other for other in self.runs if name in other.checkpoints.values())
+        return gflop + self.cost(guide_run).gflop_per_forward * guide_passes
+
     def train(self, run: TrainingRun, deadline: float | None = None) -> None:
         """Train from the newest saved state to the run's last snapshot; every snapshot becomes a checkpoint.
 
@@ -187,6 +200,10 @@ class Pipeline:
             DeadlineReached: the deadline came; the state is saved.
         """
         self.prepare()
+        for name, guide in self.experiments[run.task].external_guides(run).items():
+            if not self.store.has("checkpoint", name):
+                with self.store.create("checkpoint", name, {"info": guide.model_dump(mode="json")}):
+                    pass
         missing = self.missing_snapshots(run)
         if not missing:
             return
@@ -308,6 +325,8 @@ class Pipeline:
         Raises:
             ConfigError: weights, labels or images are missing.
         """
+        for run in runs:
+            self.experiments[run.task].check_guidance(run)
         for task in dict.fromkeys(run.task for run in runs):
             self.experiments[task].validate()
 
@@ -426,7 +445,7 @@ class Pipeline:
             cost, experiment = self.cost(run), self.experiments[run.task]
             jobs = experiment.jobs(run)
             points = [
-                PlannedPoint(point.digest, cost.gflop_per_forward * point.nfe(run.model) * point.spec.num_images)
+                PlannedPoint(point.digest, self.gflop_per_image(run, point) * point.spec.num_images)
                 for point in planned_points(jobs, races)
             ]
             all_points += points
@@ -500,6 +519,8 @@ class Pipeline:
         return self.score_search_winners(runs, deadline)
 
     def _must_wait(self, run: TrainingRun, unfinished: list[TrainingRun]) -> bool:
-        """Whether another unfinished run has yet to train a checkpoint that this one starts from."""
+        """Whether another unfinished run has yet to train a checkpoint that this one starts from, or that guides it."""
         absent = {folder.name for folder in run.sources if not folder.is_dir()}
-        return any(other.final in absent for other in unfinished if other is not run)
+        guides = (guide.checkpoint for guide in self.experiments[run.task].guides(run) if guide is not None)
+        absent.update(name for name in guides if not self.store.has("checkpoint", name))
+        return any(absent.intersection(other.checkpoints.values()) for other in unfinished if other is not run)

@@ -9,14 +9,14 @@ from typing import Any
 
 from isocost.config.sweep import SweepSpec
 from isocost.config.types import TaskName
-from isocost.experiments.base import EvalJob, Experiment, TrainingRun
+from isocost.experiments.base import EvalContext, EvalJob, Experiment, TrainingRun
 from isocost.experiments.study_assets import StudyAssets
 from isocost.models.checkpoint import read_info
 from isocost.sweep.grid import SearchCell, SweepPoint
 from isocost.sweep.guidance_search_runner import TrialStore, dominated, make_candidate, run_races
 from isocost.sweep.leases import Leases
 from isocost.sweep.results_db import ResultsDB
-from isocost.sweep.worker import Worker
+from isocost.sweep.worker import GuideSource, Worker
 from isocost.utils.artifact_store import Store
 from isocost.utils.environment import provenance
 from isocost.utils.progress import progress_bar
@@ -87,7 +87,9 @@ class Sweeper:
             for job, points in points_by_job:
                 worker = self._worker(run, job)
                 for point in points:
-                    key = (*point.spec.numerics, point.spec.solver.label, point.spec.num_steps, point.nfe(run.model))
+                    passes = point.passes(run.model, self.experiments[run.task].schedule(run))
+                    guide = None if point.spec.guide is None else point.spec.guide.checkpoint
+                    key = (*point.spec.numerics, point.spec.solver.label, point.spec.num_steps, *passes, guide)
                     if key not in measured:
                         measured[key] = worker.measure_ms_per_image(point)
                     ms, num_images = measured[key]
@@ -156,7 +158,10 @@ class Sweeper:
                     decided[cell.digest] = races[cell.digest]["dominated_by"]
                     continue
                 info = read_info(self.store.folder("checkpoint", job.checkpoint))
-                candidates.append(make_candidate(cell, info, trials, guidance, num_images))
+                guide = None
+                if cell.scored.guide is not None:
+                    guide = read_info(self.store.folder("checkpoint", cell.scored.guide.checkpoint))
+                candidates.append(make_candidate(cell, info, guide, trials, guidance, num_images))
         reasons = {cell: reason for cell, reason in decided.items() if reason is not None}
         return dominated(candidates, sweep.race.stop_confidence) | reasons
 
@@ -174,4 +179,8 @@ class Sweeper:
             eval_context.metrics,
             self.experiments[run.task].sweep.shard_size,
             eval_context.concat_cond,
+            {name: self._guide_source(name, eval_context) for name in job.guides},
         )
+
+    def _guide_source(self, name: str, eval_context: EvalContext) -> GuideSource:
+        return GuideSource(self.store.folder("checkpoint", name), eval_context.guide_prompts.get(name))

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from isocost.analysis.costs import cost_of
-from isocost.analysis.formatting import format_configuration, format_number
+from isocost.analysis.formatting import format_number, format_row
 from isocost.analysis.results_table import final_points, is_within_budget, rank_points, sizes_in_order
 from isocost.errors import ConfigError
 
@@ -89,5 +89,5 @@ def _best_cell(rows: pd.DataFrame, samples: Mapping[str, np.ndarray], prompts: S
     if rows.empty:
         return None
     row = rows.iloc[0]
-    label = format_configuration(str(row["size"]), int(row["num_steps"]), float(row["guidance"]), str(row["solver"]))
+    label = format_row(row)
     return GridCell(str(row["point"]), label, saved_images_of(str(row["point"]), samples, prompts))

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from isocost.analysis.costs import COSTS, cost_of
-from isocost.analysis.formatting import format_configuration, format_metric, format_number, format_score
+from isocost.analysis.formatting import format_metric, format_number, format_row, format_score
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets, default_budgets, metric_of, pareto
 from isocost.analysis.recommend import describe_choice, sample_command
 from isocost.analysis.results_table import final_points, sizes_in_order, with_metric
@@ -136,7 +136,7 @@ def _format_frontier(table: pd.DataFrame, metric: str, scope: Scope) -> list[str
     titles = [*(COSTS[name].label for name in costs), "configuration", format_metric(metric)]
     lines = [f"Frontier, {count}:", "", _table_row(*titles), "|" + "--:|" * len(costs) + "---|---|"]
     for row in rows.to_dict("records"):
-        label = escape_markdown(format_configuration(row["size"], row["num_steps"], row["guidance"], row["solver"]))
+        label = escape_markdown(format_row(row))
         numbers = ["" if pd.isna(row[name]) else format_number(row[name]) for name in costs]
         score = format_score(*(float(row[f"{metric}{end}"]) for end in ("", "_low", "_high")))
         lines.append(_table_row(*numbers, label, score))

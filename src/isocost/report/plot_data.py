@@ -17,7 +17,7 @@ from matplotlib import colormaps
 from matplotlib.colors import Normalize
 
 from isocost.analysis.costs import cost_of
-from isocost.analysis.formatting import format_configuration, format_metric, format_number, format_score
+from isocost.analysis.formatting import format_metric, format_number, format_row, format_score
 from isocost.analysis.pareto import best_guidance, metric_of, pareto
 from isocost.analysis.results_table import best_per_group, final_points, rank_points, sizes_in_order
 from isocost.analysis.scaling_laws import format_setting, points_over_compute
@@ -371,7 +371,7 @@ def _race_intervals(rows: pd.DataFrame) -> tuple[tuple[float, float] | None, ...
 
 
 def _format_best_guidance(row: Mapping[Any, Any], metric: str) -> str:
-    configuration = format_configuration(row["size"], row["num_steps"], row["guidance"], row["solver"])
+    configuration = format_row(row)
     score = format_score(row[metric], row[f"{metric}_low"], row[f"{metric}_high"])
     lines = [configuration, f"{format_metric(metric)} {score}"]
     if not np.isnan(row["best_low"]):
@@ -410,8 +410,7 @@ def make_series(
     values = rows[metric].to_numpy(dtype=float)
     metric_label = format_metric(metric)
     notes = tuple(
-        f"{format_configuration(row['size'], row['num_steps'], row['guidance'], row['solver'])}\n"
-        f"{metric_label} {format_score(*score)}\n{note.format(format_number(row[x]))}\npoint {row['point']}"
+        f"{format_row(row)}\n{metric_label} {format_score(*score)}\n{note.format(format_number(row[x]))}\npoint {row['point']}"
         for row, *score in zip(rows.to_dict("records"), values, low, high, strict=True)
     )
     return Series(label, rows[x].to_numpy(dtype=float), values, low, high, notes, color, marker, dash)

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from isocost.analysis.distillation import VARIANTS, split_student_name
-from isocost.analysis.formatting import format_configuration, format_metric, format_score
+from isocost.analysis.formatting import format_metric, format_row, format_score
 from isocost.analysis.pareto import metric_of
 from isocost.analysis.results_table import best_per_group, final_points
 from isocost.errors import ConfigError
@@ -111,7 +111,7 @@ def distillation_curves(table: pd.DataFrame, metric: str, cost: str, floor: floa
 
 
 def _format_point(row: Mapping[Any, Any], metric: str) -> str:
-    configuration = format_configuration(row["size"], row["num_steps"], row["guidance"], row["solver"])
+    configuration = format_row(row)
     score = format_score(*(float(row[column]) for column in (metric, f"{metric}_low", f"{metric}_high")))
     return f"{configuration}, {format_metric(metric)} {score}"
 

@@ -30,6 +30,7 @@ class CallPool:
     """`num_parallel_calls` calls of `batch_size` slots. `call_size` equals `batch_size` until memory runs out."""
 
     def __init__(self, num_parallel_calls: int, batch_size: int, device: torch.device) -> None:
+        self.num_calls = num_parallel_calls
         self.num_slots = num_parallel_calls * batch_size
         self.call_size = batch_size
         self._pool = single_thread_executor(num_parallel_calls) if device.type == "cpu" else None

@@ -29,7 +29,7 @@ from isocost.models.dit import pop_caption_projection
 from isocost.models.factory import guidance_embed_dim
 from isocost.models.guidance_embedding import guidance_embedding
 from isocost.models.pretrained.wrappers import ConditionedDenoiser
-from isocost.sampling.engine import Denoise
+from isocost.sampling.request import Denoise
 
 logger = logging.getLogger(__name__)
 

@@ -23,14 +23,15 @@ class FirstStepCache:
 
     @staticmethod
     def keys(request: SampleRequest, conditioning: Conditioning) -> tuple[Key, ...]:
-        """One key per pass of the first step: seed, sample index, timestep, prompt and embedded guidance.
+        """One key per pass of the first step: seed, sample index, timestep, network, prompt and embedded guidance.
 
         The key also holds whether the pass is unconditional, because this decides its position in the call, and with it the
         last bits of the output.
         """
-        weight = request.guidance if conditioning.embeds_guidance else 1.0
+        first_weight = request.weights[0]
+        embedded_weight = first_weight if conditioning.embeds_guidance else 1.0
         start = (request.seed, request.sample_index, float(request.coefficients.timesteps[0]))
-        return tuple((*start, item, weight) for item in conditioning.passes(request))
+        return tuple((*start, item, embedded_weight) for item in conditioning.passes(request, first_weight))
 
     def has(self, keys: tuple[Key, ...]) -> bool:
         """True if the outputs of all keys are stored."""

@@ -6,7 +6,7 @@ Shape letters: R requests, C H W latent, L D prompt embeddings.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +23,12 @@ PerSampleFn = Callable[[Tensor], Tensor]
 """Sample indices int64 [R] on the CPU -> latents [R, ...] on any device."""
 
 
+Denoise = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(x [P, C + C', H, W] float32, timesteps [P] float32, prompt_embeds [P, L, D], guidance [P] float32) -> output [P, C, H, W].
+
+The output is the network's raw output. `guidance` is for networks that embed it; others ignore it."""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class SampleRequest:
     """One image to generate.
@@ -37,9 +43,14 @@ class SampleRequest:
         tag: any object of the caller, for example the point of the request. The engine returns it unchanged.
         seed: int64.
         negative_prompt: index of the prompt of the unconditional pass; None is the empty prompt.
+        guidance_per_evaluation: w at each evaluation of the solver (`diffusion/guidance.py`); None is `guidance` at each.
+        guide: name of the engine's guide network that runs the second pass, with this prompt: `guide + w (cond - guide)`
+            (autoguidance, arXiv 2406.02507). None is the network itself with the unconditional prompt.
+        guide_is_unconditional: the guide gets the unconditional prompt.
 
     Raises:
-        ConfigError: the guidance is negative or not finite, or the seed is not an int64.
+        ConfigError: a guidance is negative or not finite, or below 1 with a guide; the seed is not an int64; the number of
+            values does not match the evaluations; or a negative prompt is given that no pass uses.
     """
 
     sample_index: int
@@ -49,12 +60,44 @@ class SampleRequest:
     tag: object = None
     seed: int = 0
     negative_prompt: int | None = None
+    guidance_per_evaluation: tuple[float, ...] | None = None
+    guide: str | None = None
+    guide_is_unconditional: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.guidance < math.inf:
-            raise ConfigError(f"guidance = {self.guidance}: give a finite number that is not negative")
+        num_evaluations = self.coefficients.num_function_evaluations
+        if self.guidance_per_evaluation is not None and len(self.guidance_per_evaluation) != num_evaluations:
+            raise ConfigError(
+                f"{len(self.guidance_per_evaluation)} guidance values for {num_evaluations} evaluations; give one each"
+            )
+        for guidance in (self.guidance, *(self.guidance_per_evaluation or ())):
+            if not 0 <= guidance < math.inf:
+                raise ConfigError(f"guidance = {guidance}: give a finite number that is not negative")
+            if self.guide is not None and guidance < 1:
+                raise ConfigError(f"guidance = {guidance:g} with a guide would lead to the images of the guide; give 1 or more")
+        if self.guide is not None and self.negative_prompt is not None and not self.guide_is_unconditional:
+            raise ConfigError("a negative prompt needs an unconditional pass; leave it out, or give the guide the empty prompt")
         if not -(2**63) <= self.seed < 2**63:
             raise ConfigError(f"seed = {self.seed}: give an integer of 64 bits")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """w at each evaluation."""
+        if self.guidance_per_evaluation is not None:
+            return self.guidance_per_evaluation
+        return (self.guidance,) * self.coefficients.num_function_evaluations
+
+    @property
+    def conditional_pass(self) -> ConditioningPass:
+        """The pass of the network with the prompt."""
+        return ConditioningPass(self.prompt, unconditional=False)
+
+    @property
+    def second_pass(self) -> ConditioningPass:
+        """The pass that guidance leads away from: of the network itself with the unconditional prompt, or of the guide."""
+        if self.guide is not None and not self.guide_is_unconditional:
+            return ConditioningPass(self.prompt, unconditional=False, guide=self.guide)
+        return ConditioningPass(self.negative_prompt, unconditional=True, guide=self.guide)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -64,10 +107,11 @@ class SampleResult:
     Attributes:
         request: the request, unchanged.
         latent: float32 [C, H, W] on the engine's device, computed in inference mode.
-        nfe: network evaluations that the image costs, including guidance's second pass.
+        nfe: network evaluations that the image costs, including guidance's second pass and those of a guide.
         nfe_executed: the evaluations that were run for this request. The others came from the first-step cache.
         finite: false if the latent contains NaN or inf.
         batch_size: slots of the network calls of this image; the smallest number if memory ran out on the way.
+        guide_nfe: the evaluations among `nfe` that the guide runs.
     """
 
     request: SampleRequest
@@ -76,6 +120,7 @@ class SampleResult:
     nfe_executed: int
     finite: bool
     batch_size: int
+    guide_nfe: int = 0
 
 
 def passes_per_evaluation(guidance: float, embeds_guidance: bool = False) -> int:
@@ -83,21 +128,35 @@ def passes_per_evaluation(guidance: float, embeds_guidance: bool = False) -> int
     return 1 if embeds_guidance or guidance in (0, 1) else 2
 
 
+def passes_in_total(weights: Sequence[float], embeds_guidance: bool = False, has_guide: bool = False) -> tuple[int, int]:
+    """Network passes of an image by the main network and by the guide.
+
+    Args:
+        weights: w at each evaluation of the solver.
+        embeds_guidance: the network takes w as an input.
+        has_guide: a guide network runs the second passes.
+    """
+    total = sum(passes_per_evaluation(weight, embeds_guidance) for weight in weights)
+    return (len(weights), total - len(weights)) if has_guide else (total, 0)
+
+
 class ConditioningPass(NamedTuple):
     """One network pass of a request.
 
     Attributes:
         prompt: index of its prompt; None is the empty prompt.
-        unconditional: whether this is the `uncond` pass of guidance.
+        unconditional: whether it has the unconditional prompt, the empty or the negative one.
+        guide: name of the guide that runs it; None is the main network.
     """
 
     prompt: int | None
     unconditional: bool
+    guide: str | None = None
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The conditioning of the network passes.
+    """The conditioning of the passes of one network.
 
     Attributes:
         prompt_embeds: prompt indices -> prompt embeddings.
@@ -109,36 +168,18 @@ class Conditioning:
     null_prompt_embeds: Tensor | None
     embeds_guidance: bool = False
 
-    def passes(self, request: SampleRequest) -> tuple[ConditioningPass, ...]:
-        """The passes of an evaluation: the conditional one, the unconditional one, or both in this order.
+    def passes(self, request: SampleRequest, weight: float) -> tuple[ConditioningPass, ...]:
+        """The passes of an evaluation at w: the conditional one, the second one, or both in this order."""
+        if self.embeds_guidance or weight == 1:
+            return (request.conditional_pass,)
+        return (request.second_pass,) if weight == 0 else (request.conditional_pass, request.second_pass)
 
-        Raises:
-            ConfigError: a pass needs the empty prompt, and the network has none.
-        """
-        conditional = ConditioningPass(request.prompt, unconditional=False)
-        unconditional = ConditioningPass(request.negative_prompt, unconditional=True)
-        if passes_per_evaluation(request.guidance, self.embeds_guidance) == 2:
-            passes: tuple[ConditioningPass, ...] = (conditional, unconditional)
-        else:
-            passes = (unconditional if request.guidance == 0 and not self.embeds_guidance else conditional,)
-        if self.null_prompt_embeds is None and any(item.prompt is None for item in passes):
-            raise ConfigError(
-                f"guidance = {request.guidance:g}: this network has no embeddings of the empty prompt; "
-                "use guidance 1, and give a prompt"
-            )
-        return passes
-
-    def guidance_weight(self, request: SampleRequest) -> float:
-        """w if the update or the network uses it; 1 for a request with one plain pass."""
-        is_used = self.embeds_guidance or passes_per_evaluation(request.guidance) == 2
-        return request.guidance if is_used else 1.0
-
-    def embeds_for(self, slot_prompts: list[tuple[int, int | None]]) -> Iterator[tuple[list[int], Tensor]]:
+    def embeds_for(self, slot_prompts: Sequence[tuple[int, int | None]]) -> Iterator[tuple[list[int], Tensor]]:
         """Group (slot, prompt) pairs and yield (slots, their embeddings [L, D] or [R, L, D])."""
         null_slots = [slot for slot, prompt in slot_prompts if prompt is None]
         prompted = [(slot, prompt) for slot, prompt in slot_prompts if prompt is not None]
         if null_slots:
-            assert self.null_prompt_embeds is not None, "passes() rejects such a request"
+            assert self.null_prompt_embeds is not None, "check_request() rejects such a request"
             yield null_slots, self.null_prompt_embeds
         if prompted:
             slots, prompts = zip(*prompted, strict=True)
@@ -152,3 +193,26 @@ class Conditioning:
             if self.null_prompt_embeds is None
             else self.null_prompt_embeds
         )
+
+
+def check_request(request: SampleRequest, main: Conditioning, guides: Mapping[str, Conditioning]) -> None:
+    """Check that the networks can run all passes of a request.
+
+    Raises:
+        ConfigError: the guide is unknown, the main network embeds its guidance, or a pass needs the empty prompt, and its
+            network has none.
+    """
+    if request.guide is not None and request.guide not in guides:
+        raise ConfigError(f"guide {request.guide!r}: unknown; the engine has {', '.join(map(repr, guides)) or 'no guides'}")
+    if request.guide is not None and main.embeds_guidance:
+        raise ConfigError(
+            "this network was trained with its guidance as an input, so no guide can lead it; leave the guide out"
+        )
+    passes = {item for weight in set(request.weights) for item in main.passes(request, weight)}
+    for item in passes:
+        network = main if item.guide is None else guides[item.guide]
+        if item.prompt is None and network.null_prompt_embeds is None:
+            raise ConfigError(
+                f"guidance = {request.guidance:g}: this network has no embeddings of the empty prompt; "
+                "use guidance 1, and give a prompt"
+            )

@@ -8,8 +8,8 @@ Shape letters: B slots of a call.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 from isocost.diffusion.philox import INITIAL_NOISE, philox_normal
-from isocost.sampling.request import Conditioning, ConditioningPass, PerSampleFn, SampleRequest
+from isocost.sampling.request import Conditioning, ConditioningPass, PerSampleFn, SampleRequest, check_request
 
 
 def slot_position(request: SampleRequest, conditioning_pass: ConditioningPass, batch_size: int) -> int:
-    """Position of a pass in its call, 0 to B - 1: consecutive images are neighbours; unconditional passes are B / 2 further."""
+    """Position of a pass in its call, 0 to B - 1: consecutive images are neighbours; unconditional passes are B / 2 further.
+
+    A guide has calls of its own, with the same rule.
+    """
     return (request.sample_index + (batch_size // 2 if conditioning_pass.unconditional else 0)) % batch_size
 
 
@@ -31,8 +34,8 @@ class QueuedRequest:
 
     Attributes:
         initial_noise: [C, H, W].
-        passes: the network passes of an evaluation.
-        positions: of the passes in a call.
+        passes: the network passes of the first evaluation.
+        positions: of these passes in their calls.
         arrival_index: number of the request in the stream.
     """
 
@@ -42,15 +45,24 @@ class QueuedRequest:
     positions: tuple[int, ...]
     arrival_index: int
 
+    def slots(self) -> list[tuple[str | None, int]]:
+        """The network and the position of each pass."""
+        return [(item.guide, position) for item, position in zip(self.passes, self.positions, strict=True)]
+
+
+FreeSlots = dict[str | None, list[int]]
+"""Number of free slots at each position of a call, by guide; None is the main network."""
+
 
 class RequestQueue:
     """The waiting requests of a stream, in B queues.
 
-    Queue k holds the requests whose first network pass must be at position k of a network call.
+    Queue k holds the requests whose first network pass must be at position k of a call of the main network.
 
     Args:
         requests: the stream, read lazily.
-        conditioning: gives the passes of a request.
+        main: conditioning of the main network; it gives the passes of a request.
+        guides: conditioning of the guides by name.
         latent_shape: (C, H, W).
         batch_size: B.
         max_waiting: the largest number of requests that may wait.
@@ -61,41 +73,44 @@ class RequestQueue:
     def __init__(
         self,
         requests: Iterator[SampleRequest],
-        conditioning: Conditioning,
+        main: Conditioning,
+        guides: Mapping[str, Conditioning],
         latent_shape: tuple[int, int, int],
         batch_size: int,
         max_waiting: int,
         device: torch.device,
         initial_noise: PerSampleFn | None = None,
     ) -> None:
-        self.conditioning, self.latent_shape, self.batch_size, self.device = conditioning, latent_shape, batch_size, device
+        self.main, self.guides = main, guides
+        self.latent_shape, self.batch_size, self.device = latent_shape, batch_size, device
         self.queues: list[deque[QueuedRequest]] = [deque() for _ in range(batch_size)]
         self.max_waiting, self.initial_noise = max_waiting, initial_noise
         self._requests = requests
         self._num_read = self._num_waiting = 0
 
-    def pop_fitting(self, num_free: list[int], may_start: Callable[[QueuedRequest], bool]) -> Iterator[QueuedRequest]:
+    def pop_fitting(self, num_free: FreeSlots, may_start: Callable[[QueuedRequest], bool]) -> Iterator[QueuedRequest]:
         """Yield requests that fit the free slots; the one that arrived first comes first if several fit.
 
         Args:
-            num_free: [B], number of free slots at each position. It is decremented for each yielded request.
+            num_free: number of free slots at each position, by network. It is decremented for each yielded request.
             may_start: whether a request may start now. It is called again after each yielded request.
         """
 
         def fits(queued: QueuedRequest) -> bool:
-            first, last = queued.positions[0], queued.positions[-1]
-            needs_two_at_first = len(queued.positions) == 2 and first == last
-            return num_free[first] > needs_two_at_first and num_free[last] > 0 and may_start(queued)
+            needed = Counter(queued.slots())
+            return all(num_free[guide][position] >= number for (guide, position), number in needed.items()) and may_start(
+                queued
+            )
 
-        while any(num_free):
-            free_queues = (queue for free, queue in zip(num_free, self.queues, strict=True) if free)
+        while any(num_free[None]):
+            free_queues = (queue for free, queue in zip(num_free[None], self.queues, strict=True) if free)
             candidates = [queued for queue in free_queues if (queued := next(filter(fits, queue), None)) is not None]
             for queued in sorted(candidates, key=lambda candidate: candidate.arrival_index):
                 if fits(queued):
                     self.queues[queued.positions[0]].remove(queued)
                     self._num_waiting -= 1
-                    for position in queued.positions:
-                        num_free[position] -= 1
+                    for guide, position in queued.slots():
+                        num_free[guide][position] -= 1
                     yield queued
             if not candidates and not self._read():
                 return
@@ -112,7 +127,8 @@ class RequestQueue:
         else:
             noise = self.initial_noise(sample_indices).to(self.device)
         for request, start in zip(chunk, noise, strict=True):
-            passes = self.conditioning.passes(request)
+            check_request(request, self.main, self.guides)
+            passes = self.main.passes(request, request.weights[0])
             positions = tuple(slot_position(request, item, self.batch_size) for item in passes)
             self.queues[positions[0]].append(QueuedRequest(request, start, passes, positions, self._num_read))
             self._num_read += 1

@@ -20,6 +20,7 @@ from PIL import Image
 from isocost.config.sampling import SolverSpec
 from isocost.config.sweep import DEFAULT_BATCH_SIZE
 from isocost.config.types import DTypeName
+from isocost.diffusion.guidance import GuidanceSchedule, Interval, check_interval, check_schedule, guidance_per_evaluation
 from isocost.diffusion.solvers import solver_coefficients
 from isocost.errors import ConfigError
 from isocost.models.autoencoder import Autoencoder
@@ -28,9 +29,12 @@ from isocost.models.components import load_checkpoint_autoencoder, load_checkpoi
 from isocost.models.text_encoder import TextEncoder
 from isocost.sampling.denoiser import Denoiser, torch_dtype
 from isocost.sampling.generate import PromptEmbeds, generate, make_engine, schedule_of
-from isocost.sampling.request import SampleRequest, passes_per_evaluation
+from isocost.sampling.guides import check_guide, check_same_latent_space, make_guide
+from isocost.sampling.request import SampleRequest, passes_in_total, passes_per_evaluation
 from isocost.utils.device import best_device, check_device
 
+GUIDE = "guide"
+"""Name of the guide in the engine."""
 DTYPE_NAMES: dict[torch.dtype | str, DTypeName] = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -46,8 +50,8 @@ class Samples:
     Attributes:
         array: uint8 [P, K, R, R, 3].
         prompts: P prompts.
-        nfe: network evaluations per image.
-        gflop: cost of the network evaluations per image.
+        nfe: network evaluations per image, including those of a guide.
+        gflop: cost of these evaluations per image.
         seconds: wall-clock time of sampling and decoding.
     """
 
@@ -134,6 +138,10 @@ class Model:
         num_images: int = 1,
         seed: int = 0,
         negative_prompt: str | None = None,
+        guide: Model | str | Path | None = None,
+        guide_null_prompt: bool = False,
+        guidance_interval: Interval | None = None,
+        guidance_schedule: GuidanceSchedule | None = None,
     ) -> Samples:
         """Generate `num_images` images of each prompt. Image k of prompt p uses the noise of sample index p K + k.
 
@@ -146,6 +154,13 @@ class Model:
             num_images: K, images per prompt.
             seed: of the noise.
             negative_prompt: replaces the empty prompt in guidance's unconditional pass.
+            guide: a smaller or less trained model of the same latent space and noise schedule, for
+                `guide + w (model - guide)` with the same prompt (autoguidance, arXiv 2406.02507): a `Model`, or a checkpoint to
+                load. By default the model guides itself with the empty prompt.
+            guide_null_prompt: the guide gets the empty prompt.
+            guidance_interval: (low, high) in log-SNR, `log(alpha^2 / sigma^2)`: guidance where low <= log-SNR < high
+                (arXiv 2404.07724), elsewhere one pass with w = 1. None is an open end.
+            guidance_schedule: w by log-SNR in place of `guidance`: points (log-SNR, w), linear between them.
 
         Raises:
             ConfigError: the checkpoint or the solver does not support the settings, or an image contains NaN or inf.
@@ -156,6 +171,8 @@ class Model:
             raise ConfigError("give at least one prompt that is not empty (--prompt TEXT)")
         if num_images < 1:
             raise ConfigError(f"num_images = {num_images}: give at least 1")
+        if guidance_schedule is not None:
+            guidance = max(weight for _, weight in check_schedule(guidance_schedule))
         if negative_prompt is not None and guidance in (0, 1):
             raise ConfigError("a negative prompt has no effect at guidance 0 or 1; give a guidance above 1, or leave it out")
         guidance = info.effective_guidance(guidance)
@@ -164,17 +181,37 @@ class Model:
                 f"{self.checkpoint}: a guidance-distilled student has no unconditional pass; leave the negative prompt out"
             )
         spec = info.resolve_solver(SolverSpec(name=solver) if isinstance(solver, str) else solver)
-        coefficients = solver_coefficients(spec, info.num_steps if num_steps is None else num_steps, schedule_of(info))
+        noise = schedule_of(info)
+        coefficients = solver_coefficients(spec, info.num_steps if num_steps is None else num_steps, noise)
+        if guidance_interval is not None:
+            check_interval(guidance_interval, noise)
+        weights = guidance_per_evaluation(
+            coefficients.alpha, coefficients.sigma, guidance, guidance_interval, guidance_schedule
+        )
+        guide_model = self._load_guide(guide)
         negative_index = None if negative_prompt is None else len(prompts)
         requests = [
-            SampleRequest(i, i // num_images, coefficients, guidance, seed=seed, negative_prompt=negative_index)
+            SampleRequest(
+                i,
+                i // num_images,
+                coefficients,
+                guidance,
+                seed=seed,
+                negative_prompt=negative_index,
+                guidance_per_evaluation=weights,
+                guide=None if guide_model is None else GUIDE,
+                guide_is_unconditional=guide_null_prompt,
+            )
             for i in range(len(prompts) * num_images)
         ]
         texts = list(prompts) if negative_prompt is None else [*prompts, negative_prompt]
         prompt_embeds = PromptEmbeds.encode(texts, self._text_encoder)
-        num_slots = len(requests) * passes_per_evaluation(guidance, info.model.embeds_guidance)
-        batch_size = min(DEFAULT_BATCH_SIZE, num_slots)
+        passes = passes_per_evaluation(guidance, info.model.embeds_guidance) if guide_model is None else 1
+        batch_size = min(DEFAULT_BATCH_SIZE, len(requests) * passes)
         engine = make_engine(self._denoiser, info, prompt_embeds, batch_size=batch_size)
+        if guide_model is not None:
+            guide_embeds = PromptEmbeds.encode(texts, guide_model._text_encoder)
+            engine.add_guide(GUIDE, make_guide(guide_model._denoiser, guide_model.info, guide_embeds))
         started = time.perf_counter()
         size = info.resolution
         images = torch.empty(len(requests), 3, size, size, dtype=torch.uint8)
@@ -185,8 +222,25 @@ class Model:
             images[[result.request.sample_index for result in batch.results]] = batch.images
         seconds = time.perf_counter() - started
         by_prompt = images.permute(0, 2, 3, 1).numpy().reshape(len(prompts), num_images, size, size, 3)
-        nfe = engine.passes_per_evaluation(requests[0]) * coefficients.num_function_evaluations
-        return Samples(by_prompt, tuple(prompts), nfe, nfe * info.gflop_per_forward, seconds)
+        own, of_guide = passes_in_total(weights, info.model.embeds_guidance, guide_model is not None)
+        gflop = own * info.gflop_per_forward
+        gflop += 0.0 if guide_model is None else of_guide * guide_model.info.gflop_per_forward
+        return Samples(by_prompt, tuple(prompts), own + of_guide, gflop, seconds)
+
+    def _load_guide(self, guide: Model | str | Path | None) -> Model | None:
+        """Load a guide and check that it fits.
+
+        Raises:
+            ConfigError: it does not load, is this model itself, or has another latent space or noise schedule.
+        """
+        if guide is None:
+            return None
+        model = guide if isinstance(guide, Model) else Model(guide, device=self.device, dtype=self.dtype)
+        if model is self or model._opened.digest == self._opened.digest:
+            raise ConfigError(f"guide {model.checkpoint}: a model cannot guide itself; give a smaller or less trained one")
+        check_guide(self.info, model.info)
+        check_same_latent_space(self._autoencoder, model._autoencoder, str(model.checkpoint))
+        return model
 
 
 def sample(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -32,15 +32,18 @@ class StageTimes:
         ms_per_prompt: text encoder, per prompt.
         ms_per_evaluation: network, per evaluation of one image.
         ms_per_decoded_image: decoder, per image.
+        ms_per_guide_evaluation: guide network, per evaluation of one image.
     """
 
     ms_per_prompt: float
     ms_per_evaluation: float
     ms_per_decoded_image: float
+    ms_per_guide_evaluation: float = 0.0
 
-    def ms_per_image(self, num_function_evaluations: float) -> float:
-        """Milliseconds of an image: its prompt, its evaluations and its decoding."""
-        return self.ms_per_prompt + num_function_evaluations * self.ms_per_evaluation + self.ms_per_decoded_image
+    def ms_per_image(self, num_evaluations: float, num_guide_evaluations: float = 0) -> float:
+        """Milliseconds of an image: its prompt, its evaluations and those of its guide, and its decoding."""
+        evaluating = num_evaluations * self.ms_per_evaluation + num_guide_evaluations * self.ms_per_guide_evaluation
+        return self.ms_per_prompt + evaluating + self.ms_per_decoded_image
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -62,7 +65,6 @@ def measure_stage_times(
         ms_per_prompt: time of the text encoder, which runs before the sweep.
         now: seconds since an arbitrary origin.
     """
-    clock = device_monitor(engine.device).clock
     results: list[SampleResult] = []
 
     def evaluate() -> int:
@@ -76,18 +78,45 @@ def measure_stage_times(
         autoencoder.decode(torch.cat([latents, first.new_zeros(batch - len(latents), *first.shape)])).cpu()
         return batch
 
-    def milliseconds(stage: Callable[[], int]) -> float:
-        """Median milliseconds per unit of work, of which `stage` returns the number."""
-        stage()
-        durations: list[float] = []
-        per_unit: list[float] = []
-        while len(durations) < MIN_REPEATS or (sum(durations) < ENOUGH_SECONDS and len(durations) < MAX_REPEATS):
-            clock.wait()
-            started = now()
-            num_units = stage()
-            clock.wait()
-            durations.append(now() - started)
-            per_unit.append(1000 * durations[-1] / num_units)
-        return statistics.median(per_unit)
+    return StageTimes(ms_per_prompt, _milliseconds(evaluate, engine, now), _milliseconds(decode, engine, now))
 
-    return StageTimes(ms_per_prompt, milliseconds(evaluate), milliseconds(decode))
+
+def measure_guide(
+    times: StageTimes, engine: Engine, requests: Sequence[SampleRequest], now: Callable[[], float] = time.perf_counter
+) -> StageTimes:
+    """Add the time of a guide to the times of the other stages.
+
+    Args:
+        times: of the other stages.
+        engine: the engine of the sweep.
+        requests: a full batch with the guide.
+        now: seconds since an arbitrary origin.
+    """
+    guide_evaluations = 0.0
+
+    def evaluate() -> int:
+        nonlocal guide_evaluations
+        results = list(engine.run(requests))
+        guide_evaluations = sum(result.guide_nfe for result in results) / len(results)
+        return len(results)
+
+    ms_of_both = _milliseconds(evaluate, engine, now)
+    main_evaluations = requests[0].coefficients.num_function_evaluations
+    ms_of_guide = max(0.0, ms_of_both - main_evaluations * times.ms_per_evaluation)
+    return replace(times, ms_per_guide_evaluation=ms_of_guide / guide_evaluations)
+
+
+def _milliseconds(stage: Callable[[], int], engine: Engine, now: Callable[[], float]) -> float:
+    """Median milliseconds per unit of work, of which `stage` returns the number, after one run as warm-up."""
+    clock = device_monitor(engine.device).clock
+    stage()
+    durations: list[float] = []
+    per_unit: list[float] = []
+    while len(durations) < MIN_REPEATS or (sum(durations) < ENOUGH_SECONDS and len(durations) < MAX_REPEATS):
+        clock.wait()
+        started = now()
+        num_units = stage()
+        clock.wait()
+        durations.append(now() - started)
+        per_unit.append(1000 * durations[-1] / num_units)
+    return statistics.median(per_unit)

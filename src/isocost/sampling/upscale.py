@@ -27,7 +27,7 @@ from isocost.models.autoencoder import load_autoencoder
 from isocost.models.checkpoint import Checkpoint, load_checkpoint
 from isocost.models.text_encoder import MiniLMTextEncoder
 from isocost.sampling.generate import PromptEmbeds, generate, make_engine, schedule_of
-from isocost.sampling.request import SampleRequest, passes_per_evaluation
+from isocost.sampling.request import SampleRequest, passes_in_total, passes_per_evaluation
 from isocost.sampling.tiling import Tiling
 from isocost.utils.device import best_device
 
@@ -129,7 +129,7 @@ def upscale(
             raise ConfigError(f"tile {index} contains NaN or inf; lower the guidance or train longer")
         tiles |= {result.request.sample_index: tile for result, tile in zip(batch.results, batch.images, strict=True)}
     joined = tiling.join([tiles[i] for i in range(len(requests))])[:, :height, :width]
-    nfe = engine.passes_per_evaluation(requests[0]) * coefficients.num_function_evaluations
+    nfe, _ = passes_in_total(requests[0].weights, info.model.embeds_guidance)
     seconds = time.perf_counter() - started
     gflop = nfe * len(requests) * info.gflop_per_forward
     return Upscaled(joined.permute(1, 2, 0).numpy(), len(requests), nfe, gflop, seconds)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -114,8 +115,8 @@ class TrialStore:
 def run_races(worker: Worker, cells: Sequence[SearchCell], done: Callable[[SearchCell], None], deadline: float | None) -> bool:
     """Find the best guidance of every cell that has no race in the results database.
 
-    Cells of one solver and number of passes run in the order of increasing steps, each from the result of the previous one.
-    Different solvers and numbers of passes run at the same time.
+    Cells of one solver, number of passes, guide and interval run in the order of increasing steps, each from the result of the
+    previous one. The others run at the same time.
 
     Args:
         worker: generates the images.
@@ -127,11 +128,13 @@ def run_races(worker: Worker, cells: Sequence[SearchCell], done: Callable[[Searc
         False if the deadline came first.
     """
     recorded = worker.results_db.races()
-    queues: dict[tuple[str, bool], list[SearchCell]] = {}
+    queues: dict[tuple[Any, ...], list[SearchCell]] = {}
     for cell in cells:
         if cell.digest in recorded:
             done(cell)
-        queues.setdefault((cell.scored.solver.label, cell.is_two_pass), []).append(cell)
+        scored = cell.scored
+        key = (scored.solver.label, cell.is_two_pass, scored.guide, scored.guidance_interval)
+        queues.setdefault(key, []).append(cell)
     chains = [_WarmStartedSearches(worker, queue, recorded, done) for queue in queues.values()]
     running = [chain for chain in chains if chain.start_next()]
     while running:
@@ -237,6 +240,7 @@ class Candidate:
     Attributes:
         cell: the cell.
         info: its checkpoint.
+        guide: checkpoint of its guide, if it has one.
         guidance: the guidance that the race found.
         scores: returns the score [1 + R] of the first so many images at that guidance.
         num_images: images generated at that guidance.
@@ -244,6 +248,7 @@ class Candidate:
 
     cell: SearchCell
     info: CheckpointInfo
+    guide: CheckpointInfo | None
     guidance: float
     scores: Callable[[int], Array]
     num_images: int
@@ -251,15 +256,22 @@ class Candidate:
     @property
     def costs(self) -> tuple[float, ...]:
         """All costs that do not need a measurement."""
-        return tuple(self.cell.point(self.guidance).costs(self.info).values())
+        return tuple(self.cell.point(self.guidance).costs(self.info, self.guide).values())
 
     def __str__(self) -> str:
         return f"{self.info.label}, {self.cell.point(self.guidance).title}"
 
 
-def make_candidate(cell: SearchCell, info: CheckpointInfo, trials: TrialStore, guidance: float, num_images: int) -> Candidate:
+def make_candidate(
+    cell: SearchCell,
+    info: CheckpointInfo,
+    guide: CheckpointInfo | None,
+    trials: TrialStore,
+    guidance: float,
+    num_images: int,
+) -> Candidate:
     """Return the candidate of a cell whose race is over; see `Candidate`."""
-    return Candidate(cell, info, guidance, cache(partial(trials.score, cell, guidance)), num_images)
+    return Candidate(cell, info, guide, guidance, cache(partial(trials.score, cell, guidance)), num_images)
 
 
 def dominated(candidates: Sequence[Candidate], confidence: float) -> dict[str, str]:

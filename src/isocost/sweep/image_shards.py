@@ -132,7 +132,7 @@ class ShardBuilder:
 
 
 def merge_shards(
-    store: Store, reference: ReferenceSet, point: SweepPoint, shards: Sequence[Shard], num_function_evaluations: int, size: str
+    store: Store, reference: ReferenceSet, point: SweepPoint, shards: Sequence[Shard], passes: tuple[int, int], size: str
 ) -> None:
     """Write the point's artefact from its shards, and remove the shards.
 
@@ -141,7 +141,7 @@ def merge_shards(
         reference: the reference set.
         point: the point.
         shards: all of its shards, complete, in order.
-        num_function_evaluations: network evaluations per image.
+        passes: evaluations per image of the network and of its guide.
         size: name of the network, for messages.
 
     Raises:
@@ -158,7 +158,7 @@ def merge_shards(
         )
     num_generated = sum(len(shard.images) for shard in shards)
     total_ms = sum(
-        StageTimes(**manifest["stage_times"]).ms_per_image(num_function_evaluations) * len(shard.images)
+        StageTimes(**manifest["stage_times"]).ms_per_image(*passes) * len(shard.images)
         for manifest, shard in zip(manifests, shards, strict=True)
     )
     peaks = [manifest["peak_bytes"] for manifest in manifests if manifest.get("peak_bytes") is not None]

@@ -53,6 +53,12 @@ class PointRecord(Base):
     seconds: Mapped[float] = mapped_column(Float)
     peak_memory_mib: Mapped[float | None] = mapped_column(Float)
     has_too_few_samples: Mapped[bool] = mapped_column(Boolean)
+    guide: Mapped[str | None] = mapped_column(String(96))
+    guide_checkpoint: Mapped[str | None] = mapped_column(String(32))
+    guide_null_prompt: Mapped[bool | None] = mapped_column(Boolean)
+    guide_nfe: Mapped[float | None] = mapped_column(Float)
+    guidance_interval: Mapped[str | None] = mapped_column(Text)
+    guidance_schedule: Mapped[str | None] = mapped_column(Text)
     created: Mapped[str] = mapped_column(String(40))
     provenance: Mapped[str] = mapped_column(Text)
 

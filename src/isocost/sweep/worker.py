@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from isocost.config.sweep import PointSpec
 from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import solver_coefficients
 from isocost.evaluation.evaluator import has_too_few_samples, metric_names, score
@@ -26,9 +27,10 @@ from isocost.models.checkpoint import CheckpointInfo, load_checkpoint, read_info
 from isocost.sampling.denoiser import torch_dtype
 from isocost.sampling.engine import Engine
 from isocost.sampling.generate import GeneratedBatch, PromptEmbeds, generate, make_engine, schedule_of
+from isocost.sampling.guides import check_guide, make_guide
 from isocost.sampling.request import PerSampleFn, SampleRequest, passes_per_evaluation
-from isocost.sampling.stage_times import StageTimes, measure_stage_times
-from isocost.sweep.grid import SweepPoint
+from isocost.sampling.stage_times import StageTimes, measure_guide, measure_stage_times
+from isocost.sweep.grid import SweepPoint, guide_label
 from isocost.sweep.image_shards import Shard, ShardBuilder, ShardChunk, merge_shards, split_into_shards
 from isocost.sweep.leases import Leases
 from isocost.sweep.results_db import ResultsDB
@@ -37,11 +39,31 @@ from isocost.utils.device import best_device, device_monitor
 from isocost.utils.environment import provenance
 from isocost.utils.signals import deadline_passed
 
+MEASURED_GUIDANCE = 2.0
+"""w of the requests that measure the time of a guide, which is the same at any w above 1."""
 PointCallback = Callable[[SweepPoint], None]
 WARM_UP_IMAGES = 8
 MAX_MEASURED_STEPS = 2
 FIRST_STEP_CACHE_BYTES = 2**30
 """Memory for shared first evaluations, enough for 30,000 images with guidance and 4 x 32 x 32 latents."""
+
+
+@dataclass(frozen=True)
+class GuideSource:
+    """A checkpoint that guides others.
+
+    Attributes:
+        folder: folder of the checkpoint.
+        prompts: makes its own prompt embeddings by sample index; None for those of the network that it guides.
+    """
+
+    folder: Path
+    prompts: Callable[[], PromptEmbeds] | None = None
+
+    @cached_property
+    def info(self) -> CheckpointInfo:
+        """Metadata of the checkpoint."""
+        return read_info(self.folder)
 
 
 @dataclass(frozen=True)
@@ -60,6 +82,7 @@ class Worker:
         metrics: metrics to compute.
         shard_size: images of a shard.
         concat_cond: second input of the network by sample index (super-resolution).
+        guides: checkpoints that guide points, by the name in the points.
         now: seconds since an arbitrary origin.
     """
 
@@ -74,14 +97,22 @@ class Worker:
     metrics: tuple[str, ...]
     shard_size: int
     concat_cond: PerSampleFn | None = None
+    guides: Mapping[str, GuideSource] = field(default_factory=dict)
     now: Callable[[], float] = time.perf_counter
     _engines: dict[tuple[str, bool, int], Engine] = field(default_factory=dict, init=False, repr=False)
-    _stage_times_by_numerics: dict[tuple[str, bool, int], StageTimes] = field(default_factory=dict, init=False, repr=False)
+    _stage_times: dict[tuple[tuple[str, bool, int], str | None], StageTimes] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @cached_property
     def info(self) -> CheckpointInfo:
         """Read on first use: the checkpoint need not exist if all points are recorded."""
         return read_info(self.checkpoint_folder)
+
+    @cached_property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule of the checkpoint."""
+        return schedule_of(self.info)
 
     def run(self, points: Sequence[SweepPoint], done: PointCallback, deadline: float | None) -> bool:
         """Generate and score the points that are not in the results database, until all are, from this or another worker.
@@ -125,12 +156,12 @@ class Worker:
         """
         images = range(min(point.spec.batch_size, point.spec.num_images))
         (shard,) = split_into_shards(point, len(images), [len(images)])
-        engine, schedule = self._engine(shard, is_single_point=True), schedule_of(self.info)
+        engine = self._engine(shard, is_single_point=True)
         clock = device_monitor(engine.device).clock
         for _ in ("warm up", "measure"):
             clock.wait()
             started = self.now()
-            for _ in generate(engine, self.autoencoder, _requests(shard, schedule)):
+            for _ in generate(engine, self.autoencoder, _requests(shard, self.schedule)):
                 pass
         clock.wait()
         return self.prompts.ms_per_prompt + 1000 * (self.now() - started) / len(images), len(images)
@@ -151,11 +182,13 @@ class Worker:
 
         Returns the number of shards that this worker generated.
         """
-        embeds_guidance, num_generated = self.info.model.embeds_guidance, 0
+        model, num_generated = self.info.model, 0
         for numerics in sorted({shard.point.spec.numerics for shard in shards}):
             same_numerics = [shard for shard in shards if shard.point.spec.numerics == numerics]
             # Two-pass requests first: one-pass requests can then share either output of the first evaluation.
-            same_numerics.sort(key=lambda shard: -passes_per_evaluation(shard.point.spec.guidance, embeds_guidance))
+            same_numerics.sort(
+                key=lambda shard: -passes_per_evaluation(shard.point.weights(self.schedule)[0], model.embeds_guidance)
+            )
             num_generated += self._run_stream(same_numerics, deadline, done)
         return num_generated
 
@@ -173,25 +206,50 @@ class Worker:
                 cache_bytes=0 if is_single_point else FIRST_STEP_CACHE_BYTES,
                 concat_cond=self.concat_cond,
             )
-            warm_up = itertools.islice(_requests(first, schedule_of(self.info)), WARM_UP_IMAGES)
+            self._engines[spec.numerics] = engine
+            self._add_guide(engine, spec)
+            warm_up = itertools.islice(_requests(first, self.schedule), WARM_UP_IMAGES)
             for _ in generate(engine, self.autoencoder, warm_up):
                 pass
-            self._engines[spec.numerics] = engine
+        self._add_guide(self._engines[spec.numerics], spec)
         return self._engines[spec.numerics]
 
-    def _stage_times(self, first: Shard, engine: Engine) -> StageTimes:
-        """Return the times of the stages for a shard's numerics, measured on full batches of one or two steps."""
-        spec = first.point.spec
-        if spec.numerics not in self._stage_times_by_numerics:
-            schedule = schedule_of(self.info)
-            coefficients = solver_coefficients(spec.solver, min(spec.num_steps, MAX_MEASURED_STEPS), schedule)
-            passes = passes_per_evaluation(spec.guidance, self.info.model.embeds_guidance)
+    def _add_guide(self, engine: Engine, spec: PointSpec) -> None:
+        """Load the guide of a point into the engine, if it is not there."""
+        if spec.guide is None or spec.guide.checkpoint in engine.guides:
+            return
+        source = self.guides[spec.guide.checkpoint]
+        check_guide(self.info, source.info)
+        network = load_checkpoint(source.folder, best_device(), torch_dtype(spec.dtype)).network
+        prompts = self.prompts if source.prompts is None else source.prompts()
+        engine.add_guide(
+            spec.guide.checkpoint, make_guide(network, source.info, prompts, dtype=spec.dtype, compiled=spec.compiled)
+        )
+
+    def _measure_stage_times(self, shard: Shard, engine: Engine) -> StageTimes:
+        """Return the times of the stages for a shard's numerics and guide, measured on full batches of one or two steps."""
+        spec = shard.point.spec
+        coefficients = solver_coefficients(spec.solver, min(spec.num_steps, MAX_MEASURED_STEPS), self.schedule)
+        if (spec.numerics, None) not in self._stage_times:
+            passes = passes_per_evaluation(spec.guidance, self.info.model.embeds_guidance) if spec.guide is None else 1
+            guidance = spec.guidance if spec.guide is None else 1.0
             num_images = min(spec.num_images, max(1, engine.num_slots // passes))
-            requests = [SampleRequest(i, i, coefficients, spec.guidance, seed=spec.seed) for i in range(num_images)]
-            self._stage_times_by_numerics[spec.numerics] = measure_stage_times(
+            requests = [SampleRequest(i, i, coefficients, guidance, seed=spec.seed) for i in range(num_images)]
+            self._stage_times[spec.numerics, None] = measure_stage_times(
                 engine, self.autoencoder, requests, self.prompts.ms_per_prompt, self.now
             )
-        return self._stage_times_by_numerics[spec.numerics]
+        times = self._stage_times[spec.numerics, None]
+        if spec.guide is None:
+            return times
+        key = (spec.numerics, spec.guide.checkpoint)
+        if key not in self._stage_times:
+            num_images = min(spec.num_images, engine.num_slots)
+            requests = [
+                SampleRequest(i, i, coefficients, MEASURED_GUIDANCE, seed=spec.seed, guide=spec.guide.checkpoint)
+                for i in range(num_images)
+            ]
+            self._stage_times[key] = measure_guide(times, engine, requests, self.now)
+        return self._stage_times[key]
 
     def _run_stream(self, shards: Sequence[Shard], deadline: float | None, done: PointCallback | None) -> int:
         acquired = self._acquire(shards, deadline)
@@ -199,13 +257,15 @@ class Worker:
         if first is None:
             return 0
         engine = self._engine(first, is_single_point=len({shard.point.digest for shard in shards}) == 1)
-        schedule, stage_times = schedule_of(self.info), self._stage_times(first, engine)
+        for shard in shards:
+            self._add_guide(engine, shard.point.spec)
+        stage_times = {shard.point.spec.guide: self._measure_stage_times(shard, engine) for shard in (first, *shards)}
         builders: dict[str, ShardBuilder] = {}
 
         def requests() -> Iterator[SampleRequest]:
             for shard in itertools.chain([first], acquired):
                 builders[shard.digest] = ShardBuilder(shard, self.reference, frozenset(self.saved_indices))
-                yield from _requests(shard, schedule)
+                yield from _requests(shard, self.schedule)
 
         num_generated = 0
         monitor = device_monitor(engine.device)
@@ -216,7 +276,7 @@ class Worker:
                 builder.add(chunk)
                 if builder.is_complete:
                     del builders[chunk.digest]
-                    self._commit_shard(builder, stage_times, monitor.peak_bytes())
+                    self._commit_shard(builder, stage_times[builder.shard.point.spec.guide], monitor.peak_bytes())
                     num_generated += 1
                     if done is not None and self._finish(builder.shard.point):
                         done(builder.shard.point)
@@ -264,7 +324,8 @@ class Worker:
                 if not self._has_all(shards):
                     return False  # another worker has just merged them
                 info = self.info
-                merge_shards(self.store, self.reference, point, shards, point.nfe(info.model), info.label)
+                passes = point.passes(info.model, self.schedule)
+                merge_shards(self.store, self.reference, point, shards, passes, info.label)
             self._record(point)
         finally:
             self.leases.release(point.digest)
@@ -278,10 +339,13 @@ class Worker:
         manifest = self.store.manifest("point", point.digest)
         features = read_sample_features(self.store.open("point", point.digest), tuple(self.reference.extractors))
         scores = score(features, self.reference, self.metrics)
+        guide = None if point.spec.guide is None else self.guides[point.spec.guide.checkpoint].info
         row = {
             **point.coordinate(),
-            **point.costs(self.info),
+            **point.costs(self.info, guide),
             **summary_columns(self.info),
+            "guide": None if guide is None else guide_label(guide, self.info, point.spec.guide),
+            "guide_nfe": point.passes(self.info.model, self.schedule)[1],
             "protocol": self.reference.protocol.id,
             "num_nonfinite": manifest["num_nonfinite"],
             "min_batch_size": manifest["min_batch_size"],
@@ -303,6 +367,16 @@ def _split_by_shard(batch: GeneratedBatch) -> Iterator[ShardChunk]:
 
 def _requests(shard: Shard, schedule: NoiseSchedule) -> Iterator[SampleRequest]:
     spec = shard.point.spec
-    coefficients = solver_coefficients(spec.solver, spec.num_steps, schedule)
+    coefficients, weights = solver_coefficients(spec.solver, spec.num_steps, schedule), shard.point.weights(schedule)
     for i in shard.images:
-        yield SampleRequest(i, i, coefficients, spec.guidance, tag=shard.digest, seed=spec.seed)
+        yield SampleRequest(
+            i,
+            i,
+            coefficients,
+            spec.guidance,
+            tag=shard.digest,
+            seed=spec.seed,
+            guidance_per_evaluation=weights,
+            guide=None if spec.guide is None else spec.guide.checkpoint,
+            guide_is_unconditional=spec.guide is not None and spec.guide.null_prompt,
+        )
