@@ -126,13 +126,13 @@ def _finals(pipeline: Pipeline) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["interval", "null_prompt", "schedule"])
-def test_the_command_of_a_point_draws_its_images(
-    guided: Pipeline, table: pd.DataFrame, kind: str, tmp_path: Path
-) -> None:
+def test_the_command_of_a_point_draws_its_images(guided: Pipeline, table: pd.DataFrame, kind: str, tmp_path: Path) -> None:
     """`recommend` prints the guide, interval and schedule; the first saved image of the point comes out again."""
     rows = table[table["guide"].notna() & (table["width"] == 8)]
     selected = {
-        "interval": rows[rows["guidance_interval"].notna() & rows["guidance_schedule"].isna() & rows["guide_null_prompt"].eq(False)],
+        "interval": rows[
+            rows["guidance_interval"].notna() & rows["guidance_schedule"].isna() & rows["guide_null_prompt"].eq(False)
+        ],
         "null_prompt": rows[rows["guide_null_prompt"].eq(True) & rows["guidance_interval"].isna()],
         "schedule": rows[rows["guidance_schedule"].notna() & rows["guidance_interval"].notna()],
     }[kind]
@@ -199,9 +199,10 @@ def test_the_api_samples_with_a_guide(guided: Pipeline) -> None:
 
 
 WRONG_SWEEPS = {
-    "itself": ({"guides": [{"size": "same"}]}, "would guide itself"),
+    "itself": ({"guides": [{"size": "same"}]}, "each would guide itself; give an earlier snapshot"),
     "no such width": ({"guides": [{"size": 5}]}, "no such width; the study has 4, 8"),
     "no such snapshot": ({"guides": [{"size": "smaller", "snapshot": 33}]}, "width 4 has no such snapshot; it has 32, 64"),
+    "no smaller size": ({"guides": [{"size": "smaller"}], "widths": [8]}, "no size is smaller"),
     "a checkpoint": ({"guides": [{"checkpoint": "OWNER/NAME"}]}, "only guides by size"),
     "interval outside": ({"guidance_intervals": [[9, 12]]}, "log-SNR of this noise schedule goes from"),
 }
@@ -210,7 +211,9 @@ WRONG_SWEEPS = {
 @pytest.mark.parametrize("case", WRONG_SWEEPS)
 def test_a_wrong_guide_is_refused_before_anything_is_made(case: str, tmp_path: Path) -> None:
     changes, words = WRONG_SWEEPS[case]
-    spec = finished_spec(family={"widths": [4, 8]}, sweep={**BASE["sweep"], **changes})
+    changes = dict(changes)
+    widths = changes.pop("widths", [4, 8])
+    spec = finished_spec(family={"widths": widths}, sweep={**BASE["sweep"], **changes})
     with pytest.raises(ConfigError) as caught:
         Pipeline(spec, tmp_path / "out").run()
     assert words in str(caught.value)

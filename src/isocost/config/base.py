@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -21,6 +21,8 @@ S = TypeVar("S", bound="Spec")
 
 MAX_INT = 2**63 - 1
 """The largest number that a database column and a random generator take."""
+MAX_LIST_DEPTH = 3
+"""Lists in lists in a field: guidance_schedules has lists of lists of pairs."""
 _SHOWN_CHARACTERS = 100
 _MESSAGES = {
     "string_type": "this is not text; give text, in quotes if it looks like a number",
@@ -48,10 +50,8 @@ class Spec(BaseModel):
             if name not in cls.model_fields:
                 continue
             annotation = cls.model_fields[name].annotation
-            types, scalars = scalar_types(annotation), {name: value}
-            if isinstance(value, list | tuple):
-                scalars = {f"{name}.{index}": scalar for index, scalar in enumerate(value)}
-            elif isinstance(value, dict) and get_origin(annotation) is dict:
+            types, scalars = scalar_types(annotation), dict(_scalars(name, value))
+            if isinstance(value, dict) and get_origin(annotation) is dict:
                 scalars = {f"{name}.{key}": scalar for key, scalar in value.items()}
             for key, scalar in scalars.items():
                 if (problem := _problem_of(scalar, types)) is not None:
@@ -61,6 +61,15 @@ class Spec(BaseModel):
     def canonical(self) -> dict[str, Any]:
         """Plain data without the fields at their default, for the digest."""
         return self.model_dump(mode="json", exclude_defaults=True)
+
+
+def _scalars(key: str, value: Any, depth: int = MAX_LIST_DEPTH) -> Iterator[tuple[str, Any]]:
+    """The scalars in a value and in the lists in it, by key: "guidance.0"."""
+    if isinstance(value, list | tuple) and depth:
+        for index, item in enumerate(value):
+            yield from _scalars(f"{key}.{index}", item, depth - 1)
+    else:
+        yield key, value
 
 
 def digest(*parts: Spec | Mapping[str, Any] | str | int) -> str:

@@ -200,6 +200,12 @@ class Experiment(ABC):
             ConfigError: a guide does not exist or does not fit, or an interval is outside of the noise schedule.
         """
         self.guides(run)
+        for selection in self.sweep.guide_selections:
+            if selection.size is not None and not any(self._selected_checkpoints(selection, other) for other in self.runs):
+                reason = (
+                    "each would guide itself; give an earlier snapshot" if selection.size != "smaller" else "no size is smaller"
+                )
+                raise ConfigError(f"sweep.guides: {selection.title}: it guides no network, because {reason}")
         for interval in self.sweep.intervals:
             if interval is not None:
                 check_interval(interval, self.schedule(run))
@@ -212,19 +218,20 @@ class Experiment(ABC):
         """Return the guides of a run's last checkpoint: members of the experiment of the same size or smaller.
 
         Raises:
-            ConfigError: a requested size or snapshot does not exist, or the only one is the network itself.
+            ConfigError: a requested size or snapshot does not exist.
         """
-        members = [other for other in self.runs if other.variant == run.variant and other.model.width <= run.model.width]
         selected: list[GuideSpec | None] = [None] if self.sweep.includes_no_guide else []
         for selection in self.sweep.guide_selections:
             selected += [
                 GuideSpec(checkpoint=checkpoint, null_prompt=selection.null_prompt)
-                for checkpoint in self._selected_checkpoints(selection, run, members)
+                for checkpoint in self._selected_checkpoints(selection, run)
             ]
         return tuple(dict.fromkeys(selected)) or NO_GUIDES
 
-    def _selected_checkpoints(self, selection: GuideSelection, run: TrainingRun, members: list[TrainingRun]) -> list[str]:
+    def _selected_checkpoints(self, selection: GuideSelection, run: TrainingRun) -> list[str]:
+        """Checkpoints that a selection gives to a run; the network itself is none of them."""
         where = f"sweep.guides: {selection.title}"
+        members = [other for other in self.runs if other.variant == run.variant and other.model.width <= run.model.width]
         if selection.checkpoint is not None:
             raise ConfigError(f"{where}: a study that trains its networks has only guides by size")
         widths = sorted({other.model.width for other in self.runs})
@@ -243,10 +250,6 @@ class Experiment(ABC):
                 raise ConfigError(f"{where}: width {other.model.width} has no such snapshot; it has {known} images")
             chosen = {"last": [max(snapshots)], "all": sorted(snapshots)}.get(str(selection.snapshot), [selection.snapshot])
             names = [snapshots[images] for images in chosen if isinstance(images, int)]
-            if names == [run.final]:
-                if selection.size != "all":
-                    raise ConfigError(f"{where}: width {run.model.width} would guide itself; give an earlier snapshot")
-                continue
             checkpoints += [name for name in names if name != run.final]
         return checkpoints
 

@@ -282,10 +282,7 @@ class RequestStates:
         shares = self.first_step_cache.capacity > 0
         at_first_step = np.flatnonzero(self._at_first_step()) if shares else ()
         pending = {
-            key
-            for state in at_first_step
-            for key in self._keys(self.requests[state])
-            if not self.first_step_cache.has((key,))
+            key for state in at_first_step for key in self._keys(self.requests[state]) if not self.first_step_cache.has((key,))
         }
 
         def may_start(queued: QueuedRequest) -> bool:
