@@ -66,7 +66,7 @@ def test_budgets_are_keywords() -> None:
         isocost.recommend(table, evaluations=4)
     with pytest.raises(isocost.ConfigError, match="no budget"):
         isocost.recommend(table)
-    with pytest.raises(isocost.ConfigError, match="memory_gib needs another budget"):
+    with pytest.raises(isocost.ConfigError, match="memory_gib needs a second budget"):
         isocost.recommend(table, memory_gib=4)
 
 

@@ -158,18 +158,18 @@ def test_a_sample_of_a_prompt_list_that_appears_twice_is_refused(tmp_path: Path)
 HALF = '{"file": "1.png", "caption": "a disc \\ud83d"}'
 
 
-def test_half_a_surrogate_pair_is_one_unreadable_image(tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_one_unreadable_image(tmp_path: Path) -> None:
     source = folder(tmp_path / "data", [line(number, f"disc {number}") for number in range(200) if number != 1] + [HALF], 200)
     loaded = load_images(source, R, 0.01)
     assert (len(loaded), [bad.name for bad in loaded.unreadable]) == (199, ["1.png"])
-    assert "half a surrogate pair" in loaded.unreadable[0].reason
+    assert "a lone surrogate" in loaded.unreadable[0].reason
     loaded.unreadable[0].reason.encode("utf-8")
-    with pytest.raises(RunError, match=r"1 of 200 .*half a surrogate pair"):
+    with pytest.raises(RunError, match=r"1 of 200 .*a lone surrogate"):
         load_images(source, R, 0.001)
 
 
 @pytest.mark.parametrize("text", ['{"caption": "\\ud83d"}', '{"captions": ["a", "b \\udc00"]}'])
-def test_half_a_surrogate_pair_in_a_caption_file_or_shard_is_one_unreadable_image(text: str, tmp_path: Path) -> None:
+def test_a_lone_surrogate_in_a_caption_file_or_shard_is_one_unreadable_image(text: str, tmp_path: Path) -> None:
     root = tmp_path / "data"
     root.mkdir()
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
@@ -182,7 +182,7 @@ def test_half_a_surrogate_pair_in_a_caption_file_or_shard_is_one_unreadable_imag
         WebdatasetSource(kind="webdataset", path=str(tmp_path / "x.tar")),
     ):
         assert len(captions_of(source)) == 1
-        assert "half a surrogate pair" in next(iter(bad_of(source).values()))
+        assert "a lone surrogate" in next(iter(bad_of(source).values()))
 
 
 def test_a_whole_surrogate_pair_is_a_character(tmp_path: Path) -> None:
@@ -192,11 +192,11 @@ def test_a_whole_surrogate_pair_is_a_character(tmp_path: Path) -> None:
 
 def test_json_that_is_nested_deep_is_one_line(tmp_path: Path) -> None:
     deep = '{"file": "0.png", "caption": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}"
-    assert "nested too deep" in refusal(lambda: captions_of(folder(tmp_path / "data", [deep])))
+    assert "nested too deeply" in refusal(lambda: captions_of(folder(tmp_path / "data", [deep])))
     (tmp_path / "data" / "captions.jsonl").unlink()
     (tmp_path / "data" / "0.json").write_text(deep)
     (tmp_path / "data" / "1.txt").write_text("b")
-    assert "nested too deep" in bad_of(FolderSource(kind="folder", path=str(tmp_path / "data")))["0.png"]
+    assert "nested too deeply" in bad_of(FolderSource(kind="folder", path=str(tmp_path / "data")))["0.png"]
 
 
 # --- encodings --------------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_tables_are_read_in_every_unicode_encoding_with_every_separator(
         (b"a,b\n1,2\n", r"needs a column image_id or id and a column prompt or caption; it has \['a', 'b'\]"),
         (b"", "needs a column image_id or id"),
         (b"id,prompt\n1,a\rb\rc\n", "line 3 has 1 values"),
-        (b"id,prompt\n1," + b"x" * 200_000, "is no row of a table .*field larger"),
+        (b"id,prompt\n1," + b"x" * 200_000, "is not a table row .*field larger"),
     ],
     ids=["cp1252", "short", "long", "twice", "twice by number", "odd UTF-16", "columns", "empty", "lone CR", "endless"],
 )
@@ -376,12 +376,12 @@ def test_prompts_may_be_written_as_any_python_text(prompt: str, template: str, t
         ("can,can\n../dog,dog", "", "line 5 is not SUBJECT,CLASS"),
         ("can,can\n,dog", "", "line 5 is not SUBJECT,CLASS"),
         ("can,can\ndog,dog\ncan,tin", "", "line 6: subject can appears twice"),
-        ("can,can", "f'a {unique_token} {class_token}'", "line 11 is no prompt"),
-        ("can,can", "'a {0} {1}'.format(class_token, unique_token)", "line 11 is no prompt"),
-        ("can,can", "'a {2}'.format(unique_token, class_token)", "line 11 is no prompt"),
-        ("can,can", "'a {0.x}'.format(unique_token, class_token)", "line 11 is no prompt"),
-        ("can,can", "'a {0} {1}'.format(unique_token, class_token),\n'a {0} {1}.format(x, y)", "line 12 is no prompt"),
-        ("can,can", "__import__('os').system('touch owned')", "line 11 is no prompt"),
+        ("can,can", "f'a {unique_token} {class_token}'", "line 11 is not a prompt"),
+        ("can,can", "'a {0} {1}'.format(class_token, unique_token)", "line 11 is not a prompt"),
+        ("can,can", "'a {2}'.format(unique_token, class_token)", "line 11 is not a prompt"),
+        ("can,can", "'a {0.x}'.format(unique_token, class_token)", "line 11 is not a prompt"),
+        ("can,can", "'a {0} {1}'.format(unique_token, class_token),\n'a {0} {1}.format(x, y)", "line 12 is not a prompt"),
+        ("can,can", "__import__('os').system('touch owned')", "line 11 is not a prompt"),
         ("can,can", "#", "the prompt list of subject can is empty"),
     ],
 )

@@ -136,7 +136,7 @@ def recommend(
     named = {BUDGETS[name]: float(value) for name, value in budgets.items()}
     lead = next((name for name in named if name != "memory_gib"), None)
     if lead is None:
-        raise ConfigError("recommend: memory_gib needs another budget next to it, such as nfe=16")
+        raise ConfigError("recommend: memory_gib needs a second budget, such as nfe=16")
     others = {name: value for name, value in named.items() if name != lead}
     return choose(results, lead, named[lead], metric, out, also=others, requirements=require)
 

@@ -66,7 +66,7 @@ class Constraint:
         return (over / scale).where(~self.holds(rows), 0.0).fillna(np.inf)
 
     def format_value(self, row: pd.Series) -> str:
-        """The row's value of the bounded column, with its unit or the name of the metric."""
+        """The value of the bounded column in a row, with its unit or the name of the metric."""
         value = float(row[self.column])
         if self.is_requirement:
             low, high = (float(row[f"{self.column}_{end}"]) for end in ("low", "high"))
@@ -205,7 +205,7 @@ def format_constraints(constraints: Sequence[Constraint]) -> str:
 
 
 def explain_infeasible(rows: pd.DataFrame, constraints: Sequence[Constraint]) -> str:
-    """One line for rows of which none meets all constraints: the constraint that fails, the nearest row, and a remedy.
+    """One line for the case that no row meets all constraints: the constraint that fails, the nearest row, a remedy.
 
     Args:
         rows: best first; of equally near rows the first is named.

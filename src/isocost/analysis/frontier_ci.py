@@ -315,7 +315,7 @@ def corrected_running_minimum(values: Floats, replicates: Floats) -> Floats:
 
 
 def best_ordered_path(curves: Sequence[Floats], widths: Floats) -> NDArray[np.int64]:
-    """The curve to follow at each budget, never back to an earlier curve, that minimises the sum of values times widths.
+    """Choose a curve for each budget so that the sum of values times widths is least; the curve's index never falls.
 
     Args:
         curves: S curves, [1 + R, B] each.

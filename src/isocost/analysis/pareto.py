@@ -71,7 +71,7 @@ class BudgetChoice:
         beyond_data: whether the budget exceeds the cost of the most expensive point by more than 10 %, so that a still more
             expensive configuration could be better.
         cheapest: of all points, whether they fit or not.
-        dearest: of all points, whether they fit or not.
+        most_expensive: of all points, whether they fit or not.
     """
 
     budget: float
@@ -83,7 +83,7 @@ class BudgetChoice:
     undecided: bool
     beyond_data: bool
     cheapest: Configuration
-    dearest: Configuration
+    most_expensive: Configuration
 
 
 def best_guidance(table: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -112,8 +112,8 @@ def best_at_budgets(
     Args:
         cost: a name of `COSTS`.
         budgets: in the unit of that cost.
-        points: digests of the points that may be chosen; None for all. The other points still count for `cheapest`, `dearest`
-            and the boundaries of guidance.
+        points: digests of the points that may be chosen; None for all. The other points still count for `cheapest`,
+            `most_expensive` and the boundaries of guidance.
 
     Returns:
         One choice per budget, in the same order.
@@ -123,7 +123,7 @@ def best_at_budgets(
     """
     rows = rank_points(final_points(table, metric, cost), metric, cost)
     by_cost = rows.sort_values(cost, kind="stable")
-    cheapest, dearest = (_configuration(by_cost.iloc[index], cost, metric) for index in (0, -1))
+    cheapest, most_expensive = (_configuration(by_cost.iloc[index], cost, metric) for index in (0, -1))
     allowed = rows if points is None else rows[rows["point"].isin(list(points))]
     choices = []
     for budget in budgets:
@@ -142,9 +142,9 @@ def best_at_budgets(
                 best=best,
                 runner_up=runner_up,
                 undecided=best is not None and runner_up is not None and intervals_overlap(best, runner_up),
-                beyond_data=budget > dearest.cost * BEYOND_DATA_FACTOR,
+                beyond_data=budget > most_expensive.cost * BEYOND_DATA_FACTOR,
                 cheapest=cheapest,
-                dearest=dearest,
+                most_expensive=most_expensive,
             )
         )
     return choices

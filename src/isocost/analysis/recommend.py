@@ -193,7 +193,7 @@ def _format_undecided(best: Configuration, runner_up: Configuration) -> str:
 def _notes(choice: BudgetChoice, best: Configuration, other_budgets_bind: bool = False, noun: str = "size") -> tuple[str, ...]:
     notes = []
     if choice.beyond_data and not other_budgets_bind:
-        highest = cost_of(choice.cost).format_amount(choice.dearest.cost)
+        highest = cost_of(choice.cost).format_amount(choice.most_expensive.cost)
         remedy = f"more steps or a larger {noun} may be better"
         notes.append(f"the budget is beyond the data, whose most expensive point costs {highest}: {remedy}")
     if best.guidance_at_boundary:

@@ -45,7 +45,7 @@ def latency(
         Literal["fp32", "bf16", "fp16"], typer.Option(help="data type of the network; fp16 needs a CUDA device")
     ] = "fp32",
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="compile the network for each batch size")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if available")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="also write the result to this .json file")] = None,
 ) -> None:
     """Measure the milliseconds of one checkpoint by batch size: text encoder, denoiser, decoder and total."""

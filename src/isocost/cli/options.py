@@ -29,14 +29,14 @@ Database = Annotated[
     str | None,
     typer.Option(
         "--database",
-        help="results database in place of OUT/results.sqlite: postgresql://USER@HOST/NAME; its runs share the work",
+        help="results database in place of OUT/results.sqlite: postgresql://USER@HOST/NAME; all runs on it share the work",
     ),
 ]
 StopAfter = Annotated[
     float | None, typer.Option("--stop-after", metavar="HOURS", help="stop after this time and save all progress")
 ]
 Figures = Annotated[
-    bool, typer.Option(help="also save every figure as PNG and PDF; the page alone takes about a third of the time")
+    bool, typer.Option(help="also save every figure as PNG and PDF; without them the report takes about a third of the time")
 ]
 
 # --- sampling ---
@@ -46,7 +46,10 @@ GUIDANCE_HELP = "guidance scale w in uncond + w (cond - uncond); 1 takes one net
 NumSteps = Annotated[int | None, typer.Option("--steps", help="solver steps; default: 16, or 4 for a few-step student")]
 SolverName = Annotated[
     str | None,
-    typer.Option("--solver", help="a name of `isocost list solvers`, own (the default) or nearest: the checkpoint's"),
+    typer.Option(
+        "--solver",
+        help="a name from `isocost list solvers`; own: the checkpoint's solver (default); nearest: the solver nearest to it",
+    ),
 ]
 TimestepSpacing = Annotated[str, typer.Option("--timestep-spacing", help="trailing, leading, linspace or karras")]
 Eta = Annotated[float, typer.Option("--eta", help="ddim: fraction of ancestral noise, from 0 to 1")]

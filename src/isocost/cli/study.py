@@ -60,7 +60,8 @@ def run(
         ),
     ] = None,
     utilisation: Annotated[
-        float | None, typer.Option("--utilisation", help="with --devices: fraction of their peak performance; default: 0.4")
+        float | None,
+        typer.Option("--utilisation", help="with --devices: assumed fraction of peak performance; default: 0.4"),
     ] = None,
 ) -> None:
     """Run a study: train, sweep, score, report. The same command resumes a stopped run, and parallel runs share the work."""
@@ -79,7 +80,7 @@ def run(
 
 @app.command()
 def worker(
-    out: Annotated[Path, typer.Argument(help="output folder of a started run, also of one on another machine")],
+    out: Annotated[Path, typer.Argument(help="output folder of a run that has started, on this or another machine")],
     results_db: Database = None,
     stop_after: StopAfter = None,
     tasks: Tasks = None,
@@ -262,7 +263,7 @@ def recommend(
         typer.Option("--database", help="read the points of a results database (file or URL) in place of the table of OUT"),
     ] = None,
     protocol: Annotated[
-        str | None, typer.Option("--protocol", help="with --database: id of a protocol, where the database has several")
+        str | None, typer.Option("--protocol", help="with --database: id of a protocol; needed if the database has several")
     ] = None,
 ) -> None:
     """Recommend the best size, solver, steps and guidance within all given budgets. The first budget breaks ties."""
@@ -281,9 +282,9 @@ def recommend(
     limits = {cost: value for cost, value in ordered if value is not None}
     costs = [cost for cost in limits if cost != "memory_gib"]
     if not costs:
-        other = " other than --budget-memory-gib" if limits else ""
+        kind = " other than --budget-memory-gib" if limits else ""
         known = "--budget-ms, --budget-gflop, --budget-nfe, --budget-normalized-cost or --images-per-hour"
-        raise ConfigError(f"give a budget{other}: {known}")
+        raise ConfigError(f"give a budget{kind}: {known}")
     lead = costs[0]
     also = {cost: value for cost, value in limits.items() if cost != lead}
     table = _read_points(out, results_db, task, protocol)
@@ -348,7 +349,7 @@ def _run(
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
-            "`isocost run` does not run under torchrun: `isocost train` under torchrun, then `isocost run` without"
+            "`isocost run` does not run under torchrun: run `isocost train` under torchrun, then `isocost run` without it"
         )
     stop_on_sigterm()
     pipeline = Pipeline(study, output_dir_of(study, out), results_db)
@@ -405,7 +406,8 @@ def _print_report(name: str, out: Path, report: Any, finished: bool) -> None:
             "num_points": len(report.table),
             "best_at_budgets": best,
             "task_reports": {
-                task: {"report": str(other.page), "num_points": len(other.table)} for task, other in report.task_reports.items()
+                task: {"report": str(task_report.page), "num_points": len(task_report.table)}
+                for task, task_report in report.task_reports.items()
             },
         }
     )

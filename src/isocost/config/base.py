@@ -137,7 +137,7 @@ def parse_spec(spec_type: type[S], plain: Mapping[str, Any], where: str) -> S:
         raise ConfigError(_format_error(error, spec_type, where)) from error
     except UnicodeEncodeError as error:
         raise ConfigError(
-            f"{where}: {_shown(error.object)} has half a surrogate pair, which is no character; remove it"
+            f"{where}: {_shown(error.object)} has a lone surrogate, which is not a character; remove it"
         ) from error
 
 

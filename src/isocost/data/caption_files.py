@@ -46,12 +46,12 @@ def parse_json(text: str) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: it is no JSON, an object has a key twice, or it is nested too deep.
+        ValueError: it is not JSON, an object has a key twice, or it is nested too deeply.
     """
     try:
         return json.loads(text, object_pairs_hook=_without_repeated_keys)
     except RecursionError as error:
-        raise ValueError("nested too deep") from error
+        raise ValueError("nested too deeply") from error
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -63,17 +63,17 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_captions(entry: Any) -> tuple[str, ...]:
-    """The captions of a JSON object: `captions`, `caption` or `text`, a text or a list of texts.
+    """The captions of a JSON object: the value of `captions`, `caption` or `text`, a string or a list of strings.
 
     Raises:
         ValueError: there are none, or they have another type.
     """
     keys = [key for key in _CAPTION_KEYS if key in entry] if isinstance(entry, dict) else []
     if not keys:
-        raise ValueError("no JSON object with caption or captions")
+        raise ValueError("not a JSON object with caption or captions")
     captions = [entry[keys[0]]] if isinstance(entry[keys[0]], str) else entry[keys[0]]
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError("captions must be a text or a list of texts")
+        raise ValueError("captions must be a string or a list of strings")
     return tuple(captions)
 
 
@@ -83,7 +83,7 @@ def caption_problem(captions: Sequence[Any] | None) -> str | None:
         return "no caption, or an empty caption"
     for caption in captions:
         if printable(caption) != caption:
-            return f"a caption has half a surrogate pair: {printable(caption)[:80]}"
+            return f"a caption has a lone surrogate: {printable(caption)[:80]}"
     return None
 
 
@@ -95,7 +95,7 @@ class CaptionList:
     """The lines of captions.jsonl or metadata.jsonl.
 
     Attributes:
-        captions: by file name. Several lines with the same file add up; a caption that an earlier line has is not added again.
+        captions: by file name. The captions of several lines with the same file are combined, without duplicates.
         has_repeated_files: several lines with different captions have the same file.
     """
 
@@ -194,12 +194,12 @@ def read_caption_table(file: Path, id_columns: Sequence[str], caption_columns: S
             if row:
                 table.append(TableRow(rows.line_num + 1, row[indices[0]].strip(), row[indices[1]]))
     except csv.Error as error:
-        raise ConfigError(f"{file}: line {rows.line_num + 1} is no row of a table ({error}); save it as CSV again") from error
+        raise ConfigError(f"{file}: line {rows.line_num + 1} is not a table row ({error}); save it as CSV again") from error
     return table
 
 
 def _reader(text: str, id_columns: Sequence[str], caption_columns: Sequence[str]) -> tuple[Any, list[str]]:
-    """A reader behind the header, and the header's columns; the separator is the one that gives the header both columns."""
+    """A reader of the rows after the header, and the header's columns; the separator is the first that yields both columns."""
     header = text.partition("\n")[0]
     for delimiter in ",;\t":
         columns = [column.strip(' "') for column in header.rstrip("\r").split(delimiter)]

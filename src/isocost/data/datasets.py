@@ -1,7 +1,7 @@
 """Read images with captions from a folder, tar shards, a data set of `datasets` or the built-in synthetic scenes.
 
 A source is read in a fixed order, so the position of an image is its id. A sample that cannot be read is yielded as an
-`UnreadableSample` with its name and the reason; it is never dropped silently. Files that are passed over are counted in a
+`UnreadableSample` with its name and the reason; it is never dropped silently. Ignored files are counted in a
 warning.
 
 Shapes: R resolution, A number of labels.
@@ -148,7 +148,7 @@ def source_fingerprint(source: SourceSpec) -> str:
 def _is_read_otherwise_than_by_version_1(source: FolderSource) -> bool:
     """Whether version 1 read other images or captions from the same files. It did so in three cases.
 
-    It took the last of several lines about one image, it passed over the suffixes outside `FIRST_SUFFIXES`, and it refused
+    It took the last of several lines about one image, it ignored the suffixes outside `FIRST_SUFFIXES`, and it refused
     links to files outside the folder.
     """
     root = Path(source.path)
@@ -244,7 +244,7 @@ def _sidecars(content: FolderContent) -> dict[Path, Path]:
     """The caption file of every image that has one."""
     files = set(content.files)
     candidates = {image: [image.with_suffix(suffix) for suffix in SIDECAR_SUFFIXES] for image in content.images}
-    return {image: found[0] for image, names in candidates.items() if (found := [name for name in names if name in files])}
+    return {image: present[0] for image, names in candidates.items() if (present := [name for name in names if name in files])}
 
 
 def _with_file_name(root: Path, file: Path, sidecar: Path | None) -> Iterator[_Raw | UnreadableSample]:
@@ -286,7 +286,7 @@ def _read_listed(root: Path, name: str, list_name: str) -> bytes | str:
     if path.is_absolute() or ".." in re.split(r"[/\\]", name):
         return f"{list_name} names a file outside its folder; give a path in the folder without `..`"
     if (part := system_part(path)) is not None:
-        return f"{list_name} names it, but files in {printable(part)} are passed over"
+        return f"{list_name} names it, but files in {printable(part)} are ignored"
     return _read_bytes(root / name, f"{list_name} names it, but the image file is missing")
 
 
@@ -301,14 +301,14 @@ def _read_bytes(file: Path, missing: str = "the file is missing") -> bytes | str
 
 
 def _raw_webdataset(source: WebdatasetSource) -> Iterator[_Raw | UnreadableSample]:
-    passed_over: Counter[str] = Counter()
+    ignored: Counter[str] = Counter()
     for shard in _files_of(source):
         try:
             with tarfile.open(shard) as archive:
-                yield from _raw_tar(printable(shard.name), archive, passed_over)
+                yield from _raw_tar(printable(shard.name), archive, ignored)
         except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             yield UnreadableSample(printable(shard.name), f"tar shard cannot be read: {' '.join(str(error).split())}")
-    if note := FolderContent([], passed_over=passed_over).note():
+    if note := FolderContent([], ignored=ignored).note():
         warn_once(f"{source.path}: {note}")
 
 
@@ -329,17 +329,17 @@ class _Group:
     num_members: int = 0
 
 
-def _raw_tar(shard: str, archive: tarfile.TarFile, passed_over: Counter[str]) -> Iterator[_Raw | UnreadableSample]:
+def _raw_tar(shard: str, archive: tarfile.TarFile, ignored: Counter[str]) -> Iterator[_Raw | UnreadableSample]:
     group = _Group()
     for member in archive:
         path = PurePosixPath(member.name)
         if not (member.isfile() or member.islnk() or member.issym()):
             continue
         if (part := system_part(path)) is not None:
-            passed_over.update([part] if is_image_name(path) else [])
+            ignored.update([part] if is_image_name(path) else [])
             continue
         if not path.suffix:
-            passed_over.update(["names without a suffix"])
+            ignored.update(["names without a suffix"])
             continue
         folder, _, last = member.name.rpartition("/")
         stem, _, suffix = last.partition(".")

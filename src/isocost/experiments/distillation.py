@@ -294,7 +294,7 @@ class DistillExperiment(Experiment):
         }
 
     def training_gflop(self, run: TrainingRun, images_seen: int) -> float:
-        """Return the training compute with the passes of the teacher and of the weight average, and the previous stages."""
+        """Return the training compute, with the previous stages and the passes of the teacher and of the weight average."""
         assert isinstance(run, StudentRun)
         return run.gflop_before + run.gflop_per_image * images_seen
 

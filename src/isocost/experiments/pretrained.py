@@ -55,8 +55,8 @@ class PretrainedExperiment(Experiment):
             if info.label in path_by_label and info.pretrained is not None:  # two owners of one name
                 info = info.model_copy(update={"variant": display_name(info.pretrained.path, num_parts=2)})
             if info.label in path_by_label:
-                other = path_by_label[info.label]
-                raise ConfigError(f"checkpoints: {path} and {other} are both called {info.label}; rename a folder")
+                earlier = path_by_label[info.label]
+                raise ConfigError(f"checkpoints: {path} and {earlier} are both called {info.label}; rename a folder")
             if name in infos:
                 raise ConfigError(f"checkpoints: {path} has the same files as another checkpoint; remove one of the two")
             infos[name], path_by_label[info.label] = info, path
@@ -120,14 +120,16 @@ class PretrainedExperiment(Experiment):
         is_student = info.nearest_solver.name == "lcm"
         supported = tuple(solver for solver in solvers if (solver.name == "lcm") is is_student)
         if not supported:
-            reason = "is a few-step student: add lcm" if is_student else "is not a few-step student: add a solver besides lcm"
-            raise ConfigError(f"sweep.solvers: none for {info.variant}, which {reason}")
+            reason = "a few-step student: add lcm" if is_student else "not a few-step student: add a solver other than lcm"
+            raise ConfigError(f"sweep.solvers: none of them supports {info.variant}, which is {reason}")
         return sweep.model_copy(update={"solvers": supported})
 
     def _sweep_with_loras(self, info: CheckpointInfo, sweep: SweepSpec, solvers: tuple[SolverSpec, ...]) -> SweepSpec:
         supported = tuple(solver for solver in solvers if not (solver.name == "lcm" and schedule_of(info).is_flow))
         if not supported:
-            raise ConfigError(f"sweep.solvers: none for {info.variant}, which is a flow model: add a solver besides lcm")
+            raise ConfigError(
+                f"sweep.solvers: none of them supports {info.variant}, which is a flow model: add a solver other than lcm"
+            )
         return sweep.model_copy(update={"solvers": supported})
 
     def jobs(self, run: TrainingRun) -> list[EvalJob]:

@@ -39,8 +39,8 @@ PIXELS_PER_CALL = 128 * 128
 def images_per_call(resolution: int) -> int:
     """Number of images per call of an autoencoder, whose activations take most of the memory of a published pipeline.
 
-    It depends on the size of the images alone, so that an image has the same bits on every machine, whatever is decoded with
-    it: 32 images up to 64 x 64 pixels, and one of larger images from 91 x 91 pixels on.
+    It depends only on the size of the images, so that an image has the same bits on every machine, whatever is decoded with
+    it: 32 images up to 64 x 64 pixels, fewer for larger images, and one from 91 x 91 pixels on.
 
     Args:
         resolution: side of an image in pixels.

@@ -1,4 +1,4 @@
-"""Rules for weights that are read from a file, the same for every part of a checkpoint."""
+"""Checks of loaded weights, the same for every part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_loaded(network: nn.Module, loading_info: Mapping[str, Any], source: st
         source: folder or Hub id, for messages.
 
     Raises:
-        ConfigError: the file lacks a weight or has another shape of it, or a weight is NaN or infinite.
+        ConfigError: a weight is missing, has another shape, or is NaN or infinite.
     """
     problems = sorted(loading_info["missing_keys"]) + [str(key) for key in loading_info.get("mismatched_keys", ())]
     if problems:
@@ -39,5 +39,5 @@ def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
     if bad:
         raise ConfigError(
             f"{source}: {len(bad)} of {len(tensors)} weights contain NaN or inf, the first is {bad[0]}; "
-            "get the file again, or another one"
+            "download the file again, or use another one"
         )

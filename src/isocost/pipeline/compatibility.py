@@ -26,7 +26,7 @@ def write_data_content(out: Path, contents: Mapping[str, str]) -> None:
 
 
 def read_data_content(out: Path) -> dict[str, str]:
-    """Read the file that `write_data_content` wrote; nothing where it is absent, as in older folders.
+    """Read the file that `write_data_content` wrote; empty if it is missing, as in older folders.
 
     Raises:
         ConfigError: the file is damaged.
@@ -38,7 +38,7 @@ def read_data_content(out: Path) -> dict[str, str]:
         contents = json.loads(file.read_text(encoding="utf-8"))
         return {part: str(contents[part]) for part in DATA_PARTS if part in contents}
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{file}: damaged ({error}); remove it, it is written again") from error
+        raise ConfigError(f"{file}: damaged ({error}); remove it, and the next run writes it again") from error
 
 
 def read_study_file(out: Path) -> StudySpec:
@@ -51,7 +51,7 @@ def read_study_file(out: Path) -> StudySpec:
     try:
         return load_study(file)
     except ConfigError as error:
-        raise ConfigError(f"{error}; `isocost run STUDY --out {out}` writes {STUDY_FILE} again once it is removed") from error
+        raise ConfigError(f"{error}; or remove {STUDY_FILE}: `isocost run STUDY --out {out}` writes it again") from error
 
 
 def check_compatible(study: StudySpec, store: Store, contents: Mapping[str, str] | None = None) -> None:
@@ -104,7 +104,7 @@ def _content_difference(
         try:
             old_content = source_fingerprint(getattr(before.data, part))
         except (ConfigError, OSError):
-            return f", and {DATA_FILE} and the files of the former path are missing, so that the two cannot be compared"
+            return f", and {DATA_FILE} and the files at the former path are missing, so the two cannot be compared"
     new_content = contents.get(part) or source_fingerprint(getattr(study.data, part))
     return None if new_content == old_content else ", whose files differ"
 

@@ -1,4 +1,4 @@
-"""A study from images to scored points. A stage whose artefact already exists is skipped."""
+"""Run the stages of a study, from images to scored points. A stage whose artefact already exists is skipped."""
 
 from __future__ import annotations
 
@@ -344,10 +344,10 @@ class Pipeline:
         if has_points and self._has_unscored_points(run, checkpoint):
             return True
         folder = self.store.folder("checkpoint", checkpoint)
-        dependents = [other for other in self.runs if folder in other.sources]
-        if not dependents:
+        children = [child for child in self.runs if folder in child.sources]
+        if not children:
             return not has_points
-        return any(self.missing_snapshots(other) or self._has_unscored_points(other, checkpoint) for other in dependents)
+        return any(self.missing_snapshots(child) or self._has_unscored_points(child, checkpoint) for child in children)
 
     def _has_unscored_points(self, run: TrainingRun, checkpoint: str) -> bool:
         """Whether the sweep of a run has a point of `checkpoint` that is not scored by all metrics, or an open search."""

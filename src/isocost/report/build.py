@@ -70,7 +70,7 @@ def report(pipeline: Pipeline, with_figures: bool = True) -> Report:
 
     Args:
         pipeline: a study whose points are scored.
-        with_figures: false writes the pages and tables alone, in about a third of the time.
+        with_figures: false writes only the pages and tables, in about a third of the time.
 
     Raises:
         ConfigError: no point of the study is scored yet.

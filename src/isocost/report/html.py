@@ -94,7 +94,7 @@ def write_report(
         missing_experiments: titles of experiments that have no page.
         pretrained: the points of the checkpoints that the runs started from, for tasks that are compared with them.
         verdicts: verdicts for the paper's claims on these points and those of the other tasks.
-        with_figures: false writes the page alone, in about a third of the time, and removes figures of an earlier report.
+        with_figures: false writes only the page, in about a third of the time, and removes figures of an earlier report.
         scope: whether the study trained the networks, and the cost of the budgets.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The subject of a report: networks that the study trained, or published checkpoints that it only scored."""
+"""The subject of a report: networks that the study trained, or published checkpoints that the study only scored."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from isocost.analysis.costs import COSTS
 
 PAPER_COST = "normalized_cost"
 CHECKPOINT_COSTS = ("gflop", "ms_per_image", "nfe", PAPER_COST)
-"""Costs for published checkpoints, the one for budgets first. The paper's cost has no pass for guidance, so it comes last."""
+"""Costs for published checkpoints in order of preference. The paper's cost ignores the guidance pass, so it is last."""
 
 
 @dataclass(frozen=True)
 class Scope:
-    """The kind of networks in a report and the cost that leads it.
+    """The kind of networks in a report, and the cost that the report shows first.
 
     Attributes:
         budget_cost: cost of the budgets, a name of `COSTS`.
@@ -32,7 +32,7 @@ class Scope:
 
     @property
     def costs(self) -> tuple[str, ...]:
-        """All costs in the order of the report, that of the budgets first."""
+        """All costs in the order of the report; the cost of the budgets is first."""
         costs = tuple(COSTS) if self.trained else CHECKPOINT_COSTS
         return (self.budget_cost, *(cost for cost in costs if cost != self.budget_cost))
 

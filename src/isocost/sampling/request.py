@@ -54,7 +54,7 @@ class SampleRequest:
         if not 0 <= self.guidance < math.inf:
             raise ConfigError(f"guidance = {self.guidance}: give a finite number that is not negative")
         if not -(2**63) <= self.seed < 2**63:
-            raise ConfigError(f"seed = {self.seed}: give an integer of 64 bits")
+            raise ConfigError(f"seed = {self.seed}: give a 64-bit integer")
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -186,7 +186,7 @@ class BatchSlots:
         return indices
 
     def network_input(self, primary: Tensor) -> Tensor:
-        """Latents of the slots `primary` [P], with their `concat_cond` behind them: [P, C + C', H, W]."""
+        """Latents of the slots `primary` [P], followed by their `concat_cond` as further channels: [P, C + C', H, W]."""
         x = self.x[primary]
         return x if self._concat_cond_fn is None else torch.cat([x, self.concat_cond[primary]], dim=1)
 

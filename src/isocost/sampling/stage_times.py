@@ -1,4 +1,4 @@
-"""Milliseconds of the stages of sampling, each measured alone on full batches.
+"""Milliseconds of the stages of sampling, each measured separately on full batches.
 
 A sweep generates the images of many points in one stream, and decodes while it denoises. Its own duration cannot be divided
 among the points: decoding belongs to an image, and evaluations belong to a number of steps. So the stages are measured before
@@ -77,7 +77,7 @@ def measure_stage_times(
         return batch
 
     def milliseconds(stage: Callable[[], int]) -> float:
-        """Median milliseconds per unit of work, of which `stage` returns the number."""
+        """Median milliseconds per unit of work; `stage` returns the number of units it did."""
         stage()
         durations: list[float] = []
         per_unit: list[float] = []

@@ -26,18 +26,18 @@ RETRY_S = 0.5
 MAX_CONFLICTS = 5
 _DAMAGED = "restore the database from a copy, or remove it: points whose artefacts are there are scored again without sampling"
 _LASTING_PROBLEMS = {
-    "full": "free some disk space, and the same command goes on",
-    "no space left": "free some disk space, and the same command goes on",
+    "full": "free some disk space, then run the same command again",
+    "no space left": "free some disk space, then run the same command again",
     "readonly": "make it writable, or give another folder",
     "read-only": "make it writable, or give another folder",
-    "disk i/o error": "check the disk, and the same command goes on",
-    "unable to open": "check that its folder exists and can be written, and the same command goes on",
+    "disk i/o error": "check the disk, then run the same command again",
+    "unable to open": "check that its folder exists and is writable, then run the same command again",
     "malformed": _DAMAGED,
     "not a database": _DAMAGED,
     "no such table": _DAMAGED,
     "no such column": _DAMAGED,
 }
-"""Reasons that do not pass by waiting, with what to do about them."""
+"""Reasons that waiting does not remove, with their remedies."""
 
 
 def connect(address: str | Path) -> Engine:
@@ -68,7 +68,7 @@ def connect(address: str | Path) -> Engine:
             return engine
     except ArgumentError as error:
         raise ConfigError(
-            f"--database {address}: not an address of a database; give postgresql://USER@HOST/NAME or a file"
+            f"--database {address}: not a database address; give postgresql://USER@HOST/NAME or a file"
         ) from error
     except (NoSuchModuleError, ModuleNotFoundError) as error:
         raise ConfigError(

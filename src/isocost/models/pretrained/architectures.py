@@ -170,7 +170,7 @@ def family_of(index: Mapping[str, Any], file: Path) -> PipelineFamily:
         raise ConfigError(f"{file}: the pipeline {pipeline} is not supported; supported: {', '.join(PIPELINES)}")
     family = PIPELINES[pipeline]
     if index.get("requires_aesthetics_score"):
-        raise ConfigError(f"{file}: requires_aesthetics_score = True: a refiner of images; only text-to-image is supported")
+        raise ConfigError(f"{file}: requires_aesthetics_score = True: this is a refiner; only text-to-image is supported")
     entry = index.get(family.denoiser_folder)
     if not isinstance(entry, list) or len(entry) != 2 or entry[1] not in family.denoiser_classes:
         needed = " or ".join(family.denoiser_classes)

@@ -33,8 +33,8 @@ class PipelineTextEncoder:
     - sd: last hidden states of CLIP.
     - sdxl: hidden states of two CLIPs before their last layer, concatenated, and the pooled embedding of the second.
     - pixart: hidden states of T5 with their mask; prompts in lower case (diffusers' pipeline with `clean_caption=False`).
-    - sd3: hidden states of two CLIPs as for sdxl, below them those of T5 (zeros if the pipeline has no T5), and both pooled
-      embeddings.
+    - sd3: hidden states of two CLIPs as for sdxl, followed by the tokens of T5 (zeros if the pipeline has no T5), and both
+      pooled embeddings.
     - flux: hidden states of T5 without their mask, and the pooled embedding of CLIP.
     """
 
