@@ -23,16 +23,6 @@ if TYPE_CHECKING:
     from isocost.evaluation.confidence_intervals import Interval
     from isocost.sampling.sample import Model
 
-BUDGETS = {
-    "nfe": "nfe",
-    "gflop": "gflop",
-    "ms": "ms_per_image",
-    "normalized_cost": "normalized_cost",
-    "images_per_hour": "images_per_hour",
-    "memory_gib": "memory_gib",
-}
-"""Keyword of `recommend` -> name of the budget."""
-
 
 @dataclass(frozen=True)
 class StudyResult:
@@ -41,7 +31,8 @@ class StudyResult:
     Attributes:
         out: the output folder.
         results: one row per scored point. `size`, `solver`, `num_steps`, `guidance` name the configuration; `nfe`, `gflop`,
-            `normalized_cost` and `ms_per_image` are its costs per image; every metric has a column and the bounds of its 95 %
+            `normalized_cost`, `ms_per_image` (throughput at full batches) and `latency_ms` (one image alone; NaN until
+            `isocost remeasure` measures it) are its costs per image; every metric has a column and the bounds of its 95 %
             interval in METRIC_low and METRIC_high.
         page: the HTML report.
         summary: the answer as Markdown.
@@ -122,18 +113,21 @@ def recommend(
         metric: the column that decides.
         require: metric -> value that the configuration must reach, in the metric's direction.
         out: the output folder for the command in the answer.
-        **budgets: `nfe`, `gflop`, `ms` or `normalized_cost` per image, `images_per_hour`, `memory_gib`.
+        **budgets: `nfe`, `gflop`, `ms` or `normalized_cost` per image, `latency_ms`, `images_per_hour`, `memory_gib`.
 
     Raises:
         ConfigError: no budget is given, a name is unknown, or no point fits; the line names the nearest point.
     """
+    from isocost.analysis.costs import COSTS
     from isocost.analysis.recommend import recommend as choose
 
-    unknown = [name for name in budgets if name not in BUDGETS]
+    names = {cost.keyword: cost.name for cost in COSTS.values()}
+    names |= {"images_per_hour": "images_per_hour", "memory_gib": "memory_gib"}
+    unknown = [name for name in budgets if name not in names]
     if unknown or not budgets:
         problem = f"unknown budget {unknown[0]!r}" if unknown else "no budget"
-        raise ConfigError(f"recommend: {problem}; give one or more of {', '.join(BUDGETS)}, such as nfe=16")
-    named = {BUDGETS[name]: float(value) for name, value in budgets.items()}
+        raise ConfigError(f"recommend: {problem}; give one or more of {', '.join(names)}, such as nfe=16")
+    named = {names[name]: float(value) for name, value in budgets.items()}
     lead = next((name for name in named if name != "memory_gib"), None)
     if lead is None:
         raise ConfigError("recommend: memory_gib needs a second budget, such as nfe=16")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from isocost.analysis.costs import COSTS, cost_of
+from isocost.analysis.costs import COSTS, cost_of, format_unmeasured
 from isocost.analysis.formatting import ROUNDING, format_configuration, format_metric, format_number, format_score
 from isocost.analysis.results_table import is_within_budget
 from isocost.errors import ConfigError
@@ -25,7 +25,7 @@ MIB_PER_GIB = 1024
 IMAGES_PER_HOUR, MEMORY_GIB = "images_per_hour", "memory_gib"
 MEMORY_COLUMN = "peak_memory_mib"
 BUDGETS = (*COSTS, IMAGES_PER_HOUR, MEMORY_GIB)
-"""Names of budgets: the four costs, a minimum of images per hour, and a maximum of peak device memory in GiB."""
+"""Names of budgets: the costs, a minimum of images per hour, and a maximum of peak device memory in GiB."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def check_measured(rows: pd.DataFrame, constraints: Sequence[Constraint]) -> Non
                 f"no point has a measured peak memory (column {MEMORY_COLUMN}): sweep on a device that reports it, "
                 "or leave the memory budget out"
             )
-        raise ConfigError(f"no point has a measured {column}; choose another cost of {', '.join(COSTS)}")
+        raise ConfigError(format_unmeasured(column))
 
 
 def feasible(rows: pd.DataFrame, constraints: Sequence[Constraint]) -> pd.Series:

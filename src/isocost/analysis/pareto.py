@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from isocost.analysis.costs import COSTS, cost_of
+from isocost.analysis.costs import cost_of, format_unmeasured, is_measured
 from isocost.analysis.formatting import ROUNDING, decimal_exponent, format_configuration, format_score
 from isocost.analysis.results_table import CELL_COLUMNS, best_per_group, final_points, is_within_budget, rank_points
 from isocost.errors import ConfigError
@@ -165,9 +165,10 @@ def default_budgets(table: pd.DataFrame, cost: str, num_budgets: int = 5) -> lis
     Raises:
         ConfigError: no final point has a measurement of this cost.
     """
-    costs = table.loc[table["is_final"].astype(bool), cost_of(cost).name].dropna()
-    if costs.empty:
-        raise ConfigError(f"no final point has a measured {cost}; choose another cost of {', '.join(COSTS)}")
+    finished = table[table["is_final"].astype(bool)]
+    if not is_measured(finished, cost_of(cost).name):
+        raise ConfigError(format_unmeasured(cost, "final point"))
+    costs = finished[cost].dropna()
     budgets = np.geomspace(costs.min(), costs.max(), num_budgets + 1)[1:]
     return sorted({_round_up(float(budget)) for budget in budgets})
 

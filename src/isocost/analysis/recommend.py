@@ -23,6 +23,7 @@ from isocost.analysis.costs import cost_of
 from isocost.analysis.formatting import format_metric
 from isocost.analysis.pareto import BudgetChoice, Configuration, best_at_budgets, intervals_overlap
 from isocost.analysis.results_table import final_points, rank_points
+from isocost.analysis.timings import TIME_COLUMN, format_sweep_timings
 from isocost.errors import ConfigError
 from isocost.evaluation.metric_registry import metric_of
 
@@ -209,12 +210,15 @@ def _other_budgets_bind(rows: pd.DataFrame, constraints: Sequence[Constraint]) -
 
 def _constraint_notes(rows: pd.DataFrame, row: pd.Series, constraints: Sequence[Constraint]) -> list[str]:
     notes = []
+    timed_by_sweep = format_sweep_timings(rows)
     for constraint in constraints:
         column, bound = constraint.column, constraint.bound
         num_unmeasured = int(rows[column].isna().sum())
         if num_unmeasured:
             excluded = "1 point is" if num_unmeasured == 1 else f"{num_unmeasured} points are"
             notes.append(f"{excluded} left out because {column} was not measured")
+        if column == TIME_COLUMN and timed_by_sweep:
+            notes.append(timed_by_sweep)
         if constraint.is_requirement:
             end = float(row[f"{column}_{'high' if constraint.is_upper_bound else 'low'}"])
             if math.isnan(end):

@@ -83,7 +83,7 @@ def remeasure(
     tasks: Tasks = None,
     results_db: Database = None,
 ) -> None:
-    """Measure the milliseconds of every point of a study again. Run it while nothing else uses the device."""
+    """Measure throughput and latency of every point of a study. Run it while nothing else uses the device."""
     from isocost.pipeline.pipeline import Pipeline
 
     study = read_study(study_file, overrides)

@@ -55,7 +55,7 @@ def archive(
 @app.command()
 def compare(
     outs: Annotated[list[Path], typer.Argument(help="two or more output folders of studies under one protocol")],
-    cost: Annotated[str, typer.Option(help="gflop, nfe, ms_per_image or normalized_cost")] = "gflop",
+    cost: Annotated[str, typer.Option(help="gflop, nfe, ms_per_image, latency_ms or normalized_cost")] = "gflop",
     budgets: Annotated[
         list[float] | None,
         typer.Option(
@@ -68,15 +68,16 @@ def compare(
 ) -> None:
     """Compare studies at equal cost: families, autoencoders, training recipes or pretrained checkpoints."""
     from isocost.analysis.study_comparison import headline
-    from isocost.analysis.timings import format_excluded_timings
+    from isocost.analysis.timings import TIME_LABELS, format_excluded_timings
     from isocost.pipeline.compare import compare as compare_studies
     from isocost.report.study_comparison import write_comparison
 
     if out is not None:
         check_separate(check_output_folder(out), *outs)
     compared = compare_studies(outs, metric, cost, budgets or (), task)
-    if untimed := format_excluded_timings(compared.table):
-        print(f"note: milliseconds {untimed}", file=sys.stderr)
+    for column, label in TIME_LABELS.items():
+        if untimed := format_excluded_timings(compared.table, column):
+            print(f"note: {label} {untimed}", file=sys.stderr)
     for line in (*compared.rankings, headline(compared.rankings)):
         print(line, file=sys.stderr)
     files = [] if out is None else write_comparison(out, compared.table, compared.rankings)

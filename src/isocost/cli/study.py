@@ -235,7 +235,13 @@ def report(
 def recommend(
     context: typer.Context,
     out: Annotated[Path | None, typer.Argument(help="output folder of a study; not needed with --database")] = None,
-    budget_ms: Annotated[float | None, typer.Option("--budget-ms", help="maximum milliseconds per image")] = None,
+    budget_ms: Annotated[
+        float | None, typer.Option("--budget-ms", help="maximum milliseconds per image, by throughput at full batches")
+    ] = None,
+    budget_latency_ms: Annotated[
+        float | None,
+        typer.Option("--budget-latency-ms", help="maximum milliseconds of one image alone, measured by `isocost remeasure`"),
+    ] = None,
     budget_gflop: Annotated[float | None, typer.Option("--budget-gflop", help="maximum GFLOP per image")] = None,
     budget_nfe: Annotated[float | None, typer.Option("--budget-nfe", help="maximum network evaluations per image")] = None,
     budget_normalized_cost: Annotated[
@@ -267,14 +273,19 @@ def recommend(
     ] = None,
 ) -> None:
     """Recommend the best size, solver, steps and guidance within all given budgets. The first budget breaks ties."""
+    from isocost.analysis.costs import COSTS
     from isocost.analysis.recommend import recommend as recommend_configuration
-    from isocost.analysis.timings import format_excluded_timings
+    from isocost.analysis.timings import TIME_LABELS, format_excluded_timings
 
+    given = {
+        "ms": budget_ms,
+        "latency_ms": budget_latency_ms,
+        "gflop": budget_gflop,
+        "nfe": budget_nfe,
+        "normalized_cost": budget_normalized_cost,
+    }
     budgets = {
-        "budget_ms": ("ms_per_image", budget_ms),
-        "budget_gflop": ("gflop", budget_gflop),
-        "budget_nfe": ("nfe", budget_nfe),
-        "budget_normalized_cost": ("normalized_cost", budget_normalized_cost),
+        **{f"budget_{cost.keyword}": (cost.name, given[cost.keyword]) for cost in COSTS.values()},
         "images_per_hour": ("images_per_hour", images_per_hour),
         "budget_memory_gib": ("memory_gib", budget_memory_gib),
     }
@@ -283,13 +294,15 @@ def recommend(
     costs = [cost for cost in limits if cost != "memory_gib"]
     if not costs:
         kind = " other than --budget-memory-gib" if limits else ""
-        known = "--budget-ms, --budget-gflop, --budget-nfe, --budget-normalized-cost or --images-per-hour"
+        options = [f"--budget-{cost.keyword.replace('_', '-')}" for cost in COSTS.values()]
+        known = f"{', '.join(options)} or --images-per-hour"
         raise ConfigError(f"give a budget{kind}: {known}")
     lead = costs[0]
     also = {cost: value for cost, value in limits.items() if cost != lead}
     table = _read_points(out, results_db, task, protocol)
-    if untimed := format_excluded_timings(table):
-        print(f"note: milliseconds {untimed}", file=sys.stderr)
+    for column, label in TIME_LABELS.items():
+        if untimed := format_excluded_timings(table, column):
+            print(f"note: {label} {untimed}", file=sys.stderr)
     folder = "OUT" if out is None else str(out)
     requirement_values = _parse_requirements(requirements)
     recommendation = recommend_configuration(
@@ -316,7 +329,7 @@ def _read_points(out: Path | None, results_db: str | None, task: str, protocol: 
         raise ConfigError(
             f"--database {results_db}: no such file; give the results.sqlite of an output folder, or the URL of a database"
         )
-    return of_task(ResultsDB(results_db).table(), task, protocol)
+    return of_task(ResultsDB(results_db, keep_tables=True).table(), task, protocol)
 
 
 def _parse_requirements(items: list[str] | None) -> dict[str, float]:

@@ -87,7 +87,10 @@ def archive(
     _prepare_target(target, [source], "the archive of a study")
     study = _merge_specs(read_study_file(target), study)
     excluded = _excluded(source, checkpoint_mib, tasks)
-    with ResultsDB(target / RESULTS_DB_FILE) as archived_db, ResultsDB(source / RESULTS_DB_FILE) as results_db:
+    with (
+        ResultsDB(target / RESULTS_DB_FILE) as archived_db,
+        ResultsDB(source / RESULTS_DB_FILE, keep_tables=True) as results_db,
+    ):
         archived_db.import_from(results_db)
     for kind in ARCHIVED_KINDS:
         for artefact in Store(source).artefacts(kind):
@@ -127,7 +130,7 @@ def merge(out: str | Path, others: list[Path]) -> dict[str, int]:
                     num_copied["artefacts"] += _copy_if_absent(folder, target)
             if not (target / REPORT_DATA).exists():
                 _copy_report_data(other, target)
-            with ResultsDB(other / RESULTS_DB_FILE) as other_db:
+            with ResultsDB(other / RESULTS_DB_FILE, keep_tables=True) as other_db:
                 num_copied["points"] += results_db.import_from(other_db)
     write_atomically(target / STUDY_FILE, dump_study(merged_study))
     return num_copied

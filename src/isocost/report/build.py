@@ -19,7 +19,7 @@ from isocost.analysis.pareto import default_budgets
 from isocost.analysis.power_laws import MIN_POINTS
 from isocost.analysis.results_table import best_per_group, final_points
 from isocost.analysis.scaling_laws import fit_scaling_laws, normalized_training_compute
-from isocost.analysis.timings import format_excluded_timings, keep_one_timing_device
+from isocost.analysis.timings import TIME_LABELS, format_excluded_timings, keep_one_timing_device
 from isocost.config.study import StudySpec
 from isocost.config.study_yaml import dump_study
 from isocost.config.types import TaskName
@@ -235,7 +235,7 @@ def _provenance(pipeline: Pipeline, experiment: Experiment, table: pd.DataFrame,
         **({"quality against training compute": _scaling_laws(experiment, table)} if scope.trained else {}),
         **({"best size by budget": _best_size_by_budget(experiment, table)} if is_family else {}),
         **({"predicted frontier of the largest size": _predicted_frontier(experiment, table)} if is_family else {}),
-        **({"milliseconds": untimed} if (untimed := format_excluded_timings(table)) else {}),
+        **{label: note for column, label in TIME_LABELS.items() if (note := format_excluded_timings(table, column))},
         "images skipped": len(skipped),
         "Fréchet distance with too few images": f"{num_flagged} {too_few_images}" if num_flagged else "no point",
         "software and hardware": dict(provenance()),

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from plotly.offline import get_plotlyjs
 
 from isocost.analysis.claims import ClaimVerdict
-from isocost.analysis.costs import COSTS
+from isocost.analysis.costs import COSTS, expected_costs, is_measured
 from isocost.analysis.formatting import format_metric, format_number
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets, default_budgets, metric_of
 from isocost.analysis.recommend import describe_choice
@@ -150,7 +150,7 @@ def write_report(
             },
             paper=TABLE_1,
             has_races="guidance_low" in table.columns and bool(table["guidance_low"].notna().any()),
-            unmeasured=[cost.label for cost in COSTS.values() if table[cost.name].isna().all()],
+            unmeasured=[COSTS[name].label for name in expected_costs(table) if not is_measured(table, name)],
             floor=None if floor is None else format_number(floor),
             floor_label=floor_label,
             grids=grids,

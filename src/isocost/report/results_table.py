@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from isocost.analysis.costs import COSTS
+from isocost.analysis.costs import COSTS, expected_costs
 from isocost.analysis.formatting import format_metric, format_number, format_score
 from isocost.analysis.pareto import metric_of
 from isocost.analysis.results_table import rank_points, sizes_in_order, with_metric
@@ -58,7 +58,8 @@ def point_columns(table: pd.DataFrame, metric: str, scope: Scope = TRAINED) -> d
         column = _column(name, format_metric(name), [_plain(row[name]) for row in rows], texts)
         ends = {end: [_plain(row[f"{name}_{end}"]) for row in rows] for end in ("low", "high")}
         columns.append(column | ends)
-    columns += [_column(name, COSTS[name].label, *_numbers(rows, name, format_number)) for name in scope.costs]
+    costs = [name for name in scope.costs if name in expected_costs(table)]
+    columns += [_column(name, COSTS[name].label, *_numbers(rows, name, format_number)) for name in costs]
     if scope.trained:
         columns.append(_column("images_seen", "images seen", *_numbers(rows, "images_seen", _format_integer)))
         is_final = ["yes" if row["is_final"] else "no" for row in rows]

@@ -9,7 +9,8 @@ import pandas as pd
 from isocost.analysis.costs import COSTS
 
 PAPER_COST = "normalized_cost"
-CHECKPOINT_COSTS = ("gflop", "ms_per_image", "nfe", PAPER_COST)
+_FIRST_COSTS = ("gflop", "ms_per_image", "nfe")
+CHECKPOINT_COSTS = (*_FIRST_COSTS, *(cost for cost in COSTS if cost not in (*_FIRST_COSTS, PAPER_COST)), PAPER_COST)
 """Costs for published checkpoints in order of preference. The paper's cost ignores the guidance pass, so it is last."""
 
 
@@ -43,4 +44,5 @@ TRAINED = Scope()
 def checkpoint_scope(table: pd.DataFrame) -> Scope:
     """The scope of published checkpoints. The budgets are in the first of `CHECKPOINT_COSTS` that all final points have."""
     finished = table[table["is_final"].astype(bool)]
-    return Scope(next((cost for cost in CHECKPOINT_COSTS if finished[cost].notna().all()), PAPER_COST), trained=False)
+    complete = [cost for cost in CHECKPOINT_COSTS if cost in finished and finished[cost].notna().all()]
+    return Scope(complete[0] if complete else PAPER_COST, trained=False)

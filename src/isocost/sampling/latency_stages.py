@@ -32,6 +32,8 @@ from isocost.utils.device import HostTimer, Timer
 TEXT, ENCODER, DENOISER, DECODER, END_TO_END = "text", "encoder", "denoiser", "decoder", "whole"
 NUM_WARM_UP = 3
 MIN_REPEATS = 3
+MAX_REPEATS, ENOUGH_MS = 20, 1000.0
+"""Limits of the repeats in `measure_latency_ms`."""
 
 StageCallback = Callable[[str], None]
 """Called with the name of a stage when the stage has ended."""
@@ -105,6 +107,22 @@ def time_runs(run: TimedRun, clock: Timer, repeats: int, host_clock: Timer | Non
     """Milliseconds of `repeats` runs: one list per stage and one end-to-end."""
     times = [time_run(run, clock, host_clock) for _ in range(repeats)]
     return {stage: [single[stage] for single in times] for stage in times[0]}
+
+
+def measure_latency_ms(run: TimedRun, clock: Timer, host_clock: Timer | None = None) -> tuple[float, int]:
+    """Measure the end-to-end time of a run after `NUM_WARM_UP` runs as warm-up.
+
+    The measurement is repeated until it has taken `ENOUGH_MS` in all, between `MIN_REPEATS` and `MAX_REPEATS` times.
+
+    Returns:
+        Median in milliseconds, and the number of measured runs.
+    """
+    for _ in range(NUM_WARM_UP):
+        time_run(run, clock, host_clock)
+    times: list[float] = []
+    while len(times) < MIN_REPEATS or (sum(times) < ENOUGH_MS and len(times) < MAX_REPEATS):
+        times.append(time_run(run, clock, host_clock)[END_TO_END])
+    return Summary.from_times(times).median_ms, len(times)
 
 
 # --- the timed work ---

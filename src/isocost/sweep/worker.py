@@ -26,6 +26,8 @@ from isocost.models.checkpoint import CheckpointInfo, load_checkpoint, read_info
 from isocost.sampling.denoiser import torch_dtype
 from isocost.sampling.engine import Engine
 from isocost.sampling.generate import GeneratedBatch, PromptEmbeds, generate, make_engine, schedule_of
+from isocost.sampling.latency import load_components
+from isocost.sampling.latency_stages import BatchedPipeline, LoadedModel, measure_latency_ms
 from isocost.sampling.request import PerSampleFn, SampleRequest, passes_per_evaluation
 from isocost.sampling.stage_times import StageTimes, measure_stage_times
 from isocost.sweep.grid import SweepPoint
@@ -33,7 +35,7 @@ from isocost.sweep.image_shards import Shard, ShardBuilder, ShardChunk, merge_sh
 from isocost.sweep.leases import Leases
 from isocost.sweep.results_db import ResultsDB
 from isocost.utils.artifact_store import Store
-from isocost.utils.device import best_device, device_monitor
+from isocost.utils.device import HostTimer, best_device, device_monitor
 from isocost.utils.environment import provenance
 from isocost.utils.signals import deadline_passed
 
@@ -77,6 +79,7 @@ class Worker:
     now: Callable[[], float] = time.perf_counter
     _engines: dict[tuple[str, bool, int], Engine] = field(default_factory=dict, init=False, repr=False)
     _stage_times_by_numerics: dict[tuple[str, bool, int], StageTimes] = field(default_factory=dict, init=False, repr=False)
+    _models: dict[tuple[str, bool], LoadedModel] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def info(self) -> CheckpointInfo:
@@ -134,6 +137,24 @@ class Worker:
                 pass
         clock.wait()
         return self.prompts.ms_per_prompt + 1000 * (self.now() - started) / len(images), len(images)
+
+    def measure_latency_ms(self, point: SweepPoint) -> tuple[float, int]:
+        """Measure one image alone, from its prompt to its pixels: text encoder, every pass, decoder.
+
+        It is the end-to-end time of `isocost latency --batch 1`.
+
+        Returns:
+            Milliseconds, and the number of measured runs.
+        """
+        spec, device = point.spec, best_device()
+        model = self._models.get((spec.dtype, spec.compiled))
+        if model is None:
+            checkpoint = load_checkpoint(self.checkpoint_folder, device, torch_dtype(spec.dtype))
+            model = self._models[spec.dtype, spec.compiled] = load_components(checkpoint, spec.dtype, spec.compiled, device)
+        coefficients = solver_coefficients(spec.solver, spec.num_steps, schedule_of(self.info))
+        pipeline = BatchedPipeline(model, coefficients, spec.guidance, batch_size=1)
+        clock, host_clock = device_monitor(device).clock, HostTimer(lambda: round(1e9 * self.now()))
+        return measure_latency_ms(pipeline, clock, host_clock)
 
     def _missing(self, points: Sequence[SweepPoint], done: PointCallback) -> list[SweepPoint]:
         """Record points whose images are complete, and return the points that are still not recorded."""
