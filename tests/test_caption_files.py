@@ -18,7 +18,7 @@ from torch import Tensor
 
 from isocost.config.data import FolderSource, ScenesSource, WebdatasetSource
 from isocost.config.model import TextEncoderSpec
-from isocost.data.caption_files import read_caption_list
+from isocost.data.caption_files import read_caption_lists
 from isocost.data.datasets import Sample, UnreadableSample, read_source, source_fingerprint
 from isocost.data.dreambooth import read_prompts, read_subjects
 from isocost.data.latent_cache import ImageDataset, LatentCache, load_images, write_cache, write_index
@@ -244,18 +244,63 @@ def test_captions_jsonl_and_caption_files_come_before_metadata_jsonl(tmp_path: P
     folder(tmp_path / "data", hub, name="metadata.jsonl")
     (tmp_path / "data" / "0.txt").write_text("own")
     source = FolderSource(kind="folder", path=str(tmp_path / "data"))
-    assert captions_of(source) == {"0.png": ("own",)}
+    assert captions_of(source) == {"0.png": ("own",), "1.png": ("hub",)}
     folder(tmp_path / "data", [line(0, "listed"), line(1, "listed")])
     assert captions_of(source) == {"0.png": ("listed",), "1.png": ("listed",)}
 
 
 @pytest.mark.parametrize("text", ['{"file_name": "0.png"}', '{"text": "a"}', '{"file_name": "0.png", "text": 3}', "[]"])
 def test_a_line_of_metadata_jsonl_without_caption_names_its_layout(text: str, tmp_path: Path) -> None:
-    message = refusal(
-        lambda: read_caption_list(Path(folder(tmp_path / "d", [text], name="metadata.jsonl").path) / "metadata.jsonl")
-    )
+    root = Path(folder(tmp_path / "d", [text], name="metadata.jsonl").path)
+    message = refusal(lambda: read_caption_lists(root, [root / "metadata.jsonl"]))
     assert "line 1" in message
     assert '{"file_name": NAME, "text": TEXT}' in message
+
+
+def test_metadata_csv_is_read(tmp_path: Path) -> None:
+    rows = 'file_name,text,width\n0.png,"a ""red"" disc, on white",3\n1.png,blüte,3\n'
+    source = folder(tmp_path / "data", rows.encode(), 3, "metadata.csv")
+    assert captions_of(source) == {"0.png": ('a "red" disc, on white',), "1.png": ("blüte",)}
+    assert bad_of(source) == {"2.png": "metadata.csv has no line for it"}
+    message = refusal(lambda: captions_of(folder(tmp_path / "other", b"image,label\n0.png,3\n", name="metadata.csv")))
+    assert "metadata.csv: needs a column file_name or file and a column text or caption or captions" in message
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "metadata.jsonl", "metadata.csv"])
+def test_caption_lists_of_subfolders_are_read(name: str, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for number, part in enumerate(("train", "train/deep", "test")):
+        rows = ["file_name,text", f"0.png,{part}"]
+        lines = [json.dumps({"file_name": "0.png", "text": part})]
+        folder(root / part, rows if name.endswith("csv") else lines, 1 + number // 2, name)
+    source = FolderSource(kind="folder", path=str(root))
+    assert captions_of(source) == {f"{part}/0.png": (part,) for part in ("test", "train", "train/deep")}
+    assert bad_of(source) == {"test/1.png": f"{name} has no line for it"}
+    before = source_fingerprint(source)
+    (root / "test" / name).write_bytes((root / "test" / name).read_bytes().replace(b"test", b"else"))
+    assert source_fingerprint(source) != before
+
+
+def test_lists_of_a_folder_and_of_its_subfolder_add_up(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    folder(root / "sub", [line(0, "of the subfolder"), line(1, "b")])
+    outer = json.dumps({"file": "sub/0.png", "caption": "of the folder"})
+    source = folder(root, [outer, line(0, "outer")], 1)
+    expected = {"0.png": ("outer",), "sub/0.png": ("of the folder", "of the subfolder"), "sub/1.png": ("b",)}
+    assert captions_of(source) == expected
+
+
+def test_a_list_of_a_subfolder_is_for_this_subfolder(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    folder(root / "listed", [line(0, "listed")], 2)
+    (root / "0.png").write_bytes(png())
+    (root / "0.txt").write_text("own file")
+    (root / "listed" / "1.txt").write_text("not read: the folder has a list")
+    source = FolderSource(kind="folder", path=str(root))
+    assert captions_of(source) == {"0.png": ("own file",), "listed/0.png": ("listed",)}
+    assert bad_of(source) == {"listed/1.png": "captions.jsonl has no line for it"}
+    folder(root / "listed", [line(0, "listed"), json.dumps({"file": "../0.png", "caption": "outside"})], 2)
+    assert "names a file outside its folder" in bad_of(source)["listed/../0.png"]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ class Configuration:
         guidance_at_boundary: whether the guidance is the lowest or the highest that was tried (`final_points`).
         dtype, compiled: of the network.
         seed: of the noise.
+        replaced_scheduler: scheduler class of a published checkpoint, if `solver` stands in for it.
     """
 
     point: str
@@ -49,6 +50,7 @@ class Configuration:
     dtype: str = "fp32"
     compiled: bool = False
     seed: int = 0
+    replaced_scheduler: str = ""
 
     @property
     def score(self) -> str:
@@ -190,6 +192,7 @@ def _configuration(row: pd.Series, cost: str, metric: str) -> Configuration:
         dtype=str(row.get("dtype", "fp32")),
         compiled=bool(row.get("compiled", False)),
         seed=int(row.get("seed", 0)),
+        replaced_scheduler=str(row.get("replaced_scheduler", "")),
     )
 
 

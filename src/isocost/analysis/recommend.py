@@ -200,6 +200,10 @@ def _notes(choice: BudgetChoice, best: Configuration, other_budgets_bind: bool =
     if best.guidance_at_boundary:
         remedy = "widen the grid to be sure of the optimum"
         notes.append(f"guidance {best.guidance:g} is at the boundary of the values tried there: {remedy}")
+    if best.replaced_scheduler:
+        notes.append(
+            f"{best.solver} is in place of the checkpoint's own {best.replaced_scheduler}, which isocost does not reproduce"
+        )
     return tuple(notes)
 
 

@@ -7,6 +7,7 @@ size, width, num_parameters               the network
 images_seen, training_gflop, is_final     the training; `is_final` is true for the last checkpoint of a training run
 solver, num_steps, guidance               the sampling configuration
 guidance_low, guidance_high, race_images, race_at_boundary    the guidance search, if there was one
+replaced_scheduler                        with solver `nearest`: scheduler class of the checkpoint for which `solver` stands
 num_images, seed, protocol                the evaluation
 normalized_cost, nfe, gflop, ms_per_image, latency_ms    the costs (`isocost.analysis.costs.COSTS`), NaN if not measured
 m, m_low, m_high                          for every metric m: the score and the ends of its 95 % interval, NaN where absent
@@ -76,6 +77,14 @@ def sizes_in_order(table: pd.DataFrame) -> list[str]:
     """The names of the sizes, from the smallest network to the largest."""
     sizes = table[["num_parameters", "size"]].drop_duplicates("size")
     return [str(size) for size in sizes.sort_values(["num_parameters", "size"])["size"]]
+
+
+def replaced_schedulers(table: pd.DataFrame) -> list[str]:
+    """One line for every checkpoint whose own scheduler another solver stands in for (`solver: nearest`)."""
+    if "replaced_scheduler" not in table.columns:
+        return []
+    rows = table[table["replaced_scheduler"] != ""].drop_duplicates(["size", "solver"]).sort_values(["num_parameters", "size"])
+    return [f"{row['size']}: {row['solver']} in place of {row['replaced_scheduler']}" for row in rows.to_dict("records")]
 
 
 def with_metric(table: pd.DataFrame, metric: str) -> pd.DataFrame:

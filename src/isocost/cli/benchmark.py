@@ -11,8 +11,11 @@ import typer
 from isocost.cli.app import app, print_json
 from isocost.cli.options import (
     CHECKPOINT_HELP,
+    Batches,
     Database,
+    NumRepeats,
     NumSteps,
+    OptionalGuidance,
     OutputDir,
     Overrides,
     SolverName,
@@ -34,13 +37,10 @@ if TYPE_CHECKING:
 def latency(
     checkpoint: Annotated[Path, typer.Argument(help=CHECKPOINT_HELP)],
     num_steps: NumSteps = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="guidance scale; 1 takes one network pass; default: 2, or 1 for super-resolution"),
-    ] = None,
+    guidance: OptionalGuidance = None,
     solver_name: SolverName = None,
-    batch: Annotated[list[int] | None, typer.Option("--batch", help="batch size; may be repeated; default: 1 and 4")] = None,
-    repeats: Annotated[int, typer.Option(help="measured passes of each batch size, 3 or more")] = 20,
+    batch: Batches = None,
+    repeats: NumRepeats = 20,
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"], typer.Option(help="data type of the network; fp16 needs a CUDA device")
     ] = "fp32",

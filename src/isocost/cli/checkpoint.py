@@ -11,11 +11,13 @@ import typer
 from isocost.cli.app import app, print_json
 from isocost.cli.options import (
     CHECKPOINT_HELP,
-    GUIDANCE_HELP,
     Compiled,
     DType,
     Eta,
+    GuidanceScale,
+    NumImages,
     NumSteps,
+    Overlap,
     Seed,
     SolverName,
     StepsOffset,
@@ -32,7 +34,7 @@ def sample(
     ],
     prompts: Annotated[list[str], typer.Option("--prompt", help="prompt; may be repeated")],
     num_steps: NumSteps = None,
-    guidance: Annotated[float, typer.Option(help=GUIDANCE_HELP)] = 2.0,
+    guidance: GuidanceScale = 2.0,
     solver_name: SolverName = None,
     timestep_spacing: TimestepSpacing = "trailing",
     eta: Eta = 0.0,
@@ -40,7 +42,7 @@ def sample(
     negative_prompt: Annotated[str | None, typer.Option(help="text to guide away from; default: the empty text")] = None,
     dtype: DType = "fp32",
     compiled: Compiled = False,
-    num_images: Annotated[int, typer.Option("--num-images", help="images per prompt")] = 4,
+    num_images: NumImages = 4,
     seed: Seed = 0,
     out: Annotated[
         Path,
@@ -69,7 +71,10 @@ def sample(
     )
     files, sheet = write_sample_folder(out, samples.array)
     cost = {"nfe": samples.nfe, "gflop_per_image": samples.gflop, "seconds": samples.seconds}
-    print_json({"prompts": list(samples.prompts), "files": list(map(str, files)), "sheet": str(sheet), **cost})
+    used = {"solver": samples.solver}
+    if samples.replaced_scheduler:
+        used["replaced_scheduler"] = samples.replaced_scheduler
+    print_json({"prompts": list(samples.prompts), "files": list(map(str, files)), "sheet": str(sheet), **used, **cost})
 
 
 @app.command()
@@ -79,12 +84,12 @@ def upscale(
     out: Annotated[Path, typer.Argument(help=".png file to write")],
     num_steps: NumSteps = None,
     prompt: Annotated[str, typer.Option(help="caption of the image, for checkpoints trained with captions")] = "",
-    guidance: Annotated[float, typer.Option(help=GUIDANCE_HELP)] = 1.0,
+    guidance: GuidanceScale = 1.0,
     solver_name: SolverName = None,
     timestep_spacing: TimestepSpacing = "trailing",
     eta: Eta = 0.0,
     steps_offset: StepsOffset = 1,
-    overlap: Annotated[float, typer.Option(help="minimum overlap of tiles, as a fraction of the tile")] = 0.25,
+    overlap: Overlap = 0.25,
     dtype: DType = "fp32",
     compiled: Compiled = False,
     seed: Seed = 0,

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import Field
 
 from isocost.cli.app import app, print_json
-from isocost.cli.options import parse_tasks
+from isocost.cli.options import Positive, in_range, parse_tasks
 from isocost.utils.output_paths import check_output_folder, check_separate
 
 
@@ -37,7 +38,11 @@ def archive(
     folder: Annotated[Path, typer.Argument(help="new folder, or an earlier archive of the same study")],
     checkpoint_mib: Annotated[
         float | None,
-        typer.Option("--checkpoint-mib", min=0, help="archive only final checkpoints of up to this size in MiB; default: all"),
+        typer.Option(
+            "--checkpoint-mib",
+            callback=in_range("--checkpoint-mib", Annotated[float, Field(ge=0)]),
+            help="archive only final checkpoints of up to this size in MiB; default: all",
+        ),
     ] = None,
     tasks: Annotated[
         list[str] | None, typer.Option("--task", help="archive only checkpoints of this task; may be repeated")
@@ -59,7 +64,9 @@ def compare(
     budgets: Annotated[
         list[float] | None,
         typer.Option(
-            "--budget", help="budget in the unit of --cost; may be repeated; default: up to 6 over the range of costs"
+            "--budget",
+            callback=in_range("--budget", Positive),
+            help="budget in the unit of --cost; may be repeated; default: up to 6 over the range of costs",
         ),
     ] = None,
     metric: Annotated[str, typer.Option(help="metric to rank by")] = "mmd_efficientnet",

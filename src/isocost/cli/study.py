@@ -18,9 +18,12 @@ from isocost.cli.options import (
     Figures,
     OutputDir,
     Overrides,
+    Positive,
     StopAfter,
     StudyFile,
     Tasks,
+    Utilisation,
+    in_range,
     output_dir_of,
     parse_deadline,
     parse_tasks,
@@ -61,7 +64,11 @@ def run(
     ] = None,
     utilisation: Annotated[
         float | None,
-        typer.Option("--utilisation", help="with --devices: assumed fraction of peak performance; default: 0.4"),
+        typer.Option(
+            "--utilisation",
+            callback=in_range("--utilisation", Utilisation),
+            help="with --devices: assumed fraction of peak performance; default: 0.4",
+        ),
     ] = None,
 ) -> None:
     """Run a study: train, sweep, score, report. The same command resumes a stopped run, and parallel runs share the work."""
@@ -236,24 +243,45 @@ def recommend(
     context: typer.Context,
     out: Annotated[Path | None, typer.Argument(help="output folder of a study; not needed with --database")] = None,
     budget_ms: Annotated[
-        float | None, typer.Option("--budget-ms", help="maximum milliseconds per image, by throughput at full batches")
+        float | None,
+        typer.Option("--budget-ms", callback=in_range("--budget-ms", Positive), help="maximum milliseconds per image, by throughput at full batches"),
     ] = None,
     budget_latency_ms: Annotated[
         float | None,
-        typer.Option("--budget-latency-ms", help="maximum milliseconds of one image alone, measured by `isocost remeasure`"),
+        typer.Option(
+            "--budget-latency-ms",
+            callback=in_range("--budget-latency-ms", Positive),
+            help="maximum milliseconds of one image alone, measured by `isocost remeasure`",
+        ),
     ] = None,
-    budget_gflop: Annotated[float | None, typer.Option("--budget-gflop", help="maximum GFLOP per image")] = None,
-    budget_nfe: Annotated[float | None, typer.Option("--budget-nfe", help="maximum network evaluations per image")] = None,
+    budget_gflop: Annotated[
+        float | None,
+        typer.Option("--budget-gflop", callback=in_range("--budget-gflop", Positive), help="maximum GFLOP per image"),
+    ] = None,
+    budget_nfe: Annotated[
+        float | None,
+        typer.Option("--budget-nfe", callback=in_range("--budget-nfe", Positive), help="maximum network evaluations per image"),
+    ] = None,
     budget_normalized_cost: Annotated[
-        float | None, typer.Option("--budget-normalized-cost", help="maximum normalized cost x steps")
+        float | None,
+        typer.Option(
+            "--budget-normalized-cost",
+            callback=in_range("--budget-normalized-cost", Positive),
+            help="maximum normalized cost x steps",
+        ),
     ] = None,
     images_per_hour: Annotated[
-        float | None, typer.Option("--images-per-hour", help="minimum number of images per hour")
+        float | None,
+        typer.Option(
+            "--images-per-hour", callback=in_range("--images-per-hour", Positive), help="minimum number of images per hour"
+        ),
     ] = None,
     budget_memory_gib: Annotated[
         float | None,
         typer.Option(
-            "--budget-memory-gib", help="maximum peak device memory in GiB; give a second budget too, such as --budget-ms"
+            "--budget-memory-gib",
+            callback=in_range("--budget-memory-gib", Positive),
+            help="maximum peak device memory in GiB; give a second budget too, such as --budget-ms",
         ),
     ] = None,
     metric: Annotated[str, typer.Option(help="metric to optimise")] = "mmd_efficientnet",

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from isocost.errors import ConfigError
@@ -61,6 +62,14 @@ class Spec(BaseModel):
     def canonical(self) -> dict[str, Any]:
         """Plain data without the fields at their default, for the digest."""
         return self.model_dump(mode="json", exclude_defaults=True)
+
+
+def _expanded(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~/") else path
+
+
+LocalPath = Annotated[str, AfterValidator(_expanded)]
+"""A path, in which ~ is the home folder; or a Hub id or a built-in name."""
 
 
 def digest(*parts: Spec | Mapping[str, Any] | str | int) -> str:

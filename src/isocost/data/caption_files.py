@@ -8,7 +8,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,10 +16,13 @@ from typing import Any
 from isocost.data.image_files import printable
 from isocost.errors import ConfigError
 
-CAPTION_LIST, HUB_CAPTION_LIST = "captions.jsonl", "metadata.jsonl"
-"""Caption lists of a folder: isocost's own, and the one of `datasets`' imagefolder layout."""
+CAPTION_LIST = "captions.jsonl"
+"""isocost's own caption list of a folder."""
+HUB_CAPTION_LISTS = ("metadata.jsonl", "metadata.csv")
+"""Caption lists of `datasets`' imagefolder layout."""
 LINE_REMEDY = 'each line must be {"file": NAME, "caption": TEXT} or {"file": NAME, "captions": [TEXT, ...]}'
 HUB_LINE_REMEDY = 'each line must be {"file_name": NAME, "text": TEXT}'
+TABLE_CAPTION_COLUMNS = ("text", "caption", "captions")
 _FILE_KEYS, _CAPTION_KEYS = ("file", "file_name"), ("captions", "caption", "text")
 _BYTE_ORDER_MARKS = (
     *((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")),
@@ -92,7 +95,7 @@ def caption_problem(captions: Sequence[Any] | None) -> str | None:
 
 @dataclass(frozen=True)
 class CaptionList:
-    """The lines of captions.jsonl or metadata.jsonl.
+    """The lines of captions.jsonl, metadata.jsonl or metadata.csv.
 
     Attributes:
         captions: by file name. The captions of several lines with the same file are combined, without duplicates.
@@ -103,15 +106,33 @@ class CaptionList:
     has_repeated_files: bool
 
 
-def read_caption_list(file: Path) -> CaptionList:
-    """Read captions.jsonl or metadata.jsonl.
+def read_caption_lists(root: Path, files: Sequence[Path]) -> CaptionList:
+    """Read the caption lists of a folder and its subfolders. Names are relative to `root`; lines about one file add up.
 
     Raises:
-        ConfigError: a line is broken, or the file cannot be read.
+        ConfigError: a line is broken, or a file cannot be read.
     """
-    remedy = HUB_LINE_REMEDY if file.name == HUB_CAPTION_LIST else LINE_REMEDY
     captions: dict[str, tuple[str, ...]] = {}
     has_repeated_files = False
+    for file in files:
+        folder = PurePosixPath(file.parent.relative_to(root).as_posix())
+        for name, added in _lines_of(file):
+            joined = str(folder / name)
+            earlier = captions.get(joined)
+            if earlier is not None:
+                added = (*earlier, *(caption for caption in added if caption not in earlier))
+                has_repeated_files = has_repeated_files or added != earlier
+            captions[joined] = added
+    return CaptionList(captions, has_repeated_files)
+
+
+def _lines_of(file: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield file name and captions of every line of a caption list."""
+    if file.suffix == ".csv":
+        for row in read_caption_table(file, _FILE_KEYS[::-1], TABLE_CAPTION_COLUMNS):
+            yield row.id, (row.caption,)
+        return
+    remedy = LINE_REMEDY if file.name == CAPTION_LIST else HUB_LINE_REMEDY
     for number, line in enumerate(_json_lines(file), start=1):
         if not line.strip():
             continue
@@ -120,16 +141,10 @@ def read_caption_list(file: Path) -> CaptionList:
             names = [entry[key] for key in _FILE_KEYS if key in entry] if isinstance(entry, dict) else []
             if not names or not isinstance(names[0], str | int | float):
                 raise ValueError("no file name")
-            name, added = str(PurePosixPath(str(names[0]))), parse_captions(entry)
+            yield str(names[0]), parse_captions(entry)
         except ValueError as error:
             reason = re.sub(r"^line 1: ", "", " ".join(str(error).split()))[:120]
             raise ConfigError(f"{printable(str(file))}: line {number} is broken ({reason}); {remedy}") from error
-        earlier = captions.get(name)
-        if earlier is not None:
-            added = (*earlier, *(caption for caption in added if caption not in earlier))
-            has_repeated_files = has_repeated_files or added != earlier
-        captions[name] = added
-    return CaptionList(captions, has_repeated_files)
 
 
 def _json_lines(file: Path) -> list[bytes]:

@@ -158,6 +158,15 @@ class PretrainedExperiment(Experiment):
         """One sentence about the study's protocol."""
         return self.assets.protocol.sentence()
 
+    def replaced_schedulers(self) -> Mapping[tuple[str, str], str]:
+        """Scheduler classes that isocost does not have, and for which the study asked for the nearest solver."""
+        return {
+            (name, info.nearest_solver.label): replaced
+            for name, info in self.infos.items()
+            for solver in self.sweep.solvers
+            if (replaced := info.replaced_scheduler(solver))
+        }
+
     @property
     def baselines(self) -> Mapping[str, Mapping[str, float]]:
         """No scores: without training images there are no real images besides the reference."""

@@ -14,14 +14,13 @@ from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from isocost.errors import ConfigError, RunError
 from isocost.models.checkpoint import refuse_pickles
-from isocost.models.pretrained.files import load_module, read_config
-from isocost.models.weight_checks import check_finite, check_loaded
+from isocost.models.pretrained.files import find_component, load_module, read_config
+from isocost.models.weight_checks import check_finite
 from isocost.utils.artifact_store import MANIFEST, verified_manifest
 from isocost.utils.device import is_out_of_memory
 from isocost.utils.tensor_files import read_tensors
@@ -29,6 +28,10 @@ from isocost.utils.tensor_files import read_tensors
 logger = logging.getLogger(__name__)
 
 BUILTIN_AUTOENCODER = "scenes"
+_CLASSES: dict[str, type[AutoencoderKL] | type[AutoencoderTiny]] = {
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderTiny": AutoencoderTiny,
+}
 
 
 MAX_IMAGES_PER_CALL = 32
@@ -228,27 +231,20 @@ def load_autoencoder(path: str | Path, subfolder: str | None = None, device: tor
     """
     if str(path) == BUILTIN_AUTOENCODER:
         path = str(resources.files("isocost.assets") / "scenes-autoencoder")
-    folder = Path(path) / subfolder if subfolder else Path(path)
+    root = find_component(path, subfolder)
+    folder = root / subfolder if subfolder else root
     if (folder / MANIFEST).is_file():
         verified_manifest(folder)
     if (folder / "linear_autoencoder.safetensors").is_file():
         return PCAAutoencoder.load(folder, device)
-    if folder.is_dir():
+    config = folder / "config.json"
+    if not config.is_file():
         refuse_pickles(folder)
-        config = folder / "config.json"
-        if not config.is_file():
-            raise ConfigError(f"{folder}: no config.json; give a diffusers autoencoder folder (perhaps with subfolder: vae)")
-        is_tiny = read_config(config).get("_class_name") == "AutoencoderTiny"
-        return _on_device(
-            load_module(AutoencoderTiny, folder) if is_tiny else load_module(AutoencoderKL, folder), device, folder
-        )
-    options: dict[str, Any] = {"use_safetensors": True, "subfolder": subfolder}
-    try:
-        network, loading_info = AutoencoderKL.from_pretrained(str(path), output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise ConfigError(f"{path}: cannot load an autoencoder from it: {' '.join(str(error).split())[:200]}") from error
-    check_loaded(network, loading_info, path)
-    return _on_device(network, device, path)
+        raise ConfigError(f"{folder}: no config.json; give a diffusers autoencoder folder (perhaps with subfolder: vae)")
+    class_name = read_config(config).get("_class_name")
+    if class_name not in _CLASSES:
+        raise ConfigError(f"{config}: _class_name = {class_name}: supported classes: {', '.join(_CLASSES)}")
+    return _on_device(load_module(_CLASSES[class_name], folder), device, folder)
 
 
 def _on_device(network: AutoencoderKL | AutoencoderTiny, device: torch.device | str, source: str | Path) -> DiffusersVAE:

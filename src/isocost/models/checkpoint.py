@@ -8,7 +8,6 @@ isocost.json   size, width, images seen, paths of the autoencoder and the text e
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
-from safetensors import SafetensorError
 from torch import Tensor
 
 from isocost.config.base import Spec, parse_spec
@@ -116,6 +114,14 @@ class CheckpointInfo(Spec):
         if self.pretrained is not None and self.pretrained.solver_problem:
             logger.warning(f"{self.variant}: sampled with {self.nearest_solver.label}: {self.pretrained.solver_problem}")
         return self.nearest_solver
+
+    def replaced_scheduler(self, requested: SolverSpec | None) -> str:
+        """The scheduler class of the folder, if the request "nearest" means another solver than that one; else empty."""
+        is_replaced = self.pretrained is not None and self.pretrained.solver_problem != ""
+        if requested is None or requested.name != NEAREST_SOLVER or not is_replaced:
+            return ""
+        assert self.pretrained is not None
+        return self.pretrained.scheduler
 
     @property
     def num_steps(self) -> int:
@@ -240,12 +246,7 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu", dtyp
     info = read_info(path)
     if info.pretrained is not None:
         return _open_pretrained(path, info, device, dtype)
-    try:
-        network = read_network(network_folder(path), dtype)
-    except ConfigError:
-        raise
-    except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot read the weights: {' '.join(str(error).split())[:200]}") from error
+    network = read_network(network_folder(path), dtype)
     return Checkpoint(path, read_manifest(path)["digest"], info, network.to(device).eval().requires_grad_(False))
 
 
@@ -290,7 +291,7 @@ def read_info(path: Path) -> CheckpointInfo:
     if not path.is_dir():
         raise ConfigError(f"{path}: no such checkpoint folder; `isocost run` writes checkpoints to OUT/artefacts/checkpoint/")
     if (path / MANIFEST).is_file() and _is_pretrained_entry(manifest := read_manifest(path)):
-        return parse_spec(CheckpointInfo, manifest["info"], str(path / MANIFEST))
+        return _with_checked_scheduler(parse_spec(CheckpointInfo, manifest["info"], str(path / MANIFEST)), path)
     network_path = network_folder(path)
     refuse_pickles(path)
     refuse_pickles(network_path)
@@ -306,6 +307,32 @@ def read_info(path: Path) -> CheckpointInfo:
 def _is_pretrained_entry(manifest: dict[str, Any]) -> bool:
     info = manifest.get("info")
     return isinstance(info, dict) and info.get("pretrained") is not None
+
+
+def _with_checked_scheduler(info: CheckpointInfo, path: Path) -> CheckpointInfo:
+    """The metadata of a pretrained checkpoint. If its entry was written before schedulers were checked, the pipeline is read.
+
+    Raises:
+        ConfigError: the pipeline of such an entry is missing or not supported.
+    """
+    assert info.pretrained is not None
+    if info.pretrained.scheduler:
+        return info
+    try:
+        return info.model_copy(update={"pretrained": pretrained_info(info.pretrained.path).pretrained})
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path / MANIFEST}: of a version that did not check schedulers, so the pipeline is read: {error}"
+        ) from error
+
+
+def checkpoint_name(folder: Path) -> str:
+    """Digest of a checkpoint, whatever its folder is called; the name of the folder if the checkpoint does not exist yet.
+
+    Raises:
+        RunError: its manifest is damaged.
+    """
+    return str(read_manifest(folder)["digest"]) if (folder / MANIFEST).is_file() else folder.name
 
 
 def network_folder(path: Path) -> Path:

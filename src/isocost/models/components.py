@@ -7,16 +7,21 @@ Shapes: N images, C latent channels, L latent size.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from isocost.models.autoencoder import Autoencoder, load_autoencoder
+from isocost.models.autoencoder import BUILTIN_AUTOENCODER, Autoencoder, load_autoencoder
 from isocost.models.checkpoint import Checkpoint
 from isocost.models.pretrained.prompt_encoder import PipelineTextEncoder
-from isocost.models.text_encoder import MiniLMTextEncoder, TextEncoder
+from isocost.models.text_encoder import BUILTIN_TEXT_ENCODER, MiniLMTextEncoder, TextEncoder
+from isocost.utils.file_hash import file_sha256
+
+CONTENT_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
+"""Suffixes of configs, tokenizers and weights."""
 
 
 def load_checkpoint_autoencoder(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Autoencoder:
@@ -50,6 +55,28 @@ def load_checkpoint_text_encoder(checkpoint: Checkpoint, device: torch.device | 
     if checkpoint.info.pretrained is not None:
         return PipelineTextEncoder(checkpoint.folder, checkpoint.info, device)
     return MiniLMTextEncoder(checkpoint.text_encoder, device)
+
+
+def component_content(path: str | Path, subfolder: str | None = None) -> str | None:
+    """Digest of the files that an autoencoder or a text encoder is loaded from: configs, weights and tokenizer.
+
+    Args:
+        path: a folder, a Hub id or a built-in name.
+        subfolder: folder of the component inside `path`; the tokenizer is next to it.
+
+    Returns:
+        16 hexadecimal digits; None for a Hub id and a built-in name, whose content the name decides.
+    """
+    root = Path(path)
+    if str(path) in (BUILTIN_AUTOENCODER, BUILTIN_TEXT_ENCODER) or not root.is_dir():
+        return None
+    folders = [root / subfolder, root / subfolder.replace("text_encoder", "tokenizer")] if subfolder else [root]
+    sha = hashlib.sha256()
+    for folder in dict.fromkeys(folders):
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if file.is_file() and file.suffix in CONTENT_SUFFIXES:
+                sha.update(f"{file.relative_to(root).as_posix()} {file_sha256(file)}\n".encode())
+    return sha.hexdigest()[:16]
 
 
 class DownsamplingDecoder:

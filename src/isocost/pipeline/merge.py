@@ -22,7 +22,7 @@ from isocost.pipeline.compatibility import (
     DATA_FILE,
     STUDY_FILE,
     check_compatible,
-    read_data_content,
+    read_content,
     read_study_file,
 )
 from isocost.pipeline.pipeline import RESULTS_DB_FILE
@@ -176,7 +176,7 @@ def _prepare_target(target: Path, sources: Sequence[Path], description: str) -> 
     """
     if (target / STUDY_FILE).is_file():
         for source in sources:
-            check_compatible(_load_study(source), Store(target), read_data_content(source))
+            check_compatible(_load_study(source), Store(target), read_content(source))
     elif target.is_dir() and any(target.iterdir()):
         raise ConfigError(f"{target}: neither empty nor {description}; give a new folder")
     else:

@@ -190,4 +190,5 @@ class Sweeper:
             eval_context.metrics,
             self.experiments[run.task].sweep.shard_size,
             eval_context.concat_cond,
+            labels=self.experiments[run.task].labels(run),
         )

@@ -30,7 +30,7 @@ from isocost.analysis.costs import COSTS, expected_costs, is_measured
 from isocost.analysis.formatting import format_metric, format_number
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets, default_budgets, metric_of
 from isocost.analysis.recommend import describe_choice
-from isocost.analysis.results_table import with_metric
+from isocost.analysis.results_table import replaced_schedulers, with_metric
 from isocost.models.paper_table import TABLE_1
 from isocost.report import plot_data
 from isocost.report.budget_slider import budget_slider
@@ -149,6 +149,7 @@ def write_report(
                 for name in finetune
             },
             paper=TABLE_1,
+            replaced=replaced_schedulers(table),
             has_races="guidance_low" in table.columns and bool(table["guidance_low"].notna().any()),
             unmeasured=[COSTS[name].label for name in expected_costs(table) if not is_measured(table, name)],
             floor=None if floor is None else format_number(floor),

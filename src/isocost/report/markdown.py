@@ -15,7 +15,7 @@ from isocost.analysis.costs import COSTS, cost_of, expected_costs, is_measured
 from isocost.analysis.formatting import format_configuration, format_metric, format_number, format_score
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets, default_budgets, metric_of, pareto
 from isocost.analysis.recommend import describe_choice, sample_command
-from isocost.analysis.results_table import final_points, sizes_in_order, with_metric
+from isocost.analysis.results_table import final_points, replaced_schedulers, sizes_in_order, with_metric
 from isocost.errors import ConfigError
 from isocost.report.scope import TRAINED, Scope
 
@@ -67,6 +67,8 @@ def markdown_summary(
     extent += f", {first['num_images']:,} images per point"
     protocol = f"protocol {escape_markdown(str(first['protocol']))}, seed {first['seed']}"
     lines += ["", f"{ranking}{floor_text}. {extent}; {protocol}.", *_format_notes(choices, scope)]
+    if replaced := replaced_schedulers(table):
+        lines += ["", f"Nearest solver in place of the checkpoint's own scheduler: {escape_markdown('; '.join(replaced))}."]
     not_included = _not_included(table, metric, missing_experiments, scope)
     lines += ["", f"Not included: {'; '.join(not_included)}."] if not_included else []
     best = next((choice.best for choice in reversed(choices) if choice.best is not None), None)

@@ -165,6 +165,7 @@ def latency(
             raise RunError(f"a batch of {batch_size} does not fit into the device's memory; use a smaller --batch") from error
     settings = {
         "solver": spec.label,
+        "replaced_scheduler": info.replaced_scheduler(solver) or None,
         "num_steps": info.num_steps if num_steps is None else num_steps,
         "num_function_evaluations": coefficients.num_function_evaluations,
         "guidance": guidance,

@@ -49,6 +49,8 @@ class Samples:
         nfe: network evaluations per image.
         gflop: cost of the network evaluations per image.
         seconds: wall-clock time of sampling and decoding.
+        solver: label of the solver.
+        replaced_scheduler: scheduler class of a published checkpoint, if the request `nearest` replaced it; else empty.
     """
 
     array: np.ndarray
@@ -56,6 +58,8 @@ class Samples:
     nfe: int
     gflop: float
     seconds: float
+    solver: str
+    replaced_scheduler: str = ""
 
     @property
     def images(self) -> list[Image.Image]:
@@ -163,7 +167,8 @@ class Model:
             raise ConfigError(
                 f"{self.checkpoint}: a guidance-distilled student has no unconditional pass; leave the negative prompt out"
             )
-        spec = info.resolve_solver(SolverSpec(name=solver) if isinstance(solver, str) else solver)
+        requested = SolverSpec(name=solver) if isinstance(solver, str) else solver
+        spec = info.resolve_solver(requested)
         coefficients = solver_coefficients(spec, info.num_steps if num_steps is None else num_steps, schedule_of(info))
         negative_index = None if negative_prompt is None else len(prompts)
         requests = [
@@ -186,7 +191,8 @@ class Model:
         seconds = time.perf_counter() - started
         by_prompt = images.permute(0, 2, 3, 1).numpy().reshape(len(prompts), num_images, size, size, 3)
         nfe = engine.passes_per_evaluation(requests[0]) * coefficients.num_function_evaluations
-        return Samples(by_prompt, tuple(prompts), nfe, nfe * info.gflop_per_forward, seconds)
+        replaced = info.replaced_scheduler(requested)
+        return Samples(by_prompt, tuple(prompts), nfe, nfe * info.gflop_per_forward, seconds, spec.label, replaced)
 
 
 def sample(

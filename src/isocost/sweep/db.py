@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from sqlalchemy import Column, MetaData, create_engine, event, inspect, text
-from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, InterfaceError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import Session
 
@@ -56,7 +56,7 @@ def connect(address: str | Path) -> Engine:
         ConfigError: the URL is invalid, its driver is not installed, or the database does not answer.
     """
     try:
-        url = make_url(str(address)) if "://" in str(address) else make_url(f"sqlite:///{address}")
+        url = make_url(str(address)) if "://" in str(address) else URL.create("sqlite", database=str(address))
         if url.drivername == "postgresql":
             url = url.set(drivername="postgresql+psycopg")
         if url.drivername == "sqlite" and url.database:
@@ -98,7 +98,7 @@ def _connect_read_only(file: Path) -> Engine:
     if log.is_file() and log.stat().st_size:
         folder = tempfile.TemporaryDirectory(prefix="isocost-results-")
         copies = [Path(shutil.copyfile(source, Path(folder.name) / source.name)) for source in (file, log)]
-        engine = create_engine(f"sqlite:///{copies[0]}", execution_options={READ_ONLY: True})
+        engine = create_engine(URL.create("sqlite", database=str(copies[0])), execution_options={READ_ONLY: True})
         weakref.finalize(engine, folder.cleanup)
     else:
         address = f"file:{quote(str(file.resolve()))}?mode=ro&immutable=1"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +62,7 @@ class Worker:
         metrics: metrics to compute.
         shard_size: images of a shard.
         concat_cond: second input of the network by sample index (super-resolution).
+        labels: columns of the results table that the study decides, where the checkpoint was trained for another one.
         now: seconds since an arbitrary origin.
     """
 
@@ -76,6 +77,7 @@ class Worker:
     metrics: tuple[str, ...]
     shard_size: int
     concat_cond: PerSampleFn | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
     now: Callable[[], float] = time.perf_counter
     _engines: dict[tuple[str, bool, int], Engine] = field(default_factory=dict, init=False, repr=False)
     _stage_times_by_numerics: dict[tuple[str, bool, int], StageTimes] = field(default_factory=dict, init=False, repr=False)
@@ -303,6 +305,7 @@ class Worker:
             **point.coordinate(),
             **point.costs(self.info),
             **summary_columns(self.info),
+            **self.labels,
             "protocol": self.reference.protocol.id,
             "num_nonfinite": manifest["num_nonfinite"],
             "min_batch_size": manifest["min_batch_size"],

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from isocost.errors import ConfigError
 from isocost.models.checkpoint import CheckpointInfo
-from isocost.models.pretrained.files import MODEL_INDEX, first_line, load_module, read_config
+from isocost.models.pretrained.files import MODEL_INDEX, first_line, load_module, load_tokenizer, read_config
 from isocost.models.pretrained.pipeline_config import MAX_PROMPT_TOKENS, family_at, text_encoder_classes
 from isocost.models.pretrained.wrappers import pack_mask, pack_pooled
 from isocost.models.text_encoder import TokenStatistics, token_statistics
@@ -152,17 +152,3 @@ def load_encoder(folder: Path, class_name: str) -> nn.Module:
 
     clip_classes = {cls.__name__: cls for cls in (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)}
     return load_module(clip_classes.get(class_name, transformers.T5EncoderModel), folder)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Load a transformers tokenizer.
-
-    Raises:
-        ConfigError: the folder has no tokenizer that the installed transformers can load.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except Exception as error:  # transformers and tokenizers raise many kinds of errors for wrong files
-        raise ConfigError(f"{folder}: cannot load a tokenizer from it: {first_line(error)}") from error
