@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from isocost.config.base import parse_spec
-from isocost.config.sampling import SolverSpec
+from isocost.config.sampling import SolverSpec, VaeSpec
 from isocost.config.study import StudySpec
 from isocost.config.study_yaml import load_study, parse_override
 from isocost.config.types import DTypeName, TaskName
@@ -53,6 +53,18 @@ Eta = Annotated[float, typer.Option("--eta", help="ddim: fraction of ancestral n
 StepsOffset = Annotated[int, typer.Option("--steps-offset", help="added to the timesteps of leading spacing")]
 Compiled = Annotated[bool, typer.Option("--compile/--no-compile", help="compile the network; takes minutes once per machine")]
 DType = Annotated[DTypeName, typer.Option("--dtype", help="data type of the network")]
+VaeDType = Annotated[DTypeName, typer.Option("--vae-dtype", help="data type of the autoencoder")]
+VaeTileSize = Annotated[
+    int | None,
+    typer.Option(
+        "--vae-tile-size",
+        metavar="PIXELS",
+        help="decode in overlapping tiles (VAE tiling): less memory, other pixels at the seams; a multiple of 64, such as 512",
+    ),
+]
+VaeSlicing = Annotated[
+    bool, typer.Option("--vae-slicing", help="decode one image at a time (VAE slicing); from 91 pixels on this is always so")
+]
 Seed = Annotated[int, typer.Option("--seed", help="random seed")]
 
 
@@ -116,3 +128,12 @@ def parse_solver(
         return None
     fields = {"timestep_spacing": timestep_spacing, "eta": eta, "steps_offset": steps_offset}
     return parse_spec(SolverSpec, {"name": name or "ddim", **fields}, "--solver")
+
+
+def parse_vae(dtype: str, tile_size: int | None, slicing: bool) -> VaeSpec:
+    """The settings of --vae-dtype, --vae-tile-size and --vae-slicing.
+
+    Raises:
+        ConfigError: the tile size is not a positive multiple of 64.
+    """
+    return parse_spec(VaeSpec, {"dtype": dtype, "tile_size": tile_size, "slicing": slicing}, "--vae-dtype, --vae-tile-size")

@@ -73,7 +73,7 @@ def read_network(folder: Path, dtype: torch.dtype = torch.float32) -> Network:
     network, loading_info = _CLASSES[name].from_pretrained(
         folder, use_safetensors=True, torch_dtype=dtype, output_loading_info=True
     )
-    check_loaded(network, loading_info, folder)
+    check_loaded(network, loading_info, folder, sorted(folder.glob("*.safetensors")))
     return network
 
 

@@ -250,7 +250,7 @@ def load_module(network_class: type[M], folder: Path, dtype: torch.dtype = torch
         ConfigError: files are missing, pickled or truncated, lack weights that the config requires, or contain NaN or inf.
     """
     read_component_config(folder / "config.json")
-    variant, _ = weight_files(folder)
+    variant, files = weight_files(folder)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "variant": variant or None}
     is_diffusers = network_class.__module__.startswith("diffusers")
     options |= {"torch_dtype" if is_diffusers else "dtype": dtype}
@@ -260,7 +260,7 @@ def load_module(network_class: type[M], folder: Path, dtype: torch.dtype = torch
         raise
     except Exception as error:  # diffusers and transformers raise many kinds of errors for a wrong config
         raise ConfigError(f"{folder}: cannot load it: {first_line(error)}") from error
-    check_loaded(network, loading_info, folder)
+    check_loaded(network, loading_info, folder, files)
     loaded: M = network.eval().requires_grad_(False)
     return loaded
 
