@@ -63,7 +63,9 @@ def test_budgets_are_keywords() -> None:
     assert one.cost == "nfe"
     both = isocost.recommend(table, nfe=16, gflop=1000, require={"alignment": 0.1})
     assert both.configuration == one.configuration
-    with pytest.raises(isocost.ConfigError, match="unknown budget 'evaluations'; give one or more of .*nfe, gflop, ms, latency_ms"):
+    with pytest.raises(
+        isocost.ConfigError, match=r"unknown budget 'evaluations'; give one or more of .*nfe, gflop, ms, latency_ms"
+    ):
         isocost.recommend(table, evaluations=4)
     with pytest.raises(isocost.ConfigError, match="no budget"):
         isocost.recommend(table)

@@ -136,7 +136,14 @@ def recommend(
 
 
 def load_checkpoint(
-    checkpoint: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | str = "fp32"
+    checkpoint: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = "fp32",
+    vae_dtype: torch.dtype | str = "fp32",
+    vae_tile_size: int | None = None,
+    vae_slicing: bool = False,
+    offload: bool = False,
 ) -> Model:
     """Load a checkpoint once, for any number of calls of `sample`.
 
@@ -145,13 +152,25 @@ def load_checkpoint(
             with ` + LORA[:SCALE]` or without.
         device: where it runs; by default CUDA if there is any, else the CPU.
         dtype: of the denoiser: "fp32" or "bf16", or the torch dtype.
+        vae_dtype: of the autoencoder, as `dtype`.
+        vae_tile_size: decode in overlapping tiles of this many pixels, a multiple of 64 (VAE tiling).
+        vae_slicing: decode one image at a time (VAE slicing).
+        offload: in every call of `sample`, load each part for its stage and release it after it.
 
     Raises:
-        ConfigError: the checkpoint cannot be read.
+        ConfigError: the checkpoint cannot be read, or does not support a setting.
     """
     from isocost.sampling.sample import Model
 
-    return Model(checkpoint, device=device, dtype=dtype)
+    return Model(
+        checkpoint,
+        device=device,
+        dtype=dtype,
+        vae_dtype=vae_dtype,
+        vae_tile_size=vae_tile_size,
+        vae_slicing=vae_slicing,
+        offload=offload,
+    )
 
 
 def score(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,6 +35,7 @@ class Configuration:
         dtype, compiled: of the network.
         seed: of the noise.
         replaced_scheduler: scheduler class of a published checkpoint, if `solver` stands in for it.
+        vae_dtype, vae_tile_size, vae_slicing: settings of the autoencoder (`isocost.config.sampling.VaeSpec`).
     """
 
     point: str
@@ -51,6 +53,9 @@ class Configuration:
     compiled: bool = False
     seed: int = 0
     replaced_scheduler: str = ""
+    vae_dtype: str = "fp32"
+    vae_tile_size: int | None = None
+    vae_slicing: bool = False
 
     @property
     def score(self) -> str:
@@ -193,7 +198,16 @@ def _configuration(row: pd.Series, cost: str, metric: str) -> Configuration:
         compiled=bool(row.get("compiled", False)),
         seed=int(row.get("seed", 0)),
         replaced_scheduler=str(row.get("replaced_scheduler", "")),
+        **_vae_settings(row),
     )
+
+
+def _vae_settings(row: pd.Series) -> dict[str, Any]:
+    """The settings of the autoencoder. A table has columns of them only if a point has other settings than the defaults."""
+    if pd.isna(row.get("vae_dtype")):
+        return {}
+    tile_size = None if pd.isna(row["vae_tile_size"]) else int(row["vae_tile_size"])
+    return {"vae_dtype": str(row["vae_dtype"]), "vae_tile_size": tile_size, "vae_slicing": bool(row["vae_slicing"])}
 
 
 def _round_up(value: float) -> float:

@@ -165,6 +165,9 @@ def sample_command(configuration: Configuration, out: str = "OUT", task: str = "
         command += [SOLVER_OPTIONS[key], value]
     command += ["--dtype", configuration.dtype] if configuration.dtype != "fp32" else []
     command += ["--compile"] if configuration.compiled else []
+    command += ["--vae-dtype", configuration.vae_dtype] if configuration.vae_dtype != "fp32" else []
+    command += ["--vae-tile-size", str(configuration.vae_tile_size)] if configuration.vae_tile_size is not None else []
+    command += ["--vae-slicing"] if configuration.vae_slicing else []
     command += ["--seed", str(configuration.seed)] if configuration.seed else []
     return shlex.join([*command, *inputs])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -30,6 +32,7 @@ from isocost.utils.artifact_store import write_atomically
 from isocost.utils.output_paths import check_output_file
 
 if TYPE_CHECKING:
+    from isocost.sampling.denoiser import SamplingDTypeName
     from isocost.sampling.latency import Latency
 
 
@@ -56,6 +59,7 @@ def latency(
     from isocost.sampling.latency import DEFAULT_BATCHES
     from isocost.sampling.latency import latency as measure
 
+    _print_memory(checkpoint, batch or DEFAULT_BATCHES, guidance, dtype, device)
     measured = measure(
         checkpoint,
         solver=solver,
@@ -97,6 +101,32 @@ def remeasure(
     finally:
         pipeline.close()
     print_json({"study": study.name, "timed": num_timed})
+
+
+def _print_memory(
+    checkpoint: Path,
+    batches: Sequence[int],
+    guidance: float | None,
+    dtype: SamplingDTypeName,
+    device: str | None,
+) -> None:
+    """Print the forecast of the device memory of a published checkpoint, before it is loaded."""
+    import torch
+
+    from isocost.estimate.memory_forecast import forecast_batches
+    from isocost.models.checkpoint import read_info
+    from isocost.sampling.latency import DEFAULT_GUIDANCE
+    from isocost.utils.device import best_device
+
+    info = read_info(checkpoint)
+    is_absent = device not in (None, "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available())
+    if info.pretrained is None or min(batches) < 1 or is_absent:
+        return  # `latency` names what is wrong
+    target = best_device() if device is None else torch.device(device)
+    forecast = forecast_batches(info, batches, DEFAULT_GUIDANCE if guidance is None else guidance, dtype, target)
+    print(forecast, file=sys.stderr)
+    if warning := forecast.warning(target):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _print_times(measured: Latency) -> None:

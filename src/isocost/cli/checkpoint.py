@@ -22,7 +22,11 @@ from isocost.cli.options import (
     SolverName,
     StepsOffset,
     TimestepSpacing,
+    VaeDType,
+    VaeSlicing,
+    VaeTileSize,
     parse_solver,
+    parse_vae,
 )
 from isocost.utils.output_paths import check_output_file, check_separate, private_folder
 
@@ -42,6 +46,12 @@ def sample(
     negative_prompt: Annotated[str | None, typer.Option(help="text to guide away from; default: the empty text")] = None,
     dtype: DType = "fp32",
     compiled: Compiled = False,
+    vae_dtype: VaeDType = "fp32",
+    vae_tile_size: VaeTileSize = None,
+    vae_slicing: VaeSlicing = False,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="load each part for its stage and release it after it: less memory, same images")
+    ] = False,
     num_images: NumImages = 4,
     seed: Seed = 0,
     out: Annotated[
@@ -54,6 +64,7 @@ def sample(
     from isocost.sampling.sample import sample as sample_images
     from isocost.sampling.sample_folder import check_sample_folder, write_sample_folder
 
+    vae = parse_vae(vae_dtype, vae_tile_size, vae_slicing)
     check_sample_folder(out, overwrite)
     if checkpoint.is_dir():
         check_separate(out, checkpoint)
@@ -68,6 +79,10 @@ def sample(
         negative_prompt=negative_prompt,
         dtype=dtype,
         compiled=compiled,
+        vae_dtype=vae.dtype,
+        vae_tile_size=vae.tile_size,
+        vae_slicing=vae.slicing,
+        offload=offload,
     )
     files, sheet = write_sample_folder(out, samples.array)
     cost = {"nfe": samples.nfe, "gflop_per_image": samples.gflop, "seconds": samples.seconds}
@@ -92,6 +107,9 @@ def upscale(
     overlap: Overlap = 0.25,
     dtype: DType = "fp32",
     compiled: Compiled = False,
+    vae_dtype: VaeDType = "fp32",
+    vae_tile_size: VaeTileSize = None,
+    vae_slicing: VaeSlicing = False,
     seed: Seed = 0,
 ) -> None:
     """Enlarge an image with a super-resolution checkpoint, in overlapping tiles."""
@@ -111,6 +129,7 @@ def upscale(
         seed=seed,
         dtype=dtype,
         compiled=compiled,
+        vae=parse_vae(vae_dtype, vae_tile_size, vae_slicing),
     )
     with private_folder(out) as folder:
         Image.fromarray(result.image).save(folder / out.name, format="PNG")

@@ -12,7 +12,7 @@ import typer
 from pydantic import Field, TypeAdapter, ValidationError
 
 from isocost.config.base import parse_spec
-from isocost.config.sampling import SolverSpec
+from isocost.config.sampling import SolverSpec, VaeSpec
 from isocost.config.study import StudySpec
 from isocost.config.study_yaml import load_study, parse_override
 from isocost.config.types import (
@@ -131,6 +131,18 @@ NumRepeats = Annotated[
     int,
     typer.Option("--repeats", callback=in_range("--repeats", Repeats), help="measured passes of each batch size, 3 or more"),
 ]
+VaeDType = Annotated[DTypeName, typer.Option("--vae-dtype", help="data type of the autoencoder")]
+VaeTileSize = Annotated[
+    int | None,
+    typer.Option(
+        "--vae-tile-size",
+        metavar="PIXELS",
+        help="decode in overlapping tiles (VAE tiling): less memory, other pixels at the seams; a multiple of 64, such as 512",
+    ),
+]
+VaeSlicing = Annotated[
+    bool, typer.Option("--vae-slicing", help="decode one image at a time (VAE slicing); from 91 pixels on this is always so")
+]
 
 
 def read_study(file: Path, overrides: list[str] | None) -> StudySpec:
@@ -193,3 +205,12 @@ def parse_solver(
         return None
     fields = {"timestep_spacing": timestep_spacing, "eta": eta, "steps_offset": steps_offset}
     return parse_spec(SolverSpec, {"name": name or "ddim", **fields}, "--solver")
+
+
+def parse_vae(dtype: str, tile_size: int | None, slicing: bool) -> VaeSpec:
+    """The settings of --vae-dtype, --vae-tile-size and --vae-slicing.
+
+    Raises:
+        ConfigError: the tile size is not a positive multiple of 64.
+    """
+    return parse_spec(VaeSpec, {"dtype": dtype, "tile_size": tile_size, "slicing": slicing}, "--vae-dtype, --vae-tile-size")

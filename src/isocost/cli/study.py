@@ -244,7 +244,11 @@ def recommend(
     out: Annotated[Path | None, typer.Argument(help="output folder of a study; not needed with --database")] = None,
     budget_ms: Annotated[
         float | None,
-        typer.Option("--budget-ms", callback=in_range("--budget-ms", Positive), help="maximum milliseconds per image, by throughput at full batches"),
+        typer.Option(
+            "--budget-ms",
+            callback=in_range("--budget-ms", Positive),
+            help="maximum milliseconds per image, by throughput at full batches",
+        ),
     ] = None,
     budget_latency_ms: Annotated[
         float | None,

@@ -311,6 +311,7 @@ def _write_latent_shard(
             progress(len(rows))
     size = write_shard(store, f"latents-{number:05d}.safetensors", columns) if columns else 0
     info = {"bytes": size, "latent_shape": latent_shape, "bad": unreadable}
+    info |= {"fallbacks": autoencoder.fallbacks} if autoencoder.fallbacks else {}
     store.write(f"latents-{number:05d}.json", json.dumps(info).encode())
 
 

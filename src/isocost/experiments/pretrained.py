@@ -96,6 +96,7 @@ class PretrainedExperiment(Experiment):
                     f"data.resolution: {self.study.data.resolution}, but {info.variant} generates {info.resolution} pixels; "
                     "images are downsampled, never upsampled: set it to the smallest resolution among the checkpoints"
                 )
+            self.sweep.vae.check_resolution(info.resolution, f"{info.variant}: sweep.vae.tile_size")
             sweep = self.sweeps[run.final]
             for solver in sweep.solvers:
                 for num_steps in sweep.num_steps:
@@ -142,7 +143,7 @@ class PretrainedExperiment(Experiment):
         assert info.pretrained is not None
         folder = find_base_folder(info.pretrained.path)
         prompts = PromptEmbeds.encode(assets.reference.prompts, PipelineTextEncoder(folder, info, best_device()))
-        autoencoder = load_pipeline_autoencoder(folder, best_device())
+        autoencoder = load_pipeline_autoencoder(folder, best_device(), self.sweep.vae)
         resolution = self.study.data.resolution
         if info.resolution != resolution:
             autoencoder = DownsamplingDecoder(autoencoder, resolution)

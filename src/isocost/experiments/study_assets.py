@@ -19,6 +19,7 @@ from isocost.config.base import Spec, digest
 from isocost.config.data import SourceSpec
 from isocost.config.evaluation import MIN_IMAGES, ProtocolSpec
 from isocost.config.model import PCAAutoencoderSpec, PretrainedAutoencoderSpec
+from isocost.config.sampling import VaeSpec
 from isocost.config.study import StudySpec
 from isocost.data import latent_cache as caching
 from isocost.data.datasets import num_classes, read_source, source_fingerprint
@@ -97,6 +98,7 @@ class StudyAssets:
         self.component_paths = dict(component_paths or {})
         self._images: dict[str, ImageDataset] = {}
         self._fingerprints: dict[str, str] = {}
+        self._sampling_autoencoders: dict[VaeSpec, Autoencoder] = {}
 
     # --- images ---
 
@@ -150,6 +152,22 @@ class StudyAssets:
     def load_or_train_autoencoder(self) -> Autoencoder:
         """Return the study's autoencoder; train it first if its artefact does not exist."""
         return self._autoencoder
+
+    def sampling_autoencoder(self, vae: VaeSpec) -> Autoencoder:
+        """Return the study's autoencoder with the settings of a sweep; it is the same object if they are the defaults."""
+        if vae.is_default:
+            return self.load_or_train_autoencoder()
+        if vae not in self._sampling_autoencoders:
+            spec = self.study.training_parts.autoencoder
+            self.load_or_train_autoencoder()
+            if isinstance(spec, PretrainedAutoencoderSpec):
+                loaded = load_autoencoder(spec.path, spec.subfolder, best_device(), vae)
+            else:
+                loaded = load_autoencoder(
+                    self.store.open("autoencoder", self.autoencoder_digest), device=best_device(), vae=vae
+                )
+            self._sampling_autoencoders[vae] = loaded
+        return self._sampling_autoencoders[vae]
 
     @cached_property
     def _autoencoder(self) -> Autoencoder:

@@ -157,13 +157,12 @@ class CheckpointInfo(Spec):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint opened for sampling."""
+class CheckpointSource:
+    """A checkpoint whose network is not loaded."""
 
     folder: Path
     digest: str
     info: CheckpointInfo
-    network: Network | ConditionedDenoiser
 
     @property
     def autoencoder_path(self) -> str:
@@ -177,6 +176,29 @@ class Checkpoint:
         spec = self.info.text_encoder
         relative = self.folder / spec.path
         return spec.model_copy(update={"path": str(relative)}) if relative.is_dir() else spec
+
+    def load_network(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Network | ConditionedDenoiser:
+        """Load the network; see `load_checkpoint`.
+
+        Raises:
+            ConfigError: weights are missing, truncated, NaN or infinite.
+        """
+        network: Network | ConditionedDenoiser
+        if self.info.pretrained is not None:
+            loras = split_loras(self.info.pretrained.path)[1]
+            network = load_network(family_at(self.folder), self.folder, self.info.resolution, loras, dtype)
+        else:
+            network = read_network(network_folder(self.folder), dtype)
+        return network.to(device).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Checkpoint(CheckpointSource):
+    """A checkpoint opened for sampling."""
+
+    network: Network | ConditionedDenoiser
 
 
 def scheduler_for(prediction_type: PredictionType, rescale_betas_zero_snr: bool = False) -> SchedulerMixin:
@@ -240,25 +262,29 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu", dtyp
             supported, or it has changed since it was added to an output folder.
         RunError: a file does not match its checksum.
     """
+    source = open_checkpoint(folder)
+    return Checkpoint(source.folder, source.digest, source.info, source.load_network(device, dtype))
+
+
+def open_checkpoint(folder: str | Path) -> CheckpointSource:
+    """Read and check a checkpoint without its network.
+
+    Raises:
+        ConfigError: as `load_checkpoint`, except for the values of the weights.
+        RunError: a file does not match its checksum.
+    """
     path = Path(folder).expanduser()
     if (path / MANIFEST).is_file():
         verified_manifest(path)
     info = read_info(path)
-    if info.pretrained is not None:
-        return _open_pretrained(path, info, device, dtype)
-    network = read_network(network_folder(path), dtype)
-    return Checkpoint(path, read_manifest(path)["digest"], info, network.to(device).eval().requires_grad_(False))
-
-
-def _open_pretrained(path: Path, info: CheckpointInfo, device: torch.device | str, dtype: torch.dtype) -> Checkpoint:
-    assert info.pretrained is not None
+    if info.pretrained is None:
+        return CheckpointSource(path, read_manifest(path)["digest"], info)
     source, source_name = find_base_folder(info.pretrained.path), source_digest(info.pretrained.path)
     if (path / MANIFEST).is_file() and read_manifest(path)["digest"] != source_name:
         raise ConfigError(
             f"{info.pretrained.path}: its content has changed since it was scored as {path.name}; run the study again"
         )
-    network = load_network(family_at(source), source, info.resolution, split_loras(info.pretrained.path)[1], dtype)
-    return Checkpoint(source, source_name, info, network.to(device).eval().requires_grad_(False))
+    return CheckpointSource(source, source_name, info)
 
 
 def pretrained_info(path: str | Path) -> CheckpointInfo:

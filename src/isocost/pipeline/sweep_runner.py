@@ -183,7 +183,7 @@ class Sweeper:
             self.results_db,
             self.leases,
             self.store.folder("checkpoint", job.checkpoint),
-            eval_context.autoencoder or self.assets.load_or_train_autoencoder(),
+            eval_context.autoencoder or self.assets.sampling_autoencoder(self.experiments[run.task].sweep.vae),
             eval_context.reference,
             eval_context.prompts,
             eval_context.saved_indices,

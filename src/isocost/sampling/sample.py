@@ -5,9 +5,10 @@ Shapes: P prompts, K images per prompt, N = P K images, R resolution.
 
 from __future__ import annotations
 
+import gc
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,18 +18,26 @@ import numpy as np
 import torch
 from PIL import Image
 
-from isocost.config.sampling import SolverSpec
+from isocost.config.base import parse_spec
+from isocost.config.sampling import SolverSpec, VaeSpec
 from isocost.config.sweep import DEFAULT_BATCH_SIZE
 from isocost.config.types import DTypeName
 from isocost.diffusion.solvers import solver_coefficients
 from isocost.errors import ConfigError
-from isocost.models.autoencoder import Autoencoder
-from isocost.models.checkpoint import load_checkpoint
+from isocost.models.autoencoder import Autoencoder, check_vae
+from isocost.models.checkpoint import open_checkpoint
 from isocost.models.components import load_checkpoint_autoencoder, load_checkpoint_text_encoder
 from isocost.models.text_encoder import TextEncoder
 from isocost.sampling.denoiser import Denoiser, torch_dtype
-from isocost.sampling.generate import PromptEmbeds, generate, make_engine, schedule_of
-from isocost.sampling.request import SampleRequest, passes_per_evaluation
+from isocost.sampling.generate import (
+    GeneratedBatch,
+    PromptEmbeds,
+    decode_results,
+    generate,
+    make_engine,
+    schedule_of,
+)
+from isocost.sampling.request import SampleRequest, SampleResult, passes_per_evaluation
 from isocost.utils.device import best_device, check_device
 
 DTYPE_NAMES: dict[torch.dtype | str, DTypeName] = {
@@ -48,7 +57,7 @@ class Samples:
         prompts: P prompts.
         nfe: network evaluations per image.
         gflop: cost of the network evaluations per image.
-        seconds: wall-clock time of sampling and decoding.
+        seconds: wall-clock time of sampling and decoding; with `offload`, of loading the denoiser and the autoencoder too.
         solver: label of the solver.
         replaced_scheduler: scheduler class of a published checkpoint, if the request `nearest` replaced it; else empty.
     """
@@ -85,6 +94,8 @@ class Model:
         info: size, resolution, costs and defaults of the checkpoint.
         device: where it runs.
         dtype: of the denoiser.
+        vae: dtype, tiling and slicing of the autoencoder.
+        offload: whether every part is loaded for its stage and released after it.
     """
 
     def __init__(
@@ -94,6 +105,10 @@ class Model:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str = "fp32",
         compiled: bool = False,
+        vae_dtype: torch.dtype | str = "fp32",
+        vae_tile_size: int | None = None,
+        vae_slicing: bool = False,
+        offload: bool = False,
     ) -> None:
         """
         Args:
@@ -101,28 +116,77 @@ class Model:
             device: by default CUDA if there is any, else the CPU.
             dtype: of the denoiser: "fp32" or "bf16", or the torch dtype.
             compiled: compile the denoiser, which takes minutes once per machine.
+            vae_dtype: of the autoencoder, as `dtype`.
+            vae_tile_size: decode in overlapping tiles of this many pixels, a multiple of 64.
+            vae_slicing: decode one image at a time.
+            offload: in every call of `sample`, load the text encoder, then the denoiser, then the autoencoder, and release each
+                one before the next is loaded. The images are the same bit for bit.
 
         Raises:
-            ConfigError: the checkpoint cannot be read, is for super-resolution, or the dtype is not supported.
+            ConfigError: the checkpoint cannot be read, is for super-resolution, or does not support a setting.
         """
-        if dtype not in DTYPE_NAMES:
-            raise ConfigError(f"dtype = {dtype}: give fp32 or bf16")
-        self.checkpoint = checkpoint
+        for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype)):
+            if value not in DTYPE_NAMES:
+                raise ConfigError(f"{name} = {value}: give fp32 or bf16")
+        if offload and compiled:
+            raise ConfigError("offload reads the network again in every call and would compile it again; leave out one of both")
+        self.checkpoint, self.offload, self._compiled = checkpoint, offload, compiled
         self.device = best_device() if device is None else check_device(device)
         self.dtype = DTYPE_NAMES[dtype]
-        self._opened = load_checkpoint(checkpoint, self.device, torch_dtype(self.dtype))
-        self.info = self._opened.info
+        vae_fields = {"dtype": DTYPE_NAMES[vae_dtype], "tile_size": vae_tile_size, "slicing": vae_slicing}
+        self.vae = parse_spec(VaeSpec, vae_fields, "vae")
+        self._source = open_checkpoint(checkpoint)
+        self.info = self._source.info
         if self.info.scale is not None:
             raise ConfigError(f"{checkpoint}: this is a super-resolution model; use `isocost upscale CHECKPOINT IMAGE OUT`")
-        self._denoiser = Denoiser(self._opened.network, self.dtype, compiled)
+        self.vae.check_resolution(self.info.resolution, "vae_tile_size (--vae-tile-size)")
+        if self.info.pretrained is None:
+            check_vae(self._source.autoencoder_path, self.info.autoencoder_subfolder, self.vae)
+        self._denoiser = None if offload else self._load_denoiser()
+
+    def _load_denoiser(self) -> Denoiser:
+        network = self._source.load_network(self.device, torch_dtype(self.dtype))
+        return Denoiser(network, self.dtype, self._compiled)
 
     @cached_property
     def _autoencoder(self) -> Autoencoder:
-        return load_checkpoint_autoencoder(self._opened, self.device)
+        return load_checkpoint_autoencoder(self._source, self.device, self.vae)
 
     @cached_property
     def _text_encoder(self) -> TextEncoder:
-        return load_checkpoint_text_encoder(self._opened, self.device)
+        return load_checkpoint_text_encoder(self._source, self.device)
+
+    def _offload(self, *names: str) -> None:
+        """Release loaded parts, and the memory of everything else that is not referenced any more."""
+        for name in names:
+            self.__dict__.pop(name, None)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _encode(self, texts: Sequence[str]) -> PromptEmbeds:
+        prompt_embeds = PromptEmbeds.encode(texts, self._text_encoder)
+        if self.offload:
+            self._offload("_text_encoder")
+        return prompt_embeds
+
+    def _generate(self, requests: Sequence[SampleRequest], prompt_embeds: PromptEmbeds) -> Iterator[GeneratedBatch]:
+        passes = passes_per_evaluation(requests[0].guidance, self.info.model.embeds_guidance)
+        batch_size = min(DEFAULT_BATCH_SIZE, len(requests) * passes)
+        if self._denoiser is not None:
+            engine = make_engine(self._denoiser, self.info, prompt_embeds, batch_size=batch_size)
+            yield from generate(engine, self._autoencoder, requests)
+            return
+        results = self._denoise(requests, prompt_embeds, batch_size)
+        self._offload()
+        try:
+            yield from decode_results(results, self.info.model.latent_size, self._autoencoder)
+        finally:
+            self._offload("_autoencoder")
+
+    def _denoise(self, requests: Sequence[SampleRequest], prompt_embeds: PromptEmbeds, batch_size: int) -> list[SampleResult]:
+        """All latents, from a denoiser that is loaded here and referenced nowhere else."""
+        return list(make_engine(self._load_denoiser(), self.info, prompt_embeds, batch_size=batch_size).run(requests))
 
     def __repr__(self) -> str:
         info = self.info
@@ -176,21 +240,18 @@ class Model:
             for i in range(len(prompts) * num_images)
         ]
         texts = list(prompts) if negative_prompt is None else [*prompts, negative_prompt]
-        prompt_embeds = PromptEmbeds.encode(texts, self._text_encoder)
-        num_slots = len(requests) * passes_per_evaluation(guidance, info.model.embeds_guidance)
-        batch_size = min(DEFAULT_BATCH_SIZE, num_slots)
-        engine = make_engine(self._denoiser, info, prompt_embeds, batch_size=batch_size)
+        prompt_embeds = self._encode(texts)
         started = time.perf_counter()
         size = info.resolution
         images = torch.empty(len(requests), 3, size, size, dtype=torch.uint8)
-        for batch in generate(engine, self._autoencoder, requests):
+        for batch in self._generate(requests, prompt_embeds):
             if batch.nonfinite:
                 index = batch.nonfinite[0].request.sample_index
                 raise ConfigError(f"image {index} contains NaN or inf; lower the guidance or train longer")
             images[[result.request.sample_index for result in batch.results]] = batch.images
         seconds = time.perf_counter() - started
         by_prompt = images.permute(0, 2, 3, 1).numpy().reshape(len(prompts), num_images, size, size, 3)
-        nfe = engine.passes_per_evaluation(requests[0]) * coefficients.num_function_evaluations
+        nfe = passes_per_evaluation(guidance, info.model.embeds_guidance) * coefficients.num_function_evaluations
         replaced = info.replaced_scheduler(requested)
         return Samples(by_prompt, tuple(prompts), nfe, nfe * info.gflop_per_forward, seconds, spec.label, replaced)
 
@@ -202,6 +263,10 @@ def sample(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "fp32",
     compiled: bool = False,
+    vae_dtype: torch.dtype | str = "fp32",
+    vae_tile_size: int | None = None,
+    vae_slicing: bool = False,
+    offload: bool = False,
     **settings: Any,
 ) -> Samples:
     """Load a checkpoint and generate images: `Model(checkpoint, ...).sample(prompts, **settings)`.
@@ -210,4 +275,14 @@ def sample(
         ConfigError: the checkpoint does not load, the checkpoint or the solver does not support the settings, or an image
             contains NaN or inf.
     """
-    return Model(checkpoint, device=device, dtype=dtype, compiled=compiled).sample(prompts, **settings)
+    model = Model(
+        checkpoint,
+        device=device,
+        dtype=dtype,
+        compiled=compiled,
+        vae_dtype=vae_dtype,
+        vae_tile_size=vae_tile_size,
+        vae_slicing=vae_slicing,
+        offload=offload,
+    )
+    return model.sample(prompts, **settings)

@@ -64,6 +64,13 @@ class SweepPoint:
             "batch_size": spec.batch_size,
         }
 
+    def vae_columns(self) -> dict[str, Any] | None:
+        """The columns of `VaeRecord`; None if the autoencoder has its default settings."""
+        vae = self.spec.vae
+        if vae.is_default:
+            return None
+        return {"vae_dtype": vae.dtype, "vae_tile_size": vae.tile_size, "vae_slicing": vae.slicing}
+
     @property
     def title(self) -> str:
         """Short title for a progress bar."""
@@ -191,5 +198,6 @@ def _point_spec(checkpoint: str, sweep: SweepSpec, protocol_spec: ProtocolSpec, 
         dtype=sweep.dtype,
         compiled=sweep.compiled,
         batch_size=sweep.batch_size,
+        vae=sweep.vae,
         **settings,
     )

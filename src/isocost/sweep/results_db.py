@@ -36,6 +36,7 @@ from isocost.sweep.schema import (
     SchemaRecord,
     ScoreRecord,
     ShardRecord,
+    VaeRecord,
 )
 
 SCHEMA_VERSION = 7
@@ -127,6 +128,7 @@ class ResultsDB:
         scores: Mapping[str, Interval],
         provenance: Mapping[str, str],
         protocol_parts: Mapping[str, Any],
+        vae: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a point with its scores and its protocol, replace an earlier record of it, and delete its shards.
 
@@ -135,18 +137,30 @@ class ResultsDB:
             scores: interval by metric.
             provenance: code version, device and the like.
             protocol_parts: see `ProtocolRecord`.
+            vae: the columns of `VaeRecord` except `point`; None if the autoencoder has its default settings.
         """
+        if vae is not None:
+            self._create_vae_table()
 
         def write(session: Session) -> None:
             parts = json.dumps(dict(protocol_parts), ensure_ascii=False)
             session.merge(ProtocolRecord(protocol=row["protocol"], parts=parts))
+            if vae is not None:
+                session.execute(delete(VaeRecord).where(VaeRecord.point == row["point"]))
             for table in (ScoreRecord, PointRecord, ShardRecord):
                 session.execute(delete(table).where(table.point == row["point"]))
             session.add(PointRecord(**row, created=_now(), provenance=json.dumps(dict(provenance))))
             session.flush()
             session.add_all(ScoreRecord.from_interval(row["point"], metric, interval) for metric, interval in scores.items())
+            if vae is not None:
+                session.add(VaeRecord(point=row["point"], **vae))
 
         run_transaction(self.engine, write)
+
+    def _create_vae_table(self) -> None:
+        """Create the table of `VaeRecord`, which older databases do not have."""
+        table = Base.metadata.tables[VaeRecord.__tablename__]
+        run_transaction(self.engine, lambda session: table.create(session.connection(), checkfirst=True))
 
     def set_time(self, point: str, ms_per_image: float, timed_with: Mapping[str, Any], latency_ms: float | None = None) -> None:
         """Replace the measured times of a recorded point, and add `timed_with` to its provenance.
@@ -229,6 +243,7 @@ class ResultsDB:
         known_points, known_races, known_events = self.points(), self.races(), self.events()
 
         def read(session: Session) -> tuple[list[Any], list[Any], dict[str, PointRecord]]:
+            has_vae = inspect(session.connection()).has_table(VaeRecord.__tablename__)
             all_points = session.scalars(select(PointRecord)).all()
             points = [row for row in all_points if row.point not in known_points]
             timed = {row.point: row for row in all_points if row.point in known_points and row.latency_ms is not None}
@@ -236,10 +251,13 @@ class ResultsDB:
             scores = [row for row in session.scalars(select(ScoreRecord)) if row.point in digests]
             protocols = [row for row in session.scalars(select(ProtocolRecord)) if row.protocol in protocol_ids]
             races = [row for row in session.scalars(select(RaceRecord)) if row.cell not in known_races]
+            vae = [row for row in session.scalars(select(VaeRecord)) if row.point in digests] if has_vae else []
             session.expunge_all()  # the rows outlive this session
-            return [*protocols, *points], [*scores, *races], timed
+            return [*protocols, *points], [*scores, *races, *vae], timed
 
         first, second, timed = run_transaction(other.engine, read)
+        if any(isinstance(row, VaeRecord) for row in second):
+            self._create_vae_table()
         events = [event for event in other.events() if event not in known_events]
 
         def write(session: Session) -> None:
@@ -281,18 +299,20 @@ class ResultsDB:
 
         For a point that a race found, `guidance_low` and `guidance_high` are the interval of the best guidance, `race_images`
         is the number of images of the race, and `race_at_boundary` tells whether the race ended at the end of its grid.
-        These columns are empty for points of a grid.
+        These columns are empty for points of a grid. `vae_dtype`, `vae_tile_size` and `vae_slicing` are columns if a point has
+        other settings of the autoencoder than the defaults.
         """
 
         def read(session: Session) -> list[pd.DataFrame]:
             tables = []
-            for record in (PointRecord, ScoreRecord, ProtocolRecord, RaceRecord):
+            has_vae = inspect(session.connection()).has_table(VaeRecord.__tablename__)
+            for record in (PointRecord, ScoreRecord, ProtocolRecord, RaceRecord, *((VaeRecord,) if has_vae else ())):
                 result = session.execute(select(record.__table__))
                 rows = [tuple(row) for row in result]
                 tables.append(pd.DataFrame.from_records(rows, columns=list(result.keys()), coerce_float=True))
             return tables
 
-        points, scores, protocols, races = run_transaction(self.engine, read)
+        points, scores, protocols, races, *vae_settings = run_transaction(self.engine, read)
         numbers = [column.name for column in PointRecord.__table__.columns if isinstance(column.type, Float)]
         points = points.astype(dict.fromkeys(numbers, float))  # a column of NULLs has no dtype of its own
         protocols = protocols.set_index("protocol")
@@ -302,6 +322,8 @@ class ResultsDB:
             by_point = races.drop_duplicates("point", keep="last").set_index("point")
             by_point = by_point.assign(race_images=by_point["num_images"], race_at_boundary=by_point["is_at_boundary"])
             table = table.join(by_point[["guidance_low", "guidance_high", "race_images", "race_at_boundary"]])
+        if vae_settings and len(vae_settings[0]):
+            table = table.join(vae_settings[0].set_index("point"))
         for metric, group in scores.groupby("metric"):
             by_point = group.set_index("point")
             for suffix, column in (("", "value"), ("_low", "low"), ("_high", "high")):

@@ -61,6 +61,16 @@ class PointRecord(Base):
     provenance: Mapped[str] = mapped_column(Text)
 
 
+class VaeRecord(Base):
+    """Settings of the autoencoder of a point, if they are not the defaults."""
+
+    __tablename__ = "vae_settings"
+    point: Mapped[str] = mapped_column(ForeignKey("points.point"), primary_key=True)
+    vae_dtype: Mapped[str] = mapped_column(String(8))
+    vae_tile_size: Mapped[int | None] = mapped_column(Integer)
+    vae_slicing: Mapped[bool] = mapped_column(Boolean)
+
+
 class ScoreRecord(Base):
     """One score of a point with its 95 % interval."""
 

@@ -269,6 +269,9 @@ class Worker:
         shard = builder.shard
         builder.write(self.store, stage_times, peak_bytes)
         self.results_db.add_shard(shard.digest, shard.point.digest, shard.images)
+        if self.autoencoder.fallbacks:
+            events = [(self.info.label, fallback) for fallback in self.autoencoder.fallbacks]
+            self.results_db.set_events(f"decode {shard.point.spec.checkpoint}", events)
         self.leases.release(shard.digest)
 
     def _finish(self, point: SweepPoint) -> bool:
@@ -314,7 +317,7 @@ class Worker:
             "peak_memory_mib": manifest.get("peak_memory_mib"),
             "has_too_few_samples": has_too_few_samples(point.spec.num_images, self.reference, self.metrics),
         }
-        self.results_db.add_point(row, scores, provenance(), self.reference.protocol.parts)
+        self.results_db.add_point(row, scores, provenance(), self.reference.protocol.parts, point.vae_columns())
 
 
 def _split_by_shard(batch: GeneratedBatch) -> Iterator[ShardChunk]:

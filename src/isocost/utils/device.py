@@ -123,6 +123,15 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+def free_memory_bytes(device: torch.device) -> int:
+    """Bytes of memory that a device has free now; for a CPU, what the host can give to new work without swapping."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def device_monitor(device: torch.device) -> DeviceMonitor:
     """The monitor of a CPU or a CUDA device."""
     return CudaMonitor(device) if device.type == "cuda" else HostMonitor()

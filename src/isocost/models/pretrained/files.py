@@ -335,7 +335,7 @@ def load_module(
         ConfigError: files are missing, pickled or truncated, lack weights that the config requires, or contain NaN or inf.
     """
     read_component_config(folder / "config.json")
-    variant, _ = weight_files(folder)
+    variant, files = weight_files(folder)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "variant": variant or None}
     is_diffusers = issubclass(network_class, ModelMixin)
     options |= {"torch_dtype" if is_diffusers else "dtype": dtype}
@@ -346,7 +346,7 @@ def load_module(
     except Exception as error:  # diffusers and transformers raise many kinds of errors for a wrong config
         raise ConfigError(f"{folder}: cannot load it: {first_line(error)}") from error
     missing = {key for key in loading_info["missing_keys"] if not key.startswith(unused_weights or ("\0",))}
-    check_loaded(network, {**loading_info, "missing_keys": missing}, folder)
+    check_loaded(network, {**loading_info, "missing_keys": missing}, folder, files)
     loaded: M = network.eval().requires_grad_(False)
     return loaded
 

@@ -148,7 +148,27 @@ def _expand_learned_tokens(texts: list[str], tokenizer: Any) -> list[str]:
 
 def load_encoder(folder: Path, class_name: str) -> nn.Module:
     """Load a text encoder by its class name, in float32."""
+    return load_module(_encoder_class(class_name), folder)
+
+
+def _encoder_class(name: str) -> Any:
     import transformers
 
     clip_classes = {cls.__name__: cls for cls in (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)}
-    return load_module(clip_classes.get(class_name, transformers.T5EncoderModel), folder)
+    return clip_classes.get(name, transformers.T5EncoderModel)
+
+
+def encoder_on_meta(folder: Path, class_name: str) -> nn.Module:
+    """Build a text encoder on the meta device from its config, which needs no memory.
+
+    Raises:
+        ConfigError: transformers cannot build it.
+    """
+    encoder_class = _encoder_class(class_name)
+    try:
+        config = encoder_class.config_class.from_pretrained(str(folder))
+        with torch.device("meta"):
+            encoder: nn.Module = encoder_class(config)
+    except Exception as error:  # transformers raises many kinds of errors for a wrong config
+        raise ConfigError(f"{folder}: cannot build a {class_name} from its config: {first_line(error)}") from error
+    return encoder
