@@ -176,7 +176,7 @@ def test_files_that_are_no_files_are_counted(tmp_path: Path, caplog: pytest.LogC
     os.mkfifo(tmp_path / "data" / "0.png")
     with caplog.at_level(logging.WARNING, "isocost"):
         assert captions_of(source) == {"1.png": ("a",)}
-    assert "2 files are passed over: 1 .heic, 1 in special files" in caplog.text
+    assert "2 files are ignored: 1 .heic, 1 in special files" in caplog.text
 
 
 # --- arrays and scores ------------------------------------------------------------------------------------------------

@@ -247,7 +247,7 @@ def list_folder(folder: Path) -> FolderContent:
         elif file.is_symlink():
             content.dangling.append(file)
         elif is_image_name(file):  # a pipe, a socket or a device
-            content.passed_over.update(["special files"])
+            content.ignored.update(["special files"])
     content.files.sort()
     content.dangling.sort()
     return content
