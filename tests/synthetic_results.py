@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from isocost.analysis.costs import COSTS
+
 PARAMETERS = {"0.2M": 2e5, "0.8M": 8e5, "3.2M": 3.2e6, "7.1M": 7.1e6, "12.6M": 1.26e7}
 BEST_GUIDANCE = 2.0
 TABLE_1 = {  # size: (millions of parameters, normalized cost, FID at 50 steps)
@@ -85,6 +87,7 @@ def _row(
         "nfe": float(steps * passes),
         "gflop": gflop * steps * passes,
         "ms_per_image": 0.05 * steps * passes * (1 + gflop),
+        "latency_ms": 1 + 0.2 * steps * (1 + 0.1 * passes * gflop),
         "mmd_efficientnet": distance,
         "mmd_efficientnet_low": distance - half_width,
         "mmd_efficientnet_high": distance + half_width,
@@ -134,7 +137,7 @@ def synthetic_students(speedup: int = 8, loss: float = 0.03, num_steps: Sequence
         for steps in num_steps:
             reached = _row(size, 200_000, "lcm/trailing", speedup * steps, BEST_GUIDANCE, True, loss, 0.004)
             spent = _row(size, 200_000, "lcm/trailing", steps, 1.0, True, 0.0, 0.004)
-            costs = {name: spent[name] for name in ("normalized_cost", "nfe", "gflop", "ms_per_image")}
+            costs = {name: spent[name] for name in COSTS}
             rows.append({**reached, **costs, "size": f"{size} codi", "checkpoint": f"{size}-codi", "num_steps": steps})
     students = pd.DataFrame(rows)
     return pd.concat([teachers, students.assign(point=[f"5{number:015x}" for number in range(len(rows))])], ignore_index=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 import isocost
 from conftest import plain_study
 from finished_study import plain_finished
+from isocost.errors import ConfigError
 from isocost.metrics.feature_extractors import EXTRACTORS, register_extractor
 from synthetic_results import synthetic_table
 from tiny_configs import save, scenes
@@ -62,11 +63,13 @@ def test_budgets_are_keywords() -> None:
     assert one.cost == "nfe"
     both = isocost.recommend(table, nfe=16, gflop=1000, require={"alignment": 0.1})
     assert both.configuration == one.configuration
-    with pytest.raises(isocost.ConfigError, match="unknown budget 'evaluations'; give one or more of nfe, gflop, ms"):
+    with pytest.raises(
+        isocost.ConfigError, match=r"unknown budget 'evaluations'; give one or more of .*nfe, gflop, ms, latency_ms"
+    ):
         isocost.recommend(table, evaluations=4)
     with pytest.raises(isocost.ConfigError, match="no budget"):
         isocost.recommend(table)
-    with pytest.raises(isocost.ConfigError, match="memory_gib needs another budget"):
+    with pytest.raises(isocost.ConfigError, match="memory_gib needs a second budget"):
         isocost.recommend(table, memory_gib=4)
 
 
@@ -191,3 +194,6 @@ def test_results_are_documented_columns(result: Any) -> None:
     assert isinstance(result.results, pd.DataFrame)
     for name in ("nfe", "gflop", "normalized_cost", "ms_per_image"):
         assert result.results[name].notna().all(), name
+    assert result.results["latency_ms"].isna().all(), "only `isocost remeasure` measures it"
+    with pytest.raises(ConfigError, match=r"no point has a measured latency_ms; `isocost remeasure STUDY`"):
+        result.recommend(latency_ms=20)

@@ -20,6 +20,7 @@ from isocost.report.budget_slider import NOT_RECORDED, budget_slider, slider_val
 from isocost.report.chart_panels import CHARTS, Chart, without_unrelated_races
 from isocost.report.html import write_report
 from isocost.report.image_embedding import ENCODINGS, embed_images
+from isocost.report.markdown import markdown_summary
 from isocost.report.results_table import point_columns
 from synthetic_results import BEST_GUIDANCE, PARAMETERS, synthetic_table
 
@@ -193,6 +194,26 @@ def test_the_slider_agrees_with_recommend() -> None:
     with_images = [point for point, configuration in slider["configurations"].items() if configuration["has_images"]]
     assert with_images in ([], ["0000000000000003"])
     json.dumps(slider, allow_nan=False)
+
+
+def test_milliseconds_of_a_sweep_have_a_note_at_every_position() -> None:
+    table = synthetic_table()
+    sweep, remeasured = ({"device": "cpu"}, {"device": "cpu", "timed_with": {"device": "cpu", "num_latency_runs": 3}})
+    for record, has_note in ((sweep, True), (remeasured, False)):
+        slider = budget_slider(table.assign(provenance=json.dumps(record)), METRIC, set())
+        for axis in slider["axes"]:
+            is_noted = ["isocost remeasure" in " ".join(value["notes"]) for value in axis["values"]]
+            assert is_noted == [has_note and axis["cost"] == "ms_per_image"] * len(axis["values"]), axis["cost"]
+
+
+def test_a_page_without_latencies_does_not_mention_them() -> None:
+    measured = synthetic_table(snapshots=())
+    for table in (measured.drop(columns="latency_ms"), measured.assign(latency_ms=np.nan)):
+        assert [axis["cost"] for axis in budget_slider(table, METRIC, set())["axes"]] == list(COSTS)[:-1]
+        assert "latency_ms" not in [column["name"] for column in point_columns(table, METRIC)["columns"]]
+        assert "latency" not in markdown_summary(table, METRIC, "study")
+    assert "latency_ms" in [column["name"] for column in point_columns(measured, METRIC)["columns"]]
+    assert "latency" in markdown_summary(measured, METRIC, "study")
 
 
 def test_a_configuration_names_the_source_of_its_numbers() -> None:

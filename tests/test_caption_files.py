@@ -18,7 +18,7 @@ from torch import Tensor
 
 from isocost.config.data import FolderSource, ScenesSource, WebdatasetSource
 from isocost.config.model import TextEncoderSpec
-from isocost.data.caption_files import read_caption_list
+from isocost.data.caption_files import read_caption_lists
 from isocost.data.datasets import Sample, UnreadableSample, read_source, source_fingerprint
 from isocost.data.dreambooth import read_prompts, read_subjects
 from isocost.data.latent_cache import ImageDataset, LatentCache, load_images, write_cache, write_index
@@ -158,18 +158,18 @@ def test_a_sample_of_a_prompt_list_that_appears_twice_is_refused(tmp_path: Path)
 HALF = '{"file": "1.png", "caption": "a disc \\ud83d"}'
 
 
-def test_half_a_surrogate_pair_is_one_unreadable_image(tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_one_unreadable_image(tmp_path: Path) -> None:
     source = folder(tmp_path / "data", [line(number, f"disc {number}") for number in range(200) if number != 1] + [HALF], 200)
     loaded = load_images(source, R, 0.01)
     assert (len(loaded), [bad.name for bad in loaded.unreadable]) == (199, ["1.png"])
-    assert "half a surrogate pair" in loaded.unreadable[0].reason
+    assert "a lone surrogate" in loaded.unreadable[0].reason
     loaded.unreadable[0].reason.encode("utf-8")
-    with pytest.raises(RunError, match=r"1 of 200 .*half a surrogate pair"):
+    with pytest.raises(RunError, match=r"1 of 200 .*a lone surrogate"):
         load_images(source, R, 0.001)
 
 
 @pytest.mark.parametrize("text", ['{"caption": "\\ud83d"}', '{"captions": ["a", "b \\udc00"]}'])
-def test_half_a_surrogate_pair_in_a_caption_file_or_shard_is_one_unreadable_image(text: str, tmp_path: Path) -> None:
+def test_a_lone_surrogate_in_a_caption_file_or_shard_is_one_unreadable_image(text: str, tmp_path: Path) -> None:
     root = tmp_path / "data"
     root.mkdir()
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
@@ -182,7 +182,7 @@ def test_half_a_surrogate_pair_in_a_caption_file_or_shard_is_one_unreadable_imag
         WebdatasetSource(kind="webdataset", path=str(tmp_path / "x.tar")),
     ):
         assert len(captions_of(source)) == 1
-        assert "half a surrogate pair" in next(iter(bad_of(source).values()))
+        assert "a lone surrogate" in next(iter(bad_of(source).values()))
 
 
 def test_a_whole_surrogate_pair_is_a_character(tmp_path: Path) -> None:
@@ -192,11 +192,11 @@ def test_a_whole_surrogate_pair_is_a_character(tmp_path: Path) -> None:
 
 def test_json_that_is_nested_deep_is_one_line(tmp_path: Path) -> None:
     deep = '{"file": "0.png", "caption": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}"
-    assert "nested too deep" in refusal(lambda: captions_of(folder(tmp_path / "data", [deep])))
+    assert "nested too deeply" in refusal(lambda: captions_of(folder(tmp_path / "data", [deep])))
     (tmp_path / "data" / "captions.jsonl").unlink()
     (tmp_path / "data" / "0.json").write_text(deep)
     (tmp_path / "data" / "1.txt").write_text("b")
-    assert "nested too deep" in bad_of(FolderSource(kind="folder", path=str(tmp_path / "data")))["0.png"]
+    assert "nested too deeply" in bad_of(FolderSource(kind="folder", path=str(tmp_path / "data")))["0.png"]
 
 
 # --- encodings --------------------------------------------------------------------------------------------------------
@@ -244,18 +244,63 @@ def test_captions_jsonl_and_caption_files_come_before_metadata_jsonl(tmp_path: P
     folder(tmp_path / "data", hub, name="metadata.jsonl")
     (tmp_path / "data" / "0.txt").write_text("own")
     source = FolderSource(kind="folder", path=str(tmp_path / "data"))
-    assert captions_of(source) == {"0.png": ("own",)}
+    assert captions_of(source) == {"0.png": ("own",), "1.png": ("hub",)}
     folder(tmp_path / "data", [line(0, "listed"), line(1, "listed")])
     assert captions_of(source) == {"0.png": ("listed",), "1.png": ("listed",)}
 
 
 @pytest.mark.parametrize("text", ['{"file_name": "0.png"}', '{"text": "a"}', '{"file_name": "0.png", "text": 3}', "[]"])
 def test_a_line_of_metadata_jsonl_without_caption_names_its_layout(text: str, tmp_path: Path) -> None:
-    message = refusal(
-        lambda: read_caption_list(Path(folder(tmp_path / "d", [text], name="metadata.jsonl").path) / "metadata.jsonl")
-    )
+    root = Path(folder(tmp_path / "d", [text], name="metadata.jsonl").path)
+    message = refusal(lambda: read_caption_lists(root, [root / "metadata.jsonl"]))
     assert "line 1" in message
     assert '{"file_name": NAME, "text": TEXT}' in message
+
+
+def test_metadata_csv_is_read(tmp_path: Path) -> None:
+    rows = 'file_name,text,width\n0.png,"a ""red"" disc, on white",3\n1.png,blüte,3\n'
+    source = folder(tmp_path / "data", rows.encode(), 3, "metadata.csv")
+    assert captions_of(source) == {"0.png": ('a "red" disc, on white',), "1.png": ("blüte",)}
+    assert bad_of(source) == {"2.png": "metadata.csv has no line for it"}
+    message = refusal(lambda: captions_of(folder(tmp_path / "other", b"image,label\n0.png,3\n", name="metadata.csv")))
+    assert "metadata.csv: needs a column file_name or file and a column text or caption or captions" in message
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "metadata.jsonl", "metadata.csv"])
+def test_caption_lists_of_subfolders_are_read(name: str, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for number, part in enumerate(("train", "train/deep", "test")):
+        rows = ["file_name,text", f"0.png,{part}"]
+        lines = [json.dumps({"file_name": "0.png", "text": part})]
+        folder(root / part, rows if name.endswith("csv") else lines, 1 + number // 2, name)
+    source = FolderSource(kind="folder", path=str(root))
+    assert captions_of(source) == {f"{part}/0.png": (part,) for part in ("test", "train", "train/deep")}
+    assert bad_of(source) == {"test/1.png": f"{name} has no line for it"}
+    before = source_fingerprint(source)
+    (root / "test" / name).write_bytes((root / "test" / name).read_bytes().replace(b"test", b"else"))
+    assert source_fingerprint(source) != before
+
+
+def test_lists_of_a_folder_and_of_its_subfolder_add_up(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    folder(root / "sub", [line(0, "of the subfolder"), line(1, "b")])
+    outer = json.dumps({"file": "sub/0.png", "caption": "of the folder"})
+    source = folder(root, [outer, line(0, "outer")], 1)
+    expected = {"0.png": ("outer",), "sub/0.png": ("of the folder", "of the subfolder"), "sub/1.png": ("b",)}
+    assert captions_of(source) == expected
+
+
+def test_a_list_of_a_subfolder_is_for_this_subfolder(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    folder(root / "listed", [line(0, "listed")], 2)
+    (root / "0.png").write_bytes(png())
+    (root / "0.txt").write_text("own file")
+    (root / "listed" / "1.txt").write_text("not read: the folder has a list")
+    source = FolderSource(kind="folder", path=str(root))
+    assert captions_of(source) == {"0.png": ("own file",), "listed/0.png": ("listed",)}
+    assert bad_of(source) == {"listed/1.png": "captions.jsonl has no line for it"}
+    folder(root / "listed", [line(0, "listed"), json.dumps({"file": "../0.png", "caption": "outside"})], 2)
+    assert "names a file outside its folder" in bad_of(source)["listed/../0.png"]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -293,7 +338,7 @@ def test_tables_are_read_in_every_unicode_encoding_with_every_separator(
         (b"a,b\n1,2\n", r"needs a column image_id or id and a column prompt or caption; it has \['a', 'b'\]"),
         (b"", "needs a column image_id or id"),
         (b"id,prompt\n1,a\rb\rc\n", "line 3 has 1 values"),
-        (b"id,prompt\n1," + b"x" * 200_000, "is no row of a table .*field larger"),
+        (b"id,prompt\n1," + b"x" * 200_000, "is not a table row .*field larger"),
     ],
     ids=["cp1252", "short", "long", "twice", "twice by number", "odd UTF-16", "columns", "empty", "lone CR", "endless"],
 )
@@ -376,12 +421,12 @@ def test_prompts_may_be_written_as_any_python_text(prompt: str, template: str, t
         ("can,can\n../dog,dog", "", "line 5 is not SUBJECT,CLASS"),
         ("can,can\n,dog", "", "line 5 is not SUBJECT,CLASS"),
         ("can,can\ndog,dog\ncan,tin", "", "line 6: subject can appears twice"),
-        ("can,can", "f'a {unique_token} {class_token}'", "line 11 is no prompt"),
-        ("can,can", "'a {0} {1}'.format(class_token, unique_token)", "line 11 is no prompt"),
-        ("can,can", "'a {2}'.format(unique_token, class_token)", "line 11 is no prompt"),
-        ("can,can", "'a {0.x}'.format(unique_token, class_token)", "line 11 is no prompt"),
-        ("can,can", "'a {0} {1}'.format(unique_token, class_token),\n'a {0} {1}.format(x, y)", "line 12 is no prompt"),
-        ("can,can", "__import__('os').system('touch owned')", "line 11 is no prompt"),
+        ("can,can", "f'a {unique_token} {class_token}'", "line 11 is not a prompt"),
+        ("can,can", "'a {0} {1}'.format(class_token, unique_token)", "line 11 is not a prompt"),
+        ("can,can", "'a {2}'.format(unique_token, class_token)", "line 11 is not a prompt"),
+        ("can,can", "'a {0.x}'.format(unique_token, class_token)", "line 11 is not a prompt"),
+        ("can,can", "'a {0} {1}'.format(unique_token, class_token),\n'a {0} {1}.format(x, y)", "line 12 is not a prompt"),
+        ("can,can", "__import__('os').system('touch owned')", "line 11 is not a prompt"),
         ("can,can", "#", "the prompt list of subject can is empty"),
     ],
 )

@@ -45,6 +45,56 @@ def assert_refused(outcome: Outcome, *fragments: str) -> None:
         assert fragment in outcome.line
 
 
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+HUGE = "99999999999999999999"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (f"sample CKPT --prompt a --seed {HUGE}", f"--seed {HUGE}: it should be less than or equal to 9223372036854775806"),
+        ("sample CKPT --prompt a --seed -1", "--seed -1: it should be greater than or equal to 0"),
+        ("sample CKPT --prompt a --steps 0", "--steps 0"),
+        ("sample CKPT --prompt a --num-images 0", "--num-images 0"),
+        ("sample CKPT --prompt a --guidance nan", "--guidance nan: it should be a finite number"),
+        ("sample CKPT --prompt a --guidance -3", "--guidance -3.0"),
+        (f"sample CKPT --prompt a --steps-offset {HUGE}", "--solver: steps_offset"),
+        ("sample CKPT --prompt a --eta 7", "--solver: eta = 7"),
+        (f"upscale CKPT a.png b.png --seed {HUGE}", f"--seed {HUGE}"),
+        ("upscale CKPT a.png b.png --overlap 1", "--overlap 1.0: it should be less than 1"),
+        ("latency CKPT --batch 1 --batch 0", "--batch 0"),
+        (f"latency CKPT --batch {HUGE}", f"--batch {HUGE}"),
+        ("latency CKPT --repeats 2", "--repeats 2"),
+        ("recommend CKPT --budget-ms nan", "--budget-ms nan: it should be a finite number"),
+        ("recommend CKPT --images-per-hour 0", "--images-per-hour 0.0: it should be greater than 0"),
+        ("compare CKPT CKPT --budget inf", "--budget inf: it should be a finite number"),
+        ("archive CKPT NEW --checkpoint-mib nan", "--checkpoint-mib nan"),
+        ("run CKPT --dry-run --devices 8xH100 --utilisation 5", "--utilisation 5.0: it should be less than or equal to 1"),
+        ("family --context 0", "--context 0"),
+        (f"family --tokens {HUGE}", f"--tokens {HUGE}"),
+        (f"family --latent 4x{HUGE}", "family: latent_size"),
+        ("family --latent 0x64", "family: latent_channels = 0"),
+        ("family --widths 64,²", "size '²': unknown"),
+        (f"family --widths {HUGE}", f"size '{HUGE}': unknown"),
+    ],
+)
+def test_every_number_of_a_command_is_checked_before_anything_is_read(
+    arguments: str, message: str, tmp_path: Path, isocost: Any
+) -> None:
+    """CKPT does not exist, so a check that came later would name it."""
+    words = [str(tmp_path / word) if word in ("CKPT", "NEW") else word for word in arguments.split()]
+    assert_refused(isocost(*words), message)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("hours", ["nan", "inf", "0"])
+def test_stop_after_is_a_number_of_hours(hours: str, tmp_path: Path, isocost: Any) -> None:
+    assert_refused(
+        isocost("sweep", write_study(tmp_path), "--out", tmp_path / "out", "--stop-after", hours), "give hours, more than 0"
+    )
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 

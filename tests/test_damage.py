@@ -409,7 +409,7 @@ def test_of_two_attempts_at_once_one_wins_whole(tmp_path: Path) -> None:
             return super().__call__(images)
 
     slow: Any = {"efficientnet": Slow()}
-    with pytest.raises(RunError, match="another process has made it meanwhile"):
+    with pytest.raises(RunError, match="another process has written it in the meantime"):
         build_statistics(str(sources[0]), out, preset, slow, None)
     assert len(read_reference(out)) == 34
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "stats"}

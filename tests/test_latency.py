@@ -6,6 +6,7 @@ No test asserts a speed.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -29,7 +30,15 @@ from isocost.models.factory import build_network
 from isocost.models.text_encoder import MiniLMTextEncoder
 from isocost.sampling.denoiser import Denoiser
 from isocost.sampling.latency import BatchLatency, Memory, latency, load_notes
-from isocost.sampling.latency_stages import BatchedPipeline, LoadedModel, Summary, time_run, time_runs
+from isocost.sampling.latency_stages import (
+    NUM_WARM_UP,
+    BatchedPipeline,
+    LoadedModel,
+    Summary,
+    measure_latency_ms,
+    time_run,
+    time_runs,
+)
 from isocost.sampling.sample import sample
 from isocost.utils.artifact_store import publish
 from isocost.utils.device import DeviceSample, HostMonitor, Nvml, open_nvml
@@ -145,6 +154,21 @@ def test_the_time_of_a_stage_is_between_the_ends_of_two_stages() -> None:
     assert times == {"text": [0.5, 1.0], "denoiser": [2.0, 4.0], "decoder": [0.125, 0.25], "whole": [2.625, 5.25]}
     assert list(times) == ["text", "denoiser", "decoder", "whole"]
     assert clock.num_waits == 4  # the device is idle before and after each run
+
+
+@pytest.mark.parametrize(
+    ("run_ms", "num_runs"), [(600.0, 3), (260.0, 4), (1.0, 20)], ids=["slow", "until a second has passed", "fast"]
+)
+def test_a_latency_is_the_median_after_the_warm_up(run_ms: float, num_runs: int) -> None:
+    clock, durations_ms = FakeClock(), itertools.chain([5000.0] * NUM_WARM_UP, itertools.repeat(run_ms))
+
+    def run(on_stage_end: Any) -> None:
+        clock.now_ms += next(durations_ms)
+        on_stage_end("denoiser")
+
+    latency_ms, num_measured = measure_latency_ms(run, clock, clock)
+    assert latency_ms == pytest.approx(run_ms)
+    assert num_measured == num_runs
 
 
 def fake_latency(*loads: float | None) -> BatchLatency:

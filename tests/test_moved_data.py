@@ -78,7 +78,7 @@ def test_a_folder_without_the_record_compares_the_files_of_both_paths(images: Pa
     copied = shutil.copytree(images, images.with_name("copy"))
     Pipeline(study(copied), out)
     shutil.rmtree(images)
-    with pytest.raises(ConfigError, match=r"data\.json and the files of the former path are missing"):
+    with pytest.raises(ConfigError, match=r"data\.json and the files at the former path are missing"):
         Pipeline(study(copied), out)
 
 

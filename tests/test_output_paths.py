@@ -298,7 +298,7 @@ def test_points_that_are_only_in_the_log_of_a_read_only_database_are_read(templa
 
 FAILURES = {
     "full": (OSError(errno.ENOSPC, "No space left on device", "archive/weights"), 1, "free some disk space"),
-    "read-only": (OSError(errno.EROFS, "Read-only file system", "archive"), 1, "disk that can be written"),
+    "read-only": (OSError(errno.EROFS, "Read-only file system", "archive"), 1, "folder on a writable disk"),
     "denied": (PermissionError(errno.EACCES, "Permission denied", "archive"), 1, "permissions"),
     "too long": (OSError(errno.ENAMETOOLONG, "File name too long", "n" * 300), 2, "shorter path"),
     "without a number": (OSError("the server\ndid not answer"), 1, "the server did not answer"),
@@ -363,7 +363,7 @@ def test_leftovers_of_killed_processes_are_removed_and_other_files_stay(tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"artefacts", *kept}
 
 
-def test_other_files_among_training_states_and_artefacts_are_passed_over(isocost: Any, out: Path, tmp_path: Path) -> None:
+def test_other_files_among_training_states_and_artefacts_are_ignored(isocost: Any, out: Path, tmp_path: Path) -> None:
     run = next((out / "artefacts" / "run").iterdir())
     for name in ("state-old", "state-000000000064.bak", "state-99"):
         (run / name).mkdir()

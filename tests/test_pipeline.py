@@ -267,7 +267,7 @@ def test_a_killed_run_ends_with_the_same_table(finished: Path, tmp_path: Path) -
     study.write_text(yaml.safe_dump(plain_finished()))
     artefacts = out / "artefacts"
     kill_when(start(study, out), lambda: any(artefacts.glob("run/*/state-*32")))
-    assert not any(artefacts.glob("checkpoint/*/isocost.json"))
+    assert len(list(artefacts.glob("checkpoint/*/isocost.json"))) < 2, "the last one is not trained yet"
     kill_when(start(study, out), lambda: any(artefacts.glob("point/*/isocost.json")))
     assert len(list(artefacts.glob("point/*"))) < 5
     (artefacts / ".partial").mkdir(exist_ok=True)

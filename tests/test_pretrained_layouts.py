@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 import tiny_pipelines
@@ -20,6 +21,7 @@ from isocost.config.base import parse_spec
 from isocost.config.study import StudySpec
 from isocost.errors import ConfigError
 from isocost.models.checkpoint import load_checkpoint, read_info
+from isocost.models.pretrained import files
 from isocost.models.pretrained.files import find_folder
 from isocost.models.pretrained.pipeline_config import read_pipeline, source_digest
 from isocost.pipeline.pipeline import Pipeline
@@ -294,3 +296,72 @@ def test_a_textual_inversion_of_several_vectors_equals_the_pipeline(tmp_path: Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny_pipelines, "PROMPTS", prompts)
         assert_equal(ours(folder, DDIM, 3.0), theirs(pipeline, 3.0))
+
+
+def repository(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Make a folder the repository of every Hub id; returns the list of the files that are downloaded from it."""
+    downloaded: list[str] = []
+
+    def snapshot(name: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        names = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
+        for found in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            if not (cache / found).exists():
+                (cache / found).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / found, cache / found)
+                downloaded.append(found)
+        return str(cache)
+
+    monkeypatch.setattr(files, "snapshot_download", snapshot)
+    return downloaded
+
+
+@pytest.mark.parametrize(
+    ("variants", "downloaded"),
+    [
+        (["", "fp16", "non_ema"], ""),
+        (["bf16", "fp16", "non_ema"], "fp16"),
+        (["non_ema", "ema"], "ema"),
+        (["non_ema"], "non_ema"),
+        (["pruned"], "pruned"),
+    ],
+)
+def test_one_variant_of_the_weights_is_downloaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variants: list[str], downloaded: str
+) -> None:
+    """Also the variant non_ema, where a repository has no other."""
+    weights = folder / "unet" / f"{WEIGHTS}.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    for variant in variants:
+        (folder / "unet" / ".".join(filter(None, (WEIGHTS, variant, "safetensors")))).write_bytes(content)
+    names = repository(folder, tmp_path / "cache", monkeypatch)
+    found = find_folder("owner/name")
+    expected = ".".join(filter(None, (WEIGHTS, downloaded, "safetensors")))
+    assert [name for name in names if name.startswith("unet/") and name.endswith("safetensors")] == [f"unet/{expected}"]
+    assert files.weight_files(found / "unet") == (downloaded, [found / "unet" / expected])
+    assert read_info(found).num_parameters > 0
+
+
+def test_shards_of_a_variant_are_downloaded(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = tiny_pipelines.stable_diffusion().unet
+    (folder / "unet" / f"{WEIGHTS}.safetensors").unlink()
+    for variant in ("fp16", "non_ema"):
+        network.save_pretrained(folder / "unet", max_shard_size="100KB", variant=variant)
+    names = repository(folder, tmp_path / "cache", monkeypatch)
+    assert files.weight_files(find_folder("owner/name") / "unet")[0] == "fp16"
+    shards = [name for name in names if name.startswith("unet/") and name.endswith("safetensors")]
+    assert len(shards) > 1
+    assert all("fp16" in name for name in shards)
+
+
+def test_a_repository_with_pickled_weights_alone_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "unet" / f"{WEIGHTS}.safetensors").rename(folder / "unet" / f"{WEIGHTS}.bin")
+    names = repository(folder, tmp_path / "cache", monkeypatch)
+    with pytest.raises(
+        ConfigError,
+        match=r"owner/name: unet/diffusion_pytorch_model\.safetensors: missing in the repository.*; pickled weights are",
+    ):
+        find_folder("owner/name")
+    assert not any(name.endswith(".bin") for name in names)

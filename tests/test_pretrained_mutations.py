@@ -139,7 +139,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "NaN in the denoiser": (
         weights(f"unet/{WEIGHTS}", with_nan),
-        r"/unet: 1 of 208 weights contain NaN or inf, .* get the file again",
+        r"/unet: 1 of 208 weights contain NaN or inf, .* download the file again",
     ),
     "NaN in the autoencoder": (weights(f"vae/{WEIGHTS}", with_nan), r"/vae: 1 of .* contain NaN or inf"),
     "NaN in the text encoder": (

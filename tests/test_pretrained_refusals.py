@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 import tiny_pipelines
 from isocost.errors import ConfigError
 from isocost.models.checkpoint import load_checkpoint, read_info
-from isocost.models.pretrained.files import content_digest, find_folder
-from isocost.models.pretrained.prompt_encoder import load_tokenizer
+from isocost.models.pretrained.files import content_digest, find_folder, load_tokenizer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 UNET, VAE = Path("unet") / "config.json", Path("vae") / "config.json"

@@ -180,7 +180,7 @@ def test_images_are_downsampled_to_the_scored_resolution(folders: list[Path], tm
     ("changes", "message"),
     [
         ({"data": {"resolution": 24, "reference": {"kind": "scenes", "num_images": 64}}}, "base generates 16 pixels"),
-        ({"sweep": {"solvers": [{"name": "lcm"}], "num_steps": [2], "guidance": [1]}}, "none for base"),
+        ({"sweep": {"solvers": [{"name": "lcm"}], "num_steps": [2], "guidance": [1]}}, "none of them supports base"),
         ({"sweep": {"solvers": [{"name": "ddim"}], "num_steps": [2], "guidance": [1]}}, "student, which is a few-step student"),
         ({"checkpoints": ["{base}", "{copy}"]}, "has the same files as another checkpoint"),
     ],

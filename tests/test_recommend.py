@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -194,6 +195,50 @@ def test_images_per_hour_are_the_inverse_of_milliseconds() -> None:
     by_rate, by_time = recommend(table, "images_per_hour", 1_200_000, KERNEL), recommend(table, "ms_per_image", 3, KERNEL)
     assert by_rate.configuration == by_time.configuration
     assert "within 3 ms per image (1,200,000 images per hour)" in by_rate.reason
+
+
+def test_latency_is_a_budget_of_its_own() -> None:
+    table = synthetic_table()
+    finals = table[table["is_final"]]
+    budget = float(finals["latency_ms"].quantile(0.3))
+    result = recommend(table, "latency_ms", budget, KERNEL)
+    assert result.configuration.cost <= budget
+    assert f"within {budget:.3g} ms of latency" in result.reason
+    both = recommend(table, "ms_per_image", 1e6, KERNEL, also={"latency_ms": budget})
+    assert both.configuration.point == result.configuration.point
+
+
+@pytest.mark.parametrize("table", [synthetic_table().drop(columns="latency_ms"), synthetic_table().assign(latency_ms=math.nan)])
+def test_a_latency_budget_without_a_measurement_names_the_command_that_measures(table: pd.DataFrame) -> None:
+    for cost, also in (("latency_ms", {}), ("nfe", {"latency_ms": 3.0})):
+        with pytest.raises(
+            ConfigError, match="no point has a measured latency_ms; `isocost remeasure STUDY` measures"
+        ) as caught:
+            recommend(table, cost, 3.0, KERNEL, also=also)
+        assert "\n" not in str(caught.value)
+    partly = synthetic_table()
+    partly.loc[partly["size"] == "0.2M", "latency_ms"] = math.nan
+    result = recommend(partly, "latency_ms", 1e6, KERNEL)
+    assert result.configuration.size != "0.2M"
+
+
+def provenance_of(num_remeasured: int, num_points: int) -> list[str]:
+    timed_with = {"timed_with": {"device": "cpu", "num_latency_runs": 3}}
+    return [json.dumps({"device": "cpu", **(timed_with if n < num_remeasured else {})}) for n in range(num_points)]
+
+
+@pytest.mark.parametrize(("cost", "bound"), [("ms_per_image", 3), ("images_per_hour", 1_200_000)])
+def test_a_budget_on_times_of_a_sweep_names_the_command_that_measures_properly(cost: str, bound: float) -> None:
+    table = synthetic_table(snapshots=())
+    num_points = len(table)
+    (note,) = recommend(table.assign(provenance=provenance_of(0, num_points)), cost, bound, KERNEL).notes
+    assert note.startswith("ms_per_image is the throughput at full batches, measured in stages while the study ran; ")
+    assert "`isocost remeasure STUDY` on an idle device measures each point" in note
+    (note,) = recommend(table.assign(provenance=provenance_of(10, num_points)), cost, bound, KERNEL).notes
+    assert note.startswith(f"ms_per_image of {num_points - 10} of {num_points} points is the throughput")
+    assert not recommend(table.assign(provenance=provenance_of(num_points, num_points)), cost, bound, KERNEL).notes
+    for other in ("nfe", "latency_ms"):
+        assert not recommend(table.assign(provenance=provenance_of(0, num_points)), other, 16, KERNEL).notes
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,22 +26,29 @@ def test_every_point_is_timed_again_and_nothing_else_changes(swept: Pipeline, mo
     before = swept.results_db.table().set_index("point")
     for point in before.index:
         swept.results_db.set_time(point, LOADED_MS, {})
-    timed = []
-    time_one = Worker.measure_ms_per_image
-    monkeypatch.setattr(Worker, "measure_ms_per_image", lambda self, point: timed.append(point) or time_one(self, point))
+    timed: dict[str, list[Any]] = {"measure_ms_per_image": [], "measure_latency_ms": []}
+    for name, points in timed.items():
+        time_one = getattr(Worker, name)
+        monkeypatch.setattr(
+            Worker, name, lambda self, point, time_one=time_one, points=points: points.append(point) or time_one(self, point)
+        )
     assert swept.remeasure(swept.runs[0]) == len(before) > 0
     after = swept.results_db.table().set_index("point")
     assert (after["ms_per_image"] > 0).all()
     assert (after["ms_per_image"] < LOADED_MS / 10).all()
+    assert before["latency_ms"].isna().all(), "a sweep does not measure it"
+    assert (after["latency_ms"] > 0).all()
     provenances = after["provenance"].map(json.loads)
     assert {item["timed_with"]["device"] for item in provenances} == {provenance()["device"]}
     assert {item["timed_with"]["num_images"] for item in provenances} == {16}, "one full batch"
-    same = [name for name in before.columns if name not in ("ms_per_image", "provenance")]
+    assert all(item["timed_with"]["num_latency_runs"] >= 3 for item in provenances)
+    same = [name for name in before.columns if name not in ("ms_per_image", "latency_ms", "provenance")]
     assert before[same].equals(after[same])
     assert [json.loads(row)["device"] for row in before["provenance"]] == [item["device"] for item in provenances]
-    works = after.groupby(["solver", "num_steps", "nfe"])["ms_per_image"].nunique()
-    assert (works == 1).all(), "points with the same passes share one measurement"
-    assert len(timed) == len(works) < len(after)
+    works = after.groupby(["solver", "num_steps", "nfe"])[["ms_per_image", "latency_ms"]].nunique()
+    assert (works == 1).all(axis=None), "points with the same passes share one measurement"
+    assert [len(points) for points in timed.values()] == [len(works)] * 2
+    assert len(works) < len(after)
 
 
 def test_more_steps_take_longer(swept: Pipeline) -> None:

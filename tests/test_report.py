@@ -317,11 +317,11 @@ def test_the_page_makes_no_network_request(written: Path) -> None:
 
 def test_every_choice_has_its_figure(written: Path) -> None:
     charts = json.loads(read(written).scripts["chart-data"])
-    assert len(charts["cost"]["figures"]) == 4 * 3 * 3
+    assert len(charts["cost"]["figures"]) == len(COSTS) * 3 * 3
     assert len(charts["compute"]["figures"]) == 3
     assert len(charts["solvers"]["figures"]) == (1 + 5) * 2 * 3
     assert len(charts["guidance"]["figures"]) == len(charts["best_guidance"]["figures"]) == 2 * 3
-    axes = [charts["cost"]["figures"][f"{index}|0|0"][0]["layout"]["xaxis"]["title"]["text"] for index in range(4)]
+    axes = [charts["cost"]["figures"][f"{index}|0|0"][0]["layout"]["xaxis"]["title"]["text"] for index in range(len(COSTS))]
     assert axes == [cost.axis for cost in COSTS.values()]
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from sqlalchemy.schema import Column
 
 from isocost.analysis.results_table import read_table
-from isocost.errors import ConfigError
+from isocost.errors import ConfigError, RunError
 from isocost.evaluation.confidence_intervals import Interval
 from isocost.sweep.results_db import ResultsDB
+from isocost.sweep.schema import Base
+from output_folders import plain_user, read_only
 
 
 def row(point: str, **changes: object) -> dict[str, object]:
@@ -118,6 +122,132 @@ def test_a_database_of_another_version_is_refused_in_one_line(version: int, mess
     assert str(refused.value) == f"{file}: results database of {message}"
     with sqlite3.connect(file) as connection:
         assert list(connection.iterdump()) == before
+
+
+# --- databases of an earlier release, without the nullable columns that were added since ---
+
+
+ADDED = ("latency_ms", "peak_memory_mib")
+"""Nullable columns of the points: the tests hold for any set of them."""
+TIMED_WITH = {"device": "gpu", "num_latency_runs": 9}
+
+
+def write_earlier(file: Path, *points: str) -> Path:
+    """A database without the columns `ADDED`."""
+    with ResultsDB(file) as results_db:
+        for point in points:
+            results_db.add_point(row(point), SCORES, {"host": "here"}, {})
+    with sqlite3.connect(file) as connection:
+        for column in ADDED:
+            connection.execute(f"ALTER TABLE points DROP COLUMN {column}")
+    connection.close()
+    return file
+
+
+def columns_of(file: Path) -> set[str]:
+    with sqlite3.connect(file) as connection:
+        return {column[1] for column in connection.execute("PRAGMA table_info(points)")}
+
+
+def test_missing_columns_are_added_to_a_database_that_is_opened_for_writing(tmp_path: Path) -> None:
+    file = write_earlier(tmp_path / "results.sqlite", "a")
+    assert not columns_of(file) & set(ADDED)
+    results_db = ResultsDB(file)
+    assert columns_of(file) >= set(ADDED)
+    results_db.add_point(row("b", peak_memory_mib=3.0), SCORES, {}, {})
+    results_db.set_time("b", 2.0, TIMED_WITH, latency_ms=7.0)
+    table = ResultsDB(file).table()
+    assert table["point"].tolist() == ["a", "b"]
+    assert table["latency_ms"].isna().tolist() == [True, False]
+    assert table.loc[1, ["latency_ms", "peak_memory_mib"]].tolist() == [7.0, 3.0]
+    assert table["mmd_efficientnet"].tolist() == [0.5, 0.5]
+
+
+def test_several_processes_may_add_the_columns_at_the_same_time(tmp_path: Path) -> None:
+    file = write_earlier(tmp_path / "results.sqlite", "a")
+    with ThreadPoolExecutor(8) as pool:
+        tables = list(pool.map(lambda _: ResultsDB(file).table(), range(8)))
+    assert all(table["latency_ms"].isna().all() for table in tables)
+
+
+def test_a_column_of_nulls_is_a_column_of_numbers(tmp_path: Path) -> None:
+    table = ResultsDB(write_earlier(tmp_path / "results.sqlite", "a")).table()
+    assert table["latency_ms"].dtype == float
+
+
+def test_a_database_that_is_only_read_gets_no_columns(tmp_path: Path) -> None:
+    file = write_earlier(tmp_path / "results.sqlite", "a")
+    before = columns_of(file)
+    with ResultsDB(file, keep_tables=True) as results_db:
+        assert results_db.table()["latency_ms"].isna().all()
+        assert results_db.points() == {"a"}
+        with ThreadPoolExecutor(4) as pool:  # every connection reads the columns as NULL
+            assert all(table["point"].tolist() == ["a"] for table in pool.map(lambda _: results_db.table(), range(4)))
+    assert columns_of(file) == before
+
+
+@pytest.mark.parametrize("has_log", [False, True], ids=["without a log", "with a log"])
+def test_missing_columns_of_a_read_only_database_are_read_as_null(has_log: bool) -> None:
+    with plain_user() as folder:
+        source = folder / "source"
+        source.mkdir()
+        file = source / "results.sqlite"
+        if has_log:
+            live = folder / "live.sqlite"
+            write_earlier(live, "a")
+            with sqlite3.connect(live) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute("UPDATE points SET num_steps = 9")
+                connection.commit()
+                for suffix in ("", "-wal"):
+                    file.with_name(f"{file.name}{suffix}").write_bytes(live.with_name(f"{live.name}{suffix}").read_bytes())
+            assert file.with_name(f"{file.name}-wal").stat().st_size
+        else:
+            write_earlier(file, "a")
+        contents = {path.name: path.read_bytes() for path in source.iterdir()}
+        with read_only(source):
+            results_db = ResultsDB(file)
+            table = results_db.table()
+            assert table["num_steps"].tolist() == [9 if has_log else 4]
+            assert table["latency_ms"].isna().all()
+            with pytest.raises(RunError, match="make it writable"):
+                results_db.set_time("a", 2.0, TIMED_WITH, latency_ms=7.0)
+        assert {path.name: path.read_bytes() for path in source.iterdir()} == contents
+
+
+def test_points_of_earlier_and_later_databases_are_copied_in_both_directions(tmp_path: Path) -> None:
+    earlier = write_earlier(tmp_path / "earlier.sqlite", "a")
+    with ResultsDB(tmp_path / "later.sqlite") as later:
+        later.add_point(row("b"), SCORES, {}, {})
+        later.set_time("b", 2.0, TIMED_WITH, latency_ms=7.0)
+        assert later.import_from(ResultsDB(earlier, keep_tables=True)) == 1
+        assert later.table().set_index("point")["latency_ms"].isna().to_dict() == {"a": True, "b": False}
+        assert not columns_of(earlier) & set(ADDED)
+        with ResultsDB(earlier) as extended:
+            assert extended.import_from(later) == 1
+            assert extended.table().set_index("point")["latency_ms"].dropna().to_dict() == {"b": 7.0}
+
+
+def test_a_point_takes_the_times_of_a_copy_whose_latency_was_measured(tmp_path: Path) -> None:
+    archived = ResultsDB(write_earlier(tmp_path / "archive.sqlite", "a", "b"))
+    with ResultsDB(tmp_path / "out.sqlite") as out:
+        out.import_from(archived)
+        out.set_time("a", 2.0, TIMED_WITH, latency_ms=7.0)
+        assert archived.import_from(out) == 0
+    table = archived.table().set_index("point")
+    assert table.loc["a", ["ms_per_image", "latency_ms"]].tolist() == [2.0, 7.0]
+    assert json.loads(table.loc["a", "provenance"]) == {"host": "here", "timed_with": TIMED_WITH}
+    assert table.loc["b", "ms_per_image"] == 1.0
+    assert "timed_with" not in json.loads(table.loc["b", "provenance"])
+
+
+def test_every_column_added_since_the_first_release_is_nullable() -> None:
+    """A new column that is not nullable would make databases of schema version 7 unreadable."""
+    required: dict[str, set[str]] = {
+        name: {column.name for column in table.columns if isinstance(column, Column) and not column.nullable}
+        for name, table in Base.metadata.tables.items()
+    }
+    assert required["points"] == set(row("a")) | {"created", "provenance"}
 
 
 def test_a_folder_without_a_table_is_refused(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
+import pandas as pd
 import pytest
 from diffusers import schedulers
 
@@ -21,6 +23,7 @@ import tiny_pipelines
 from isocost.config.base import parse_spec
 from isocost.config.sampling import SolverSpec
 from isocost.config.study import StudySpec
+from isocost.config.study_yaml import dump_study
 from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import num_function_evaluations, solver_coefficients
 from isocost.errors import ConfigError
@@ -294,6 +297,52 @@ def test_the_folders_own_scheduler_is_swept(folder: Path, tmp_path: Path) -> Non
     pipeline = Pipeline(study_of(folder, {"name": "own", "timestep_spacing": "leading"}), tmp_path / "spacing")
     with pytest.raises(ConfigError, match="solver own takes spacing and eta from the checkpoint"):
         pipeline.points(pipeline.runs[0])
+
+
+def test_the_table_and_the_page_name_the_scheduler_that_another_solver_replaces(
+    folder: Path, tmp_path: Path, isocost: Any
+) -> None:
+    with_scheduler(folder, {"name": "PNDMScheduler"})
+    out, file = tmp_path / "out", tmp_path / "study.yaml"
+    file.write_text(dump_study(study_of(folder, {"name": "nearest"}, {"name": "euler"})))
+    assert isocost("run", file, "--out", out, "--no-figures").status == 0
+    table = pd.read_parquet(out / "table.parquet").set_index("solver")
+    assert dict(table["replaced_scheduler"]) == {"ddim/leading": "PNDMScheduler", "euler/trailing": ""}
+    sentence = "ddim/leading in place of PNDMScheduler"
+    page = (out / "report" / "index.html").read_text()
+    assert sentence in page.partition("<script")[0]
+    assert '"title":"in place of"' in page
+    assert sentence in (out / "report" / "summary.md").read_text()
+    advice = isocost("recommend", out, "--budget-nfe", 1)
+    is_ddim = advice.answer["configuration"]["solver"] == "ddim/leading"
+    assert (advice.answer["configuration"]["replaced_scheduler"] == "PNDMScheduler") is is_ddim
+    assert any("the checkpoint's own PNDMScheduler" in note for note in advice.answer["notes"]) is is_ddim
+    file.write_text(dump_study(study_of(folder, {"name": "ddim", "timestep_spacing": "leading"})))
+    assert isocost("run", file, "--out", tmp_path / "named", "--no-figures").status == 0
+    assert "replaced_scheduler" not in pd.read_parquet(tmp_path / "named" / "table.parquet")
+    images = isocost("sample", folder, "--prompt", "a", "--solver", "nearest", "--steps", 1, "--out", tmp_path / "images")
+    assert (images.answer["solver"], images.answer["replaced_scheduler"]) == ("ddim/leading", "PNDMScheduler")
+
+
+def test_an_entry_that_was_written_before_schedulers_were_checked_is_read_again(tmp_path: Path) -> None:
+    folder = with_scheduler(
+        tiny_pipelines.written(tiny_pipelines.stable_diffusion(), tmp_path / "base"), {"name": "PNDMScheduler"}
+    )
+    pipeline = Pipeline(study_of(folder, {"name": "nearest"}), tmp_path / "out")
+    (run_of_folder,) = pipeline.runs
+    pipeline.train(run_of_folder)
+    entry = pipeline.store.folder("checkpoint", run_of_folder.final)
+    manifest = json.loads((entry / "isocost.json").read_text())
+    for name in ("solver_problem", "scheduler"):
+        del manifest["info"]["pretrained"][name]
+    plain = {name: value for name, value in manifest.items() if not name.endswith("_sha256")}
+    (entry / "isocost.json").write_text(json.dumps(plain))
+    assert read_info(entry).replaced_scheduler(SolverSpec(name="nearest")) == "PNDMScheduler"
+    with pytest.raises(ConfigError, match="PNDMScheduler"):
+        sample(entry, "a ring", num_steps=1, num_images=1, guidance=1.0)
+    shutil.rmtree(folder)
+    with pytest.raises(ConfigError, match="of a version that did not check schedulers"):
+        read_info(entry)
 
 
 def test_own_is_a_solver_of_published_checkpoints_only(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from sqlalchemy import update
+from sqlalchemy.orm import Session
 
 from conftest import plain_study, tiny_study
 from finished_study import BASE, finished_spec
@@ -24,11 +26,14 @@ from isocost.analysis.seed_variance import (
     split_training_name,
 )
 from isocost.config.study import StudySpec
+from isocost.config.study_yaml import dump_study
 from isocost.errors import ConfigError
-from isocost.models.checkpoint import load_checkpoint
+from isocost.models.checkpoint import load_checkpoint, read_info
 from isocost.pipeline.dry_run import plan
 from isocost.pipeline.merge import archive, merge
 from isocost.pipeline.pipeline import Pipeline
+from isocost.sweep.results_db import ResultsDB
+from isocost.sweep.schema import PointRecord
 from synthetic_results import synthetic_table
 
 KERNEL = "mmd_efficientnet"
@@ -236,3 +241,25 @@ def test_margins_between_two_sizes_cover_the_differences(spreads: tuple[float, f
         first, second = np.exp(spreads * generator.standard_normal(2))
         explained.append(seed_variance.explains(*rows_of(first, second, ("0.2M", "3.2M")), KERNEL))
     assert 0.91 <= np.mean(explained) <= 0.99
+
+
+def test_a_checkpoint_of_a_replicate_serves_as_the_own_training_of_another_study(
+    finished_study: Path, tmp_path: Path, isocost: Any
+) -> None:
+    """Its rows have the task and the size of the study that uses it, in the report and in the database."""
+    other = finished_spec(train={**BASE["train"], "seed": 1})
+    out, file = tmp_path / "out", tmp_path / "study.yaml"
+    file.write_text(dump_study(other))
+    assert isocost("merge", "--artefacts", out, finished_study / "complete").status == 0
+    checkpoints = {run.final for run in Pipeline(other, out).runs}
+    assert {read_info(out / "artefacts" / "checkpoint" / name).task for name in checkpoints} == {"seed-replicates"}
+    outcome = isocost("run", file, "--out", out, "--no-figures")
+    assert outcome.status == 0, outcome.line
+    assert outcome.answer["num_points"] == 5
+    assert not list((out / "artefacts").glob("run/*"))  # nothing was trained
+    table = Pipeline(other, out).results_db.table()
+    assert (set(table["task"]), set(table["size"].str.contains("seed"))) == ({"text2image"}, {False})
+    with ResultsDB(out / "results.sqlite") as database, Session(database.engine) as session, session.begin():
+        session.execute(update(PointRecord).values(task="seed-replicates", size="0.3M seed 1"))
+    assert isocost("report", file, "--out", out, "--no-figures").answer["num_points"] == 5
+    assert set(pd.read_parquet(out / "table.parquet")["task"]) == {"text2image"}

@@ -154,7 +154,7 @@ def test_text_that_is_not_yaml_is_one_line(text: str) -> None:
 def test_a_file_in_another_encoding_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_bytes("name: café".encode("latin-1"))
-    assert "save it in UTF-8" in refusal(file)
+    assert "save it as UTF-8" in refusal(file)
 
 
 # --- --set ---

@@ -16,6 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from finished_study import BASE, copy_trained, finished_spec
+from isocost.analysis.costs import COSTS
 from isocost.analysis.pareto import pareto
 from isocost.analysis.results_table import of_task
 from isocost.analysis.timings import format_excluded_timings, keep_one_timing_device, timing_device
@@ -25,6 +26,8 @@ from isocost.pipeline.pipeline import Pipeline
 from isocost.report.build import report, study_table
 from isocost.sampling import generate
 from isocost.sampling.generate import make_engine
+from isocost.sampling.latency import load_components
+from isocost.sampling.latency_stages import LoadedModel
 from isocost.sweep import worker
 from isocost.utils.environment import processor_name
 
@@ -47,6 +50,21 @@ def test_a_table_of_one_device_stays(devices: tuple[str | None, ...]) -> None:
     table = table_of(*devices)
     assert keep_one_timing_device(table) is table
     assert format_excluded_timings(table) is None
+
+
+def test_the_device_of_most_latencies_keeps_them() -> None:
+    records = [{"device": "gpu"}] * 3 + [{"device": "gpu", "timed_with": {"device": "cpu", "num_latency_runs": 3}}] * 2
+    table = pd.DataFrame({"ms_per_image": 1.0, "latency_ms": [None] * 3 + [5.0, 6.0], "provenance": map(json.dumps, records)})
+    kept = keep_one_timing_device(table)
+    assert kept["ms_per_image"].notna().tolist() == [True] * 3 + [False] * 2
+    assert kept["latency_ms"].dropna().tolist() == [5.0, 6.0], "all latencies are of one device"
+    assert format_excluded_timings(kept, "latency_ms") is None
+    records[4] = {"device": "gpu", "timed_with": {"device": "another", "num_latency_runs": 3}}
+    kept = keep_one_timing_device(table.assign(provenance=list(map(json.dumps, records))))
+    assert kept["latency_ms"].notna().sum() == 1
+    note = format_excluded_timings(kept, "latency_ms")
+    assert note is not None
+    assert note.startswith("measured on another; 1 of 5 points were timed on another device")
 
 
 def test_a_remeasured_point_belongs_to_the_device_of_the_new_measurement() -> None:
@@ -126,3 +144,36 @@ def test_every_point_has_its_true_milliseconds_on_a_virtual_clock(
     assert len(table) == 4 * 3 + 2, "with the setting of the snapshots"
     true_ms = 1000 * (clock.prompt_s + table["nfe"] * clock.evaluation_s + clock.decoded_image_s)
     assert (table["ms_per_image"] / true_ms).tolist() == pytest.approx([1.0] * len(table), rel=0.01)
+
+
+def test_every_point_has_its_true_latency_on_a_virtual_clock(family_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = VirtualClock(prompt_s=0.003, evaluation_s=0.01, decoded_image_s=0.02)
+    call_s = 0.07  # a call of the network takes the same time for one row and for two, unlike full batches
+
+    def timed_components(*arguments: Any) -> LoadedModel:
+        model = load_components(*arguments)
+        denoise = model.network.denoise()
+
+        def timed_denoise(*inputs: Any) -> Any:
+            clock.pass_time(call_s)
+            return denoise(*inputs)
+
+        monkeypatch.setattr(model.network, "denoise", lambda: timed_denoise)
+        monkeypatch.setattr(model.autoencoder, "decode", clock.costing(model.autoencoder.decode, clock.decoded_image_s))
+        monkeypatch.setattr(model.text_encoder, "encode", clock.costing(model.text_encoder.encode, clock.prompt_s))
+        return model
+
+    monkeypatch.setattr(worker, "load_components", timed_components)
+    monkeypatch.setattr(sweep_runner, "Worker", partial(worker.Worker, now=clock.now))
+    pipeline = Pipeline(finished_spec(), family_copy)
+    assert pipeline.remeasure(pipeline.runs[0]) == 5
+    table = pipeline.results_db.table()
+    true_ms = 1000 * (clock.prompt_s + table["num_steps"] * call_s + clock.decoded_image_s)
+    assert (table["latency_ms"] / true_ms).tolist() == pytest.approx([1.0] * len(table), rel=0.01)
+    written = report(pipeline, with_figures=False)
+    assert written.table["latency_ms"].tolist() == pytest.approx(table["latency_ms"].tolist())
+    page = (family_copy / "report" / "index.html").read_text(encoding="utf-8")
+    assert COSTS["latency_ms"].axis in page
+    outcome = CliRunner().invoke(app, ["recommend", str(family_copy), "--budget-latency-ms", "95"])
+    assert outcome.exit_code == 0, outcome.output
+    assert json.loads(outcome.stdout.splitlines()[-1])["configuration"]["num_steps"] == 1, "two steps take 163 ms"

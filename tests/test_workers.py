@@ -237,8 +237,8 @@ def test_an_unreachable_results_database_is_one_line(isocost: Any, tmp_path: Pat
     study = study_file(tmp_path)
     for address, message in (
         ("postgresql://nobody@127.0.0.1:1/none", "the results database cannot be reached"),
-        ("nonsense://x", "not an address of a database"),
-        ("post gres://", "not an address of a database"),
+        ("nonsense://x", "not a database address"),
+        ("post gres://", "not a database address"),
     ):
         with pytest.raises(ConfigError, match=message):
             ResultsDB(address)

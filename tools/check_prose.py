@@ -44,6 +44,8 @@ WORDS: dict[str, str] = {
     ),
     r"\bnormalised\b": "normalized",
     r"\bsampler(s|'s)?\b": "solver",
+    r"\bpassed over\b": "ignored, skipped",
+    r"\bcommand goes on\b": "run the same command again",
     r"\bRequestError\b|\bWorkError\b": "ConfigError, RunError",
 }
 SENTENCES = {

@@ -23,16 +23,6 @@ if TYPE_CHECKING:
     from isocost.evaluation.confidence_intervals import Interval
     from isocost.sampling.sample import Model
 
-BUDGETS = {
-    "nfe": "nfe",
-    "gflop": "gflop",
-    "ms": "ms_per_image",
-    "normalized_cost": "normalized_cost",
-    "images_per_hour": "images_per_hour",
-    "memory_gib": "memory_gib",
-}
-"""Keyword of `recommend` -> name of the budget."""
-
 
 @dataclass(frozen=True)
 class StudyResult:
@@ -41,7 +31,8 @@ class StudyResult:
     Attributes:
         out: the output folder.
         results: one row per scored point. `size`, `solver`, `num_steps`, `guidance` name the configuration; `nfe`, `gflop`,
-            `normalized_cost` and `ms_per_image` are its costs per image; every metric has a column and the bounds of its 95 %
+            `normalized_cost`, `ms_per_image` (throughput at full batches) and `latency_ms` (one image alone; NaN until
+            `isocost remeasure` measures it) are its costs per image; every metric has a column and the bounds of its 95 %
             interval in METRIC_low and METRIC_high.
         page: the HTML report.
         summary: the answer as Markdown.
@@ -122,27 +113,37 @@ def recommend(
         metric: the column that decides.
         require: metric -> value that the configuration must reach, in the metric's direction.
         out: the output folder for the command in the answer.
-        **budgets: `nfe`, `gflop`, `ms` or `normalized_cost` per image, `images_per_hour`, `memory_gib`.
+        **budgets: `nfe`, `gflop`, `ms` or `normalized_cost` per image, `latency_ms`, `images_per_hour`, `memory_gib`.
 
     Raises:
         ConfigError: no budget is given, a name is unknown, or no point fits; the line names the nearest point.
     """
+    from isocost.analysis.costs import COSTS
     from isocost.analysis.recommend import recommend as choose
 
-    unknown = [name for name in budgets if name not in BUDGETS]
+    names = {cost.keyword: cost.name for cost in COSTS.values()}
+    names |= {"images_per_hour": "images_per_hour", "memory_gib": "memory_gib"}
+    unknown = [name for name in budgets if name not in names]
     if unknown or not budgets:
         problem = f"unknown budget {unknown[0]!r}" if unknown else "no budget"
-        raise ConfigError(f"recommend: {problem}; give one or more of {', '.join(BUDGETS)}, such as nfe=16")
-    named = {BUDGETS[name]: float(value) for name, value in budgets.items()}
+        raise ConfigError(f"recommend: {problem}; give one or more of {', '.join(names)}, such as nfe=16")
+    named = {names[name]: float(value) for name, value in budgets.items()}
     lead = next((name for name in named if name != "memory_gib"), None)
     if lead is None:
-        raise ConfigError("recommend: memory_gib needs another budget next to it, such as nfe=16")
+        raise ConfigError("recommend: memory_gib needs a second budget, such as nfe=16")
     others = {name: value for name, value in named.items() if name != lead}
     return choose(results, lead, named[lead], metric, out, also=others, requirements=require)
 
 
 def load_checkpoint(
-    checkpoint: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | str = "fp32"
+    checkpoint: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = "fp32",
+    vae_dtype: torch.dtype | str = "fp32",
+    vae_tile_size: int | None = None,
+    vae_slicing: bool = False,
+    offload: bool = False,
 ) -> Model:
     """Load a checkpoint once, for any number of calls of `sample`.
 
@@ -151,13 +152,25 @@ def load_checkpoint(
             with ` + LORA[:SCALE]` or without.
         device: where it runs; by default CUDA if there is any, else the CPU.
         dtype: of the denoiser: "fp32" or "bf16", or the torch dtype.
+        vae_dtype: of the autoencoder, as `dtype`.
+        vae_tile_size: decode in overlapping tiles of this many pixels, a multiple of 64 (VAE tiling).
+        vae_slicing: decode one image at a time (VAE slicing).
+        offload: in every call of `sample`, load each part for its stage and release it after it.
 
     Raises:
-        ConfigError: the checkpoint cannot be read.
+        ConfigError: the checkpoint cannot be read, or does not support a setting.
     """
     from isocost.sampling.sample import Model
 
-    return Model(checkpoint, device=device, dtype=dtype)
+    return Model(
+        checkpoint,
+        device=device,
+        dtype=dtype,
+        vae_dtype=vae_dtype,
+        vae_tile_size=vae_tile_size,
+        vae_slicing=vae_slicing,
+        offload=offload,
+    )
 
 
 def score(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from isocost.analysis.costs import COSTS
+from isocost.analysis.costs import COSTS, expected_costs
 from isocost.analysis.formatting import format_score
 from isocost.analysis.seed_variance import SeedVariance, estimate_seed_variance
 from isocost.errors import ConfigError
@@ -127,9 +127,11 @@ def pick_diverse(cases: Sequence[Evidence]) -> list[Evidence]:
 
 def evaluate_claims(claims: Sequence[Claim], tables: Tables) -> list[ClaimVerdict]:
     """The verdict on every claim; one per cost if the claim depends on cost."""
+    expected = {cost for results in tables.values() for cost in expected_costs(results.table)}
+    costs = [cost for cost in COSTS if cost in expected]
     verdicts = []
     for claim in claims:
-        for cost in COSTS if claim.depends_on_cost else ("",):
+        for cost in costs if claim.depends_on_cost else ("",):
             try:
                 cases, missing = claim.find_evidence(tables, cost), ""
             except ConfigError as error:

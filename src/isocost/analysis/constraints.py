@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from isocost.analysis.costs import COSTS, cost_of
+from isocost.analysis.costs import COSTS, cost_of, format_unmeasured
 from isocost.analysis.formatting import ROUNDING, format_metric, format_number, format_row, format_score
 from isocost.analysis.results_table import is_within_budget
 from isocost.errors import ConfigError
@@ -25,7 +25,7 @@ MIB_PER_GIB = 1024
 IMAGES_PER_HOUR, MEMORY_GIB = "images_per_hour", "memory_gib"
 MEMORY_COLUMN = "peak_memory_mib"
 BUDGETS = (*COSTS, IMAGES_PER_HOUR, MEMORY_GIB)
-"""Names of budgets: the four costs, a minimum of images per hour, and a maximum of peak device memory in GiB."""
+"""Names of budgets: the costs, a minimum of images per hour, and a maximum of peak device memory in GiB."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Constraint:
         return (over / scale).where(~self.holds(rows), 0.0).fillna(np.inf)
 
     def format_value(self, row: pd.Series) -> str:
-        """The row's value of the bounded column, with its unit or the name of the metric."""
+        """The value of the bounded column in a row, with its unit or the name of the metric."""
         value = float(row[self.column])
         if self.is_requirement:
             low, high = (float(row[f"{self.column}_{end}"]) for end in ("low", "high"))
@@ -175,7 +175,7 @@ def check_measured(rows: pd.DataFrame, constraints: Sequence[Constraint]) -> Non
                 f"no point has a measured peak memory (column {MEMORY_COLUMN}): sweep on a device that reports it, "
                 "or leave the memory budget out"
             )
-        raise ConfigError(f"no point has a measured {column}; choose another cost of {', '.join(COSTS)}")
+        raise ConfigError(format_unmeasured(column))
 
 
 def feasible(rows: pd.DataFrame, constraints: Sequence[Constraint]) -> pd.Series:
@@ -205,7 +205,7 @@ def format_constraints(constraints: Sequence[Constraint]) -> str:
 
 
 def explain_infeasible(rows: pd.DataFrame, constraints: Sequence[Constraint]) -> str:
-    """One line for rows of which none meets all constraints: the constraint that fails, the nearest row, and a remedy.
+    """One line for the case that no row meets all constraints: the constraint that fails, the nearest row, a remedy.
 
     Args:
         rows: best first; of equally near rows the first is named.

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from isocost.analysis.formatting import format_number
 from isocost.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -14,28 +18,50 @@ class Cost:
 
     Attributes:
         name: the column of the results table.
+        keyword: the budget of `isocost.recommend`; the option is `--budget-KEYWORD` with hyphens.
         label: short name for headings.
         axis: title of a figure's axis.
         unit: the unit after a number, in running text.
+        measured_by: how to measure a cost that a sweep does not measure; "" for the others. Reports do not mention such a cost
+            until a point has it.
     """
 
     name: str
+    keyword: str
     label: str
     axis: str
     unit: str
+    measured_by: str = ""
 
     def format_amount(self, value: float) -> str:
         """`value` with its unit: "12 units of normalized cost"."""
         return f"{format_number(value)} {self.unit}"
 
 
+REMEASURE = "`isocost remeasure STUDY`"
+"""The command that measures times properly."""
+
 COSTS = {
     cost.name: cost
     for cost in (
-        Cost("normalized_cost", "normalized cost", "normalized cost per image (per step × steps)", "units of normalized cost"),
-        Cost("nfe", "evaluations", "network evaluations per image", "network evaluations per image"),
-        Cost("gflop", "GFLOP", "GFLOP per image (denoiser, all passes)", "GFLOP per image"),
-        Cost("ms_per_image", "milliseconds", "ms per image (measured, by throughput)", "ms per image"),
+        Cost(
+            "normalized_cost",
+            "normalized_cost",
+            "normalized cost",
+            "normalized cost per image (per step × steps)",
+            "units of normalized cost",
+        ),
+        Cost("nfe", "nfe", "evaluations", "network evaluations per image", "network evaluations per image"),
+        Cost("gflop", "gflop", "GFLOP", "GFLOP per image (denoiser, all passes)", "GFLOP per image"),
+        Cost("ms_per_image", "ms", "milliseconds", "ms per image (measured, by throughput)", "ms per image"),
+        Cost(
+            "latency_ms",
+            "latency_ms",
+            "latency",
+            "latency of one image in ms (measured, batch 1)",
+            "ms of latency",
+            measured_by=f"{REMEASURE} measures it, and `isocost report STUDY` adds it to the table",
+        ),
     )
 }
 
@@ -49,3 +75,19 @@ def cost_of(name: str) -> Cost:
     if name not in COSTS:
         raise ConfigError(f"no cost is called {name!r}; known: {', '.join(COSTS)}")
     return COSTS[name]
+
+
+def is_measured(table: pd.DataFrame, name: str) -> bool:
+    """Whether any row of the table has a value of the cost."""
+    return name in table.columns and bool(table[name].notna().any())
+
+
+def expected_costs(table: pd.DataFrame) -> list[str]:
+    """The costs that a report of the table shows or misses: all but those measured on request that no row has."""
+    return [cost.name for cost in COSTS.values() if not cost.measured_by or is_measured(table, cost.name)]
+
+
+def format_unmeasured(name: str, points: str = "point") -> str:
+    """The message for a table in which no point has the cost, with the remedy."""
+    remedy = cost_of(name).measured_by or f"choose another cost of {', '.join(COSTS)}"
+    return f"no {points} has a measured {name}; {remedy}"

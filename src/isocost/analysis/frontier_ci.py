@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from isocost.analysis.costs import COSTS, cost_of
+from isocost.analysis.costs import COSTS, cost_of, is_measured
 from isocost.analysis.formatting import ROUNDING, format_number, format_score
 from isocost.analysis.pareto import BEYOND_DATA_FACTOR
 from isocost.analysis.results_table import final_points, rank_points, sizes_in_order, standard_errors
@@ -268,7 +268,7 @@ def format_best_sizes(table: pd.DataFrame, metric: str) -> dict[str, Any]:
     """Text for a report, by cost: the budgets at which the best size changes, and how often the best size is decided."""
     texts: dict[str, Any] = {}
     for cost in COSTS.values():
-        if table.loc[table["is_final"].astype(bool), cost.name].isna().all():
+        if not is_measured(table[table["is_final"].astype(bool)], cost.name):
             continue
         bands = frontier_bands(table, cost.name, metric)
         crossings = [str(crossing) for crossing in bands.crossings] or [f"{bands.sizes[bands.best[-1]]} at every budget"]
@@ -315,7 +315,7 @@ def corrected_running_minimum(values: Floats, replicates: Floats) -> Floats:
 
 
 def best_ordered_path(curves: Sequence[Floats], widths: Floats) -> NDArray[np.int64]:
-    """The curve to follow at each budget, never back to an earlier curve, that minimises the sum of values times widths.
+    """Choose a curve for each budget so that the sum of values times widths is least; the curve's index never falls.
 
     Args:
         curves: S curves, [1 + R, B] each.

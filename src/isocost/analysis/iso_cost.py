@@ -111,8 +111,8 @@ def difference_between(
     """The score of the first row minus that of the second.
 
     Returns:
-        The difference, and whether it is paired. Without a paired interval it is the difference of independent scores; it is
-        None if one of these has no interval.
+        The difference, and whether it is paired. If there is no paired interval, the scores are treated as independent; the
+        difference is None if one of the scores has no interval.
     """
     paired = pairs.difference(str(first["point"]), str(second["point"]), metric)
     if paired is not None:

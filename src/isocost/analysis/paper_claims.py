@@ -75,7 +75,10 @@ def larger_is_better(tables: Tables, _: str) -> list[Evidence]:
 
 
 def superres_follows_size(tables: Tables, _: str) -> list[Evidence]:
-    """The largest size with no more fine-tuning compute than a smaller size at its end, or at its first snapshot."""
+    """The largest size against each smaller size after all its training: whether the largest is better at equal compute.
+
+    The largest size is taken at its last snapshot with no more fine-tuning compute, or at its first snapshot if all have more.
+    """
     results = _pretrained(results_of(tables, "superres"))
     *smaller, (largest, largest_snapshots) = _snapshots_by_size(results, min_snapshots=1)
     cases = []
@@ -293,13 +296,13 @@ def _more_compute(results: TaskResults) -> list[Evidence]:
     snapshots = [(size, snapshot) for size, size_snapshots in by_size for snapshot in size_snapshots]
     cases = []
     for size, snapshot in snapshots:
-        for other_size, other in snapshots:
-            if size != other_size and snapshot["training_gflop"] >= COMPUTE_RATIO * other["training_gflop"]:
+        for cheaper_size, cheaper in snapshots:
+            if size != cheaper_size and snapshot["training_gflop"] >= COMPUTE_RATIO * cheaper["training_gflop"]:
                 texts = [
                     f"{name} at {format_number(row['training_gflop'])} GFLOP "
-                    for name, row in ((size, snapshot), (other_size, other))
+                    for name, row in ((size, snapshot), (cheaper_size, cheaper))
                 ]
-                cases.append(_case(snapshot, other, results, *texts))
+                cases.append(_case(snapshot, cheaper, results, *texts))
     return cases
 
 
@@ -345,7 +348,7 @@ def _guidance_cases(rows: pd.DataFrame, metric: str, by: list[str], along: str, 
         texts = [f"{_format_guidance(*interval)} for {_format_coordinate(along, end)}" for end, *interval in ends]
         cases.append(Evidence(vote_of(outcome), f"{where}: {', '.join(texts)}"))
     if not cases:
-        raise ConfigError("no comparison has a choice of guidance on both sides")
+        raise ConfigError(f"no points have several guidance values both at {along} = {first} and at {along} = {last}")
     return cases
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from isocost.analysis.costs import COSTS, cost_of
+from isocost.analysis.costs import cost_of, format_unmeasured, is_measured
 from isocost.analysis.formatting import ROUNDING, decimal_exponent, format_configuration, format_guidance, format_score
 from isocost.analysis.results_table import (
     CELL_COLUMNS,
@@ -43,6 +44,8 @@ class Configuration:
         guidance_at_boundary: whether the guidance is the lowest or the highest that was tried (`final_points`).
         dtype, compiled: of the network.
         seed: of the noise.
+        replaced_scheduler: scheduler class of a published checkpoint, if `solver` stands in for it.
+        vae_dtype, vae_tile_size, vae_slicing: settings of the autoencoder (`isocost.config.sampling.VaeSpec`).
     """
 
     point: str
@@ -64,6 +67,10 @@ class Configuration:
     guide_null_prompt: bool = False
     guidance_interval: str | None = None
     guidance_schedule: str | None = None
+    replaced_scheduler: str = ""
+    vae_dtype: str = "fp32"
+    vae_tile_size: int | None = None
+    vae_slicing: bool = False
 
     @property
     def score(self) -> str:
@@ -87,7 +94,7 @@ class BudgetChoice:
         beyond_data: whether the budget exceeds the cost of the most expensive point by more than 10 %, so that a still more
             expensive configuration could be better.
         cheapest: of all points, whether they fit or not.
-        dearest: of all points, whether they fit or not.
+        most_expensive: of all points, whether they fit or not.
     """
 
     budget: float
@@ -99,7 +106,7 @@ class BudgetChoice:
     undecided: bool
     beyond_data: bool
     cheapest: Configuration
-    dearest: Configuration
+    most_expensive: Configuration
 
 
 def best_guidance(table: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -131,8 +138,8 @@ def best_at_budgets(
     Args:
         cost: a name of `COSTS`.
         budgets: in the unit of that cost.
-        points: digests of the points that may be chosen; None for all. The other points still count for `cheapest`, `dearest`
-            and the boundaries of guidance.
+        points: digests of the points that may be chosen; None for all. The other points still count for `cheapest`,
+            `most_expensive` and the boundaries of guidance.
 
     Returns:
         One choice per budget, in the same order.
@@ -142,7 +149,7 @@ def best_at_budgets(
     """
     rows = rank_points(final_points(table, metric, cost), metric, cost)
     by_cost = rows.sort_values(cost, kind="stable")
-    cheapest, dearest = (_configuration(by_cost.iloc[index], cost, metric) for index in (0, -1))
+    cheapest, most_expensive = (_configuration(by_cost.iloc[index], cost, metric) for index in (0, -1))
     allowed = rows if points is None else rows[rows["point"].isin(list(points))]
     choices = []
     for budget in budgets:
@@ -161,9 +168,9 @@ def best_at_budgets(
                 best=best,
                 runner_up=runner_up,
                 undecided=best is not None and runner_up is not None and intervals_overlap(best, runner_up),
-                beyond_data=budget > dearest.cost * BEYOND_DATA_FACTOR,
+                beyond_data=budget > most_expensive.cost * BEYOND_DATA_FACTOR,
                 cheapest=cheapest,
-                dearest=dearest,
+                most_expensive=most_expensive,
             )
         )
     return choices
@@ -184,9 +191,10 @@ def default_budgets(table: pd.DataFrame, cost: str, num_budgets: int = 5) -> lis
     Raises:
         ConfigError: no final point has a measurement of this cost.
     """
-    costs = table.loc[table["is_final"].astype(bool), cost_of(cost).name].dropna()
-    if costs.empty:
-        raise ConfigError(f"no final point has a measured {cost}; choose another cost of {', '.join(COSTS)}")
+    finished = table[table["is_final"].astype(bool)]
+    if not is_measured(finished, cost_of(cost).name):
+        raise ConfigError(format_unmeasured(cost, "final point"))
+    costs = finished[cost].dropna()
     budgets = np.geomspace(costs.min(), costs.max(), num_budgets + 1)[1:]
     return sorted({_round_up(float(budget)) for budget in budgets})
 
@@ -210,7 +218,17 @@ def _configuration(row: pd.Series, cost: str, metric: str) -> Configuration:
         seed=int(row.get("seed", 0)),
         guide_null_prompt=not pd.isna(is_null := row.get("guide_null_prompt")) and bool(is_null),
         **{column: None if pd.isna(value := row.get(column)) else str(value) for column in GUIDANCE_COLUMNS},
+        replaced_scheduler=str(row.get("replaced_scheduler", "")),
+        **_vae_settings(row),
     )
+
+
+def _vae_settings(row: pd.Series) -> dict[str, Any]:
+    """The settings of the autoencoder. A table has columns of them only if a point has other settings than the defaults."""
+    if pd.isna(row.get("vae_dtype")):
+        return {}
+    tile_size = None if pd.isna(row["vae_tile_size"]) else int(row["vae_tile_size"])
+    return {"vae_dtype": str(row["vae_dtype"]), "vae_tile_size": tile_size, "vae_slicing": bool(row["vae_slicing"])}
 
 
 def _round_up(value: float) -> float:

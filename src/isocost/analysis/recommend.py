@@ -24,6 +24,7 @@ from isocost.analysis.costs import cost_of
 from isocost.analysis.formatting import format_metric
 from isocost.analysis.pareto import BudgetChoice, Configuration, best_at_budgets, intervals_overlap
 from isocost.analysis.results_table import final_points, rank_points
+from isocost.analysis.timings import TIME_COLUMN, format_sweep_timings
 from isocost.errors import ConfigError
 from isocost.evaluation.metric_registry import metric_of
 
@@ -167,6 +168,9 @@ def sample_command(configuration: Configuration, out: str = "OUT", task: str = "
         command += [SOLVER_OPTIONS[key], value]
     command += ["--dtype", configuration.dtype] if configuration.dtype != "fp32" else []
     command += ["--compile"] if configuration.compiled else []
+    command += ["--vae-dtype", configuration.vae_dtype] if configuration.vae_dtype != "fp32" else []
+    command += ["--vae-tile-size", str(configuration.vae_tile_size)] if configuration.vae_tile_size is not None else []
+    command += ["--vae-slicing"] if configuration.vae_slicing else []
     command += ["--seed", str(configuration.seed)] if configuration.seed else []
     return shlex.join([*command, *inputs])
 
@@ -211,12 +215,16 @@ def _format_undecided(best: Configuration, runner_up: Configuration) -> str:
 def _notes(choice: BudgetChoice, best: Configuration, other_budgets_bind: bool = False, noun: str = "size") -> tuple[str, ...]:
     notes = []
     if choice.beyond_data and not other_budgets_bind:
-        highest = cost_of(choice.cost).format_amount(choice.dearest.cost)
+        highest = cost_of(choice.cost).format_amount(choice.most_expensive.cost)
         remedy = f"more steps or a larger {noun} may be better"
         notes.append(f"the budget is beyond the data, whose most expensive point costs {highest}: {remedy}")
     if best.guidance_at_boundary:
         remedy = "widen the grid to be sure of the optimum"
         notes.append(f"guidance {best.guidance:g} is at the boundary of the values tried there: {remedy}")
+    if best.replaced_scheduler:
+        notes.append(
+            f"{best.solver} is in place of the checkpoint's own {best.replaced_scheduler}, which isocost does not reproduce"
+        )
     return tuple(notes)
 
 
@@ -227,12 +235,15 @@ def _other_budgets_bind(rows: pd.DataFrame, constraints: Sequence[Constraint]) -
 
 def _constraint_notes(rows: pd.DataFrame, row: pd.Series, constraints: Sequence[Constraint]) -> list[str]:
     notes = []
+    timed_by_sweep = format_sweep_timings(rows)
     for constraint in constraints:
         column, bound = constraint.column, constraint.bound
         num_unmeasured = int(rows[column].isna().sum())
         if num_unmeasured:
             excluded = "1 point is" if num_unmeasured == 1 else f"{num_unmeasured} points are"
             notes.append(f"{excluded} left out because {column} was not measured")
+        if column == TIME_COLUMN and timed_by_sweep:
+            notes.append(timed_by_sweep)
         if constraint.is_requirement:
             end = float(row[f"{column}_{'high' if constraint.is_upper_bound else 'low'}"])
             if math.isnan(end):

@@ -10,9 +10,10 @@ guide, guide_checkpoint                   label and digest of the guide network;
 guide_null_prompt                         whether the guide has the empty prompt
 guidance_interval, guidance_schedule      as JSON, in log-SNR; absent without
 guidance_low, guidance_high, race_images, race_at_boundary    the guidance search, if there was one
+replaced_scheduler                        with solver `nearest`: scheduler class of the checkpoint for which `solver` stands
 num_images, seed, protocol                the evaluation
 guide_nfe                                 the evaluations by the guide, part of nfe
-normalized_cost, nfe, gflop, ms_per_image the costs (`isocost.analysis.costs.COSTS`)
+normalized_cost, nfe, gflop, ms_per_image, latency_ms    the costs (`isocost.analysis.costs.COSTS`), NaN if not measured
 m, m_low, m_high                          for every metric m: the score and the ends of its 95 % interval, NaN where absent
 """
 
@@ -26,7 +27,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from isocost.analysis.costs import COSTS, cost_of
+from isocost.analysis.costs import COSTS, cost_of, format_unmeasured, is_measured
 from isocost.analysis.formatting import ROUNDING, format_row
 from isocost.analysis.timings import keep_one_timing_device
 from isocost.errors import ConfigError
@@ -82,6 +83,14 @@ def sizes_in_order(table: pd.DataFrame) -> list[str]:
     """The names of the sizes, from the smallest network to the largest."""
     sizes = table[["num_parameters", "size"]].drop_duplicates("size")
     return [str(size) for size in sizes.sort_values(["num_parameters", "size"])["size"]]
+
+
+def replaced_schedulers(table: pd.DataFrame) -> list[str]:
+    """One line for every checkpoint whose own scheduler another solver stands in for (`solver: nearest`)."""
+    if "replaced_scheduler" not in table.columns:
+        return []
+    rows = table[table["replaced_scheduler"] != ""].drop_duplicates(["size", "solver"]).sort_values(["num_parameters", "size"])
+    return [f"{row['size']}: {row['solver']} in place of {row['replaced_scheduler']}" for row in rows.to_dict("records")]
 
 
 def with_metric(table: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -149,9 +158,9 @@ def final_points(table: pd.DataFrame, metric: str, cost: str | None = None) -> p
         at_boundary = (at_boundary & ~is_searched) | rows["race_at_boundary"].eq(True)
     rows = rows.assign(guidance_at_boundary=at_boundary)
     if cost is not None:
-        rows = rows[rows[cost_of(cost).name].notna()]
-        if rows.empty:
-            raise ConfigError(f"no point has a measured {cost}; choose another cost of {', '.join(COSTS)}")
+        if not is_measured(rows, cost_of(cost).name):
+            raise ConfigError(format_unmeasured(cost))
+        rows = rows[rows[cost].notna()]
     return rows
 
 
@@ -186,6 +195,12 @@ def is_within_budget(costs: pd.Series, budget: float) -> pd.Series:
     return costs <= budget * (1 + ROUNDING)
 
 
+def with_cost_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with NaN in the columns of costs that an earlier release did not write."""
+    missing = [cost for cost in COSTS if cost not in table.columns]
+    return table.assign(**dict.fromkeys(missing, np.nan)) if missing else table
+
+
 REPORT_DATA = "report_data"
 """Folder in an output folder with the data of its report that is not in the tables (`isocost.report.report_data`)."""
 
@@ -205,7 +220,7 @@ def read_table(out: str | Path, task: str = "text2image") -> pd.DataFrame:
     if not file.is_file():
         raise ConfigError(f"{out}: no {file.name}; `isocost run` and `isocost report` write it")
     try:
-        return pd.read_parquet(file)
+        return with_cost_columns(pd.read_parquet(file))
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ConfigError(f"{file}: cannot be read ({reason}); `isocost report STUDY --out {out}` writes it again") from error

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from isocost.analysis.costs import cost_of
+from isocost.analysis.costs import cost_of, is_measured
 from isocost.analysis.formatting import format_score
 from isocost.analysis.iso_cost import Comparison, PairedDifferences, best_at_budget
 from isocost.analysis.pareto import default_budgets
@@ -107,12 +107,13 @@ def rankings(
     Raises:
         ConfigError: a study has no point with a measured cost, the units of normalized cost differ, or no point fits a budget.
     """
-    cost_of(cost)
+    measured_by = cost_of(cost).measured_by
     studies = list(dict.fromkeys(table["study"]))
-    untimed = [study for study in studies if table.loc[table["study"] == study, cost].isna().all()]
+    untimed = [study for study in studies if not is_measured(table[table["study"] == study], cost)]
     if untimed:
         raise ConfigError(
             f"{untimed[0]} has no point with {cost} measured on the device of the other studies: compare by --cost gflop"
+            + (f", or {measured_by}" if measured_by else "")
         )
     if cost == "normalized_cost":
         _check_units(table)

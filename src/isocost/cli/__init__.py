@@ -5,6 +5,7 @@ Exit status: 0 done (or stopped by --stop-after), 1 the work failed, 2 the reque
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 
@@ -30,15 +31,22 @@ __all__ = ["app", "benchmark", "checkpoint", "evaluate", "list_names", "main", "
 def main() -> None:
     """Run the command of `sys.argv`; an error becomes one line on stderr and an exit status."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    if isinstance(sys.stderr, io.TextIOWrapper):  # a name or caption that the terminal cannot show must not end a run
+        sys.stderr.reconfigure(errors="backslashreplace")
     try:
         with log_messages_on_stderr():
             app(standalone_mode=True)
     except ConfigError as error:
-        print(f"isocost: {error}", file=sys.stderr)
+        print(f"isocost: {_one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except (RunError, SafetensorError) as error:  # SafetensorError: a file of weights could not be written
-        print(f"isocost: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"isocost: {_one_line(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        print(f"isocost: {os_error_message(error)}", file=sys.stderr)
+        print(f"isocost: {_one_line(os_error_message(error))}", file=sys.stderr)
         sys.exit(2 if error.errno in WRONG_PATH_ERRORS else 1)
+
+
+def _one_line(message: str) -> str:
+    """A message with its control characters as escapes; file names can have them, and a terminal would obey them."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in message)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import sys
 from importlib.metadata import entry_points, version
 from typing import Annotated, Any
 
@@ -36,7 +38,25 @@ def load_plugins(
 
 
 def print_json(value: Any) -> None:
-    """Print `value` as one line of JSON; of several processes that torchrun started, only the first one prints."""
+    """Print `value` as one line of JSON; of several processes that torchrun started, only the first one prints.
+
+    A number that JSON does not have (NaN, infinity) becomes null. Characters that the terminal cannot show, and bytes of file
+    names that are not UTF-8, are written as escapes.
+    """
     if os.environ.get("RANK", "0") != "0":
         return
-    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+    plain = _finite(json.loads(json.dumps(value, default=str)))
+    text = json.dumps(plain, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(plain, allow_nan=False)
+    print(text, flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

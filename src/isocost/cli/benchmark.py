@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,8 +13,11 @@ import typer
 from isocost.cli.app import app, print_json
 from isocost.cli.options import (
     CHECKPOINT_HELP,
+    Batches,
     Database,
+    NumRepeats,
     NumSteps,
+    OptionalGuidance,
     OutputDir,
     Overrides,
     SolverName,
@@ -27,6 +32,7 @@ from isocost.utils.artifact_store import write_atomically
 from isocost.utils.output_paths import check_output_file
 
 if TYPE_CHECKING:
+    from isocost.sampling.denoiser import SamplingDTypeName
     from isocost.sampling.latency import Latency
 
 
@@ -34,18 +40,15 @@ if TYPE_CHECKING:
 def latency(
     checkpoint: Annotated[Path, typer.Argument(help=CHECKPOINT_HELP)],
     num_steps: NumSteps = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="guidance scale; 1 takes one network pass; default: 2, or 1 for super-resolution"),
-    ] = None,
+    guidance: OptionalGuidance = None,
     solver_name: SolverName = None,
-    batch: Annotated[list[int] | None, typer.Option("--batch", help="batch size; may be repeated; default: 1 and 4")] = None,
-    repeats: Annotated[int, typer.Option(help="measured passes of each batch size, 3 or more")] = 20,
+    batch: Batches = None,
+    repeats: NumRepeats = 20,
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"], typer.Option(help="data type of the network; fp16 needs a CUDA device")
     ] = "fp32",
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="compile the network for each batch size")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if available")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="also write the result to this .json file")] = None,
 ) -> None:
     """Measure the milliseconds of one checkpoint by batch size: text encoder, denoiser, decoder and total."""
@@ -56,6 +59,7 @@ def latency(
     from isocost.sampling.latency import DEFAULT_BATCHES
     from isocost.sampling.latency import latency as measure
 
+    _print_memory(checkpoint, batch or DEFAULT_BATCHES, guidance, dtype, device)
     measured = measure(
         checkpoint,
         solver=solver,
@@ -83,7 +87,7 @@ def remeasure(
     tasks: Tasks = None,
     results_db: Database = None,
 ) -> None:
-    """Measure the milliseconds of every point of a study again. Run it while nothing else uses the device."""
+    """Measure throughput and latency of every point of a study. Run it while nothing else uses the device."""
     from isocost.pipeline.pipeline import Pipeline
 
     study = read_study(study_file, overrides)
@@ -97,6 +101,32 @@ def remeasure(
     finally:
         pipeline.close()
     print_json({"study": study.name, "timed": num_timed})
+
+
+def _print_memory(
+    checkpoint: Path,
+    batches: Sequence[int],
+    guidance: float | None,
+    dtype: SamplingDTypeName,
+    device: str | None,
+) -> None:
+    """Print the forecast of the device memory of a published checkpoint, before it is loaded."""
+    import torch
+
+    from isocost.estimate.memory_forecast import forecast_batches
+    from isocost.models.checkpoint import read_info
+    from isocost.sampling.latency import DEFAULT_GUIDANCE
+    from isocost.utils.device import best_device
+
+    info = read_info(checkpoint)
+    is_absent = device not in (None, "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available())
+    if info.pretrained is None or min(batches) < 1 or is_absent:
+        return  # `latency` names what is wrong
+    target = best_device() if device is None else torch.device(device)
+    forecast = forecast_batches(info, batches, DEFAULT_GUIDANCE if guidance is None else guidance, dtype, target)
+    print(forecast, file=sys.stderr)
+    if warning := forecast.warning(target):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _print_times(measured: Latency) -> None:

@@ -11,18 +11,24 @@ import typer
 from isocost.cli.app import app, print_json
 from isocost.cli.options import (
     CHECKPOINT_HELP,
-    GUIDANCE_HELP,
     Compiled,
     DType,
     Eta,
+    GuidanceScale,
+    NumImages,
     NumSteps,
+    Overlap,
     Seed,
     SolverName,
     StepsOffset,
     TimestepSpacing,
+    VaeDType,
+    VaeSlicing,
+    VaeTileSize,
     parse_guidance_schedule,
     parse_interval,
     parse_solver,
+    parse_vae,
 )
 from isocost.utils.output_paths import check_output_file, check_separate, private_folder
 
@@ -34,7 +40,7 @@ def sample(
     ],
     prompts: Annotated[list[str], typer.Option("--prompt", help="prompt; may be repeated")],
     num_steps: NumSteps = None,
-    guidance: Annotated[float, typer.Option(help=GUIDANCE_HELP)] = 2.0,
+    guidance: GuidanceScale = 2.0,
     guide: Annotated[
         Path | None,
         typer.Option(help="checkpoint of a smaller or less trained network that guides this one, in place of the empty prompt"),
@@ -53,7 +59,13 @@ def sample(
     negative_prompt: Annotated[str | None, typer.Option(help="text to guide away from; default: the empty text")] = None,
     dtype: DType = "fp32",
     compiled: Compiled = False,
-    num_images: Annotated[int, typer.Option("--num-images", help="images per prompt")] = 4,
+    vae_dtype: VaeDType = "fp32",
+    vae_tile_size: VaeTileSize = None,
+    vae_slicing: VaeSlicing = False,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="load each part for its stage and release it after it: less memory, same images")
+    ] = False,
+    num_images: NumImages = 4,
     seed: Seed = 0,
     out: Annotated[
         Path,
@@ -65,6 +77,7 @@ def sample(
     from isocost.sampling.sample import sample as sample_images
     from isocost.sampling.sample_folder import check_sample_folder, write_sample_folder
 
+    vae = parse_vae(vae_dtype, vae_tile_size, vae_slicing)
     check_sample_folder(out, overwrite)
     if checkpoint.is_dir():
         check_separate(out, checkpoint)
@@ -83,10 +96,17 @@ def sample(
         guidance_schedule=None if guidance_schedule is None else parse_guidance_schedule(guidance_schedule),
         dtype=dtype,
         compiled=compiled,
+        vae_dtype=vae.dtype,
+        vae_tile_size=vae.tile_size,
+        vae_slicing=vae.slicing,
+        offload=offload,
     )
     files, sheet = write_sample_folder(out, samples.array)
     cost = {"nfe": samples.nfe, "gflop_per_image": samples.gflop, "seconds": samples.seconds}
-    print_json({"prompts": list(samples.prompts), "files": list(map(str, files)), "sheet": str(sheet), **cost})
+    used = {"solver": samples.solver}
+    if samples.replaced_scheduler:
+        used["replaced_scheduler"] = samples.replaced_scheduler
+    print_json({"prompts": list(samples.prompts), "files": list(map(str, files)), "sheet": str(sheet), **used, **cost})
 
 
 @app.command()
@@ -96,14 +116,17 @@ def upscale(
     out: Annotated[Path, typer.Argument(help=".png file to write")],
     num_steps: NumSteps = None,
     prompt: Annotated[str, typer.Option(help="caption of the image, for checkpoints trained with captions")] = "",
-    guidance: Annotated[float, typer.Option(help=GUIDANCE_HELP)] = 1.0,
+    guidance: GuidanceScale = 1.0,
     solver_name: SolverName = None,
     timestep_spacing: TimestepSpacing = "trailing",
     eta: Eta = 0.0,
     steps_offset: StepsOffset = 1,
-    overlap: Annotated[float, typer.Option(help="minimum overlap of tiles, as a fraction of the tile")] = 0.25,
+    overlap: Overlap = 0.25,
     dtype: DType = "fp32",
     compiled: Compiled = False,
+    vae_dtype: VaeDType = "fp32",
+    vae_tile_size: VaeTileSize = None,
+    vae_slicing: VaeSlicing = False,
     seed: Seed = 0,
 ) -> None:
     """Enlarge an image with a super-resolution checkpoint, in overlapping tiles."""
@@ -123,6 +146,7 @@ def upscale(
         seed=seed,
         dtype=dtype,
         compiled=compiled,
+        vae=parse_vae(vae_dtype, vae_tile_size, vae_slicing),
     )
     with private_folder(out) as folder:
         Image.fromarray(result.image).save(folder / out.name, format="PNG")

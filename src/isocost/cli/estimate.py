@@ -16,7 +16,11 @@ LOG_WIDTH = 132
 
 
 def print_plan(plan: dict[str, Any]) -> None:
-    """Print the totals of a plan as one line on stderr, and the plan as JSON."""
+    """Print the totals of a plan and the memory of its checkpoints on stderr, and the plan as JSON."""
+    for forecast in plan.get("memory", ()):
+        print(forecast["text"], file=sys.stderr)
+        if forecast["warning"]:
+            print(f"warning: {forecast['warning']}", file=sys.stderr)
     total = plan["total"]
     print(
         f"{total['points']:,} points of {total['images']:,} images, of these {total['points_to_make']:,} points of "

@@ -4,17 +4,59 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
+from pydantic import Field, TypeAdapter, ValidationError
 
 from isocost.config.base import parse_spec
-from isocost.config.sampling import SolverSpec
+from isocost.config.sampling import SolverSpec, VaeSpec
 from isocost.config.study import StudySpec
 from isocost.config.study_yaml import load_study, parse_override
-from isocost.config.types import DTypeName, TaskName
+from isocost.config.types import (
+    DTypeName,
+    Guidance,
+    NumSamples,
+    SweepBatch,
+    TaskName,
+)
+from isocost.config.types import NumSteps as SolverSteps
+from isocost.config.types import Seed as SeedValue
 from isocost.errors import ConfigError
+
+
+def in_range(option: str, bounds: Any) -> Callable[[Any], Any]:
+    """A callback of an option that checks its value, or each of its values, before the command reads anything.
+
+    Args:
+        option: its name, for the message.
+        bounds: a type with bounds, as in a study: `Annotated[int, Field(ge=1)]`.
+    """
+    adapter = TypeAdapter(Annotated[bounds, Field(allow_inf_nan=False)] if _is_float(bounds) else bounds)
+
+    def check(value: Any) -> Any:
+        for number in value if isinstance(value, list | tuple) else (value,):
+            try:
+                if number is not None:
+                    adapter.validate_python(number)
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"].removeprefix("Input ")
+                raise ConfigError(f"{option} {number}: it {reason}") from error
+        return value
+
+    return check
+
+
+def _is_float(bounds: Any) -> bool:
+    return float in (bounds, *get_args(bounds))
+
+
+Positive = Annotated[float, Field(gt=0)]
+Repeats = Annotated[int, Field(ge=3, le=10**6)]
+Utilisation = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 # --- studies ---
 
@@ -30,31 +72,77 @@ Database = Annotated[
     str | None,
     typer.Option(
         "--database",
-        help="results database in place of OUT/results.sqlite: postgresql://USER@HOST/NAME; its runs share the work",
+        help="results database in place of OUT/results.sqlite: postgresql://USER@HOST/NAME; all runs on it share the work",
     ),
 ]
 StopAfter = Annotated[
     float | None, typer.Option("--stop-after", metavar="HOURS", help="stop after this time and save all progress")
 ]
 Figures = Annotated[
-    bool, typer.Option(help="also save every figure as PNG and PDF; the page alone takes about a third of the time")
+    bool, typer.Option(help="also save every figure as PNG and PDF; without them the report takes about a third of the time")
 ]
 
 # --- sampling ---
 
 CHECKPOINT_HELP = "checkpoint folder OUT/artefacts/checkpoint/DIGEST"
 GUIDANCE_HELP = "guidance scale w in uncond + w (cond - uncond); 1 takes one network pass"
-NumSteps = Annotated[int | None, typer.Option("--steps", help="solver steps; default: 16, or 4 for a few-step student")]
+NumSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--steps", callback=in_range("--steps", SolverSteps), help="solver steps; default: 16, or 4 for a few-step student"
+    ),
+]
 SolverName = Annotated[
     str | None,
-    typer.Option("--solver", help="a name of `isocost list solvers`, own (the default) or nearest: the checkpoint's"),
+    typer.Option(
+        "--solver",
+        help="a name from `isocost list solvers`; own: the checkpoint's solver (default); nearest: the solver nearest to it",
+    ),
 ]
 TimestepSpacing = Annotated[str, typer.Option("--timestep-spacing", help="trailing, leading, linspace or karras")]
 Eta = Annotated[float, typer.Option("--eta", help="ddim: fraction of ancestral noise, from 0 to 1")]
 StepsOffset = Annotated[int, typer.Option("--steps-offset", help="added to the timesteps of leading spacing")]
 Compiled = Annotated[bool, typer.Option("--compile/--no-compile", help="compile the network; takes minutes once per machine")]
 DType = Annotated[DTypeName, typer.Option("--dtype", help="data type of the network")]
-Seed = Annotated[int, typer.Option("--seed", help="random seed")]
+Seed = Annotated[int, typer.Option("--seed", callback=in_range("--seed", SeedValue), help="random seed, from 0")]
+GuidanceScale = Annotated[float, typer.Option("--guidance", callback=in_range("--guidance", Guidance), help=GUIDANCE_HELP)]
+NumImages = Annotated[
+    int, typer.Option("--num-images", callback=in_range("--num-images", NumSamples), help="images per prompt")
+]
+Overlap = Annotated[
+    float,
+    typer.Option(
+        "--overlap", callback=in_range("--overlap", Fraction), help="minimum overlap of tiles, as a fraction of the tile"
+    ),
+]
+OptionalGuidance = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance",
+        callback=in_range("--guidance", Guidance),
+        help="guidance scale; 1 takes one network pass; default: 2, or 1 for super-resolution",
+    ),
+]
+Batches = Annotated[
+    list[int] | None,
+    typer.Option("--batch", callback=in_range("--batch", SweepBatch), help="batch size; may be repeated; default: 1 and 4"),
+]
+NumRepeats = Annotated[
+    int,
+    typer.Option("--repeats", callback=in_range("--repeats", Repeats), help="measured passes of each batch size, 3 or more"),
+]
+VaeDType = Annotated[DTypeName, typer.Option("--vae-dtype", help="data type of the autoencoder")]
+VaeTileSize = Annotated[
+    int | None,
+    typer.Option(
+        "--vae-tile-size",
+        metavar="PIXELS",
+        help="decode in overlapping tiles (VAE tiling): less memory, other pixels at the seams; a multiple of 64, such as 512",
+    ),
+]
+VaeSlicing = Annotated[
+    bool, typer.Option("--vae-slicing", help="decode one image at a time (VAE slicing); from 91 pixels on this is always so")
+]
 
 
 def read_study(file: Path, overrides: list[str] | None) -> StudySpec:
@@ -85,7 +173,7 @@ def parse_deadline(stop_after: float | None) -> float | None:
     """
     if stop_after is None:
         return None
-    if stop_after <= 0:
+    if not (math.isfinite(stop_after) and stop_after > 0):
         raise ConfigError(f"--stop-after {stop_after:g}: give hours, more than 0")
     return time.monotonic() + 3600 * stop_after
 
@@ -153,3 +241,12 @@ def parse_solver(
         return None
     fields = {"timestep_spacing": timestep_spacing, "eta": eta, "steps_offset": steps_offset}
     return parse_spec(SolverSpec, {"name": name or "ddim", **fields}, "--solver")
+
+
+def parse_vae(dtype: str, tile_size: int | None, slicing: bool) -> VaeSpec:
+    """The settings of --vae-dtype, --vae-tile-size and --vae-slicing.
+
+    Raises:
+        ConfigError: the tile size is not a positive multiple of 64.
+    """
+    return parse_spec(VaeSpec, {"dtype": dtype, "tile_size": tile_size, "slicing": slicing}, "--vae-dtype, --vae-tile-size")

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import Field
 
 from isocost.cli.app import app, print_json
-from isocost.cli.options import parse_tasks
+from isocost.cli.options import Positive, in_range, parse_tasks
 from isocost.utils.output_paths import check_output_folder, check_separate
 
 
@@ -37,7 +38,11 @@ def archive(
     folder: Annotated[Path, typer.Argument(help="new folder, or an earlier archive of the same study")],
     checkpoint_mib: Annotated[
         float | None,
-        typer.Option("--checkpoint-mib", min=0, help="archive only final checkpoints of up to this size in MiB; default: all"),
+        typer.Option(
+            "--checkpoint-mib",
+            callback=in_range("--checkpoint-mib", Annotated[float, Field(ge=0)]),
+            help="archive only final checkpoints of up to this size in MiB; default: all",
+        ),
     ] = None,
     tasks: Annotated[
         list[str] | None, typer.Option("--task", help="archive only checkpoints of this task; may be repeated")
@@ -55,11 +60,13 @@ def archive(
 @app.command()
 def compare(
     outs: Annotated[list[Path], typer.Argument(help="two or more output folders of studies under one protocol")],
-    cost: Annotated[str, typer.Option(help="gflop, nfe, ms_per_image or normalized_cost")] = "gflop",
+    cost: Annotated[str, typer.Option(help="gflop, nfe, ms_per_image, latency_ms or normalized_cost")] = "gflop",
     budgets: Annotated[
         list[float] | None,
         typer.Option(
-            "--budget", help="budget in the unit of --cost; may be repeated; default: up to 6 over the range of costs"
+            "--budget",
+            callback=in_range("--budget", Positive),
+            help="budget in the unit of --cost; may be repeated; default: up to 6 over the range of costs",
         ),
     ] = None,
     metric: Annotated[str, typer.Option(help="metric to rank by")] = "mmd_efficientnet",
@@ -68,15 +75,16 @@ def compare(
 ) -> None:
     """Compare studies at equal cost: families, autoencoders, training recipes or pretrained checkpoints."""
     from isocost.analysis.study_comparison import headline
-    from isocost.analysis.timings import format_excluded_timings
+    from isocost.analysis.timings import TIME_LABELS, format_excluded_timings
     from isocost.pipeline.compare import compare as compare_studies
     from isocost.report.study_comparison import write_comparison
 
     if out is not None:
         check_separate(check_output_folder(out), *outs)
     compared = compare_studies(outs, metric, cost, budgets or (), task)
-    if untimed := format_excluded_timings(compared.table):
-        print(f"note: milliseconds {untimed}", file=sys.stderr)
+    for column, label in TIME_LABELS.items():
+        if untimed := format_excluded_timings(compared.table, column):
+            print(f"note: {label} {untimed}", file=sys.stderr)
     for line in (*compared.rankings, headline(compared.rankings)):
         print(line, file=sys.stderr)
     files = [] if out is None else write_comparison(out, compared.table, compared.rankings)

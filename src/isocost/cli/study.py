@@ -18,9 +18,12 @@ from isocost.cli.options import (
     Figures,
     OutputDir,
     Overrides,
+    Positive,
     StopAfter,
     StudyFile,
     Tasks,
+    Utilisation,
+    in_range,
     output_dir_of,
     parse_deadline,
     parse_tasks,
@@ -60,7 +63,12 @@ def run(
         ),
     ] = None,
     utilisation: Annotated[
-        float | None, typer.Option("--utilisation", help="with --devices: fraction of their peak performance; default: 0.4")
+        float | None,
+        typer.Option(
+            "--utilisation",
+            callback=in_range("--utilisation", Utilisation),
+            help="with --devices: assumed fraction of peak performance; default: 0.4",
+        ),
     ] = None,
 ) -> None:
     """Run a study: train, sweep, score, report. The same command resumes a stopped run, and parallel runs share the work."""
@@ -79,7 +87,7 @@ def run(
 
 @app.command()
 def worker(
-    out: Annotated[Path, typer.Argument(help="output folder of a started run, also of one on another machine")],
+    out: Annotated[Path, typer.Argument(help="output folder of a run that has started, on this or another machine")],
     results_db: Database = None,
     stop_after: StopAfter = None,
     tasks: Tasks = None,
@@ -234,19 +242,50 @@ def report(
 def recommend(
     context: typer.Context,
     out: Annotated[Path | None, typer.Argument(help="output folder of a study; not needed with --database")] = None,
-    budget_ms: Annotated[float | None, typer.Option("--budget-ms", help="maximum milliseconds per image")] = None,
-    budget_gflop: Annotated[float | None, typer.Option("--budget-gflop", help="maximum GFLOP per image")] = None,
-    budget_nfe: Annotated[float | None, typer.Option("--budget-nfe", help="maximum network evaluations per image")] = None,
+    budget_ms: Annotated[
+        float | None,
+        typer.Option(
+            "--budget-ms",
+            callback=in_range("--budget-ms", Positive),
+            help="maximum milliseconds per image, by throughput at full batches",
+        ),
+    ] = None,
+    budget_latency_ms: Annotated[
+        float | None,
+        typer.Option(
+            "--budget-latency-ms",
+            callback=in_range("--budget-latency-ms", Positive),
+            help="maximum milliseconds of one image alone, measured by `isocost remeasure`",
+        ),
+    ] = None,
+    budget_gflop: Annotated[
+        float | None,
+        typer.Option("--budget-gflop", callback=in_range("--budget-gflop", Positive), help="maximum GFLOP per image"),
+    ] = None,
+    budget_nfe: Annotated[
+        float | None,
+        typer.Option("--budget-nfe", callback=in_range("--budget-nfe", Positive), help="maximum network evaluations per image"),
+    ] = None,
     budget_normalized_cost: Annotated[
-        float | None, typer.Option("--budget-normalized-cost", help="maximum normalized cost x steps")
+        float | None,
+        typer.Option(
+            "--budget-normalized-cost",
+            callback=in_range("--budget-normalized-cost", Positive),
+            help="maximum normalized cost x steps",
+        ),
     ] = None,
     images_per_hour: Annotated[
-        float | None, typer.Option("--images-per-hour", help="minimum number of images per hour")
+        float | None,
+        typer.Option(
+            "--images-per-hour", callback=in_range("--images-per-hour", Positive), help="minimum number of images per hour"
+        ),
     ] = None,
     budget_memory_gib: Annotated[
         float | None,
         typer.Option(
-            "--budget-memory-gib", help="maximum peak device memory in GiB; give a second budget too, such as --budget-ms"
+            "--budget-memory-gib",
+            callback=in_range("--budget-memory-gib", Positive),
+            help="maximum peak device memory in GiB; give a second budget too, such as --budget-ms",
         ),
     ] = None,
     metric: Annotated[str, typer.Option(help="metric to optimise")] = "mmd_efficientnet",
@@ -262,18 +301,23 @@ def recommend(
         typer.Option("--database", help="read the points of a results database (file or URL) in place of the table of OUT"),
     ] = None,
     protocol: Annotated[
-        str | None, typer.Option("--protocol", help="with --database: id of a protocol, where the database has several")
+        str | None, typer.Option("--protocol", help="with --database: id of a protocol; needed if the database has several")
     ] = None,
 ) -> None:
     """Recommend the best size, solver, steps and guidance within all given budgets. The first budget breaks ties."""
+    from isocost.analysis.costs import COSTS
     from isocost.analysis.recommend import recommend as recommend_configuration
-    from isocost.analysis.timings import format_excluded_timings
+    from isocost.analysis.timings import TIME_LABELS, format_excluded_timings
 
+    given = {
+        "ms": budget_ms,
+        "latency_ms": budget_latency_ms,
+        "gflop": budget_gflop,
+        "nfe": budget_nfe,
+        "normalized_cost": budget_normalized_cost,
+    }
     budgets = {
-        "budget_ms": ("ms_per_image", budget_ms),
-        "budget_gflop": ("gflop", budget_gflop),
-        "budget_nfe": ("nfe", budget_nfe),
-        "budget_normalized_cost": ("normalized_cost", budget_normalized_cost),
+        **{f"budget_{cost.keyword}": (cost.name, given[cost.keyword]) for cost in COSTS.values()},
         "images_per_hour": ("images_per_hour", images_per_hour),
         "budget_memory_gib": ("memory_gib", budget_memory_gib),
     }
@@ -281,14 +325,16 @@ def recommend(
     limits = {cost: value for cost, value in ordered if value is not None}
     costs = [cost for cost in limits if cost != "memory_gib"]
     if not costs:
-        other = " other than --budget-memory-gib" if limits else ""
-        known = "--budget-ms, --budget-gflop, --budget-nfe, --budget-normalized-cost or --images-per-hour"
-        raise ConfigError(f"give a budget{other}: {known}")
+        kind = " other than --budget-memory-gib" if limits else ""
+        options = [f"--budget-{cost.keyword.replace('_', '-')}" for cost in COSTS.values()]
+        known = f"{', '.join(options)} or --images-per-hour"
+        raise ConfigError(f"give a budget{kind}: {known}")
     lead = costs[0]
     also = {cost: value for cost, value in limits.items() if cost != lead}
     table = _read_points(out, results_db, task, protocol)
-    if untimed := format_excluded_timings(table):
-        print(f"note: milliseconds {untimed}", file=sys.stderr)
+    for column, label in TIME_LABELS.items():
+        if untimed := format_excluded_timings(table, column):
+            print(f"note: {label} {untimed}", file=sys.stderr)
     folder = "OUT" if out is None else str(out)
     requirement_values = _parse_requirements(requirements)
     recommendation = recommend_configuration(
@@ -315,7 +361,7 @@ def _read_points(out: Path | None, results_db: str | None, task: str, protocol: 
         raise ConfigError(
             f"--database {results_db}: no such file; give the results.sqlite of an output folder, or the URL of a database"
         )
-    return of_task(ResultsDB(results_db).table(), task, protocol)
+    return of_task(ResultsDB(results_db, keep_tables=True).table(), task, protocol)
 
 
 def _parse_requirements(items: list[str] | None) -> dict[str, float]:
@@ -348,7 +394,7 @@ def _run(
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
-            "`isocost run` does not run under torchrun: `isocost train` under torchrun, then `isocost run` without"
+            "`isocost run` does not run under torchrun: run `isocost train` under torchrun, then `isocost run` without it"
         )
     stop_on_sigterm()
     pipeline = Pipeline(study, output_dir_of(study, out), results_db)
@@ -405,7 +451,8 @@ def _print_report(name: str, out: Path, report: Any, finished: bool) -> None:
             "num_points": len(report.table),
             "best_at_budgets": best,
             "task_reports": {
-                task: {"report": str(other.page), "num_points": len(other.table)} for task, other in report.task_reports.items()
+                task: {"report": str(task_report.page), "num_points": len(task_report.table)}
+                for task, task_report in report.task_reports.items()
             },
         }
     )

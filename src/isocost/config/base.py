@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from isocost.errors import ConfigError
@@ -70,6 +71,14 @@ def _scalars(key: str, value: Any, depth: int = MAX_LIST_DEPTH) -> Iterator[tupl
             yield from _scalars(f"{key}.{index}", item, depth - 1)
     else:
         yield key, value
+
+
+def _expanded(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~/") else path
+
+
+LocalPath = Annotated[str, AfterValidator(_expanded)]
+"""A path, in which ~ is the home folder; or a Hub id or a built-in name."""
 
 
 def digest(*parts: Spec | Mapping[str, Any] | str | int) -> str:
@@ -146,7 +155,7 @@ def parse_spec(spec_type: type[S], plain: Mapping[str, Any], where: str) -> S:
         raise ConfigError(_format_error(error, spec_type, where)) from error
     except UnicodeEncodeError as error:
         raise ConfigError(
-            f"{where}: {_shown(error.object)} has half a surrogate pair, which is no character; remove it"
+            f"{where}: {_shown(error.object)} has a lone surrogate, which is not a character; remove it"
         ) from error
 
 

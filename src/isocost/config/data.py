@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from isocost.config.base import Spec
+from isocost.config.base import LocalPath, Spec
 from isocost.config.types import MAX_IMAGE_FILES, MAX_RESOLUTION, Seed
 
 
 class FileSource(Spec):
     """The common fields of file sources. A hash of the file name assigns one image in ten to the test set."""
 
-    path: str
+    path: LocalPath
     limit: int | None = Field(
         None, ge=1, le=MAX_IMAGE_FILES, description="largest number of images that are read; all if absent"
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from isocost.config.base import Spec
+from isocost.config.base import LocalPath, Spec
 from isocost.config.evaluation import MIN_IMAGES, PairedMetricName, ProtocolSpec
 from isocost.config.sampling import SolverSpec
 from isocost.config.sweep import SweepSpec, without_guides
@@ -212,7 +212,7 @@ class PhotographedSubjects(Spec):
     """A folder in the layout of google/dreambooth: one folder per subject, and `prompts_and_classes.txt`."""
 
     kind: Literal["folder"]
-    path: str
+    path: LocalPath
     names: tuple[str, ...] = Field((), description="subjects; all if empty")
     num_prompts: NumSamples | None = Field(None, description="number of prompts per subject, the first ones; all 25 if absent")
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from isocost.config.base import Spec
+from isocost.config.base import LocalPath, Spec
 from isocost.config.types import (
     MAX_CHANNELS,
     MAX_RESOLUTION,
@@ -62,7 +62,7 @@ class PretrainedAutoencoderSpec(Spec):
     """A pretrained diffusers autoencoder: a Hub id, a local folder, or the built-in `scenes`."""
 
     kind: Literal["pretrained"]
-    path: str
+    path: LocalPath
     subfolder: str | None = None
 
 
@@ -74,7 +74,7 @@ AutoencoderSpec = Annotated[
 class TextEncoderSpec(Spec):
     """A text encoder of the transformers library: a Hub id, a local folder, or `minilm` (extra `demo`)."""
 
-    path: str = "minilm"
+    path: LocalPath = "minilm"
     max_tokens: int = Field(32, ge=4, le=MAX_TOKENS)
     subfolder: str | None = None
     cache_prompt_embeds: bool = Field(

@@ -34,5 +34,8 @@ class PretrainedSpec(Spec):
     noise: NoiseSpec
     solver: SolverSpec = Field(description="the solver that equals the pipeline's scheduler, or the nearest one")
     solver_problem: str = Field("", description="why `solver` does not equal the scheduler; empty if it does")
+    scheduler: str = Field(
+        "", description="class of the pipeline's scheduler; empty in an entry of a version that did not check its fields"
+    )
     max_tokens: Tokens = Field(description="prompt length, tokens")
     null_is_zero: bool = Field(False, description="the unconditional embeddings are zeros, not those of the empty prompt")

@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from isocost.config.base import Spec
-from isocost.config.types import NUM_TRAIN_TIMESTEPS
+from isocost.config.types import MAX_RESOLUTION, NUM_TRAIN_TIMESTEPS, DTypeName
+from isocost.errors import ConfigError
 
 TIMESTEP_SPACING_NAMES = ("leading", "trailing", "linspace", "karras")
 
@@ -33,3 +34,42 @@ class SolverSpec(Spec):
         """Label for tables, such as `ddim/trailing`; eta and offset are shown if they are not the default."""
         eta = f"/eta={self.eta:g}" if self.eta else ""
         return f"{self.name}/{self.timestep_spacing}{eta}" + (f"/offset={self.steps_offset}" if self.steps_offset != 1 else "")
+
+
+VAE_TILE_UNIT = 64
+"""A tile is a whole number of these pixels: of eight latent positions for an autoencoder of factor 8, so that tiles meet."""
+
+
+class VaeSpec(Spec):
+    """How an autoencoder of diffusers decodes. Other values than the defaults change the bits of the images."""
+
+    dtype: DTypeName = Field("fp32", description="data type of the autoencoder")
+    tile_size: int | None = Field(
+        None,
+        ge=VAE_TILE_UNIT,
+        le=MAX_RESOLUTION,
+        multiple_of=VAE_TILE_UNIT,
+        description="decode in overlapping tiles of this many pixels along one side (VAE tiling); null decodes the whole image",
+    )
+    slicing: bool = Field(False, description="decode one image at a time (VAE slicing)")
+
+    @property
+    def is_default(self) -> bool:
+        """Whether nothing is set."""
+        return self == VaeSpec()
+
+    def check_resolution(self, resolution: int, where: str) -> None:
+        """Check that tiles are smaller than the images.
+
+        Args:
+            resolution: side of an image in pixels.
+            where: option or field of the tile size, for the message.
+
+        Raises:
+            ConfigError: an image is not larger than a tile, so that tiling would change nothing.
+        """
+        if self.tile_size is not None and self.tile_size >= resolution:
+            raise ConfigError(
+                f"{where} = {self.tile_size}: the images have {resolution} x {resolution} pixels, so there is one tile; "
+                "give a smaller size, or leave it out"
+            )

@@ -139,6 +139,20 @@ class StudySpec(Spec):
         return self
 
     @model_validator(mode="after")
+    def _check_vae(self) -> StudySpec:
+        if self.autoencoder is None:
+            return self
+        sweeps = {"sweep": self.sweep, **{f"{name}.sweep": part.sweep for name, part in self.finetune_parts().items()}}
+        for name, sweep in sweeps.items():
+            if self.autoencoder.kind == "pca" and not sweep.vae.is_default:
+                raise ValueError(f"{name}.vae: a PCA autoencoder has no vae dtype, tiling or slicing; leave them out")
+            try:
+                sweep.vae.check_resolution(self.data.resolution, f"{name}.vae.tile_size")
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+        return self
+
+    @model_validator(mode="after")
     def _check_finetune_parts(self) -> StudySpec:
         for name, part in self.finetune_parts().items():
             for field in ("prediction_type", "rescale_betas_zero_snr"):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from isocost.config.base import Spec
-from isocost.config.sampling import SolverSpec
+from isocost.config.sampling import SolverSpec, VaeSpec
 from isocost.config.types import MAX_SAMPLES, DTypeName, Guidance, NumSamples, NumSteps, Seed, SweepBatch
 
 DEFAULT_BATCH_SIZE = 64
@@ -64,6 +64,7 @@ class PointSpec(Spec):
     guide: GuideSpec | None = None
     guidance_interval: Annotated[GuidanceInterval | None, AfterValidator(_check_interval)] = None
     guidance_schedule: Annotated[GuidanceSchedule | None, AfterValidator(_check_schedule)] = None
+    vae: VaeSpec = VaeSpec()
 
     @property
     def numerics(self) -> tuple[str, bool, int]:
@@ -164,6 +165,7 @@ class SweepSpec(Spec):
     dtype: DTypeName = "fp32"
     compiled: bool = Field(False, description="compile the network; takes minutes once per machine")
     batch_size: SweepBatch = Field(DEFAULT_BATCH_SIZE, description="slots of a network call; on a CPU one call per core")
+    vae: VaeSpec = Field(VaeSpec(), description="dtype, tiling and slicing of the autoencoder that decodes the images")
     shard_size: NumSamples = Field(256, description="images per unit of work of a worker; changes no result")
     snapshot_num_steps: NumSteps = Field(16, description="num_steps of the snapshots' points")
     snapshot_guidance: Guidance = Field(2.0, description="guidance of the snapshots' points")

@@ -1,7 +1,7 @@
 """YAML text to plain data and back, by the core schema of YAML 1.2 (yaml.org/spec/1.2.2, section 10.3).
 
 PyYAML follows YAML 1.1, in which `yes` and `no` are booleans, `0100` is 64 and `1:30` is 90. Here they are text, and a setting
-that is a number refuses text. A key that occurs twice in one mapping is an error.
+that needs a number rejects text. A key that occurs twice in one mapping is an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _CORE_SCHEMA = {
     ),
     "merge": (r"<<", "<"),
 }
-"""Expression and first characters of each type. A decimal number with leading zeros is text: YAML 1.1 reads it as octal."""
+"""Regular expression of each type, and the characters with which it can start. A decimal number with leading zeros is text,
+because YAML 1.1 reads it as octal."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -97,7 +98,7 @@ def parse_yaml(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError, KeyError) as error:  # the latter: `!!int x`, `!!bool x`, 5000 digits
         raise ConfigError(f"{where}: this is not YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
-        raise ConfigError(f"{where}: its lists or mappings are nested too deep; remove some levels") from error
+        raise ConfigError(f"{where}: its lists or mappings are nested too deeply; remove some levels") from error
 
 
 def read_yaml(file: Path) -> Any:
@@ -109,7 +110,7 @@ def read_yaml(file: Path) -> Any:
     try:
         return parse_yaml(file.read_text(encoding="utf-8"), str(file))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: this is not YAML: it is not in UTF-8 ({error}); save it in UTF-8") from error
+        raise ConfigError(f"{file}: this is not UTF-8 ({error}); save it as UTF-8") from error
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
 

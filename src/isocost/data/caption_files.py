@@ -8,7 +8,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,10 +16,13 @@ from typing import Any
 from isocost.data.image_files import printable
 from isocost.errors import ConfigError
 
-CAPTION_LIST, HUB_CAPTION_LIST = "captions.jsonl", "metadata.jsonl"
-"""Caption lists of a folder: isocost's own, and the one of `datasets`' imagefolder layout."""
+CAPTION_LIST = "captions.jsonl"
+"""isocost's own caption list of a folder."""
+HUB_CAPTION_LISTS = ("metadata.jsonl", "metadata.csv")
+"""Caption lists of `datasets`' imagefolder layout."""
 LINE_REMEDY = 'each line must be {"file": NAME, "caption": TEXT} or {"file": NAME, "captions": [TEXT, ...]}'
 HUB_LINE_REMEDY = 'each line must be {"file_name": NAME, "text": TEXT}'
+TABLE_CAPTION_COLUMNS = ("text", "caption", "captions")
 _FILE_KEYS, _CAPTION_KEYS = ("file", "file_name"), ("captions", "caption", "text")
 _BYTE_ORDER_MARKS = (
     *((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")),
@@ -46,12 +49,12 @@ def parse_json(text: str) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: it is no JSON, an object has a key twice, or it is nested too deep.
+        ValueError: it is not JSON, an object has a key twice, or it is nested too deeply.
     """
     try:
         return json.loads(text, object_pairs_hook=_without_repeated_keys)
     except RecursionError as error:
-        raise ValueError("nested too deep") from error
+        raise ValueError("nested too deeply") from error
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -63,17 +66,17 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_captions(entry: Any) -> tuple[str, ...]:
-    """The captions of a JSON object: `captions`, `caption` or `text`, a text or a list of texts.
+    """The captions of a JSON object: the value of `captions`, `caption` or `text`, a string or a list of strings.
 
     Raises:
         ValueError: there are none, or they have another type.
     """
     keys = [key for key in _CAPTION_KEYS if key in entry] if isinstance(entry, dict) else []
     if not keys:
-        raise ValueError("no JSON object with caption or captions")
+        raise ValueError("not a JSON object with caption or captions")
     captions = [entry[keys[0]]] if isinstance(entry[keys[0]], str) else entry[keys[0]]
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError("captions must be a text or a list of texts")
+        raise ValueError("captions must be a string or a list of strings")
     return tuple(captions)
 
 
@@ -83,7 +86,7 @@ def caption_problem(captions: Sequence[Any] | None) -> str | None:
         return "no caption, or an empty caption"
     for caption in captions:
         if printable(caption) != caption:
-            return f"a caption has half a surrogate pair: {printable(caption)[:80]}"
+            return f"a caption has a lone surrogate: {printable(caption)[:80]}"
     return None
 
 
@@ -92,10 +95,10 @@ def caption_problem(captions: Sequence[Any] | None) -> str | None:
 
 @dataclass(frozen=True)
 class CaptionList:
-    """The lines of captions.jsonl or metadata.jsonl.
+    """The lines of captions.jsonl, metadata.jsonl or metadata.csv.
 
     Attributes:
-        captions: by file name. Several lines with the same file add up; a caption that an earlier line has is not added again.
+        captions: by file name. The captions of several lines with the same file are combined, without duplicates.
         has_repeated_files: several lines with different captions have the same file.
     """
 
@@ -103,15 +106,33 @@ class CaptionList:
     has_repeated_files: bool
 
 
-def read_caption_list(file: Path) -> CaptionList:
-    """Read captions.jsonl or metadata.jsonl.
+def read_caption_lists(root: Path, files: Sequence[Path]) -> CaptionList:
+    """Read the caption lists of a folder and its subfolders. Names are relative to `root`; lines about one file add up.
 
     Raises:
-        ConfigError: a line is broken, or the file cannot be read.
+        ConfigError: a line is broken, or a file cannot be read.
     """
-    remedy = HUB_LINE_REMEDY if file.name == HUB_CAPTION_LIST else LINE_REMEDY
     captions: dict[str, tuple[str, ...]] = {}
     has_repeated_files = False
+    for file in files:
+        folder = PurePosixPath(file.parent.relative_to(root).as_posix())
+        for name, added in _lines_of(file):
+            joined = str(folder / name)
+            earlier = captions.get(joined)
+            if earlier is not None:
+                added = (*earlier, *(caption for caption in added if caption not in earlier))
+                has_repeated_files = has_repeated_files or added != earlier
+            captions[joined] = added
+    return CaptionList(captions, has_repeated_files)
+
+
+def _lines_of(file: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield file name and captions of every line of a caption list."""
+    if file.suffix == ".csv":
+        for row in read_caption_table(file, _FILE_KEYS[::-1], TABLE_CAPTION_COLUMNS):
+            yield row.id, (row.caption,)
+        return
+    remedy = LINE_REMEDY if file.name == CAPTION_LIST else HUB_LINE_REMEDY
     for number, line in enumerate(_json_lines(file), start=1):
         if not line.strip():
             continue
@@ -120,16 +141,10 @@ def read_caption_list(file: Path) -> CaptionList:
             names = [entry[key] for key in _FILE_KEYS if key in entry] if isinstance(entry, dict) else []
             if not names or not isinstance(names[0], str | int | float):
                 raise ValueError("no file name")
-            name, added = str(PurePosixPath(str(names[0]))), parse_captions(entry)
+            yield str(names[0]), parse_captions(entry)
         except ValueError as error:
             reason = re.sub(r"^line 1: ", "", " ".join(str(error).split()))[:120]
             raise ConfigError(f"{printable(str(file))}: line {number} is broken ({reason}); {remedy}") from error
-        earlier = captions.get(name)
-        if earlier is not None:
-            added = (*earlier, *(caption for caption in added if caption not in earlier))
-            has_repeated_files = has_repeated_files or added != earlier
-        captions[name] = added
-    return CaptionList(captions, has_repeated_files)
 
 
 def _json_lines(file: Path) -> list[bytes]:
@@ -194,12 +209,12 @@ def read_caption_table(file: Path, id_columns: Sequence[str], caption_columns: S
             if row:
                 table.append(TableRow(rows.line_num + 1, row[indices[0]].strip(), row[indices[1]]))
     except csv.Error as error:
-        raise ConfigError(f"{file}: line {rows.line_num + 1} is no row of a table ({error}); save it as CSV again") from error
+        raise ConfigError(f"{file}: line {rows.line_num + 1} is not a table row ({error}); save it as CSV again") from error
     return table
 
 
 def _reader(text: str, id_columns: Sequence[str], caption_columns: Sequence[str]) -> tuple[Any, list[str]]:
-    """A reader behind the header, and the header's columns; the separator is the one that gives the header both columns."""
+    """A reader of the rows after the header, and the header's columns; the separator is the first that yields both columns."""
     header = text.partition("\n")[0]
     for delimiter in ",;\t":
         columns = [column.strip(' "') for column in header.rstrip("\r").split(delimiter)]

@@ -1,7 +1,7 @@
 """Read images with captions from a folder, tar shards, a data set of `datasets` or the built-in synthetic scenes.
 
 A source is read in a fixed order, so the position of an image is its id. A sample that cannot be read is yielded as an
-`UnreadableSample` with its name and the reason; it is never dropped silently. Files that are passed over are counted in a
+`UnreadableSample` with its name and the reason; it is never dropped silently. Ignored files are counted in a
 warning.
 
 Shapes: R resolution, A number of labels.
@@ -17,22 +17,22 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
 from isocost.config.data import FolderSource, HubSource, ScenesSource, SourceSpec, WebdatasetSource
 from isocost.data.caption_files import (
     CAPTION_LIST,
-    HUB_CAPTION_LIST,
-    CaptionList,
+    HUB_CAPTION_LISTS,
     caption_problem,
     decode_text,
     parse_captions,
     parse_json,
-    read_caption_list,
+    read_caption_lists,
 )
 from isocost.data.image_files import (
     FIRST_SUFFIXES,
@@ -52,19 +52,26 @@ from isocost.utils.warn_once import warn_once
 
 READING_VERSION = 2
 """Part of the fingerprint of a folder from which version 1 read other images or captions."""
-SIDECAR_SUFFIXES = (".txt", ".json")
+SIDECAR_SUFFIXES = (".txt", ".json", ".caption")
+"""Suffixes of caption files; `.caption` is the one of sd-scripts."""
+PARQUET_ROWS = 64
+"""Rows of a Parquet file that are in memory at a time."""
 NUM_TEST_BYTES = 26
 """`subset: test` takes the images whose name hash has a first byte below this number: 26 of 256, about 10 %."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image, uint8 [R, R, 3], with its captions and its labels, int64 [A]; labels are None if the source has none."""
+    """An image, uint8 [R, R, 3], with its captions and its labels, int64 [A]; labels are None if the source has none.
+
+    `is_enlarged` is true if its shorter side had fewer than R pixels.
+    """
 
     name: str
     image: np.ndarray
     captions: tuple[str, ...]
     labels: np.ndarray | None = None
+    is_enlarged: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,13 +106,21 @@ def read_source(
         return
     readers = {"folder": _raw_folder, "webdataset": _raw_webdataset, "hub": _raw_hub}
     subset = (raw for raw in readers[source.kind](source) if _in_subset(raw, source))  # type: ignore[operator]
+    num_enlarged = 0
     for position, raw in enumerate(subset):
         if source.limit is not None and position >= source.limit:
-            return
+            break
         if isinstance(raw, UnreadableSample):
             yield raw
+        elif is_needed(position):
+            decoded = _decode(raw, resolution)
+            num_enlarged += isinstance(decoded, Sample) and decoded.is_enlarged
+            yield decoded
         else:
-            yield _decode(raw, resolution) if is_needed(position) else SkippedSample(raw.name, raw.captions)
+            yield SkippedSample(raw.name, raw.captions)
+    if num_enlarged:
+        images = "1 image is" if num_enlarged == 1 else f"{num_enlarged} images are"
+        warn_once(f"{source.path}: {images} smaller than data.resolution, {resolution} pixels, and enlarged to it")
 
 
 def name_hash(name: str) -> bytes:
@@ -146,16 +161,22 @@ def source_fingerprint(source: SourceSpec) -> str:
 
 
 def _is_read_otherwise_than_by_version_1(source: FolderSource) -> bool:
-    """Whether version 1 read other images or captions from the same files. It did so in three cases.
+    """Whether version 1 read other images or captions from the same files. It did so in five cases.
 
-    It took the last of several lines about one image, it passed over the suffixes outside `FIRST_SUFFIXES`, and it refused
-    links to files outside the folder.
+    It took the last of several lines about one image, it ignored the suffixes outside `FIRST_SUFFIXES`, it refused links to
+    files outside the folder, and it read no caption list but `captions.jsonl` of the folder itself, and no `.caption`
+    or `.TXT` files.
     """
     root = Path(source.path)
     if not root.is_dir():
         return False
     content = _folder_content(source)
-    listed = read_caption_list(root / CAPTION_LIST) if (root / CAPTION_LIST).is_file() else CaptionList({}, False)
+    if any(file.parent != root for file in _lists_in(content)) or _has_list_beside_sidecars(content):
+        return True
+    if any(sidecar.suffix not in (".txt", ".json") for sidecar in _sidecars(content).values()):
+        return True
+    first_list = root / CAPTION_LIST
+    listed = read_caption_lists(root, [first_list] if first_list.is_file() else [])
     new = [file for file in content.images if file.suffix.lower() not in FIRST_SUFFIXES]
     links = [file for file in content.images if file.is_symlink() and str(file.relative_to(root)) in listed.captions]
     return (
@@ -230,31 +251,69 @@ def _raw_folder(source: FolderSource) -> Iterator[_Raw | UnreadableSample]:
     content = _folder_content(source)
     if note := content.note():
         warn_once(f"{source.path}: {note}")
+    yield from _images_with_captions(root, content)
+
+
+def _lists_in(content: FolderContent, names: Sequence[str] = (CAPTION_LIST, *HUB_CAPTION_LISTS)) -> list[Path]:
+    """The caption lists of a folder and its subfolders."""
+    return [file for file in content.files if file.name in names]
+
+
+def _has_list_beside_sidecars(content: FolderContent) -> bool:
+    """Whether some images have caption files, and others a line in a list of the imagefolder layout."""
+    return bool(_lists_in(content, HUB_CAPTION_LISTS)) and bool(_sidecars(content))
+
+
+def _images_with_captions(root: Path, content: FolderContent) -> Iterator[_Raw | UnreadableSample]:
+    """The images of a folder, and those that only a caption list names.
+
+    A `captions.jsonl` is for all images of its folder and the folders below. An image without one has a caption file, or a line
+    in a list of the imagefolder layout.
+    """
+    own_files, hub_files = _lists_in(content, (CAPTION_LIST,)), _lists_in(content, HUB_CAPTION_LISTS)
+    own, hub = (read_caption_lists(root, files).captions for files in (own_files, hub_files))
     sidecars = _sidecars(content)
-    if (root / CAPTION_LIST).is_file():
-        yield from _listed_images(root, content, CAPTION_LIST)
-    elif (root / HUB_CAPTION_LIST).is_file() and not sidecars:
-        yield from _listed_images(root, content, HUB_CAPTION_LIST)
-    else:
-        for file in content.images:
-            yield from _with_file_name(root, file, sidecars.get(file))
+    images = {str(file.relative_to(root)): file for file in content.images}
+    names = images.keys() | own.keys() | hub.keys()
+    is_listed = any(file.parent == root for file in own_files) or (bool(hub_files) and not sidecars)
+    for name in sorted(names) if is_listed else sorted(names, key=PurePosixPath):
+        if name in own:
+            yield _listed_image(root, name, own[name], CAPTION_LIST)
+        elif _governs(own_files, root / name):
+            yield UnreadableSample(printable(name), f"{CAPTION_LIST} has no line for it")
+        elif name in images and images[name] in sidecars:
+            yield from _with_file_name(root, images[name], sidecars[images[name]])
+        elif name in hub:
+            yield _listed_image(root, name, hub[name], hub_files[0].name)
+        elif _governs(hub_files, root / name):
+            yield UnreadableSample(printable(name), f"{hub_files[0].name} has no line for it")
+        else:
+            lists = ", ".join((CAPTION_LIST, *HUB_CAPTION_LISTS))
+            yield UnreadableSample(
+                printable(name), f"no caption: there is none of {lists}, and no .txt, .json or .caption file of the same name"
+            )
+
+
+def _governs(lists: Sequence[Path], image: Path) -> bool:
+    """Whether one of the caption lists is in the folder of an image or in a folder above it."""
+    return any(image.is_relative_to(file.parent) for file in lists)
 
 
 def _sidecars(content: FolderContent) -> dict[Path, Path]:
     """The caption file of every image that has one."""
-    files = set(content.files)
-    candidates = {image: [image.with_suffix(suffix) for suffix in SIDECAR_SUFFIXES] for image in content.images}
-    return {image: found[0] for image, names in candidates.items() if (found := [name for name in names if name in files])}
+    by_name: dict[tuple[Path, str], Path] = {}
+    for file in sorted(content.files, reverse=True):  # of x.TXT and x.txt the latter, as in version 1
+        if file.suffix.lower() in SIDECAR_SUFFIXES and by_name.get((file.with_suffix(""), file.suffix.lower())) is None:
+            by_name[file.with_suffix(""), file.suffix.lower()] = file
+    candidates = {image: [(image.with_suffix(""), suffix) for suffix in SIDECAR_SUFFIXES] for image in content.images}
+    return {
+        image: by_name[found[0]] for image, keys in candidates.items() if (found := [key for key in keys if key in by_name])
+    }
 
 
-def _with_file_name(root: Path, file: Path, sidecar: Path | None) -> Iterator[_Raw | UnreadableSample]:
-    """The image of a folder without a caption list."""
+def _with_file_name(root: Path, file: Path, sidecar: Path) -> Iterator[_Raw | UnreadableSample]:
+    """An image with a caption file."""
     name = printable(str(file.relative_to(root)))
-    if sidecar is None:
-        yield UnreadableSample(
-            name, f"no caption: there is no {CAPTION_LIST} or {HUB_CAPTION_LIST}, and no .txt or .json file of the same name"
-        )
-        return
     data, text = _read_bytes(file), _read_bytes(sidecar)
     if isinstance(data, str):
         yield UnreadableSample(name, data)
@@ -264,20 +323,14 @@ def _with_file_name(root: Path, file: Path, sidecar: Path | None) -> Iterator[_R
         yield _with_sidecar(name, data, sidecar.name, text)
 
 
-def _listed_images(root: Path, content: FolderContent, list_name: str) -> Iterator[_Raw | UnreadableSample]:
-    """The images of a folder with a caption list, in the order of their names; also those that the list omits."""
-    captions = read_caption_list(root / list_name).captions
-    unlisted = {str(file.relative_to(root)) for file in content.images} - captions.keys()
-    for name in sorted(captions.keys() | unlisted):
-        data = "" if name in unlisted else _read_listed(root, name, list_name)
-        if name in unlisted:
-            yield UnreadableSample(printable(name), f"{list_name} has no line for it")
-        elif isinstance(data, str):
-            yield UnreadableSample(printable(name), data)
-        elif problem := caption_problem(captions[name]):
-            yield UnreadableSample(printable(name), problem)
-        else:
-            yield _Raw(printable(name), data, captions[name])
+def _listed_image(root: Path, name: str, captions: tuple[str, ...], list_name: str) -> _Raw | UnreadableSample:
+    """An image with a line in a caption list."""
+    data = _read_listed(root, name, list_name)
+    if isinstance(data, str):
+        return UnreadableSample(printable(name), data)
+    if problem := caption_problem(captions):
+        return UnreadableSample(printable(name), problem)
+    return _Raw(printable(name), data, captions)
 
 
 def _read_listed(root: Path, name: str, list_name: str) -> bytes | str:
@@ -286,7 +339,7 @@ def _read_listed(root: Path, name: str, list_name: str) -> bytes | str:
     if path.is_absolute() or ".." in re.split(r"[/\\]", name):
         return f"{list_name} names a file outside its folder; give a path in the folder without `..`"
     if (part := system_part(path)) is not None:
-        return f"{list_name} names it, but files in {printable(part)} are passed over"
+        return f"{list_name} names it, but files in {printable(part)} are ignored"
     return _read_bytes(root / name, f"{list_name} names it, but the image file is missing")
 
 
@@ -301,14 +354,14 @@ def _read_bytes(file: Path, missing: str = "the file is missing") -> bytes | str
 
 
 def _raw_webdataset(source: WebdatasetSource) -> Iterator[_Raw | UnreadableSample]:
-    passed_over: Counter[str] = Counter()
+    ignored: Counter[str] = Counter()
     for shard in _files_of(source):
         try:
             with tarfile.open(shard) as archive:
-                yield from _raw_tar(printable(shard.name), archive, passed_over)
+                yield from _raw_tar(printable(shard.name), archive, ignored)
         except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             yield UnreadableSample(printable(shard.name), f"tar shard cannot be read: {' '.join(str(error).split())}")
-    if note := FolderContent([], passed_over=passed_over).note():
+    if note := FolderContent([], ignored=ignored).note():
         warn_once(f"{source.path}: {note}")
 
 
@@ -320,6 +373,7 @@ class _Group:
         members: name and content of images and captions by suffix, which is the rest of the name.
         images: names of all image members.
         repeated: a suffix that two members have.
+        suffixes: the suffixes of all members.
     """
 
     key: str = ""
@@ -327,19 +381,20 @@ class _Group:
     images: list[str] = field(default_factory=list)
     repeated: str = ""
     num_members: int = 0
+    suffixes: set[str] = field(default_factory=set)
 
 
-def _raw_tar(shard: str, archive: tarfile.TarFile, passed_over: Counter[str]) -> Iterator[_Raw | UnreadableSample]:
+def _raw_tar(shard: str, archive: tarfile.TarFile, ignored: Counter[str]) -> Iterator[_Raw | UnreadableSample]:
     group = _Group()
     for member in archive:
         path = PurePosixPath(member.name)
         if not (member.isfile() or member.islnk() or member.issym()):
             continue
         if (part := system_part(path)) is not None:
-            passed_over.update([part] if is_image_name(path) else [])
+            ignored.update([part] if is_image_name(path) else [])
             continue
         if not path.suffix:
-            passed_over.update(["names without a suffix"])
+            ignored.update(["names without a suffix"])
             continue
         folder, _, last = member.name.rpartition("/")
         stem, _, suffix = last.partition(".")
@@ -348,6 +403,7 @@ def _raw_tar(shard: str, archive: tarfile.TarFile, passed_over: Counter[str]) ->
             yield from _from_group(shard, group)
             group = _Group(key)
         group.num_members += 1
+        group.suffixes.add(suffix)
         group.images += [member.name] if is_image_name(path) else []
         if suffix in group.members:
             group.repeated = suffix
@@ -373,7 +429,7 @@ def _from_group(shard: str, group: _Group) -> Iterator[_Raw | UnreadableSample]:
     images = [suffix for suffix in group.members if suffix in FIRST_SUFFIXES] or [
         suffix for suffix in group.members if suffix in IMAGE_SUFFIXES
     ]
-    sidecars = [suffix for suffix in reversed(SIDECAR_SUFFIXES) if suffix in group.members]
+    sidecars = [suffix for suffix in (".json", ".txt", ".caption") if suffix in group.members]
     if group.repeated:
         reason = f"two members of the key end in {printable(group.repeated)}; keep one"
     elif images and sidecars:
@@ -382,13 +438,17 @@ def _from_group(shard: str, group: _Group) -> Iterator[_Raw | UnreadableSample]:
             yield _with_sidecar(name, data, sidecar_name, sidecar)
             return
         reason = "a link to a member that the shard does not have"
-    elif len(group.images) > len(images):
+    elif len(group.images) > max(1, len(images)):
         reason = (
             f"the key of a member ends at the first dot of its name, so {len(group.images)} images have the key "
             f"{printable(group.key)}; rename the members without dots before the suffix"
         )
     else:
-        reason = "needs an image and a .json or .txt of the same name"
+        ends = ", ".join(printable(suffix) for suffix in sorted(group.suffixes))
+        reason = (
+            "needs an image and a .json or .txt of the same name up to the first dot, next to each other in the shard; "
+            f"the members end in {ends}"
+        )
     if len(group.images) > 1:
         yield from (UnreadableSample(printable(f"{shard}/{image}"), reason) for image in group.images)
     else:
@@ -396,33 +456,9 @@ def _from_group(shard: str, group: _Group) -> Iterator[_Raw | UnreadableSample]:
 
 
 def _raw_hub(source: HubSource) -> Iterator[_Raw | UnreadableSample]:
-    import datasets
-    import pyarrow as pa
-
-    path = Path(source.path)
-    if path.exists():
-        files = [str(file) for file in _files_of(source)]
-        try:
-            table = datasets.load_dataset("parquet", data_files={source.split: files}, split=source.split)
-        except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
-            raise ConfigError(
-                f"{source.path}: cannot be read as Parquet; set `path` to Parquet files: {' '.join(str(error).split())[:200]}"
-            ) from error
-    else:
-        try:
-            table = datasets.load_dataset(source.path, split=source.split)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(
-                f"{source.path}: neither a local path nor a data set that can be loaded from the Hub: {reason}"
-            ) from error
     columns = [source.image_column, source.caption_column] + ([source.label_column] if source.label_column else [])
-    missing = [column for column in columns if column not in table.column_names]
-    if missing:
-        raise ConfigError(f"{source.path}: no column '{missing[0]}'; its columns are: {', '.join(table.column_names)}")
-    if isinstance(table.features[source.image_column], datasets.Image):
-        table = table.cast_column(source.image_column, datasets.Image(decode=False))
-    for position, row in enumerate(table.select_columns(columns)):
+    rows = _parquet_rows(source, columns) if Path(source.path).exists() else _rows_of_the_hub(source, columns)
+    for position, row in enumerate(rows):
         name, image = f"{source.split}/{position}", row[source.image_column]
         data = image.get("bytes") if isinstance(image, dict) else None
         captions = row[source.caption_column]
@@ -430,12 +466,55 @@ def _raw_hub(source: HubSource) -> Iterator[_Raw | UnreadableSample]:
         label = row[source.label_column] if source.label_column else None
         if not data:
             yield UnreadableSample(name, "no image bytes in the image column")
-        elif problem := caption_problem(captions):
+        elif problem := caption_problem(captions if isinstance(captions, list) else None):
             yield UnreadableSample(name, problem)
-        elif source.label_column and label is None:
-            yield UnreadableSample(name, "no label")
+        elif source.label_column and not isinstance(label, int):
+            yield UnreadableSample(name, "no label" if label is None else f"its label is no integer: {str(label)[:40]}")
         else:
             yield _Raw(name, data, tuple(captions), None if label is None else int(label))
+
+
+def _parquet_rows(source: HubSource, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of local Parquet files. `datasets` would copy them to its cache and, after a change, might read the old copy."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files, num_rows = _files_of(source), 0
+    for file in files:
+        try:
+            with pq.ParquetFile(file) as opened:
+                _check_columns(f"{file}", columns, opened.schema_arrow.names)
+                num_rows += opened.metadata.num_rows
+                for batch in opened.iter_batches(PARQUET_ROWS, columns=columns):
+                    yield from batch.to_pylist()
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise ConfigError(
+                f"{file}: cannot be read as Parquet; set `path` to Parquet files: {' '.join(str(error).split())[:200]}"
+            ) from error
+    if not num_rows:
+        raise ConfigError(f"{source.path}: its Parquet files have no rows; set `path` to files with images")
+
+
+def _rows_of_the_hub(source: HubSource, columns: list[str]) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(source.path, split=source.split)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{source.path}: neither a local path nor a data set that can be loaded from the Hub: {reason}"
+        ) from error
+    _check_columns(source.path, columns, table.column_names)
+    if isinstance(table.features[source.image_column], datasets.Image):
+        table = table.cast_column(source.image_column, datasets.Image(decode=False))
+    yield from table.select_columns(columns)
+
+
+def _check_columns(where: str, needed: Sequence[str], existing: Sequence[str]) -> None:
+    missing = [column for column in needed if column not in existing]
+    if missing:
+        raise ConfigError(f"{where}: no column '{missing[0]}'; its columns are: {', '.join(existing)}")
 
 
 # --- one image ------------------------------------------------------------------------------------------------------
@@ -444,7 +523,7 @@ def _raw_hub(source: HubSource) -> Iterator[_Raw | UnreadableSample]:
 def _with_sidecar(name: str, data: bytes, sidecar_name: str, sidecar: bytes) -> _Raw | UnreadableSample:
     try:
         text = decode_text(sidecar)
-        captions = parse_captions(parse_json(text)) if sidecar_name.endswith(".json") else (text.strip(),)
+        captions = parse_captions(parse_json(text)) if sidecar_name.lower().endswith(".json") else (text.strip(),)
     except ValueError as error:
         reason = " ".join(str(error).split())[:120]
         return UnreadableSample(name, f"caption file {printable(sidecar_name)} cannot be read: {reason}")
@@ -456,8 +535,9 @@ def _with_sidecar(name: str, data: bytes, sidecar_name: str, sidecar: bytes) -> 
 
 def _decode(raw: _Raw, resolution: int) -> Sample | UnreadableSample:
     try:
-        image = center_square(read_rgb(raw.data), resolution)
+        rgb = read_rgb(raw.data)
+        image = center_square(rgb, resolution)
     except UnreadableImage as error:
         return UnreadableSample(raw.name, f"image cannot be read: {error}")
     labels = None if raw.label is None else np.array([raw.label], dtype=np.int64)
-    return Sample(raw.name, image, raw.captions, labels)
+    return Sample(raw.name, image, raw.captions, labels, min(rgb.size) < resolution)

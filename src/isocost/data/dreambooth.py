@@ -92,7 +92,7 @@ def read_prompts(file: Path) -> tuple[dict[str, str], dict[str, tuple[str, ...]]
 
 
 def _read_classes(file: Path, lines: list[str]) -> dict[str, str]:
-    """The class word of each subject, from lines "SUBJECT,CLASS"; headings are passed over."""
+    """The class word of each subject, from lines "SUBJECT,CLASS"; headings are ignored."""
     classes: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         if not re.search(r"\w", line) or re.fullmatch(r"Classes|subject_name\s*,\s*class", line.strip()):
@@ -121,13 +121,13 @@ def _read_templates(file: Path, lines: list[str], start: int) -> tuple[str, ...]
         parsed = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         number = start + (getattr(error, "lineno", None) or 1)
-        raise ConfigError(f"{file}: line {number} is no prompt: {lines[number - 1].strip()[:80]!r}; {remedy}") from error
+        raise ConfigError(f"{file}: line {number} is not a prompt: {lines[number - 1].strip()[:80]!r}; {remedy}") from error
     templates = []
     for node in parsed.elts if isinstance(parsed, ast.List) else [parsed]:
         template = _template_of(node)
         if template is None:
             number = start + node.lineno
-            raise ConfigError(f"{file}: line {number} is no prompt: {lines[number - 1].strip()[:80]!r}; {remedy}")
+            raise ConfigError(f"{file}: line {number} is not a prompt: {lines[number - 1].strip()[:80]!r}; {remedy}")
         templates.append(template)
     return tuple(templates)
 

@@ -35,7 +35,7 @@ FIRST_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 SYSTEM_NAMES = frozenset(
     {"#recycle", "$recycle.bin", "@eadir", "__macosx", "desktop.ini", "lost+found", "system volume information", "thumbs.db"}
 )
-"""Files and folders of operating systems and disk stations, in lower case. Hidden names are passed over as well."""
+"""Files and folders that operating systems and network disks create, in lower case. Hidden names are ignored as well."""
 _DOCUMENT_SUFFIXES = frozenset(
     {
         *("", ".csv", ".html", ".ipynb", ".json", ".jsonl", ".log", ".md", ".npy", ".npz", ".parquet", ".py", ".rst"),
@@ -50,8 +50,8 @@ _SIGNATURES = {
     b"<?xml": "an XML or SVG file",
     b"<!DOC": "a web page",
     b"<html": "a web page",
-    b"version https://git-lfs": "a pointer of Git LFS; run `git lfs pull`",
-    b"/annex/objects/": "a pointer of git-annex; run `git annex get`",
+    b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull`",
+    b"/annex/objects/": "a git-annex pointer; run `git annex get`",
 }
 _DECODER_ERRORS = (
     *(OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, AttributeError, OverflowError),
@@ -61,7 +61,7 @@ _DECODER_ERRORS = (
 
 
 class UnreadableImage(ValueError):
-    """An image cannot be read. The message is one line without the name of the file."""
+    """An image cannot be read. The message is one line and does not contain the name of the file."""
 
 
 # --- one image ------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def read_rgb(source: Path | bytes, check: Callable[[Image.Image], None] | None =
 
 
 def read_image_file(file: Path, check: Callable[[Image.Image], None] | None = None) -> Image.Image:
-    """Read a file that the user names as `read_rgb` does.
+    """Read a file that the user named, in the same way as `read_rgb`.
 
     Raises:
         ConfigError: there is no such file, it cannot be read, or `check` refuses it.
@@ -151,7 +151,7 @@ def _to_8_bits(image: Image.Image, image_format: str | None) -> Image.Image:
     """Scale 16-bit grey to 8 bits; a level that the file declares transparent becomes white."""
     if image.mode == "F" or (image.mode == "I" and image_format not in ("PNG", "PPM")):
         kind = "floating point" if image.mode == "F" else "32-bit integers"
-        raise UnreadableImage(f"its pixels are {kind}, whose range is unknown; save it with 8 or 16 bits per channel")
+        raise UnreadableImage(f"its pixels are {kind} of unknown range; save it with 8 or 16 bits per channel")
     if not image.mode.startswith("I"):
         return image
     levels = np.asarray(image).astype(np.int64)
@@ -188,7 +188,7 @@ def is_image_name(name: str | PurePath) -> bool:
 
 
 def system_part(relative: PurePath) -> str | None:
-    """The part of a relative path because of which the file is passed over, such as `.ipynb_checkpoints`; None if it is read.
+    """The part of a relative path that makes a file ignored, such as `.ipynb_checkpoints`; None if the file is read.
 
     These are hidden names, names of `SYSTEM_NAMES`, and `._*`, the copies that macOS makes.
     """
@@ -207,16 +207,16 @@ class FolderContent:
     Attributes:
         files: regular files and links to files.
         dangling: links whose target is missing.
-        passed_over: number of image files by the system name in their path.
+        ignored: number of ignored image files by the system name in their path.
     """
 
     files: list[Path]
     dangling: list[Path] = field(default_factory=list)
-    passed_over: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
 
     @property
     def images(self) -> list[Path]:
-        """Image files, also the links whose target is missing."""
+        """Image files, including links whose target is missing."""
         return sorted(file for file in (*self.files, *self.dangling) if is_image_name(file))
 
     def note(self) -> str:
@@ -227,13 +227,13 @@ class FolderContent:
             if not is_image_name(file) and file.suffix.lower() not in _DOCUMENT_SUFFIXES
         )
         parts = [f"{count} {suffix}" for suffix, count in sorted(others.items())]
-        parts += [f"{count} in {printable(name)}" for name, count in sorted(self.passed_over.items())]
-        total = others.total() + self.passed_over.total()
-        return f"{total} files are passed over: {', '.join(parts)}" if parts else ""
+        parts += [f"{count} in {printable(name)}" for name, count in sorted(self.ignored.items())]
+        total = others.total() + self.ignored.total()
+        return f"{total} files are ignored: {', '.join(parts)}" if parts else ""
 
 
 def list_folder(folder: Path) -> FolderContent:
-    """List the files of a folder and its subfolders. Links to folders are followed; hidden and system names are passed over.
+    """List the files of a folder and its subfolders. Links to folders are followed; hidden and system names are ignored.
 
     Raises:
         ConfigError: a folder cannot be read.
@@ -241,18 +241,20 @@ def list_folder(folder: Path) -> FolderContent:
     content = FolderContent([])
     for file in _walk(folder, ()):
         if (part := system_part(file.relative_to(folder))) is not None:
-            content.passed_over.update([part] if is_image_name(file) else [])
+            content.ignored.update([part] if is_image_name(file) else [])
         elif file.is_file():
             content.files.append(file)
         elif file.is_symlink():
             content.dangling.append(file)
+        elif is_image_name(file):  # a pipe, a socket or a device
+            content.ignored.update(["special files"])
     content.files.sort()
     content.dangling.sort()
     return content
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The image files of a folder and its subfolders, sorted by path; a warning counts the files that are passed over.
+    """The image files of a folder and its subfolders, sorted by path; a warning counts the files that are ignored.
 
     Raises:
         ConfigError: there is no such folder, or it cannot be read.

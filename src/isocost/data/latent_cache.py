@@ -121,11 +121,20 @@ def load_images(source: SourceSpec, resolution: int, max_unreadable_fraction: fl
     _refuse_unreadable(len(samples), unreadable, max_unreadable_fraction)
     if not isinstance(source, ScenesSource) and source.subset == "test":
         samples.sort(key=lambda sample: name_hash(sample.name))
-    stacked = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2).contiguous()
     labels = None
     if all(sample.labels is not None for sample in samples):
         labels = torch.from_numpy(np.stack([sample.labels for sample in samples if sample.labels is not None]))
-    return ImageDataset(stacked, [s.captions for s in samples], [s.name for s in samples], labels, unreadable)
+    captions, names = [sample.captions for sample in samples], [sample.name for sample in samples]
+    return ImageDataset(_stacked(samples, resolution), captions, names, labels, unreadable)
+
+
+def _stacked(samples: list[Sample], resolution: int) -> Tensor:
+    """The images of samples as one tensor, uint8 [N, 3, R, R]. The list is emptied, so that memory holds each image once."""
+    images = torch.empty(len(samples), 3, resolution, resolution, dtype=torch.uint8)
+    while samples:
+        images[len(samples) - 1] = torch.from_numpy(samples[-1].image.copy()).permute(2, 0, 1)
+        samples.pop()
+    return images
 
 
 def _refuse_unreadable(num_readable: int, unreadable: list[UnreadableSample], max_unreadable_fraction: float) -> None:
@@ -302,6 +311,7 @@ def _write_latent_shard(
             progress(len(rows))
     size = write_shard(store, f"latents-{number:05d}.safetensors", columns) if columns else 0
     info = {"bytes": size, "latent_shape": latent_shape, "bad": unreadable}
+    info |= {"fallbacks": autoencoder.fallbacks} if autoencoder.fallbacks else {}
     store.write(f"latents-{number:05d}.json", json.dumps(info).encode())
 
 

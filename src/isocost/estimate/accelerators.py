@@ -22,7 +22,7 @@ class Device:
         tf32_tflops: peak rate of fp32 inputs in the matrix units, at reduced precision.
         fp32_tflops: peak rate of full-precision fp32.
         memory_gb: memory in GB (1e9 bytes).
-        source: where the numbers are from.
+        source: source of the numbers.
     """
 
     name: str

@@ -27,6 +27,7 @@ from isocost.metrics.efficientnet import EfficientNetLite0
 from isocost.metrics.inception import Inception
 from isocost.metrics.vit import VIT_EXTRACTORS
 from isocost.models.autoencoder import BUILTIN_AUTOENCODER, DiffusersVAE, PCAAutoencoder
+from isocost.models.decoder_memory import autoencoder_on_meta
 from isocost.training.autoencoder import build_autoencoder
 
 # --- autoencoders -----------------------------------------------------------------------------------------------------------
@@ -106,14 +107,14 @@ def autoencoder_shape(study: StudySpec) -> AutoencoderShape:
         return _pca_shape(autoencoder.latent_channels, autoencoder.factor, resolution, f"{spec.path}, which was read")
     config = _autoencoder_config(spec)
     if config is not None:
-        return _network_shape(_build_on_meta(config), resolution, f"{spec.path}, whose config was read")
+        return _network_shape(autoencoder_on_meta(config), resolution, f"{spec.path}, whose config was read")
     if spec.path not in KNOWN_AUTOENCODERS:
         raise ConfigError(
             f"autoencoder.path: {spec.path}: its config was not found; for an estimate give an autoencoder of the same shape, "
             f"--set autoencoder.path=NAME with one of {', '.join(KNOWN_AUTOENCODERS)}"
         )
     title, known = KNOWN_AUTOENCODERS[spec.path]
-    return _network_shape(_build_on_meta(known), resolution, f"{spec.path}, which was not read; assumed: {title}")
+    return _network_shape(autoencoder_on_meta(known), resolution, f"{spec.path}, which was not read; assumed: {title}")
 
 
 def _autoencoder_config(spec: PretrainedAutoencoderSpec) -> dict[str, Any] | None:
@@ -134,12 +135,6 @@ def _config_file(path: str, subfolder: str | None) -> Path | None:
         return None
     cached = try_to_load_from_cache(path, f"{subfolder}/config.json" if subfolder else "config.json")
     return Path(cached) if isinstance(cached, str) else None
-
-
-def _build_on_meta(config: dict[str, Any]) -> AutoencoderKL | AutoencoderTiny:
-    network_class = AutoencoderTiny if config.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
-    with torch.device("meta"):
-        return network_class.from_config(config)
 
 
 def _pca_shape(channels: int, patch: int, resolution: int, title: str) -> AutoencoderShape:

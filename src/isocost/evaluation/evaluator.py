@@ -1,4 +1,4 @@
-"""From images to scores: features as images come, then every distance with its interval.
+"""Score generated images: features are computed while the images arrive, then every metric with its interval.
 
 Shapes: N images, M reference images, R resolution, D features.
 """

@@ -22,7 +22,7 @@ PER_IMAGE_FILE = "by_image.safetensors"
 
 @dataclass
 class SampleFeatures:
-    """The data of a point's images from which scores are computed.
+    """The data from which the scores of a point are computed, one row per image.
 
     Attributes:
         features: float32 [N, D] by extractor name, in the order of image ids.

@@ -163,7 +163,7 @@ def _size_message(file: Path, width: int, height: int, resolution: int) -> str:
 
 
 def _iter_array(file: Path, resolution: int | None) -> Iterator[SourceImage]:
-    """The images uint8 [N, H, W, 3] of a .npy file, or of the first array in a .npz file; their ids are their positions."""
+    """The images uint8 [N, H, W, 3] of a .npy file, or of the only such array in a .npz file; their ids are their positions."""
     images = _load_array(file)
     if images.dtype.kind == "f":
         bad = int((~np.isfinite(images)).reshape(len(images), -1).any(1).sum())
@@ -183,9 +183,23 @@ def _load_array(file: Path) -> np.ndarray:
     if not os.path.isfile(file):
         raise ConfigError(f"{file}: no such image file")
     try:
-        loaded: Any = np.load(file, allow_pickle=False)
-        return loaded if isinstance(loaded, np.ndarray) else loaded[loaded.files[0]]
+        loaded: Any = np.load(file, allow_pickle=False, mmap_mode="r")  # a .npy file is read image by image
+        return loaded if isinstance(loaded, np.ndarray) else _only_images(file, loaded)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"{file}: contains pickled objects, which are refused; save uint8 [N, H, W, 3]") from error
     except (OSError, EOFError, IndexError, KeyError) as error:
         raise ConfigError(f"{file}: truncated or not an array file ({' '.join(str(error).split())[:80]})") from error
+
+
+def _only_images(file: Path, arrays: Any) -> np.ndarray:
+    """The array of images in a .npz file, which may also have labels or statistics; else its first array.
+
+    Raises:
+        ConfigError: several arrays are images.
+    """
+    images = {name: array for name in arrays.files if (array := arrays[name]).ndim == 4}
+    if len(images) > 1:
+        raise ConfigError(f"{file}: {len(images)} arrays can be images ({', '.join(images)}); save one of them as .npy")
+    return next(iter(images.values())) if images else arrays[arrays.files[0]]

@@ -1,4 +1,4 @@
-"""How much one set of images scores above another, image i of both made from the same noise, caption or original.
+"""Differences between the scores of two sets of images. Image i of both has the same noise, caption or original.
 
 Shapes: N images, D features.
 """

@@ -46,7 +46,7 @@ class ReferenceSet:
         extractors: by name, in the order of the protocol.
         features: float32 [M, D] of the real images, by extractor.
         captions: the N captions to draw, one an image id.
-        clip_texts: what caption scores compare images with, where it is not what is drawn (DreamBooth leaves its token out).
+        clip_texts: texts that caption scores compare images with, if they are not the prompts (DreamBooth omits its token).
         labels: int64 [N, A] of those captions, where alignment is measured; -1 where a caption does not say.
         attribute_classifier: reads labels from images; None if alignment is not measured.
         originals: uint8 [N, 3, R, R], what image i is compared with; None if there is no such thing.
@@ -77,15 +77,15 @@ class ReferenceSet:
         )
 
     def moments(self, name: str) -> Moments:
-        """Mean, covariance and its root for the Fréchet distance, made once."""
+        """Mean, covariance and its root for the Fréchet distance, computed once."""
         return self._cached(("moments", name), lambda: Moments.of(self.features[name]))
 
     def radii(self, name: str, neighbour: int) -> Tensor:
-        """How far each real image reaches among the others, float64 [M], made once."""
+        """Distance of each real image to its `neighbour`-th nearest real image, float64 [M], computed once."""
         return self._cached(("radii", name, str(neighbour)), lambda: radii(self.features[name], neighbour))
 
     def prompt_features(self, name: str) -> np.ndarray:
-        """Embeddings of the captions to draw, float32 [N, D], made once."""
+        """Text embeddings of the prompts, float32 [N, D], computed once."""
         return self._cached(("prompts", name), lambda: self.clip(name).encode_text(self.clip_texts or self.prompts).numpy())
 
     def clip(self, name: str) -> CLIPFeatureExtractor:
@@ -107,7 +107,7 @@ class ReferenceSet:
 
 
 def make_extractors(spec: ProtocolSpec, device: torch.device | str = "cpu") -> dict[str, FeatureExtractor]:
-    """The extractors of a protocol by name, after a check that its distances have features to be taken on.
+    """The extractors of a protocol by name, after a check that every metric has features that it can use.
 
     Raises:
         ConfigError: a distance has none, or weights cannot be had.
@@ -123,12 +123,12 @@ def select_prompts(reference: ImageDataset, num_images: int) -> tuple[list[str],
     """The first caption of each of the first reference images, with their labels int64 [N, A] where known.
 
     Raises:
-        ConfigError: there are fewer reference images than the protocol draws.
+        ConfigError: there are fewer reference images than the protocol needs.
     """
     if num_images > len(reference):
         raise ConfigError(
-            f"protocol.num_images={num_images} exceeds the {len(reference)} captions of data.reference, and each is drawn "
-            f"once: take {len(reference)} or fewer, or a larger reference"
+            f"protocol.num_images={num_images} exceeds the {len(reference)} captions of data.reference, and each "
+            f"caption is used once: take {len(reference)} or fewer, or a larger reference"
         )
     labels = None if reference.labels is None else reference.labels[:num_images]
     return [prompts[0] for prompts in reference.captions[:num_images]], labels

@@ -43,12 +43,14 @@ class FeatureSet:
         prompts: captions of each row; empty tuples if there are none.
         features: float32 [M, D] by extractor name.
         content: hash of the pixels, 16 hex digits; independent of the order of the images.
+        sizes: the different heights and widths of the images; None if they are not known.
     """
 
     ids: tuple[str, ...]
     prompts: tuple[tuple[str, ...], ...]
     features: dict[str, np.ndarray]
     content: str
+    sizes: frozenset[tuple[int, int]] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -69,6 +71,7 @@ def extract_features(
     """
     index_of_id = None if ids is None else {key: index for index, key in enumerate(ids)}
     infos: dict[int, tuple[str, tuple[str, ...], str]] = {}
+    sizes: set[tuple[int, int]] = set()
     runner = FixedBatchRunner(extractors)
     for image in images:
         index = len(infos) if index_of_id is None else index_of_id.get(image.id)
@@ -80,6 +83,7 @@ def extract_features(
         runner.add(index, pixels)
         sha256 = hashlib.sha256(str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()).hexdigest()
         infos[index] = image.name, image.prompts, sha256
+        sizes.add((pixels.shape[1], pixels.shape[2]))
     if ids is not None and len(infos) < len(ids):
         missing = [key for index, key in enumerate(ids) if index not in infos]
         raise ConfigError(f"{len(missing)} of {len(ids)} images are missing; the first is id {missing[0]}")
@@ -89,6 +93,7 @@ def extract_features(
         tuple(infos[index][1] for index in order),
         {name: values.numpy() for name, values in features.items()},
         hashlib.sha256("".join(sorted(sha256 for *_, sha256 in infos.values())).encode()).hexdigest()[:16],
+        frozenset(sizes),
     )
 
 

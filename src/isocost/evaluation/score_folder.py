@@ -6,7 +6,7 @@ Shapes: N images, M reference images, D features.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,26 @@ def score_folder(
         generated_images = images_by_id(str(images), resolution=preset.resolution, exact=True)
         originals = reference_images(str(reference), preset)
         scores |= paired_image_metrics(generated_images, originals, preset.paired_image_metrics, lpips_weights, full_protocol)
-    return _folder_score(preset, full_protocol, extractors, len(generated), len(real), scores)
+    scored = _folder_score(preset, full_protocol, extractors, len(generated), len(real), scores)
+    return replace(scored, notes=(*scored.notes, *_size_notes(generated, real)))
+
+
+def _size_notes(generated: FeatureSet, real: FeatureSet) -> list[str]:
+    """A note if the images do not all have one size: the extractor resizes each, and a score contains the difference."""
+    if generated.sizes is None or real.sizes is None or len(generated.sizes | real.sizes) < 2:
+        return []
+    texts = [_format_sizes(features.sizes or frozenset()) for features in (generated, real)]
+    return [
+        f"the images have {texts[0]} pixels, the reference {texts[1]}: the extractor resizes them, which changes the scores"
+    ]
+
+
+def _format_sizes(sizes: frozenset[tuple[int, int]]) -> str:
+    first, *others = sorted(sizes)
+    height, width = first
+    return f"{width} x {height}" + (
+        f" and {len(others)} other sizes of" if len(others) > 1 else " and another size of" if others else ""
+    )
 
 
 def make_reference(

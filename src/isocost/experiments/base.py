@@ -253,6 +253,10 @@ class Experiment(ABC):
             checkpoints += [name for name in names if name != run.final]
         return checkpoints
 
+    def labels(self, run: TrainingRun) -> dict[str, str]:
+        """Return columns of the results table that the study decides, since another study may have trained the checkpoint."""
+        return {}
+
     def has_points(self, run: TrainingRun) -> bool:
         """Whether the sweep has points at each of the run's checkpoints."""
         return True
@@ -297,6 +301,10 @@ class Experiment(ABC):
     ) -> tuple[pd.DataFrame, Mapping[str, np.ndarray]]:
         """Return the rows and the images by point that the report shows, from those of all points."""
         return table, samples
+
+    def replaced_schedulers(self) -> Mapping[tuple[str, str], str]:
+        """Scheduler class by (checkpoint, solver label), where another solver is used in place of the checkpoint's own."""
+        return {}
 
     def findings(self, table: pd.DataFrame) -> dict[str, Any]:
         """Return further results for the report: text, or a mapping to text, by title."""

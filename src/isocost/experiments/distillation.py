@@ -27,7 +27,7 @@ from isocost.experiments.base import EvalJob, Experiment, TrainingRun, make_run
 from isocost.experiments.pretrain import PretrainExperiment
 from isocost.experiments.study_assets import StudyAssets
 from isocost.experiments.superres import SuperresExperiment
-from isocost.models.checkpoint import Checkpoint, load_checkpoint
+from isocost.models.checkpoint import Checkpoint, checkpoint_name, load_checkpoint
 from isocost.models.codi_unet import CoDiUNet
 from isocost.models.factory import add_guidance_embedding
 from isocost.models.flops import model_cost
@@ -171,7 +171,8 @@ class DistillExperiment(Experiment):
             changes |= {"adapter": self._adapter, "extra_input_channels": teacher.model.extra_input_channels}
         model = start.model.model_copy(update=changes)
         inputs: dict[str, Any] = {"task": self.name, "distill": DISTILL_VERSION, "variant": kind, **self.base.stage}
-        inputs |= {"parent": parent.name, "teacher": teacher.folder.name, "guidance": spec.guidance_range}
+        inputs |= {"parent": checkpoint_name(parent), "teacher": checkpoint_name(teacher.folder)}
+        inputs |= {"guidance": spec.guidance_range}
         inputs |= {field: getattr(spec, field) for field in DIGEST_FIELDS[kind]}
         inputs |= {key: value for key, value in stage.items() if key in ("num_steps", "is_first")}
         num_tokens = self.assets.study.text_encoder.max_tokens
@@ -216,10 +217,10 @@ class DistillExperiment(Experiment):
         if info.distilled:
             raise ConfigError(f"{source} is a student already ({info.distilled}); give the undistilled checkpoint")
         task = "superres" if isinstance(self.base, SuperresExperiment) else "text2image"
-        if info.task != task:
+        if info.task not in ((task, "seed-replicates") if task == "text2image" else (task,)):
             raise ConfigError(f"{source} was trained for {info.task}; give a checkpoint of {task}")
         self.assets.check_compatible_parent(info, self.spec.train.prediction_type, source)
-        return Teacher(Path(folder), info.model, info.size, info.variant)
+        return Teacher(Path(folder).expanduser(), info.model, info.size, info.variant)
 
     def _start(self, teacher: Teacher) -> Teacher:
         """Return the checkpoint that CoDi adapts.
@@ -286,7 +287,7 @@ class DistillExperiment(Experiment):
         return {
             "task": self.name,
             "size": run.size,
-            "parent": self._parent(run).name,
+            "parent": checkpoint_name(self._parent(run)),
             "variant": run.variant,
             "distilled": run.kind,
             "guidance_range": self.spec.guidance_range,
@@ -294,7 +295,7 @@ class DistillExperiment(Experiment):
         }
 
     def training_gflop(self, run: TrainingRun, images_seen: int) -> float:
-        """Return the training compute with the passes of the teacher and of the weight average, and the previous stages."""
+        """Return the training compute, with the previous stages and the passes of the teacher and of the weight average."""
         assert isinstance(run, StudentRun)
         return run.gflop_before + run.gflop_per_image * images_seen
 

@@ -72,6 +72,11 @@ class PretrainExperiment(Experiment):
         """
         self.assets.prepare_reference()
 
+    def labels(self, run: TrainingRun) -> dict[str, str]:
+        """Return the task and the size: an equal training can be a seed replicate in another study."""
+        size = model_cost(run.model, self.study.text_encoder.max_tokens).size
+        return {"task": run.task, "size": f"{size} {run.variant}".rstrip()}
+
     def jobs(self, run: TrainingRun) -> list[EvalJob]:
         """Return the grid or the search cells of the last checkpoint, and a point at every snapshot."""
         return self.eval_jobs_of_run(run, self.sweep, self.protocol, self.make_eval_context)

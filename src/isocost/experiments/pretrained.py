@@ -58,8 +58,8 @@ class PretrainedExperiment(Experiment):
             if info.label in path_by_label and info.pretrained is not None:  # two owners of one name
                 info = info.model_copy(update={"variant": display_name(info.pretrained.path, num_parts=2)})
             if info.label in path_by_label:
-                other = path_by_label[info.label]
-                raise ConfigError(f"checkpoints: {path} and {other} are both called {info.label}; rename a folder")
+                earlier = path_by_label[info.label]
+                raise ConfigError(f"checkpoints: {path} and {earlier} are both called {info.label}; rename a folder")
             if name in infos:
                 raise ConfigError(f"checkpoints: {path} has the same files as another checkpoint; remove one of the two")
             infos[name], path_by_label[info.label] = info, path
@@ -164,6 +164,7 @@ class PretrainedExperiment(Experiment):
                     f"data.resolution: {self.study.data.resolution}, but {info.variant} generates {info.resolution} pixels; "
                     "images are downsampled, never upsampled: set it to the smallest resolution among the checkpoints"
                 )
+            self.sweep.vae.check_resolution(info.resolution, f"{info.variant}: sweep.vae.tile_size")
             sweep = self.sweeps[run.final]
             for solver in sweep.solvers:
                 for num_steps in sweep.num_steps:
@@ -188,14 +189,16 @@ class PretrainedExperiment(Experiment):
         is_student = info.nearest_solver.name == "lcm"
         supported = tuple(solver for solver in solvers if (solver.name == "lcm") is is_student)
         if not supported:
-            reason = "is a few-step student: add lcm" if is_student else "is not a few-step student: add a solver besides lcm"
-            raise ConfigError(f"sweep.solvers: none for {info.variant}, which {reason}")
+            reason = "a few-step student: add lcm" if is_student else "not a few-step student: add a solver other than lcm"
+            raise ConfigError(f"sweep.solvers: none of them supports {info.variant}, which is {reason}")
         return sweep.model_copy(update={"solvers": supported})
 
     def _sweep_with_loras(self, info: CheckpointInfo, sweep: SweepSpec, solvers: tuple[SolverSpec, ...]) -> SweepSpec:
         supported = tuple(solver for solver in solvers if not (solver.name == "lcm" and schedule_of(info).is_flow))
         if not supported:
-            raise ConfigError(f"sweep.solvers: none for {info.variant}, which is a flow model: add a solver besides lcm")
+            raise ConfigError(
+                f"sweep.solvers: none of them supports {info.variant}, which is a flow model: add a solver other than lcm"
+            )
         return sweep.model_copy(update={"solvers": supported})
 
     def jobs(self, run: TrainingRun) -> list[EvalJob]:
@@ -208,7 +211,7 @@ class PretrainedExperiment(Experiment):
         assert info.pretrained is not None
         folder = find_base_folder(info.pretrained.path)
         prompts = self._prompts_of(info)
-        autoencoder = load_pipeline_autoencoder(folder, best_device())
+        autoencoder = load_pipeline_autoencoder(folder, best_device(), self.sweep.vae)
         resolution = self.study.data.resolution
         if info.resolution != resolution:
             autoencoder = DownsamplingDecoder(autoencoder, resolution)
@@ -236,6 +239,15 @@ class PretrainedExperiment(Experiment):
     def protocol_summary(self) -> str:
         """One sentence about the study's protocol."""
         return self.assets.protocol.sentence()
+
+    def replaced_schedulers(self) -> Mapping[tuple[str, str], str]:
+        """Scheduler classes that isocost does not have, and for which the study asked for the nearest solver."""
+        return {
+            (name, info.nearest_solver.label): replaced
+            for name, info in self.infos.items()
+            for solver in self.sweep.solvers
+            if (replaced := info.replaced_scheduler(solver))
+        }
 
     @property
     def baselines(self) -> Mapping[str, Mapping[str, float]]:

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from isocost.config.base import digest
+from isocost.config.base import Spec, digest
 from isocost.config.data import SourceSpec
 from isocost.config.evaluation import MIN_IMAGES, ProtocolSpec
 from isocost.config.model import PCAAutoencoderSpec, PretrainedAutoencoderSpec
+from isocost.config.sampling import VaeSpec
 from isocost.config.study import StudySpec
 from isocost.data import latent_cache as caching
 from isocost.data.datasets import num_classes, read_source, source_fingerprint
@@ -52,6 +53,7 @@ from isocost.metrics.extractor_base import FeatureExtractor
 from isocost.metrics.lpips import load_lpips
 from isocost.models.autoencoder import Autoencoder, PCAAutoencoder, load_autoencoder
 from isocost.models.checkpoint import CheckpointInfo, pretrained_info
+from isocost.models.components import component_content
 from isocost.models.pretrained.pipeline_config import source_digest
 from isocost.models.text_encoder import MiniLMTextEncoder
 from isocost.sampling.generate import PromptEmbeds
@@ -77,16 +79,26 @@ class StudyAssets:
     and everything that follows from it also compute features on first use, and may train the attribute classifier.
     """
 
-    def __init__(self, study: StudySpec, store: Store, process: ProcessInfo = ProcessInfo()) -> None:  # noqa: B008
+    def __init__(
+        self,
+        study: StudySpec,
+        store: Store,
+        process: ProcessInfo = ProcessInfo(),  # noqa: B008
+        component_paths: Mapping[str, str] | None = None,
+    ) -> None:
         """
         Args:
             study: the study.
             store: artefacts of the output folder.
             process: this process among several that train together; the first one computes everything that is not distributed.
+            component_paths: the first paths of `autoencoder` and `text_encoder`, where the files have moved since. They name
+                the artefacts.
         """
         self.study, self.store, self.process = study, store, process
+        self.component_paths = dict(component_paths or {})
         self._images: dict[str, ImageDataset] = {}
         self._fingerprints: dict[str, str] = {}
+        self._sampling_autoencoders: dict[VaeSpec, Autoencoder] = {}
 
     # --- images ---
 
@@ -134,12 +146,28 @@ class StudyAssets:
         if self.study.checkpoints:
             return digest({**stage, "pretrained": [source_digest(path) for path in self.study.checkpoints]})
         if isinstance(self.study.training_parts.autoencoder, PretrainedAutoencoderSpec):
-            return digest(stage, self.study.training_parts.autoencoder)
+            return digest(stage, self._named("autoencoder"))
         return digest(stage, self.study.training_parts.autoencoder, self.source_key("train"))
 
     def load_or_train_autoencoder(self) -> Autoencoder:
         """Return the study's autoencoder; train it first if its artefact does not exist."""
         return self._autoencoder
+
+    def sampling_autoencoder(self, vae: VaeSpec) -> Autoencoder:
+        """Return the study's autoencoder with the settings of a sweep; it is the same object if they are the defaults."""
+        if vae.is_default:
+            return self.load_or_train_autoencoder()
+        if vae not in self._sampling_autoencoders:
+            spec = self.study.training_parts.autoencoder
+            self.load_or_train_autoencoder()
+            if isinstance(spec, PretrainedAutoencoderSpec):
+                loaded = load_autoencoder(spec.path, spec.subfolder, best_device(), vae)
+            else:
+                loaded = load_autoencoder(
+                    self.store.open("autoencoder", self.autoencoder_digest), device=best_device(), vae=vae
+                )
+            self._sampling_autoencoders[vae] = loaded
+        return self._sampling_autoencoders[vae]
 
     @cached_property
     def _autoencoder(self) -> Autoencoder:
@@ -180,15 +208,25 @@ class StudyAssets:
         if info.pretrained is not None:
             raise ConfigError(f"{source} is a diffusers pipeline, which isocost can score but not fine-tune")
         channels, size, _ = self.latent_shape
-        autoencoder_name = Path(self.autoencoder_from_checkpoint).name
         model = info.model
-        if Path(info.autoencoder).name != autoencoder_name or (model.latent_channels, model.latent_size) != (channels, size):
+        if not self.has_autoencoder_of(info) or (model.latent_channels, model.latent_size) != (channels, size):
             raise ConfigError(f"{source} was trained on latents of another autoencoder; set autoencoder to the same one")
         if info.prediction_type != prediction_type:
             raise ConfigError(
                 f"{source} was trained with prediction_type {info.prediction_type}, but the study has {prediction_type}; "
                 f"set train.prediction_type: {info.prediction_type}"
             )
+
+    def has_autoencoder_of(self, info: CheckpointInfo) -> bool:
+        """Whether a checkpoint has the study's autoencoder: the same artefact or name, or the same files at another path."""
+        ours, theirs = self.autoencoder_from_checkpoint, info.autoencoder
+        spec = self.study.training_parts.autoencoder
+        if not isinstance(spec, PretrainedAutoencoderSpec):
+            return Path(theirs).name == Path(ours).name
+        if theirs in (ours, self.component_paths.get("autoencoder")):
+            return True
+        content = component_content(ours, spec.subfolder)
+        return content is not None and content == component_content(theirs, info.autoencoder_subfolder)
 
     def autoencoder_report(self) -> dict[str, Any]:
         """Measure the quality of the autoencoder on held-out images, and that of a PCA autoencoder of the same latent shape.
@@ -249,7 +287,13 @@ class StudyAssets:
     @cached_property
     def cache_digest(self) -> str:
         stage = {"stage": "cache", "version": caching.CACHE_VERSION, "autoencoder": self.autoencoder_digest}
-        return digest(stage, self.source_key("train"), self.study.text_encoder)
+        return digest(stage, self.source_key("train"), self._named("text_encoder"))
+
+    def _named(self, part: str) -> Spec:
+        """The spec of a component with the path that names its artefacts."""
+        spec: Spec = getattr(self.study, part)
+        path = self.component_paths.get(part)
+        return spec if path is None else spec.model_copy(update={"path": path})
 
     @property
     def cache_store(self) -> ShardStore:

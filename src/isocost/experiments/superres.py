@@ -35,7 +35,7 @@ from isocost.experiments.base import EvalContext, EvalJob, Experiment, TrainingR
 from isocost.experiments.pretrain import PretrainExperiment
 from isocost.experiments.study_assets import StudyAssets, images_to_save
 from isocost.metrics.extractor_base import FeatureExtractor
-from isocost.models.checkpoint import load_checkpoint
+from isocost.models.checkpoint import checkpoint_name, load_checkpoint
 from isocost.models.factory import build_network, expand_in_channels
 from isocost.models.flops import model_cost
 from isocost.sampling.generate import PromptEmbeds
@@ -77,7 +77,7 @@ class SuperresExperiment(Experiment):
                 expanded = model.model_copy(update={"extra_input_channels": model.latent_channels})
                 gflop = model_cost(expanded, self.assets.study.text_encoder.max_tokens).gflop_per_forward
                 run_parent = None if from_scratch else parent
-                stage = self.stage | {"parent": None if run_parent is None else run_parent.name}
+                stage = self.stage | {"parent": None if run_parent is None else checkpoint_name(run_parent)}
                 variant = FROM_SCRATCH if from_scratch else ""
                 runs.append(make_run("superres", expanded, self.spec.train, stage, gflop, run_parent, variant))
         return runs
@@ -97,7 +97,7 @@ class SuperresExperiment(Experiment):
         if not self.spec.parents:
             store = self.assets.store
             return [(store.folder("checkpoint", run.final), run.model) for run in self.family.runs]
-        return [(Path(folder), self._parent_model(folder)) for folder in self.spec.parents]
+        return [(Path(folder).expanduser(), self._parent_model(folder)) for folder in self.spec.parents]
 
     def _parent_model(self, folder: str) -> ModelSpec:
         info = load_checkpoint(folder).info
@@ -144,7 +144,7 @@ class SuperresExperiment(Experiment):
 
     def checkpoint_metadata(self, run: TrainingRun) -> dict[str, Any]:
         """Return the parent, the variant and the scale; `isocost upscale` reads the scale."""
-        parent = "" if run.parent is None else run.parent.name
+        parent = "" if run.parent is None else checkpoint_name(run.parent)
         return {"task": "superres", "parent": parent, "variant": run.variant, "scale": self.spec.scale}
 
     # --- scoring ---

@@ -8,29 +8,36 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from isocost.config.sampling import VaeSpec
 from isocost.errors import ConfigError, RunError
 from isocost.models.checkpoint import refuse_pickles
-from isocost.models.pretrained.files import load_module, read_config
-from isocost.models.weight_checks import check_finite, check_loaded
+from isocost.models.pretrained.files import find_component, load_module, read_config
+from isocost.models.weight_checks import check_finite
 from isocost.utils.artifact_store import MANIFEST, verified_manifest
 from isocost.utils.device import is_out_of_memory
 from isocost.utils.tensor_files import read_tensors
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 BUILTIN_AUTOENCODER = "scenes"
+_CLASSES: dict[str, type[AutoencoderKL] | type[AutoencoderTiny]] = {
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderTiny": AutoencoderTiny,
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-
+PCA_FILE = "linear_autoencoder.safetensors"
 MAX_IMAGES_PER_CALL = 32
 MAX_SIDE_OF_A_FULL_CALL = 64
 PIXELS_PER_CALL = 128 * 128
@@ -39,8 +46,8 @@ PIXELS_PER_CALL = 128 * 128
 def images_per_call(resolution: int) -> int:
     """Number of images per call of an autoencoder, whose activations take most of the memory of a published pipeline.
 
-    It depends on the size of the images alone, so that an image has the same bits on every machine, whatever is decoded with
-    it: 32 images up to 64 x 64 pixels, and one of larger images from 91 x 91 pixels on.
+    It depends only on the size of the images, so that an image has the same bits on every machine, whatever is decoded with
+    it: 32 images up to 64 x 64 pixels, fewer for larger images, and one from 91 x 91 pixels on.
 
     Args:
         resolution: side of an image in pixels.
@@ -60,6 +67,10 @@ class Autoencoder(Protocol):
 
     latent_channels: int
     factor: int
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """A sentence for every kind of call that was divided because memory ran out."""
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode uint8 [N, 3, R, R] to the mean and standard deviation of the latents, each float32 [N, C, L, L]."""
@@ -97,6 +108,7 @@ class PCAAutoencoder:
         """
         self.mean, self.basis, self.scale, self.factor = mean, basis, scale, patch
         self.latent_channels = basis.shape[0]
+        self.fallbacks: list[str] = []
 
     @classmethod
     def fit(cls, images: Tensor, patch: int, num_channels: int) -> PCAAutoencoder:
@@ -132,11 +144,11 @@ class PCAAutoencoder:
 
     def save(self, folder: Path) -> None:
         tensors = {"mean": self.mean, "basis": self.basis, "scale": self.scale}
-        save_file(tensors, folder / "linear_autoencoder.safetensors", metadata={"patch": str(self.factor)})
+        save_file(tensors, folder / PCA_FILE, metadata={"patch": str(self.factor)})
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> PCAAutoencoder:
-        tensors = read_tensors(folder / "linear_autoencoder.safetensors", "mean", "basis", "scale", device=device)
+        tensors = read_tensors(folder / PCA_FILE, "mean", "basis", "scale", device=device)
         check_finite(tensors, folder)
         patch = round((tensors["mean"].numel() / 3) ** 0.5)
         return cls(tensors["mean"], tensors["basis"], tensors["scale"], patch)
@@ -145,22 +157,48 @@ class PCAAutoencoder:
 class DiffusersVAE:
     """Any diffusers autoencoder. Latents are `(z - shift_factor) * scaling_factor`, with the factors of its own config."""
 
-    def __init__(self, network: AutoencoderKL | AutoencoderTiny, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, network: AutoencoderKL | AutoencoderTiny, device: torch.device | str = "cpu", vae: VaeSpec | None = None
+    ) -> None:
         """
+        Args:
+            network: the autoencoder, which is changed in place.
+            device: device to move it to.
+            vae: dtype, tiling and slicing.
+
         Raises:
-            ConfigError: a factor of the config is not a finite number, or the scaling factor is 0.
+            ConfigError: a factor of the config is not a finite number, the scaling factor is 0, or there is no tiling.
         """
+        vae = vae or VaeSpec()
         self.network = network.to(device).eval().requires_grad_(False)
+        if network.dtype != DTYPES[vae.dtype]:
+            torch.nn.Module.to(network, DTYPES[vae.dtype])
         self.network.decoder.to(memory_format=torch.channels_last)  # decodes 1.7 times as fast on a CPU
         config = network.config
         self.latent_channels = int(config.latent_channels)
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.scale = _factor(config, "scaling_factor", 1.0)
         self.shift = _factor(config, "shift_factor", 0.0)
+        self.fallbacks: list[str] = []
+        if vae.tile_size is not None:
+            self._enable_tiling(vae.tile_size)
+        if vae.slicing:
+            network.enable_slicing()
+
+    def _enable_tiling(self, tile_size: int) -> None:
+        if isinstance(self.network, AutoencoderTiny) and self.network.spatial_scale_factor != self.factor:
+            raise ConfigError(
+                f"vae tile size: this tiny autoencoder has {self.factor} pixels per latent position, and diffusers tiles only "
+                f"those with {self.network.spatial_scale_factor}; leave it out"
+            )
+        self.network.tile_sample_min_size = tile_size
+        self.network.tile_latent_min_size = tile_size // self.factor
+        self.network.enable_tiling()
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        encoded = [self._encode(batch) for batch in self._split(images, images.shape[-1])]
+        batches = self._split(images, images.shape[-1])
+        encoded = [part for batch in batches for part in self._halving(self._encode, batch, "encod", images.shape[-1])]
         mean, std = (torch.cat(parts) for parts in zip(*encoded, strict=True))
         return (mean - self.shift) * self.scale, std * self.scale
 
@@ -172,29 +210,38 @@ class DiffusersVAE:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        batches = self._split(latents, latents.shape[-1] * self.factor)
-        return torch.cat([images for batch in batches for images in self._decode(batch)])
+        resolution = latents.shape[-1] * self.factor
+        batches = self._split(latents, resolution)
+        return torch.cat([part for batch in batches for part in self._halving(self._decode, batch, "decod", resolution)])
 
-    def _decode(self, latents: Tensor) -> list[Tensor]:
-        """Decode in one call, or in calls of half the size when memory runs out.
+    def _decode(self, latents: Tensor) -> Tensor:
+        scaled = latents.to(self.network.device) / self.scale + self.shift
+        return to_uint8(self.network.decode(scaled.to(self.network.dtype)).sample.float())
+
+    def _halving(self, function: Callable[[Tensor], T], batch: Tensor, verb: str, resolution: int) -> list[T]:
+        """Call a function with a batch, or with halves of it when memory runs out.
 
         Raises:
             RunError: one image does not fit into memory.
         """
         try:
-            scaled = latents.to(self.network.device, self.network.dtype) / self.scale + self.shift
-            return [to_uint8(self.network.decode(scaled).sample.float())]
+            return [function(batch)]
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            side = latents.shape[-1] * self.factor
-            if len(latents) == 1:
-                raise RunError(f"decoding one image of {side} x {side} pixels does not fit into memory") from error
-        half = -(-len(latents) // 2)
-        logger.warning(f"out of memory: {len(latents)} images are decoded in calls of {half}; the last bits can differ")
+            if len(batch) == 1:
+                raise RunError(
+                    f"{verb}ing one image of {resolution} x {resolution} pixels does not fit into memory; "
+                    "decode in tiles (vae tile size) or in bf16 (vae dtype)"
+                ) from error
+        half = -(-len(batch) // 2)
+        fallback = f"out of memory: {len(batch)} images are {verb}ed in calls of {half}; the last bits can differ"
+        if fallback not in self.fallbacks:
+            logger.warning(fallback)
+            self.fallbacks.append(fallback)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return [images for batch in latents.split(half) for images in self._decode(batch)]
+        return [part for half_batch in batch.split(half) for part in self._halving(function, half_batch, verb, resolution)]
 
     def _split(self, batch: Tensor, resolution: int) -> tuple[Tensor, ...]:
         """Small images stay in one call, large ones are divided so that the activations fit into memory."""
@@ -214,46 +261,58 @@ def _factor(config: Any, name: str, default: float) -> float:
     return float(value)
 
 
-def load_autoencoder(path: str | Path, subfolder: str | None = None, device: torch.device | str = "cpu") -> Autoencoder:
+def load_autoencoder(
+    path: str | Path, subfolder: str | None = None, device: torch.device | str = "cpu", vae: VaeSpec | None = None
+) -> Autoencoder:
     """Load an autoencoder.
 
     Args:
         path: a `PCAAutoencoder` folder, a diffusers autoencoder folder or Hub id, or `scenes` (shipped with isocost).
         subfolder: folder of the autoencoder inside `path`.
         device: device to load it on.
+        vae: dtype, tiling and slicing of an autoencoder of diffusers.
 
     Raises:
-        ConfigError: `path` holds no loadable autoencoder or only pickled weights, or a weight is missing, NaN or infinite.
+        ConfigError: `path` holds no loadable autoencoder or only pickled weights, a weight is missing, NaN or infinite, or the
+            autoencoder does not support `vae`.
         RunError: a file of an artefact does not match its checksum.
     """
+    vae = vae or VaeSpec()
     if str(path) == BUILTIN_AUTOENCODER:
         path = str(resources.files("isocost.assets") / "scenes-autoencoder")
-    folder = Path(path) / subfolder if subfolder else Path(path)
+    root = find_component(path, subfolder)
+    folder = root / subfolder if subfolder else root
     if (folder / MANIFEST).is_file():
         verified_manifest(folder)
-    if (folder / "linear_autoencoder.safetensors").is_file():
+    if (folder / PCA_FILE).is_file():
+        check_vae(folder, None, vae)
         return PCAAutoencoder.load(folder, device)
-    if folder.is_dir():
+    config = folder / "config.json"
+    if not config.is_file():
         refuse_pickles(folder)
-        config = folder / "config.json"
-        if not config.is_file():
-            raise ConfigError(f"{folder}: no config.json; give a diffusers autoencoder folder (perhaps with subfolder: vae)")
-        is_tiny = read_config(config).get("_class_name") == "AutoencoderTiny"
-        return _on_device(
-            load_module(AutoencoderTiny, folder) if is_tiny else load_module(AutoencoderKL, folder), device, folder
-        )
-    options: dict[str, Any] = {"use_safetensors": True, "subfolder": subfolder}
-    try:
-        network, loading_info = AutoencoderKL.from_pretrained(str(path), output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise ConfigError(f"{path}: cannot load an autoencoder from it: {' '.join(str(error).split())[:200]}") from error
-    check_loaded(network, loading_info, path)
-    return _on_device(network, device, path)
+        raise ConfigError(f"{folder}: no config.json; give a diffusers autoencoder folder (perhaps with subfolder: vae)")
+    class_name = read_config(config).get("_class_name")
+    if class_name not in _CLASSES:
+        raise ConfigError(f"{config}: _class_name = {class_name}: supported classes: {', '.join(_CLASSES)}")
+    return _on_device(load_module(_CLASSES[class_name], folder, DTYPES[vae.dtype]), device, folder, vae)
 
 
-def _on_device(network: AutoencoderKL | AutoencoderTiny, device: torch.device | str, source: str | Path) -> DiffusersVAE:
+def check_vae(path: str | Path, subfolder: str | None, vae: VaeSpec) -> None:
+    """Check, before anything is loaded, that an autoencoder has the settings `vae`.
+
+    Raises:
+        ConfigError: it is a `PCAAutoencoder`, which has none.
+    """
+    folder = Path(path) / subfolder if subfolder else Path(path)
+    if not vae.is_default and (folder / PCA_FILE).is_file():
+        raise ConfigError(f"{folder}: a PCA autoencoder has no vae dtype, tiling or slicing; leave them out")
+
+
+def _on_device(
+    network: AutoencoderKL | AutoencoderTiny, device: torch.device | str, source: str | Path, vae: VaeSpec
+) -> DiffusersVAE:
     try:
-        return DiffusersVAE(network, device)
+        return DiffusersVAE(network, device, vae)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
 

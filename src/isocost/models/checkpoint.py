@@ -8,7 +8,6 @@ isocost.json   size, width, images seen, paths of the autoencoder and the text e
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
-from safetensors import SafetensorError
 from torch import Tensor
 
 from isocost.config.base import Spec, parse_spec
@@ -117,6 +115,14 @@ class CheckpointInfo(Spec):
             logger.warning(f"{self.variant}: sampled with {self.nearest_solver.label}: {self.pretrained.solver_problem}")
         return self.nearest_solver
 
+    def replaced_scheduler(self, requested: SolverSpec | None) -> str:
+        """The scheduler class of the folder, if the request "nearest" means another solver than that one; else empty."""
+        is_replaced = self.pretrained is not None and self.pretrained.solver_problem != ""
+        if requested is None or requested.name != NEAREST_SOLVER or not is_replaced:
+            return ""
+        assert self.pretrained is not None
+        return self.pretrained.scheduler
+
     @property
     def num_steps(self) -> int:
         """Default number of solver steps."""
@@ -151,13 +157,12 @@ class CheckpointInfo(Spec):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint opened for sampling."""
+class CheckpointSource:
+    """A checkpoint whose network is not loaded."""
 
     folder: Path
     digest: str
     info: CheckpointInfo
-    network: Network | ConditionedDenoiser
 
     @property
     def autoencoder_path(self) -> str:
@@ -171,6 +176,29 @@ class Checkpoint:
         spec = self.info.text_encoder
         relative = self.folder / spec.path
         return spec.model_copy(update={"path": str(relative)}) if relative.is_dir() else spec
+
+    def load_network(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Network | ConditionedDenoiser:
+        """Load the network; see `load_checkpoint`.
+
+        Raises:
+            ConfigError: weights are missing, truncated, NaN or infinite.
+        """
+        network: Network | ConditionedDenoiser
+        if self.info.pretrained is not None:
+            loras = split_loras(self.info.pretrained.path)[1]
+            network = load_network(family_at(self.folder), self.folder, self.info.resolution, loras, dtype)
+        else:
+            network = read_network(network_folder(self.folder), dtype)
+        return network.to(device).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Checkpoint(CheckpointSource):
+    """A checkpoint opened for sampling."""
+
+    network: Network | ConditionedDenoiser
 
 
 def scheduler_for(prediction_type: PredictionType, rescale_betas_zero_snr: bool = False) -> SchedulerMixin:
@@ -234,30 +262,29 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu", dtyp
             supported, or it has changed since it was added to an output folder.
         RunError: a file does not match its checksum.
     """
+    source = open_checkpoint(folder)
+    return Checkpoint(source.folder, source.digest, source.info, source.load_network(device, dtype))
+
+
+def open_checkpoint(folder: str | Path) -> CheckpointSource:
+    """Read and check a checkpoint without its network.
+
+    Raises:
+        ConfigError: as `load_checkpoint`, except for the values of the weights.
+        RunError: a file does not match its checksum.
+    """
     path = Path(folder).expanduser()
     if (path / MANIFEST).is_file():
         verified_manifest(path)
     info = read_info(path)
-    if info.pretrained is not None:
-        return _open_pretrained(path, info, device, dtype)
-    try:
-        network = read_network(network_folder(path), dtype)
-    except ConfigError:
-        raise
-    except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot read the weights: {' '.join(str(error).split())[:200]}") from error
-    return Checkpoint(path, read_manifest(path)["digest"], info, network.to(device).eval().requires_grad_(False))
-
-
-def _open_pretrained(path: Path, info: CheckpointInfo, device: torch.device | str, dtype: torch.dtype) -> Checkpoint:
-    assert info.pretrained is not None
+    if info.pretrained is None:
+        return CheckpointSource(path, read_manifest(path)["digest"], info)
     source, source_name = find_base_folder(info.pretrained.path), source_digest(info.pretrained.path)
     if (path / MANIFEST).is_file() and read_manifest(path)["digest"] != source_name:
         raise ConfigError(
             f"{info.pretrained.path}: its content has changed since it was scored as {path.name}; run the study again"
         )
-    network = load_network(family_at(source), source, info.resolution, split_loras(info.pretrained.path)[1], dtype)
-    return Checkpoint(source, source_name, info, network.to(device).eval().requires_grad_(False))
+    return CheckpointSource(source, source_name, info)
 
 
 def pretrained_info(path: str | Path) -> CheckpointInfo:
@@ -290,7 +317,7 @@ def read_info(path: Path) -> CheckpointInfo:
     if not path.is_dir():
         raise ConfigError(f"{path}: no such checkpoint folder; `isocost run` writes checkpoints to OUT/artefacts/checkpoint/")
     if (path / MANIFEST).is_file() and _is_pretrained_entry(manifest := read_manifest(path)):
-        return parse_spec(CheckpointInfo, manifest["info"], str(path / MANIFEST))
+        return _with_checked_scheduler(parse_spec(CheckpointInfo, manifest["info"], str(path / MANIFEST)), path)
     network_path = network_folder(path)
     refuse_pickles(path)
     refuse_pickles(network_path)
@@ -306,6 +333,32 @@ def read_info(path: Path) -> CheckpointInfo:
 def _is_pretrained_entry(manifest: dict[str, Any]) -> bool:
     info = manifest.get("info")
     return isinstance(info, dict) and info.get("pretrained") is not None
+
+
+def _with_checked_scheduler(info: CheckpointInfo, path: Path) -> CheckpointInfo:
+    """The metadata of a pretrained checkpoint. If its entry was written before schedulers were checked, the pipeline is read.
+
+    Raises:
+        ConfigError: the pipeline of such an entry is missing or not supported.
+    """
+    assert info.pretrained is not None
+    if info.pretrained.scheduler:
+        return info
+    try:
+        return info.model_copy(update={"pretrained": pretrained_info(info.pretrained.path).pretrained})
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path / MANIFEST}: of a version that did not check schedulers, so the pipeline is read: {error}"
+        ) from error
+
+
+def checkpoint_name(folder: Path) -> str:
+    """Digest of a checkpoint, whatever its folder is called; the name of the folder if the checkpoint does not exist yet.
+
+    Raises:
+        RunError: its manifest is damaged.
+    """
+    return str(read_manifest(folder)["digest"]) if (folder / MANIFEST).is_file() else folder.name
 
 
 def network_folder(path: Path) -> Path:

@@ -4,7 +4,7 @@ CoDi (arXiv 2310.01407, section 4.1): the adapter is a copy of the encoder, as i
 receives `h' = (1 - mu) h + mu h_c`, with one learnable mu per feature map. mu starts at 0, so the first forward pass equals the
 U-Net's own. `h_c` are the adapter's features of the condition c:
 
-- `concat_cond` (super-resolution, as in the paper): c is the conditioning latent, concatenated behind the noisy latent.
+- `concat_cond` (super-resolution, as in the paper): c is the conditioning latent, appended to the noisy latent.
 - `noisy` (text-to-image): c is the prompt embeddings and the noisy latent itself, that is all inputs of the network.
 
 Shapes: B batch, C latent channels, L latent size, T tokens, D width of the prompt embeddings, G width of the guidance

@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from isocost.config.model import FamilySpec, ModelSpec
+from isocost.errors import ConfigError
 from isocost.models.codi_unet import CoDiUNet
 from isocost.models.dit import (
     DiT,
@@ -20,9 +21,9 @@ from isocost.models.dit import (
     check_dit_width,
     expand_dit_in_channels,
 )
+from isocost.models.pretrained.files import load_module, read_config
 from isocost.models.pretrained.wrappers import ConditionedDenoiser
 from isocost.models.unet import add_unet_guidance_embedding, build_unet, check_width, expand_unet_in_channels, init_config
-from isocost.models.weight_checks import check_loaded
 
 Network: TypeAlias = UNet2DConditionModel | CoDiUNet | DiT | GuidedTransformer
 _CLASSES: dict[str, type[Network]] = {
@@ -60,20 +61,15 @@ def build_network(spec: ModelSpec, device: str | torch.device = "cpu") -> Networ
 
 
 def read_network(folder: Path, dtype: torch.dtype = torch.float32) -> Network:
-    """Load the network of a diffusers folder, with weights of a dtype.
+    """Load the network of a checkpoint folder that isocost wrote, with weights of a dtype.
 
     Raises:
-        ValueError: the class in `config.json` is unknown.
-        OSError: a file is missing or cannot be read.
-        ConfigError: a weight is missing, NaN or infinite.
+        ConfigError: the class in `config.json` is unknown, or the weights are missing, damaged, NaN or infinite.
     """
-    name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    name = read_config(folder / "config.json").get("_class_name")
     if name not in _CLASSES:
-        raise ValueError(f"config.json names the class {name}; supported classes: {', '.join(_CLASSES)}")
-    network, loading_info = _CLASSES[name].from_pretrained(
-        folder, use_safetensors=True, torch_dtype=dtype, output_loading_info=True
-    )
-    check_loaded(network, loading_info, folder)
+        raise ConfigError(f"{folder / 'config.json'}: _class_name = {name}: supported classes: {', '.join(_CLASSES)}")
+    network: Network = load_module(_CLASSES[name], folder, dtype)
     return network
 
 

@@ -8,20 +8,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from isocost.config.model import TextEncoderSpec
 from isocost.errors import ConfigError
-from isocost.models.checkpoint import refuse_pickles
-from isocost.models.weight_checks import check_loaded
+from isocost.models.pretrained.files import find_component, first_line, load_module, load_tokenizer, read_component_config
 
 TOKENIZE_BATCH = 4096
+BUILTIN_TEXT_ENCODER = "minilm"
 
 
 class TextEncoder(Protocol):
@@ -108,26 +106,20 @@ class MiniLMTextEncoder:
         Raises:
             ConfigError: the path of `spec` holds no loadable text encoder, or a weight is missing, NaN or infinite.
         """
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig
 
-        path = minilm_path() if spec.path == "minilm" else spec.path
-        folder = Path(path) / spec.subfolder if spec.subfolder else Path(path)
-        if folder.is_dir():
-            refuse_pickles(folder)
-        options: dict[str, Any] = {"subfolder": spec.subfolder} if spec.subfolder else {}
+        path = minilm_path() if spec.path == BUILTIN_TEXT_ENCODER else spec.path
+        tokenizer = (spec.subfolder or "").replace("text_encoder", "tokenizer")
+        root = find_component(path, spec.subfolder, (tokenizer,) if tokenizer else ())
+        folder = root / (spec.subfolder or "")
+        read_component_config(folder / "config.json")
         try:
-            config = AutoConfig.from_pretrained(path, **options)
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                path, **({"subfolder": spec.subfolder.replace("text_encoder", "tokenizer")} if spec.subfolder else {})
-            )
-            network, loading_info = _text_network(config).from_pretrained(
-                path, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
-            )
-        except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-            raise ConfigError(f"{path}: cannot load a text encoder from it: {' '.join(str(error).split())[:200]}") from error
-        missing = {key for key in loading_info["missing_keys"] if not key.startswith("pooler.")}  # the pooler is not used
-        check_loaded(network, {**loading_info, "missing_keys": missing}, path)
-        self.network = network.to(device).eval().requires_grad_(False)
+            config = AutoConfig.from_pretrained(str(folder))
+        except Exception as error:  # transformers raises many kinds of errors for a wrong config
+            raise ConfigError(f"{folder}: cannot load a text encoder from it: {first_line(error)}") from error
+        self.tokenizer = load_tokenizer(root / tokenizer)
+        network = load_module(_text_network(config), folder, unused_weights=("pooler.",))
+        self.network = network.to(device)
         self.max_tokens = spec.max_tokens
         config = getattr(config, "text_config", config)
         self.uses_mask = config.model_type != "clip_text_model"

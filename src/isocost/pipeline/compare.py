@@ -10,10 +10,9 @@ import pandas as pd
 
 from isocost.analysis.results_table import read_table
 from isocost.analysis.study_comparison import Ranking, concat_studies, rankings
-from isocost.config.study_yaml import load_study
 from isocost.errors import ConfigError
 from isocost.evaluation.paired import PairedComparer
-from isocost.pipeline.compatibility import STUDY_FILE
+from isocost.pipeline.compatibility import STUDY_FILE, read_study_file
 from isocost.pipeline.pipeline import Pipeline
 from isocost.utils.artifact_store import Store
 
@@ -64,7 +63,7 @@ def _comparer(folders: Sequence[Path], task: str) -> PairedComparer | _Unpaired:
     stores = tuple(Store(folder) for folder in folders)
     if task != "text2image" or not all(any((store.root / "point").glob("[!.]*")) for store in stores):
         return _Unpaired()
-    pipeline = Pipeline(load_study(folders[0] / STUDY_FILE), folders[0])
+    pipeline = Pipeline(read_study_file(folders[0]), folders[0])
     return PairedComparer(stores, pipeline.assets.reference, pipeline.study.protocol.metrics)
 
 
@@ -72,10 +71,9 @@ def _study_names(folders: Sequence[Path]) -> list[str]:
     """The names of the studies, or of the folders if two studies have the same name."""
     names = []
     for folder in folders:
-        file = folder / STUDY_FILE
-        if not file.is_file():
+        if not (folder / STUDY_FILE).is_file():
             raise ConfigError(f"{folder}: no {STUDY_FILE}, so it is not the output folder of a study")
-        names.append(load_study(file).name)
+        names.append(read_study_file(folder).name)
     if len(set(names)) == len(names):
         return names
     folder_names = [folder.resolve().name for folder in folders]

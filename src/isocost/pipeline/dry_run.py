@@ -7,6 +7,7 @@ from typing import Any
 
 from isocost.config.types import TaskName
 from isocost.estimate.estimator import point_bytes
+from isocost.estimate.memory_forecast import forecast_sweep
 from isocost.experiments.base import TrainingRun
 from isocost.models.flops import ModelCost
 from isocost.pipeline.pipeline import Pipeline
@@ -14,6 +15,7 @@ from isocost.pipeline.sweep_runner import planned_points, unsearched_cells
 from isocost.sweep.guidance_search_runner import expected_race_images
 from isocost.training.state_checkpoint import newest_state_images
 from isocost.training.throughput_estimate import disk_bytes
+from isocost.utils.device import best_device
 
 _SUMMED = ("points", "points_to_make", "images", "images_to_make", "images_of_races", "disk_bytes")
 
@@ -31,7 +33,21 @@ def plan(pipeline: Pipeline, tasks: Collection[TaskName] | None = None) -> dict[
     total = {key: sum(size[key] for size in sizes) for key in _SUMMED}
     total["disk_bytes"] += 0 if pipeline.study.checkpoints else pipeline.assets.cache_bytes()
     header = {"study": pipeline.study.name, "out": str(pipeline.out), "protocol": pipeline.assets.protocol.id}
-    return {**header, "sizes": sizes, "total": total}
+    return {**header, "sizes": sizes, "total": total, **_memory(pipeline, tasks)}
+
+
+def _memory(pipeline: Pipeline, tasks: Collection[TaskName] | None) -> dict[str, Any]:
+    """Forecasts of the device memory of published checkpoints, with a warning for each that does not fit."""
+    study, device = pipeline.study, best_device()
+    if not study.checkpoints:
+        return {}
+    forecasts = []
+    for run in pipeline.runs_of(tasks):
+        info = pipeline.experiments[run.task].pretrained(run)
+        assert info is not None, "every run of a study of checkpoints has one"
+        forecast = forecast_sweep(info, study.sweep, study.protocol.num_images, device)
+        forecasts.append({**forecast.plain(), "text": str(forecast), "warning": forecast.warning(device)})
+    return {"memory": forecasts}
 
 
 def _plan_run(pipeline: Pipeline, run: TrainingRun, recorded: set[str], races: dict[str, dict[str, Any]]) -> dict[str, Any]:

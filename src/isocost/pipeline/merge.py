@@ -22,7 +22,7 @@ from isocost.pipeline.compatibility import (
     DATA_FILE,
     STUDY_FILE,
     check_compatible,
-    read_data_content,
+    read_content,
     read_study_file,
 )
 from isocost.pipeline.pipeline import RESULTS_DB_FILE
@@ -87,7 +87,10 @@ def archive(
     _prepare_target(target, [source], "the archive of a study")
     study = _merge_specs(read_study_file(target), study)
     excluded = _excluded(source, checkpoint_mib, tasks)
-    with ResultsDB(target / RESULTS_DB_FILE) as archived_db, ResultsDB(source / RESULTS_DB_FILE) as results_db:
+    with (
+        ResultsDB(target / RESULTS_DB_FILE) as archived_db,
+        ResultsDB(source / RESULTS_DB_FILE, keep_tables=True) as results_db,
+    ):
         archived_db.import_from(results_db)
     for kind in ARCHIVED_KINDS:
         for artefact in Store(source).artefacts(kind):
@@ -127,7 +130,7 @@ def merge(out: str | Path, others: list[Path]) -> dict[str, int]:
                     num_copied["artefacts"] += _copy_if_absent(folder, target)
             if not (target / REPORT_DATA).exists():
                 _copy_report_data(other, target)
-            with ResultsDB(other / RESULTS_DB_FILE) as other_db:
+            with ResultsDB(other / RESULTS_DB_FILE, keep_tables=True) as other_db:
                 num_copied["points"] += results_db.import_from(other_db)
     write_atomically(target / STUDY_FILE, dump_study(merged_study))
     return num_copied
@@ -173,7 +176,7 @@ def _prepare_target(target: Path, sources: Sequence[Path], description: str) -> 
     """
     if (target / STUDY_FILE).is_file():
         for source in sources:
-            check_compatible(_load_study(source), Store(target), read_data_content(source))
+            check_compatible(_load_study(source), Store(target), read_content(source))
     elif target.is_dir() and any(target.iterdir()):
         raise ConfigError(f"{target}: neither empty nor {description}; give a new folder")
     else:

@@ -1,4 +1,4 @@
-"""A study from images to scored points. A stage whose artefact already exists is skipped."""
+"""Run the stages of a study, from images to scored points. A stage whose artefact already exists is skipped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,14 @@ from isocost.experiments.superres import SuperresExperiment
 from isocost.models.checkpoint import CheckpointInfo
 from isocost.models.factory import check_widths
 from isocost.models.flops import ModelCost, model_cost
-from isocost.pipeline.compatibility import DATA_PARTS, STUDY_FILE, check_compatible, write_data_content
+from isocost.pipeline.compatibility import (
+    DATA_PARTS,
+    STUDY_FILE,
+    RecordedContent,
+    check_compatible,
+    find_components,
+    write_content,
+)
 from isocost.pipeline.status import PlannedPoint, Status, StatusFile, now, seconds_left, size_status
 from isocost.pipeline.sweep_runner import Sweeper, planned_points, unsearched_cells
 from isocost.sweep.grid import SweepPoint
@@ -84,7 +91,9 @@ class Pipeline:
         self.store = Store(self.out)
         check_compatible(study, self.store)
         self.process = process_info()
-        self.assets = StudyAssets(study, self.store, self.process)
+        self.components = find_components(study, self.out, has_artefacts=not self.store.is_empty())
+        paths = {part: component.path for part, component in self.components.items()}
+        self.assets = StudyAssets(study, self.store, self.process, paths)
         self._results_db: ResultsDB | None = None
 
     def prepare(self) -> None:
@@ -104,7 +113,7 @@ class Pipeline:
                 parts = ("reference",) if self.study.checkpoints else DATA_PARTS
                 contents = {part: self.assets.source_content(part) for part in parts}
                 self.out.mkdir(parents=True, exist_ok=True)
-                write_data_content(self.out, contents)
+                write_content(self.out, RecordedContent(contents, self.components))
                 write_atomically(self.out / STUDY_FILE, dump_study(self.study))
                 self.store.remove_partial()
             self._results_db = ResultsDB(self.results_db_address)
@@ -363,10 +372,10 @@ class Pipeline:
         if has_points and self._has_unscored_points(run, checkpoint):
             return True
         folder = self.store.folder("checkpoint", checkpoint)
-        dependents = [other for other in self.runs if folder in other.sources]
-        if not dependents:
+        children = [child for child in self.runs if folder in child.sources]
+        if not children:
             return not has_points
-        return any(self.missing_snapshots(other) or self._has_unscored_points(other, checkpoint) for other in dependents)
+        return any(self.missing_snapshots(child) or self._has_unscored_points(child, checkpoint) for child in children)
 
     def _has_unscored_points(self, run: TrainingRun, checkpoint: str) -> bool:
         """Whether the sweep of a run has a point of `checkpoint` that is not scored by all metrics, or an open search."""

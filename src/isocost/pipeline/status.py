@@ -1,7 +1,8 @@
 """The progress of a study in `OUT/status.json`, written by the processes that work on it.
 
 All numbers come from the results database, so the file is complete whichever process writes it. The winners of unfinished
-guidance searches are not counted yet. The remaining time is estimated from the finished points, and is None without any.
+guidance searches are not counted yet. The remaining time is estimated from the finished points; it is None
+while no point is finished.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from isocost.analysis.timings import NUM_LATENCY_RUNS
 from isocost.config.sweep import SweepSpec
 from isocost.config.types import TaskName
 from isocost.experiments.base import EvalContext, EvalJob, Experiment, TrainingRun
@@ -23,6 +24,9 @@ from isocost.utils.progress import progress_bar
 
 Races = Mapping[str, Mapping[str, Any]]
 """The finished guidance searches by the digest of their cell, as in the results database."""
+
+TimeKey = tuple[Any, ...]
+"""The settings of a point that its times depend on."""
 
 
 def planned_points(jobs: Sequence[EvalJob], races: Races) -> list[SweepPoint]:
@@ -72,31 +76,44 @@ class Sweeper:
         return all(self._race(run, job, f"race {size} ({run.title})", deadline) for job in jobs if job.cells)
 
     def remeasure(self, run: TrainingRun, size: str) -> int:
-        """Measure the time of every recorded point of a run again, on this machine; returns their number.
+        """Measure the times of every recorded point of a run again, on this machine; returns their number.
 
         Points that differ only in settings that do not change the time (guidance with the same number of passes, snapshots of
-        one training) share one measurement.
+        one training) share one measurement. The latencies of a checkpoint are measured first, so that its network is in memory
+        once at a time.
         """
         jobs, recorded = self.experiments[run.task].jobs(run), self.results_db.points()
         races = self.results_db.races()
         points_by_job = [(job, [point for point in planned_points([job], races) if point.digest in recorded]) for job in jobs]
         total, done = sum(len(points) for _, points in points_by_job), 0
-        measured: dict[tuple[Any, ...], tuple[float, int]] = {}
+        latencies: dict[TimeKey, tuple[float, int]] = {}
+        throughputs: dict[TimeKey, tuple[float, int]] = {}
         title = f"time {size} ({run.title})"
-        with progress_bar(title, total, "points") as progress:
+        with progress_bar(title, 2 * total, "times") as progress:
             for job, points in points_by_job:
+                keys = {point.digest: self._time_key(run, point) for point in points}
                 worker = self._worker(run, job)
                 for point in points:
-                    passes = point.passes(run.model, self.experiments[run.task].schedule(run))
-                    guide = None if point.spec.guide is None else point.spec.guide.checkpoint
-                    key = (*point.spec.numerics, point.spec.solver.label, point.spec.num_steps, *passes, guide)
-                    if key not in measured:
-                        measured[key] = worker.measure_ms_per_image(point)
-                    ms, num_images = measured[key]
+                    if point.spec.guide is not None:
+                        progress(done := done + 1, f"{point.title}: the latency of two networks is not measured")
+                        continue
+                    if (key := keys[point.digest]) not in latencies:
+                        latencies[key] = worker.measure_latency_ms(point)
+                    progress(done := done + 1, f"{point.title}: {latencies[key][0]:.3g} ms for one image")
+                worker = self._worker(run, job)
+                for point in points:
+                    if (key := keys[point.digest]) not in throughputs:
+                        throughputs[key] = worker.measure_ms_per_image(point)
+                    (ms, num_images), (latency_ms, num_runs) = throughputs[key], latencies.get(key, (None, 0))
                     source = {name: provenance()[name] for name in ("commit", "device", "num_threads")}
-                    self.results_db.set_time(point.digest, ms, {**source, "num_images": num_images})
-                    progress(done := done + 1, f"{point.title}: {ms:.3g} ms")
+                    timed_with = {**source, "num_images": num_images, NUM_LATENCY_RUNS: num_runs}
+                    self.results_db.set_time(point.digest, ms, timed_with, latency_ms)
+                    progress(done := done + 1, f"{point.title}: {ms:.3g} ms per image")
         return total
+
+    def _time_key(self, run: TrainingRun, point: SweepPoint) -> TimeKey:
+        passes = point.passes(run.model, self.experiments[run.task].schedule(run))
+        return (*point.spec.numerics, point.spec.solver.label, point.spec.num_steps, *passes, point.spec.guide)
 
     def score_search_winners(self, runs: Sequence[TrainingRun], deadline: float | None) -> bool:
         """Score the winners of these runs' guidance searches, except those that cannot be on any frontier.
@@ -172,7 +189,7 @@ class Sweeper:
             self.results_db,
             self.leases,
             self.store.folder("checkpoint", job.checkpoint),
-            eval_context.autoencoder or self.assets.load_or_train_autoencoder(),
+            eval_context.autoencoder or self.assets.sampling_autoencoder(self.experiments[run.task].sweep.vae),
             eval_context.reference,
             eval_context.prompts,
             eval_context.saved_indices,
@@ -180,6 +197,7 @@ class Sweeper:
             self.experiments[run.task].sweep.shard_size,
             eval_context.concat_cond,
             {name: self._guide_source(name, eval_context) for name in job.guides},
+            labels=self.experiments[run.task].labels(run),
         )
 
     def _guide_source(self, name: str, eval_context: EvalContext) -> GuideSource:

@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 
-from isocost.config.study_yaml import load_study
 from isocost.errors import ConfigError, RunError
-from isocost.pipeline.compatibility import STUDY_FILE
+from isocost.pipeline.compatibility import STUDY_FILE, read_study_file
 from isocost.pipeline.pipeline import Pipeline
 from isocost.utils.signals import request_stop, stop_requested
 
@@ -38,7 +37,7 @@ def work(out: str | Path, results_db: str | None = None, deadline: float | None 
     file = Path(out) / STUDY_FILE
     if not file.is_file():
         raise ConfigError(f"{out}: nothing to join, it has no {STUDY_FILE}; `isocost run STUDY --out {out}` starts a run")
-    return Pipeline(load_study(file), out, results_db).run(deadline, tasks)
+    return Pipeline(read_study_file(Path(out)), out, results_db).run(deadline, tasks)
 
 
 class LocalWorkers:

@@ -20,6 +20,7 @@ from isocost.analysis.formatting import ROUNDING, format_metric, format_number, 
 from isocost.analysis.pareto import BudgetChoice, Configuration, best_at_budgets
 from isocost.analysis.recommend import describe_choice, sample_command
 from isocost.analysis.results_table import final_points, rank_points
+from isocost.analysis.timings import TIME_COLUMN, format_sweep_timings
 from isocost.report.chart_panels import costs_in, metrics_in
 from isocost.report.scope import TRAINED, Scope
 
@@ -69,7 +70,9 @@ def budget_slider(
     shown: dict[str, Configuration] = {}
     for cost in costs_in(table, scope):
         choices = slider_values(table, metric, cost)
-        axes.append({"cost": cost, **_axis_labels(cost), "values": [_slider_value(choice, scope) for choice in choices]})
+        timed_by_sweep = format_sweep_timings(final_points(table, metric, cost)) if cost == TIME_COLUMN else None
+        values = [_slider_value(choice, scope, timed_by_sweep) for choice in choices]
+        axes.append({"cost": cost, **_axis_labels(cost), "values": values})
         chosen = [configuration for choice in choices for configuration in (choice.best, choice.runner_up)]
         shown |= {configuration.point: configuration for configuration in chosen if configuration is not None}
     rows = table[table["point"].isin(list(shown))].to_dict("records")
@@ -86,7 +89,7 @@ def _axis_labels(cost: str) -> dict[str, str]:
     return {"label": about.label, "unit": about.unit, "axis_label": about.axis}
 
 
-def _slider_value(choice: BudgetChoice, scope: Scope) -> dict[str, Any]:
+def _slider_value(choice: BudgetChoice, scope: Scope, note: str | None) -> dict[str, Any]:
     sentence = describe_choice(choice, scope.noun)
     assert choice.best is not None, "every position is the cost of a point"
     return {
@@ -96,7 +99,7 @@ def _slider_value(choice: BudgetChoice, scope: Scope) -> dict[str, Any]:
         "runner_up": choice.runner_up.point if choice.runner_up else None,
         "verdict": sentence.verdict,
         "decided": sentence.decided,
-        "notes": list(sentence.notes),
+        "notes": [*sentence.notes, *([note] if note else [])],
     }
 
 
@@ -111,7 +114,7 @@ def _configuration_data(
     """Return what the page shows of a point: label, score, `facts` by name, and the `sources` of the numbers."""
     facts = {format_metric(metric): configuration.score}
     facts |= {format_metric(name): _format_row_score(row, name) for name in other_metrics if not _is_nan(row[name])}
-    facts |= {COSTS[name].label: format_number(row[name]) for name in scope.costs if not _is_nan(row[name])}
+    facts |= {COSTS[name].label: format_number(row[name]) for name in scope.costs if not _is_nan(row.get(name))}
     facts["parameters"] = f"{row['num_parameters']:,}"
     if "guidance_low" in row and not _is_nan(row["guidance_low"]):
         low, high = (format_number(row[f"guidance_{end}"]) for end in ("low", "high"))
@@ -129,7 +132,7 @@ def _configuration_data(
     return {
         "label": str(configuration),
         "score": configuration.score,
-        "costs": {name: float(row[name]) for name in COSTS if not _is_nan(row[name])},
+        "costs": {name: float(row[name]) for name in COSTS if not _is_nan(row.get(name))},
         "value": configuration.value,
         "facts": facts,
         "sources": sources,

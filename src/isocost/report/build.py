@@ -19,12 +19,13 @@ from isocost.analysis.pareto import default_budgets
 from isocost.analysis.power_laws import MIN_POINTS
 from isocost.analysis.results_table import best_per_group, final_points
 from isocost.analysis.scaling_laws import fit_scaling_laws, normalized_training_compute
-from isocost.analysis.timings import format_excluded_timings, keep_one_timing_device
+from isocost.analysis.timings import TIME_LABELS, format_excluded_timings, keep_one_timing_device
 from isocost.config.study import StudySpec
 from isocost.config.study_yaml import dump_study
 from isocost.config.types import TaskName
 from isocost.errors import ConfigError
 from isocost.experiments.base import Experiment
+from isocost.models.checkpoint import checkpoint_name
 from isocost.pipeline.pipeline import Pipeline
 from isocost.report.html import STUDY_YAML
 from isocost.report.plot_data import COMPUTE_AXES, FLOOR_LABEL
@@ -70,7 +71,7 @@ def report(pipeline: Pipeline, with_figures: bool = True) -> Report:
 
     Args:
         pipeline: a study whose points are scored.
-        with_figures: false writes the pages and tables alone, in about a third of the time.
+        with_figures: false writes only the pages and tables, in about a third of the time.
 
     Raises:
         ConfigError: no point of the study is scored yet.
@@ -98,7 +99,7 @@ def _pretrained_points(pipeline: Pipeline, task: TaskName, tables: Mapping[TaskN
     """Return the points of the checkpoints that the task started from, if its report compares it with them."""
     if task not in PRETRAINING_QUESTIONS or "text2image" not in tables:
         return None
-    parents = {run.parent.name for run in pipeline.experiments[task].runs if run.parent is not None}
+    parents = {checkpoint_name(run.parent) for run in pipeline.experiments[task].runs if run.parent is not None}
     table, family = tables["text2image"], pipeline.experiments["text2image"]
     table = table[table["checkpoint"].isin(parents)]
     return None if table.empty else Pretrained(task, table, family.metric)
@@ -115,6 +116,10 @@ def study_table(pipeline: Pipeline, experiment: Experiment) -> pd.DataFrame:
         final_checkpoints |= baseline_finals
     table = pipeline.results_db.table()
     table = table[table["point"].isin(digests)]
+    table = _with_labels(table, [experiment] if experiment.baseline is None else [experiment, experiment.baseline])
+    if replaced := experiment.replaced_schedulers():
+        keys = zip(table["checkpoint"], table["solver"], strict=True)
+        table = table.assign(replaced_scheduler=[replaced.get(key, "") for key in keys])
     batch_size = experiment.runs[0].spec.batch_size
     return (
         keep_one_timing_device(table)
@@ -124,6 +129,21 @@ def study_table(pipeline: Pipeline, experiment: Experiment) -> pd.DataFrame:
         )
         .reset_index(drop=True)
     )
+
+
+def _with_labels(table: pd.DataFrame, experiments: Iterable[Experiment]) -> pd.DataFrame:
+    """Label the points as the study does; another study with the same results database may label them differently."""
+    labels = {
+        checkpoint: experiment.labels(run)
+        for experiment in experiments
+        for run in experiment.runs
+        for checkpoint in run.checkpoints.values()
+    }
+    columns = {column for by_column in labels.values() for column in by_column}
+    for column in columns:
+        values = zip(table["checkpoint"], table[column], strict=True)
+        table = table.assign(**{column: [labels.get(checkpoint, {}).get(column, value) for checkpoint, value in values]})
+    return table
 
 
 def _report_data(
@@ -235,7 +255,7 @@ def _provenance(pipeline: Pipeline, experiment: Experiment, table: pd.DataFrame,
         **({"quality against training compute": _scaling_laws(experiment, table)} if scope.trained else {}),
         **({"best size by budget": _best_size_by_budget(experiment, table)} if is_family else {}),
         **({"predicted frontier of the largest size": _predicted_frontier(experiment, table)} if is_family else {}),
-        **({"milliseconds": untimed} if (untimed := format_excluded_timings(table)) else {}),
+        **{label: note for column, label in TIME_LABELS.items() if (note := format_excluded_timings(table, column))},
         "images skipped": len(skipped),
         "Fréchet distance with too few images": f"{num_flagged} {too_few_images}" if num_flagged else "no point",
         "software and hardware": dict(provenance()),

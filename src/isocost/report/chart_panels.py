@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from isocost.analysis.costs import COSTS
+from isocost.analysis.costs import COSTS, is_measured
 from isocost.analysis.distillation import split_student_name
 from isocost.analysis.formatting import format_metric
 from isocost.analysis.results_table import final_points, sizes_in_order
@@ -86,7 +86,7 @@ def metrics_in(table: pd.DataFrame) -> list[str]:
 def costs_in(table: pd.DataFrame, scope: Scope = TRAINED) -> list[str]:
     """Return the costs that at least one final point has, in the order of the report."""
     finished = table[table["is_final"].astype(bool)]
-    return [cost for cost in scope.costs if finished[cost].notna().any()]
+    return [cost for cost in scope.costs if is_measured(finished, cost)]
 
 
 def cost_chart(

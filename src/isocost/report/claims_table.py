@@ -27,7 +27,7 @@ class ClaimRow:
 
     Attributes:
         costs: labels of these costs; empty if the claim does not depend on cost.
-        counts: how many cases agree, contradict and are open, by cost where they differ.
+        counts: the numbers of cases that agree, contradict and are open; listed for each cost if they differ between costs.
         cases: some cases under the first of these costs.
     """
 

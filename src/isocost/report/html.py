@@ -26,11 +26,11 @@ from matplotlib.figure import Figure
 from plotly.offline import get_plotlyjs
 
 from isocost.analysis.claims import ClaimVerdict
-from isocost.analysis.costs import COSTS
+from isocost.analysis.costs import COSTS, expected_costs, is_measured
 from isocost.analysis.formatting import format_metric, format_number
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets, default_budgets, metric_of
 from isocost.analysis.recommend import describe_choice
-from isocost.analysis.results_table import with_metric
+from isocost.analysis.results_table import replaced_schedulers, with_metric
 from isocost.models.paper_table import TABLE_1
 from isocost.report import plot_data
 from isocost.report.budget_slider import budget_slider
@@ -94,7 +94,7 @@ def write_report(
         missing_experiments: titles of experiments that have no page.
         pretrained: the points of the checkpoints that the runs started from, for tasks that are compared with them.
         verdicts: verdicts for the paper's claims on these points and those of the other tasks.
-        with_figures: false writes the page alone, in about a third of the time, and removes figures of an earlier report.
+        with_figures: false writes only the page, in about a third of the time, and removes figures of an earlier report.
         scope: whether the study trained the networks, and the cost of the budgets.
 
     Raises:
@@ -149,8 +149,9 @@ def write_report(
                 for name in finetune
             },
             paper=TABLE_1,
+            replaced=replaced_schedulers(table),
             has_races="guidance_low" in table.columns and bool(table["guidance_low"].notna().any()),
-            unmeasured=[cost.label for cost in COSTS.values() if table[cost.name].isna().all()],
+            unmeasured=[COSTS[name].label for name in expected_costs(table) if not is_measured(table, name)],
             floor=None if floor is None else format_number(floor),
             floor_label=floor_label,
             grids=grids,

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from isocost.analysis.costs import COSTS, cost_of
+from isocost.analysis.costs import COSTS, cost_of, expected_costs, is_measured
 from isocost.analysis.formatting import format_metric, format_number, format_row, format_score
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets, default_budgets, metric_of, pareto
 from isocost.analysis.recommend import describe_choice, sample_command
-from isocost.analysis.results_table import final_points, sizes_in_order, with_metric
+from isocost.analysis.results_table import final_points, replaced_schedulers, sizes_in_order, with_metric
 from isocost.errors import ConfigError
 from isocost.report.scope import TRAINED, Scope
 
@@ -67,6 +67,8 @@ def markdown_summary(
     extent += f", {first['num_images']:,} images per point"
     protocol = f"protocol {escape_markdown(str(first['protocol']))}, seed {first['seed']}"
     lines += ["", f"{ranking}{floor_text}. {extent}; {protocol}.", *_format_notes(choices, scope)]
+    if replaced := replaced_schedulers(table):
+        lines += ["", f"Nearest solver in place of the checkpoint's own scheduler: {escape_markdown('; '.join(replaced))}."]
     not_included = _not_included(table, metric, missing_experiments, scope)
     lines += ["", f"Not included: {'; '.join(not_included)}."] if not_included else []
     best = next((choice.best for choice in reversed(choices) if choice.best is not None), None)
@@ -131,7 +133,7 @@ def _format_frontier(table: pd.DataFrame, metric: str, scope: Scope) -> list[str
     frontier = pareto(table, scope.budget_cost, metric)
     indices = sorted({round(index) for index in np.linspace(0, len(frontier) - 1, min(len(frontier), MAX_ROWS)).tolist()})
     rows = frontier.iloc[indices]
-    costs = [name for name in scope.costs if rows[name].notna().any()]
+    costs = [name for name in scope.costs if is_measured(rows, name)]
     count = f"{len(rows)} of {len(frontier)} points" if len(rows) < len(frontier) else _format_count(len(frontier), "point")
     titles = [*(COSTS[name].label for name in costs), "configuration", format_metric(metric)]
     lines = [f"Frontier, {count}:", "", _table_row(*titles), "|" + "--:|" * len(costs) + "---|---|"]
@@ -157,7 +159,7 @@ def _not_included(table: pd.DataFrame, metric: str, missing_experiments: Sequenc
         subject = "final checkpoints of " if scope.trained else ""
         missing.append(f"{subject}{', '.join(escape_markdown(size) for size in waiting)} are not scored yet")
     if not finished.empty:
-        missing += [f"{cost.label} not measured" for cost in COSTS.values() if finished[cost.name].isna().all()]
+        missing += [f"{COSTS[name].label} not measured" for name in expected_costs(finished) if not is_measured(finished, name)]
         competing = final_points(table, metric)
         for column, label in (("solver", "solver"), ("guidance", "guidance value"), ("num_steps", "number of steps")):
             if competing[column].nunique() == 1:

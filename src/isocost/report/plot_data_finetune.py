@@ -1,6 +1,6 @@
 """The data of the figures for fine-tuned models: quality against pretraining, and students against undistilled models.
 
-The text behind the first word of a size's name names how the model was made: "2.6M", "2.6M from scratch", "2.6M untuned",
+The text after the first word of a size's name shows how the model was made: "2.6M", "2.6M from scratch", "2.6M untuned",
 "2.6M codi".
 """
 

@@ -125,7 +125,7 @@ def rebuild(out: str | Path, with_figures: bool = True) -> Report:
 
     Args:
         out: output folder of a study, or an archive.
-        with_figures: false writes the pages alone, in about a third of the time.
+        with_figures: false writes only the pages, in about a third of the time.
 
     Raises:
         ConfigError: there is no report data, or it is damaged.

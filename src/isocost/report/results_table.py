@@ -12,17 +12,17 @@ from typing import Any
 
 import pandas as pd
 
-from isocost.analysis.costs import COSTS
+from isocost.analysis.costs import COSTS, expected_costs
 from isocost.analysis.formatting import format_metric, format_number, format_score
 from isocost.analysis.pareto import metric_of
-from isocost.analysis.results_table import rank_points, sizes_in_order, with_metric
+from isocost.analysis.results_table import rank_points, replaced_schedulers, sizes_in_order, with_metric
 from isocost.report.budget_slider import commit_and_device
 from isocost.report.chart_panels import metrics_in
 from isocost.report.scope import TRAINED, Scope
 
 MAX_CODED_FRACTION = 0.25
 """A column is stored as codes if it has at most this fraction of distinct values."""
-PRINTED = ("size", "solver", "num_steps", "guidance", "point")
+PRINTED = ("size", "solver", "replaced_scheduler", "num_steps", "guidance", "point")
 """Columns that fit on paper, in addition to the leading metric and the costs."""
 CSV_DIGITS = 9
 """Significant digits of numbers in a CSV file."""
@@ -42,9 +42,11 @@ def point_columns(table: pd.DataFrame, metric: str, scope: Scope = TRAINED) -> d
     """
     metrics = metrics_in(table)
     rows = (rank_points(table, metric) if metric in metrics else table).to_dict("records")
+    replaced = replaced_schedulers(table)
     columns = [
         _column("size", scope.noun, [row["num_parameters"] for row in rows], [row["size"] for row in rows], numeric=False),
         _column("solver", "solver", *_strings(rows, "solver")),
+        *([_column("replaced_scheduler", "in place of", *_strings(rows, "replaced_scheduler"))] if replaced else []),
         _column("num_steps", "steps", *_numbers(rows, "num_steps", str)),
         _column("guidance", "guidance", *_numbers(rows, "guidance", lambda value: f"{value:.4g}")),
     ]
@@ -58,7 +60,8 @@ def point_columns(table: pd.DataFrame, metric: str, scope: Scope = TRAINED) -> d
         column = _column(name, format_metric(name), [_plain(row[name]) for row in rows], texts)
         ends = {end: [_plain(row[f"{name}_{end}"]) for row in rows] for end in ("low", "high")}
         columns.append(column | ends)
-    columns += [_column(name, COSTS[name].label, *_numbers(rows, name, format_number)) for name in scope.costs]
+    costs = [name for name in scope.costs if name in expected_costs(table)]
+    columns += [_column(name, COSTS[name].label, *_numbers(rows, name, format_number)) for name in costs]
     if scope.trained:
         columns.append(_column("images_seen", "images seen", *_numbers(rows, "images_seen", _format_integer)))
         is_final = ["yes" if row["is_final"] else "no" for row in rows]

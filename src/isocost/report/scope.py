@@ -1,4 +1,4 @@
-"""The subject of a report: networks that the study trained, or published checkpoints that it only scored."""
+"""The subject of a report: networks that the study trained, or published checkpoints that the study only scored."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import pandas as pd
 from isocost.analysis.costs import COSTS
 
 PAPER_COST = "normalized_cost"
-CHECKPOINT_COSTS = ("gflop", "ms_per_image", "nfe", PAPER_COST)
-"""Costs for published checkpoints, the one for budgets first. The paper's cost has no pass for guidance, so it comes last."""
+_FIRST_COSTS = ("gflop", "ms_per_image", "nfe")
+CHECKPOINT_COSTS = (*_FIRST_COSTS, *(cost for cost in COSTS if cost not in (*_FIRST_COSTS, PAPER_COST)), PAPER_COST)
+"""Costs for published checkpoints in order of preference. The paper's cost ignores the guidance pass, so it is last."""
 
 
 @dataclass(frozen=True)
 class Scope:
-    """The kind of networks in a report and the cost that leads it.
+    """The kind of networks in a report, and the cost that the report shows first.
 
     Attributes:
         budget_cost: cost of the budgets, a name of `COSTS`.
@@ -32,7 +33,7 @@ class Scope:
 
     @property
     def costs(self) -> tuple[str, ...]:
-        """All costs in the order of the report, that of the budgets first."""
+        """All costs in the order of the report; the cost of the budgets is first."""
         costs = tuple(COSTS) if self.trained else CHECKPOINT_COSTS
         return (self.budget_cost, *(cost for cost in costs if cost != self.budget_cost))
 
@@ -43,4 +44,5 @@ TRAINED = Scope()
 def checkpoint_scope(table: pd.DataFrame) -> Scope:
     """The scope of published checkpoints. The budgets are in the first of `CHECKPOINT_COSTS` that all final points have."""
     finished = table[table["is_final"].astype(bool)]
-    return Scope(next((cost for cost in CHECKPOINT_COSTS if finished[cost].notna().all()), PAPER_COST), trained=False)
+    complete = [cost for cost in CHECKPOINT_COSTS if cost in finished and finished[cost].notna().all()]
+    return Scope(complete[0] if complete else PAPER_COST, trained=False)

@@ -161,26 +161,36 @@ class GeneratedBatch:
 
 
 def generate(engine: Engine, autoencoder: Autoencoder, requests: Iterable[SampleRequest]) -> Iterator[GeneratedBatch]:
-    """Run requests and decode their latents, `images_per_call` at a time, while the next images are denoised.
+    """Run requests and decode their latents while the next images are denoised; see `decode_results`."""
+    return decode_results(engine.run(requests), engine.latent_shape[-1], autoencoder)
+
+
+def decode_results(results: Iterable[SampleResult], latent_size: int, autoencoder: Autoencoder) -> Iterator[GeneratedBatch]:
+    """Decode latents, `images_per_call` at a time, while the next results are computed.
 
     A latent with NaN or inf is never decoded; it is yielded as `nonfinite`.
+
+    Args:
+        results: finished requests.
+        latent_size: size of their latents.
+        autoencoder: decodes them.
     """
     with ThreadPoolExecutor(1, "decode") as executor:
-        batches = _DecodeBatches(images_per_call(engine.latent_shape[-1] * autoencoder.factor))
+        batches = _DecodeBatches(images_per_call(latent_size * autoencoder.factor))
         in_flight: deque[tuple[list[SampleResult], Future[Tensor]]] = deque()
-        for result in engine.run(requests):
+        for result in results:
             if not result.finite:
                 yield GeneratedBatch([], torch.empty(0, 3, 0, 0, dtype=torch.uint8), [result])
                 continue
             for batch in batches.add(result):
                 in_flight.append((list(batch.values()), executor.submit(_decode, batch, batches.size, autoencoder)))
             while in_flight and (in_flight[0][1].done() or len(in_flight) > MAX_DECODE_IN_FLIGHT):
-                results, images = in_flight.popleft()
-                yield GeneratedBatch(results, images.result(), [])
+                decoded, images = in_flight.popleft()
+                yield GeneratedBatch(decoded, images.result(), [])
         for batch in batches.remaining():
             in_flight.append((list(batch.values()), executor.submit(_decode, batch, batches.size, autoencoder)))
-        for results, images in in_flight:
-            yield GeneratedBatch(results, images.result(), [])
+        for decoded, images in in_flight:
+            yield GeneratedBatch(decoded, images.result(), [])
 
 
 DecodeBatch = dict[int, SampleResult]

@@ -17,7 +17,7 @@ import torch
 from isocost.config.sampling import SolverSpec
 from isocost.diffusion.solvers import solver_coefficients
 from isocost.errors import ConfigError, RunError
-from isocost.models.checkpoint import CheckpointInfo, load_checkpoint
+from isocost.models.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint
 from isocost.models.components import load_checkpoint_autoencoder, load_checkpoint_text_encoder
 from isocost.sampling.denoiser import Denoiser, SamplingDTypeName
 from isocost.sampling.generate import schedule_of
@@ -143,7 +143,7 @@ def latency(
     if repeats < MIN_REPEATS:
         raise ConfigError(f"repeats = {repeats}: a median and its spread need at least {MIN_REPEATS}")
     target = _device(device, dtype)
-    opened = load_checkpoint(checkpoint, device=target.type)
+    opened = load_checkpoint(checkpoint, device=target)
     info = opened.info
     if guidance is None:
         guidance = DEFAULT_GUIDANCE if info.scale is None else DEFAULT_UPSCALING_GUIDANCE
@@ -151,9 +151,7 @@ def latency(
     spec = info.resolve_solver(solver)
     coefficients = solver_coefficients(spec, info.num_steps if num_steps is None else num_steps, schedule_of(info))
     SampleRequest(0, 0, coefficients, guidance)  # rejects an invalid guidance before more is loaded
-    autoencoder = load_checkpoint_autoencoder(opened, target)
-    network = Denoiser(opened.network, dtype, compiled)
-    model = LoadedModel(info, network, autoencoder, load_checkpoint_text_encoder(opened, target))
+    model = load_components(opened, dtype, compiled, target)
     monitor = device_monitor(target)
     loaded_bytes = monitor.memory_bytes()
     measured = []
@@ -167,6 +165,7 @@ def latency(
             raise RunError(f"a batch of {batch_size} does not fit into the device's memory; use a smaller --batch") from error
     settings = {
         "solver": spec.label,
+        "replaced_scheduler": info.replaced_scheduler(solver) or None,
         "num_steps": info.num_steps if num_steps is None else num_steps,
         "num_function_evaluations": coefficients.num_function_evaluations,
         "guidance": guidance,
@@ -181,6 +180,19 @@ def latency(
     summary = {"folder": str(checkpoint), "digest": opened.digest, **_checkpoint_summary(info)}
     notes = (*monitor.notes, *load_notes(measured))
     return Latency(summary, settings, monitor.facts(), tuple(measured), notes, provenance())
+
+
+def load_components(checkpoint: Checkpoint, dtype: SamplingDTypeName, compiled: bool, device: torch.device) -> LoadedModel:
+    """Prepare the network of a checkpoint, and load its autoencoder and text encoder.
+
+    Raises:
+        ConfigError: the autoencoder or the text encoder cannot be loaded.
+    """
+    if compiled:
+        torch.compiler.reset()  # torch stops compiling a function after a few shapes, also those of other checkpoints
+    autoencoder = load_checkpoint_autoencoder(checkpoint, device)
+    network = Denoiser(checkpoint.network, dtype, compiled)
+    return LoadedModel(checkpoint.info, network, autoencoder, load_checkpoint_text_encoder(checkpoint, device))
 
 
 def _device(name: str | None, dtype: SamplingDTypeName) -> torch.device:

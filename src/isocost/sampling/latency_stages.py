@@ -32,6 +32,8 @@ from isocost.utils.device import HostTimer, Timer
 TEXT, ENCODER, DENOISER, DECODER, END_TO_END = "text", "encoder", "denoiser", "decoder", "whole"
 NUM_WARM_UP = 3
 MIN_REPEATS = 3
+MAX_REPEATS, ENOUGH_MS = 20, 1000.0
+"""Limits of the repeats in `measure_latency_ms`."""
 
 StageCallback = Callable[[str], None]
 """Called with the name of a stage when the stage has ended."""
@@ -107,6 +109,22 @@ def time_runs(run: TimedRun, clock: Timer, repeats: int, host_clock: Timer | Non
     return {stage: [single[stage] for single in times] for stage in times[0]}
 
 
+def measure_latency_ms(run: TimedRun, clock: Timer, host_clock: Timer | None = None) -> tuple[float, int]:
+    """Measure the end-to-end time of a run after `NUM_WARM_UP` runs as warm-up.
+
+    The measurement is repeated until it has taken `ENOUGH_MS` in all, between `MIN_REPEATS` and `MAX_REPEATS` times.
+
+    Returns:
+        Median in milliseconds, and the number of measured runs.
+    """
+    for _ in range(NUM_WARM_UP):
+        time_run(run, clock, host_clock)
+    times: list[float] = []
+    while len(times) < MIN_REPEATS or (sum(times) < ENOUGH_MS and len(times) < MAX_REPEATS):
+        times.append(time_run(run, clock, host_clock)[END_TO_END])
+    return Summary.from_times(times).median_ms, len(times)
+
+
 # --- the timed work ---
 
 
@@ -153,13 +171,23 @@ class BatchedPipeline:
         ConfigError: the batch size is below 1, or a request does not accept the guidance.
     """
 
-    def __init__(self, model: LoadedModel, coefficients: SolverCoefficients, guidance: float, batch_size: int) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        coefficients: SolverCoefficients,
+        guidance: float,
+        batch_size: int,
+        guidance_per_evaluation: tuple[float, ...] | None = None,
+    ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch = {batch_size}: give a size of at least 1")
         self.model, self.batch_size = model, batch_size
         info, network = model.info, model.network
         self.prompts = [f"a red circle and {number} blue squares on a white background" for number in range(batch_size)]
-        self.requests = [SampleRequest(number, number, coefficients, guidance) for number in range(batch_size)]
+        self.requests = [
+            SampleRequest(number, number, coefficients, guidance, guidance_per_evaluation=guidance_per_evaluation)
+            for number in range(batch_size)
+        ]
         size = info.resolution // (info.scale or 1)
         generator = torch.Generator().manual_seed(0)
         self.low_resolution = torch.randint(0, 256, (batch_size, 3, size, size), generator=generator, dtype=torch.uint8)

@@ -78,7 +78,7 @@ class SampleRequest:
         if self.guide is not None and self.negative_prompt is not None and not self.guide_is_unconditional:
             raise ConfigError("a negative prompt needs an unconditional pass; leave it out, or give the guide the empty prompt")
         if not -(2**63) <= self.seed < 2**63:
-            raise ConfigError(f"seed = {self.seed}: give an integer of 64 bits")
+            raise ConfigError(f"seed = {self.seed}: give a 64-bit integer")
 
     @property
     def weights(self) -> tuple[float, ...]:

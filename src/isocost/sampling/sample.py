@@ -5,9 +5,10 @@ Shapes: P prompts, K images per prompt, N = P K images, R resolution.
 
 from __future__ import annotations
 
+import gc
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,20 +18,29 @@ import numpy as np
 import torch
 from PIL import Image
 
-from isocost.config.sampling import SolverSpec
+from isocost.config.base import parse_spec
+from isocost.config.sampling import SolverSpec, VaeSpec
 from isocost.config.sweep import DEFAULT_BATCH_SIZE
 from isocost.config.types import DTypeName
 from isocost.diffusion.guidance import GuidanceSchedule, Interval, check_interval, check_schedule, guidance_per_evaluation
 from isocost.diffusion.solvers import solver_coefficients
 from isocost.errors import ConfigError
-from isocost.models.autoencoder import Autoencoder
-from isocost.models.checkpoint import load_checkpoint
+from isocost.models.autoencoder import Autoencoder, check_vae
+from isocost.models.checkpoint import open_checkpoint
 from isocost.models.components import load_checkpoint_autoencoder, load_checkpoint_text_encoder
 from isocost.models.text_encoder import TextEncoder
 from isocost.sampling.denoiser import Denoiser, torch_dtype
-from isocost.sampling.generate import PromptEmbeds, generate, make_engine, schedule_of
+from isocost.sampling.engine import GuideNetwork
+from isocost.sampling.generate import (
+    GeneratedBatch,
+    PromptEmbeds,
+    decode_results,
+    generate,
+    make_engine,
+    schedule_of,
+)
 from isocost.sampling.guides import check_guide, check_same_latent_space, make_guide
-from isocost.sampling.request import SampleRequest, passes_in_total, passes_per_evaluation
+from isocost.sampling.request import SampleRequest, SampleResult, passes_in_total, passes_per_evaluation
 from isocost.utils.device import best_device, check_device
 
 GUIDE = "guide"
@@ -52,7 +62,9 @@ class Samples:
         prompts: P prompts.
         nfe: network evaluations per image, including those of a guide.
         gflop: cost of these evaluations per image.
-        seconds: wall-clock time of sampling and decoding.
+        seconds: wall-clock time of sampling and decoding; with `offload`, of loading the denoiser and the autoencoder too.
+        solver: label of the solver.
+        replaced_scheduler: scheduler class of a published checkpoint, if the request `nearest` replaced it; else empty.
     """
 
     array: np.ndarray
@@ -60,6 +72,8 @@ class Samples:
     nfe: int
     gflop: float
     seconds: float
+    solver: str
+    replaced_scheduler: str = ""
 
     @property
     def images(self) -> list[Image.Image]:
@@ -85,6 +99,8 @@ class Model:
         info: size, resolution, costs and defaults of the checkpoint.
         device: where it runs.
         dtype: of the denoiser.
+        vae: dtype, tiling and slicing of the autoencoder.
+        offload: whether every part is loaded for its stage and released after it.
     """
 
     def __init__(
@@ -94,6 +110,10 @@ class Model:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str = "fp32",
         compiled: bool = False,
+        vae_dtype: torch.dtype | str = "fp32",
+        vae_tile_size: int | None = None,
+        vae_slicing: bool = False,
+        offload: bool = False,
     ) -> None:
         """
         Args:
@@ -101,28 +121,81 @@ class Model:
             device: by default CUDA if there is any, else the CPU.
             dtype: of the denoiser: "fp32" or "bf16", or the torch dtype.
             compiled: compile the denoiser, which takes minutes once per machine.
+            vae_dtype: of the autoencoder, as `dtype`.
+            vae_tile_size: decode in overlapping tiles of this many pixels, a multiple of 64.
+            vae_slicing: decode one image at a time.
+            offload: in every call of `sample`, load the text encoder, then the denoiser, then the autoencoder, and release each
+                one before the next is loaded. The images are the same bit for bit.
 
         Raises:
-            ConfigError: the checkpoint cannot be read, is for super-resolution, or the dtype is not supported.
+            ConfigError: the checkpoint cannot be read, is for super-resolution, or does not support a setting.
         """
-        if dtype not in DTYPE_NAMES:
-            raise ConfigError(f"dtype = {dtype}: give fp32 or bf16")
-        self.checkpoint = checkpoint
+        for name, value in (("dtype", dtype), ("vae_dtype", vae_dtype)):
+            if value not in DTYPE_NAMES:
+                raise ConfigError(f"{name} = {value}: give fp32 or bf16")
+        if offload and compiled:
+            raise ConfigError("offload reads the network again in every call and would compile it again; leave out one of both")
+        self.checkpoint, self.offload, self._compiled = checkpoint, offload, compiled
         self.device = best_device() if device is None else check_device(device)
         self.dtype = DTYPE_NAMES[dtype]
-        self._opened = load_checkpoint(checkpoint, self.device, torch_dtype(self.dtype))
-        self.info = self._opened.info
+        vae_fields = {"dtype": DTYPE_NAMES[vae_dtype], "tile_size": vae_tile_size, "slicing": vae_slicing}
+        self.vae = parse_spec(VaeSpec, vae_fields, "vae")
+        self._source = open_checkpoint(checkpoint)
+        self.info = self._source.info
         if self.info.scale is not None:
             raise ConfigError(f"{checkpoint}: this is a super-resolution model; use `isocost upscale CHECKPOINT IMAGE OUT`")
-        self._denoiser = Denoiser(self._opened.network, self.dtype, compiled)
+        self.vae.check_resolution(self.info.resolution, "vae_tile_size (--vae-tile-size)")
+        if self.info.pretrained is None:
+            check_vae(self._source.autoencoder_path, self.info.autoencoder_subfolder, self.vae)
+        self._denoiser = None if offload else self._load_denoiser()
+
+    def _load_denoiser(self) -> Denoiser:
+        network = self._source.load_network(self.device, torch_dtype(self.dtype))
+        return Denoiser(network, self.dtype, self._compiled)
 
     @cached_property
     def _autoencoder(self) -> Autoencoder:
-        return load_checkpoint_autoencoder(self._opened, self.device)
+        return load_checkpoint_autoencoder(self._source, self.device, self.vae)
 
     @cached_property
     def _text_encoder(self) -> TextEncoder:
-        return load_checkpoint_text_encoder(self._opened, self.device)
+        return load_checkpoint_text_encoder(self._source, self.device)
+
+    def _offload(self, *names: str) -> None:
+        """Release loaded parts, and the memory of everything else that is not referenced any more."""
+        for name in names:
+            self.__dict__.pop(name, None)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _encode(self, texts: Sequence[str]) -> PromptEmbeds:
+        prompt_embeds = PromptEmbeds.encode(texts, self._text_encoder)
+        if self.offload:
+            self._offload("_text_encoder")
+        return prompt_embeds
+
+    def _generate(
+        self, requests: Sequence[SampleRequest], prompt_embeds: PromptEmbeds, guide: GuideNetwork | None
+    ) -> Iterator[GeneratedBatch]:
+        passes = 1 if guide is not None else passes_per_evaluation(requests[0].guidance, self.info.model.embeds_guidance)
+        batch_size = min(DEFAULT_BATCH_SIZE, len(requests) * passes)
+        if self._denoiser is not None:
+            engine = make_engine(self._denoiser, self.info, prompt_embeds, batch_size=batch_size)
+            if guide is not None:
+                engine.add_guide(GUIDE, guide)
+            yield from generate(engine, self._autoencoder, requests)
+            return
+        results = self._denoise(requests, prompt_embeds, batch_size)
+        self._offload()
+        try:
+            yield from decode_results(results, self.info.model.latent_size, self._autoencoder)
+        finally:
+            self._offload("_autoencoder")
+
+    def _denoise(self, requests: Sequence[SampleRequest], prompt_embeds: PromptEmbeds, batch_size: int) -> list[SampleResult]:
+        """All latents, from a denoiser that is loaded here and referenced nowhere else."""
+        return list(make_engine(self._load_denoiser(), self.info, prompt_embeds, batch_size=batch_size).run(requests))
 
     def __repr__(self) -> str:
         info = self.info
@@ -180,7 +253,8 @@ class Model:
             raise ConfigError(
                 f"{self.checkpoint}: a guidance-distilled student has no unconditional pass; leave the negative prompt out"
             )
-        spec = info.resolve_solver(SolverSpec(name=solver) if isinstance(solver, str) else solver)
+        requested = SolverSpec(name=solver) if isinstance(solver, str) else solver
+        spec = info.resolve_solver(requested)
         noise = schedule_of(info)
         coefficients = solver_coefficients(spec, info.num_steps if num_steps is None else num_steps, noise)
         if guidance_interval is not None:
@@ -205,17 +279,16 @@ class Model:
             for i in range(len(prompts) * num_images)
         ]
         texts = list(prompts) if negative_prompt is None else [*prompts, negative_prompt]
-        prompt_embeds = PromptEmbeds.encode(texts, self._text_encoder)
-        passes = passes_per_evaluation(guidance, info.model.embeds_guidance) if guide_model is None else 1
-        batch_size = min(DEFAULT_BATCH_SIZE, len(requests) * passes)
-        engine = make_engine(self._denoiser, info, prompt_embeds, batch_size=batch_size)
+        prompt_embeds = self._encode(texts)
+        guide_network = None
         if guide_model is not None:
             guide_embeds = PromptEmbeds.encode(texts, guide_model._text_encoder)
-            engine.add_guide(GUIDE, make_guide(guide_model._denoiser, guide_model.info, guide_embeds))
+            assert guide_model._denoiser is not None, "_load_guide() refuses offloading"
+            guide_network = make_guide(guide_model._denoiser, guide_model.info, guide_embeds)
         started = time.perf_counter()
         size = info.resolution
         images = torch.empty(len(requests), 3, size, size, dtype=torch.uint8)
-        for batch in generate(engine, self._autoencoder, requests):
+        for batch in self._generate(requests, prompt_embeds, guide_network):
             if batch.nonfinite:
                 index = batch.nonfinite[0].request.sample_index
                 raise ConfigError(f"image {index} contains NaN or inf; lower the guidance or train longer")
@@ -225,7 +298,8 @@ class Model:
         own, of_guide = passes_in_total(weights, info.model.embeds_guidance, guide_model is not None)
         gflop = own * info.gflop_per_forward
         gflop += 0.0 if guide_model is None else of_guide * guide_model.info.gflop_per_forward
-        return Samples(by_prompt, tuple(prompts), own + of_guide, gflop, seconds)
+        replaced = info.replaced_scheduler(requested)
+        return Samples(by_prompt, tuple(prompts), own + of_guide, gflop, seconds, spec.label, replaced)
 
     def _load_guide(self, guide: Model | str | Path | None) -> Model | None:
         """Load a guide and check that it fits.
@@ -235,8 +309,10 @@ class Model:
         """
         if guide is None:
             return None
+        if self.offload or (isinstance(guide, Model) and guide.offload):
+            raise ConfigError("a guide and the network run at the same time, so neither can be offloaded; leave offload out")
         model = guide if isinstance(guide, Model) else Model(guide, device=self.device, dtype=self.dtype)
-        if model is self or model._opened.digest == self._opened.digest:
+        if model is self or model._source.digest == self._source.digest:
             raise ConfigError(f"guide {model.checkpoint}: a model cannot guide itself; give a smaller or less trained one")
         check_guide(self.info, model.info)
         check_same_latent_space(self._autoencoder, model._autoencoder, str(model.checkpoint))
@@ -250,6 +326,10 @@ def sample(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "fp32",
     compiled: bool = False,
+    vae_dtype: torch.dtype | str = "fp32",
+    vae_tile_size: int | None = None,
+    vae_slicing: bool = False,
+    offload: bool = False,
     **settings: Any,
 ) -> Samples:
     """Load a checkpoint and generate images: `Model(checkpoint, ...).sample(prompts, **settings)`.
@@ -258,4 +338,14 @@ def sample(
         ConfigError: the checkpoint does not load, the checkpoint or the solver does not support the settings, or an image
             contains NaN or inf.
     """
-    return Model(checkpoint, device=device, dtype=dtype, compiled=compiled).sample(prompts, **settings)
+    model = Model(
+        checkpoint,
+        device=device,
+        dtype=dtype,
+        compiled=compiled,
+        vae_dtype=vae_dtype,
+        vae_tile_size=vae_tile_size,
+        vae_slicing=vae_slicing,
+        offload=offload,
+    )
+    return model.sample(prompts, **settings)

@@ -1,4 +1,4 @@
-"""Milliseconds of the stages of sampling, each measured alone on full batches.
+"""Milliseconds of the stages of sampling, each measured separately on full batches.
 
 A sweep generates the images of many points in one stream, and decodes while it denoises. Its own duration cannot be divided
 among the points: decoding belongs to an image, and evaluations belong to a number of steps. So the stages are measured before

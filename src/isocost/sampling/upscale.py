@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isocost.config.sampling import SolverSpec
+from isocost.config.sampling import SolverSpec, VaeSpec
 from isocost.config.sweep import DEFAULT_BATCH_SIZE
 from isocost.config.types import DTypeName
 from isocost.data.degradations import resize
@@ -65,6 +65,7 @@ def upscale(
     seed: int = 0,
     dtype: DTypeName = "fp32",
     compiled: bool = False,
+    vae: VaeSpec | None = None,
 ) -> Upscaled:
     """Enlarge an image by the checkpoint's scale.
 
@@ -82,6 +83,7 @@ def upscale(
         seed: of the noise.
         dtype: of the denoiser.
         compiled: compile the denoiser.
+        vae: dtype, tiling and slicing of the autoencoder.
 
     Raises:
         ConfigError: the image is unreadable or too large, the checkpoint is not for super-resolution or does not support the
@@ -95,7 +97,9 @@ def upscale(
         raise ConfigError(f"overlap = {overlap}: give a fraction of the tile size, at least 0 and below 1")
     original = _read(image) if isinstance(image, str | Path) else torch.from_numpy(image.copy()).permute(2, 0, 1)
     scale, tile_size = info.scale, info.resolution
-    autoencoder = load_autoencoder(opened.autoencoder_path, info.autoencoder_subfolder, best_device())
+    vae = vae or VaeSpec()
+    vae.check_resolution(tile_size, "vae_tile_size (--vae-tile-size)")
+    autoencoder = load_autoencoder(opened.autoencoder_path, info.autoencoder_subfolder, best_device(), vae)
     height, width = (scale * length for length in original.shape[1:])
     if height * width > MAX_PIXELS:
         raise ConfigError(f"the result of {height} x {width} pixels exceeds the limit of {MAX_PIXELS:,}; split the image first")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from sqlalchemy import create_engine, event, text
-from sqlalchemy.engine import Engine, make_url
+from sqlalchemy import Column, MetaData, create_engine, event, inspect, text
+from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, InterfaceError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import Session
 
@@ -24,20 +24,24 @@ T = TypeVar("T")
 TRANSACTION_TIMEOUT_S = 60.0
 RETRY_S = 0.5
 MAX_CONFLICTS = 5
+READ_ONLY = "isocost_read_only"
+"""Execution option of an engine whose database cannot be written."""
 _DAMAGED = "restore the database from a copy, or remove it: points whose artefacts are there are scored again without sampling"
 _LASTING_PROBLEMS = {
-    "full": "free some disk space, and the same command goes on",
-    "no space left": "free some disk space, and the same command goes on",
+    "full": "free some disk space, then run the same command again",
+    "no space left": "free some disk space, then run the same command again",
     "readonly": "make it writable, or give another folder",
     "read-only": "make it writable, or give another folder",
-    "disk i/o error": "check the disk, and the same command goes on",
-    "unable to open": "check that its folder exists and can be written, and the same command goes on",
+    "must be owner of": "open it once with the account that owns its tables",
+    "it is a view": "make it writable, or give another folder",
+    "disk i/o error": "check the disk, then run the same command again",
+    "unable to open": "check that its folder exists and is writable, then run the same command again",
     "malformed": _DAMAGED,
     "not a database": _DAMAGED,
     "no such table": _DAMAGED,
     "no such column": _DAMAGED,
 }
-"""Reasons that do not pass by waiting, with what to do about them."""
+"""Reasons that waiting does not remove, with their remedies."""
 
 
 def connect(address: str | Path) -> Engine:
@@ -52,7 +56,7 @@ def connect(address: str | Path) -> Engine:
         ConfigError: the URL is invalid, its driver is not installed, or the database does not answer.
     """
     try:
-        url = make_url(str(address)) if "://" in str(address) else make_url(f"sqlite:///{address}")
+        url = make_url(str(address)) if "://" in str(address) else URL.create("sqlite", database=str(address))
         if url.drivername == "postgresql":
             url = url.set(drivername="postgresql+psycopg")
         if url.drivername == "sqlite" and url.database:
@@ -68,7 +72,7 @@ def connect(address: str | Path) -> Engine:
             return engine
     except ArgumentError as error:
         raise ConfigError(
-            f"--database {address}: not an address of a database; give postgresql://USER@HOST/NAME or a file"
+            f"--database {address}: not a database address; give postgresql://USER@HOST/NAME or a file"
         ) from error
     except (NoSuchModuleError, ModuleNotFoundError) as error:
         raise ConfigError(
@@ -94,14 +98,87 @@ def _connect_read_only(file: Path) -> Engine:
     if log.is_file() and log.stat().st_size:
         folder = tempfile.TemporaryDirectory(prefix="isocost-results-")
         copies = [Path(shutil.copyfile(source, Path(folder.name) / source.name)) for source in (file, log)]
-        engine = create_engine(f"sqlite:///{copies[0]}")
+        engine = create_engine(URL.create("sqlite", database=str(copies[0])), execution_options={READ_ONLY: True})
         weakref.finalize(engine, folder.cleanup)
     else:
         address = f"file:{quote(str(file.resolve()))}?mode=ro&immutable=1"
-        engine = create_engine("sqlite://", creator=lambda: sqlite3.connect(address, uri=True, check_same_thread=False))
+        engine = create_engine(
+            "sqlite://",
+            creator=lambda: sqlite3.connect(address, uri=True, check_same_thread=False),
+            execution_options={READ_ONLY: True},
+        )
     with engine.connect() as connection:
         connection.execute(text("SELECT count(*) FROM sqlite_master"))
     return engine
+
+
+def add_missing_columns(engine: Engine, metadata: MetaData) -> None:
+    """Add the nullable columns that an earlier release did not write. A database that cannot be written stays as it is.
+
+    In a read-only database the missing columns are read as NULL.
+
+    Args:
+        engine: a database with the tables.
+        metadata: the tables of this release.
+
+    Raises:
+        RunError: the database does not answer, or the account may not change its tables.
+    """
+    if not missing_columns(engine, metadata):
+        return
+    if engine.get_execution_options().get(READ_ONLY):
+        read_missing_columns_as_null(engine, metadata)
+        return
+
+    def add(session: Session) -> None:  # a process that comes second finds the columns when it tries again
+        for table, columns in missing_columns(engine, metadata).items():
+            for column in columns:
+                session.execute(text(f"ALTER TABLE {table} ADD COLUMN {column.name} {column.type.compile(engine.dialect)}"))
+
+    run_transaction(engine, add)
+
+
+def read_missing_columns_as_null(engine: Engine, metadata: MetaData) -> None:
+    """Read the nullable columns that a database lacks as NULL, without a change to it.
+
+    A temporary view, which only its own connection sees, hides each table that lacks columns.
+    """
+    missing = missing_columns(engine, metadata)
+    if not missing:
+        return
+    schema = inspect(engine).default_schema_name
+    views = [
+        f"CREATE TEMPORARY VIEW {table} AS SELECT {table}.*, "
+        + ", ".join(f"CAST(NULL AS {column.type.compile(engine.dialect)}) AS {column.name}" for column in columns)
+        + f" FROM {schema}.{table}"
+        for table, columns in missing.items()
+    ]
+
+    def create_views(connection: Any, _record: Any) -> None:
+        cursor = connection.cursor()
+        for view in views:
+            cursor.execute(view)
+        cursor.close()
+        connection.commit()
+
+    engine.dispose()
+    event.listen(engine, "connect", create_views)
+
+
+def missing_columns(engine: Engine, metadata: MetaData) -> dict[str, list[Column[Any]]]:
+    """The nullable columns of `metadata` that the tables of the database lack, by table."""
+
+    def read(session: Session) -> dict[str, list[Column[Any]]]:
+        inspector = inspect(session.connection())
+        existing = {name: {column["name"] for column in inspector.get_columns(name)} for name in inspector.get_table_names()}
+        absent = {
+            name: [column for column in table.columns if column.nullable and column.name not in existing[name]]
+            for name, table in metadata.tables.items()
+            if name in existing
+        }
+        return {name: columns for name, columns in absent.items() if columns}
+
+    return run_transaction(engine, read)
 
 
 def run_transaction(

@@ -95,6 +95,13 @@ class SweepPoint:
             "guidance_schedule": None if spec.guidance_schedule is None else json.dumps(spec.guidance_schedule),
         }
 
+    def vae_columns(self) -> dict[str, Any] | None:
+        """The columns of `VaeRecord`; None if the autoencoder has its default settings."""
+        vae = self.spec.vae
+        if vae.is_default:
+            return None
+        return {"vae_dtype": vae.dtype, "vae_tile_size": vae.tile_size, "vae_slicing": vae.slicing}
+
     @property
     def title(self) -> str:
         """Short title for a progress bar."""
@@ -268,5 +275,6 @@ def _point_spec(checkpoint: str, sweep: SweepSpec, protocol_spec: ProtocolSpec, 
         dtype=sweep.dtype,
         compiled=sweep.compiled,
         batch_size=sweep.batch_size,
+        vae=sweep.vae,
         **settings,
     )

@@ -283,19 +283,19 @@ def dominated(candidates: Sequence[Candidate], confidence: float) -> dict[str, s
     reasons = {}
     for candidate in candidates:
         rivals = [
-            other
-            for other in candidates
-            if other is not candidate and all(a <= b for a, b in zip(other.costs, candidate.costs, strict=True))
+            rival
+            for rival in candidates
+            if rival is not candidate and all(a <= b for a, b in zip(rival.costs, candidate.costs, strict=True))
         ]
         if not rivals:
             continue
         sign = -1.0 if metric_of(candidate.cell.metric).better == "higher" else 1.0
 
-        def loss_against(other: Candidate, candidate: Candidate = candidate, sign: float = sign) -> Array:
-            common = min(candidate.num_images, other.num_images)
-            return sign * (candidate.scores(common) - other.scores(common))
+        def loss_against(rival: Candidate, candidate: Candidate = candidate, sign: float = sign) -> Array:
+            common = min(candidate.num_images, rival.num_images)
+            return sign * (candidate.scores(common) - rival.scores(common))
 
-        best = max(rivals, key=lambda other: loss_against(other)[0])
+        best = max(rivals, key=lambda rival: loss_against(rival)[0])
         loss = percentile_interval(loss_against(best), confidence)
         if loss.low > 0:
             reasons[candidate.cell.digest] = f"{best} costs no more and scores better by about {loss.value:.3g}"

@@ -38,13 +38,13 @@ NOTICE_S = 30.0
 
 @dataclass
 class _Holder:
-    """The worker that holds a lease which this one asked for, and since when it has been asked for."""
+    """The worker that holds a lease for which this worker waits; `waiting_since` is a `time.monotonic()`."""
 
     worker: str
     host: str
     pid: int
     age_s: float
-    asked: float
+    waiting_since: float
 
 
 class Leases:
@@ -101,8 +101,8 @@ class Leases:
             )
         if lease.age_s < LEASE_TIMEOUT_S and (lease.host != self.host or is_alive(lease.pid)):
             known = self._holders.get(work_item)
-            asked = known.asked if known is not None and known.worker == lease.worker else time.monotonic()
-            self._holders[work_item] = _Holder(lease.worker, lease.host, lease.pid, lease.age_s, asked)
+            waiting_since = known.waiting_since if known is not None and known.worker == lease.worker else time.monotonic()
+            self._holders[work_item] = _Holder(lease.worker, lease.host, lease.pid, lease.age_s, waiting_since)
             return False
         takeover = update(LeaseRecord).where(LeaseRecord.work_item == work_item, LeaseRecord.worker == lease.worker)
         return bool(session.execute(takeover.values(**columns)).rowcount)  # type: ignore[attr-defined]
@@ -133,13 +133,13 @@ class Leases:
         self._holders = {item: holder for item, holder in self._holders.items() if item in work_items}
         clock = time.monotonic()
         if self._holders and clock - self._noticed >= NOTICE_S:
-            item, holder = min(self._holders.items(), key=lambda entry: entry[1].asked)
-            if clock - holder.asked >= FIRST_NOTICE_S:
+            item, holder = min(self._holders.items(), key=lambda entry: entry[1].waiting_since)
+            if clock - holder.waiting_since >= FIRST_NOTICE_S:
                 self._noticed = clock
                 logger.info(
-                    f"waiting for {item}: process {holder.pid} on {holder.host} has held it for {clock - holder.asked:.0f} s "
-                    f"or more, and was last heard of {max(0.0, holder.age_s):.0f} s ago; if it does nothing, end it, and the "
-                    "work goes on here"
+                    f"waiting for {item}: process {holder.pid} on {holder.host} has held it for "
+                    f"{clock - holder.waiting_since:.0f} s or more; its last heartbeat was {max(0.0, holder.age_s):.0f} s ago; "
+                    "if that process is stuck, end it, and this process does the work"
                 )
         time.sleep(POLL_S)
 

@@ -14,13 +14,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import pandas as pd
-from sqlalchemy import delete, func, inspect, select, update
+from sqlalchemy import Float, delete, func, inspect, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from isocost.errors import ConfigError, RunError
 from isocost.evaluation.confidence_intervals import Interval
-from isocost.sweep.db import connect, run_transaction, without_password
+from isocost.sweep.db import (
+    add_missing_columns,
+    connect,
+    read_missing_columns_as_null,
+    run_transaction,
+    without_password,
+)
 from isocost.sweep.schema import (
     Base,
     EventRecord,
@@ -30,6 +36,7 @@ from isocost.sweep.schema import (
     SchemaRecord,
     ScoreRecord,
     ShardRecord,
+    VaeRecord,
 )
 
 SCHEMA_VERSION = 7
@@ -40,13 +47,16 @@ MAX_ATTEMPTS = 10
 class ResultsDB:
     """An open results database. Its tables are created if they are missing."""
 
-    def __init__(self, address: str | Path) -> None:
+    def __init__(self, address: str | Path, keep_tables: bool = False) -> None:
         """
         Args:
             address: a SQLAlchemy URL, or the path of an SQLite file.
+            keep_tables: do not add the columns that an earlier release did not write, but read them as NULL: for a database
+                that is only read.
 
         Raises:
             ConfigError: the database cannot be reached, or another version of isocost wrote it.
+            RunError: it lacks columns, and the account may not add them.
         """
         self.engine = connect(address)
         version = self._version()
@@ -61,6 +71,10 @@ class ResultsDB:
                 f"{without_password(address)}: results database of version {version}, made by {writer}; "
                 f"this isocost reads version {SCHEMA_VERSION}: {remedy}"
             )
+        elif keep_tables:
+            read_missing_columns_as_null(self.engine, Base.metadata)
+        else:
+            add_missing_columns(self.engine, Base.metadata)
 
     def __enter__(self) -> Self:
         return self
@@ -114,6 +128,7 @@ class ResultsDB:
         scores: Mapping[str, Interval],
         provenance: Mapping[str, str],
         protocol_parts: Mapping[str, Any],
+        vae: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a point with its scores and its protocol, replace an earlier record of it, and delete its shards.
 
@@ -122,25 +137,44 @@ class ResultsDB:
             scores: interval by metric.
             provenance: code version, device and the like.
             protocol_parts: see `ProtocolRecord`.
+            vae: the columns of `VaeRecord` except `point`; None if the autoencoder has its default settings.
         """
+        if vae is not None:
+            self._create_vae_table()
 
         def write(session: Session) -> None:
             parts = json.dumps(dict(protocol_parts), ensure_ascii=False)
             session.merge(ProtocolRecord(protocol=row["protocol"], parts=parts))
+            if vae is not None:
+                session.execute(delete(VaeRecord).where(VaeRecord.point == row["point"]))
             for table in (ScoreRecord, PointRecord, ShardRecord):
                 session.execute(delete(table).where(table.point == row["point"]))
             session.add(PointRecord(**row, created=_now(), provenance=json.dumps(dict(provenance))))
             session.flush()
             session.add_all(ScoreRecord.from_interval(row["point"], metric, interval) for metric, interval in scores.items())
+            if vae is not None:
+                session.add(VaeRecord(point=row["point"], **vae))
 
         run_transaction(self.engine, write)
 
-    def set_time(self, point: str, ms_per_image: float, timed_with: Mapping[str, Any]) -> None:
-        """Replace the measured time per image of a recorded point, and add `timed_with` to its provenance."""
+    def _create_vae_table(self) -> None:
+        """Create the table of `VaeRecord`, which older databases do not have."""
+        table = Base.metadata.tables[VaeRecord.__tablename__]
+        run_transaction(self.engine, lambda session: table.create(session.connection(), checkfirst=True))
+
+    def set_time(self, point: str, ms_per_image: float, timed_with: Mapping[str, Any], latency_ms: float | None = None) -> None:
+        """Replace the measured times of a recorded point, and add `timed_with` to its provenance.
+
+        Args:
+            point: digest of the point.
+            ms_per_image: milliseconds per image at full batches.
+            timed_with: device and conditions of the measurement.
+            latency_ms: milliseconds of one image alone; None if they were not measured on this device.
+        """
 
         def write(session: Session) -> None:
             row = session.get_one(PointRecord, point)
-            row.ms_per_image = ms_per_image
+            row.ms_per_image, row.latency_ms = ms_per_image, latency_ms
             row.provenance = json.dumps({**json.loads(row.provenance), "timed_with": dict(timed_with)})
 
         run_transaction(self.engine, write)
@@ -201,21 +235,29 @@ class ResultsDB:
     def import_from(self, other: ResultsDB) -> int:
         """Copy points with scores and protocols, races and events that are missing here.
 
+        A point that both have takes the other's times, if only the other measured its latency.
+
         Returns:
             The number of copied points.
         """
         known_points, known_races, known_events = self.points(), self.races(), self.events()
 
-        def read(session: Session) -> tuple[list[Any], list[Any]]:
-            points = [row for row in session.scalars(select(PointRecord)) if row.point not in known_points]
+        def read(session: Session) -> tuple[list[Any], list[Any], dict[str, PointRecord]]:
+            has_vae = inspect(session.connection()).has_table(VaeRecord.__tablename__)
+            all_points = session.scalars(select(PointRecord)).all()
+            points = [row for row in all_points if row.point not in known_points]
+            timed = {row.point: row for row in all_points if row.point in known_points and row.latency_ms is not None}
             digests, protocol_ids = {row.point for row in points}, {row.protocol for row in points}
             scores = [row for row in session.scalars(select(ScoreRecord)) if row.point in digests]
             protocols = [row for row in session.scalars(select(ProtocolRecord)) if row.protocol in protocol_ids]
             races = [row for row in session.scalars(select(RaceRecord)) if row.cell not in known_races]
+            vae = [row for row in session.scalars(select(VaeRecord)) if row.point in digests] if has_vae else []
             session.expunge_all()  # the rows outlive this session
-            return [*protocols, *points], [*scores, *races]
+            return [*protocols, *points], [*scores, *races, *vae], timed
 
-        first, second = run_transaction(other.engine, read)
+        first, second, timed = run_transaction(other.engine, read)
+        if any(isinstance(row, VaeRecord) for row in second):
+            self._create_vae_table()
         events = [event for event in other.events() if event not in known_events]
 
         def write(session: Session) -> None:
@@ -225,6 +267,9 @@ class ResultsDB:
             for row in second:
                 session.merge(row)
             session.add_all(EventRecord(**event) for event in events)
+            for row in session.scalars(select(PointRecord).where(PointRecord.latency_ms.is_(None))):
+                if row.point in timed:
+                    _take_times(row, timed[row.point])
 
         run_transaction(self.engine, write)
         return sum(isinstance(row, PointRecord) for row in first)
@@ -254,18 +299,22 @@ class ResultsDB:
 
         For a point that a race found, `guidance_low` and `guidance_high` are the interval of the best guidance, `race_images`
         is the number of images of the race, and `race_at_boundary` tells whether the race ended at the end of its grid.
-        These columns are empty for points of a grid.
+        These columns are empty for points of a grid. `vae_dtype`, `vae_tile_size` and `vae_slicing` are columns if a point has
+        other settings of the autoencoder than the defaults.
         """
 
         def read(session: Session) -> list[pd.DataFrame]:
             tables = []
-            for record in (PointRecord, ScoreRecord, ProtocolRecord, RaceRecord):
+            has_vae = inspect(session.connection()).has_table(VaeRecord.__tablename__)
+            for record in (PointRecord, ScoreRecord, ProtocolRecord, RaceRecord, *((VaeRecord,) if has_vae else ())):
                 result = session.execute(select(record.__table__))
                 rows = [tuple(row) for row in result]
                 tables.append(pd.DataFrame.from_records(rows, columns=list(result.keys()), coerce_float=True))
             return tables
 
-        points, scores, protocols, races = run_transaction(self.engine, read)
+        points, scores, protocols, races, *vae_settings = run_transaction(self.engine, read)
+        numbers = [column.name for column in PointRecord.__table__.columns if isinstance(column.type, Float)]
+        points = points.astype(dict.fromkeys(numbers, float))  # a column of NULLs has no dtype of its own
         protocols = protocols.set_index("protocol")
         table = points.set_index("point")
         table["protocol_parts"] = table["protocol"].map(protocols["parts"])
@@ -273,6 +322,8 @@ class ResultsDB:
             by_point = races.drop_duplicates("point", keep="last").set_index("point")
             by_point = by_point.assign(race_images=by_point["num_images"], race_at_boundary=by_point["is_at_boundary"])
             table = table.join(by_point[["guidance_low", "guidance_high", "race_images", "race_at_boundary"]])
+        if vae_settings and len(vae_settings[0]):
+            table = table.join(vae_settings[0].set_index("point"))
         for metric, group in scores.groupby("metric"):
             by_point = group.set_index("point")
             for suffix, column in (("", "value"), ("_low", "low"), ("_high", "high")):
@@ -281,6 +332,13 @@ class ResultsDB:
         table["is_final"] = table["images_seen"] == last
         order = ["width", "images_seen", "solver", "num_steps", "guidance", "seed", "protocol"]
         return table.reset_index().sort_values(order, ignore_index=True)
+
+
+def _take_times(row: PointRecord, timed: PointRecord) -> None:
+    """Replace the times of a point by those of another record of it."""
+    row.ms_per_image, row.latency_ms = timed.ms_per_image, timed.latency_ms
+    timed_with = json.loads(timed.provenance)["timed_with"]
+    row.provenance = json.dumps({**json.loads(row.provenance), "timed_with": timed_with})
 
 
 def _now() -> str:

@@ -12,7 +12,7 @@ class Base(DeclarativeBase):
     """Base class of all tables."""
 
 
-HARDWARE_COLUMNS = ["ms_per_image", "seconds", "peak_memory_mib", "created", "provenance"]
+HARDWARE_COLUMNS = ["ms_per_image", "latency_ms", "seconds", "peak_memory_mib", "created", "provenance"]
 """Columns of the results table that depend on the machine or on the time; all other columns are reproducible."""
 
 
@@ -24,7 +24,10 @@ class SchemaRecord(Base):
 
 
 class PointRecord(Base):
-    """One scored point: its coordinate, costs and provenance (JSON)."""
+    """One scored point: its coordinate, costs and provenance (JSON).
+
+    A column that is added to a released table is nullable: databases from before have no value for it (`isocost.sweep.db`).
+    """
 
     __tablename__ = "points"
     point: Mapped[str] = mapped_column(String(32), primary_key=True)
@@ -50,6 +53,7 @@ class PointRecord(Base):
     nfe: Mapped[float] = mapped_column(Float)
     gflop: Mapped[float] = mapped_column(Float)
     ms_per_image: Mapped[float] = mapped_column(Float)
+    latency_ms: Mapped[float | None] = mapped_column(Float)
     seconds: Mapped[float] = mapped_column(Float)
     peak_memory_mib: Mapped[float | None] = mapped_column(Float)
     has_too_few_samples: Mapped[bool] = mapped_column(Boolean)
@@ -61,6 +65,16 @@ class PointRecord(Base):
     guidance_schedule: Mapped[str | None] = mapped_column(Text)
     created: Mapped[str] = mapped_column(String(40))
     provenance: Mapped[str] = mapped_column(Text)
+
+
+class VaeRecord(Base):
+    """Settings of the autoencoder of a point, if they are not the defaults."""
+
+    __tablename__ = "vae_settings"
+    point: Mapped[str] = mapped_column(ForeignKey("points.point"), primary_key=True)
+    vae_dtype: Mapped[str] = mapped_column(String(8))
+    vae_tile_size: Mapped[int | None] = mapped_column(Integer)
+    vae_slicing: Mapped[bool] = mapped_column(Boolean)
 
 
 class ScoreRecord(Base):

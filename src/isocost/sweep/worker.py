@@ -28,6 +28,8 @@ from isocost.sampling.denoiser import torch_dtype
 from isocost.sampling.engine import Engine
 from isocost.sampling.generate import GeneratedBatch, PromptEmbeds, generate, make_engine, schedule_of
 from isocost.sampling.guides import check_guide, make_guide
+from isocost.sampling.latency import load_components
+from isocost.sampling.latency_stages import BatchedPipeline, LoadedModel, measure_latency_ms
 from isocost.sampling.request import PerSampleFn, SampleRequest, passes_per_evaluation
 from isocost.sampling.stage_times import StageTimes, measure_guide, measure_stage_times
 from isocost.sweep.grid import SweepPoint, guide_label
@@ -35,7 +37,7 @@ from isocost.sweep.image_shards import Shard, ShardBuilder, ShardChunk, merge_sh
 from isocost.sweep.leases import Leases
 from isocost.sweep.results_db import ResultsDB
 from isocost.utils.artifact_store import Store
-from isocost.utils.device import best_device, device_monitor
+from isocost.utils.device import HostTimer, best_device, device_monitor
 from isocost.utils.environment import provenance
 from isocost.utils.signals import deadline_passed
 
@@ -83,6 +85,7 @@ class Worker:
         shard_size: images of a shard.
         concat_cond: second input of the network by sample index (super-resolution).
         guides: checkpoints that guide points, by the name in the points.
+        labels: columns of the results table that the study decides, where the checkpoint was trained for another one.
         now: seconds since an arbitrary origin.
     """
 
@@ -98,11 +101,13 @@ class Worker:
     shard_size: int
     concat_cond: PerSampleFn | None = None
     guides: Mapping[str, GuideSource] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
     now: Callable[[], float] = time.perf_counter
     _engines: dict[tuple[str, bool, int], Engine] = field(default_factory=dict, init=False, repr=False)
     _stage_times: dict[tuple[tuple[str, bool, int], str | None], StageTimes] = field(
         default_factory=dict, init=False, repr=False
     )
+    _models: dict[tuple[str, bool], LoadedModel] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def info(self) -> CheckpointInfo:
@@ -165,6 +170,25 @@ class Worker:
                 pass
         clock.wait()
         return self.prompts.ms_per_prompt + 1000 * (self.now() - started) / len(images), len(images)
+
+    def measure_latency_ms(self, point: SweepPoint) -> tuple[float, int]:
+        """Measure one image alone, from its prompt to its pixels: text encoder, every pass, decoder.
+
+        It is the end-to-end time of `isocost latency --batch 1`.
+
+        Returns:
+            Milliseconds, and the number of measured runs.
+        """
+        spec, device = point.spec, best_device()
+        model = self._models.get((spec.dtype, spec.compiled))
+        if model is None:
+            checkpoint = load_checkpoint(self.checkpoint_folder, device, torch_dtype(spec.dtype))
+            model = self._models[spec.dtype, spec.compiled] = load_components(checkpoint, spec.dtype, spec.compiled, device)
+        assert spec.guide is None, "the latency of two networks is not measured"
+        coefficients, weights = solver_coefficients(spec.solver, spec.num_steps, self.schedule), point.weights(self.schedule)
+        pipeline = BatchedPipeline(model, coefficients, spec.guidance, batch_size=1, guidance_per_evaluation=weights)
+        clock, host_clock = device_monitor(device).clock, HostTimer(lambda: round(1e9 * self.now()))
+        return measure_latency_ms(pipeline, clock, host_clock)
 
     def _missing(self, points: Sequence[SweepPoint], done: PointCallback) -> list[SweepPoint]:
         """Record points whose images are complete, and return the points that are still not recorded."""
@@ -306,6 +330,9 @@ class Worker:
         shard = builder.shard
         builder.write(self.store, stage_times, peak_bytes)
         self.results_db.add_shard(shard.digest, shard.point.digest, shard.images)
+        if self.autoencoder.fallbacks:
+            events = [(self.info.label, fallback) for fallback in self.autoencoder.fallbacks]
+            self.results_db.set_events(f"decode {shard.point.spec.checkpoint}", events)
         self.leases.release(shard.digest)
 
     def _finish(self, point: SweepPoint) -> bool:
@@ -346,6 +373,7 @@ class Worker:
             **summary_columns(self.info),
             "guide": None if guide is None else guide_label(guide, self.info, point.spec.guide),
             "guide_nfe": point.passes(self.info.model, self.schedule)[1],
+            **self.labels,
             "protocol": self.reference.protocol.id,
             "num_nonfinite": manifest["num_nonfinite"],
             "min_batch_size": manifest["min_batch_size"],
@@ -354,7 +382,7 @@ class Worker:
             "peak_memory_mib": manifest.get("peak_memory_mib"),
             "has_too_few_samples": has_too_few_samples(point.spec.num_images, self.reference, self.metrics),
         }
-        self.results_db.add_point(row, scores, provenance(), self.reference.protocol.parts)
+        self.results_db.add_point(row, scores, provenance(), self.reference.protocol.parts, point.vae_columns())
 
 
 def _split_by_shard(batch: GeneratedBatch) -> Iterator[ShardChunk]:

@@ -173,9 +173,9 @@ def _prune(run_folder: Path, spec: TrainSpec, newest: int) -> None:
 
 
 def _state_folders(run_folder: Path) -> list[Path]:
-    """The complete states, oldest first. Other files and folders that lie there are passed over."""
-    found = run_folder.glob("state-*") if run_folder.is_dir() else ()
-    return sorted(folder for folder in found if _STATE_NAME.fullmatch(folder.name) and folder.is_dir())
+    """The complete states, oldest first. Other files and folders are ignored."""
+    folders = run_folder.glob("state-*") if run_folder.is_dir() else ()
+    return sorted(folder for folder in folders if _STATE_NAME.fullmatch(folder.name) and folder.is_dir())
 
 
 def _images_seen_at(state: Path) -> int:

@@ -148,7 +148,7 @@ class Trainer:
             ConfigError: there is no CUDA device, or the training has several processes.
         """
         if self.accelerator.device.type != "cuda" or self.accelerator.num_processes > 1:
-            raise ConfigError("train.cuda_graphs needs a single process with a CUDA device; remove it from the study here")
+            raise ConfigError("train.cuda_graphs needs a single process with a CUDA device; set train.cuda_graphs: false")
         self.graph_step = CudaGraphStep(self.optimizer, self._compute_gradients, self._optimizer_step, self.batch(images_seen))
 
     def step(self, batch: Batch, images_seen: int) -> Tensor:

@@ -67,7 +67,7 @@ class Store:
         return folder
 
     def artefacts(self, kind: str) -> list[Path]:
-        """The folders of all artefacts of a kind. Other files and folders that lie there are passed over."""
+        """The folders of all artefacts of a kind. Other files and folders are ignored."""
         folders = (self.root / kind).glob("[!.]*") if (self.root / kind).is_dir() else ()
         return sorted(folder for folder in folders if (folder / MANIFEST).is_file())
 
@@ -147,7 +147,7 @@ def publish(partial: Path, final: Path, manifest: dict[str, Any], *, replace: bo
         except OSError as error:
             if not final.exists():
                 raise
-            raise RunError(f"{final}: another process has made it meanwhile; nothing was changed there") from error
+            raise RunError(f"{final}: another process has written it in the meantime; nothing was changed there") from error
     else:
         replace_folder(partial, final)
     _flush(final.parent)
@@ -209,7 +209,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The `isocost.json` of an artefact or checkpoint folder.
 
     Raises:
-        RunError: it is missing, is no JSON object, or does not match its own checksum.
+        RunError: it is missing, is not a JSON object, or does not match its own checksum.
     """
     file = folder / MANIFEST
     try:
@@ -230,7 +230,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verified_manifest(folder: Path) -> Manifest:
-    """The manifest of an artefact whose files all match the checksums in it. A process reads each file for this only once.
+    """The manifest of an artefact whose files all match the checksums in it. A process verifies each file only once.
 
     Raises:
         RunError: the manifest or a file is missing or damaged; the message names it and the remedy.

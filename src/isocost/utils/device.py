@@ -37,16 +37,19 @@ class Timer(Protocol):
 
 
 class HostTimer:
-    """Python's `perf_counter_ns`, for work that is done when its call returns."""
+    """Python's `perf_counter_ns`, or another clock in nanoseconds, for work that is done when its call returns."""
 
     name = "perf_counter"
+
+    def __init__(self, now_ns: Callable[[], int] = time.perf_counter_ns) -> None:
+        self.now_ns = now_ns
 
     def wait(self) -> None:
         """Do nothing: no work is pending on a CPU."""
 
     def record(self) -> int:
         """The current time in nanoseconds. Only differences between two such times have a meaning."""
-        return time.perf_counter_ns()
+        return self.now_ns()
 
     def elapsed_ms(self, first: int, last: int) -> float:
         """Milliseconds."""
@@ -118,6 +121,15 @@ class DeviceMonitor(Protocol):
 def is_out_of_memory(error: Exception) -> bool:
     """True for the exceptions of torch when memory of a CUDA device or of a CPU runs out."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Bytes of memory that a device has free now; for a CPU, what the host can give to new work without swapping."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def device_monitor(device: torch.device) -> DeviceMonitor:

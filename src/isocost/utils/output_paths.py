@@ -17,7 +17,7 @@ from isocost.utils.host import host_name, is_alive
 
 PARTIAL_SUFFIX = ".partial"
 FOREIGN_LEFTOVER_S = 7 * 24 * 3600.0
-"""Age after which a temporary folder of another machine counts as left by a killed process."""
+"""Age after which a temporary folder of another machine counts as left over from a killed process."""
 _OWNER = re.compile(r"(?:(?P<host>.+)\.)?(?P<pid>[0-9]+)(?:~[^.]*)?")
 
 
@@ -72,7 +72,7 @@ def check_output_file(path: str | Path, suffix: str, inputs: tuple[str | Path, .
 
 
 def check_separate(target: str | Path, *sources: str | Path) -> None:
-    """Check that a folder to write into has no part in common with the folders that are read. Links are followed.
+    """Check that a folder to write into does not overlap with the folders that are read. Links are followed.
 
     Raises:
         ConfigError: the target is a source, lies in one, or contains one.
@@ -93,7 +93,7 @@ def check_separate(target: str | Path, *sources: str | Path) -> None:
 
 @contextmanager
 def private_folder(final: Path) -> Iterator[Path]:
-    """A new empty folder next to `final`, of this attempt only; it is removed at the end of the block if it still exists.
+    """A new empty folder next to `final`, for this attempt only; it is removed at the end of the block if it still exists.
 
     Folders that killed processes left there for the same `final` are removed first.
     """
@@ -109,7 +109,7 @@ def private_folder(final: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, prefix: str) -> None:
-    """Remove what killed processes left in a folder: files and folders PREFIX HOST.PID or PREFIX PID. Anything else stays.
+    """Remove the files and folders of killed processes, named PREFIX + HOST.PID or PREFIX + PID. Anything else stays.
 
     A leftover of this machine is removed when its process has ended, one of another machine when it is a week old.
 
@@ -126,10 +126,10 @@ def remove_leftovers(folder: Path, prefix: str) -> None:
             is_old = time.time() - path.stat().st_mtime > FOREIGN_LEFTOVER_S
         except FileNotFoundError:  # its owner has just removed it
             continue
-        is_left = not is_alive(int(owner["pid"])) if owner["host"] in (None, host_name()) else is_old
-        if is_left and path.is_dir():
+        is_leftover = not is_alive(int(owner["pid"])) if owner["host"] in (None, host_name()) else is_old
+        if is_leftover and path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif is_left:
+        elif is_leftover:
             path.unlink(missing_ok=True)
 
 
@@ -141,15 +141,15 @@ def os_error_message(error: OSError) -> str:
 
 
 _REMEDIES = {
-    errno.ENOSPC: "; free some disk space, and the same command goes on",
-    errno.EDQUOT: "; free some of your disk quota, and the same command goes on",
-    errno.EROFS: "; give a folder on a disk that can be written",
+    errno.ENOSPC: "; free some disk space, then run the same command again",
+    errno.EDQUOT: "; free some of your disk quota, then run the same command again",
+    errno.EROFS: "; give a folder on a writable disk",
     errno.EACCES: "; change its permissions, or give another path",
     errno.EPERM: "; change its permissions, or give another path",
     errno.ENAMETOOLONG: "; give a shorter path",
     errno.ENOTDIR: "; a part of this path is a file: give another path",
     errno.ELOOP: "; a link of this path points to itself: give another path",
-    errno.EIO: "; the disk failed: check it, and the same command goes on",
+    errno.EIO: "; the disk failed: check it, then run the same command again",
     errno.EMFILE: "; raise the limit of open files (ulimit -n)",
 }
 WRONG_PATH_ERRORS = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EISDIR})
@@ -159,19 +159,19 @@ WRONG_PATH_ERRORS = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, e
 def _check_path(path: Path) -> None:
     """Raise ConfigError if `path` cannot exist or be created because of its parts."""
     if "\0" in str(path):
-        raise ConfigError(f"{_shown(path)}: contains a zero byte; give another path")
+        raise ConfigError(f"{_shown(path)}: contains a null byte; give another path")
     for part in (*reversed(path.parents), path):
         try:
             is_dangling = part.is_symlink() and not part.exists()
             is_file_above = part != path and part.exists() and not part.is_dir()
         except OSError as error:
             raise ConfigError(
-                f"{_shown(path)}: cannot be written to ({os_error_message(OSError(error.errno, error.strerror))})"
+                f"{_shown(path)}: cannot be written ({os_error_message(OSError(error.errno, error.strerror))})"
             ) from error
         if is_dangling:
-            raise ConfigError(f"{_shown(part)}: a link to {os.readlink(part)}, which does not exist; remove it or give another")
+            raise ConfigError(f"{_shown(part)}: a link to {os.readlink(part)}, which does not exist; give another path")
         if is_file_above:
-            raise ConfigError(f"{_shown(path)}: {part} is a file, so nothing can be below it; give another path")
+            raise ConfigError(f"{_shown(path)}: {part} is a file, so it cannot contain files; give another path")
 
 
 def _shown(path: Path) -> str:

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
-from torch import nn
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from isocost.config.pretrained import FamilyName
 from isocost.errors import ConfigError
+from isocost.models.memory import activation_bytes, weight_bytes
 from isocost.models.pretrained.files import first_line, load_module, read_config
 from isocost.models.pretrained.lora import Lora, check_loras, fuse_loras
 from isocost.models.pretrained.wrappers import (
@@ -170,7 +172,7 @@ def family_of(index: Mapping[str, Any], file: Path) -> PipelineFamily:
         raise ConfigError(f"{file}: the pipeline {pipeline} is not supported; supported: {', '.join(PIPELINES)}")
     family = PIPELINES[pipeline]
     if index.get("requires_aesthetics_score"):
-        raise ConfigError(f"{file}: requires_aesthetics_score = True: a refiner of images; only text-to-image is supported")
+        raise ConfigError(f"{file}: requires_aesthetics_score = True: this is a refiner; only text-to-image is supported")
     entry = index.get(family.denoiser_folder)
     if not isinstance(entry, list) or len(entry) != 2 or entry[1] not in family.denoiser_classes:
         needed = " or ".join(family.denoiser_classes)
@@ -363,19 +365,87 @@ def _count_forward(
     family: PipelineFamily, config: Mapping[str, Any], network: nn.Module, num_tokens: int, latent_size: int
 ) -> tuple[int | None, float]:
     """Width of the guidance embedding, and GFLOP of a forward pass of one sample."""
+    arguments, options, guidance_embed_dim = _meta_inputs(family, config, network, num_tokens, latent_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
+        network(*arguments, **options)
+    return guidance_embed_dim, counter.get_total_flops() / 1e9
+
+
+def _meta_inputs(
+    family: PipelineFamily,
+    config: Mapping[str, Any],
+    network: nn.Module,
+    num_tokens: int,
+    latent_size: int,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor], int | None]:
+    """Inputs of a denoiser on the meta device: latents, timesteps and prompt embeddings, and the guidance with its width."""
     embed_dim, num_embeds, channels = int(config.get(family.embed_dim_field) or 0), num_tokens, int(config["in_channels"])
     guidance_embed_dim = config.get("time_cond_proj_dim")
     if isinstance(network, ConditionedDenoiser):
         embed_dim, channels = network.packed_width, network.num_channels
         guidance_embed_dim = network.guidance_embed_dim
         num_embeds += math.ceil(getattr(network, "pooled_width", 0) / embed_dim)
-    latents = torch.empty(1, channels, latent_size, latent_size, device="meta")
     options = {}
     if guidance_embed_dim is not None:
-        options["timestep_cond"] = torch.empty(1, guidance_embed_dim, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
-        network(latents, torch.zeros(1), torch.empty(1, num_embeds, embed_dim), **options)
-    return guidance_embed_dim, counter.get_total_flops() / 1e9
+        options["timestep_cond"] = torch.empty(batch, guidance_embed_dim, device="meta", dtype=dtype)
+    latents = torch.empty(batch, channels, latent_size, latent_size, device="meta", dtype=dtype)
+    prompt_embeds = torch.empty(batch, num_embeds, embed_dim, device="meta", dtype=dtype)
+    return (latents, torch.zeros(batch, device="meta"), prompt_embeds), options, guidance_embed_dim
+
+
+@dataclass(frozen=True)
+class DenoiserMemory:
+    """Memory of a denoiser.
+
+    Attributes:
+        weight_bytes: of its parameters.
+        activation_bytes: largest sum of the tensors of a call, without the weights.
+        key_value_width: width of the keys and values of all cross-attentions; 0 if a network gets packed prompt embeddings.
+        packed_bytes: of the packed embeddings of one prompt in float32.
+    """
+
+    weight_bytes: int
+    activation_bytes: int
+    key_value_width: int
+    packed_bytes: int
+
+
+def denoiser_memory(
+    family: PipelineFamily,
+    config: Mapping[str, Any],
+    num_tokens: int,
+    resolution: int,
+    latent_size: int,
+    batch: int,
+    dtype: torch.dtype,
+) -> DenoiserMemory:
+    """Count the memory of a denoiser on the meta device from its config.
+
+    Args:
+        family: the pipeline's family.
+        config: config of the denoiser.
+        num_tokens: tokens of a prompt.
+        resolution: size of the images in pixels.
+        latent_size: size of the latents.
+        batch: rows of a call.
+        dtype: of the weights and the activations.
+
+    Raises:
+        ConfigError: diffusers cannot build a denoiser with this config.
+    """
+    network = family.wrap(_build_on_meta(family, config), resolution)
+    nn.Module.to(network, dtype)
+    arguments, options, _ = _meta_inputs(family, config, network, num_tokens, latent_size, batch, dtype)
+    is_packed = isinstance(network, ConditionedDenoiser)
+    attentions = [layer for layer in network.modules() if isinstance(layer, Attention) and layer.is_cross_attention]
+    return DenoiserMemory(
+        weight_bytes(network, dtype),
+        activation_bytes(network, network, *arguments, **options),
+        0 if is_packed else sum(2 * attention.inner_dim for attention in attentions),
+        arguments[2][0].numel() * torch.float32.itemsize,
+    )
 
 
 def _transformer_width(config: Mapping[str, Any]) -> int:

@@ -9,10 +9,12 @@ import json
 import re
 import struct
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from diffusers import ModelMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
@@ -33,7 +35,11 @@ VARIANTS = ("", ".fp32", ".fp16", ".bf16", ".ema", ".non_ema")
 """Variants of weights in the order of preference."""
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".sft")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-IGNORED_FILES = ("*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.xml", "*.non_ema.*", "*openvino*", "*flax*")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+"""Hub id of a repository without an owner, such as `t5-small`."""
+IGNORED_FILES = ("*.onnx*", "*openvino*", "*flax*")
+DOWNLOADED_SUFFIXES = (".json", ".txt", ".model")
+"""Suffixes of configs, indices and tokenizers."""
 
 QUANTISED = "quantised weights are not supported; load the pipeline with diffusers, dequantise it and save it in bf16 or fp16"
 """Ending of the errors for quantised networks."""
@@ -91,16 +97,92 @@ def find_folder(path: str | Path) -> Path:
         raise ConfigError(explain_other_layout(path))
     if HUB_ID.fullmatch(str(path)) is None or folder.suffix in (*WEIGHT_SUFFIXES, *PICKLE_SUFFIXES):
         raise ConfigError(f"{path}: no such folder, and not a Hub id (OWNER/NAME)")
-    name, _, revision = str(path).partition("@")
-    needed = [MODEL_INDEX, *(f"{subfolder}/*" for subfolder in (*WEIGHT_FOLDERS, *OTHER_FOLDERS))]
+    return download(str(path), WEIGHT_FOLDERS, OTHER_FOLDERS)
+
+
+def find_component(path: str | Path, subfolder: str | None, other_folders: Sequence[str] = ()) -> Path:
+    """The root folder of an autoencoder or text encoder that is not a part of a pipeline: a folder or a snapshot of the Hub.
+
+    Args:
+        path: a folder or a Hub id, downloaded if it is not cached.
+        subfolder: folder of the network inside `path`.
+        other_folders: further folders that are needed, such as that of the tokenizer.
+
+    Raises:
+        ConfigError: there is no such folder, and the Hub id cannot be downloaded.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists():
+        if not folder.is_dir():
+            raise ConfigError(f"{path}: a file, not a folder with a config.json; give the folder")
+        return folder
+    if HUB_ID.fullmatch(str(path)) is None and HUB_NAME.fullmatch(str(path)) is None:
+        raise ConfigError(f"{path}: no such folder, and not a Hub id (OWNER/NAME)")
+    return download(str(path), (subfolder or "",), other_folders)
+
+
+def download(hub_id: str, network_folders: Sequence[str], other_folders: Sequence[str]) -> Path:
+    """Download what is not cached: for every network the weights of the first variant of `VARIANTS` that the repository has.
+
+    Args:
+        hub_id: `OWNER/NAME` or `OWNER/NAME@REVISION`.
+        network_folders: folders of networks; "" is the repository itself.
+        other_folders: folders without weights.
+
+    Returns:
+        The snapshot.
+
+    Raises:
+        ConfigError: the download failed, or the repository has no safetensors weights of a network.
+    """
     try:
-        snapshot = snapshot_download(
-            name, revision=revision or None, allow_patterns=needed, ignore_patterns=list(IGNORED_FILES)
-        )
+        return _download(hub_id, network_folders, other_folders)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise ConfigError(f"{path}: no such folder, not in the Hub's cache, and the download failed: {reason}") from error
-    return Path(snapshot)
+        raise ConfigError(f"{hub_id}: no such folder, not in the Hub's cache, and the download failed: {reason}") from error
+
+
+def _download(hub_id: str, network_folders: Sequence[str], other_folders: Sequence[str]) -> Path:
+    name, _, revision = hub_id.partition("@")
+    all_folders = (*network_folders, *other_folders)
+    small = [f"{folder}/*{suffix}".lstrip("/") for folder in all_folders for suffix in DOWNLOADED_SUFFIXES]
+    lacking = network_folders
+    for variant in (*VARIANTS, ".*"):
+        weights = [f"{folder}/{pattern}".lstrip("/") for folder in lacking for pattern in _weight_patterns(variant)]
+        ignored = list(IGNORED_FILES)
+        ignored += ["*.*.safetensors"] if not variant else []
+        ignored += ["*.non_ema.*"] if variant not in (".non_ema", ".*") else []
+        snapshot = Path(
+            snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=[MODEL_INDEX, *small, *weights],
+                ignore_patterns=ignored,
+            )
+        )
+        lacking = [
+            folder
+            for folder in lacking
+            if (snapshot / folder / "config.json").is_file() and not _has_variant(snapshot / folder, variant)
+        ]
+        if not lacking:
+            return snapshot
+    file = f"{lacking[0]}/{WEIGHT_STEMS[lacking[0].startswith('text_encoder')]}.safetensors".lstrip("/")
+    raise ConfigError(
+        f"{hub_id}: {file}: missing in the repository, or in the Hub's cache after an interrupted download; pickled weights "
+        "are refused (they can run code when loaded): convert them, or choose another repository"
+    )
+
+
+def _weight_patterns(variant: str) -> list[str]:
+    """Patterns of the file names of a variant's weights, in one file or in shards."""
+    ends = (f"{variant}.safetensors", f"{variant}-*-of-*.safetensors", f"-*-of-*{variant}.safetensors")
+    return [stem + end for stem in WEIGHT_STEMS for end in ends]
+
+
+def _has_variant(folder: Path, variant: str) -> bool:
+    names = [file.name for file in folder.glob("*.safetensors") if variant or file.name.count(".") == 1]
+    return any(fnmatchcase(name, pattern) for name in names for pattern in _weight_patterns(variant))
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -238,21 +320,24 @@ def check_complete(file: Path) -> None:
             raise ConfigError(f"{file}: {key} has type {type_name}: {QUANTISED}")
 
 
-def load_module(network_class: type[M], folder: Path, dtype: torch.dtype = torch.float32) -> M:
-    """Load a diffusers or transformers network with all of its weights.
+def load_module(
+    network_class: type[M], folder: Path, dtype: torch.dtype = torch.float32, unused_weights: tuple[str, ...] = ()
+) -> M:
+    """Load a network with all of its weights. Every part of a checkpoint is loaded by this function, under the same rules.
 
     Args:
-        network_class: class of the network.
+        network_class: a class of diffusers, transformers or isocost.
         folder: folder of its config and weights.
         dtype: of the weights in memory. They are converted one by one while they are read.
+        unused_weights: starts of the names of weights that are not used, and may be missing.
 
     Raises:
         ConfigError: files are missing, pickled or truncated, lack weights that the config requires, or contain NaN or inf.
     """
     read_component_config(folder / "config.json")
-    variant, _ = weight_files(folder)
+    variant, files = weight_files(folder)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "variant": variant or None}
-    is_diffusers = network_class.__module__.startswith("diffusers")
+    is_diffusers = issubclass(network_class, ModelMixin)
     options |= {"torch_dtype" if is_diffusers else "dtype": dtype}
     try:
         network, loading_info = network_class.from_pretrained(str(folder), **options)  # type: ignore[attr-defined]
@@ -260,9 +345,24 @@ def load_module(network_class: type[M], folder: Path, dtype: torch.dtype = torch
         raise
     except Exception as error:  # diffusers and transformers raise many kinds of errors for a wrong config
         raise ConfigError(f"{folder}: cannot load it: {first_line(error)}") from error
-    check_loaded(network, loading_info, folder)
+    missing = {key for key in loading_info["missing_keys"] if not key.startswith(unused_weights or ("\0",))}
+    check_loaded(network, {**loading_info, "missing_keys": missing}, folder, files)
     loaded: M = network.eval().requires_grad_(False)
     return loaded
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a transformers tokenizer.
+
+    Raises:
+        ConfigError: the folder has no tokenizer that the installed transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:  # transformers and tokenizers raise many kinds of errors for wrong files
+        raise ConfigError(f"{folder}: cannot load a tokenizer from it: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -85,6 +85,7 @@ def read_pipeline(path: str | Path) -> dict[str, Any]:
         noise=scheduler.noise,
         solver=scheduler.solver,
         solver_problem=scheduler.solver_problem,
+        scheduler=scheduler.class_name,
         max_tokens=max_tokens,
         null_is_zero=family.name == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from isocost.errors import ConfigError
 from isocost.models.checkpoint import CheckpointInfo
-from isocost.models.pretrained.files import MODEL_INDEX, first_line, load_module, read_config
+from isocost.models.pretrained.files import MODEL_INDEX, first_line, load_module, load_tokenizer, read_config
 from isocost.models.pretrained.pipeline_config import MAX_PROMPT_TOKENS, family_at, text_encoder_classes
 from isocost.models.pretrained.wrappers import pack_mask, pack_pooled
 from isocost.models.text_encoder import TokenStatistics, token_statistics
@@ -33,8 +33,8 @@ class PipelineTextEncoder:
     - sd: last hidden states of CLIP.
     - sdxl: hidden states of two CLIPs before their last layer, concatenated, and the pooled embedding of the second.
     - pixart: hidden states of T5 with their mask; prompts in lower case (diffusers' pipeline with `clean_caption=False`).
-    - sd3: hidden states of two CLIPs as for sdxl, below them those of T5 (zeros if the pipeline has no T5), and both pooled
-      embeddings.
+    - sd3: hidden states of two CLIPs as for sdxl, followed by the tokens of T5 (zeros if the pipeline has no T5), and both
+      pooled embeddings.
     - flux: hidden states of T5 without their mask, and the pooled embedding of CLIP.
     """
 
@@ -148,21 +148,27 @@ def _expand_learned_tokens(texts: list[str], tokenizer: Any) -> list[str]:
 
 def load_encoder(folder: Path, class_name: str) -> nn.Module:
     """Load a text encoder by its class name, in float32."""
+    return load_module(_encoder_class(class_name), folder)
+
+
+def _encoder_class(name: str) -> Any:
     import transformers
 
     clip_classes = {cls.__name__: cls for cls in (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)}
-    return load_module(clip_classes.get(class_name, transformers.T5EncoderModel), folder)
+    return clip_classes.get(name, transformers.T5EncoderModel)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Load a transformers tokenizer.
+def encoder_on_meta(folder: Path, class_name: str) -> nn.Module:
+    """Build a text encoder on the meta device from its config, which needs no memory.
 
     Raises:
-        ConfigError: the folder has no tokenizer that the installed transformers can load.
+        ConfigError: transformers cannot build it.
     """
-    from transformers import AutoTokenizer
-
+    encoder_class = _encoder_class(class_name)
     try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except Exception as error:  # transformers and tokenizers raise many kinds of errors for wrong files
-        raise ConfigError(f"{folder}: cannot load a tokenizer from it: {first_line(error)}") from error
+        config = encoder_class.config_class.from_pretrained(str(folder))
+        with torch.device("meta"):
+            encoder: nn.Module = encoder_class(config)
+    except Exception as error:  # transformers raises many kinds of errors for a wrong config
+        raise ConfigError(f"{folder}: cannot build a {class_name} from its config: {first_line(error)}") from error
+    return encoder

@@ -58,6 +58,7 @@ class SchedulerSettings:
         solver: the solver that equals the scheduler, or the nearest one.
         solver_problem: why `solver` does not equal the scheduler; empty if it does.
         is_consistency_model: True for a consistency student.
+        class_name: diffusers' class of the scheduler.
     """
 
     noise: NoiseSpec
@@ -65,6 +66,7 @@ class SchedulerSettings:
     solver: SolverSpec
     solver_problem: str
     is_consistency_model: bool
+    class_name: str
 
 
 def read_scheduler(
@@ -111,7 +113,7 @@ def read_scheduler(
         noise = parse_spec(NoiseSpec, {"kind": "flow", "shift": shift, "num_timesteps": num_timesteps}, str(file))
         # Flux's pipeline passes its own sigmas, from 1 to 1 / steps.
         solver = SolverSpec(name="euler", timestep_spacing="linspace" if num_patches is None else "trailing")
-        return SchedulerSettings(noise, "flow_prediction", solver, _solver_problem(file, config, problems), False)
+        return SchedulerSettings(noise, "flow_prediction", solver, _solver_problem(file, config, problems), False, name)
     own_fields = {"_class_name": name, **{key: config.get(key, default) for key, default in defaults.items()}}
     solver = _solver_spec(own_fields, file)
     problems += _combination_problems(own_fields, solver)
@@ -123,6 +125,7 @@ def read_scheduler(
         solver,
         _solver_problem(file, config, problems),
         name == "LCMScheduler",
+        name,
     )
 
 

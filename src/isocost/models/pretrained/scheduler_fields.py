@@ -1,8 +1,8 @@
-"""The fields of every diffusers scheduler class: honoured, refused, or without effect.
+"""The fields of every diffusers scheduler class: honoured, restricted, or without effect.
 
 `SCHEDULER_FIELDS` has one entry for every field of the supported classes, `UNSUPPORTED_SCHEDULERS` names all other classes.
-tests/test_scheduler_fields.py holds both against the signatures of the installed diffusers, so that a new field or class fails
-it, and runs diffusers' schedulers against the solver coefficients for the fields that are honoured.
+tests/test_scheduler_fields.py compares both with the signatures of the installed diffusers, so it fails if diffusers adds a
+field or a class. It also compares diffusers' schedulers with the solver coefficients for the fields that are honoured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from isocost.errors import ConfigError
 
-Effect = Literal["honoured", "refused", "no effect"]
+Effect = Literal["honoured", "restricted", "no effect"]
 NO_VALUES: tuple[Any, ...] = ()
 
 
@@ -22,9 +22,9 @@ class FieldRule:
     """Treatment of a field of a scheduler.
 
     Attributes:
-        effect: "honoured": the value is used. "refused": any value outside `accepted` is an error. "no effect": diffusers does
-            not read the field in the cases that isocost accepts.
-        accepted: values of a refused field that are accepted, because our solver does the same.
+        effect: "honoured": the value is used. "restricted": any value outside `accepted` is an error. "no effect": diffusers
+            does not read the field in the cases that isocost accepts.
+        accepted: values of a restricted field for which our solver does the same as diffusers.
         is_schedule: the field belongs to the noise schedule or the network's input, so it concerns every solver. The other
             fields concern the folder's own solver only, and a sweep with other solvers may use the folder.
         reason: why, in a few words.
@@ -41,7 +41,7 @@ def _honoured(reason: str = "", is_schedule: bool = False) -> FieldRule:
 
 
 def _only(*accepted: Any, reason: str = "", is_schedule: bool = False) -> FieldRule:
-    return FieldRule("refused", accepted, is_schedule, reason)
+    return FieldRule("restricted", accepted, is_schedule, reason)
 
 
 def _ignored(reason: str) -> FieldRule:
@@ -57,31 +57,31 @@ _SCHEDULE = {
     "prediction_type": _honoured("epsilon, v_prediction, sample", is_schedule=True),
 }
 _ZERO_SNR = {"rescale_betas_zero_snr": _honoured(is_schedule=True)}
-_ALPHA_ONE = {"set_alpha_to_one": _honoured("the last step of DDIM", is_schedule=True)}
+_ALPHA_ONE = {"set_alpha_to_one": _honoured("alpha at the end of the last step", is_schedule=True)}
 _SPACING = {"timestep_spacing": _honoured("leading, trailing, linspace"), "steps_offset": _honoured("with leading spacing")}
 _CLIPPING = {
     "clip_sample": _only(False, reason="latents are not clipped; pipelines of Stable Diffusion 1 and 2 switch it off"),
-    "clip_sample_range": _ignored("read with clip_sample only"),
+    "clip_sample_range": _ignored("used only with clip_sample"),
 }
 _THRESHOLDING = {
-    "thresholding": _only(False, reason="for pixels, not for latents"),
-    "dynamic_thresholding_ratio": _ignored("read with thresholding only"),
-    "sample_max_value": _ignored("read with thresholding only"),
+    "thresholding": _only(False, reason="made for pixels, not for latents"),
+    "dynamic_thresholding_ratio": _ignored("used only with thresholding"),
+    "sample_max_value": _ignored("used only with thresholding"),
 }
 _SIGMAS = {
-    "use_karras_sigmas": _honoured("as spacing karras"),
+    "use_karras_sigmas": _honoured("read as karras spacing"),
     "use_exponential_sigmas": _only(False),
     "use_beta_sigmas": _only(False),
 }
 _FLOW = {
     "use_flow_sigmas": _only(False, is_schedule=True, reason="a flow needs a FlowMatchEulerDiscreteScheduler"),
-    "flow_shift": _ignored("read with use_flow_sigmas only"),
+    "flow_shift": _ignored("used only with use_flow_sigmas"),
 }
 _DYNAMIC = {
     "use_dynamic_shifting": _only(False, is_schedule=True),
-    "time_shift_type": _ignored("read with use_dynamic_shifting only"),
+    "time_shift_type": _ignored("used only with use_dynamic_shifting"),
 }
-_WITHOUT_SOLVER = "isocost has no such solver; nearest does not read the field"
+_WITHOUT_SOLVER = "isocost has no such solver; `nearest` ignores the field"
 _DPM = {
     **_SCHEDULE,
     **_THRESHOLDING,
@@ -105,7 +105,7 @@ SCHEDULER_FIELDS: dict[str, dict[str, FieldRule]] = {
     "DDIMScheduler": {**_SCHEDULE, **_CLIPPING, **_ALPHA_ONE, **_SPACING, **_THRESHOLDING, **_ZERO_SNR},
     "DDPMScheduler": {
         **_SCHEDULE,
-        "variance_type": _only("fixed_small", reason="the posterior variance"),
+        "variance_type": _only("fixed_small", reason="isocost uses the posterior variance"),
         **_CLIPPING,
         **_THRESHOLDING,
         **_SPACING,
@@ -215,7 +215,7 @@ UNSUPPORTED_SCHEDULERS: dict[str, str] = {
             *("FlowMapEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "HeliosDMDScheduler"),
             *("HeliosScheduler", "LTXEulerAncestralRFScheduler", "MiniMaxH3Scheduler", "PiflowScheduler"),
         ),
-        "no such solver for flows",
+        "isocost has no such solver for flows",
     ),
     **dict.fromkeys(("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"), "for videos"),
     **dict.fromkeys(
@@ -223,7 +223,7 @@ UNSUPPORTED_SCHEDULERS: dict[str, str] = {
             *("DDIMParallelScheduler", "DDPMParallelScheduler", "DPMSolverSDEScheduler", "IPNDMScheduler"),
             *("KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "SASolverScheduler"),
         ),
-        "no such solver",
+        "isocost has no such solver",
     ),
     **dict.fromkeys(
         ("DDPMWuerstchenScheduler", "RePaintScheduler", "RFD4ProteinaScheduler", "UnCLIPScheduler"), "for other pipelines"
@@ -234,7 +234,7 @@ UNSUPPORTED_SCHEDULERS: dict[str, str] = {
 WITHOUT_EXACT_SOLVER = frozenset(
     {"PNDMScheduler", "LMSDiscreteScheduler", "DEISMultistepScheduler", "DPMSolverSinglestepScheduler"}
 )
-"""Supported classes whose solver isocost does not have. Their noise schedules are read."""
+"""Supported classes whose solver isocost does not have. isocost reads their noise schedules."""
 
 LEGACY_FIELDS = frozenset({"tensor_format", "predict_epsilon", "predict_x0", "clip_sample", "timesteps", "timestep_values"})
 """Fields of earlier diffusers versions that today's diffusers ignores."""
@@ -280,7 +280,7 @@ def field_problems(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> It
             if not isinstance(value, bool | None):
                 raise ConfigError(f"{name} = {value!r}: must be true or false")
             value = bool(value)
-        if rule.effect == "refused" and not any(_same(value, accepted) for accepted in rule.accepted):
+        if rule.effect == "restricted" and not any(_same(value, accepted) for accepted in rule.accepted):
             yield FieldProblem(name, value, rule.reason, rule.is_schedule)
     for name, value in config.items():
         is_known = name.startswith("_") or name in _ALL_FIELDS or name in LEGACY_FIELDS
@@ -289,7 +289,7 @@ def field_problems(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> It
 
 
 def _same(value: Any, accepted: Any) -> bool:
-    """Equality in which 1 is 1.0 but not True."""
+    """Whether two values are equal; 1 equals 1.0 but not True."""
     return isinstance(value, bool) == isinstance(accepted, bool) and bool(value == accepted)
 
 

@@ -3,7 +3,7 @@
 Some denoisers need a pooled prompt embedding or an attention mask in addition to the prompt embeddings. These are packed into
 one tensor, which the engine passes on unchanged:
 
-- with a pooled embedding: [T + ceil(P / D), D], the prompt embeddings and below them the pooled embedding, padded with zeros
+- with a pooled embedding: [T + ceil(P / D), D], the prompt embeddings followed by the pooled embedding, padded with zeros
   and split into rows of D;
 - with a mask: [T, D + 1], the mask in the last column.
 
