@@ -87,7 +87,7 @@ class PretrainedExperiment(Experiment):
         """The guides that the sweep names, with their metadata.
 
         Raises:
-            ConfigError: isocost cannot read a guide, or a guide is asked for by size.
+            ConfigError: isocost cannot read a guide, or a guide is requested by size.
         """
         selected = []
         for selection in self.sweep.guide_selections:

@@ -256,17 +256,17 @@ class RequestStates:
         self._tick = _Tick([], [], [])
         for state, passes in passes_of.items():
             request: SampleRequest = self.requests[state]
-            places = {
+            positions = {
                 item: (self.networks[item.guide], slot_position(request, item, self.main.batch_size))
                 for item in passes
                 if item not in cached[state]
             }
-            taken = list(places.values())
+            taken = list(positions.values())
             if all(network.has_free(position, taken.count((network, position))) for network, position in taken):
                 arrival, slots = int(self.arrivals[state]), []
                 for item in passes:
-                    if item in places:
-                        network, position = places[item]
+                    if item in positions:
+                        network, position = positions[item]
                         slots.append(network.take((arrival, item), position, state, item.prompt))
                     else:
                         slots.append(CACHED)
