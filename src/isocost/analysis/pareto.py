@@ -217,7 +217,10 @@ def _configuration(row: pd.Series, cost: str, metric: str) -> Configuration:
         compiled=bool(row.get("compiled", False)),
         seed=int(row.get("seed", 0)),
         guide_null_prompt=not pd.isna(is_null := row.get("guide_null_prompt")) and bool(is_null),
-        **{column: None if pd.isna(value := row.get(column)) else str(value) for column in GUIDANCE_COLUMNS},
+        guide=_text(row, "guide"),
+        guide_checkpoint=_text(row, "guide_checkpoint"),
+        guidance_interval=_text(row, "guidance_interval"),
+        guidance_schedule=_text(row, "guidance_schedule"),
         replaced_scheduler=str(row.get("replaced_scheduler", "")),
         **_vae_settings(row),
     )
@@ -229,6 +232,11 @@ def _vae_settings(row: pd.Series) -> dict[str, Any]:
         return {}
     tile_size = None if pd.isna(row["vae_tile_size"]) else int(row["vae_tile_size"])
     return {"vae_dtype": str(row["vae_dtype"]), "vae_tile_size": tile_size, "vae_slicing": bool(row["vae_slicing"])}
+
+
+def _text(row: pd.Series, column: str) -> str | None:
+    value = row.get(column)
+    return None if pd.isna(value) else str(value)
 
 
 def _round_up(value: float) -> float:
