@@ -420,6 +420,7 @@ def test_points_without_features_are_compared_by_their_own_intervals(synthetic: 
     assert first.endswith("this metric has no interval, undecided")
 
 
+@pytest.mark.slow
 def test_a_folder_merged_from_an_archive_has_its_report(finished: Pipeline, tmp_path: Path) -> None:
     archive(finished.out, tmp_path / "archive")
     merge(tmp_path / "elsewhere", [tmp_path / "archive"])

@@ -172,10 +172,8 @@ def test_a_batch_size_that_is_not_divisible_by_the_processes_is_refused() -> Non
         process_rows(TrainSpec(num_images=16, batch_size=16), accelerator)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("width", "limit"),
-    [(96, None), pytest.param(768, 0.10, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "limit"), [(96, None), (768, 0.10)])
 def test_a_large_network_trains_sharded_and_takes_the_estimated_memory(width: int, limit: float | None, tmp_path: Path) -> None:
     """Size 5B with two levels instead of four: 453M parameters. At width 96 PyTorch itself takes more memory."""
     model = {"width": width, "latent_size": 8, "num_levels": 2, "layers_per_block": 1}

@@ -164,7 +164,9 @@ def requests_of_points(num_images=6):
     ]
 
 
-@pytest.mark.parametrize("batch_size", [1, pytest.param(5, marks=pytest.mark.slow), 16, 64])
+@pytest.mark.parametrize(
+    "batch_size", [pytest.param(1, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), 16, 64]
+)
 def test_first_evaluations_are_computed_once_and_shared(make_engine, passes_seen, batch_size):
     requests = requests_of_points()
     plain = {result.request.tag: result for result in make_engine(batch_size).run(requests)}

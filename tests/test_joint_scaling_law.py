@@ -40,7 +40,7 @@ def test_a_known_law_is_found_exactly_in_exact_scores(over: str) -> None:
     assert str(law).endswith("no intervals, because the scores have none")
 
 
-@pytest.mark.parametrize("over", list(OVER))
+@pytest.mark.parametrize("over", ["num_parameters", pytest.param("normalized_cost", marks=pytest.mark.slow)])
 def test_intervals_cover_the_true_exponent_and_asymptote(over: str) -> None:
     table, exponent, asymptote, half_width = OVER[over]
     covered = {"exponent": 0, "asymptote": 0}

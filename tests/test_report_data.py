@@ -134,7 +134,10 @@ def test_a_damaged_folder_gives_one_line(reported: Pipeline, tmp_path: Path) -> 
         rebuild(tmp_path / "archive")
 
 
-@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+@pytest.mark.parametrize(
+    "study",
+    [pytest.param(study, marks=pytest.mark.slow if study == REFERENCE else (), id=study.name) for study in STUDIES],
+)
 def test_a_reference_study_is_rebuilt_from_its_tables(study: Path, tmp_path: Path) -> None:
     """Its pages have the digests in the repository, and its texts are those in the repository."""
     rebuilt = TOOL["page_digests"](study, tmp_path / "study")
@@ -148,6 +151,7 @@ def test_a_reference_study_is_rebuilt_from_its_tables(study: Path, tmp_path: Pat
     assert (study / "table.parquet").stat().st_size < 5e6
 
 
+@pytest.mark.slow
 def test_a_run_continued_from_the_reference_study_trains_no_scored_model_again_but_one_teacher(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,7 +120,13 @@ class VirtualClock:
         return timed
 
 
-@pytest.mark.parametrize("decoded_image_s", [0.001, 0.05], ids=["decoding worth a tenth", "decoding worth five evaluations"])
+@pytest.mark.parametrize(
+    "decoded_image_s",
+    [
+        pytest.param(0.001, id="decoding worth a tenth", marks=pytest.mark.slow),
+        pytest.param(0.05, id="decoding worth five evaluations"),
+    ],
+)
 def test_every_point_has_its_true_milliseconds_on_a_virtual_clock(
     finished_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded_image_s: float
 ) -> None:

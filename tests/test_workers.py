@@ -210,7 +210,8 @@ def test_shards_survive_a_kill_and_are_not_made_again(finished: Path, tmp_path: 
 # --- several processes ---
 
 
-@pytest.mark.parametrize("num_workers", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [2, 3])
 def test_several_processes_end_with_the_same_table(finished: Path, tmp_path: Path, num_workers: int) -> None:
     command = [sys.executable, "-m", "isocost", "run", str(study_file(tmp_path)), "--out", str(tmp_path / "out")]
     command += ["--workers", str(num_workers), "--no-figures"]
