@@ -217,10 +217,10 @@ def test_a_part_without_checkpoints_is_refused_before_the_first_image(isocost: A
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give a budget: --budget-ms"),
-        (["--budget-memory-gib", "8"], "give a budget other than --budget-memory-gib: --budget-ms"),
+        ([], "give a budget: --budget-normalized-cost, "),
+        (["--budget-memory-gib", "8"], "give a budget other than --budget-memory-gib: --budget-normalized-cost, "),
         (["--budget-ms", "4", "--images-per-hour", "1000"], "two budgets of one kind, 4 ms per image and 3,600 ms"),
-        (["--budget-nfe", "0"], "a budget must be a positive number, not 0"),
+        (["--budget-nfe", "0"], "--budget-nfe 0.0: it should be greater than 0"),
         (["--budget-nfe", "16", "--budget-memory-gib", "8"], "no point has a measured peak memory"),
         (["--budget-nfe", "16", "--require", "alignment"], "give METRIC=VALUE, such as alignment=0.9"),
         (["--budget-nfe", "16", "--require", "alignment=high"], "'high' is not a number"),
