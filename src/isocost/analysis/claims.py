@@ -15,6 +15,7 @@ import pandas as pd
 
 from isocost.analysis.costs import COSTS, expected_costs
 from isocost.analysis.formatting import format_score
+from isocost.analysis.results_table import classifier_free
 from isocost.analysis.seed_variance import SeedVariance, estimate_seed_variance
 from isocost.errors import ConfigError
 from isocost.evaluation.metric_registry import metric_of
@@ -126,7 +127,11 @@ def pick_diverse(cases: Sequence[Evidence]) -> list[Evidence]:
 
 
 def evaluate_claims(claims: Sequence[Claim], tables: Tables) -> list[ClaimVerdict]:
-    """The verdict on every claim; one per cost if the claim depends on cost."""
+    """The verdict on every claim; one per cost if the claim depends on cost.
+
+    The paper knows classifier-free guidance only, so points with a guide, an interval or a schedule do not count.
+    """
+    tables = {task: replace(results, table=classifier_free(results.table)) for task, results in tables.items()}
     expected = {cost for results in tables.values() for cost in expected_costs(results.table)}
     costs = [cost for cost in COSTS if cost in expected]
     verdicts = []

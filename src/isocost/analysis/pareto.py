@@ -18,8 +18,8 @@ from isocost.analysis.costs import cost_of, format_unmeasured, is_measured
 from isocost.analysis.formatting import ROUNDING, decimal_exponent, format_configuration, format_guidance, format_score
 from isocost.analysis.results_table import (
     CELL_COLUMNS,
-    GUIDANCE_COLUMNS,
     best_per_group,
+    classifier_free,
     final_points,
     is_within_budget,
     rank_points,
@@ -117,8 +117,8 @@ def best_guidance(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     is optimistic; its interval does not include the effect of this selection.
     """
     rows = final_points(table, metric)
-    is_plain = rows[list(GUIDANCE_COLUMNS)].isna().all(axis=1)
-    return best_per_group(rows[is_plain] if is_plain.any() else rows, metric, CELL_COLUMNS)
+    plain = classifier_free(rows)
+    return best_per_group(rows if plain.empty else plain, metric, CELL_COLUMNS)
 
 
 def pareto(table: pd.DataFrame, cost: str, metric: str) -> pd.DataFrame:

@@ -164,6 +164,12 @@ def final_points(table: pd.DataFrame, metric: str, cost: str | None = None) -> p
     return rows
 
 
+def classifier_free(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows without a guide, an interval and a schedule: guidance as in arXiv 2404.01367, or none."""
+    columns = [column for column in GUIDANCE_COLUMNS if column in rows.columns]
+    return rows[rows[columns].isna().all(axis=1)]
+
+
 def standard_errors(rows: pd.DataFrame, metric: str) -> NDArray[np.float64]:
     """Standard error of every score, from the width of its 95 % interval under a normal distribution.
 

@@ -19,7 +19,7 @@ from matplotlib.colors import Normalize
 from isocost.analysis.costs import cost_of
 from isocost.analysis.formatting import format_metric, format_number, format_row, format_score
 from isocost.analysis.pareto import best_guidance, metric_of, pareto
-from isocost.analysis.results_table import best_per_group, final_points, rank_points, sizes_in_order
+from isocost.analysis.results_table import best_per_group, classifier_free, final_points, rank_points, sizes_in_order
 from isocost.analysis.scaling_laws import format_setting, points_over_compute
 from isocost.errors import ConfigError
 from isocost.models.paper_table import TABLE_1
@@ -321,7 +321,9 @@ def guidance_panels(table: pd.DataFrame, metric: str) -> list[HeatPanel]:
     flatten the rest. If a race interval (columns `guidance_low`, `guidance_high`, by the metric that decided the race) reaches
     beyond the scored values, its end is an extra column without values.
     """
-    rows = final_points(table, metric)
+    rows = classifier_free(final_points(table, metric))
+    if rows.empty:
+        raise ConfigError("no point has classifier-free guidance at all noise levels; add `none` to sweep.guides")
     best = best_guidance(table, metric)
     about = metric_of(metric)
     sign = 1.0 if about.better == "lower" else -1.0

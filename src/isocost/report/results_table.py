@@ -24,6 +24,8 @@ MAX_CODED_FRACTION = 0.25
 """A column is stored as codes if it has at most this fraction of distinct values."""
 PRINTED = ("size", "solver", "replaced_scheduler", "num_steps", "guidance", "point")
 """Columns that fit on paper, in addition to the leading metric and the costs."""
+GUIDANCE_TITLES = {"guide": "guide", "guidance_interval": "log-SNR interval", "guidance_schedule": "guidance schedule"}
+"""Columns that only tables with such points have."""
 CSV_DIGITS = 9
 """Significant digits of numbers in a CSV file."""
 Key = float | int | str | None
@@ -49,6 +51,11 @@ def point_columns(table: pd.DataFrame, metric: str, scope: Scope = TRAINED) -> d
         *([_column("replaced_scheduler", "in place of", *_strings(rows, "replaced_scheduler"))] if replaced else []),
         _column("num_steps", "steps", *_numbers(rows, "num_steps", str)),
         _column("guidance", "guidance", *_numbers(rows, "guidance", lambda value: f"{value:.4g}")),
+        *(
+            _column(name, title, *_strings(rows, name))
+            for name, title in GUIDANCE_TITLES.items()
+            if name in table.columns and table[name].notna().any()
+        ),
     ]
     if "race_images" in table.columns and table["race_images"].notna().any():
         for end, title in (("low", "from"), ("high", "to")):
@@ -97,7 +104,7 @@ def _column(name: str, title: str, keys: Sequence[Key], texts: Sequence[str], nu
 
 
 def _strings(rows: Sequence[Mapping[Any, Any]], name: str) -> tuple[list[Key], list[str]]:
-    texts = [str(row[name]) for row in rows]
+    texts = ["" if pd.isna(row[name]) else str(row[name]) for row in rows]
     return list(texts), texts
 
 
