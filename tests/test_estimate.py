@@ -447,7 +447,10 @@ def test_incompatible_options_are_refused_in_one_line(isocost: Any) -> None:
     for options, message in (
         (("--devices", "8xH200"), "give --dry-run as well"),
         (("--dry-run", "--utilisation", "0.3"), "give --devices as well"),
-        (("--dry-run", "--devices", "8xH200", "--utilisation", "1.5"), "--utilisation 1.5: it should be less than or equal to 1"),
+        (
+            ("--dry-run", "--devices", "8xH200", "--utilisation", "1.5"),
+            "--utilisation 1.5: it should be less than or equal to 1",
+        ),
         (("--dry-run", "--devices", "8xVoodoo2"), "unknown device Voodoo2; known devices: B200, H200"),
     ):
         status, _, err = isocost("run", PAPER, *options)

@@ -149,7 +149,9 @@ def candidate(size: str, gflop: float, num_steps: int, score: float, seed: int =
         run="",
     )
     noise = np.random.default_rng(seed).standard_normal(1000)
-    return Candidate(cell, info, 2.0, lambda n: mean_resamples(score + 0.5 * noise[:n], generated_counts(n, 100, 0)), 1000)
+    return Candidate(
+        cell, info, None, 2.0, lambda n: mean_resamples(score + 0.5 * noise[:n], generated_counts(n, 100, 0)), 1000
+    )
 
 
 def test_cells_that_a_cheaper_cell_beats_are_dominated_and_no_others() -> None:

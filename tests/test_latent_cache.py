@@ -65,6 +65,7 @@ class Spread:
     """An autoencoder with known moments: the mean is the image's grey level, the std depends on the channel."""
 
     latent_channels, factor = 2, 16
+    fallbacks: tuple[str, ...] = ()
     stds = torch.tensor([0.5, 2.0])
 
     def encode(self, batch: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
-from isocost.analysis.formatting import format_configuration, format_score
+from isocost.analysis.formatting import format_row, format_score
 from isocost.analysis.pareto import best_at_budgets, default_budgets, pareto
 from isocost.errors import ConfigError
 from isocost.report.markdown import MAX_ROWS, ZERO_WIDTH_SPACE, escape_markdown, headline, markdown_summary
@@ -105,16 +105,15 @@ def test_the_frontier_table_goes_from_end_to_end(table: pd.DataFrame) -> None:
     frontier = pareto(table, "normalized_cost", METRIC)
     reader = read(markdown_summary(table, METRIC, "synthetic"))
     head, *rows = reader.tables[1]
-    assert head == ["normalized cost", "evaluations", "GFLOP", "milliseconds", "configuration", "squared MMD"]
+    assert head == ["normalized cost", "evaluations", "GFLOP", "milliseconds", "latency", "configuration", "squared MMD"]
     assert f"Frontier, {MAX_ROWS} of {len(frontier)} points:" in reader.text
     assert len(rows) == MAX_ROWS < len(frontier)
-    setting = ["size", "num_steps", "guidance", "solver"]
-    labels = [format_configuration(*row) for row in frontier[setting].itertuples(index=False)]
-    indices = [labels.index(row[4]) for row in rows]
+    labels = [format_row(row) for row in frontier.to_dict("records")]
+    indices = [labels.index(row[-2]) for row in rows]
     assert indices == sorted(set(indices))
     assert (indices[0], indices[-1]) == (0, len(frontier) - 1)
     for row, index in zip(rows, indices, strict=True):
-        assert row[5] == format_score(*(float(frontier[f"{METRIC}{end}"].iloc[index]) for end in ("", "_low", "_high")))
+        assert row[-1] == format_score(*(float(frontier[f"{METRIC}{end}"].iloc[index]) for end in ("", "_low", "_high")))
         assert float(row[0]) == pytest.approx(frontier["normalized_cost"].iloc[index], rel=0.01)
 
 
@@ -172,7 +171,7 @@ def test_names_stay_text(name: str) -> None:
     shown = reader.text.replace("\u200b", "")
     line = " ".join(name.split())
     assert shown.startswith(f"{line}: ")
-    assert f"{line}, 2 steps" in reader.tables[1][1][4].replace("\u200b", "")
+    assert f"{line}, 2 steps" in reader.tables[1][1][-2].replace("\u200b", "")
     assert f"protocol {line}, seed 0" in shown
     assert f"Not included: {line};" in shown
 

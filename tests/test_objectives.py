@@ -38,6 +38,7 @@ class Spread:
     """An autoencoder with known moments: the mean is the image's grey level, the std depends on the channel."""
 
     latent_channels, factor = 2, 16
+    fallbacks: tuple[str, ...] = ()
 
     def encode(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         mean = batch[:, :1, :1, :1].float().expand(-1, 2, 2, 2)

@@ -148,7 +148,7 @@ def test_a_refiner_is_refused(tmp_path: Path) -> None:
     tiny_pipelines.change(
         folder / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline", requires_aesthetics_score=True
     )
-    with pytest.raises(ConfigError, match="requires_aesthetics_score = True: a refiner"):
+    with pytest.raises(ConfigError, match="requires_aesthetics_score = True: this is a refiner"):
         read_info(folder)
 
 
