@@ -359,7 +359,9 @@ def test_figures_are_saved_next_to_the_page(written: Path) -> None:
 
 
 def test_missing_parts_are_named_and_the_others_are_shown(tmp_path: Path) -> None:
-    table = synthetic_table(solvers=("ddim/trailing",), snapshots=()).assign(ms_per_image=np.nan, alignment=np.nan)
+    table = synthetic_table(solvers=("ddim/trailing",), snapshots=()).assign(
+        ms_per_image=np.nan, latency_ms=np.nan, alignment=np.nan
+    )
     stale = [tmp_path / "figures" / f"quality_vs_cost-ms_per_image.{ending}" for ending in ("png", "pdf")]
     stale[0].parent.mkdir()
     for file in stale:

@@ -277,13 +277,18 @@ UNBOUNDED = {"budgets", "max_grad_norm"}
 """Fields that any positive number suits."""
 
 
+def parts_of(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A schema and the schemas in it, without those of other specs."""
+    yield schema
+    for part in (*schema.get("anyOf", []), *schema.get("prefixItems", []), schema.get("items", {})):
+        if isinstance(part, dict) and part:
+            yield from parts_of(part)
+
+
 @pytest.mark.parametrize(("spec", "name"), NUMERIC_FIELDS, ids=lambda value: getattr(value, "__name__", value))
 def test_every_number_has_bounds(spec: type[Spec], name: str) -> None:
     schema = spec.model_json_schema()["properties"][name]
-    numbers = [schema, *schema.get("anyOf", []), *schema.get("prefixItems", []), schema.get("items", {})]
-    numbers += [option.get("items", {}) for option in schema.get("anyOf", [])]
-    numbers += [item for option in schema.get("anyOf", []) for item in option.get("prefixItems", [])]
-    numbers = [number for number in numbers if number.get("type") in ("integer", "number")]
+    numbers = [number for number in parts_of(schema) if number.get("type") in ("integer", "number")]
     assert numbers
     for number in numbers:
         assert {"minimum", "exclusiveMinimum"} & set(number), number

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from isocost.config.base import Spec
 from isocost.config.sampling import SolverSpec, VaeSpec
-from isocost.config.types import MAX_SAMPLES, DTypeName, Guidance, NumSamples, NumSteps, Seed, SweepBatch
+from isocost.config.types import MAX_SAMPLES, Channels, DTypeName, Guidance, ImagesSeen, NumSamples, NumSteps, Seed, SweepBatch
 
 DEFAULT_BATCH_SIZE = 64
 MAX_LOG_SNR = 100.0
@@ -104,10 +104,10 @@ class GuideSelection(Spec):
     A guide is a network of the same size or smaller. Of the same size it is an earlier snapshot.
     """
 
-    size: Literal["smaller", "same", "all"] | Annotated[int, Field(ge=1)] | None = Field(
+    size: Literal["smaller", "same", "all"] | Channels | None = Field(
         None, description="guides by size: smaller, same (earlier snapshots), all of these, or a width of the family"
     )
-    snapshot: Literal["last", "all"] | Annotated[int, Field(ge=1)] = Field(
+    snapshot: Literal["last", "all"] | ImagesSeen = Field(
         "last", description="guides by training: last, all, or the number of images of a snapshot"
     )
     checkpoint: str | None = Field(None, description="a published checkpoint in place of a size: a folder or OWNER/NAME")
