@@ -1,6 +1,6 @@
 """Peak memory of one image, of several images and of a sweep, next to diffusers' own pipeline; and a table for 1024 pixels.
 
-    python benchmarks/memory.py [--quick] [--json] [--side PIXELS] [--write]
+    python benchmarks/memory.py [--quick] [--json] [--side PIXELS] [--no-sweep] [--write]
 
 The checkpoint has a decoder of the size of Stable Diffusion's (49.5M parameters) and a small U-Net, both with random weights:
 the decoder's activations are what differs. Each measurement is a process of its own. Its peak is the largest resident memory
@@ -29,7 +29,7 @@ SIDES, QUICK_SIDES = (128, 256, 512), (128,)
 TABLE_SIDE, TILE_SIZE = 1024, 512
 MAX_RATIO = 1.2
 NUM_STEPS, NUM_STREAM_IMAGES = 2, 4
-NUM_SWEEP_IMAGES, SWEEP_RESOLUTION = 16, 32
+NUM_SWEEP_IMAGES, SWEEP_RESOLUTION = 32, 32
 DECODERS = {
     "Stable Diffusion 1 and 2, SDXL": "stabilityai/stable-diffusion-xl-base-1.0",
     "Stable Diffusion 3, FLUX.1": "black-forest-labs/FLUX.1-dev",
@@ -198,6 +198,7 @@ def main() -> None:
         return
     parser = argument_parser(__doc__, "128 px only, without the sweep and the table")
     parser.add_argument("--side", type=int, action="append", help="side of the images in pixels; may be repeated")
+    parser.add_argument("--no-sweep", action="store_true", help="without the sweep, which decodes 43 images")
     parser.add_argument("--write", action="store_true", help="only count the table for 1024 px and write it to docs/latency.md")
     options = parser.parse_args()
     if options.write:
@@ -206,7 +207,7 @@ def main() -> None:
     rows: list[Row] = []
     targets: list[Row] = []
     for side in QUICK_SIDES if options.quick else options.side or SIDES:
-        rows_of_side, target = measure_side(side, not options.quick, options.json)
+        rows_of_side, target = measure_side(side, not options.quick and not options.no_sweep, options.json)
         rows += rows_of_side
         targets.append(target)
     if not options.quick and not options.json:
