@@ -163,6 +163,7 @@ def test_settings_change_the_digest_and_defaults_do_not() -> None:
     assert PointSpec(**fields, vae=VaeSpec(dtype="bf16")).canonical()["vae"] == {"dtype": "bf16"}
 
 
+@pytest.mark.slow
 def test_a_sweep_decodes_with_the_settings(folder: Path, tmp_path: Path) -> None:
     plain = {
         "name": "vae",
@@ -215,6 +216,7 @@ def num_alive(kinds: tuple[type, ...]) -> int:
     return sum(isinstance(thing, kinds) for thing in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_offloading_changes_no_image_and_holds_one_part_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = images_of(folder)
     parts = (PipelineTextEncoder, Denoiser, DiffusersVAE)
@@ -418,6 +420,7 @@ def test_a_dry_run_forecasts_the_memory_of_every_checkpoint(
     assert latency.err.count("GiB of device memory") == 1
 
 
+@pytest.mark.slow
 def test_a_forecast_of_a_decoder_is_near_the_measured_growth(tmp_path: Path) -> None:
     monitor = HostMonitor()
     if monitor.memory_kind is None:

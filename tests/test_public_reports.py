@@ -216,6 +216,7 @@ def test_the_last_line_is_json_whatever_the_numbers_are(capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["b"][:2] == [None, 1.5]
 
 
+@pytest.mark.slow
 def test_names_that_a_terminal_cannot_show_do_not_end_a_command() -> None:
     """dupeguru 335 and the like: names that are not UTF-8, and terminals that are not."""
     code = (
