@@ -320,6 +320,9 @@ def guidance_panels(table: pd.DataFrame, metric: str) -> list[HeatPanel]:
     The colour scale ends at the best value and at the value that 90 % of the points beat, so that a few bad points do not
     flatten the rest. If a race interval (columns `guidance_low`, `guidance_high`, by the metric that decided the race) reaches
     beyond the scored values, its end is an extra column without values.
+
+    Raises:
+        ConfigError: no point has classifier-free guidance at all noise levels.
     """
     rows = classifier_free(final_points(table, metric))
     if rows.empty:
