@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from isocost.cli import main
 from isocost.config.base import parse_spec
 from isocost.config.study import StudySpec
+from isocost.sampling import stage_times
 
 pytest_plugins = ["finished_study"]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "assets"
@@ -39,6 +42,23 @@ def plain_study(**changes: Any) -> dict[str, Any]:
 def tiny_study(**changes: Any) -> StudySpec:
     """`plain_study` as a spec."""
     return parse_spec(StudySpec, plain_study(**changes), "tiny")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """Leave out `fsync` in this process: the tests kill processes, not machines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_measurements() -> Iterator[None]:
+    """Measure the stages of sampling once: the tests need no exact milliseconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_times, "MIN_REPEATS", 1)
+        patch.setattr(stage_times, "ENOUGH_SECONDS", 0.0)
+        yield
 
 
 @pytest.fixture

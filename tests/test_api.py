@@ -89,6 +89,7 @@ def test_a_checkpoint_loads_once_and_samples_the_same_images_again(checkpoint: P
     assert "fp32" in repr(model)
 
 
+@pytest.mark.slow
 def test_a_transformer_samples_the_same_images_again(tmp_path: Path) -> None:
     study = isocost.Study.from_dict(
         plain_study(family={"kind": "dit", "widths": [16]}, train={"num_images": 16, "batch_size": 16})

@@ -108,6 +108,7 @@ def test_heat_panels_hold_the_interval_of_a_race() -> None:
     assert figures.plot_guidance_heatmap(table, METRIC).axes
 
 
+@pytest.mark.slow
 def test_the_papers_results_are_a_layer_only_under_normalized_cost_and_for_its_metrics() -> None:
     table = with_fid(synthetic_table())
     curves = plot_data.cost_curves(table, "fid", "normalized_cost")

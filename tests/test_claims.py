@@ -73,6 +73,7 @@ def tradeoff(rows: pd.DataFrame) -> pd.Series:
     return 1 / rows["num_steps"] + 100 / rows["num_parameters"] ** 0.5
 
 
+@pytest.mark.slow
 def test_small_sizes_win_at_little_cost_and_large_sizes_at_any_cost() -> None:
     small_wins = "With little sampling cost a smaller size is better than the largest"
     under_every_solver = ("With every solver a smaller size is better at little cost", "normalized_cost")
@@ -118,6 +119,7 @@ def test_the_interval_of_a_guidance_search_counts_and_not_the_points() -> None:
     assert of_text2image(with_overlap)["The best guidance falls with size", ""].verdict == "undecided"
 
 
+@pytest.mark.slow
 def test_a_best_guidance_at_the_end_of_the_range_is_a_bound() -> None:
     statement = ("The best guidance falls with size", "")
     table = synthetic_table(sizes=SIZES, guidance=(1.0, 2.0), snapshots=())

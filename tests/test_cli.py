@@ -142,6 +142,7 @@ def test_missing_images_are_named_and_nothing_is_written(isocost: Any, tmp_path:
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_template_study_takes_one_folder_for_training_and_reference(isocost: Any, tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", 500)
     start = Path(__file__).resolve().parents[1] / "studies" / "own.yaml"

@@ -62,6 +62,7 @@ def test_a_lead_within_the_noise_is_not_decided() -> None:
     assert headline(ranked) == "b leads at 6 of 6 budgets, decided at 0."
 
 
+@pytest.mark.slow
 def test_equal_studies_are_seldom_decided() -> None:
     decided = 0
     for seed in range(40):

@@ -54,7 +54,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-@pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_kills", [3, 20])
 def test_a_training_killed_at_random_moments_ends_with_the_same_bits(
     num_kills: int, cache: LatentCache, tmp_path: Path, one_thread: None
 ) -> None:

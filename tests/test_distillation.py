@@ -405,7 +405,9 @@ def train_student(name: str, folder: Path, num_images: int = 64, deadline: float
     return saved
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "consistency" else pytest.mark.slow) for name in FAMILIES]
+)
 def test_an_interrupted_training_of_a_student_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
     uninterrupted = train_student(name, tmp_path / "whole")
     interrupted: dict[str, Tensor] = {}

@@ -122,6 +122,7 @@ def losses(folder: Path) -> list[str]:
     return (folder / "loss.jsonl").read_text().splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["two", "shards"])
 def test_two_steps_and_two_resumed_steps_give_the_bits_of_four_steps(runs: Path, kind: str) -> None:
     assert difference(state(runs / kind), state(runs / f"{kind}-resumed")) == 0
@@ -129,6 +130,7 @@ def test_two_steps_and_two_resumed_steps_give_the_bits_of_four_steps(runs: Path,
     assert losses(runs / kind) == losses(runs / f"{kind}-resumed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["two", "shards"])
 def test_first_gradients_and_loss_equal_those_of_one_process(runs: Path, kind: str) -> None:
     single, distributed = (load_file(runs / f"{name}-gradients" / "gradients.safetensors") for name in ("one", kind))
@@ -136,11 +138,13 @@ def test_first_gradients_and_loss_equal_those_of_one_process(runs: Path, kind: s
     assert max(float(grad.abs().max()) for grad in single.values()) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["two", "shards"])
 def test_ten_steps_in_float64_equal_those_of_one_process(runs: Path, kind: str) -> None:
     assert difference(weights(runs / "one-double", 160), weights(runs / f"{kind}-double", 160)) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_sharded_training_equals_a_replicated_one_and_each_process_has_half_of_the_state(runs: Path) -> None:
     assert difference(weights(runs / "two-double", 160), weights(runs / "shards-double", 160)) < 1e-6
     for first, second in zip(losses(runs / "two"), losses(runs / "shards"), strict=True):
@@ -152,6 +156,7 @@ def test_a_sharded_training_equals_a_replicated_one_and_each_process_has_half_of
     assert {name.split(".")[1] for name in state(runs / "two") if name.startswith("ema.")} == {"64", "128"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folder", "after"), [("one-to-two", 2), ("one-to-shards", 2), ("shards-to-one", 1)])
 def test_another_number_of_processes_resumes_with_exactly_the_next_images(runs: Path, folder: str, after: int) -> None:
     assert seen(runs / folder, 32, 3 - after) == list(range(32))

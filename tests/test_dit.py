@@ -286,6 +286,7 @@ def rows_of(pipeline: Pipeline, task: str) -> pd.DataFrame:
     return rows[rows["task"] == task]
 
 
+@pytest.mark.slow
 def test_a_study_goes_from_images_to_table(finished: Pipeline) -> None:
     rows = rows_of(finished, "text2image")
     final_points = rows[rows["is_final"]]
@@ -297,6 +298,7 @@ def test_a_study_goes_from_images_to_table(finished: Pipeline) -> None:
     assert not any((finished.out / "artefacts" / "checkpoint").glob("*/unet"))
 
 
+@pytest.mark.slow
 def test_super_resolution_and_students_run_on_it(finished: Pipeline) -> None:
     assert len(rows_of(finished, "superres")) == 1
     (student,) = rows_of(finished, "distill").to_dict("records")
@@ -326,6 +328,7 @@ def test_a_larger_study_of_every_part_ends_in_a_report(tmp_path: Path) -> None:
     assert {"DiT-30K", "DiT-97K", "DiT-30K progressive"} <= set(table["size"])
 
 
+@pytest.mark.slow
 def test_it_learns(finished: Pipeline) -> None:
     """The loss falls below that of a network whose output is zero, as it is at the start."""
     (log,) = (finished.out / "artefacts" / "run" / finished.runs[0].digest).glob("loss.jsonl")
@@ -333,6 +336,7 @@ def test_it_learns(finished: Pipeline) -> None:
     assert losses.iloc[-1] < 0.8 * losses.iloc[0] < 0.9
 
 
+@pytest.mark.slow
 def test_diffusers_generates_the_same_images_from_prompt_embeddings(finished: Pipeline, tmp_path: Path) -> None:
     checkpoint = finished.store.folder("checkpoint", finished.runs[0].final)
     prompts = ["a red circle on a white background", "two blue squares"]
@@ -368,6 +372,7 @@ def test_diffusers_generates_the_same_images_from_prompt_embeddings(finished: Pi
 TEXT_COMPONENTS = ((AutoTokenizer, "tokenizer"), (AutoModel, "text_encoder"))
 
 
+@pytest.mark.slow
 def test_a_student_with_guidance_as_an_input_has_no_pipeline(finished: Pipeline, tmp_path: Path) -> None:
     run = finished.experiments["distill"].runs[0]
     with pytest.raises(ConfigError, match="diffusers has no pipeline for a transformer with guidance as an input"):

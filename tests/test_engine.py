@@ -101,7 +101,7 @@ def rounds_by_position(unet, two_threads):
         pytest.param(1, marks=pytest.mark.slow),
         pytest.param(2, marks=pytest.mark.slow),
         pytest.param(5, marks=pytest.mark.slow),
-        8,
+        pytest.param(8, marks=pytest.mark.slow),
     ],
 )
 def test_the_position_in_the_call_depends_only_on_the_image(make_engine, rounds_by_position, batch_size):

@@ -206,6 +206,7 @@ def downstream_study() -> StudySpec:
     return parse_spec(StudySpec, plain, "tiny")
 
 
+@pytest.mark.slow
 def test_an_estimate_has_the_work_of_a_dry_run(tmp_path: Path, unlimited_memory: None) -> None:
     study = downstream_study().model_copy(update={"seed_replicates": SeedReplicatesSpec(seeds=(1,))})
     planned = plan(Pipeline(study.model_copy(update={"dreambooth": None}), tmp_path / "out"))

@@ -275,6 +275,7 @@ def test_further_metrics_do_not_change_the_protocol() -> None:
     assert protocol_with(ProtocolSpec(num_images=32, metrics=("mmd", "frechet"))).id == protocol_with().id
 
 
+@pytest.mark.slow
 def test_an_attribute_classifier_of_other_images_makes_another_protocol(tmp_path: Path, generated: Tensor) -> None:
     def reference_with(seed: int) -> ReferenceSet:
         parts = {"train": {"kind": "scenes", "num_images": 192, "seed": seed}}

@@ -419,6 +419,7 @@ def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_lpips_on_vgg_equals_the_package_with_the_same_weights(vgg_file: Path, images: Tensor) -> None:
     theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
     weights = load_file(vgg_file)

@@ -343,6 +343,7 @@ def test_equal_figures_have_equal_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "first" / f"a.{ending}").read_bytes() == (tmp_path / "second" / f"a.{ending}").read_bytes()
 
 
+@pytest.mark.slow
 def test_names_are_not_read_as_formulas(tmp_path: Path) -> None:
     table = synthetic_table(snapshots=()).replace({"size": {"3.2M": r"3.2M $\frac{$"}})
     prefixes = ("quality_vs_cost", "solvers", "guidance")

@@ -88,6 +88,7 @@ def test_the_selection_bias_is_corrected() -> None:
     assert abs(np.mean(corrected)) < 0.5 * abs(np.mean(observed))
 
 
+@pytest.mark.slow
 def test_equal_sizes_are_rarely_decided() -> None:
     equal = synthetic(sizes=("7.1M", "12.6M"))
     equal[KERNEL] = equal["num_steps"].map(lambda steps: 0.03 + 0.5 / steps**1.3)

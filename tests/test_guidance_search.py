@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from conftest import tiny_study
 from isocost.config.model import ModelSpec, TextEncoderSpec
 from isocost.config.sampling import SolverSpec
 from isocost.config.sweep import PointSpec, RaceSpec
+from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.errors import ConfigError
 from isocost.evaluation.bootstrap import check_resampled
 from isocost.evaluation.confidence_intervals import generated_counts, mean_resamples
@@ -24,12 +26,14 @@ from isocost.pipeline.merge import archive, merge
 from isocost.pipeline.pipeline import Pipeline
 from isocost.sweep.grid import SearchCell, search_cells
 from isocost.sweep.guidance_search import (
+    GuidanceSearch,
     SearchConfig,
     SearchResult,
     _Observations,
     grid_value,
     nearest_grid_index,
     search_guidance,
+    search_options,
 )
 from isocost.sweep.guidance_search_runner import Candidate, dominated, rungs_for, tolerance_for
 from isocost.sweep.schema import HARDWARE_COLUMNS
@@ -41,14 +45,22 @@ CONFIG = SearchConfig(rungs_for(N), 1.5, 8.0)
 class SyntheticCurve:
     """Scores 1 + 0.4 log2(w / best)², a mean over images whose noise is mostly common to all values."""
 
-    def __init__(self, best: float, seed: int, noise: float = 1.0, sign: float = 1.0, nonfinite_from: float = np.inf) -> None:
+    def __init__(
+        self,
+        best: float,
+        seed: int,
+        noise: float = 1.0,
+        sign: float = 1.0,
+        nonfinite_from: float = np.inf,
+        minimum: float = 1.0,
+    ) -> None:
         generator = np.random.default_rng(seed)
-        self.best, self.sign, self.nonfinite_from = best, sign, nonfinite_from
+        self.best, self.sign, self.nonfinite_from, self.minimum = best, sign, nonfinite_from, minimum
         self.common, self.tilt = noise * generator.standard_normal((2, N))
         self.independent = {grid_value(index): 0.3 * noise * generator.standard_normal(N) for index in range(40)}
 
     def true_score(self, guidance: float) -> float:
-        return 1 + 0.4 * np.log2(guidance / self.best) ** 2
+        return self.minimum + 0.4 * np.log2(guidance / self.best) ** 2
 
     def score(self, guidance: float, num_images: int) -> np.ndarray:
         if guidance >= self.nonfinite_from:
@@ -59,11 +71,16 @@ class SyntheticCurve:
 
 
 def run(curve: SyntheticCurve, config: SearchConfig = CONFIG, start: int | None = None) -> SearchResult:
-    search = search_guidance(config, start)
+    return answer(search_guidance(config, start), [curve])
+
+
+def answer(search: GuidanceSearch, curves: Sequence[SyntheticCurve]) -> SearchResult:
+    """Run a search; its option k has the scores of curve k."""
     requests = next(search)
     while True:
         try:
-            requests = search.send({request: curve.score(request.guidance, request.num_images) for request in requests})
+            scores = {request: curves[request.option].score(request.guidance, request.num_images) for request in requests}
+            requests = search.send(scores)
         except StopIteration as ended:
             return ended.value
 
@@ -126,6 +143,53 @@ def test_a_race_refuses_metrics_without_resamples() -> None:
     check_resampled("frechet_efficientnet")
     with pytest.raises(ConfigError, match="the guidance search cannot use it"):
         check_resampled("frechet_infinity_efficientnet")
+
+
+# --- guides and intervals against each other -----------------------------------------------------------------------
+
+
+def race_options(curves: Sequence[SyntheticCurve]) -> SearchResult:
+    return answer(search_options(CONFIG, [CONFIG.initial_indices(None) for _ in curves]), curves)
+
+
+def test_the_best_of_several_guides_is_found_at_its_best_guidance_with_few_images() -> None:
+    minima, optima = (1.3, 1.0, 1.02, 1.6), (1.6, 4.0, 2.0, 7.0)
+    losses, num_images = [], []
+    for seed in range(60):
+        # The images of one option share most of their noise, and so do those of all options.
+        curves = [SyntheticCurve(best, seed, minimum=low) for best, low in zip(optima, minima, strict=True)]
+        result = race_options(curves)
+        losses.append(curves[result.option].true_score(result.guidance) - min(minima))
+        num_images.append(result.num_images)
+        assert result.num_images == sum(sum(images.values()) for images in result.tried.values())
+        assert set(result.tried) == {0, 1, 2, 3}
+        assert result.images_by_guidance == result.tried[result.option]
+    assert np.mean(np.array(losses) <= 0.03) >= 0.95
+    assert np.mean(num_images) < 0.1 * 4 * 16 * N
+
+
+def test_an_option_that_is_shown_to_be_worse_gets_no_more_images() -> None:
+    curves = [SyntheticCurve(2.6, 0, minimum=1.0), SyntheticCurve(2.6, 0, minimum=3.0)]
+    result = race_options(curves)
+    assert result.option == 0
+    assert set(result.tried[1].values()) == {CONFIG.rungs[0]}
+
+
+def test_one_option_alone_is_the_race_of_one_curve() -> None:
+    curve = SyntheticCurve(2.6, 1)
+    alone, joint = run(curve), race_options([curve])
+    assert (joint.guidance, joint.low, joint.high) == (alone.guidance, alone.low, alone.high)
+    assert joint.num_images == alone.num_images
+
+
+def test_options_without_finite_images_lose() -> None:
+    curves = [SyntheticCurve(2.6, 0, minimum=0.1, nonfinite_from=0.0), SyntheticCurve(2.6, 0)]
+    assert race_options(curves).option == 1
+
+
+def test_equal_options_are_reported_as_decided() -> None:
+    result = race_options([SyntheticCurve(2.6, 0, noise=0.2), SyntheticCurve(2.6, 0, noise=0.2)])
+    assert result.is_decided
 
 
 # --- which cells are scored -------------------------------------------------------------------------------------------
@@ -204,6 +268,7 @@ def without_times(table: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns=HARDWARE_COLUMNS)
 
 
+@pytest.mark.slow
 def test_another_shard_size_and_a_second_run_change_nothing(raced: Pipeline, tmp_path: Path) -> None:
     study = tiny_study(sweep={**SWEEP, "shard_size": 7}, **SMALL)
     other = Pipeline(study, tmp_path)
@@ -215,6 +280,7 @@ def test_another_shard_size_and_a_second_run_change_nothing(raced: Pipeline, tmp
     assert again.results_db.races() == raced.results_db.races()
 
 
+@pytest.mark.slow
 def test_a_stopped_race_resumes(raced: Pipeline, tmp_path: Path) -> None:
     study, num_stops = tiny_study(sweep=SWEEP, **SMALL), 0
     while not Pipeline(study, tmp_path).run(deadline=0.0 if num_stops < 1 else None):
@@ -223,6 +289,7 @@ def test_a_stopped_race_resumes(raced: Pipeline, tmp_path: Path) -> None:
     assert Pipeline(study, tmp_path).results_db.races() == raced.results_db.races()
 
 
+@pytest.mark.slow
 def test_an_archive_resumes_elsewhere_without_new_images(raced: Pipeline, tmp_path: Path) -> None:
     archived = archive(raced.out, tmp_path / "archive")
     assert archived == archive(raced.out, tmp_path / "archive")
@@ -251,7 +318,9 @@ def test_a_range_that_begins_at_one_pass_is_searched_completely() -> None:
     def ranges(guidance: list[float], embeds: bool = False) -> list[tuple[float, ...]]:
         study = tiny_study(sweep={**SWEEP, "num_steps": [2], "guidance": guidance}, **SMALL)
         protocol = Protocol(32, 32, 32, "extractor", "reference", "captions", "none", 100, 0)
-        return [cell.guidance for cell in search_cells("checkpoint", study.sweep, study.protocol, protocol, "mmd", embeds)]
+        schedule = NoiseSchedule.scaled_linear()
+        cells = search_cells("checkpoint", study.sweep, study.protocol, protocol, "mmd", embeds, schedule)
+        return [cell.guidance for cell in cells]
 
     assert ranges([1, 6]) == [(1,), (1.09, 6)]
     assert ranges([1, 1.5, 6]) == [(1,), (1.5, 6)]
@@ -275,10 +344,10 @@ def test_the_tolerance_follows_the_precision_of_the_scores() -> None:
 
 
 def test_a_rung_keeps_the_better_half() -> None:
-    observations = _Observations(CONFIG)
+    observations = _Observations(CONFIG, active=set(range(8)))
     scores = (3.0, 1.0, 2.0, 5.0, 4.0, 6.0, 7.0, 8.0)
     noise = [np.array([0.0, 20.0 * index, -20.0 * index]) for index in range(len(scores))]
     observations.losses = {index: {CONFIG.rungs[0]: score + noise[index]} for index, score in enumerate(scores)}
-    survivors = observations.survivors(set(observations.losses))
+    survivors = observations.survivors()
     assert {1, 2, 0, 4} <= survivors
     assert len(survivors) <= 5

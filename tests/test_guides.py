@@ -336,7 +336,7 @@ def mixture_denoiser(means, deviation):
     return denoise
 
 
-@pytest.mark.parametrize("interval", [None, (-2.0, 3.0)])
+@pytest.mark.parametrize("interval", [pytest.param(None, marks=pytest.mark.slow), (-2.0, 3.0)])
 def test_moments_of_a_mixture_with_an_analytic_guide(interval):
     """Main: one component of a mixture; guide: the whole, wider mixture. SciPy integrates the guided ODE as the oracle."""
     main, guide, w = gaussian_denoiser(1.0, 0.3), mixture_denoiser((-1.0, 1.0), 0.5), 2.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,22 @@ from typer.testing import CliRunner
 from finished_study import BASE, finished_spec, plain_finished
 from isocost.cli import app
 from isocost.config.base import parse_spec
+from isocost.config.sampling import SolverSpec
 from isocost.config.study import StudySpec
 from isocost.config.sweep import SweepSpec
+from isocost.diffusion.guidance import guidance_per_evaluation
+from isocost.diffusion.noise_schedule import NoiseSchedule
+from isocost.diffusion.solvers import solver_coefficients
 from isocost.errors import ConfigError
 from isocost.models.checkpoint import read_info
 from isocost.pipeline.dry_run import plan
 from isocost.pipeline.pipeline import Pipeline
 from isocost.report.build import report
 from isocost.sampling.sample import Model
+from isocost.sweep.grid import SearchCell, distinct_intervals
+from isocost.sweep.guidance_search_runner import option_of
 from isocost.sweep.image_shards import read_images
+from isocost.training.state_checkpoint import newest_state_images
 
 INTERVAL = [-3.0, 2.0]
 SWEEP: dict[str, Any] = {
@@ -52,6 +60,7 @@ def table(guided: Pipeline) -> pd.DataFrame:
     return rows[rows["num_steps"] == 4].reset_index(drop=True)
 
 
+@pytest.mark.slow
 def test_the_sweep_is_expanded_to_members_of_the_study(guided: Pipeline, table: pd.DataFrame) -> None:
     """Width 4 is guided by its own snapshot; width 8 by its snapshot and by both checkpoints of width 4."""
     runs = {run.model.width: run for run in guided.runs}
@@ -71,6 +80,7 @@ def test_the_sweep_is_expanded_to_members_of_the_study(guided: Pipeline, table: 
     assert set(table["guide"].dropna()) == {size[4], f"{size[4]}@32", f"{size[4]}/null", f"{size[8]}@32"}
 
 
+@pytest.mark.slow
 def test_costs_count_both_networks(guided: Pipeline, table: pd.DataFrame) -> None:
     for row in table.to_dict("records"):
         info = read_info(guided.store.folder("checkpoint", row["checkpoint"]))
@@ -95,6 +105,7 @@ def test_costs_count_both_networks(guided: Pipeline, table: pd.DataFrame) -> Non
     assert (cheaper["gflop"] < own["gflop"].iloc[0]).all()
 
 
+@pytest.mark.slow
 def test_a_second_run_and_a_plan_make_nothing_again(guided: Pipeline) -> None:
     before = guided.results_db.table()
     again = Pipeline(finished_spec(**GUIDED), guided.out)
@@ -104,6 +115,7 @@ def test_a_second_run_and_a_plan_make_nothing_again(guided: Pipeline) -> None:
     pd.testing.assert_frame_equal(before, again.results_db.table())
 
 
+@pytest.mark.slow
 def test_points_without_a_guide_keep_their_digest(guided: Pipeline) -> None:
     without = Pipeline(finished_spec(family={"widths": [4, 8]}, sweep={**BASE["sweep"], "num_steps": [4]}), guided.out)
     recorded = guided.results_db.points()
@@ -111,6 +123,7 @@ def test_points_without_a_guide_keep_their_digest(guided: Pipeline) -> None:
         assert {point.digest for point in without.experiments["text2image"].points(run)} <= recorded
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_passes_of_guides(tmp_path: Path, guided: Pipeline, table: pd.DataFrame) -> None:
     """The planned GFLOP of a study that has made nothing is the sum over the points of the finished one."""
     planned = plan(Pipeline(finished_spec(**GUIDED), tmp_path / "out"))
@@ -121,6 +134,7 @@ def test_a_plan_counts_the_passes_of_guides(tmp_path: Path, guided: Pipeline, ta
     assert gflop == pytest.approx(float((rows["gflop"] * rows["num_images"]).sum()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["interval", "null_prompt", "schedule"])
 def test_the_command_of_a_point_draws_its_images(guided: Pipeline, table: pd.DataFrame, kind: str, tmp_path: Path) -> None:
     """`recommend` prints the guide, interval and schedule; the first saved image of the point comes out again."""
@@ -168,6 +182,7 @@ def test_the_command_of_a_point_draws_its_images(guided: Pipeline, table: pd.Dat
     assert np.abs(drawn - saved).max() <= 2, "the batch size differs, so rounding may"
 
 
+@pytest.mark.slow
 def test_the_page_and_the_table_show_the_guidance(guided: Pipeline, table: pd.DataFrame) -> None:
     summary = (guided.out / "report" / "summary.md").read_text(encoding="utf-8")
     page = (guided.out / "report" / "index.html").read_text(encoding="utf-8")
@@ -178,6 +193,7 @@ def test_the_page_and_the_table_show_the_guidance(guided: Pipeline, table: pd.Da
     assert "guidance" in summary
 
 
+@pytest.mark.slow
 def test_the_api_samples_with_a_guide(guided: Pipeline) -> None:
     finals = [guided.store.folder("checkpoint", run.final) for run in guided.runs]
     guide, model = Model(finals[0]), Model(finals[1])
@@ -254,6 +270,7 @@ def test_students_and_subjects_take_no_guides(part: str) -> None:
         parse_spec(StudySpec, plain, "study.yaml")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "text", "words"),
     [
@@ -276,16 +293,108 @@ def test_wrong_options_of_sample(guided: Pipeline, option: str, text: str, words
 
 
 @pytest.mark.slow
-def test_a_race_finds_guidance_for_each_guide(family_copy_of_race: Path) -> None:
-    sweep = {**SWEEP, "search": "race", "guidance_schedules": [], "race": {"rungs": [16, 32]}, "guidance": [1, 4]}
-    pipeline = Pipeline(finished_spec(family={"widths": [4, 8]}, sweep=sweep), family_copy_of_race)
+def test_a_guide_whose_weights_are_gone_is_trained_again_but_no_further(guided: Pipeline, tmp_path: Path) -> None:
+    shutil.copytree(guided.out, tmp_path / "out")
+    run = guided.runs[0]
+    early = run.checkpoints[32]
+    weights = next((guided.store.folder("checkpoint", early)).rglob("*.safetensors"))
+    spec = finished_spec(family={"widths": [4, 8]}, sweep={**SWEEP, "num_steps": [2, 4], "guidance_schedules": []})
+    again = Pipeline(spec, tmp_path / "out")
+    shutil.rmtree(again.store.folder("checkpoint", early))
+    shutil.rmtree(again.store.folder("run", run.digest))
+    trained = {size["width"]: size["images_to_train"] for size in plan(again)["sizes"]}
+    assert trained == {4: 32, 8: 0}
+    assert again.run()
+    rebuilt = again.store.folder("checkpoint", early) / weights.relative_to(guided.store.folder("checkpoint", early))
+    assert rebuilt.read_bytes() == weights.read_bytes()
+    assert newest_state_images(again.store.folder("run", run.digest)) == 32
+
+
+RACE: dict[str, Any] = {**SWEEP, "search": "race", "guidance_schedules": [], "race": {"rungs": [16, 32]}, "guidance": [1, 4]}
+
+
+def cells_of(pipeline: Pipeline, width: int) -> list[SearchCell]:
+    (run,) = (run for run in pipeline.runs if run.model.width == width)
+    return [cell for job in pipeline.experiments["text2image"].jobs(run) for cell in job.cells]
+
+
+@pytest.mark.slow
+def test_guides_and_intervals_race_against_each_other(family_copy_of_race: Path) -> None:
+    sweep = {**RACE, "guidance_intervals": ["all", INTERVAL, "search"]}
+    spec = finished_spec(family={"widths": [4, 8]}, sweep=sweep)
+    pipeline = Pipeline(spec, family_copy_of_race)
     assert pipeline.run()
-    races = pipeline.results_db.races()
-    cells = [cell for run in pipeline.runs for job in pipeline.experiments["text2image"].jobs(run) for cell in job.cells]
+    races, table = pipeline.results_db.races(), pipeline.results_db.table()
+    cells = [*cells_of(pipeline, 4), *cells_of(pipeline, 8)]
     assert {cell.digest for cell in cells} == set(races)
-    by_width = {run.model.width: [cell for cell in cells if cell.scored.checkpoint == run.final] for run in pipeline.runs}
-    assert len(by_width[4]) == 1 + 2 * 2
-    assert len(by_width[8]) == 1 + 5 * 2
+    # One pass; then the network itself and its guides, each at all noise levels, in the interval, and with a searched interval.
+    assert [len(cells_of(pipeline, width)) for width in (4, 8)] == [1 + 2 * 3, 1 + 2 * 3]
+    for cell in cells_of(pipeline, 8):
+        race = races[cell.digest]
+        winner = cell.options[option_of(race)]
+        assert race["point"] == cell.point(race["guidance"], option_of(race)).digest
+        if not cell.is_joint:
+            assert race["option_index"] is None
+            continue
+        tried = json.loads(race["options"])
+        assert race["num_images"] == sum(sum(option["images_by_guidance"].values()) for option in tried)
+        if cell.base is None:
+            assert len(tried) == len(cell.options) == 4
+            assert len({option.guide for option in cell.options}) == 4
+        else:
+            base = races[cell.base.digest]
+            guide = cell.base.options[option_of(base)].guide
+            assert winner.guide == guide, "the interval is searched for the guide that the base found"
+            assert {option["guide_checkpoint"] for option in tried} == {None if guide is None else guide.checkpoint}
+            # Four steps guide 1 to 4 evaluations in a row: 10 intervals, of which the coarse ends tell some apart.
+            assert 4 <= len({option["guidance_interval"] for option in tried}) == len(tried) <= 10
+    scored = table.set_index("point")
+    for cell in cells:
+        race = races[cell.digest]
+        if race["dominated_by"] is None:
+            row = scored.loc[race["point"]]
+            assert row["seed"] == 0, "the winner has other noise than the race"
+            assert row["race_images"] == race["num_images"]
+    again = Pipeline(spec, pipeline.out)
+    assert plan(again)["total"]["images_of_races"] == 0
+    assert again.run()
+    assert again.results_db.races() == races
+
+
+@pytest.mark.slow
+def test_every_guide_can_have_a_race_of_its_own(guided: Pipeline) -> None:
+    sweep = {**RACE, "race": {"rungs": [16, 32], "guides": "each"}}
+    pipeline = Pipeline(finished_spec(family={"widths": [4, 8]}, sweep=sweep), guided.out)
+    assert [len(cells_of(pipeline, width)) for width in (4, 8)] == [1 + 2 * 2, 1 + 5 * 2]
+    assert not any(cell.is_joint for cell in cells_of(pipeline, 8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"search": "grid", "guidance_intervals": ["all", "search"]}, "only a race searches the interval"),
+        ({"guidance_intervals": ["search"]}, "add all"),
+        ({"guidance": [3], "guidance_intervals": ["all"]}, "needs a range of guidance"),
+    ],
+)
+def test_wrong_races_of_guides(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        finished_spec(family={"widths": [4, 8]}, sweep={**RACE, **changes})
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 16])
+def test_intervals_of_a_race_guide_different_evaluations(num_steps: int) -> None:
+    schedule = NoiseSchedule.scaled_linear()
+    coefficients = solver_coefficients(SolverSpec(), num_steps, schedule)
+    intervals = distinct_intervals(SolverSpec(), num_steps, schedule)
+    guided = [
+        tuple(weight == 2 for weight in guidance_per_evaluation(coefficients.alpha, coefficients.sigma, 2.0, interval))
+        for interval in intervals
+    ]
+    assert len(set(guided)) == len(intervals)
+    assert all(0 < sum(evaluations) < num_steps for evaluations in guided)
+    # All runs of consecutive evaluations, but the whole, where the noise levels lie apart.
+    assert len(intervals) == {1: 0, 2: 2, 4: 9}.get(num_steps, len(intervals))
 
 
 @pytest.fixture

@@ -40,7 +40,8 @@ def test_a_known_law_is_found_exactly_in_exact_scores(over: str) -> None:
     assert str(law).endswith("no intervals, because the scores have none")
 
 
-@pytest.mark.parametrize("over", ["num_parameters", pytest.param("normalized_cost", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("over", ["num_parameters", "normalized_cost"])
 def test_intervals_cover_the_true_exponent_and_asymptote(over: str) -> None:
     table, exponent, asymptote, half_width = OVER[over]
     covered = {"exponent": 0, "asymptote": 0}
@@ -95,6 +96,7 @@ def test_a_size_that_follows_the_law_is_predicted_from_the_smaller_ones(cost: st
     assert "no intervals" in str(fit)
 
 
+@pytest.mark.slow
 def test_the_intervals_of_a_prediction_contain_the_measured_values() -> None:
     fractions, errors, exponents = [], [], []
     for seed in range(6):

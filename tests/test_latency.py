@@ -294,16 +294,25 @@ def test_the_memory_peak_excludes_earlier_use() -> None:
     monitor = HostMonitor()
     if monitor.memory_kind is None:
         pytest.skip("this system does not let a process reset its peak")
-    size = 2**27
+    # The system may take memory back from the process at any moment, so one of three measurements is enough.
+    growths = [memory_growth(monitor, 2**27) for _ in range(3)]
+    assert any(before < 0.25 and 0.9 < after < 1.5 for before, after in growths), growths
+
+
+def memory_growth(monitor: HostMonitor, size: int) -> tuple[float, float]:
+    """Peaks over the memory in use, after `size` bytes were freed and after they were held, as fractions of `size`."""
     torch.ones(size, dtype=torch.uint8)
     gc.collect()
     monitor.reset_peak()
     loaded = monitor.memory_bytes()
     assert loaded is not None
-    assert monitor.peak_bytes() - loaded < size / 4  # type: ignore[operator]
+    before = monitor.peak_bytes()
     held = torch.ones(size, dtype=torch.uint8)
-    assert 0.9 * size < monitor.peak_bytes() - loaded < 1.5 * size  # type: ignore[operator]
+    after = monitor.peak_bytes()
+    assert before is not None
+    assert after is not None
     del held
+    return (before - loaded) / size, (after - loaded) / size
 
 
 class FakeNvmlError(Exception):

@@ -95,6 +95,7 @@ def test_slices_are_single_images(folder: Path) -> None:
     assert torch.equal(images, torch.cat([whole.decode(latent) for latent in latents.split(1)]))
 
 
+@pytest.mark.slow
 def test_sample_takes_the_settings(folder: Path, tmp_path: Path, isocost: Any) -> None:
     whole = images_of(folder)
     for options in ({"vae_dtype": torch.bfloat16}, {"vae_tile_size": TILE_SIZE}):
@@ -388,6 +389,7 @@ def test_the_weights_of_a_forecast_are_those_of_the_pipeline(name: str, tmp_path
     assert larger.denoiser_bytes == forecast.denoiser_bytes
 
 
+@pytest.mark.slow
 def test_a_dry_run_forecasts_the_memory_of_every_checkpoint(
     folder: Path, tmp_path: Path, isocost: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

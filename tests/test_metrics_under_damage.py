@@ -113,6 +113,7 @@ def test_distances_rise_with_the_damage_from_the_baseline_of_test_against_train(
         assert values == sorted(set(values)), (name, values)
 
 
+@pytest.mark.slow
 def test_paired_metrics_get_worse_with_the_damage(real: list[Image.Image], shared: Path) -> None:
     lpips = load_lpips(shared / "lpips" / "alexnet.safetensors")
     originals = stack(real[:NUM_PAIRS])

@@ -100,6 +100,7 @@ def test_a_snapshot_behind_the_state_is_refused(finished: Path) -> None:
         pipeline.train(pipeline.runs[0])
 
 
+@pytest.mark.slow
 def test_checkpoints_of_scored_snapshots_may_be_absent(finished: Path, tmp_path: Path) -> None:
     archive(finished, tmp_path / "archive", checkpoint_mib=100)
     merge(tmp_path / "out", [tmp_path / "archive"])
@@ -135,6 +136,7 @@ def test_a_scored_study_without_checkpoints_trains_nothing_again(finished: Path,
         again.remeasure(again.runs[0])
 
 
+@pytest.mark.slow
 def test_a_new_point_of_a_study_without_checkpoints_trains_its_size_again(finished: Path, tmp_path: Path) -> None:
     archive(finished, tmp_path / "archive", checkpoint_mib=0.0001)
     merge(tmp_path / "out", [tmp_path / "archive"])
@@ -169,6 +171,7 @@ def test_the_library_is_silent_and_the_command_prints_its_messages(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_another_protocol_uses_the_artefacts(finished: Path, tmp_path: Path) -> None:
     protocol = {**plain_study()["protocol"], "num_images": 48}
     assert take_artefacts(tmp_path / "out", [finished]) > 4
@@ -235,6 +238,7 @@ def test_an_image_with_nan_is_named_and_never_scored(tmp_path: Path, monkeypatch
     assert len(measured.features["efficientnet-lite0"]) == 32 - len(spoilt)
 
 
+@pytest.mark.slow
 def test_a_deadline_saves_the_finished_work(tmp_path: Path) -> None:
     pipeline = Pipeline(tiny_study(family={"widths": [8]}), tmp_path / "out")
     assert not pipeline.run(deadline=time.monotonic())

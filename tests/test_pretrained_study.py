@@ -98,6 +98,7 @@ def check_report(out: Path) -> None:
     assert (out / "report" / "summary.md").read_text() == summary
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_and_recommended_from(folders: list[Path], tmp_path: Path, isocost: Any) -> None:
     file, out = tmp_path / "study.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump(plain(folders)))

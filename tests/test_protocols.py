@@ -66,6 +66,7 @@ def test_the_protocol_page_names_each_preset_with_its_version_and_hash() -> None
             assert f"`{protocol.title}`" in page
 
 
+@pytest.mark.slow
 def test_the_demo_protocol_needs_images_only(tmp_path: Path) -> None:
     images = scenes(256, 32, seed=1)
     np.save(tmp_path / "generated.npy", images.permute(0, 2, 3, 1).numpy())

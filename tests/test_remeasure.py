@@ -51,6 +51,7 @@ def test_every_point_is_timed_again_and_nothing_else_changes(swept: Pipeline, mo
     assert len(works) < len(after)
 
 
+@pytest.mark.slow
 def test_more_steps_take_longer(swept: Pipeline) -> None:
     swept.remeasure(swept.runs[0])
     ms = swept.results_db.table().groupby("nfe")["ms_per_image"].first()

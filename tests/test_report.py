@@ -358,6 +358,7 @@ def test_figures_are_saved_next_to_the_page(written: Path) -> None:
         assert b"/CreationDate" not in data
 
 
+@pytest.mark.slow
 def test_missing_parts_are_named_and_the_others_are_shown(tmp_path: Path) -> None:
     table = synthetic_table(solvers=("ddim/trailing",), snapshots=()).assign(
         ms_per_image=np.nan, latency_ms=np.nan, alignment=np.nan

@@ -46,6 +46,7 @@ def report_files(out: Path) -> dict[str, bytes]:
     return {str(file.relative_to(out)): file.read_bytes() for file in sorted((out / "report").rglob("*")) if file.is_file()}
 
 
+@pytest.mark.slow
 def test_an_archive_gives_the_same_pages_byte_by_byte(reported: Pipeline, tmp_path: Path) -> None:
     archive(reported.out, tmp_path / "archive")
     assert not (tmp_path / "archive" / "report").exists()
@@ -60,6 +61,7 @@ def test_an_archive_gives_the_same_pages_byte_by_byte(reported: Pipeline, tmp_pa
     assert rebuilt.summary == (reported.out / "report" / "summary.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_neither_images_nor_tables(
     reported: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +112,7 @@ def test_a_merged_folder_still_shows_its_images(reported: Pipeline, tmp_path: Pa
     assert merged[0].read_bytes() == original[0].read_bytes()
 
 
+@pytest.mark.slow
 def test_the_report_command_rebuilds_a_folder(reported: Pipeline, tmp_path: Path) -> None:
     archive(reported.out, tmp_path / "archive")
     result = CliRunner().invoke(app, ["report", str(tmp_path / "archive")])
@@ -136,7 +139,7 @@ def test_a_damaged_folder_gives_one_line(reported: Pipeline, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "study",
-    [pytest.param(study, marks=pytest.mark.slow if study == REFERENCE else (), id=study.name) for study in STUDIES],
+    [pytest.param(study, marks=() if study.name == "grid" else pytest.mark.slow, id=study.name) for study in STUDIES],
 )
 def test_a_reference_study_is_rebuilt_from_its_tables(study: Path, tmp_path: Path) -> None:
     """Its pages have the digests in the repository, and its texts are those in the repository."""

@@ -299,6 +299,7 @@ def test_the_folders_own_scheduler_is_swept(folder: Path, tmp_path: Path) -> Non
         pipeline.points(pipeline.runs[0])
 
 
+@pytest.mark.slow
 def test_the_table_and_the_page_name_the_scheduler_that_another_solver_replaces(
     folder: Path, tmp_path: Path, isocost: Any
 ) -> None:

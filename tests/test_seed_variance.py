@@ -65,6 +65,7 @@ def test_a_name_contains_size_and_training() -> None:
     assert split_training_name("2.6M consistency") == ("2.6M consistency", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "num_seeds", "degrees"), [(("0.2M", "0.8M"), 2, 2), (("0.8M",), 4, 3)])
 def test_intervals_cover_the_true_spread_and_margins_the_differences(
     sizes: tuple[str, ...], num_seeds: int, degrees: int
@@ -231,6 +232,7 @@ def test_each_size_has_its_own_variance_and_sizes_trained_once_the_pooled_one() 
     assert "pooled, for sizes trained once" in str(seed_variance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spreads", [(0.2, 0.02), (0.05, 0.05)])
 def test_margins_between_two_sizes_cover_the_differences(spreads: tuple[float, float]) -> None:
     generator, explained = np.random.default_rng(5), []
@@ -243,6 +245,7 @@ def test_margins_between_two_sizes_cover_the_differences(spreads: tuple[float, f
     assert 0.91 <= np.mean(explained) <= 0.99
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_replicate_serves_as_the_own_training_of_another_study(
     finished_study: Path, tmp_path: Path, isocost: Any
 ) -> None:

@@ -243,7 +243,13 @@ def test_the_study_of_all_parts_is_valid() -> None:
     parse_spec(StudySpec, with_value(("name",), "all-parts"), "study")
 
 
-@pytest.mark.parametrize("section", sorted({path[0] for path in PATHS}))
+@pytest.mark.parametrize(
+    "section",
+    [
+        pytest.param(section, marks=pytest.mark.slow if section in ("superres", "dreambooth", "distill") else ())
+        for section in sorted({path[0] for path in PATHS})
+    ],
+)
 def test_every_value_of_every_setting_is_taken_or_refused_in_one_line(section: str) -> None:
     started = time.monotonic()
     for path in (path for path in PATHS if path[0] == section):

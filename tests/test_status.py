@@ -106,6 +106,7 @@ def test_the_command_prints_a_table_and_ends_with_json(tmp_path: Path) -> None:
     assert "64/64" in text
 
 
+@pytest.mark.slow
 def test_progress_counts_the_finished_points_in_any_order(
     finished_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

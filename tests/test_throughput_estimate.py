@@ -58,6 +58,7 @@ def test_the_steps_are_measured() -> None:
     assert 0 <= update_s < 60
 
 
+@pytest.mark.slow
 def test_the_estimate_of_a_size_that_does_not_fit_names_settings_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput_estimate, "measure_step_times", lambda *_: pytest.fail("the size must not be run"))
     spec, model = TrainSpec(num_images=64, batch_size=64, microbatch=64), SMALL.model_copy(update={"latent_size": 16})
@@ -109,6 +110,7 @@ def test_an_adapter_takes_more_memory(changes: dict[str, Any]) -> None:
     assert adapted.step > plain.step
 
 
+@pytest.mark.slow
 def test_a_study_is_estimated_and_nothing_is_written(tmp_path: Path) -> None:
     pipeline = Pipeline(tiny_study(), tmp_path / "out")
     estimates = pipeline.estimate_training()

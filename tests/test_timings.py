@@ -152,6 +152,7 @@ def test_every_point_has_its_true_milliseconds_on_a_virtual_clock(
     assert (table["ms_per_image"] / true_ms).tolist() == pytest.approx([1.0] * len(table), rel=0.01)
 
 
+@pytest.mark.slow
 def test_every_point_has_its_true_latency_on_a_virtual_clock(family_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = VirtualClock(prompt_s=0.003, evaluation_s=0.01, decoded_image_s=0.02)
     call_s = 0.07  # a call of the network takes the same time for one row and for two, unlike full batches

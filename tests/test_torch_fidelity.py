@@ -144,6 +144,7 @@ def test_inception_features_equal_torch_fidelity(ours: Inception, inception_file
     assert file_sha256(inception_file)[:16] in ours.id
 
 
+@pytest.mark.slow
 def test_scores_from_images_equal_torch_fidelity(ours: Inception, inception_file: Path, images: Tensor, tmp_path: Path) -> None:
     coarse = images[:, :, ::4, ::4].repeat_interleave(4, 2).repeat_interleave(4, 3)
     for name, subset in (("real", images[:10]), ("generated", coarse[10:20])):

@@ -223,6 +223,7 @@ def test_several_processes_end_with_the_same_table(finished: Path, tmp_path: Pat
     assert not any((tmp_path / "out" / "artefacts" / ".partial").glob("*"))
 
 
+@pytest.mark.slow
 def test_a_worker_joins_a_run_by_its_folder(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to join"):
         work(tmp_path)
@@ -249,6 +250,7 @@ def test_an_unreachable_results_database_is_one_line(isocost: Any, tmp_path: Pat
     assert "secret" not in result.err
 
 
+@pytest.mark.slow
 def test_a_postgresql_results_database_has_the_same_table(finished: Path, tmp_path: Path) -> None:
     pgserver = pytest.importorskip("pgserver")
     server = pgserver.get_server(tmp_path / "pg")

@@ -20,7 +20,9 @@ m, m_low, m_high                          for every metric m: the score and the 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,25 @@ def _distinguishing_columns(rows: pd.DataFrame) -> str:
     return f"; they differ in {format_difference(*(json.loads(text) for text in parts.iloc[:2]))}"
 
 
+@contextmanager
+def shared_final_points() -> Iterator[None]:
+    """Inside this context `final_points` selects the rows of a table once; a page asks for them hundreds of times.
+
+    The tables must not be changed inside the context.
+    """
+    token = _SHARED.set({})
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+_SHARED: ContextVar[dict[tuple[int, str, str | None], tuple[pd.DataFrame, pd.DataFrame]] | None] = ContextVar(
+    "shared_final_points", default=None
+)
+"""Tables with their final points, by identity of the table, metric and cost; a table in it keeps its identity."""
+
+
 def final_points(table: pd.DataFrame, metric: str, cost: str | None = None) -> pd.DataFrame:
     """The points of final checkpoints that have `metric` and, if given, a measured `cost`.
 
@@ -135,6 +156,16 @@ def final_points(table: pd.DataFrame, metric: str, cost: str | None = None) -> p
     Raises:
         ConfigError: no point qualifies, the scores cannot be compared, or two points have the same configuration.
     """
+    shared = _SHARED.get()
+    if shared is None:
+        return _select_final_points(table, metric, cost)
+    key = (id(table), metric, cost)
+    if key not in shared:
+        shared[key] = (table, _select_final_points(table, metric, cost))
+    return shared[key][1].copy(deep=False)
+
+
+def _select_final_points(table: pd.DataFrame, metric: str, cost: str | None) -> pd.DataFrame:
     rows = with_metric(table, metric)
     rows = rows[rows["is_final"].astype(bool)]
     if rows.empty:

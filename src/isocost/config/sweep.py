@@ -86,6 +86,9 @@ class RaceSpec(Spec):
     )
     confidence: float = Field(0.95, gt=0.5, lt=1, description="confidence of dropping a value and of ending a race")
     seed: Seed = Field(1, description="seed of the search; must differ from sweep.seed, the seed of the scores")
+    guides: Literal["best", "each"] = Field(
+        "best", description="best: guides race against each other, and the best is scored; each: every guide is scored"
+    )
     stop_confidence: float | None = Field(
         0.99, gt=0.5, lt=1, description="confidence that a winner is on no frontier, so that it is not scored; null scores all"
     )
@@ -141,7 +144,8 @@ def without_guides(guides: tuple[Any, ...], reason: str) -> tuple[Any, ...]:
 class SweepSpec(Spec):
     """The grid of points: every size x solver x num_steps x guidance, with each guide and in each guidance interval.
 
-    With `search: race` the values of guidance are a range, and the best value is searched for every size, solver and num_steps.
+    With `search: race` the values of guidance are a range, and the best value is searched for every size, solver and num_steps,
+    together with the best guide and, if requested, the best interval.
     Snapshots are scored at one point: the first solver, `snapshot_num_steps` and `snapshot_guidance`.
     """
 
@@ -151,8 +155,12 @@ class SweepSpec(Spec):
     guides: tuple[GuideSelection | Literal["none"] | None, ...] = Field(
         ("none",), description="networks that run the second pass of guidance; none is the network itself with the empty prompt"
     )
-    guidance_intervals: tuple[Annotated[GuidanceInterval, AfterValidator(_check_interval)] | Literal["all"] | None, ...] = (
-        Field(("all",), description="noise levels with guidance, [low, high] in log-SNR, or all; elsewhere guidance is 1")
+    guidance_intervals: tuple[
+        Annotated[GuidanceInterval, AfterValidator(_check_interval)] | Literal["all", "search"] | None, ...
+    ] = Field(
+        ("all",),
+        description="noise levels with guidance, [low, high] in log-SNR, or all; elsewhere guidance is 1; with search: race, "
+        "search finds the best interval",
     )
     guidance_schedules: tuple[Annotated[GuidanceSchedule, AfterValidator(_check_schedule)], ...] = Field(
         (), description="further ways of guidance: lists of points [log-SNR, guidance]; needs search: grid"
@@ -176,6 +184,14 @@ class SweepSpec(Spec):
             raise ValueError(f"race.seed = {self.seed} equals sweep.seed; choose another seed")
         if self.search == "race" and min(self.guidance) < 1:
             raise ValueError("search: race needs guidance of 1 or more; remove the lower values, or use search: grid")
+        if self.search == "grid" and self.searches_interval:
+            raise ValueError("guidance_intervals: only a race searches the interval; use search: race, or give [low, high]")
+        if self.searches_interval and None not in self.intervals:
+            raise ValueError("guidance_intervals: the search of the interval starts from all noise levels; add all")
+        raced = {value for value in self.guidance if value != 1}
+        has_options = self.searches_interval or len(self.guide_selections) > 0
+        if self.search == "race" and has_options and len(raced) == 1 and 1 not in self.guidance:
+            raise ValueError("guidance: a race of guides or intervals needs a range of guidance; give two values or more")
         if self.search == "race" and self.guidance_schedules:
             raise ValueError("guidance_schedules: a race searches one guidance value; use search: grid")
         weights = [*self.guidance, *(weight for schedule in self.guidance_schedules for _, weight in schedule)]
@@ -195,12 +211,18 @@ class SweepSpec(Spec):
 
     @property
     def intervals(self) -> tuple[GuidanceInterval | None, ...]:
-        """The guidance intervals without repetition; None is all noise levels."""
+        """The given guidance intervals without repetition; None is all noise levels."""
         plain: list[GuidanceInterval | None] = [
             interval if isinstance(interval, tuple) and interval != (None, None) else None
             for interval in self.guidance_intervals
+            if interval != "search"
         ]
         return tuple(dict.fromkeys(plain))
+
+    @property
+    def searches_interval(self) -> bool:
+        """Whether a race searches the guidance interval."""
+        return "search" in self.guidance_intervals
 
     @field_validator("solvers", "num_steps", "guidance", "guides", "guidance_intervals")
     @classmethod

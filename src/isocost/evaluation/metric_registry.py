@@ -189,7 +189,18 @@ for _metric in (
 class _Columns(Mapping[str, Metric]):
     """Every column that the registered metrics can fill: EfficientNet-lite0's distances first, then by extractor."""
 
+    def __init__(self) -> None:
+        self._columns: dict[str, Metric] = {}
+        self._changes: tuple[int, ...] = ()
+
     def _all(self) -> dict[str, Metric]:
+        changes = tuple(registry.num_changes for registry in (METRIC_GROUPS, SAMPLE_METRICS, EXTRACTORS))
+        if changes != self._changes:
+            self._columns, self._changes = self._compute(), changes
+        return self._columns
+
+    @staticmethod
+    def _compute() -> dict[str, Metric]:
         first = EXTRACTORS["efficientnet-lite0"]
         columns: dict[str, Metric] = {}
         for metrics in (

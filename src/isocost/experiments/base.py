@@ -125,8 +125,8 @@ class EvalJob:
     @property
     def guides(self) -> list[str]:
         """Digests of the checkpoints that guide points or cells of the job."""
-        specs = [*(point.spec for point in self.points), *(cell.scored for cell in self.cells)]
-        return sorted({spec.guide.checkpoint for spec in specs if spec.guide is not None})
+        guides = {point.spec.guide for point in self.points} | {option.guide for cell in self.cells for option in cell.options}
+        return sorted({guide.checkpoint for guide in guides if guide is not None})
 
 
 class Experiment(ABC):
@@ -272,7 +272,8 @@ class Experiment(ABC):
         checkpoints = tuple(run.checkpoints.values())
         embeds_guidance = run.model.embeds_guidance
         guides = self.guides(run)
-        cells = tuple(search_cells(checkpoints[-1], sweep, self.protocol_spec, protocol, self.metric, embeds_guidance, guides))
+        arguments = (sweep, self.protocol_spec, protocol, self.metric, embeds_guidance, self.schedule(run), guides)
+        cells = tuple(search_cells(checkpoints[-1], *arguments))
         points_by_checkpoint = run_points(checkpoints, sweep, self.protocol_spec, protocol, guides)
         return [
             EvalJob(checkpoint, points, eval_context, cells if checkpoint == checkpoints[-1] else ())

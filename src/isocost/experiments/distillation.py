@@ -319,7 +319,8 @@ class DistillExperiment(Experiment):
             return []
         sweep = self.sweep.model_copy(update={"solvers": (SolverSpec(),), "num_steps": steps})
         if sweep.search == "race":
-            cells = search_cells(run.final, sweep, self.protocol_spec, protocol, self.metric, run.model.embeds_guidance)
+            arguments = (sweep, self.protocol_spec, protocol, self.metric, run.model.embeds_guidance, self.schedule(run))
+            cells = search_cells(run.final, *arguments)
             return [EvalJob(run.final, (), eval_context, tuple(cells))]
         return [EvalJob(run.final, tuple(grid_points(run.final, sweep, self.protocol_spec, protocol)), eval_context)]
 

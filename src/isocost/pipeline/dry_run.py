@@ -57,8 +57,8 @@ def _plan_run(pipeline: Pipeline, run: TrainingRun, recorded: set[str], races: d
     points = [*planned_points(jobs, races), *(cell.point(cell.guidance[-1]) for cell in cells)]
     missing = [point for point in points if point.digest not in recorded]
     training_images = 0
-    if not run.is_pretrained and pipeline.missing_snapshots(run):
-        training_images = max(0, max(run.checkpoints) - newest_state_images(pipeline.store.folder("run", run.digest)))
+    if not run.is_pretrained and (snapshots := pipeline.missing_snapshots(run)):
+        training_images = max(0, max(snapshots) - newest_state_images(pipeline.store.folder("run", run.digest)))
     sampling_gflop = sum(pipeline.gflop_per_image(run, point) * point.spec.num_images for point in missing) + sum(
         pipeline.gflop_per_image(run, cell.point(cell.guidance[-1])) * expected_race_images(cell) for cell in cells
     )

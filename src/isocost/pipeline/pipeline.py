@@ -200,7 +200,7 @@ class Pipeline:
         return gflop + self.cost(guide_run).gflop_per_forward * guide_passes
 
     def train(self, run: TrainingRun, deadline: float | None = None) -> None:
-        """Train from the newest saved state to the run's last snapshot; every snapshot becomes a checkpoint.
+        """Train from the newest saved state to the last snapshot that is missing; every snapshot becomes a checkpoint.
 
         A pretrained checkpoint is not trained; the store gets an entry for it.
 
@@ -242,7 +242,8 @@ class Pipeline:
         objective = experiment.objective(run, network)
         self._record_skipped()
         title = f"train {cost.size} ({run.title})"
-        train(spec, objective, network, folder, save_snapshot, title=title, snapshots=tuple(run.checkpoints), deadline=deadline)
+        snapshots = tuple(snapshot for snapshot in run.checkpoints if snapshot <= max(missing))
+        train(spec, objective, network, folder, save_snapshot, title=title, snapshots=snapshots, deadline=deadline)
 
     def estimate_training(self) -> list[ThroughputEstimate]:
         """Estimate hours, memory and disk of every size on this machine from a few measured steps; nothing is saved.
@@ -358,8 +359,9 @@ class Pipeline:
     def missing_snapshots(self, run: TrainingRun) -> list[int]:
         """Images seen at the checkpoints of a run that are needed and absent.
 
-        A checkpoint is needed while one of its points is not scored, or while a training that starts from it has a missing
-        checkpoint of its own. Without any points or such trainings, the checkpoint itself is the result, and is needed.
+        A checkpoint is needed while one of its points is not scored, while it guides a network that has such points, or while a
+        training that starts from it has a missing checkpoint of its own. Without any points or such trainings, the checkpoint
+        itself is the result, and is needed.
         """
         return [
             snapshot
@@ -371,11 +373,22 @@ class Pipeline:
         has_points = self.experiments[run.task].has_points(run)
         if has_points and self._has_unscored_points(run, checkpoint):
             return True
+        if any(self._has_unscored_points(other, other.final) for other in self._guided_by(checkpoint)):
+            return True
         folder = self.store.folder("checkpoint", checkpoint)
         children = [child for child in self.runs if folder in child.sources]
         if not children:
             return not has_points
         return any(self.missing_snapshots(child) or self._has_unscored_points(child, checkpoint) for child in children)
+
+    def _guided_by(self, checkpoint: str) -> list[TrainingRun]:
+        """The runs that a checkpoint guides in the sweep."""
+        guided = []
+        for run in self.runs:
+            guides = self.experiments[run.task].guides(run)
+            if any(guide is not None and guide.checkpoint == checkpoint for guide in guides):
+                guided.append(run)
+        return guided
 
     def _has_unscored_points(self, run: TrainingRun, checkpoint: str) -> bool:
         """Whether the sweep of a run has a point of `checkpoint` that is not scored by all metrics, or an open search."""

@@ -14,7 +14,7 @@ from isocost.experiments.base import EvalContext, EvalJob, Experiment, TrainingR
 from isocost.experiments.study_assets import StudyAssets
 from isocost.models.checkpoint import read_info
 from isocost.sweep.grid import SearchCell, SweepPoint
-from isocost.sweep.guidance_search_runner import TrialStore, dominated, make_candidate, run_races
+from isocost.sweep.guidance_search_runner import TrialStore, dominated, make_candidate, option_of, run_races
 from isocost.sweep.leases import Leases
 from isocost.sweep.results_db import ResultsDB
 from isocost.sweep.worker import GuideSource, Worker
@@ -39,7 +39,7 @@ def planned_points(jobs: Sequence[EvalJob], races: Races) -> list[SweepPoint]:
 def winning_points(job: EvalJob, races: Races, excluded: Collection[str]) -> list[SweepPoint]:
     """The winners of a job's finished guidance searches, without the cells whose digest is in `excluded`."""
     cells = [cell for cell in job.cells if cell.digest in races and cell.digest not in excluded]
-    return [cell.point(races[cell.digest]["guidance"]) for cell in cells]
+    return [cell.point(races[cell.digest]["guidance"], option_of(races[cell.digest])) for cell in cells]
 
 
 def unsearched_cells(jobs: Sequence[EvalJob], races: Races) -> list[SearchCell]:
@@ -168,17 +168,16 @@ class Sweeper:
             has_checkpoint = self.store.has("checkpoint", job.checkpoint)
             trials = TrialStore(self.store, job.eval_context().reference, sweep.shard_size)
             for cell in job.cells:
-                guidance = races[cell.digest]["guidance"]
+                guidance, option = races[cell.digest]["guidance"], option_of(races[cell.digest])
                 num_images = json.loads(races[cell.digest]["images_by_guidance"])[str(guidance)]
-                shards = trials.shards(cell, guidance, num_images)
+                shards = trials.shards(cell, guidance, num_images, option)
                 if not has_checkpoint or not all(self.store.has("shard", shard.digest) for shard in shards):
                     decided[cell.digest] = races[cell.digest]["dominated_by"]
                     continue
                 info = read_info(self.store.folder("checkpoint", job.checkpoint))
-                guide = None
-                if cell.scored.guide is not None:
-                    guide = read_info(self.store.folder("checkpoint", cell.scored.guide.checkpoint))
-                candidates.append(make_candidate(cell, info, guide, trials, guidance, num_images))
+                guide_spec = cell.options[option].guide
+                guide = None if guide_spec is None else read_info(self.store.folder("checkpoint", guide_spec.checkpoint))
+                candidates.append(make_candidate(cell, info, guide, trials, guidance, num_images, option))
         reasons = {cell: reason for cell, reason in decided.items() if reason is not None}
         return dominated(candidates, sweep.race.stop_confidence) | reasons
 

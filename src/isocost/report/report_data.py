@@ -27,7 +27,7 @@ from PIL import Image
 from isocost.analysis.claims import ClaimVerdict, TaskResults, evaluate_claims, with_seed_variance
 from isocost.analysis.paper_claims import CLAIMS
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets
-from isocost.analysis.results_table import REPORT_DATA, read_table, table_file
+from isocost.analysis.results_table import REPORT_DATA, read_table, shared_final_points, table_file
 from isocost.config.types import TaskName
 from isocost.data.image_files import read_image_file
 from isocost.errors import ConfigError
@@ -155,10 +155,11 @@ def _write_reports(
         write_atomically(out / "report" / "claims.md", markdown_claims(first_page.study_name, verdicts, tables))
     else:  # the claims are about sizes of one family that were trained alike
         (out / "report" / "claims.md").unlink(missing_ok=True)
-    first, *others = (
-        _write_task_report(out, task, page, tables[task].table, samples[task], () if index else verdicts, with_figures)
-        for index, (task, page) in enumerate(pages.items())
-    )
+    with shared_final_points():
+        first, *others = (
+            _write_task_report(out, task, page, tables[task].table, samples[task], () if index else verdicts, with_figures)
+            for index, (task, page) in enumerate(pages.items())
+        )
     return replace(first, task_reports=dict(zip(list(pages)[1:], others, strict=True)))
 
 

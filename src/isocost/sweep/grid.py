@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from isocost.config.base import digest
 from isocost.config.evaluation import ProtocolSpec
 from isocost.config.model import ModelSpec
-from isocost.config.sweep import GuideSpec, PointSpec, RaceSpec, SweepSpec
-from isocost.diffusion.guidance import format_interval, guidance_per_evaluation
+from isocost.config.sampling import SolverSpec
+from isocost.config.sweep import GuidanceInterval, GuideSpec, PointSpec, RaceSpec, SweepSpec
+from isocost.diffusion.guidance import NO_GUIDANCE, format_interval, guidance_per_evaluation
 from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import num_function_evaluations, solver_coefficients
 from isocost.evaluation.protocol import Protocol
@@ -178,18 +179,42 @@ def run_points(
     return points
 
 
+INTERVAL_ENDS = (-4.0, -2.0, 0.0, 2.0, 4.0)
+"""Ends of the guidance intervals that a race tries, in log-SNR."""
+
+
+@dataclass(frozen=True)
+class GuidanceOption:
+    """A guide and an interval that race against others; see `PointSpec`."""
+
+    guide: GuideSpec | None = None
+    interval: GuidanceInterval | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The option as fields of a point."""
+        return {"guide": self.guide, "guidance_interval": self.interval}
+
+    def __str__(self) -> str:
+        guide = f", guide {self.guide.checkpoint}{'/null' if self.guide.null_prompt else ''}" if self.guide is not None else ""
+        interval = "" if self.interval is None else f", interval {format_interval(self.interval)}"
+        return guide + interval
+
+
 @dataclass(frozen=True)
 class SearchCell:
-    """One checkpoint, solver, number of steps, number of passes, guide and interval; a race searches its best guidance.
+    """One checkpoint, solver, number of steps and number of passes; a race searches its best guidance, guide and interval.
 
     Attributes:
-        scored: coordinate of the point to score, at any guidance.
+        scored: coordinate of the point to score, at any guidance and option.
         searched: the same with the seed of the race.
         guidance: the sweep's values of guidance that take this number of passes, increasing; a single one needs no race.
         protocol: protocol of the scores.
         metric: metric of the race.
         race: settings of the race.
         is_two_pass: whether a step takes two passes.
+        options: guides and intervals that race against each other; at least one.
+        base: the cell without an interval whose guide and guidance this one begins with; None searches all options.
     """
 
     scored: PointSpec
@@ -199,30 +224,54 @@ class SearchCell:
     metric: str
     race: RaceSpec
     is_two_pass: bool
+    options: tuple[GuidanceOption, ...] = (GuidanceOption(),)
+    base: SearchCell | None = None
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether options race against each other."""
+        return len(self.options) > 1 or self.base is not None
+
+    def options_of(self, guide: GuideSpec | None) -> list[int]:
+        """Return the indices of the options with this guide."""
+        return [index for index, option in enumerate(self.options) if option.guide == guide]
 
     @property
     def title(self) -> str:
         """Short title such as "ddim 4 steps"."""
         scored = self.scored
         passes = "" if self.is_two_pass or len(self.guidance) > 1 else f", guidance {self.guidance[0]:g}"
-        guide = f", guide {scored.guide.checkpoint}" if scored.guide is not None else ""
-        interval = "" if scored.guidance_interval is None else f", interval {format_interval(scored.guidance_interval)}"
-        return f"{scored.solver.name} {scored.num_steps} steps{passes}{guide}{interval}"
+        if self.base is not None:
+            raced = f", {len(self.options)} intervals" + ("" if self.options[0].guide is None else " of a guide")
+        else:
+            raced = f", {len(self.options)} guides" if self.is_joint else str(self.options[0])
+        return f"{scored.solver.name} {scored.num_steps} steps{passes}{raced}"
 
     @property
     def digest(self) -> str:
         """Name of the race's result in the results database."""
-        settings = {"race": self.race.canonical(), "guidance": list(self.guidance), "metric": self.metric}
+        settings: dict[str, Any] = {"race": self.race.canonical(), "guidance": list(self.guidance), "metric": self.metric}
+        if self.is_joint:
+            settings["options"] = [self.scored.model_copy(update=option.fields).canonical() for option in self.options]
+            settings["base"] = None if self.base is None else self.base.digest
         stage = {"stage": "cell", "version": VERSION, "protocol": self.protocol.id, "seed": self.scored.seed, **settings}
         return digest(stage, self.searched)
 
-    def trial(self, guidance: float) -> SweepPoint:
+    def trial(self, guidance: float, option: int = 0) -> SweepPoint:
         """Return the point whose first images a race generates; its noise differs from that of the scored point."""
-        return make_point(self.searched.model_copy(update={"guidance": guidance}), self.protocol)
+        return self._point(self.searched, guidance, option)
 
-    def point(self, guidance: float) -> SweepPoint:
-        """Return the point that is scored after the race."""
-        return make_point(self.scored.model_copy(update={"guidance": guidance}), self.protocol)
+    def point(self, guidance: float, option: int = 0) -> SweepPoint:
+        """Return the point that is scored after the race.
+
+        Args:
+            guidance: w.
+            option: index of the guide and the interval.
+        """
+        return self._point(self.scored, guidance, option)
+
+    def _point(self, spec: PointSpec, guidance: float, option: int) -> SweepPoint:
+        return make_point(spec.model_copy(update={"guidance": guidance, **self.options[option].fields}), self.protocol)
 
 
 def search_cells(
@@ -232,11 +281,14 @@ def search_cells(
     protocol: Protocol,
     metric: str,
     embeds_guidance: bool,
+    schedule: NoiseSchedule,
     guides: Guides = NO_GUIDES,
 ) -> list[SearchCell]:
     """Return the cells of a checkpoint by solver, number of passes, guide, interval and increasing steps.
 
-    There are none with `search: grid`.
+    There are none with `search: grid`. Guides other than the network itself race against each other in one cell, unless
+    `race.guides` is `each`. Where the sweep searches the interval, each cell without an interval has a further one, which
+    begins with its guide and guidance.
 
     Guidance 1 takes one pass and is a cell of its own. If only one other value is given, its race starts at the first value
     of the search grid above 1.
@@ -251,14 +303,50 @@ def search_cells(
     cells = []
     for solver in sweep.solvers:
         for passes, values in by_passes.items():
-            combined = itertools.product(guides, sweep.intervals) if values != [1] else [(None, None)]
-            for guide, interval in combined:
+            for options in _raced_options(sweep, guides) if values != [1] else [(GuidanceOption(),)]:
                 for num_steps in sorted(set(sweep.num_steps)):
-                    settings = {"guidance": values[0], "guide": guide, "guidance_interval": interval}
-                    scored = _point_spec(checkpoint, sweep, protocol_spec, solver=solver, num_steps=num_steps, **settings)
+                    alone = options[0].fields if len(options) == 1 else {}
+                    settings = {"guidance": values[0], **alone, "solver": solver, "num_steps": num_steps}
+                    scored = _point_spec(checkpoint, sweep, protocol_spec, **settings)
                     searched = scored.model_copy(update={"seed": sweep.race.seed})
-                    cells.append(SearchCell(scored, searched, tuple(values), protocol, metric, sweep.race, passes > 1))
+                    cell = SearchCell(scored, searched, tuple(values), protocol, metric, sweep.race, passes > 1, options)
+                    cells.append(cell)
+                    if values != [1] and sweep.searches_interval and options[0].interval is None:
+                        tried = [None, *distinct_intervals(solver, num_steps, schedule)]
+                        intervals = tuple(GuidanceOption(option.guide, interval) for option in options for interval in tried)
+                        free = {"guide": None, "guidance_interval": None}
+                        scored, searched = scored.model_copy(update=free), searched.model_copy(update=free)
+                        cells.append(replace(cell, scored=scored, searched=searched, options=intervals, base=cell))
     return cells
+
+
+def _raced_options(sweep: SweepSpec, guides: Guides) -> list[tuple[GuidanceOption, ...]]:
+    """Return the options of each cell: for every given interval, the network itself and the guides."""
+    separate = [(guide,) for guide in guides if guide is None or sweep.race.guides == "each"]
+    together = [tuple(guide for guide in guides if guide is not None)] if sweep.race.guides == "best" else []
+    return [
+        tuple(GuidanceOption(guide, interval) for guide in group)
+        for group in (*separate, *together)
+        for interval in sweep.intervals
+        if group
+    ]
+
+
+def distinct_intervals(solver: SolverSpec, num_steps: int, schedule: NoiseSchedule) -> list[GuidanceInterval]:
+    """Return the intervals between `INTERVAL_ENDS` and open ends that guide different evaluations of a solver.
+
+    Intervals that guide all evaluations, or none, are left out.
+    """
+    coefficients = solver_coefficients(solver, num_steps, schedule)
+    by_guided: dict[tuple[bool, ...], GuidanceInterval] = {}
+    ends = (None, *INTERVAL_ENDS, None)
+    for low, high in itertools.combinations(range(len(ends)), 2):
+        interval = (ends[low], ends[high])
+        weights = guidance_per_evaluation(coefficients.alpha, coefficients.sigma, 2.0, interval)
+        guided = tuple(weight != NO_GUIDANCE for weight in weights)
+        if any(guided) and not all(guided):
+            by_guided.setdefault(guided, interval)
+    return list(by_guided.values())
 
 
 def snapshot_point(checkpoint: str, sweep: SweepSpec, protocol_spec: ProtocolSpec, protocol: Protocol) -> SweepPoint:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from isocost.evaluation.confidence_intervals import percentile_interval
 from isocost.evaluation.metric_registry import metric_of
 from isocost.evaluation.reference_set import ReferenceSet
 from isocost.models.checkpoint import CheckpointInfo
-from isocost.sweep.grid import SearchCell
+from isocost.sweep.grid import SearchCell, SweepPoint
 from isocost.sweep.guidance_search import (
     MAX_EXTENSION,
     Array,
@@ -31,6 +31,7 @@ from isocost.sweep.guidance_search import (
     SearchResult,
     nearest_grid_index,
     search_guidance,
+    search_options,
 )
 from isocost.sweep.image_shards import MAX_NONFINITE_FRACTION, Shard, read_shards, split_into_shards
 from isocost.sweep.worker import Worker
@@ -40,6 +41,8 @@ FIRST_RUNG_DIVISOR, LAST_RUNG_DIVISOR = 20, 2
 """The first rung has a twentieth of the protocol's images, the last rung at most half of them."""
 MIN_RUNG = 32
 EXPECTED_VALUES = 5
+INTERVAL_BRACKET = (0, 4)
+"""Grid steps from the best guidance without an interval to the first values of every interval: 1 and 1.41 times that value."""
 
 
 def rungs_for(num_images: int) -> tuple[int, ...]:
@@ -76,7 +79,11 @@ def search_config(cell: SearchCell) -> SearchConfig:
 
 def expected_race_images(cell: SearchCell) -> int:
     """Return an estimate of a race's images, for a plan: the first rung for five values, or for the cell's only value."""
-    return search_config(cell).rungs[0] * (1 if len(cell.guidance) == 1 else EXPECTED_VALUES)
+    first = search_config(cell).rungs[0]
+    if cell.base is not None:
+        guides = len({option.guide for option in cell.options})
+        return first * (len(INTERVAL_BRACKET) * len(cell.options) // guides + EXPECTED_VALUES)
+    return first * (1 if len(cell.guidance) == 1 else EXPECTED_VALUES) * len(cell.options)
 
 
 def single_value_search(cell: SearchCell) -> GuidanceSearch:
@@ -95,15 +102,15 @@ class TrialStore:
     reference: ReferenceSet
     shard_size: int
 
-    def shards(self, cell: SearchCell, guidance: float, num_images: int) -> list[Shard]:
+    def shards(self, cell: SearchCell, guidance: float, num_images: int, option: int = 0) -> list[Shard]:
         """Return the shards of a trial's first images. They are also cut at the rungs, so shards do not depend on the rung."""
         bounds = [n for n in search_config(cell).rungs if n <= num_images]
         assert bounds, "a request is for a rung"
-        return split_into_shards(cell.trial(guidance), self.shard_size, bounds)
+        return split_into_shards(cell.trial(guidance, option), self.shard_size, bounds)
 
-    def score(self, cell: SearchCell, guidance: float, num_images: int) -> Array:
+    def score(self, cell: SearchCell, guidance: float, num_images: int, option: int = 0) -> Array:
         """Return the score of a trial's first images in every resample, [1 + R]; ±inf if too many images are non-finite."""
-        shards = self.shards(cell, guidance, num_images)
+        shards = self.shards(cell, guidance, num_images, option)
         num_nonfinite = sum(len(self.store.manifest("shard", shard.digest)["nonfinite"]) for shard in shards)
         if num_nonfinite > MAX_NONFINITE_FRACTION * num_images:
             worst = -np.inf if metric_of(cell.metric).better == "higher" else np.inf
@@ -115,8 +122,8 @@ class TrialStore:
 def run_races(worker: Worker, cells: Sequence[SearchCell], done: Callable[[SearchCell], None], deadline: float | None) -> bool:
     """Find the best guidance of every cell that has no race in the results database.
 
-    Cells of one solver, number of passes, guide and interval run in the order of increasing steps, each from the result of the
-    previous one. The others run at the same time.
+    Cells of one solver, number of passes, guides and interval run in the order of increasing steps, each from the result of the
+    previous one. The others run at the same time. Races of intervals follow, each from the result of its base.
 
     Args:
         worker: generates the images.
@@ -127,13 +134,20 @@ def run_races(worker: Worker, cells: Sequence[SearchCell], done: Callable[[Searc
     Returns:
         False if the deadline came first.
     """
+    return all(
+        _run_races(worker, [cell for cell in cells if (cell.base is None) is is_base], done, deadline)
+        for is_base in (True, False)
+    )
+
+
+def _run_races(worker: Worker, cells: Sequence[SearchCell], done: Callable[[SearchCell], None], deadline: float | None) -> bool:
+    """Run races whose bases are recorded; see `run_races`."""
     recorded = worker.results_db.races()
     queues: dict[tuple[Any, ...], list[SearchCell]] = {}
     for cell in cells:
         if cell.digest in recorded:
             done(cell)
-        scored = cell.scored
-        key = (scored.solver.label, cell.is_two_pass, scored.guide, scored.guidance_interval)
+        key = (cell.scored.solver.label, cell.is_two_pass, cell.options) if cell.base is None else (cell.digest,)
         queues.setdefault(key, []).append(cell)
     chains = [_WarmStartedSearches(worker, queue, recorded, done) for queue in queues.values()]
     running = [chain for chain in chains if chain.start_next()]
@@ -176,17 +190,16 @@ class _WarmStartedSearches:
         if self.cell_index == len(self.cells):
             return False
         self.has_scores = False
-        if len(self.cell.guidance) == 1:
-            self.search = single_value_search(self.cell)
-        else:
-            self.search = search_guidance(search_config(self.cell), self.start)
+        self.search = make_search(self.cell, self.start, self.recorded)
         self.requests = next(self.search)
         return True
 
     def shards(self) -> list[Shard]:
         """Return the shards that the open score requests need."""
         return [
-            shard for request in self.requests for shard in self.trials.shards(self.cell, request.guidance, request.num_images)
+            shard
+            for request in self.requests
+            for shard in self.trials.shards(self.cell, request.guidance, request.num_images, request.option)
         ]
 
     def advance(self) -> bool:
@@ -195,7 +208,10 @@ class _WarmStartedSearches:
         Raises:
             RunError: nearly all images are non-finite at every guidance that was tried first.
         """
-        scores = {request: self.trials.score(self.cell, request.guidance, request.num_images) for request in self.requests}
+        scores = {
+            request: self.trials.score(self.cell, request.guidance, request.num_images, request.option)
+            for request in self.requests
+        }
         if all(np.isinf(values[0]) for values in scores.values()) and not self.has_scores:
             raise RunError(f"{self.cell.title}: too few finite images at every guidance that was tried; train longer")
         self.has_scores = True
@@ -212,7 +228,7 @@ class _WarmStartedSearches:
         self.results_db.add_race(
             {
                 "cell": cell.digest,
-                "point": cell.point(result.guidance).digest,
+                "point": cell.point(result.guidance, result.option).digest,
                 "checkpoint": cell.scored.checkpoint,
                 "protocol": cell.protocol.id,
                 "metric": cell.metric,
@@ -228,9 +244,59 @@ class _WarmStartedSearches:
                 "is_at_boundary": result.is_at_boundary,
                 "warnings": json.dumps(result.warnings),
                 "dominated_by": None,
+                "option_index": result.option if cell.is_joint else None,
+                "options": json.dumps(_tried_options(cell, result)) if cell.is_joint else None,
             }
         )
         self.done(cell)
+
+
+def make_search(cell: SearchCell, start: int | None, recorded: Mapping[str, Mapping[str, Any]]) -> GuidanceSearch:
+    """Return the search of a cell.
+
+    Args:
+        cell: the cell.
+        start: grid index of the result of the previous cell, or None.
+        recorded: the finished races by the digest of their cell; the base of the cell is one of them.
+    """
+    config = search_config(cell)
+    if cell.base is not None:
+        found = recorded[cell.base.digest]
+        options = cell.options_of(cell.base.options[option_of(found)].guide)
+        best = nearest_grid_index(found["guidance"])
+        search = search_options(config, [[best + step for step in INTERVAL_BRACKET] for _ in options])
+        return _renumbered(search, options)
+    if cell.is_joint:
+        return search_options(config, [config.initial_indices(start) for _ in cell.options])
+    return single_value_search(cell) if len(cell.guidance) == 1 else search_guidance(config, start)
+
+
+def _renumbered(search: GuidanceSearch, indices: Sequence[int]) -> GuidanceSearch:
+    """Run a search over some options of a cell, whose indices in the cell are given."""
+    requests = next(search)
+    while True:
+        of_cell = [replace(request, option=indices[request.option]) for request in requests]
+        scores = yield of_cell
+        try:
+            requests = search.send({request: scores[named] for request, named in zip(requests, of_cell, strict=True)})
+        except StopIteration as ended:
+            tried = {indices[option]: images for option, images in ended.value.tried.items()}
+            return replace(ended.value, option=indices[ended.value.option], tried=tried)
+
+
+def option_of(race: Mapping[str, Any]) -> int:
+    """Return the index of the option that a recorded race found."""
+    return int(race["option_index"] or 0)
+
+
+def _tried_options(cell: SearchCell, result: SearchResult) -> list[dict[str, Any]]:
+    """Return what was sampled of each option, as plain data."""
+    tried = []
+    for index, images_by_guidance in result.tried.items():
+        fields = {key: value for key, value in cell.trial(1.0, index).coordinate().items() if key.startswith("guid")}
+        del fields["guidance"]
+        tried.append({"option": index, **fields, "images_by_guidance": images_by_guidance})
+    return tried
 
 
 @dataclass(frozen=True)
@@ -244,6 +310,7 @@ class Candidate:
         guidance: the guidance that the race found.
         scores: returns the score [1 + R] of the first so many images at that guidance.
         num_images: images generated at that guidance.
+        option: the guide and the interval that the race found, as an index into the cell's options.
     """
 
     cell: SearchCell
@@ -252,14 +319,20 @@ class Candidate:
     guidance: float
     scores: Callable[[int], Array]
     num_images: int
+    option: int = 0
+
+    @property
+    def point(self) -> SweepPoint:
+        """The point that would be scored."""
+        return self.cell.point(self.guidance, self.option)
 
     @property
     def costs(self) -> tuple[float, ...]:
         """All costs that do not need a measurement."""
-        return tuple(self.cell.point(self.guidance).costs(self.info, self.guide).values())
+        return tuple(self.point.costs(self.info, self.guide).values())
 
     def __str__(self) -> str:
-        return f"{self.info.label}, {self.cell.point(self.guidance).title}"
+        return f"{self.info.label}, {self.point.title}"
 
 
 def make_candidate(
@@ -269,9 +342,11 @@ def make_candidate(
     trials: TrialStore,
     guidance: float,
     num_images: int,
+    option: int = 0,
 ) -> Candidate:
     """Return the candidate of a cell whose race is over; see `Candidate`."""
-    return Candidate(cell, info, guide, guidance, cache(partial(trials.score, cell, guidance)), num_images)
+    scores = cache(partial(trials.score, cell, guidance, option=option))
+    return Candidate(cell, info, guide, guidance, scores, num_images, option)
 
 
 def dominated(candidates: Sequence[Candidate], confidence: float) -> dict[str, str]:

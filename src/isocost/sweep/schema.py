@@ -104,6 +104,8 @@ class RaceRecord(Base):
     """Result of the race of one cell, and the point to score.
 
     `images_by_guidance` and `warnings` are JSON. `dominated_by` is the reason why the point is not scored, or NULL.
+    `option_index` is the winner among `SearchCell.options` and `options` has, as JSON, what was sampled of each, if guides or
+    intervals raced against each other; else both are NULL.
     """
 
     __tablename__ = "races"
@@ -124,6 +126,8 @@ class RaceRecord(Base):
     is_at_boundary: Mapped[bool] = mapped_column(Boolean)
     warnings: Mapped[str] = mapped_column(Text)
     dominated_by: Mapped[str | None] = mapped_column(Text)
+    option_index: Mapped[int | None] = mapped_column(Integer)
+    options: Mapped[str | None] = mapped_column(Text)
 
 
 class EventRecord(Base):

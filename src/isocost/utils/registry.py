@@ -21,6 +21,8 @@ class Registry(Mapping[str, T], Generic[T]):
         """
         self.kind = kind
         self._entries: dict[str, T] = {}
+        self.num_changes = 0
+        """Entries that were added or removed so far, so that what follows from the entries can be computed once."""
 
     def add(self, name: str, entry: T) -> None:
         """Add an entry.
@@ -31,10 +33,12 @@ class Registry(Mapping[str, T], Generic[T]):
         if name in self._entries:
             raise ConfigError(f"{self.kind} {name!r} is registered already; choose another name")
         self._entries[name] = entry
+        self.num_changes += 1
 
     def remove(self, name: str) -> None:
         """Remove an entry, for tests and notebooks that register one again."""
         del self._entries[name]
+        self.num_changes += 1
 
     def check(self, name: str, where: str = "") -> None:
         """
