@@ -339,6 +339,16 @@ class Pipeline:
         for task in dict.fromkeys(run.task for run in runs):
             self.experiments[task].validate()
 
+    def check_guides_of_teachers(self) -> None:
+        """Check the guides that students learn from, before the study is written.
+
+        Raises:
+            ConfigError: a guide does not exist, or does not fit its teacher.
+        """
+        for experiment in self.experiments.values():
+            if isinstance(experiment, DistillExperiment) and experiment.spec.guide is not None:
+                assert experiment.runs, "every teacher has a student"
+
     def check_trained(self, runs: Sequence[TrainingRun]) -> None:
         """Check, before the first image is sampled, that the runs have all the checkpoints they need.
 
@@ -493,6 +503,7 @@ class Pipeline:
 
         Finished work is saved; a second call continues it.
         """
+        self.check_guides_of_teachers()
         self.prepare()
         try:
             with self.leases.exclusively("assets"):  # one process makes them, the others read them
