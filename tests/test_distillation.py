@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Iterable
@@ -362,6 +363,36 @@ def test_the_codi_loss_compares_the_noise_along_the_students_step_and_the_clean_
     parameter = next(student.parameters())
     ours, theirs = (torch.autograd.grad(value, parameter)[0] for value in (loss, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("null_prompt", [False, True])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_target_of_a_pair_equals_a_plain_computation_in_float64(prediction_type: PredictionType, null_prompt: bool) -> None:
+    """The clean latent and the noise of `guide + w (teacher - guide)`, and the loss of CoDi whose clean latent they shift."""
+    spec = distill_spec(prediction_type, guide={"size": "smaller", "null_prompt": null_prompt})
+    teacher, student = teacher_and_student(spec)
+    guide = build_unet(MODEL.model_copy(update={"width": 4})).eval()
+    objective = ConsistencyDistillation(spec, TextToImage(spec.train, RandomCache(), SCHEDULE), teacher, student, guide)
+    objective.on_train_start({30: [parameter.detach() for parameter in student.parameters()]})
+    batch = objective.batch(0, range(16), CPU)
+    z, w = batch.noisy.double(), batch.guidance.double().view(-1, 1, 1, 1)
+    alpha, sigma = (
+        torch.tensor(values[batch.indices.numpy()]).view(-1, 1, 1, 1) for values in (SCHEDULE.alpha, SCHEDULE.sigma)
+    )
+    prompts = batch.prompt_embeds.double()
+    guide_prompts = RandomCache().prompt_table[64:].double().expand_as(prompts) if null_prompt else prompts
+    with torch.no_grad():
+        own = copy.deepcopy(teacher).double()(z, batch.indices, prompts).sample
+        second = copy.deepcopy(guide).double()(z, batch.indices, guide_prompts).sample
+        output = second + w * (own - second)
+        if prediction_type == "epsilon":
+            x0, eps = (z - sigma * output) / alpha, output
+        else:
+            x0, eps = alpha * z - sigma * output, sigma * z + alpha * output
+        actual = objective.guided_prediction(teacher, batch.noisy, batch, batch.indices)
+    torch.testing.assert_close(actual.x0.double(), x0, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual.eps.double(), eps, rtol=1e-4, atol=1e-3)
+    assert float((own - second).abs().mean()) > 1e-2
 
 
 def test_guidance_shifts_the_clean_latent_of_codi_as_it_shifts_the_teacher() -> None:

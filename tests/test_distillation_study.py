@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 
 from conftest import plain_study
@@ -29,6 +30,8 @@ from isocost.config.study import StudySpec
 from isocost.diffusion.philox import INITIAL_NOISE, philox_normal
 from isocost.errors import ConfigError
 from isocost.evaluation.confidence_intervals import Interval
+from isocost.experiments import distillation
+from isocost.experiments.base import make_run
 from isocost.experiments.distillation import DistillExperiment, StudentRun
 from isocost.models.autoencoder import load_autoencoder
 from isocost.models.checkpoint import load_checkpoint
@@ -41,6 +44,7 @@ from isocost.sampling.sample import sample
 from isocost.sampling.upscale import upscale
 from isocost.sweep.schema import HARDWARE_COLUMNS
 from synthetic_results import synthetic_table
+from test_latency import write_checkpoint
 
 
 def distill_study(**changes: Any) -> StudySpec:
@@ -264,12 +268,119 @@ def test_teachers_must_be_compatible(finished: Pipeline, tmp_path: Path) -> None
         ({"train": {"num_images": 8, "prediction_type": "epsilon"}}, "fine-tuning needs the value of train"),
         ({"train": {"num_images": 8, "prediction_type": "flow_prediction"}}, "cannot be distilled"),
         ({"train": {"num_images": 8, "sharding": "fsdp"}}, "does not support sharding"),
+        ({"guide": {"size": 4}, "guidance_range": None, "sweep": {"guidance": [1]}}, "needs a guidance_range"),
+        ({"guide": {"size": 4}, "guidance_range": [0.5, 4]}, "w below 1 with a guide"),
+        ({"guide": {"size": 4, "checkpoint": "x"}}, "either size or checkpoint"),
+        ({"guide": {"size": "all"}}, "distill.guide.size = 'all'"),
         ({"variants": ["magic"]}, "distill.variants.0 = 'magic'"),
     ],
 )
 def test_an_invalid_study_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         distill_study(**changes)
+
+
+def pair_study(guide: dict[str, Any] | None, **changes: Any) -> StudySpec:
+    """Two sizes and their students, whose teachers have a guide."""
+    distill = {**PARTS["distill"], "variants": ["consistency", "progressive"], "guide": guide, **changes}
+    return finished_spec("distill", family={"widths": [4, 8]}, distill=distill)
+
+
+def student_runs(study: StudySpec, out: Path) -> list[StudentRun]:
+    return [run for run in Pipeline(study, out).experiments["distill"].runs if isinstance(run, StudentRun)]
+
+
+def test_a_guide_is_one_member_of_the_study_and_its_passes_are_counted(tmp_path: Path) -> None:
+    guided = student_runs(pair_study({"size": 4, "snapshot": 32}), tmp_path)
+    plain = student_runs(pair_study(None), tmp_path)
+    pipeline = Pipeline(pair_study(None), tmp_path)
+    small, large = pipeline.experiments["text2image"].runs
+    guide = pipeline.store.folder("checkpoint", small.checkpoints[32])
+    cost = {run.model.width: pipeline.cost(run).gflop_per_forward for run in (small, large)}
+    for run, without in zip(guided, plain, strict=True):
+        assert run.digest != without.digest
+        is_guided = run.is_first
+        assert run.guide == (guide if is_guided else None)
+        assert (guide in run.sources) is is_guided, "training waits for the checkpoint of the guide"
+        number = 2 if run.kind == "progressive" else 1
+        saved = number * (cost[run.model.width] - cost[4]) if is_guided else 0
+        assert run.gflop_per_image == pytest.approx(without.gflop_per_image - saved)
+    by_size = student_runs(pair_study({"size": "same", "snapshot": 32}), tmp_path)
+    folders = [pipeline.store.folder("checkpoint", run.checkpoints[32]) for run in (small, large)]
+    assert list(dict.fromkeys(run.guide for run in by_size if run.guide is not None)) == folders
+
+
+def test_without_a_guide_the_digest_of_a_student_has_no_key_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs: list[Any] = []
+    monkeypatch.setattr(distillation, "make_run", lambda *arguments: inputs.append(arguments[3]) or make_run(*arguments))
+    without = {run.digest for run in student_runs(distill_study(), tmp_path)}
+    assert without == {run.digest for run in student_runs(distill_study(guide=None), tmp_path)}
+    assert inputs
+    assert all("guide" not in stage for stage in inputs)
+
+
+WRONG_GUIDES: dict[str, tuple[dict[str, Any], str]] = {
+    "itself": ({"size": "same"}, "would guide itself; give an earlier snapshot"),
+    "no smaller size": ({"size": "smaller"}, "no width of the study is smaller than teacher"),
+    "larger": ({"size": 8}, "it is larger than teacher"),
+    "no such width": ({"size": 5}, "no such width; the study has 4, 8"),
+    "no such snapshot": ({"size": 4, "snapshot": 33}, "width 4 has no such snapshot; it has 32, 64 images"),
+    "no such folder": ({"checkpoint": "absent"}, "absent: no such checkpoint folder"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_GUIDES)
+def test_a_wrong_guide_of_teachers_is_one_line_and_nothing_is_written(case: str, tmp_path: Path, isocost: Any) -> None:
+    guide, message = WRONG_GUIDES[case]
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump(pair_study(guide).model_dump(mode="json")), encoding="utf-8")
+    outcome = isocost("run", study, "--out", tmp_path / "out")
+    assert outcome.status == 2, outcome.err
+    assert message in outcome.line
+    assert len(outcome.err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_guide_in_a_folder_must_fit_the_study(finished: Pipeline, tmp_path: Path) -> None:
+    def refused(guide: Path, **changes: Any) -> str:
+        with pytest.raises(ConfigError) as caught:
+            student_runs(distill_study(guide={"checkpoint": str(guide)}, **changes), tmp_path)
+        return str(caught.value)
+
+    assert "would guide itself" in refused(
+        finished.store.folder("checkpoint", finished.runs[0].final),
+        teachers=[str(finished.store.folder("checkpoint", finished.runs[0].final))],
+    )
+    assert "is a student already" in refused(student_folder(finished, "consistency"))
+    assert "trained for superres" in refused(
+        finished.store.folder("checkpoint", finished.experiments["superres"].runs[0].final)
+    )
+    other = write_checkpoint(tmp_path / "other", {"latent_size": 16})
+    assert "latents of another autoencoder" in refused(other)
+    zero_snr = write_checkpoint(tmp_path / "zero-snr", {"width": 4}, rescale_betas_zero_snr=True)
+    assert "another noise schedule" in refused(zero_snr)
+    fitting = write_checkpoint(tmp_path / "fitting", {"width": 4})
+    runs = student_runs(distill_study(guide={"checkpoint": str(fitting)}), tmp_path)
+    assert {run.guide for run in runs if run.is_first} == {fitting}
+
+
+@pytest.mark.slow
+def test_a_student_learns_the_guided_pair(family_copy: Path) -> None:
+    """The teacher of width 8 is guided by its own snapshot at 32 images."""
+    sweep = {"num_steps": [4], "guidance": [2], "batch_size": 16}
+    study = distill_study(variants=["consistency"], guide={"size": "same", "snapshot": 32}, sweep=sweep)
+    pipeline = Pipeline(study, family_copy)
+    assert pipeline.run()
+    (run,) = pipeline.experiments["distill"].runs
+    info = load_checkpoint(pipeline.store.folder("checkpoint", run.final)).info
+    assert info.teacher_guide == pipeline.runs[0].checkpoints[32]
+    cost = pipeline.cost(pipeline.runs[0]).gflop_per_forward
+    assert info.training_gflop == pytest.approx(64 * (4 * info.gflop_per_forward + 2 * cost))
+    table = pipeline.results_db.table()
+    rows = table[table["checkpoint"] == run.final]
+    assert (rows["nfe"] == rows["num_steps"]).all()
+    with pytest.raises(ConfigError, match=r"distill.guide"):
+        Pipeline(distill_study(variants=["consistency"], sweep=sweep), family_copy)
 
 
 def test_a_changed_recipe_conflicts_and_a_new_variant_does_not(finished: Pipeline) -> None:

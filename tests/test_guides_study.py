@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from finished_study import BASE, finished_spec, plain_finished
+from finished_study import BASE, copy_of, finished_spec, plain_finished
 from isocost.cli import app
 from isocost.config.base import parse_spec
 from isocost.config.sampling import SolverSpec
@@ -25,14 +28,21 @@ from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import solver_coefficients
 from isocost.errors import ConfigError
 from isocost.models.checkpoint import read_info
+from isocost.pipeline import sweep_runner
 from isocost.pipeline.dry_run import plan
 from isocost.pipeline.pipeline import Pipeline
 from isocost.report.build import report
+from isocost.sampling import generate
+from isocost.sampling.generate import make_engine
+from isocost.sampling.guides import make_guide
+from isocost.sampling.latency import load_components, load_guide
 from isocost.sampling.sample import Model
+from isocost.sweep import worker
 from isocost.sweep.grid import SearchCell, distinct_intervals
 from isocost.sweep.guidance_search_runner import option_of
 from isocost.sweep.image_shards import read_images
 from isocost.training.state_checkpoint import newest_state_images
+from test_timings import VirtualClock
 
 INTERVAL = [-3.0, 2.0]
 SWEEP: dict[str, Any] = {
@@ -103,6 +113,80 @@ def test_costs_count_both_networks(guided: Pipeline, table: pd.DataFrame) -> Non
     own = table[table["guide"].isna() & (table["width"] == 8) & (table["guidance"] == 2) & table["guidance_interval"].isna()]
     cheaper = small[small["guide_checkpoint"].isin(guided.runs[0].checkpoints.values()) & small["guidance_schedule"].isna()]
     assert (cheaper["gflop"] < own["gflop"].iloc[0]).all()
+
+
+FEW_WAYS: dict[str, Any] = {
+    **BASE["sweep"],
+    "num_steps": [4],
+    "guides": ["none", {"size": 4}, {"size": 4, "null_prompt": True}],
+    "guidance_intervals": ["all", INTERVAL],
+}
+"""A part of the points of `SWEEP`."""
+
+
+@pytest.fixture
+def timed(guided: Pipeline, monkeypatch: pytest.MonkeyPatch) -> tuple[Pipeline, VirtualClock]:
+    """The study with few points of guides and intervals, on a clock that passes only in the stages of sampling."""
+    clock = VirtualClock(prompt_s=0.003, evaluation_s=0.01, decoded_image_s=0.05)
+    pipeline = Pipeline(finished_spec(family={"widths": [4, 8]}, sweep=FEW_WAYS), guided.out)
+
+    def timed_engine(*arguments: Any, **options: Any) -> Any:
+        engine = make_engine(*arguments, **options)
+        engine.denoise = clock.costing(engine.denoise, clock.evaluation_s)
+        return engine
+
+    def timed_guide(*arguments: Any, **options: Any) -> Any:
+        guide = make_guide(*arguments, **options)
+        return dataclasses.replace(guide, denoise=clock.costing(guide.denoise, GUIDE_S))
+
+    def with_calls_of(seconds: float, load: Any) -> Any:
+        """A loader whose network takes `CALL_S` per call and `seconds` per row of it."""
+
+        def loaded(*arguments: Any) -> Any:
+            part = load(*arguments)
+            denoise = clock.costing(part.network.denoise(), seconds)
+
+            def call(*inputs: Any) -> Any:
+                clock.pass_time(CALL_S)
+                return denoise(*inputs)
+
+            monkeypatch.setattr(part.network, "denoise", lambda: call)
+            if load is load_components:
+                monkeypatch.setattr(part.autoencoder, "decode", clock.costing(part.autoencoder.decode, clock.decoded_image_s))
+                monkeypatch.setattr(part.text_encoder, "encode", clock.costing(part.text_encoder.encode, clock.prompt_s))
+            return part
+
+        return loaded
+
+    monkeypatch.setattr(worker, "make_engine", timed_engine)
+    monkeypatch.setattr(worker, "make_guide", timed_guide)
+    monkeypatch.setattr(worker, "load_components", with_calls_of(clock.evaluation_s, load_components))
+    monkeypatch.setattr(worker, "load_guide", with_calls_of(GUIDE_S, load_guide))
+    monkeypatch.setattr(sweep_runner, "Worker", partial(worker.Worker, now=clock.now))
+    monkeypatch.setattr(generate, "time", SimpleNamespace(perf_counter=clock.now))
+    autoencoder, text_encoder = pipeline.assets.load_or_train_autoencoder(), pipeline.assets.text_encoder
+    monkeypatch.setattr(autoencoder, "decode", clock.costing(autoencoder.decode, clock.decoded_image_s))
+    monkeypatch.setattr(text_encoder, "encode", clock.costing(text_encoder.encode, clock.prompt_s))
+    return pipeline, clock
+
+
+GUIDE_S, CALL_S = 0.004, 0.03
+
+
+def test_remeasured_times_count_the_passes_of_both_networks(timed: tuple[Pipeline, VirtualClock]) -> None:
+    pipeline, clock = timed
+    run = pipeline.runs[1]
+    points = [point.digest for job in pipeline.experiments["text2image"].jobs(run) for point in job.points]
+    assert pipeline.remeasure(run) == len(points) == 1 + 3 * 2 + 2, "with the settings of the snapshots"
+    table = pipeline.results_db.table().set_index("point").loc[points]
+    own, by_guide = table["nfe"] - table["guide_nfe"], table["guide_nfe"]
+    true_ms = 1000 * (clock.prompt_s + own * clock.evaluation_s + by_guide * GUIDE_S + clock.decoded_image_s)
+    assert (table["ms_per_image"] / true_ms).tolist() == pytest.approx([1.0] * len(points), rel=0.01)
+    num_calls = table["num_steps"] + by_guide
+    true_latency_ms = true_ms + 1000 * num_calls * CALL_S
+    assert (table["latency_ms"] / true_latency_ms).tolist() == pytest.approx([1.0] * len(points), rel=0.01)
+    in_interval = table[table["guidance_interval"].notna() & table["guide"].isna()]
+    assert (in_interval["nfe"] < 8).all(), "steps without guidance take one row of a call"
 
 
 @pytest.mark.slow
@@ -180,6 +264,15 @@ def test_the_command_of_a_point_draws_its_images(guided: Pipeline, table: pd.Dat
     saved = read_images(guided.store.folder("point", row["point"]))[0].astype(int)
     assert 0 in guided.assets.saved_indices
     assert np.abs(drawn - saved).max() <= 2, "the batch size differs, so rounding may"
+
+
+def test_without_the_guide_nothing_is_timed(guided: Pipeline, tmp_path: Path) -> None:
+    copy_of(guided.out, tmp_path / "out")
+    pipeline = Pipeline(finished_spec(family={"widths": [4, 8]}, sweep=FEW_WAYS), tmp_path / "out")
+    small, large = pipeline.runs
+    pipeline.store.remove("checkpoint", small.final)
+    with pytest.raises(ConfigError, match=f"no checkpoint {small.final}"):
+        pipeline.check_checkpoints([large])
 
 
 @pytest.mark.slow

@@ -21,6 +21,8 @@ import torch
 from isocost.cli import main
 from isocost.config.model import ModelSpec, TextEncoderSpec
 from isocost.config.sampling import SolverSpec
+from isocost.config.types import PredictionType
+from isocost.diffusion.guidance import guidance_per_evaluation
 from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import solver_coefficients
 from isocost.errors import ConfigError
@@ -33,6 +35,7 @@ from isocost.sampling.latency import BatchLatency, Memory, latency, load_notes
 from isocost.sampling.latency_stages import (
     NUM_WARM_UP,
     BatchedPipeline,
+    LoadedGuide,
     LoadedModel,
     Summary,
     measure_latency_ms,
@@ -48,7 +51,9 @@ PRECISE_MS = [1.0000001, 1.0000002, 1.0000004]
 STUDENT = {"distilled": "consistency", "task": "distill", "guidance_range": (1.0, 4.0)}
 
 
-def write_checkpoint(folder: Path, model: dict[str, Any] | None = None, **fields: Any) -> Path:
+def write_checkpoint(
+    folder: Path, model: dict[str, Any] | None = None, prediction_type: PredictionType = "v_prediction", **fields: Any
+) -> Path:
     """A small checkpoint with random weights for the built-in autoencoder: 32 x 32 pixels, 4 x 8 x 8 latents."""
     shape = {
         "width": 8,
@@ -61,9 +66,12 @@ def write_checkpoint(folder: Path, model: dict[str, Any] | None = None, **fields
     spec = ModelSpec(**shape | (model or {}))
     torch.manual_seed(0)
     network = build_network(spec)
+    if spec.kind == "dit":  # its output layer starts at zero
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
     partial = folder.with_name(f"{folder.name}.partial")
     partial.mkdir()
-    save_networks(partial, network, "v_prediction")
+    save_networks(partial, network, prediction_type)
     info = CheckpointInfo(
         model=spec,
         size="0.2M",
@@ -71,7 +79,7 @@ def write_checkpoint(folder: Path, model: dict[str, Any] | None = None, **fields
         images_seen=0,
         gflop_per_forward=0.125,
         normalized_cost_per_step=0.5,
-        prediction_type="v_prediction",
+        prediction_type=prediction_type,
         autoencoder="scenes",
         text_encoder=TextEncoderSpec(path="minilm", max_tokens=8),
         resolution=32,
@@ -88,6 +96,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     embeds, concat = {"guidance_embed_dim": 16}, {"extra_input_channels": 4}
     return {
         "base": write_checkpoint(root / "base"),
+        "small": write_checkpoint(root / "small", {"width": 4}),
         "student": write_checkpoint(root / "student", embeds, **STUDENT),
         "codi": write_checkpoint(root / "codi", {**embeds, "adapter": "noisy"}, **{**STUDENT, "distilled": "codi"}),
         "progressive": write_checkpoint(root / "progressive", embeds, **{**STUDENT, "distilled": "progressive"}),
@@ -230,6 +239,57 @@ def test_every_pass_is_a_row_of_a_counted_call(
     assert [result.nfe * size for result in pipeline.results] == [rows] * size
     assert pipeline.images.shape == (size, 3, 32, 32)
     pipeline.check()
+
+
+@lru_cache
+def loaded_guide(folder: Path, main: Path, has_own_text_encoder: bool = False) -> LoadedGuide:
+    opened = load_checkpoint(folder)
+    own = text_encoder(opened.text_encoder) if has_own_text_encoder else None
+    return LoadedGuide(opened.info, Denoiser(opened.network), own, loaded_model(main))
+
+
+@pytest.mark.parametrize(
+    ("guide", "null_prompt", "weights", "rows", "guide_calls"),
+    [
+        (None, False, (1.0, 2.0, 2.0), 5, 0),
+        (None, False, (1.0, 1.0, 1.0), 3, 0),
+        ("small", False, (1.0, 2.0, 2.0), 3, 2),
+        ("small", True, (2.0, 2.0, 2.0), 3, 3),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3])
+def test_an_evaluation_without_guidance_takes_one_row_and_no_guide(
+    folders: dict[str, Path],
+    guide: str | None,
+    null_prompt: bool,
+    weights: tuple[float, ...],
+    rows: int,
+    guide_calls: int,
+    size: int,
+) -> None:
+    coefficients = solver_coefficients(SolverSpec(), 3, NoiseSchedule.scaled_linear())
+    network = None if guide is None else loaded_guide(folders[guide], folders["base"])
+    pipeline = BatchedPipeline(loaded_model(folders["base"]), coefficients, 2.0, size, weights, network, null_prompt)
+    for _ in range(2):
+        pipeline(lambda _: None)
+        assert (pipeline.call_counter.num_calls, pipeline.call_counter.num_rows) == (3, rows * size)
+        if pipeline.guide_counter is not None:
+            assert (pipeline.guide_counter.num_calls, pipeline.guide_counter.num_rows) == (guide_calls, guide_calls * size)
+    assert [result.nfe for result in pipeline.results] == [rows + guide_calls] * size
+    assert [result.guide_nfe for result in pipeline.results] == [guide_calls] * size
+
+
+@pytest.mark.parametrize("has_own_text_encoder", [False, True])
+def test_the_timed_images_of_a_pair_equal_those_of_sample(folders: dict[str, Path], has_own_text_encoder: bool) -> None:
+    coefficients = solver_coefficients(SolverSpec(), 3, NoiseSchedule.scaled_linear())
+    guide = loaded_guide(folders["small"], folders["base"], has_own_text_encoder)
+    weights = guidance_per_evaluation(coefficients.alpha, coefficients.sigma, 2.0, (-3.0, None))
+    assert set(weights) == {1.0, 2.0}
+    pipeline = BatchedPipeline(loaded_model(folders["base"]), coefficients, 2.0, 3, weights, guide)
+    pipeline(lambda _: None)
+    settings = {"num_steps": 3, "guidance": 2.0, "num_images": 1, "guidance_interval": (-3.0, None)}
+    expected = sample(folders["base"], pipeline.prompts, guide=folders["small"], **settings).array[:, 0]
+    assert (pipeline.images.permute(0, 2, 3, 1).int() - torch.from_numpy(expected).int()).abs().max() <= 1
 
 
 def test_the_timed_images_equal_those_of_sample(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,6 +471,24 @@ def test_the_command_prints_every_value(folders: dict[str, Path], isocost: Any, 
         assert fragment in progress
 
 
+def test_the_command_measures_a_pair_by_its_own_mix_of_passes(folders: dict[str, Path], isocost: Any) -> None:
+    arguments = ("--steps", 2, "--batch", 2, "--repeats", 3, "--device", "cpu", "--guidance", 3, "--guidance-interval", "-3:")
+    status, printed, progress = isocost(folders["base"], "--guide", folders["small"], *arguments)
+    assert status == 0, progress
+    document = json.loads(printed)
+    settings, batch = document["settings"], document["batches"][0]
+    assert (settings["guide"]["digest"], settings["guide"]["null_prompt"]) == ("small", False)
+    assert (settings["guidance_interval"], settings["guided_evaluations"]) == ([-3.0, None], 1)
+    assert (batch["nfe_per_image"], batch["guide_nfe_per_image"]) == (3, 1)
+    assert (batch["network_calls"], batch["network_rows"], batch["guide_calls"], batch["guide_rows"]) == (2, 4, 1, 2)
+    assert settings["gflop_per_image"] == 3 * 0.125, "both networks of the test state the same cost"
+    assert "3 network passes per image: 2 of the network and 1 of the guide 0.2M" in progress
+    status, printed, progress = isocost(folders["base"], *arguments)
+    assert status == 0, progress
+    assert json.loads(printed)["batches"][0]["network_rows"] == 3 * 2
+    assert "2 solver evaluations, 1 of them with guidance, which takes 2 passes" in progress
+
+
 @pytest.mark.parametrize(
     ("kind", "solver", "steps", "guidance", "passes"),
     [
@@ -473,6 +551,29 @@ def test_a_mistake_is_a_one_line_message(
     status, printed, progress = isocost(folders.get(kind, tmp_path / kind), *arguments)
     assert (status, printed) == (2, "")
     assert progress.startswith("isocost: ")
+    assert len(progress.splitlines()) == 1
+    assert message in progress
+
+
+@pytest.mark.parametrize(
+    ("guide", "arguments", "message"),
+    [
+        ("base", [], "a model cannot guide itself; give a smaller or less trained one"),
+        ("student", [], "was trained with its guidance as an input"),
+        ("superres", [], "choose a guide of the same latent space"),
+        ("absent", [], "no such checkpoint folder"),
+        ("small", ["--guidance", 0.5], "would lead to the images of the guide; give 1 or more"),
+        ("small", ["--guidance-interval", "20:30"], "the log-SNR of this noise schedule goes from"),
+        ("small", ["--guidance-schedule", "1:2,0:1"], "rising log-SNR"),
+        (None, ["--guide-null-prompt"], "there is no guide to give the empty prompt to"),
+    ],
+)
+def test_a_wrong_guide_is_a_one_line_message(
+    folders: dict[str, Path], isocost: Any, guide: str | None, arguments: list[object], message: str, tmp_path: Path
+) -> None:
+    named = [] if guide is None else ["--guide", folders.get(guide, tmp_path / guide)]
+    status, printed, progress = isocost(folders["base"], *named, *arguments)
+    assert (status, printed) == (2, "")
     assert len(progress.splitlines()) == 1
     assert message in progress
 

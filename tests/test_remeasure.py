@@ -40,7 +40,7 @@ def test_every_point_is_timed_again_and_nothing_else_changes(swept: Pipeline, mo
     assert (after["latency_ms"] > 0).all()
     provenances = after["provenance"].map(json.loads)
     assert {item["timed_with"]["device"] for item in provenances} == {provenance()["device"]}
-    assert {item["timed_with"]["num_images"] for item in provenances} == {16}, "one full batch"
+    assert {item["timed_with"]["num_images"] for item in provenances} == {32}, "full calls of the decoder"
     assert all(item["timed_with"]["num_latency_runs"] >= 3 for item in provenances)
     same = [name for name in before.columns if name not in ("ms_per_image", "latency_ms", "provenance")]
     assert before[same].equals(after[same])

@@ -15,15 +15,21 @@ from isocost.cli.options import (
     CHECKPOINT_HELP,
     Batches,
     Database,
+    Guide,
+    GuideNullPrompt,
+    IntervalText,
     NumRepeats,
     NumSteps,
     OptionalGuidance,
     OutputDir,
     Overrides,
+    ScheduleText,
     SolverName,
     StudyFile,
     Tasks,
     output_dir_of,
+    parse_guidance_schedule,
+    parse_interval,
     parse_solver,
     parse_tasks,
     read_study,
@@ -41,6 +47,10 @@ def latency(
     checkpoint: Annotated[Path, typer.Argument(help=CHECKPOINT_HELP)],
     num_steps: NumSteps = None,
     guidance: OptionalGuidance = None,
+    guide: Guide = None,
+    guide_null_prompt: GuideNullPrompt = False,
+    guidance_interval: IntervalText = None,
+    guidance_schedule: ScheduleText = None,
     solver_name: SolverName = None,
     batch: Batches = None,
     repeats: NumRepeats = 20,
@@ -51,20 +61,25 @@ def latency(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if available")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="also write the result to this .json file")] = None,
 ) -> None:
-    """Measure the milliseconds of one checkpoint by batch size: text encoder, denoiser, decoder and total."""
+    """Measure the milliseconds of a checkpoint by batch size, alone or with a guide: text encoder, denoiser, decoder, total."""
     if out is not None:
         check_output_file(out, ".json")
     solver = parse_solver(solver_name)
+    interval, schedule = parse_interval(guidance_interval), parse_guidance_schedule(guidance_schedule)
 
     from isocost.sampling.latency import DEFAULT_BATCHES
     from isocost.sampling.latency import latency as measure
 
-    _print_memory(checkpoint, batch or DEFAULT_BATCHES, guidance, dtype, device)
+    _print_memory(checkpoint, batch or DEFAULT_BATCHES, guidance, dtype, device, guide)
     measured = measure(
         checkpoint,
         solver=solver,
         num_steps=num_steps,
         guidance=guidance,
+        guide=guide,
+        guide_null_prompt=guide_null_prompt,
+        guidance_interval=interval,
+        guidance_schedule=schedule,
         batches=batch or DEFAULT_BATCHES,
         repeats=repeats,
         dtype=dtype,
@@ -109,8 +124,9 @@ def _print_memory(
     guidance: float | None,
     dtype: SamplingDTypeName,
     device: str | None,
+    guide: Path | None,
 ) -> None:
-    """Print the forecast of the device memory of a published checkpoint, before it is loaded."""
+    """Print the forecast of the device memory of a published checkpoint and its guide, before they are loaded."""
     import torch
 
     from isocost.estimate.memory_forecast import forecast_batches
@@ -120,10 +136,13 @@ def _print_memory(
 
     info = read_info(checkpoint)
     is_absent = device not in (None, "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available())
-    if info.pretrained is None or min(batches) < 1 or is_absent:
+    guide_info = None if guide is None else read_info(guide)
+    is_forecast = info.pretrained is not None and (guide_info is None or guide_info.pretrained is not None)
+    if not is_forecast or min(batches) < 1 or is_absent:
         return  # `latency` names what is wrong
     target = best_device() if device is None else torch.device(device)
-    forecast = forecast_batches(info, batches, DEFAULT_GUIDANCE if guidance is None else guidance, dtype, target)
+    guidance = DEFAULT_GUIDANCE if guidance is None else guidance
+    forecast = forecast_batches(info, batches, guidance, dtype, target, guide_info)
     print(forecast, file=sys.stderr)
     if warning := forecast.warning(target):
         print(f"warning: {warning}", file=sys.stderr)
@@ -145,13 +164,23 @@ def _print_times(measured: Latency) -> None:
             fraction = times.median_ms / batch.stages["whole"].median_ms
             table.add_row(str(batch.batch), stage, *(f"{number:.2f}" for number in numbers), f"{fraction:.1%}")
         table.add_section()
-    num_passes = settings["passes_per_evaluation"]
-    evaluations = (
-        f"{measured.batches[0].nfe_per_image} network passes per image: {settings['num_function_evaluations']} solver "
-        f"evaluations, {num_passes} {'pass' if num_passes == 1 else 'passes'} each"
-    )
+    evaluations = _count_passes(measured)
     hardware = f"{device['name']}, {device['num_threads']} {'thread' if device['num_threads'] == 1 else 'threads'}"
     numerics = f"{settings['dtype']['denoiser']}, {'compiled' if settings['compiled'] else 'eager'}"
     repeats = f"{settings['repeats']} passes of each batch size"
     table.caption = "\n".join([evaluations, f"{hardware}; {numerics}; {repeats}", *measured.notes])
     Console(stderr=True, width=110).print(table)
+
+
+def _count_passes(measured: Latency) -> str:
+    """A line with the passes of an image: of both networks, and in how many evaluations there is guidance."""
+    settings, batch = measured.settings, measured.batches[0]
+    num_evaluations, num_guided = settings["num_function_evaluations"], settings["guided_evaluations"]
+    total = f"{batch.nfe_per_image} network passes per image"
+    if settings["guide"] is not None:
+        own = batch.nfe_per_image - batch.guide_nfe_per_image
+        return f"{total}: {own} of the network and {batch.guide_nfe_per_image} of the guide {settings['guide']['size']}"
+    if 0 < num_guided < num_evaluations:
+        return f"{total}: {num_evaluations} solver evaluations, {num_guided} of them with guidance, which takes 2 passes"
+    num_passes = settings["passes_per_evaluation"]
+    return f"{total}: {num_evaluations} solver evaluations, {num_passes} {'pass' if num_passes == 1 else 'passes'} each"

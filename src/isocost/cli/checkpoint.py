@@ -15,9 +15,13 @@ from isocost.cli.options import (
     DType,
     Eta,
     GuidanceScale,
+    Guide,
+    GuideNullPrompt,
+    IntervalText,
     NumImages,
     NumSteps,
     Overlap,
+    ScheduleText,
     Seed,
     SolverName,
     StepsOffset,
@@ -25,11 +29,14 @@ from isocost.cli.options import (
     VaeDType,
     VaeSlicing,
     VaeTileSize,
+    in_range,
     parse_guidance_schedule,
     parse_interval,
     parse_solver,
     parse_vae,
 )
+from isocost.config.types import Guidance
+from isocost.errors import ConfigError
 from isocost.utils.output_paths import check_output_file, check_separate, private_folder
 
 
@@ -41,17 +48,10 @@ def sample(
     prompts: Annotated[list[str], typer.Option("--prompt", help="prompt; may be repeated")],
     num_steps: NumSteps = None,
     guidance: GuidanceScale = 2.0,
-    guide: Annotated[
-        Path | None,
-        typer.Option(help="checkpoint of a smaller or less trained network that guides this one, in place of the empty prompt"),
-    ] = None,
-    guide_null_prompt: Annotated[bool, typer.Option("--guide-null-prompt", help="the guide gets the empty prompt")] = False,
-    guidance_interval: Annotated[
-        str | None, typer.Option(help="noise levels with guidance, LOW:HIGH in log-SNR; an empty end is open")
-    ] = None,
-    guidance_schedule: Annotated[
-        str | None, typer.Option(help="guidance by noise level in place of --guidance: LOGSNR:GUIDANCE,LOGSNR:GUIDANCE,...")
-    ] = None,
+    guide: Guide = None,
+    guide_null_prompt: GuideNullPrompt = False,
+    guidance_interval: IntervalText = None,
+    guidance_schedule: ScheduleText = None,
     solver_name: SolverName = None,
     timestep_spacing: TimestepSpacing = "trailing",
     eta: Eta = 0.0,
@@ -92,8 +92,8 @@ def sample(
         negative_prompt=negative_prompt,
         guide=guide,
         guide_null_prompt=guide_null_prompt,
-        guidance_interval=None if guidance_interval is None else parse_interval(guidance_interval),
-        guidance_schedule=None if guidance_schedule is None else parse_guidance_schedule(guidance_schedule),
+        guidance_interval=parse_interval(guidance_interval),
+        guidance_schedule=parse_guidance_schedule(guidance_schedule),
         dtype=dtype,
         compiled=compiled,
         vae_dtype=vae.dtype,
@@ -160,10 +160,42 @@ def upscale(
 def export(
     checkpoint: Annotated[Path, typer.Argument(help=CHECKPOINT_HELP)],
     folder: Annotated[Path, typer.Argument(help="new or empty folder for the diffusers pipeline")],
+    guide: Guide = None,
+    guide_null_prompt: GuideNullPrompt = False,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            "--guidance",
+            callback=in_range("--guidance", Guidance),
+            help="guidance scale in the README of a guide, interval or schedule; default: 2",
+        ),
+    ] = None,
+    guidance_interval: IntervalText = None,
+    guidance_schedule: ScheduleText = None,
+    num_steps: NumSteps = None,
 ) -> None:
-    """Write a checkpoint as a folder that diffusers pipelines can load."""
+    """Write a checkpoint, alone or with a guide, as a folder that diffusers pipelines can load."""
     from isocost.models.export_diffusers import export as export_checkpoint
+    from isocost.sampling.export_pair import export_pair
 
-    exported = export_checkpoint(checkpoint, folder)
+    interval, schedule = parse_interval(guidance_interval), parse_guidance_schedule(guidance_schedule)
+    readme: dict[str, str] = {}
+    if guide is None and interval is None and schedule is None:
+        extra = {"--guidance": guidance, "--guide-null-prompt": guide_null_prompt or None, "--steps": num_steps}
+        if unused := [option for option, value in extra.items() if value is not None]:
+            raise ConfigError(f"{unused[0]}: a pipeline takes it at each call; leave it out, or give --guide or an interval")
+        exported = export_checkpoint(checkpoint, folder)
+    else:
+        exported = export_pair(
+            checkpoint,
+            folder,
+            guide=guide,
+            guide_null_prompt=guide_null_prompt,
+            guidance=guidance,
+            guidance_interval=interval,
+            guidance_schedule=schedule,
+            num_steps=num_steps,
+        )
+        readme = {"readme": str(exported / "README.md")}
     pipeline = json.loads((exported / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    print_json({"folder": str(exported), "load": f"{pipeline}.from_pretrained({str(exported)!r})"})
+    print_json({"folder": str(exported), "load": f"{pipeline}.from_pretrained({str(exported)!r})", **readme})

@@ -115,6 +115,24 @@ Overlap = Annotated[
         "--overlap", callback=in_range("--overlap", Fraction), help="minimum overlap of tiles, as a fraction of the tile"
     ),
 ]
+Guide = Annotated[
+    Path | None,
+    typer.Option(
+        "--guide",
+        help="checkpoint of a smaller or less trained network that guides this one, in place of the empty prompt",
+    ),
+]
+GuideNullPrompt = Annotated[bool, typer.Option("--guide-null-prompt", help="the guide gets the empty prompt")]
+IntervalText = Annotated[
+    str | None,
+    typer.Option("--guidance-interval", help="noise levels with guidance, LOW:HIGH in log-SNR; an empty end is open"),
+]
+ScheduleText = Annotated[
+    str | None,
+    typer.Option(
+        "--guidance-schedule", help="guidance by noise level in place of --guidance: LOGSNR:GUIDANCE,LOGSNR:GUIDANCE,..."
+    ),
+]
 OptionalGuidance = Annotated[
     float | None,
     typer.Option(
@@ -191,12 +209,14 @@ def parse_tasks(tasks: list[str] | None) -> tuple[TaskName, ...] | None:
     return tuple(name for name in names if name in tasks) if tasks else None
 
 
-def parse_interval(text: str) -> tuple[float | None, float | None]:
-    """Read LOW:HIGH in log-SNR; an empty end is open.
+def parse_interval(text: str | None) -> tuple[float | None, float | None] | None:
+    """Read LOW:HIGH in log-SNR; an empty end is open. Without the option it is None.
 
     Raises:
         ConfigError: there are not two ends, or one is no number.
     """
+    if text is None:
+        return None
     low, separator, high = text.partition(":")
     if not separator:
         raise ConfigError(f"--guidance-interval {text}: give LOW:HIGH in log-SNR, such as -3:2, or -3: for an open end")
@@ -204,12 +224,14 @@ def parse_interval(text: str) -> tuple[float | None, float | None]:
     return ends[0], ends[1]
 
 
-def parse_guidance_schedule(text: str) -> tuple[tuple[float, float], ...]:
-    """Read LOGSNR:GUIDANCE,LOGSNR:GUIDANCE,...
+def parse_guidance_schedule(text: str | None) -> tuple[tuple[float, float], ...] | None:
+    """Read LOGSNR:GUIDANCE,LOGSNR:GUIDANCE,... Without the option it is None.
 
     Raises:
         ConfigError: a point is not a pair of numbers.
     """
+    if text is None:
+        return None
     where = f"--guidance-schedule {text}"
     points = [point.split(":") for point in text.split(",")]
     if any(len(point) != 2 for point in points):

@@ -16,6 +16,7 @@ from isocost.config.types import (
     MAX_CHANNELS,
     MAX_SAMPLES,
     NUM_TRAIN_TIMESTEPS,
+    Channels,
     Guidance,
     ImagesSeen,
     NumSamples,
@@ -101,6 +102,30 @@ class SuperresDistillSweepSpec(DistillSweepSpec):
     snapshot_guidance: Guidance = 1.0
 
 
+class DistillGuideSpec(Spec):
+    """The guide of the teachers: one network of the teacher's size or smaller. A student learns the guided pair."""
+
+    size: Literal["smaller", "same"] | Channels | None = Field(
+        None, description="smaller: the next smaller width; same: the teacher's own width; or a width of the family"
+    )
+    snapshot: Literal["last"] | ImagesSeen = Field("last", description="last, or the number of images of a snapshot")
+    checkpoint: LocalPath | None = Field(None, description="a checkpoint folder in place of a size")
+    null_prompt: bool = Field(False, description="the guide gets the empty prompt in place of the image's prompt")
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> DistillGuideSpec:
+        if (self.size is None) is (self.checkpoint is None):
+            raise ValueError("a guide has either size or checkpoint; give one of the two")
+        if self.checkpoint is not None and self.snapshot != "last":
+            raise ValueError("snapshot belongs to a size of the family; leave it out for a checkpoint")
+        return self
+
+    @property
+    def title(self) -> str:
+        """The guide for messages."""
+        return ", ".join(f"{key}: {value}" for key, value in self.canonical().items())
+
+
 class DistillSpec(Spec):
     """Few-step students of the last checkpoint of every size (arXiv 2404.01367, section 4.7).
 
@@ -113,6 +138,9 @@ class DistillSpec(Spec):
     teachers: tuple[str, ...] = Field((), description="checkpoint folders to distil, instead of those of the study")
     guidance_range: tuple[Guidance, Guidance] | None = Field(
         (1.0, 8.0), description="range of w, which becomes an input of the student (one pass); null disables guidance"
+    )
+    guide: DistillGuideSpec | None = Field(
+        None, description="guide of the teachers: `guide + w (teacher - guide)`; null is the teacher with the empty prompt"
     )
     guidance_embed_dim: int = Field(
         256, ge=8, le=MAX_CHANNELS, description="width of the embedding of w; 256 in Stable Diffusion's students"
@@ -146,6 +174,12 @@ class DistillSpec(Spec):
                 )
         else:
             low, high = 1.0, 1.0
+        if self.guide is not None and self.guidance_range is None:
+            raise ValueError("guide: the student learns w of the pair, so it needs a guidance_range; give one, such as [1, 4]")
+        if self.guide is not None and low < 1:
+            raise ValueError(
+                f"guidance_range={[low, high]}: w below 1 with a guide leads to the images of the guide; start at 1 or more"
+            )
         has_snapshots = self.train.snapshots or self.train.snapshots_gflop
         guidance = (*self.sweep.guidance, *((self.sweep.snapshot_guidance,) if has_snapshots else ()))
         outside = [w for w in guidance if not low <= w <= high]

@@ -8,7 +8,7 @@ torch and of the CUDA driver, and the fragmentation of an allocator are not coun
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class MemoryForecast:
         denoiser_activation_bytes, decoder_activation_bytes: of the largest calls.
         cache_bytes: prompt embeddings, and upper limits of the caches of a sweep.
         total_bytes: largest sum of what exists at the same time. A sweep releases the text encoders before it samples.
+        guide_bytes: weights of a guide and of its text encoders; None without a guide.
     """
 
     checkpoint: str
@@ -55,17 +56,19 @@ class MemoryForecast:
     decoder_activation_bytes: int
     cache_bytes: int
     total_bytes: int
+    guide_bytes: int | None = None
 
     def plain(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
+        guide = "" if self.guide_bytes is None else f" Guide with its text encoder: {_gib(self.guide_bytes)}."
         return (
             f"{self.checkpoint}: about {_gib(self.total_bytes)} of device memory. Weights: text encoder "
             f"{_gib(self.text_encoder_bytes)} (fp32), denoiser {_gib(self.denoiser_bytes)} ({self.dtype}), autoencoder "
             f"{_gib(self.autoencoder_bytes)} ({self.vae_dtype}). Activations: denoiser {_gib(self.denoiser_activation_bytes)}, "
-            f"decoder {_gib(self.decoder_activation_bytes)}. Caches: {_gib(self.cache_bytes)}"
+            f"decoder {_gib(self.decoder_activation_bytes)}. Caches: {_gib(self.cache_bytes)}.{guide}".removesuffix(".")
         )
 
     def warning(self, device: torch.device) -> str | None:
@@ -111,6 +114,7 @@ def forecast_batches(
     guidance: float,
     dtype: SamplingDTypeName,
     device: torch.device,
+    guide: CheckpointInfo | None = None,
 ) -> MemoryForecast:
     """Forecast the memory of a published checkpoint whose parts are all loaded, for the largest of some batch sizes.
 
@@ -120,13 +124,22 @@ def forecast_batches(
         guidance: w, which decides the network passes of an evaluation.
         dtype: of the denoiser.
         device: where it will run.
+        guide: metadata of a published checkpoint that guides it. Its autoencoder is not loaded.
     """
-    passes = passes_per_evaluation(info.effective_guidance(guidance), info.model.embeds_guidance)
+    passes = 1 if guide is not None else passes_per_evaluation(info.effective_guidance(guidance), info.model.embeds_guidance)
     parts = _count(info, dtype, VaeSpec(), max(batches) * passes, device, num_parallel_calls=1)
     caches = max(batches) * (parts.packed_bytes + parts.key_value_bytes)
     activations = max(parts.denoiser_activations, parts.decoder_activations)
-    total = parts.text_encoder + parts.denoiser + parts.autoencoder + activations + caches
-    return parts.forecast(info.label, dtype, VaeSpec(), caches, total)
+    total = parts.text_encoder + parts.denoiser + parts.autoencoder
+    guide_bytes = None
+    if guide is not None:
+        guide_parts = _count(guide, dtype, VaeSpec(), max(batches), device, num_parallel_calls=1)
+        guide_bytes = guide_parts.text_encoder + guide_parts.denoiser
+        caches += max(batches) * (guide_parts.packed_bytes + guide_parts.key_value_bytes)
+        activations = max(activations, guide_parts.denoiser_activations)
+        total += guide_bytes
+    forecast = parts.forecast(info.label, dtype, VaeSpec(), caches, total + activations + caches)
+    return replace(forecast, guide_bytes=guide_bytes)
 
 
 @dataclass(frozen=True)

@@ -190,6 +190,9 @@ def _add_students(
     if spec.teachers:
         plan.not_counted.append(f"{name}: its teachers are checkpoints, and the study does not contain their shapes")
         return
+    if spec.guide is not None and spec.guide.checkpoint is not None:
+        plan.not_counted.append(f"{name}: its guide is a checkpoint, and the study does not contain its shape")
+        return
     for run in DistillExperiment(name, spec, assets, base).runs:
         assert isinstance(run, StudentRun), "DistillExperiment has only student runs"
         cost = model_cost(run.model, assets.study.text_encoder.max_tokens)

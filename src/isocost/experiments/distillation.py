@@ -27,10 +27,11 @@ from isocost.experiments.base import EvalJob, Experiment, TrainingRun, make_run
 from isocost.experiments.pretrain import PretrainExperiment
 from isocost.experiments.study_assets import StudyAssets
 from isocost.experiments.superres import SuperresExperiment
-from isocost.models.checkpoint import Checkpoint, checkpoint_name, load_checkpoint
+from isocost.models.checkpoint import Checkpoint, CheckpointInfo, checkpoint_name, load_checkpoint, read_info
 from isocost.models.codi_unet import CoDiUNet
 from isocost.models.factory import add_guidance_embedding
 from isocost.models.flops import model_cost
+from isocost.sampling.generate import schedule_of
 from isocost.sweep.grid import grid_points, search_cells
 from isocost.training.distillation import (
     ConditionalConsistencyDistillation,
@@ -38,7 +39,7 @@ from isocost.training.distillation import (
     Distillation,
     ProgressiveDistillation,
 )
-from isocost.training.objectives import Objective, TextToImage
+from isocost.training.objectives import Objective, TextToImage, training_schedule
 
 DISTILL_VERSION = 1
 DIGEST_FIELDS: dict[DistillVariant, tuple[str, ...]] = {
@@ -60,6 +61,14 @@ class Teacher:
     variant: str = ""
 
 
+@dataclass(frozen=True)
+class TeacherGuide:
+    """A checkpoint that guides a teacher."""
+
+    folder: Path
+    model: ModelSpec
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudentRun(TrainingRun):
     """A training of a student.
@@ -70,7 +79,8 @@ class StudentRun(TrainingRun):
         teacher: folder of the undistilled checkpoint.
         num_steps: number of steps that a progressive stage learns; None for the other variants.
         is_first: whether it is the first progressive stage.
-        gflop_per_image: training compute per image, with the passes of the teacher and of the weight average.
+        guide: folder of the checkpoint that guides the teacher; None without one, and in later progressive stages.
+        gflop_per_image: training compute per image, with the passes of the teacher, its guide and the weight average.
         gflop_before: training compute of the previous progressive stages.
     """
 
@@ -79,14 +89,17 @@ class StudentRun(TrainingRun):
     teacher: Path
     num_steps: int | None = None
     is_first: bool = True
+    guide: Path | None = None
     gflop_per_image: float
     gflop_before: float = 0.0
 
     @property
     def sources(self) -> tuple[Path, ...]:
-        """The parent, and the teacher if it is another checkpoint."""
-        folders = () if self.parent is None else (self.parent,)
-        return folders if self.kind == "progressive" else tuple(dict.fromkeys([*folders, self.teacher]))
+        """The parent, the teacher if it is another checkpoint, and the guide of the teacher."""
+        folders = [] if self.parent is None else [self.parent]
+        folders += [] if self.kind == "progressive" else [self.teacher]
+        folders += [] if self.guide is None else [self.guide]
+        return tuple(dict.fromkeys(folders))
 
 
 class DistillExperiment(Experiment):
@@ -114,7 +127,8 @@ class DistillExperiment(Experiment):
         """Every variant of every size; the stages of a progressive student are in order.
 
         Raises:
-            ConfigError: a teacher does not fit the study, or is a transformer and CoDi is requested.
+            ConfigError: a teacher or its guide does not exist or does not fit the study, or a teacher is a transformer and CoDi
+                is requested.
         """
         return [run for teacher in self._teachers() for kind in self.spec.variants for run in self._runs_of(teacher, kind)]
 
@@ -173,21 +187,27 @@ class DistillExperiment(Experiment):
         inputs: dict[str, Any] = {"task": self.name, "distill": DISTILL_VERSION, "variant": kind, **self.base.stage}
         inputs |= {"parent": checkpoint_name(parent), "teacher": checkpoint_name(teacher.folder)}
         inputs |= {"guidance": spec.guidance_range}
+        guide = self._guide_of(teacher) if stage.get("is_first", True) else None
+        if guide is not None and spec.guide is not None:
+            inputs["guide"] = {"checkpoint": checkpoint_name(guide.folder), "null_prompt": spec.guide.null_prompt}
         inputs |= {field: getattr(spec, field) for field in DIGEST_FIELDS[kind]}
         inputs |= {key: value for key, value in stage.items() if key in ("num_steps", "is_first")}
         num_tokens = self.assets.study.text_encoder.max_tokens
         gflop = model_cost(model, num_tokens).gflop_per_forward
         teacher_gflop = model_cost(teacher.model, num_tokens).gflop_per_forward
+        second_gflop = teacher_gflop if guide is None else model_cost(guide.model, num_tokens).gflop_per_forward
         variant = f"{teacher.variant} {kind}".strip()
         run = make_run(self.name, model, train, inputs, gflop, parent, variant)
-        teacher_passes = _teacher_passes(kind, spec.guidance_range is not None, stage.get("is_first", True))
+        is_guided, is_first = spec.guidance_range is not None, stage.get("is_first", True)
+        teacher_passes, second_passes = _teacher_passes(kind, is_guided, is_first)
         average_passes = 0 if kind == "progressive" else 1
         return StudentRun(
             **{field.name: getattr(run, field.name) for field in fields(run)},
             kind=kind,
             size=teacher.size,
             teacher=teacher.folder,
-            gflop_per_image=(3 + average_passes) * gflop + teacher_passes * teacher_gflop,
+            guide=None if guide is None else guide.folder,
+            gflop_per_image=(3 + average_passes) * gflop + teacher_passes * teacher_gflop + second_passes * second_gflop,
             **stage,
         )
 
@@ -213,14 +233,79 @@ class DistillExperiment(Experiment):
 
     def _load_teacher(self, folder: str) -> Teacher:
         info = load_checkpoint(folder).info
-        source = f"{self.name}.teachers: {folder}"
+        self._check_source(info, f"{self.name}.teachers: {folder}", "the undistilled checkpoint")
+        return Teacher(Path(folder).expanduser(), info.model, info.size, info.variant)
+
+    def _check_source(self, info: CheckpointInfo, source: str, needed: str) -> None:
+        """
+        Raises:
+            ConfigError: a teacher or guide from a folder is a student, or of another task, autoencoder or prediction type.
+        """
         if info.distilled:
-            raise ConfigError(f"{source} is a student already ({info.distilled}); give the undistilled checkpoint")
+            raise ConfigError(f"{source} is a student already ({info.distilled}); give {needed}")
         task = "superres" if isinstance(self.base, SuperresExperiment) else "text2image"
         if info.task not in ((task, "seed-replicates") if task == "text2image" else (task,)):
             raise ConfigError(f"{source} was trained for {info.task}; give a checkpoint of {task}")
         self.assets.check_compatible_parent(info, self.spec.train.prediction_type, source)
-        return Teacher(Path(folder).expanduser(), info.model, info.size, info.variant)
+
+    def _guide_of(self, teacher: Teacher) -> TeacherGuide | None:
+        """Return the one checkpoint that guides a teacher; None if the study names no guide.
+
+        Raises:
+            ConfigError: there is none, it is larger than the teacher or the teacher itself, or it does not fit the study.
+        """
+        spec = self.spec.guide
+        if spec is None:
+            return None
+        source = f"{self.name}.guide: {spec.title}"
+        guide = self._load_guide(spec.checkpoint, source) if spec.checkpoint is not None else self._member(teacher, source)
+        if checkpoint_name(guide.folder) == checkpoint_name(teacher.folder):
+            raise ConfigError(
+                f"{source}: teacher {teacher.size} would guide itself; give an earlier snapshot or a smaller size, or list "
+                f"larger teachers in {self.name}.teachers"
+            )
+        num_tokens = self.assets.study.text_encoder.max_tokens
+        guide_cost, teacher_cost = (model_cost(model, num_tokens) for model in (guide.model, teacher.model))
+        if guide_cost.gflop_per_forward > teacher_cost.gflop_per_forward:
+            raise ConfigError(
+                f"{source}: it is larger than teacher {teacher.size}; a guide has the size of the teacher or less: give a "
+                f"smaller one, or list larger teachers in {self.name}.teachers"
+            )
+        return guide
+
+    def _member(self, teacher: Teacher, source: str) -> TeacherGuide:
+        """Return the member of the study that the guide's size and snapshot name for a teacher."""
+        assert self.spec.guide is not None, "the caller checks it"
+        assert self.spec.guide.size is not None, "a guide has a size or a checkpoint"
+        size, snapshot = self.spec.guide.size, self.spec.guide.snapshot
+        runs = [run for run in self.base.runs if run.variant == teacher.variant] or self.base.runs
+        members = {run.model.width: run for run in runs}
+        widths = sorted(members)
+        if size == "smaller":
+            smaller = [width for width in widths if width < teacher.model.width]
+            if not smaller:
+                raise ConfigError(
+                    f"{source}: no width of the study is smaller than teacher {teacher.size}; give size: same with an earlier "
+                    f"snapshot, or list larger teachers in {self.name}.teachers"
+                )
+            width = smaller[-1]
+        else:
+            width = teacher.model.width if size == "same" else size
+        if width not in members:
+            raise ConfigError(f"{source}: no such width; the study has {', '.join(map(str, widths))}")
+        run = members[width]
+        if snapshot != "last" and snapshot not in run.checkpoints:
+            known = ", ".join(map(str, sorted(run.checkpoints)))
+            raise ConfigError(f"{source}: width {width} has no such snapshot; it has {known} images")
+        name = run.final if snapshot == "last" else run.checkpoints[snapshot]
+        return TeacherGuide(self.assets.store.folder("checkpoint", name), run.model)
+
+    def _load_guide(self, folder: str, source: str) -> TeacherGuide:
+        info = read_info(Path(folder))
+        self._check_source(info, source, "an undistilled network")
+        if schedule_of(info) is not training_schedule(self.spec.train):
+            raise ConfigError(f"{source} was trained on another noise schedule; give a guide of the study's schedule")
+        return TeacherGuide(Path(folder).expanduser(), info.model)
 
     def _start(self, teacher: Teacher) -> Teacher:
         """Return the checkpoint that CoDi adapts.
@@ -262,13 +347,14 @@ class DistillExperiment(Experiment):
         assert isinstance(run, StudentRun)
         base = self.base.objective(run, network)
         assert isinstance(base, TextToImage), "students train on latents and captions"
+        guide = None if run.guide is None else self._open(run, run.guide).network
         if run.kind == "progressive":
             teacher = self._open(run, self._parent(run)).network
             assert run.num_steps is not None
-            return ProgressiveDistillation(self.spec, base, teacher, network, run.num_steps, run.is_first)
+            return ProgressiveDistillation(self.spec, base, teacher, network, run.num_steps, run.is_first, guide)
         kind: type[Distillation] = ConsistencyDistillation if run.kind == "consistency" else ConditionalConsistencyDistillation
         needs_teacher = run.kind == "consistency" or self.spec.guidance_range is not None
-        return kind(self.spec, base, self._open(run, run.teacher).network if needs_teacher else None, network)
+        return kind(self.spec, base, self._open(run, run.teacher).network if needs_teacher else None, network, guide)
 
     @staticmethod
     def _parent(run: TrainingRun) -> Path:
@@ -291,11 +377,12 @@ class DistillExperiment(Experiment):
             "variant": run.variant,
             "distilled": run.kind,
             "guidance_range": self.spec.guidance_range,
+            "teacher_guide": "" if run.guide is None else checkpoint_name(run.guide),
             "scale": self.base.spec.scale if isinstance(self.base, SuperresExperiment) else None,
         }
 
     def training_gflop(self, run: TrainingRun, images_seen: int) -> float:
-        """Return the training compute, with the previous stages and the passes of the teacher and of the weight average."""
+        """Return the training compute: previous stages, and passes of the teacher, its guide and the weight average too."""
         assert isinstance(run, StudentRun)
         return run.gflop_before + run.gflop_per_image * images_seen
 
@@ -368,10 +455,10 @@ class DistillExperiment(Experiment):
         }
 
 
-def _teacher_passes(kind: DistillVariant, is_guided: bool, is_first: bool) -> int:
-    """Return the teacher's forward passes per training image."""
+def _teacher_passes(kind: DistillVariant, is_guided: bool, is_first: bool) -> tuple[int, int]:
+    """Return the forward passes per training image of the teacher, and of the network that guides it."""
     if kind == "progressive":
-        return 4 if is_guided and is_first else 2
+        return 2, 2 if is_guided and is_first else 0
     if kind == "consistency":
-        return 2 if is_guided else 1
-    return 2 if is_guided else 0
+        return 1, 1 if is_guided else 0
+    return (1, 1) if is_guided else (0, 0)

@@ -52,6 +52,7 @@ class CheckpointInfo(Spec):
         scale: enlargement of a super-resolution model.
         distilled: distillation method of a student.
         guidance_range: range of w that a student with guidance as an input was trained on.
+        teacher_guide: digest of the checkpoint that guided the teacher of a student.
         training_gflop: cost of the training, if it is not 3 x GFLOP per forward x images.
         pretrained: set for a published checkpoint, that is a diffusers pipeline folder, which is not copied.
     """
@@ -75,6 +76,7 @@ class CheckpointInfo(Spec):
     scale: int | None = None
     distilled: str = ""
     guidance_range: tuple[float, float] | None = None
+    teacher_guide: str = ""
     training_gflop: float | None = None
     pretrained: PretrainedSpec | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ from isocost.models.checkpoint import Checkpoint, load_checkpoint, read_info, sc
 from isocost.models.dit import DiT, GuidedTransformer, to_diffusers
 from isocost.models.text_encoder import MiniLMTextEncoder
 from isocost.utils.output_paths import check_output_folder, check_separate, private_folder
+
+
+@dataclass(frozen=True)
+class ExportParts:
+    """The parts of a checkpoint that go into a pipeline folder."""
+
+    opened: Checkpoint
+    autoencoder: DiffusersVAE
+    text_encoder: MiniLMTextEncoder
 
 
 def export(checkpoint: str | Path, folder: str | Path) -> Path:
@@ -47,6 +57,19 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
     """
     target = check_output_folder(folder, must_be_new=True)
     check_separate(target, checkpoint)
+    parts = load_parts(checkpoint)
+    with private_folder(target) as partial:
+        write_pipeline(parts, partial)
+        partial.rename(target)
+    return target
+
+
+def load_parts(checkpoint: str | Path) -> ExportParts:
+    """Load the parts of a checkpoint that go into a pipeline folder.
+
+    Raises:
+        ConfigError: diffusers has no pipeline for the checkpoint; see `export`.
+    """
     if read_info(Path(checkpoint)).pretrained is not None:
         raise ConfigError(f"{checkpoint}: is a diffusers pipeline already")
     opened = load_checkpoint(checkpoint)
@@ -64,16 +87,19 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
     text_encoder = MiniLMTextEncoder(opened.text_encoder)
     text_encoder.tokenizer.model_max_length = text_encoder.max_tokens
     text_encoder.network.config.use_attention_mask = text_encoder.uses_mask
-    with private_folder(target) as partial:
-        _pipeline(opened, autoencoder, text_encoder).save_pretrained(partial, safe_serialization=True)
-        if isinstance(opened.network, DiT):
-            text_encoder.network.save_pretrained(partial / "text_encoder")
-            text_encoder.tokenizer.save_pretrained(partial / "tokenizer")
-        partial.rename(target)
-    return target
+    return ExportParts(opened, autoencoder, text_encoder)
 
 
-def _pipeline(opened: Checkpoint, autoencoder: DiffusersVAE, text_encoder: MiniLMTextEncoder) -> Any:
+def write_pipeline(parts: ExportParts, folder: Path) -> None:
+    """Write a pipeline into an existing folder."""
+    _pipeline(parts).save_pretrained(folder, safe_serialization=True)
+    if isinstance(parts.opened.network, DiT):
+        parts.text_encoder.network.save_pretrained(folder / "text_encoder")
+        parts.text_encoder.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def _pipeline(parts: ExportParts) -> Any:
+    opened, autoencoder, text_encoder = parts.opened, parts.autoencoder, parts.text_encoder
     scheduler = scheduler_for(opened.info.prediction_type, opened.info.rescale_betas_zero_snr)
     is_consistent = opened.info.solver.name == "lcm"
     if is_consistent:

@@ -340,6 +340,16 @@ class Pipeline:
         for task in dict.fromkeys(run.task for run in runs):
             self.experiments[task].validate()
 
+    def check_guides_of_teachers(self) -> None:
+        """Check the guides that students learn from, before the study is written.
+
+        Raises:
+            ConfigError: a guide does not exist, or does not fit its teacher.
+        """
+        for experiment in self.experiments.values():
+            if isinstance(experiment, DistillExperiment) and experiment.spec.guide is not None:
+                assert experiment.runs, "every teacher has a student"
+
     def check_trained(self, runs: Sequence[TrainingRun]) -> None:
         """Check, before the first image is sampled, that the runs have all the checkpoints they need.
 
@@ -425,7 +435,9 @@ class Pipeline:
         return self._sweeper.remeasure(run, self.cost(run).size)
 
     def check_checkpoints(self, runs: Sequence[TrainingRun]) -> None:
-        """Check that the checkpoint of every recorded point of the runs exists; it may be absent once its points are scored.
+        """Check that the checkpoints of every recorded point of the runs exist: that of the point and that of its guide.
+
+        A checkpoint may be absent once its points are scored.
 
         Raises:
             ConfigError: a checkpoint is missing.
@@ -433,10 +445,13 @@ class Pipeline:
         recorded, races = self.recorded_points(), self.races()
         for run in runs:
             for job in self.experiments[run.task].jobs(run):
-                is_recorded = any(point.digest in recorded for point in planned_points([job], races))
-                if is_recorded and not self.store.has("checkpoint", job.checkpoint):
+                specs = [point.spec for point in planned_points([job], races) if point.digest in recorded]
+                needed = [spec.checkpoint for spec in specs]
+                needed += [spec.guide.checkpoint for spec in specs if spec.guide is not None]
+                missing = [name for name in dict.fromkeys(needed) if not self.store.has("checkpoint", name)]
+                if missing:
                     raise ConfigError(
-                        f"{run.title}: no checkpoint {job.checkpoint} in {self.out}, so its points cannot be timed; "
+                        f"{run.title}: no checkpoint {missing[0]} in {self.out}, so its points cannot be timed; "
                         f"`isocost merge {self.out} OTHER --artefacts` copies it from an output folder that has it"
                     )
 
@@ -501,6 +516,7 @@ class Pipeline:
 
         Finished work is saved; a second call continues it.
         """
+        self.check_guides_of_teachers()
         self.prepare()
         try:
             with self.leases.exclusively("assets"):  # one process makes them, the others read them

@@ -79,8 +79,8 @@ class Sweeper:
         """Measure the times of every recorded point of a run again, on this machine; returns their number.
 
         Points that differ only in settings that do not change the time (guidance with the same number of passes, snapshots of
-        one training) share one measurement. The latencies of a checkpoint are measured first, so that its network is in memory
-        once at a time.
+        one training) share one measurement. The latencies of a checkpoint are measured first, so that its network and its
+        guides are in memory once at a time.
         """
         jobs, recorded = self.experiments[run.task].jobs(run), self.results_db.points()
         races = self.results_db.races()
@@ -94,9 +94,6 @@ class Sweeper:
                 keys = {point.digest: self._time_key(run, point) for point in points}
                 worker = self._worker(run, job)
                 for point in points:
-                    if point.spec.guide is not None:
-                        progress(done := done + 1, f"{point.title}: the latency of two networks is not measured")
-                        continue
                     if (key := keys[point.digest]) not in latencies:
                         latencies[key] = worker.measure_latency_ms(point)
                     progress(done := done + 1, f"{point.title}: {latencies[key][0]:.3g} ms for one image")
@@ -104,7 +101,7 @@ class Sweeper:
                 for point in points:
                     if (key := keys[point.digest]) not in throughputs:
                         throughputs[key] = worker.measure_ms_per_image(point)
-                    (ms, num_images), (latency_ms, num_runs) = throughputs[key], latencies.get(key, (None, 0))
+                    (ms, num_images), (latency_ms, num_runs) = throughputs[key], latencies[key]
                     source = {name: provenance()[name] for name in ("commit", "device", "num_threads")}
                     timed_with = {**source, "num_images": num_images, NUM_LATENCY_RUNS: num_runs}
                     self.results_db.set_time(point.digest, ms, timed_with, latency_ms)

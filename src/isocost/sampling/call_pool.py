@@ -27,9 +27,13 @@ logger = logging.getLogger(__name__)
 
 
 class CallPool:
-    """`num_parallel_calls` calls of `batch_size` slots. `call_size` equals `batch_size` until memory runs out."""
+    """`num_parallel_calls` calls of `batch_size` slots. `call_size` equals `batch_size` until memory runs out.
 
-    def __init__(self, num_parallel_calls: int, batch_size: int, device: torch.device) -> None:
+    With `skips_empty_slots` a call has only the slots that work for a request, so its shape changes from tick to tick.
+    """
+
+    def __init__(self, num_parallel_calls: int, batch_size: int, device: torch.device, skips_empty_slots: bool = False) -> None:
+        self.skips_empty_slots = skips_empty_slots
         self.num_calls = num_parallel_calls
         self.num_slots = num_parallel_calls * batch_size
         self.call_size = batch_size
@@ -72,6 +76,8 @@ class CallPool:
     def _run(self, denoise: Callable[..., Tensor], arguments: tuple[Tensor, ...], busy: NDArray[np.bool_]) -> Tensor:
         size = self.call_size
         starts = [start for start in range(0, self.num_slots, size) if busy[start : start + size].any()]
+        if self.skips_empty_slots and not busy.all():
+            return self._run_busy_slots(denoise, arguments, busy, starts)
 
         def call(start: int) -> Tensor:
             with torch.inference_mode():
@@ -83,6 +89,23 @@ class CallPool:
         merged = outputs[0].new_zeros(self.num_slots, *outputs[0].shape[1:])
         for start, output in zip(starts, outputs, strict=True):
             merged[start : start + size] = output[: self.num_slots - start]
+        return merged
+
+    def _run_busy_slots(
+        self, denoise: Callable[..., Tensor], arguments: tuple[Tensor, ...], busy: NDArray[np.bool_], starts: list[int]
+    ) -> Tensor:
+        """As `_run`, without the empty slots of each call."""
+        device = arguments[0].device
+        chosen = [torch.from_numpy(start + np.flatnonzero(busy[start : start + self.call_size])).to(device) for start in starts]
+
+        def call(slots: Tensor) -> Tensor:
+            with torch.inference_mode():
+                return denoise(*(argument[slots] for argument in arguments))
+
+        outputs = list(self._pool.map(call, chosen)) if self._pool is not None else [call(slots) for slots in chosen]
+        merged = outputs[0].new_zeros(self.num_slots, *outputs[0].shape[1:])
+        for slots, output in zip(chosen, outputs, strict=True):
+            merged[slots] = output
         return merged
 
 

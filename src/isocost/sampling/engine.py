@@ -76,6 +76,8 @@ class Engine:
         initial_noise: sample indices -> initial noise [R, C, H, W]; by default it is drawn from (seed, sample index).
         cache_bytes: memory for outputs of first evaluations, which later requests for the same image reuse; 0 disables it.
         guides: networks that requests can name as their guide.
+        skips_empty_slots: leave out the empty slots of a call. One caller then waits less for a step without guidance, but an
+            image is rounded differently depending on the other images of its calls.
 
     Raises:
         ConfigError: batch_size is below 1, or the prediction type is unknown.
@@ -97,6 +99,7 @@ class Engine:
         initial_noise: PerSampleFn | None = None,
         cache_bytes: int = 0,
         guides: Mapping[str, GuideNetwork] | None = None,
+        skips_empty_slots: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size = {batch_size}: a network call needs at least one slot")
@@ -109,7 +112,7 @@ class Engine:
         self.batch_size = batch_size
         # A step with guidance needs two slots. With a batch size of 1 they are in two calls of one slot each.
         num_calls = max(num_parallel_calls, 2) if batch_size == 1 else num_parallel_calls
-        self.call_pool = CallPool(num_calls, batch_size, self.device)
+        self.call_pool = CallPool(num_calls, batch_size, self.device, skips_empty_slots)
         self.guides: dict[str, GuideNetwork] = {}
         self.guide_call_pools: dict[str, CallPool] = {}
         for name, guide in (guides or {}).items():
@@ -120,7 +123,9 @@ class Engine:
     def add_guide(self, name: str, guide: GuideNetwork) -> None:
         """Add a network that later requests can name as their guide."""
         self.guides[name] = guide
-        self.guide_call_pools[name] = CallPool(self.call_pool.num_calls, self.batch_size, self.device)
+        self.guide_call_pools[name] = CallPool(
+            self.call_pool.num_calls, self.batch_size, self.device, self.call_pool.skips_empty_slots
+        )
 
     def run(self, requests: Iterable[SampleRequest]) -> Iterator[SampleResult]:
         """Generate the images and yield them as they finish. The stream is read a few batches ahead.

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
 
 from isocost.config.types import DTypeName
+from isocost.diffusion.guidance import GuidanceSchedule, Interval, check_interval, guidance_per_evaluation
+from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.philox import INITIAL_NOISE, philox_normal
+from isocost.diffusion.solvers import SolverCoefficients
 from isocost.errors import ConfigError
 from isocost.models.autoencoder import Autoencoder
-from isocost.models.checkpoint import CheckpointInfo
+from isocost.models.checkpoint import CheckpointInfo, CheckpointSource
 from isocost.sampling.denoiser import Denoiser
 from isocost.sampling.engine import GuideNetwork
 from isocost.sampling.generate import CachedPromptKV, PromptEmbeds, schedule_of
@@ -60,6 +66,67 @@ def check_same_latent_space(main: Autoencoder, guide: Autoencoder, guide_name: s
     first, second = (autoencoder.decode(latent).float().cpu() for autoencoder in (main, guide))
     if (first - second).abs().mean() > MAX_GREY_LEVELS:
         raise ConfigError(problem)
+
+
+def check_pair(
+    main: CheckpointSource,
+    guide: CheckpointSource,
+    guide_name: str,
+    load_autoencoder: Callable[[CheckpointSource], Autoencoder],
+) -> None:
+    """Check that a checkpoint can guide another one, by the metadata and the autoencoders of both.
+
+    Args:
+        main: the checkpoint that is guided.
+        guide: its guide.
+        guide_name: the guide as the request names it.
+        load_autoencoder: returns the autoencoder of one of the two.
+
+    Raises:
+        ConfigError: the guide is the same checkpoint, or has another latent space or noise schedule.
+    """
+    if guide.digest == main.digest:
+        raise ConfigError(f"guide {guide_name}: a model cannot guide itself; give a smaller or less trained one")
+    check_guide(main.info, guide.info)
+    if not has_same_autoencoder(main, guide):
+        check_same_latent_space(load_autoencoder(main), load_autoencoder(guide), guide_name)
+
+
+def has_same_autoencoder(main: CheckpointSource, guide: CheckpointSource) -> bool:
+    """Whether two checkpoints that isocost trained name the same autoencoder, so that their images need no comparison."""
+    if main.info.pretrained is not None or guide.info.pretrained is not None:
+        return False
+    names = [(Path(source.autoencoder_path).resolve(), source.info.autoencoder_subfolder) for source in (main, guide)]
+    return names[0] == names[1]
+
+
+def has_same_text_encoder(main: CheckpointSource, guide: CheckpointSource) -> bool:
+    """Whether two checkpoints that isocost trained name the same text encoder, so that a prompt is encoded once for both."""
+    return main.info.pretrained is None and guide.info.pretrained is None and main.text_encoder == guide.text_encoder
+
+
+def weights_of_evaluations(
+    coefficients: SolverCoefficients,
+    noise: NoiseSchedule,
+    guidance: float,
+    interval: Interval | None = None,
+    schedule: GuidanceSchedule | None = None,
+) -> tuple[float, ...]:
+    """Return the guidance weight of every evaluation of a solver; see `guidance_per_evaluation`.
+
+    Args:
+        coefficients: of the solver.
+        noise: noise schedule of the network.
+        guidance: w, where no schedule is given.
+        interval: noise levels with guidance; None is all.
+        schedule: w by noise level.
+
+    Raises:
+        ConfigError: the interval is empty, or lies outside of the noise schedule.
+    """
+    if interval is not None:
+        check_interval(interval, noise)
+    return guidance_per_evaluation(coefficients.alpha, coefficients.sigma, guidance, interval, schedule)
 
 
 def make_guide(

@@ -15,24 +15,29 @@ from typing import Any
 import torch
 
 from isocost.config.sampling import SolverSpec
+from isocost.diffusion.guidance import GuidanceSchedule, Interval, check_schedule
 from isocost.diffusion.solvers import solver_coefficients
 from isocost.errors import ConfigError, RunError
-from isocost.models.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint
+from isocost.models.autoencoder import Autoencoder
+from isocost.models.checkpoint import Checkpoint, CheckpointInfo, CheckpointSource, load_checkpoint, open_checkpoint
 from isocost.models.components import load_checkpoint_autoencoder, load_checkpoint_text_encoder
-from isocost.sampling.denoiser import Denoiser, SamplingDTypeName
+from isocost.sampling.denoiser import Denoiser, SamplingDTypeName, torch_dtype
 from isocost.sampling.generate import schedule_of
+from isocost.sampling.guides import check_pair, has_same_text_encoder, weights_of_evaluations
 from isocost.sampling.latency_stages import (
     DENOISER,
     END_TO_END,
+    GUIDE,
     MIN_REPEATS,
     NUM_WARM_UP,
     BatchedPipeline,
+    LoadedGuide,
     LoadedModel,
     Summary,
     time_run,
     time_runs,
 )
-from isocost.sampling.request import SampleRequest
+from isocost.sampling.request import SampleRequest, passes_in_total
 from isocost.utils.device import DeviceMonitor, DeviceSample, best_device, device_monitor
 from isocost.utils.environment import provenance
 
@@ -41,6 +46,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_BATCHES = (1, 4)
 DEFAULT_REPEATS = 20
 DEFAULT_GUIDANCE, DEFAULT_UPSCALING_GUIDANCE = 2.0, 1.0
+NO_GUIDE = "--guide-null-prompt: there is no guide to give the empty prompt to; give --guide, or leave it out"
+"""The error for a null prompt of an absent guide."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,9 @@ class BatchLatency:
         stages: by name, in order: `text`, `encoder` (super-resolution), `denoiser`, `decoder`, `whole` (end-to-end).
         ms_per_image: median end-to-end time / B.
         ms_per_evaluation: median time of the denoiser / evaluations of the solver (each with all passes of B images).
-        nfe_per_image: network evaluations per image, including guidance's second pass.
+        nfe_per_image: network evaluations per image, including guidance's second pass and those of a guide.
         network_calls, network_rows: calls of the network and batch rows in them, counted during one run.
+        guide_nfe_per_image, guide_calls, guide_rows: the same numbers for the guide alone; 0 without a guide.
         warm_up_ms: end-to-end times of the warm-up runs. With compilation, the first one compiles.
         energy_j, energy_j_per_image: of the whole device over the measured runs; None if the device does not report it.
         before, after: state of the device before and after the measured runs.
@@ -83,6 +91,9 @@ class BatchLatency:
     nfe_per_image: int
     network_calls: int
     network_rows: int
+    guide_nfe_per_image: int
+    guide_calls: int
+    guide_rows: int
     warm_up_ms: tuple[float, ...]
     memory: Memory
     energy_j: float | None
@@ -114,6 +125,10 @@ def latency(
     solver: SolverSpec | None = None,
     num_steps: int | None = None,
     guidance: float | None = None,
+    guide: str | Path | None = None,
+    guide_null_prompt: bool = False,
+    guidance_interval: Interval | None = None,
+    guidance_schedule: GuidanceSchedule | None = None,
     batches: Sequence[int] = DEFAULT_BATCHES,
     repeats: int = DEFAULT_REPEATS,
     dtype: SamplingDTypeName = "fp32",
@@ -127,6 +142,10 @@ def latency(
         solver: by default the checkpoint's own: DDIM, or LCM for a consistency student.
         num_steps: by default 16, and 4 for a few-step student.
         guidance: by default 2, and 1 for super-resolution.
+        guide: a checkpoint that runs the second pass of guidance, with the same prompt. Both networks are on the device.
+        guide_null_prompt: the guide gets the empty prompt.
+        guidance_interval: (low, high) in log-SNR: elsewhere an evaluation takes one pass. None is an open end.
+        guidance_schedule: w by log-SNR in place of `guidance`.
         batches: batch sizes.
         repeats: measured runs per batch size.
         dtype: of the denoiser.
@@ -134,24 +153,37 @@ def latency(
         device: "cpu" or "cuda"; by default CUDA if there is a CUDA device.
 
     Raises:
-        ConfigError: the checkpoint does not load; the checkpoint, the solver or the device does not support the settings; or
-            an image contains NaN or inf.
+        ConfigError: a checkpoint does not load; the checkpoint, the solver or the device does not support the settings; the
+            guide does not fit; or an image contains NaN or inf.
         RunError: a batch does not fit into the device's memory.
     """
     if not batches or min(batches) < 1:
         raise ConfigError(f"batch = {min(batches, default=None)}: give one or more sizes of at least 1 (--batch 1 --batch 4)")
     if repeats < MIN_REPEATS:
         raise ConfigError(f"repeats = {repeats}: a median and its spread need at least {MIN_REPEATS}")
+    if guide_null_prompt and guide is None:
+        raise ConfigError(NO_GUIDE)
     target = _device(device, dtype)
     opened = load_checkpoint(checkpoint, device=target)
     info = opened.info
+    if guidance_schedule is not None:
+        guidance = max(weight for _, weight in check_schedule(guidance_schedule))
     if guidance is None:
         guidance = DEFAULT_GUIDANCE if info.scale is None else DEFAULT_UPSCALING_GUIDANCE
     guidance = info.effective_guidance(guidance)
     spec = info.resolve_solver(solver)
-    coefficients = solver_coefficients(spec, info.num_steps if num_steps is None else num_steps, schedule_of(info))
-    SampleRequest(0, 0, coefficients, guidance)  # rejects an invalid guidance before more is loaded
+    noise = schedule_of(info)
+    coefficients = solver_coefficients(spec, info.num_steps if num_steps is None else num_steps, noise)
+    weights = weights_of_evaluations(coefficients, noise, guidance, guidance_interval, guidance_schedule)
+    name = None if guide is None else GUIDE
+    # rejects an invalid guidance before more is loaded
+    SampleRequest(0, 0, coefficients, guidance, guidance_per_evaluation=weights, guide=name)
+    guide_source = None if guide is None else open_checkpoint(guide)
     model = load_components(opened, dtype, compiled, target)
+    loaded_guide = None
+    if guide_source is not None:
+        _check_guide(opened, guide_source, str(guide), model.autoencoder)
+        loaded_guide = load_guide(guide_source, dtype, compiled, target, model, has_same_text_encoder(opened, guide_source))
     monitor = device_monitor(target)
     loaded_bytes = monitor.memory_bytes()
     measured = []
@@ -159,18 +191,26 @@ def latency(
         if compiled:
             torch.compiler.reset()  # each size has its own shape, and torch stops compiling a function after a few shapes
         try:
-            pipeline = BatchedPipeline(model, coefficients, guidance, batch_size)
+            pipeline = BatchedPipeline(model, coefficients, guidance, batch_size, weights, loaded_guide, guide_null_prompt)
             measured.append(_measure(pipeline, repeats, monitor, loaded_bytes))
         except torch.OutOfMemoryError as error:
             raise RunError(f"a batch of {batch_size} does not fit into the device's memory; use a smaller --batch") from error
+    main_passes, guide_passes = passes_in_total(weights, model.network.embeds_guidance, guide is not None)
+    gflop = main_passes * info.gflop_per_forward
+    if guide_source is not None:
+        gflop += guide_passes * guide_source.info.gflop_per_forward
     settings = {
         "solver": spec.label,
         "replaced_scheduler": info.replaced_scheduler(solver) or None,
         "num_steps": info.num_steps if num_steps is None else num_steps,
         "num_function_evaluations": coefficients.num_function_evaluations,
         "guidance": guidance,
-        "passes_per_evaluation": model.passes_per_evaluation(guidance),
-        "gflop_per_image": measured[0].nfe_per_image * info.gflop_per_forward,
+        "guide": None if guide_source is None else _guide_summary(guide_source, str(guide), guide_null_prompt),
+        "guidance_interval": guidance_interval,
+        "guidance_schedule": guidance_schedule,
+        "passes_per_evaluation": max(map(model.passes_per_evaluation, weights)),
+        "guided_evaluations": main_passes + guide_passes - len(weights),
+        "gflop_per_image": gflop,
         "dtype": {"text": "fp32", "denoiser": dtype, "decoder": "fp32"},
         "compiled": compiled,
         "repeats": repeats,
@@ -193,6 +233,36 @@ def load_components(checkpoint: Checkpoint, dtype: SamplingDTypeName, compiled: 
     autoencoder = load_checkpoint_autoencoder(checkpoint, device)
     network = Denoiser(checkpoint.network, dtype, compiled)
     return LoadedModel(checkpoint.info, network, autoencoder, load_checkpoint_text_encoder(checkpoint, device))
+
+
+def load_guide(
+    guide: CheckpointSource,
+    dtype: SamplingDTypeName,
+    compiled: bool,
+    device: torch.device,
+    main: LoadedModel,
+    shares_text_encoder: bool,
+) -> LoadedGuide:
+    """Load a guide onto the device of the network that it guides.
+
+    Args:
+        guide: its checkpoint.
+        dtype: it computes in it.
+        compiled: compile it.
+        device: of both networks.
+        main: the network that it guides.
+        shares_text_encoder: the text encoder of the network is also that of the guide.
+
+    Raises:
+        ConfigError: the network or the text encoder of the guide cannot be loaded.
+    """
+    network = Denoiser(guide.load_network(device, torch_dtype(dtype)), dtype, compiled)
+    text_encoder = None if shares_text_encoder else load_checkpoint_text_encoder(guide, device)
+    return LoadedGuide(guide.info, network, text_encoder, main)
+
+
+def _check_guide(main: CheckpointSource, guide: CheckpointSource, name: str, autoencoder: Autoencoder) -> None:
+    check_pair(main, guide, name, lambda source: autoencoder if source is main else load_checkpoint_autoencoder(source, "cpu"))
 
 
 def _device(name: str | None, dtype: SamplingDTypeName) -> torch.device:
@@ -227,6 +297,9 @@ def _measure(pipeline: BatchedPipeline, repeats: int, monitor: DeviceMonitor, lo
         nfe_per_image=pipeline.results[0].nfe,
         network_calls=pipeline.call_counter.num_calls,
         network_rows=pipeline.call_counter.num_rows,
+        guide_nfe_per_image=pipeline.results[0].guide_nfe,
+        guide_calls=0 if pipeline.guide_counter is None else pipeline.guide_counter.num_calls,
+        guide_rows=0 if pipeline.guide_counter is None else pipeline.guide_counter.num_rows,
         warm_up_ms=warm_up,
         memory=Memory(monitor.memory_kind, loaded_bytes, peak_bytes, growth),
         energy_j=energy,
@@ -244,6 +317,10 @@ def load_notes(measured: Sequence[BatchLatency]) -> list[str]:
     if not loads or cores is None or max(loads) <= cores:
         return []
     return [f"load: up to {max(loads):.1f} processes competed for {cores} cores; the machine was not idle"]
+
+
+def _guide_summary(guide: CheckpointSource, folder: str, null_prompt: bool) -> dict[str, Any]:
+    return {"folder": folder, "digest": guide.digest, **_checkpoint_summary(guide.info), "null_prompt": null_prompt}
 
 
 def _checkpoint_summary(info: CheckpointInfo) -> dict[str, Any]:

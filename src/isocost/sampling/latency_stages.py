@@ -2,7 +2,8 @@
 
 A run is the work for one caller: tokenise and encode the prompts, (super-resolution) encode the small images, denoise, decode.
 The stages are timestamps within the run, so they add up to the end-to-end time except for the time of the timestamps. The
-network calls are those of the engine: one call per evaluation, with a slot for every pass of every image.
+network calls are those of the engine: one call per evaluation, with a slot for every pass of every image that the evaluation
+takes. A guide has a call of its own, in the evaluations with guidance.
 
 Shapes: B images of a batch, C L latent, T tokens, D width of the prompt embeddings, R resolution.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from threading import Lock
 
 import numpy as np
 import torch
@@ -24,12 +26,14 @@ from isocost.models.autoencoder import Autoencoder, images_per_call
 from isocost.models.checkpoint import CheckpointInfo
 from isocost.models.text_encoder import TextEncoder
 from isocost.sampling.denoiser import Denoiser
-from isocost.sampling.engine import Engine
+from isocost.sampling.engine import Engine, GuideNetwork
 from isocost.sampling.generate import PromptEmbeds
-from isocost.sampling.request import SampleRequest, SampleResult, passes_per_evaluation
+from isocost.sampling.request import Denoise, SampleRequest, SampleResult, passes_per_evaluation
 from isocost.utils.device import HostTimer, Timer
 
 TEXT, ENCODER, DENOISER, DECODER, END_TO_END = "text", "encoder", "denoiser", "decoder", "whole"
+GUIDE = "guide"
+"""Name of the guide in the engine."""
 NUM_WARM_UP = 3
 MIN_REPEATS = 3
 MAX_REPEATS, ENOUGH_MS = 20, 1000.0
@@ -131,15 +135,17 @@ def measure_latency_ms(run: TimedRun, clock: Timer, host_clock: Timer | None = N
 class CallCounter:
     """A network for the engine that counts its calls and the batch rows in them."""
 
-    def __init__(self, network: Denoiser) -> None:
-        self._denoise = network.denoise()
+    def __init__(self, denoise: Denoise) -> None:
+        self.denoise = denoise
         self.num_calls = self.num_rows = 0
+        self._lock = Lock()
 
     def __call__(self, x: Tensor, timesteps: Tensor, prompt_embeds: Tensor, guidance: Tensor) -> Tensor:
         """As `isocost.sampling.engine.Denoise`."""
-        self.num_calls += 1
-        self.num_rows += len(x)
-        return self._denoise(x, timesteps, prompt_embeds, guidance)
+        with self._lock:  # an engine calls it from several threads
+            self.num_calls += 1
+            self.num_rows += len(x)
+        return self.denoise(x, timesteps, prompt_embeds, guidance)
 
 
 class LoadedModel:
@@ -151,21 +157,55 @@ class LoadedModel:
 
     def __init__(self, info: CheckpointInfo, network: Denoiser, autoencoder: Autoencoder, text_encoder: TextEncoder) -> None:
         self.info, self.network, self.autoencoder, self.text_encoder = info, network, autoencoder, text_encoder
-        self.null = network.project(PromptEmbeds.encode((), text_encoder).null[None])[0]
+        self.null = _null_prompt(network, text_encoder)
 
     def passes_per_evaluation(self, guidance: float) -> int:
         """Network passes per evaluation of the solver."""
         return passes_per_evaluation(guidance, self.network.embeds_guidance)
 
 
+class LoadedGuide:
+    """A guide on the device of the network that it guides. It needs no autoencoder.
+
+    Attributes:
+        text_encoder: its own text encoder; None if it is that of the network.
+        null: keys and values of the empty prompt, [T, K].
+    """
+
+    def __init__(self, info: CheckpointInfo, network: Denoiser, text_encoder: TextEncoder | None, main: LoadedModel) -> None:
+        """
+        Args:
+            info: metadata of the guide's checkpoint.
+            network: the guide.
+            text_encoder: see the attribute.
+            main: the network that it guides.
+        """
+        self.info, self.network, self.text_encoder = info, network, text_encoder
+        self.null = _null_prompt(network, text_encoder or main.text_encoder)
+
+
+def _null_prompt(network: Denoiser, text_encoder: TextEncoder) -> Tensor:
+    return network.project(PromptEmbeds.encode((), text_encoder).null[None])[0]
+
+
 class BatchedPipeline:
     """A `TimedRun` over a batch of B images; each has its own prompt and, for super-resolution, its own small image.
+
+    Args:
+        model: the network with its autoencoder and text encoder.
+        coefficients: of the solver.
+        guidance: w.
+        batch_size: B.
+        guidance_per_evaluation: w at each evaluation of the solver; None is `guidance` at each.
+        guide: the network that runs the second passes; None is the network itself with the empty prompt.
+        guide_is_unconditional: the guide gets the empty prompt.
 
     Attributes:
         requests: of the images.
         results: of the last run, in the order of the images.
         images: of the last run, uint8 [B, 3, R, R] on the CPU.
-        call_counter: network calls of the last run.
+        call_counter: calls of the network in the last run.
+        guide_counter: calls of the guide in the last run; None without a guide.
 
     Raises:
         ConfigError: the batch size is below 1, or a request does not accept the guidance.
@@ -178,6 +218,8 @@ class BatchedPipeline:
         guidance: float,
         batch_size: int,
         guidance_per_evaluation: tuple[float, ...] | None = None,
+        guide: LoadedGuide | None = None,
+        guide_is_unconditional: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch = {batch_size}: give a size of at least 1")
@@ -185,16 +227,29 @@ class BatchedPipeline:
         info, network = model.info, model.network
         self.prompts = [f"a red circle and {number} blue squares on a white background" for number in range(batch_size)]
         self.requests = [
-            SampleRequest(number, number, coefficients, guidance, guidance_per_evaluation=guidance_per_evaluation)
+            SampleRequest(
+                number,
+                number,
+                coefficients,
+                guidance,
+                guidance_per_evaluation=guidance_per_evaluation,
+                guide=None if guide is None else GUIDE,
+                guide_is_unconditional=guide_is_unconditional,
+            )
             for number in range(batch_size)
         ]
+        self.guide = guide
+        has_guide_prompts = guide is not None and not guide_is_unconditional
+        self._guide_text_encoder = guide.text_encoder if guide is not None and has_guide_prompts else None
+        weights = self.requests[0].weights
+        num_passes = 1 if guide is not None else max(map(model.passes_per_evaluation, weights))
         size = info.resolution // (info.scale or 1)
         generator = torch.Generator().manual_seed(0)
         self.low_resolution = torch.randint(0, 256, (batch_size, 3, size, size), generator=generator, dtype=torch.uint8)
-        self.call_counter = CallCounter(network)
+        self.call_counter = CallCounter(network.denoise())
         self.results: list[SampleResult] = []
         self.images = torch.empty(0, 3, info.resolution, info.resolution, dtype=torch.uint8)
-        self._prompt_embeds = torch.empty(0)
+        self._prompt_embeds = self._guide_prompt_embeds = torch.empty(0)
         shape = (info.model.latent_channels, info.model.latent_size, info.model.latent_size)
         self._concat_cond = torch.zeros(batch_size, *shape, device=network.device)
         self._engine = Engine(
@@ -203,17 +258,32 @@ class BatchedPipeline:
             lambda indices: network.project(self._prompt_embeds[indices.to(self._prompt_embeds.device)]),
             model.null,
             shape,
-            batch_size * model.passes_per_evaluation(guidance),
+            batch_size * num_passes,
             network.device,
             embeds_guidance=network.embeds_guidance,
             concat_cond=None if info.scale is None else lambda ids: self._concat_cond[ids.to(self._concat_cond.device)],
+            skips_empty_slots=True,
         )
+        self.guide_counter = None if guide is None else self._add_guide(guide)
+
+    def _add_guide(self, guide: LoadedGuide) -> CallCounter:
+        counter, network = CallCounter(guide.network.denoise()), guide.network
+
+        def prompt_embeds(indices: Tensor) -> Tensor:
+            embeds = self._prompt_embeds if self._guide_text_encoder is None else self._guide_prompt_embeds
+            return network.project(embeds[indices.to(embeds.device)])
+
+        self._engine.add_guide(GUIDE, GuideNetwork(counter, guide.info.prediction_type, prompt_embeds, guide.null))
+        return counter
 
     def __call__(self, on_stage_end: StageCallback) -> None:
         """Run from prompts to images once."""
-        self.call_counter.num_calls = self.call_counter.num_rows = 0
+        for counter in filter(None, (self.call_counter, self.guide_counter)):
+            counter.num_calls = counter.num_rows = 0
         info, autoencoder, device = self.model.info, self.model.autoencoder, self.model.network.device
         self._prompt_embeds = self.model.text_encoder.encode(self.prompts)
+        if self._guide_text_encoder is not None:
+            self._guide_prompt_embeds = self._guide_text_encoder.encode(self.prompts)
         on_stage_end(TEXT)
         if info.scale is not None:
             chunks = self.low_resolution.to(device).split(images_per_call(info.resolution))

@@ -22,7 +22,7 @@ from isocost.config.base import parse_spec
 from isocost.config.sampling import SolverSpec, VaeSpec
 from isocost.config.sweep import DEFAULT_BATCH_SIZE
 from isocost.config.types import DTypeName
-from isocost.diffusion.guidance import GuidanceSchedule, Interval, check_interval, check_schedule, guidance_per_evaluation
+from isocost.diffusion.guidance import GuidanceSchedule, Interval, check_schedule
 from isocost.diffusion.solvers import solver_coefficients
 from isocost.errors import ConfigError
 from isocost.models.autoencoder import Autoencoder, check_vae
@@ -39,7 +39,7 @@ from isocost.sampling.generate import (
     make_engine,
     schedule_of,
 )
-from isocost.sampling.guides import check_guide, check_same_latent_space, make_guide
+from isocost.sampling.guides import check_pair, make_guide, weights_of_evaluations
 from isocost.sampling.request import SampleRequest, SampleResult, passes_in_total, passes_per_evaluation
 from isocost.utils.device import best_device, check_device
 
@@ -257,11 +257,7 @@ class Model:
         spec = info.resolve_solver(requested)
         noise = schedule_of(info)
         coefficients = solver_coefficients(spec, info.num_steps if num_steps is None else num_steps, noise)
-        if guidance_interval is not None:
-            check_interval(guidance_interval, noise)
-        weights = guidance_per_evaluation(
-            coefficients.alpha, coefficients.sigma, guidance, guidance_interval, guidance_schedule
-        )
+        weights = weights_of_evaluations(coefficients, noise, guidance, guidance_interval, guidance_schedule)
         guide_model = self._load_guide(guide)
         negative_index = None if negative_prompt is None else len(prompts)
         requests = [
@@ -312,10 +308,12 @@ class Model:
         if self.offload or (isinstance(guide, Model) and guide.offload):
             raise ConfigError("a guide and the network run at the same time, so neither can be offloaded; leave offload out")
         model = guide if isinstance(guide, Model) else Model(guide, device=self.device, dtype=self.dtype)
-        if model is self or model._source.digest == self._source.digest:
-            raise ConfigError(f"guide {model.checkpoint}: a model cannot guide itself; give a smaller or less trained one")
-        check_guide(self.info, model.info)
-        check_same_latent_space(self._autoencoder, model._autoencoder, str(model.checkpoint))
+        check_pair(
+            self._source,
+            model._source,
+            str(model.checkpoint),
+            lambda source: (self if source is self._source else model)._autoencoder,
+        )
         return model
 
 

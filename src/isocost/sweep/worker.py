@@ -22,14 +22,14 @@ from isocost.diffusion.solvers import solver_coefficients
 from isocost.evaluation.evaluator import has_too_few_samples, metric_names, score
 from isocost.evaluation.feature_store import read_sample_features
 from isocost.evaluation.reference_set import ReferenceSet
-from isocost.models.autoencoder import Autoencoder
-from isocost.models.checkpoint import CheckpointInfo, load_checkpoint, read_info, summary_columns
+from isocost.models.autoencoder import Autoencoder, images_per_call
+from isocost.models.checkpoint import CheckpointInfo, load_checkpoint, open_checkpoint, read_info, summary_columns
 from isocost.sampling.denoiser import torch_dtype
 from isocost.sampling.engine import Engine
 from isocost.sampling.generate import GeneratedBatch, PromptEmbeds, generate, make_engine, schedule_of
 from isocost.sampling.guides import check_guide, make_guide
-from isocost.sampling.latency import load_components
-from isocost.sampling.latency_stages import BatchedPipeline, LoadedModel, measure_latency_ms
+from isocost.sampling.latency import load_components, load_guide
+from isocost.sampling.latency_stages import BatchedPipeline, CallCounter, LoadedGuide, LoadedModel, measure_latency_ms
 from isocost.sampling.request import PerSampleFn, SampleRequest, passes_per_evaluation
 from isocost.sampling.stage_times import StageTimes, measure_guide, measure_stage_times
 from isocost.sweep.grid import SweepPoint, guide_label
@@ -108,6 +108,7 @@ class Worker:
         default_factory=dict, init=False, repr=False
     )
     _models: dict[tuple[str, bool], LoadedModel] = field(default_factory=dict, init=False, repr=False)
+    _guides: dict[tuple[str, bool, str], LoadedGuide] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def info(self) -> CheckpointInfo:
@@ -152,29 +153,50 @@ class Worker:
         return True
 
     def measure_ms_per_image(self, point: SweepPoint) -> tuple[float, int]:
-        """Measure denoising and decoding of a full batch, after a batch of the same size as warm-up, and add the text encoder.
+        """Measure denoising and decoding of full calls, after the same images as warm-up, and add the text encoder.
 
-        The images are not saved, and no first evaluation is shared.
+        The images are not saved, and no first evaluation is shared. Where some evaluations take two passes of the network and
+        others one, the last calls of the stream have empty slots, which other images would take in a longer stream. The time
+        of these slots is measured without decoding and subtracted.
 
         Returns:
             Milliseconds per image, and the number of measured images.
         """
-        images = range(min(point.spec.batch_size, point.spec.num_images))
-        (shard,) = split_into_shards(point, len(images), [len(images)])
+        (shard,) = split_into_shards(point, point.spec.num_images, [point.spec.num_images])
         engine = self._engine(shard, is_single_point=True)
+        decoder_batch = images_per_call(engine.latent_shape[-1] * self.autoencoder.factor)
+        full_batch = -(-max(engine.num_slots, decoder_batch) // decoder_batch) * decoder_batch
+        num_images = min(full_batch, point.spec.num_images)
+        (shard,) = split_into_shards(point, num_images, [num_images])
+
+        def images() -> int:
+            return sum(len(batch.results) for batch in generate(engine, self.autoencoder, _requests(shard, self.schedule)))
+
+        def latents() -> int:
+            return len(list(engine.run(_requests(shard, self.schedule))))
+
+        counter = CallCounter(engine.denoise)
+        engine.denoise = counter
+        images()
+        engine.denoise = counter.denoise
+        total_s = self._seconds(images, engine)
+        num_empty = counter.num_rows - num_images * point.passes(self.info.model, self.schedule)[0]
+        if num_empty > 0 and point.spec.guide is None:
+            total_s -= self._seconds(latents, engine) * num_empty / counter.num_rows
+        return self.prompts.ms_per_prompt + 1000 * total_s / num_images, num_images
+
+    def _seconds(self, work: Callable[[], int], engine: Engine) -> float:
         clock = device_monitor(engine.device).clock
-        for _ in ("warm up", "measure"):
-            clock.wait()
-            started = self.now()
-            for _ in generate(engine, self.autoencoder, _requests(shard, self.schedule)):
-                pass
         clock.wait()
-        return self.prompts.ms_per_prompt + 1000 * (self.now() - started) / len(images), len(images)
+        started = self.now()
+        work()
+        clock.wait()
+        return self.now() - started
 
     def measure_latency_ms(self, point: SweepPoint) -> tuple[float, int]:
-        """Measure one image alone, from its prompt to its pixels: text encoder, every pass, decoder.
+        """Measure one image alone, from its prompt to its pixels: text encoder, every pass of both networks, decoder.
 
-        It is the end-to-end time of `isocost latency --batch 1`.
+        It is the end-to-end time of `isocost latency --batch 1`. Both networks are on the device.
 
         Returns:
             Milliseconds, and the number of measured runs.
@@ -184,11 +206,22 @@ class Worker:
         if model is None:
             checkpoint = load_checkpoint(self.checkpoint_folder, device, torch_dtype(spec.dtype))
             model = self._models[spec.dtype, spec.compiled] = load_components(checkpoint, spec.dtype, spec.compiled, device)
-        assert spec.guide is None, "the latency of two networks is not measured"
+        guide = None if spec.guide is None else self._loaded_guide(spec.guide.checkpoint, spec, model)
+        null_prompt = spec.guide is not None and spec.guide.null_prompt
         coefficients, weights = solver_coefficients(spec.solver, spec.num_steps, self.schedule), point.weights(self.schedule)
-        pipeline = BatchedPipeline(model, coefficients, spec.guidance, batch_size=1, guidance_per_evaluation=weights)
+        pipeline = BatchedPipeline(model, coefficients, spec.guidance, 1, weights, guide, null_prompt)
         clock, host_clock = device_monitor(device).clock, HostTimer(lambda: round(1e9 * self.now()))
         return measure_latency_ms(pipeline, clock, host_clock)
+
+    def _loaded_guide(self, name: str, spec: PointSpec, main: LoadedModel) -> LoadedGuide:
+        key = (spec.dtype, spec.compiled, name)
+        if key not in self._guides:
+            source = self.guides[name]
+            check_guide(self.info, source.info)
+            guide = open_checkpoint(source.folder)
+            shares_text_encoder = source.prompts is None
+            self._guides[key] = load_guide(guide, spec.dtype, spec.compiled, best_device(), main, shares_text_encoder)
+        return self._guides[key]
 
     def _missing(self, points: Sequence[SweepPoint], done: PointCallback) -> list[SweepPoint]:
         """Record points whose images are complete, and return the points that are still not recorded."""

@@ -59,11 +59,20 @@ class Distillation(ABC):
         base: the objective that the teacher was trained with; it makes the latents, prompt embeddings and further inputs.
         teacher: the network that is distilled; None if the objective needs none.
         student: the network to train. `target` is a copy of it whose weights are their moving average.
+        guide: the network that guides the teacher (`guided_prediction`); None is the teacher itself with the empty prompt.
     """
 
-    def __init__(self, spec: DistillSpec, base: TextToImage, teacher: nn.Module | None, student: nn.Module) -> None:
+    def __init__(
+        self,
+        spec: DistillSpec,
+        base: TextToImage,
+        teacher: nn.Module | None,
+        student: nn.Module,
+        guide: nn.Module | None = None,
+    ) -> None:
         self.spec, self.base, self.schedule, self.prediction_type = spec, base, base.schedule, base.spec.prediction_type
         self.teacher = None if teacher is None else copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.guide = None if guide is None else copy.deepcopy(guide).eval().requires_grad_(False)
         self.guidance_embed_dim = guidance_embed_dim(student)
         self.trainable_params = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
         self.target = copy.deepcopy(student).eval().requires_grad_(False)
@@ -88,8 +97,8 @@ class Distillation(ABC):
         for name, value in zip(self.trainable_params, average, strict=True):
             self.target.get_parameter(name).data = value
         self.coefficients, self.null_prompt_embeds = self.coefficients.to(device), self.null_prompt_embeds.to(device)
-        if self.teacher is not None:
-            self.teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for network in filter(None, (self.teacher, self.guide)):
+            network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def batch(self, images_seen: int, rows: range, device: torch.device, dtype: torch.dtype = torch.float32) -> DistillBatch:
         """Make rows at timesteps of the grid, each with its guidance."""
@@ -158,17 +167,27 @@ class Distillation(ABC):
         _, _, _, _, skip, out, _ = self.coefficients_at(indices)
         return skip * z + out * self.to_x0_eps(self.network_output(network, z, batch, indices), z, indices).x0
 
-    def cfg_prediction(self, teacher: nn.Module, z: Tensor, batch: DistillBatch, indices: Tensor) -> Prediction:
-        """Return the prediction `uncond + w (cond - uncond)` of a network without guidance input, in two passes.
+    def guided_prediction(self, teacher: nn.Module, z: Tensor, batch: DistillBatch, indices: Tensor) -> Prediction:
+        """Return the guided prediction of a network without guidance input, in two passes.
 
-        If the student does not learn guidance, it is the conditional prediction in a single pass.
+        It is `guide + w (cond - guide)` with a guide (autoguidance, arXiv 2406.02507, eq. 3), and `uncond + w (cond - uncond)`
+        of the network alone without one. If the student does not learn guidance, it is the conditional prediction in a single
+        pass.
+
+        Args:
+            teacher: the network.
+            z: noisy latents [B, C, L, L].
+            batch: prompts, further inputs and guidance of the rows.
+            indices: schedule indices of z, int64 [B].
         """
         output = self.network_output(teacher, z, batch, indices, guidance=None)
         if self.spec.guidance_range is not None:
-            null_prompt_embeds = self.null_prompt_embeds.to(batch.prompt_embeds).expand_as(batch.prompt_embeds)
-            uncond = self.network_output(teacher, z, batch, indices, prompt_embeds=null_prompt_embeds, guidance=None)
+            overrides: dict[str, Tensor | None] = {"guidance": None}
+            if self.spec.guide is None or self.spec.guide.null_prompt:
+                overrides["prompt_embeds"] = self.null_prompt_embeds.to(batch.prompt_embeds).expand_as(batch.prompt_embeds)
+            second = self.network_output(self.guide or teacher, z, batch, indices, **overrides)
             w = batch.guidance.float()[:, None, None, None]
-            output = uncond + w * (output - uncond)
+            output = second + w * (output - second)
         return self.to_x0_eps(output, z, indices)
 
     def ddim_step(self, prediction: Prediction, indices_next: Tensor) -> Tensor:
@@ -213,7 +232,7 @@ class ConsistencyDistillation(Distillation):
         assert self.teacher is not None, "the teacher takes the solver's step"
         z = self.noisy_latents(batch)
         with torch.no_grad():
-            z_next = self.ddim_step(self.cfg_prediction(self.teacher, z, batch, batch.indices), batch.indices_next)
+            z_next = self.ddim_step(self.guided_prediction(self.teacher, z, batch, batch.indices), batch.indices_next)
             target = self.consistency_fn(self.target, z_next, batch, batch.indices_next)
         difference = self.consistency_fn(network, z, batch, batch.indices) - target
         delta = self.spec.huber_delta
@@ -226,8 +245,8 @@ class ConditionalConsistencyDistillation(Distillation):
     The loss is `|eps_theta(z_t) - eps_theta-(z_s)|^2 + weight |x_theta(z_t) - x|^2`. Here `z_s = alpha_s x_theta(z_t) + sigma_s
     eps_theta(z_t)` is a step of the student, without gradient; `x_theta = f`, and `eps_theta` is the noise that belongs to it.
     If the student learns guidance, the clean latent x is shifted as guidance shifts the teacher's prediction, by `(w - 1)
-    (x_teacher(caption) - x_teacher(empty caption))`. At w = 1, and without guidance, this is the paper's loss and needs no
-    teacher.
+    (x_teacher(caption) - x_teacher(empty caption))`, or by `(w - 1) (x_teacher - x_guide)` with a guide. At w = 1, and without
+    guidance, this is the paper's loss and needs no teacher.
     """
 
     def sample_timesteps(self, draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,7 +264,7 @@ class ConditionalConsistencyDistillation(Distillation):
             if self.teacher is not None:
                 output = self.network_output(self.teacher, z, batch, batch.indices, guidance=None)
                 unguided = self.to_x0_eps(output, z, batch.indices)
-                clean = clean + self.cfg_prediction(self.teacher, z, batch, batch.indices).x0 - unguided.x0
+                clean = clean + self.guided_prediction(self.teacher, z, batch, batch.indices).x0 - unguided.x0
         return (eps - target_eps).square().mean() + self.spec.latent_weight * (x0 - clean).square().mean()
 
     def _eps(self, x0: Tensor, z: Tensor, indices: Tensor) -> Tensor:
@@ -258,19 +277,27 @@ class ProgressiveDistillation(Distillation):
 
     The target of the student is the x with which a single step from z_t ends where two steps of the teacher end; its error has
     the weight max(SNR, 1) (arXiv 2202.00512, section 3 and algorithm 2). In the first stage the teacher is the undistilled
-    network with guidance w, in later stages the student of the stage before, which takes w as an input (arXiv 2210.03142,
-    section 3; their separate stage that only learns w is part of the first halving here).
+    network with guidance w, alone or with its guide, in later stages the student of the stage before, which takes w as an input
+    (arXiv 2210.03142, section 3; their separate stage that only learns w is part of the first halving here).
     """
 
     def __init__(
-        self, spec: DistillSpec, base: TextToImage, teacher: nn.Module, student: nn.Module, num_steps: int, is_first: bool
+        self,
+        spec: DistillSpec,
+        base: TextToImage,
+        teacher: nn.Module,
+        student: nn.Module,
+        num_steps: int,
+        is_first: bool,
+        guide: nn.Module | None = None,
     ) -> None:
         """
         Args:
             num_steps: sampling steps of this stage's student; the teacher takes twice as many.
             is_first: the teacher is the undistilled network.
+            guide: guide of the undistilled network; later stages have none.
         """
-        super().__init__(spec, base, teacher, student)
+        super().__init__(spec, base, teacher, student, guide)
         self.num_steps, self.teacher_takes_cfg = num_steps, is_first
         timesteps = solver_coefficients(SolverSpec(), 2 * num_steps, self.schedule).timesteps
         self.teacher_grid = torch.tensor([*timesteps.astype(int), 0])  # DDIM ends at the schedule's first index
@@ -297,7 +324,7 @@ class ProgressiveDistillation(Distillation):
     def _teacher_prediction(self, z: Tensor, batch: DistillBatch, indices: Tensor) -> Prediction:
         assert self.teacher is not None
         if self.teacher_takes_cfg:
-            return self.cfg_prediction(self.teacher, z, batch, indices)
+            return self.guided_prediction(self.teacher, z, batch, indices)
         return self.to_x0_eps(self.network_output(self.teacher, z, batch, indices), z, indices)
 
     def _midpoint(self, indices: Tensor) -> Tensor:
