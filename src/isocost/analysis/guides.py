@@ -204,10 +204,17 @@ def points_by_way(table: pd.DataFrame, metric: str, cost: str) -> dict[str, pd.D
 
 
 def guide_costs(table: pd.DataFrame) -> list[str]:
-    """The names of `GUIDE_COSTS` that a point with a guide and a point without one have."""
+    """The names of `GUIDE_COSTS` that a point with a guide and a point without one have.
+
+    Raises:
+        ConfigError: there is no such cost.
+    """
     finished = table[table["is_final"].astype(bool)]
     has_guide = finished["guide"].notna()
-    return [cost for cost in GUIDE_COSTS if is_measured(finished[has_guide], cost) and is_measured(finished[~has_guide], cost)]
+    costs = [cost for cost in GUIDE_COSTS if is_measured(finished[has_guide], cost) and is_measured(finished[~has_guide], cost)]
+    if not costs:
+        raise ConfigError("points with a guide and points without one have no cost in common; add `none` to sweep.guides")
+    return costs
 
 
 def compare_guides(
@@ -271,13 +278,13 @@ def best_guides(table: pd.DataFrame, metric: str, cost: str, pairs: PairedDiffer
     results = []
     for size in sizes_in_order(rows[rows["has_guide"]]):
         of_size = rows[rows["size"] == size]
-        for num_steps, guided in of_size[of_size["has_guide"]].groupby("num_steps"):
+        for _, guided in of_size[of_size["has_guide"]].groupby("num_steps"):
             row = guided.iloc[0].to_dict()
             unguided = of_size[~of_size["has_guide"] & is_within_budget(of_size[cost], float(row[cost]))]
             results.append(
                 BestGuide(
                     size=size,
-                    num_steps=int(str(num_steps)),
+                    num_steps=int(row["num_steps"]),
                     guide=str(row["guide"]),
                     guidance=f"{format_row_guidance({**row, 'guide': None})}, {row['solver']}",
                     cost=float(row[cost]),

@@ -19,7 +19,6 @@ from isocost.analysis.guides import (
     summarise,
 )
 from isocost.analysis.iso_cost import PairedDifferences
-from isocost.errors import ConfigError
 
 NOTHING_FITS = "nothing fits"
 
@@ -96,8 +95,6 @@ def guide_section(table: pd.DataFrame, metric: str, pairs: PairedDifferences) ->
         ConfigError: points with a guide and points without one cannot be compared.
     """
     costs = guide_costs(table)
-    if not costs:
-        raise ConfigError("points with a guide and points without one have no cost in common; add `none` to sweep.guides")
     best = best_guides(table, metric, costs[0], pairs)
     return GuideSection(
         tuple(_table(compare_guides(table, metric, cost, pairs), metric, cost) for cost in costs),
