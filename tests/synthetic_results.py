@@ -143,6 +143,40 @@ def synthetic_students(speedup: int = 8, loss: float = 0.03, num_steps: Sequence
     return pd.concat([teachers, students.assign(point=[f"5{number:015x}" for number in range(len(rows))])], ignore_index=True)
 
 
+GUIDE_GAINS = {"0.8M@50000": 1.0, "0.8M": 0.5, "0.8M/null": 0.0, "3.2M@50000": -1.0}
+"""Guide -> the fraction of the planted gain that it brings."""
+
+
+def synthetic_guides(gain: float, half_width: float = 0.004, guides: Sequence[str] = tuple(GUIDE_GAINS)) -> pd.DataFrame:
+    """Return two sizes without a guide, and every point again with each guide, at the same cost and better by the gain.
+
+    "0.8M@50000" guides both sizes, the other guides 3.2M.
+
+    So at equal cost the best point with a guide is better than the best point without one by `gain`. The frontier within an
+    interval is that of all noise levels plus 0.001. The alignment follows the distance.
+    """
+    plain = synthetic_table(
+        sizes=("0.8M", "3.2M"), num_steps=(2, 4, 8, 16), solvers=("ddim/trailing",), snapshots=(), half_width=half_width
+    ).assign(guide=None, guide_checkpoint=None, guidance_interval=None, guidance_schedule=None, guide_nfe=0.0)
+
+    def worse_by(rows: pd.DataFrame, amount: float) -> pd.DataFrame:
+        distances = {f"mmd_efficientnet{end}": rows[f"mmd_efficientnet{end}"] + amount for end in ("", "_low", "_high")}
+        alignment = {f"alignment{end}": rows[f"alignment{end}"] - amount for end in ("", "_low", "_high")}
+        return rows.assign(**distances, **alignment)
+
+    limited = plain[plain["guidance"] > 1].assign(guidance_interval="[-3.0, 2.0]")
+    limited = worse_by(limited.assign(nfe=limited["nfe"] * 0.75, gflop=limited["gflop"] * 0.75), 0.001)
+    parts = [plain, limited]
+    for guide in guides:
+        rows = plain[(plain["size"] == "3.2M") | (guide == "0.8M@50000")]
+        rows = rows.assign(guidance=rows["guidance"] + 0.25, guide_nfe=rows["num_steps"].astype(float))
+        by_guide = worse_by(rows, -gain * GUIDE_GAINS[guide]).assign(guide=guide, guide_checkpoint=f"checkpoint of {guide}")
+        within = by_guide.assign(guidance_interval="[-3.0, 2.0]", guide_nfe=0.5 * by_guide["guide_nfe"])
+        parts += [by_guide, worse_by(within.assign(nfe=1.5 * within["num_steps"]), 0.001)]
+    table = pd.concat(parts, ignore_index=True).drop(columns=[f"frechet_efficientnet{end}" for end in ("", "_low", "_high")])
+    return table.assign(point=[f"7{number:015x}" for number in range(len(table))])
+
+
 def synthetic_superres(slope: float = 0.5) -> pd.DataFrame:
     """Return super-resolution scores of every size: 0.1 + `slope` times the best score of its checkpoint; from scratch 0.5.
 

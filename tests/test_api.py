@@ -20,7 +20,7 @@ from conftest import plain_study
 from finished_study import plain_finished
 from isocost.errors import ConfigError
 from isocost.metrics.feature_extractors import EXTRACTORS, register_extractor
-from synthetic_results import synthetic_table
+from synthetic_results import synthetic_guides, synthetic_table
 from tiny_configs import save, scenes
 
 matplotlib.use("Agg")
@@ -168,9 +168,11 @@ def test_names_are_listed_and_unknown_ones_refused() -> None:
     assert "dpmsolver++2m" in isocost.list_solvers()
     assert "frechet" in isocost.list_metrics()
     assert "inception" in isocost.list_extractors()
-    table = synthetic_table()
+    table, guided = synthetic_table(), synthetic_guides(0.02)
     for name in isocost.list_plots():
-        assert isocost.plot(name, table).axes, name
+        assert isocost.plot(name, guided if name.startswith("guide_") else table).axes, name
+    with pytest.raises(isocost.ConfigError, match="no point with a guide has both"):
+        isocost.plot("guide_frontier", table, cost="nfe")
     with pytest.raises(isocost.ConfigError, match="unknown plot 'quality'; known: quality_vs_cost"):
         isocost.plot("quality", table)
     with pytest.raises(isocost.ConfigError, match="unknown metric 'fidd'"):

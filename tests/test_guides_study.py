@@ -30,8 +30,10 @@ from isocost.errors import ConfigError
 from isocost.models.checkpoint import read_info
 from isocost.pipeline import sweep_runner
 from isocost.pipeline.dry_run import plan
+from isocost.pipeline.merge import archive
 from isocost.pipeline.pipeline import Pipeline
 from isocost.report.build import report
+from isocost.report.report_data import rebuild
 from isocost.sampling import generate
 from isocost.sampling.generate import make_engine
 from isocost.sampling.guides import make_guide
@@ -284,6 +286,30 @@ def test_the_page_and_the_table_show_the_guidance(guided: Pipeline, table: pd.Da
         assert label in page
     assert "log-SNR interval" in page
     assert "guidance" in summary
+
+
+def test_the_report_compares_the_guides_by_paired_differences(guided: Pipeline, tmp_path: Path) -> None:
+    """The differences are in the report data, so that a page without the features of the points shows the same."""
+    section = (
+        (guided.out / "report" / "summary.md").read_text(encoding="utf-8").partition("What does a guide buy at equal cost?")
+    )
+    assert " costs (" in section[2]
+    rows = [line for line in section[2].splitlines() if line.startswith("| ") and "minus" not in line]
+    assert rows
+    assert "(not paired)" not in rows[0].split(" | ")[-3]
+    stored = json.loads((guided.out / "report_data" / "text2image" / "page.json").read_text(encoding="utf-8"))["differences"]
+    leading = guided.experiments["text2image"].metric
+    first, second, metric, value, low, high = next(row for row in stored if row[2] == leading)
+    assert low <= value <= high
+    comparer = guided.experiments["text2image"].comparer()
+    assert comparer is not None
+    again = comparer.difference(first, second, metric)
+    assert again is not None
+    assert (again.value, again.low, again.high) == (value, low, high)
+    archive(guided.out, tmp_path / "archive")
+    rebuild(tmp_path / "archive", with_figures=False)
+    for name in ("index.html", "summary.md"):
+        assert (tmp_path / "archive" / "report" / name).read_bytes() == (guided.out / "report" / name).read_bytes()
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ A group is a value of a column of the table: a size, a student or its teacher (`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import pandas as pd
@@ -31,6 +31,31 @@ class PairedDifferences(Protocol):
         Returns:
             None if the metric has no paired interval, or the features of a point are not available.
         """
+
+
+@dataclass(frozen=True)
+class RecordedDifferences:
+    """Paired differences that were computed before. A report is written again with them, without the features of its points.
+
+    Attributes:
+        differences: (first point, second point, metric) -> score of the first minus score of the second.
+    """
+
+    differences: Mapping[tuple[str, str, str], Interval] = field(default_factory=dict)
+
+    def difference(self, first: str, second: str, metric: str) -> Interval | None:
+        """The score of the first point minus that of the second; None if it was not recorded."""
+        return self.differences.get((first, second, metric))
+
+    @property
+    def rows(self) -> list[list[str | float]]:
+        """The differences as plain data: first point, second point, metric, value, low, high."""
+        return [[*key, interval.value, interval.low, interval.high] for key, interval in self.differences.items()]
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Sequence[Any]]) -> RecordedDifferences:
+        """The differences of `rows`."""
+        return cls({(first, second, metric): Interval(*ends) for first, second, metric, *ends in rows})
 
 
 @dataclass(frozen=True)

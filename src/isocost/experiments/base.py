@@ -25,6 +25,7 @@ from isocost.config.types import TaskName
 from isocost.diffusion.guidance import check_interval
 from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.errors import ConfigError
+from isocost.evaluation.paired import PairedComparer
 from isocost.evaluation.protocol import Protocol
 from isocost.evaluation.reference_set import ReferenceSet
 from isocost.models.autoencoder import Autoencoder
@@ -306,6 +307,10 @@ class Experiment(ABC):
     def replaced_schedulers(self) -> Mapping[tuple[str, str], str]:
         """Scheduler class by (checkpoint, solver label), where another solver is used in place of the checkpoint's own."""
         return {}
+
+    def comparer(self) -> PairedComparer | None:
+        """Return the paired differences between points of the experiment; None if it has several reference sets."""
+        return None
 
     def findings(self, table: pd.DataFrame) -> dict[str, Any]:
         """Return further results for the report: text, or a mapping to text, by title."""

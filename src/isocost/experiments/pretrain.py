@@ -11,6 +11,7 @@ from torch import nn
 
 from isocost.config.model import ModelSpec
 from isocost.config.study import StudySpec
+from isocost.evaluation.paired import PairedComparer
 from isocost.evaluation.protocol import Protocol
 from isocost.experiments.base import EvalContext, EvalJob, Experiment, TrainingRun, make_run
 from isocost.experiments.study_assets import StudyAssets
@@ -90,6 +91,10 @@ class PretrainExperiment(Experiment):
         """Build the context with the prompts of the reference set."""
         assets = self.assets
         return EvalContext(assets.reference, assets.prompt_embeds, assets.saved_indices, self.protocol_spec.metrics)
+
+    def comparer(self) -> PairedComparer:
+        """Return the paired differences between points, by the reference set of the study."""
+        return PairedComparer((self.assets.store,), self.assets.reference, self.protocol_spec.metrics)
 
     @property
     def protocol_summary(self) -> str:

@@ -14,6 +14,7 @@ from isocost.config.training import TrainSpec
 from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import solver_coefficients
 from isocost.errors import ConfigError
+from isocost.evaluation.paired import PairedComparer
 from isocost.evaluation.protocol import Protocol
 from isocost.experiments.base import EvalContext, EvalJob, Experiment, TrainingRun
 from isocost.experiments.study_assets import StudyAssets
@@ -234,6 +235,10 @@ class PretrainedExperiment(Experiment):
     def protocol(self) -> Protocol:
         """The protocol of the study."""
         return self.assets.protocol
+
+    def comparer(self) -> PairedComparer:
+        """Return the paired differences between points, by the reference set of the study."""
+        return PairedComparer((self.assets.store,), self.assets.reference, self.protocol_spec.metrics)
 
     @property
     def protocol_summary(self) -> str:

@@ -290,10 +290,14 @@ class SuperresExperiment(Experiment):
             title: {metric: interval.value for metric, interval in scores.items()} for title, scores in scores_by_title.items()
         }
 
+    def comparer(self) -> PairedComparer:
+        """Return the paired differences between points, by the reference set of the task."""
+        return PairedComparer((self.assets.store,), self.reference, self.spec.protocol.metrics)
+
     def findings(self, table: pd.DataFrame) -> dict[str, Any]:
         """Compare every size at its best settings with bicubic, and pretrained with from scratch, by paired differences."""
         best = best_per_group(final_points(table, self.metric), self.metric, ["size"]).to_dict("records")
-        comparer = PairedComparer((self.assets.store,), self.reference, self.spec.protocol.metrics)
+        comparer = self.comparer()
         features = {row["size"]: comparer.features_of(row["point"]) for row in best if comparer.has_features(row["point"])}
         findings: dict[str, Any] = {}
         bicubic = self._baseline("bicubic")

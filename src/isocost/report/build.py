@@ -14,6 +14,8 @@ import pandas as pd
 
 from isocost.analysis.costs import COSTS
 from isocost.analysis.frontier_ci import format_best_sizes
+from isocost.analysis.guides import has_guides
+from isocost.analysis.iso_cost import RecordedDifferences
 from isocost.analysis.joint_scaling_law import predict_held_out
 from isocost.analysis.pareto import default_budgets
 from isocost.analysis.power_laws import MIN_POINTS
@@ -24,9 +26,13 @@ from isocost.config.study import StudySpec
 from isocost.config.study_yaml import dump_study
 from isocost.config.types import TaskName
 from isocost.errors import ConfigError
+from isocost.evaluation.confidence_intervals import Interval
+from isocost.evaluation.paired import PairedComparer
 from isocost.experiments.base import Experiment
 from isocost.models.checkpoint import checkpoint_name
 from isocost.pipeline.pipeline import Pipeline
+from isocost.report.chart_panels import try_make
+from isocost.report.guides_section import guide_section
 from isocost.report.html import STUDY_YAML
 from isocost.report.plot_data import COMPUTE_AXES, FLOOR_LABEL
 from isocost.report.plot_data_finetune import PRETRAINING_QUESTIONS, Pretrained
@@ -169,6 +175,7 @@ def _report_data(
         missing_experiments=missing if scope.trained else [],
         pretrained=pretrained,
         scope=scope,
+        differences=_guide_differences(pipeline, experiment, table),
     )
     return page, table, samples
 
@@ -221,6 +228,36 @@ def _predicted_frontier(experiment: Experiment, table: pd.DataFrame) -> dict[str
         }
     except ConfigError as error:
         return str(error)
+
+
+def _guide_differences(pipeline: Pipeline, experiment: Experiment, table: pd.DataFrame) -> list[list[str | float]]:
+    """Return the paired differences that the section on guides shows; none without guides or without stored features."""
+    if not has_guides(table) or not any(pipeline.store.has("point", point) for point in table["point"]):
+        return []
+    comparer = experiment.comparer()
+    if comparer is None:
+        return []
+    recorder = _DifferenceRecorder(comparer)
+    try_make(guide_section, table, experiment.metric, recorder)
+    return RecordedDifferences(recorder.differences).rows
+
+
+class _DifferenceRecorder:
+    """Computes paired differences, and records those by all metrics of every pair of points that was requested."""
+
+    def __init__(self, comparer: PairedComparer) -> None:
+        self.comparer = comparer
+        self.differences: dict[tuple[str, str, str], Interval] = {}
+        self._compared: set[tuple[str, str]] = set()
+
+    def difference(self, first: str, second: str, metric: str) -> Interval | None:
+        if (first, second) not in self._compared:
+            self._compared.add((first, second))
+            if self.comparer.has_features(first) and self.comparer.has_features(second):
+                features = (self.comparer.features_of(point) for point in (first, second))
+                for name, interval in self.comparer.differences(*features).items():
+                    self.differences[first, second, name] = interval
+        return self.differences.get((first, second, metric))
 
 
 class SavedImages(Mapping[str, np.ndarray]):

@@ -15,10 +15,11 @@ import plotly.graph_objects as go
 from isocost.analysis.costs import COSTS, is_measured
 from isocost.analysis.distillation import split_student_name
 from isocost.analysis.formatting import format_metric
+from isocost.analysis.guides import guide_costs, has_guides
 from isocost.analysis.results_table import final_points, sizes_in_order
 from isocost.errors import ConfigError
 from isocost.evaluation.metric_registry import METRICS
-from isocost.report import plot_data, plot_data_finetune, plotly_backend
+from isocost.report import plot_data, plot_data_finetune, plot_data_guides, plotly_backend
 from isocost.report.plot_data_finetune import Pretrained
 from isocost.report.scope import TRAINED, Scope
 
@@ -225,6 +226,51 @@ def _pretraining_chart(
     arguments = {f"{c}": (name, (pretrained, reconstruction_floors.get(name))) for c, name in enumerate(metrics)}
     curves = _available_curves(plot_data_finetune.pretraining_curves, table, arguments, options)
     return _curves_chart("pretraining", (_metric_control(metrics),), curves, "Each marker shows")
+
+
+def guide_charts(
+    table: pd.DataFrame, metric: str, reconstruction_floors: Mapping[str, float], options: CurveOptions
+) -> dict[str, Chart | Unavailable]:
+    """Return the charts that only tables with guide networks have: "guide_frontier" and "guide_heatmap"."""
+    if not has_guides(table):
+        return {}
+    return {
+        "guide_frontier": try_make(_guide_frontier_chart, table, metric, reconstruction_floors, options),
+        "guide_heatmap": try_make(_guide_heatmap_chart, table, metric),
+    }
+
+
+def _guide_frontier_chart(
+    table: pd.DataFrame, metric: str, reconstruction_floors: Mapping[str, float], options: CurveOptions
+) -> Chart:
+    metrics, costs = _with_metric_first(table, metric), guide_costs(table)
+    arguments = {
+        f"{a}|{c}": (name, (cost, reconstruction_floors.get(name)))
+        for a, cost in enumerate(costs)
+        for c, name in enumerate(metrics)
+    }
+    curves = _available_curves(plot_data_guides.guide_frontier, table, arguments, options)
+    cost = Control("Cost", tuple(COSTS[cost].label for cost in costs), tuple(costs))
+    return _curves_chart("guide_frontier", (cost, _metric_control(metrics)), curves, "Each marker shows")
+
+
+def _guide_heatmap_chart(table: pd.DataFrame, metric: str) -> Chart:
+    metrics, costs = _with_metric_first(table, metric), guide_costs(table)
+    heatmaps = {
+        f"{a}|{c}": try_make(plot_data_guides.guide_heatmap, table, name, cost)
+        for a, cost in enumerate(costs)
+        for c, name in enumerate(metrics)
+    }
+    available = {key: heatmap for key, heatmap in heatmaps.items() if not isinstance(heatmap, Unavailable)}
+    if not available:
+        raise ConfigError(next((heatmap.reason for heatmap in heatmaps.values()), "no final point has a cost"))
+    return Chart(
+        "guide_heatmap",
+        # without keys: a chart with the page's costs gets the budget line of the slider in place of its own frames
+        (Control("Cost", tuple(COSTS[cost].label for cost in costs)), _metric_control(metrics)),
+        {key: [plotly_backend.plotly_guide_heatmap(heatmap)] for key, heatmap in available.items()},
+        {key: f"{heatmap.setting[0].upper()}{heatmap.setting[1:]}." for key, heatmap in available.items()},
+    )
 
 
 CHARTS = {

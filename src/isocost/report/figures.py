@@ -20,6 +20,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from isocost.analysis.costs import COSTS
+from isocost.analysis.guides import GUIDE_COSTS
 from isocost.analysis.results_table import final_points, sizes_in_order
 from isocost.errors import ConfigError
 from isocost.report.image_grids import image_grid
@@ -27,6 +28,7 @@ from isocost.report.matplotlib_backend import (
     FORMATS,
     draw_comparison_rows,
     draw_curves,
+    draw_guide_heatmap,
     draw_heatmaps,
     draw_image_grid,
     save,
@@ -41,6 +43,7 @@ from isocost.report.plot_data import (
     solver_curves,
 )
 from isocost.report.plot_data_finetune import Pretrained, distillation_curves, pretraining_curves
+from isocost.report.plot_data_guides import guide_frontier, guide_heatmap
 from isocost.report.scope import TRAINED, Scope
 
 
@@ -147,6 +150,18 @@ def plot_distillation_frontier(
     return draw_curves(replace(distillation_curves(table, metric, cost, floor), **overrides))
 
 
+def plot_guide_frontier(
+    table: pd.DataFrame, metric: str, cost: str = "gflop", floor: float | None = None, **overrides: Any
+) -> Figure:
+    """Plot the frontier of every way of guidance: none, classifier-free, by a guide, and within an interval."""
+    return draw_curves(replace(guide_frontier(table, metric, cost, floor), **overrides))
+
+
+def plot_guide_heatmap(table: pd.DataFrame, metric: str, cost: str = "gflop") -> Figure:
+    """Plot networks × guides: the best score of each pair relative to classifier-free guidance; see `guide_heatmap`."""
+    return draw_guide_heatmap(guide_heatmap(table, metric, cost))
+
+
 PRETRAINING_FIGURES = {
     "superres": plot_superres_vs_pretraining,
     "dreambooth": plot_dreambooth_vs_pretraining,
@@ -183,6 +198,7 @@ def all_figures(
         plot_quality_vs_cost: scope.costs,
         plot_quality_vs_compute: [axis for axis in COMPUTE_AXES if scope.trained and axis in table.columns],
         plot_distillation_frontier: list(COSTS),
+        plot_guide_frontier: GUIDE_COSTS,
     }
     questions = {} if scope.trained else {plot_quality_vs_cost: {"question": "Which checkpoint is best at equal cost?"}}
     single_plots: dict[Callable[..., Figure], Callable[[], Figure]] = {
@@ -201,6 +217,9 @@ def all_figures(
         f"{file_name(plot)}-{axis}": partial(plot, table, metric, axis, **options, **questions.get(plot, {}))
         for plot, axes in plots_by_axis.items()
         for axis in axes
+    }
+    figures |= {
+        f"{file_name(plot_guide_heatmap)}-{axis}": partial(plot_guide_heatmap, table, metric, axis) for axis in GUIDE_COSTS
     }
     return figures | {file_name(plot): make for plot, make in single_plots.items()}
 
@@ -244,6 +263,14 @@ def _plot_vs_pretraining(
 
 TABLE_PLOTS: dict[str, Callable[..., Figure]] = {
     file_name(draw): draw
-    for draw in (plot_quality_vs_cost, plot_quality_vs_compute, plot_solvers, plot_guidance_heatmap, plot_best_guidance)
+    for draw in (
+        plot_quality_vs_cost,
+        plot_quality_vs_compute,
+        plot_solvers,
+        plot_guidance_heatmap,
+        plot_best_guidance,
+        plot_guide_frontier,
+        plot_guide_heatmap,
+    )
 }
 """Name -> the figures that need nothing but a results table: (table, metric, options) -> figure."""

@@ -28,20 +28,33 @@ from plotly.offline import get_plotlyjs
 from isocost.analysis.claims import ClaimVerdict
 from isocost.analysis.costs import COSTS, expected_costs, is_measured
 from isocost.analysis.formatting import format_metric, format_number
+from isocost.analysis.guides import has_guides
+from isocost.analysis.iso_cost import PairedDifferences, RecordedDifferences
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets, default_budgets, metric_of
 from isocost.analysis.recommend import describe_choice
 from isocost.analysis.results_table import replaced_schedulers, with_metric
 from isocost.models.paper_table import TABLE_1
 from isocost.report import plot_data
 from isocost.report.budget_slider import budget_slider
-from isocost.report.chart_panels import CHARTS, Chart, Unavailable, cost_chart, finetune_charts, metrics_in, try_make
+from isocost.report.chart_panels import (
+    CHARTS,
+    Chart,
+    Unavailable,
+    cost_chart,
+    finetune_charts,
+    guide_charts,
+    metrics_in,
+    try_make,
+)
 from isocost.report.claims_table import claim_rows
 from isocost.report.figures import all_figures, save_figures
+from isocost.report.guides_section import guide_section
 from isocost.report.image_embedding import EmbeddedImages, embed_images
 from isocost.report.image_grids import ImageGrid, image_grid, saved_images_of
 from isocost.report.markdown import headline
 from isocost.report.matplotlib_backend import FORMATS
 from isocost.report.plot_data_finetune import DISTILLATION_QUESTION, PRETRAINING_QUESTIONS, Pretrained
+from isocost.report.plot_data_guides import FRONTIER_QUESTION, HEATMAP_QUESTION
 from isocost.report.results_table import headline_facts, point_columns, size_rows
 from isocost.report.scope import PAPER_COST, TRAINED, Scope
 from isocost.utils.artifact_store import write_atomically
@@ -73,6 +86,7 @@ def write_report(
     verdicts: Sequence[ClaimVerdict] = (),
     with_figures: bool = True,
     scope: Scope = TRAINED,
+    pairs: PairedDifferences | None = None,
 ) -> Path:
     """Write `index.html` and `figures/` (`isocost.report.figures`, PNG and PDF) into `folder` and return the path of the page.
 
@@ -96,6 +110,7 @@ def write_report(
         verdicts: verdicts for the paper's claims on these points and those of the other tasks.
         with_figures: false writes only the page, in about a third of the time, and removes figures of an earlier report.
         scope: whether the study trained the networks, and the cost of the budgets.
+        pairs: paired differences for the section on guides; without them the scores are treated as independent.
 
     Raises:
         ConfigError: the points cannot be compared (they differ in protocol, number of images or seed).
@@ -141,7 +156,10 @@ def write_report(
                 chart: try_make(make, table, metric, reconstruction_floors, curve_options)
                 for chart, make in (CHARTS | {"cost": partial(cost_chart, scope=scope)}).items()
             }
-            | finetune,
+            | finetune
+            | guide_charts(table, metric, reconstruction_floors, curve_options),
+            guides=try_make(guide_section, table, metric, pairs or RecordedDifferences()) if has_guides(table) else None,
+            guide_questions=(FRONTIER_QUESTION, HEATMAP_QUESTION),
             finetune_questions={
                 name: PRETRAINING_QUESTIONS[pretrained.task][0]
                 if name == "pretraining" and pretrained

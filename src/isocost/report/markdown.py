@@ -13,10 +13,14 @@ import pandas as pd
 
 from isocost.analysis.costs import COSTS, cost_of, expected_costs, is_measured
 from isocost.analysis.formatting import format_metric, format_number, format_row, format_score
+from isocost.analysis.guides import has_guides
+from isocost.analysis.iso_cost import PairedDifferences, RecordedDifferences
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets, default_budgets, metric_of, pareto
 from isocost.analysis.recommend import describe_choice, sample_command
 from isocost.analysis.results_table import final_points, replaced_schedulers, sizes_in_order, with_metric
 from isocost.errors import ConfigError
+from isocost.report.guides_section import guide_section
+from isocost.report.plot_data_guides import FRONTIER_QUESTION
 from isocost.report.scope import TRAINED, Scope
 
 MAX_ROWS = 8
@@ -35,8 +39,11 @@ def markdown_summary(
     floor_label: str = "",
     missing_experiments: Sequence[str] = (),
     scope: Scope = TRAINED,
+    pairs: PairedDifferences | None = None,
 ) -> str:
     """Return the best configuration at each budget, the frontier, the data behind it, what is not included, and next commands.
+
+    A table with guide networks has a part about their effect, too.
 
     Args:
         table: points, as in `isocost.analysis.results_table`.
@@ -47,6 +54,7 @@ def markdown_summary(
         floor_label: name of `floor`.
         missing_experiments: titles of experiments that the study does not have.
         scope: whether the study trained the networks, and the cost of the budgets.
+        pairs: paired differences for the section on guides; without them the scores are treated as independent.
 
     Raises:
         ConfigError: the points cannot be compared (they differ in protocol, number of images or seed).
@@ -60,6 +68,8 @@ def markdown_summary(
         title = f"**{escape_markdown(study_name)}**: {escape_markdown(headline(choices, scope.noun))}"
         lines = [title, "", *_format_choices(choices, metric, scope)]
         lines += ["", *_format_frontier(table, metric, scope)]
+    if has_guides(table):
+        lines += ["", *_format_guides(table, metric, pairs or RecordedDifferences())]
     first = rows.iloc[0]
     ranking = f"By {escape_markdown(format_metric(metric))} ({metric_of(metric).better} is better) with 95 % intervals"
     floor_text = "" if floor is None else f"; {escape_markdown(floor_label)}: {format_number(floor)}"
@@ -143,6 +153,26 @@ def _format_frontier(table: pd.DataFrame, metric: str, scope: Scope) -> list[str
         score = format_score(*(float(row[f"{metric}{end}"]) for end in ("", "_low", "_high")))
         lines.append(_table_row(*numbers, label, score))
     return lines
+
+
+def _format_guides(table: pd.DataFrame, metric: str, pairs: PairedDifferences) -> list[str]:
+    """Return the verdict on guides, the frontiers of all ways of guidance, and the best guide of every network."""
+    title = f"**{FRONTIER_QUESTION}**"
+    try:
+        section = guide_section(table, metric, pairs)
+    except ConfigError as error:
+        return [f"{title} No answer yet: {escape_markdown(str(error))}."]
+    first, *others = section.tables
+    lines = [f"{title} {escape_markdown(first.summary)}", ""]
+    titles = [f"{first.cost}, at most", *first.ways, "with a guide minus without", "verdict", "by other metrics"]
+    lines += [_table_row(*titles), "|--:|" + "---|" * (len(titles) - 1)]
+    for row in first.rows:
+        cells = [": ".join(part for part in best if part) for best in row.best]
+        cells = [row.budget, *cells, row.difference, row.verdict, "; ".join(row.other_metrics)]
+        lines.append(_table_row(*(escape_markdown(cell) for cell in cells)))
+    notes = [*first.by_other_metrics, *(table.summary for table in others)]
+    notes.append(f"Best guide: {'; '.join(section.summary_by_network)}.")
+    return [*lines, *(line for note in notes for line in ("", escape_markdown(note)))]
 
 
 def _format_notes(choices: Sequence[BudgetChoice], scope: Scope) -> list[str]:

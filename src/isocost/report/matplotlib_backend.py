@@ -23,11 +23,15 @@ from matplotlib.patheffects import withStroke
 from isocost.analysis.formatting import format_number
 from isocost.report.image_grids import ImageGrid
 from isocost.report.plot_data import Curves, HeatPanel, panel_colors, x_ticks, y_range
+from isocost.report.plot_data_guides import GuideHeatmap, change_colors
 from isocost.report.plot_style import DASHES, EMPTY, HAIRLINE, INK, MUTED, OPTIMUM, log_ticks, tick_indices
 
 FORMATS = ("png", "pdf")
 LONG_LABEL = 48
 """Number of characters above which an axis label is broken into two lines."""
+CHARACTER_WIDTH, MAX_CELL_WIDTH = 0.085, 1.3
+"""Width of a character of a tick label, and of a cell of the heat map of guides, in inches. Longer names are tilted."""
+GUIDE_HEATMAP_LEGEND = "blue: better; red: worse; framed: the guide with the best score"
 STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.edgecolor": MUTED,
@@ -84,6 +88,41 @@ def draw_heatmaps(panels: Sequence[HeatPanel], sizes: Sequence[str]) -> Figure:
             legend += "; bars: 95 % intervals of the best guidance"
         figure.supxlabel(legend, fontsize=8.5, color=MUTED)
         bar.outline.set_visible(False)
+    return figure
+
+
+def draw_guide_heatmap(heatmap: GuideHeatmap) -> Figure:
+    """Draw networks (rows) × guides (columns), with the relative change of the score in every cell."""
+    colors, scale = change_colors(heatmap)
+    longest = max(map(len, heatmap.guides)) * CHARACTER_WIDTH
+    cell_width, is_tilted = min(max(longest, 0.72), MAX_CELL_WIDTH), longest > MAX_CELL_WIDTH
+    names = max(map(len, heatmap.networks)) * CHARACTER_WIDTH + 0.5
+    width = len(heatmap.guides) * cell_width
+    setting = textwrap.wrap(heatmap.setting, max(round(width / 0.072), 60))
+    height = len(heatmap.networks) * 0.36 + 0.17 * len(setting) + 1.1 + (longest / 2 if is_tilted else 0)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width + names, height), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(heatmap.percent, cmap=colors, norm=scale, aspect="auto")
+        axes.set_facecolor(EMPTY)
+        for (row, column), value in np.ndenumerate(heatmap.percent):
+            is_dark = not np.isnan(value) and _luminance(colors(scale(value))) < 0.45
+            ink = "white" if is_dark else INK
+            axes.text(column, row, heatmap.text(row, column), ha="center", va="center", fontsize=8, color=ink)
+        for row, column in enumerate(heatmap.best_columns):
+            frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=OPTIMUM, linewidth=1.8, zorder=3)
+            frame.set_clip_on(False)
+            axes.add_patch(frame)
+        tilt: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if is_tilted else {}
+        axes.set_xticks(range(len(heatmap.guides)), list(heatmap.guides), **tilt)
+        axes.set_yticks(range(len(heatmap.networks)), list(heatmap.networks))
+        axes.tick_params(length=0)
+        axes.set_xlabel("guide\n" + GUIDE_HEATMAP_LEGEND, color=MUTED, fontsize=8.5)
+        axes.set_ylabel("network", color=MUTED, fontsize=8.5)
+        axes.spines[:].set_visible(False)
+        axes.set_title(heatmap.question, pad=10 + 11.5 * len(setting))
+        below_title: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
+        axes.annotate("\n".join(setting), (0, 1), (0, 6), color=MUTED, fontsize=8.5, **below_title)
     return figure
 
 

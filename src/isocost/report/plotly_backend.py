@@ -11,6 +11,7 @@ from matplotlib.colors import to_hex
 
 from isocost.analysis.formatting import format_number
 from isocost.report.plot_data import Curves, HeatPanel, Series, all_series, panel_colors, x_ticks, y_range
+from isocost.report.plot_data_guides import GuideHeatmap, change_colors
 from isocost.report.plot_style import HAIRLINE, INK, MUTED, OPTIMUM, log_ticks, tick_indices
 
 PUBLISHED = "published"
@@ -154,6 +155,42 @@ def plotly_heatmap(panel: HeatPanel) -> go.Figure:
         "height": 110 + (30 if panel.is_labelled else 10) * len(steps),
         "margin": {"l": 48, "r": 6, "t": 34, "b": 44},
         "title": {"text": html.escape(panel.size), "font": {"size": 14}, "x": 0, "xref": "paper", "y": 0.96},
+    }
+    return figure
+
+
+def plotly_guide_heatmap(heatmap: GuideHeatmap) -> go.Figure:
+    """Draw networks (rows) × guides (columns), as `draw_guide_heatmap` does."""
+    colors, scale = change_colors(heatmap)
+    networks, guides = ([html.escape(name) for name in names] for names in (heatmap.networks, heatmap.guides))
+    notes = [[html.escape(note).replace("\n", "<br>") for note in row] for row in heatmap.notes]
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=heatmap.percent,
+        zmin=scale.vmin,
+        zmax=scale.vmax,
+        colorscale=[[position, to_hex(colors(position))] for position in np.linspace(0, 1, 11).tolist()],
+        showscale=False,
+        text=[[heatmap.text(row, column) for column in range(len(guides))] for row in range(len(networks))],
+        texttemplate="%{text}",
+        textfont={"size": 12},
+        customdata=notes,
+        hovertemplate="%{customdata}<extra></extra>",
+        xgap=1,
+        ygap=1,
+    )
+    frame = {"type": "rect", "line": {"color": OPTIMUM, "width": 2.5}}
+    shapes = [
+        {**frame, "x0": column - 0.48, "x1": column + 0.48, "y0": row - 0.46, "y1": row + 0.46}
+        for row, column in enumerate(heatmap.best_columns)
+    ]
+    figure.layout = {
+        "shapes": shapes,
+        **_layout(),
+        "xaxis": _axis("guide") | _category_axis(guides) | {"range": [-0.5, len(guides) - 0.5]},
+        "yaxis": _axis("network") | _category_axis(networks) | {"range": [len(networks) - 0.5, -0.5]},
+        "height": 150 + 36 * len(networks),
+        "margin": {"l": 62, "r": 12, "t": 10, "b": 56},
     }
     return figure
 

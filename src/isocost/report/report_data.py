@@ -25,6 +25,7 @@ import pandas as pd
 from PIL import Image
 
 from isocost.analysis.claims import ClaimVerdict, TaskResults, evaluate_claims, with_seed_variance
+from isocost.analysis.iso_cost import RecordedDifferences
 from isocost.analysis.paper_claims import CLAIMS
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets
 from isocost.analysis.results_table import REPORT_DATA, read_table, shared_final_points, table_file
@@ -70,7 +71,7 @@ class Report:
 class Page:
     """The contents of a page, without the table and the images of the points; see `isocost.report.html.write_report`.
 
-    The fields are the keys of page.json.
+    The fields are the keys of page.json. `differences` are the rows of `isocost.analysis.iso_cost.RecordedDifferences`.
     """
 
     study_name: str
@@ -87,6 +88,7 @@ class Page:
     comparison_rows: Mapping[str, np.ndarray] = field(default_factory=dict)
     pretrained: Pretrained | None = None
     scope: Scope = TRAINED
+    differences: Sequence[Sequence[Any]] = ()
 
 
 ReportData = tuple[Page, pd.DataFrame, Mapping[str, np.ndarray]]
@@ -173,6 +175,7 @@ def _write_task_report(
     with_figures: bool,
 ) -> Report:
     folder = out / "report" / task_folder(task)
+    pairs = RecordedDifferences.from_rows(page.differences)
     page_file = write_report(
         folder,
         page.study_name,
@@ -193,10 +196,11 @@ def _write_task_report(
         verdicts,
         with_figures,
         page.scope,
+        pairs,
     )
     floor = page.reconstruction_floors.get(page.metric)
     summary = markdown_summary(
-        table, page.metric, page.study_name, page.budgets, floor, page.floor_label, page.missing_experiments, page.scope
+        table, page.metric, page.study_name, page.budgets, floor, page.floor_label, page.missing_experiments, page.scope, pairs
     )
     write_atomically(folder / "summary.md", summary)
     choices = best_at_budgets(table, page.scope.budget_cost, page.metric, page.budgets)
@@ -246,9 +250,12 @@ class LazyImages(Mapping[str, np.ndarray]):
 
 def _save_page(folder: Path, page: Page) -> None:
     folder.mkdir()
-    contents = {name: value for name, value in vars(page).items() if name not in ("comparison_rows", "pretrained", "scope")}
+    separate = ("comparison_rows", "pretrained", "scope", "differences")
+    contents = {name: value for name, value in vars(page).items() if name not in separate}
     if page.scope != TRAINED:
         contents["scope"] = vars(page.scope)
+    if page.differences:
+        contents["differences"] = page.differences
     contents["comparison_rows"] = list(page.comparison_rows)
     contents["pretrained"] = None
     if page.pretrained is not None:
