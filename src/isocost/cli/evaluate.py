@@ -89,6 +89,8 @@ def _parse_weights(weights: list[str] | None) -> dict[str, str]:
             raise ConfigError(
                 f"--weights {item}: give NAME=SOURCE, such as inception=weights-inception-2015-12-05-6726825d.pth"
             )
+        if name in sources:
+            raise ConfigError(f"--weights {item}: {name} already has the source {sources[name]}; give it once")
         sources[name] = source
     return sources
 

@@ -31,7 +31,6 @@ from isocost.data.caption_files import (
     caption_problem,
     decode_text,
     parse_captions,
-    parse_json,
     read_caption_lists,
 )
 from isocost.data.image_files import (
@@ -48,6 +47,7 @@ from isocost.data.image_files import (
 )
 from isocost.data.synthetic import scenes
 from isocost.errors import ConfigError
+from isocost.utils.json_text import parse_json
 from isocost.utils.warn_once import warn_once
 
 READING_VERSION = 2

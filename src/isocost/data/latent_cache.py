@@ -262,7 +262,7 @@ def _write_latents(
             return False
         try:
             num_bytes = json.loads(store.read(info_file))["bytes"]
-        except (ValueError, KeyError, TypeError):  # a damaged description: the shard is written again
+        except (ValueError, KeyError, TypeError, RecursionError):  # a damaged description: the shard is written again
             return False
         return existing.get(f"latents-{shard:05d}.safetensors", 0) == num_bytes
 
