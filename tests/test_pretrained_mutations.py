@@ -163,6 +163,8 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "endless offsets": (header('{"a": {"dtype": "F32", "data_offsets": [0, 1e999]}}'), "not a complete safetensors file"),
     "deep config": (text(UNET, '{"a":' + "[" * DEEP + "]" * DEEP + "}"), r"unet/config\.json: not JSON"),
     "deep index": (text("model_index.json", "[" * DEEP), r"model_index\.json: not JSON"),
+    "key twice": (text("scheduler/scheduler_config.json", '{"beta_end": 0.1, "beta_end": 0.2}'), "'beta_end' appears twice"),
+    "key of the index twice": (text("model_index.json", '{"vae": ["a", "b"], "vae": ["a", "b"]}'), "'vae' appears twice"),
     "layers": (setting(UNET, layers_per_block=10**6), "layers_per_block = 1000000: too large"),
     "layers as a float": (setting(UNET, layers_per_block=1e6), "layers_per_block = 1000000.0: too large"),
     "layers of the text encoder": (setting("text_encoder/config.json", num_hidden_layers=10**6), "num_hidden_layers = 1000000"),
