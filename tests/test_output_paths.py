@@ -287,7 +287,6 @@ READ_ONLY = {
     "archive": ["archive", "SOURCE", "OUT"],
     "merge": ["merge", "OUT", "SOURCE"],
     "merge --artefacts": ["merge", "OUT", "SOURCE", "--artefacts"],
-    "export": ["export", "CHECKPOINT", "OUT"],
     "compare": ["compare", "SOURCE", "SOURCE", "--out", "OUT"],
 }
 
@@ -297,7 +296,7 @@ def test_a_destination_on_a_read_only_disk_is_one_line(isocost: Any, template: P
         source, study = folder / "source", folder / "study.yaml"
         merging.copy_folder(template, source)
         study.write_text(yaml.safe_dump(plain_study()))
-        words = {"STUDY": study, "SOURCE": source, "CHECKPOINT": source / "artefacts" / "checkpoint" / CHECKPOINT}
+        words = {"STUDY": study, "SOURCE": source}
         warm_up = {**words, "OUT": template / "notes"}  # modules are imported before the privileges are given up
         (template / "notes").write_text("a file")
         for arguments in READ_ONLY.values():
