@@ -524,11 +524,11 @@ def test_a_study_warns_when_it_makes_its_cache_which_is_before_training(
     plain = plain_study()
     data = {**plain["data"], "train": {"kind": "scenes", "num_images": 40}}
     autoencoder = {**plain["autoencoder"], "num_fit_images": 40}
-    study = tiny_study(data=data, autoencoder=autoencoder, text_encoder={"path": "minilm", "max_tokens": 3})
+    study = tiny_study(data=data, autoencoder=autoencoder, text_encoder={"path": "minilm", "max_tokens": 4})
     with caplog.at_level(logging.WARNING, "isocost"):
         StudyAssets(study, Store(tmp_path)).load_or_build_latent_cache()
     assert "data.train: of " in caplog.text
-    assert "are longer than 3 tokens and are cut" in caplog.text
+    assert "are longer than 4 tokens and are cut" in caplog.text
     assert "distinct token rows" in caplog.text
 
 

@@ -153,6 +153,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
         "the scheduler .* is not supported",
     ),
     "shard is a number": (shards({"conv_in.weight": 3}), "weight_map: '3' is not the name of a file"),
+    "shard is null": (shards({"conv_in.weight": None, "conv_out.weight": WEIGHTS}), "weight_map: 'None' is not the name"),
     "shard is a list": (shards({"conv_in.weight": ["a"]}), "is not the name of a file in this folder"),
     "shard elsewhere": (shards({"conv_in.weight": "../x.safetensors"}), "is not the name of a file in this folder"),
     "shard with a long name": (shards({"conv_in.weight": "x" * 10_000}), "is not the name of a file in this folder"),

@@ -163,13 +163,17 @@ def test_a_sweep_and_its_report_stop_in_one_line_where_nothing_can_be_written_an
     file, out = tmp_path / "study.yaml", tmp_path / "out"
     sweep = {"solvers": [{"name": "ddim"}], "num_steps": [1], "guidance": [1], "batch_size": 16}
     file.write_text(yaml.safe_dump(plain(folders[:1], sweep=sweep)))
-    for limit, made in ((1000, ""), (100_000, "features"), (300_000, "point")):
-        assert bool(made) is False or not list(out.glob(f"artefacts/{made}/*"))
+    pipeline = Pipeline(study(folders[:1], sweep=sweep), out)
+    for stage, limit in (("start", 1000), ("features", 200_000), ("sweep", 150_000)):
+        if stage == "sweep":
+            pipeline.assets.prepare_reference()
+        assert bool(list(out.glob("artefacts/features/*"))) is (stage == "sweep")
         with largest_file(limit):
             line = isocost("run", file, "--out", out, "--no-figures")
         assert isinstance(line, str)
         assert line.startswith("isocost: ")
         assert "sqlalche" not in line
+        assert not list(out.glob("artefacts/point/*"))
         assert not list(out.glob("artefacts/.partial/*"))
     result = isocost("run", file, "--out", out, "--no-figures")
     assert (result["finished"], result["num_points"]) == (True, 1)

@@ -262,9 +262,9 @@ def weight_files(folder: Path) -> tuple[str, list[Path]]:
                 shards = read_config(index).get("weight_map")
                 if not isinstance(shards, dict) or not shards:
                     raise ConfigError(f"{index}: has no weight_map")
-                invalid = next((name for name in shards.values() if not _is_file_name(name)), None)
-                if invalid is not None:
-                    raise ConfigError(f"{index}: weight_map: {str(invalid)[:60]!r} is not the name of a file in this folder")
+                invalid = [name for name in shards.values() if not _is_file_name(name)]
+                if invalid:
+                    raise ConfigError(f"{index}: weight_map: {str(invalid[0])[:60]!r} is not the name of a file in this folder")
                 files = [folder / name for name in sorted(set(shards.values()))]
             elif single.is_file():
                 files = [single]
