@@ -124,7 +124,7 @@ def new_folder() -> Iterator[Path]:
 
 
 def value_or_line(folder: Path, read: Callable[[], Any]) -> Any:
-    """What a reader returns; None if it refuses in one line. It writes nothing into the folder."""
+    """The value that a reader returns; None if it refuses in one line. It writes nothing into the folder."""
     before = contents(folder)
     try:
         value = read()

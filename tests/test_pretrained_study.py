@@ -157,6 +157,7 @@ def largest_file(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_a_sweep_and_its_report_stop_in_one_line_where_nothing_can_be_written_and_go_on(
     folders: list[Path], tmp_path: Path, isocost: Any
 ) -> None:

@@ -82,7 +82,7 @@ def verify(
 
 
 def _parse_weights(weights: list[str] | None) -> dict[str, str]:
-    sources = {}
+    sources: dict[str, str] = {}
     for item in weights or []:
         name, equals, source = item.partition("=")
         if not equals or not name or not source:

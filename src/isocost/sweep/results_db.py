@@ -343,7 +343,7 @@ class ResultsDB:
         return table.reset_index().sort_values(order, ignore_index=True)
 
 
-def _take_times(row: PointRecord, timed: PointRecord | Row[Any]) -> None:
+def _take_times(row: PointRecord, timed: PointRecord | Row[float, float | None, str]) -> None:
     """Replace the times of a point by those of another record of it."""
     row.ms_per_image, row.latency_ms = timed.ms_per_image, timed.latency_ms
     row.provenance = json.dumps({**json.loads(row.provenance), TIMED_WITH: json.loads(timed.provenance)[TIMED_WITH]})
