@@ -14,7 +14,7 @@ from conftest import tiny_study
 from isocost.config.data import ScenesSource
 from isocost.config.model import TextEncoderSpec, TrainedAutoencoderSpec
 from isocost.data.latent_cache import load_images
-from isocost.errors import ConfigError
+from isocost.errors import ConfigError, RunError
 from isocost.metrics.image_similarity import psnr
 from isocost.models.autoencoder import DiffusersVAE, PCAAutoencoder, load_autoencoder, to_uint8, to_unit
 from isocost.models.text_encoder import MiniLMTextEncoder
@@ -131,6 +131,24 @@ def test_training_lowers_the_loss_and_gives_unit_latents(images: Tensor) -> None
     mean, std = autoencoder.encode(images)
     assert torch.allclose(mean.mean((0, 2, 3)), torch.zeros(4), atol=1e-3)
     assert torch.allclose((mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))).sqrt(), torch.ones(4), atol=1e-2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_last_update_that_breaks_the_weights_gives_no_autoencoder(
+    value: float, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of the last step is still finite."""
+    spec = SPEC.model_copy(update={"num_images": 16, "perceptual_weight": 0.0})
+    step = torch.optim.AdamW.step
+
+    def breaking(optimizer: torch.optim.AdamW, *arguments: object) -> None:
+        step(optimizer, *arguments)
+        with torch.no_grad():
+            optimizer.param_groups[0]["params"][-1][-1] = value
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", breaking)
+    with pytest.raises(RunError, match="NaN or inf"):
+        train_autoencoder(spec, images)
 
 
 def test_normalizing_latents_changes_no_image(images: Tensor) -> None:

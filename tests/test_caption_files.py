@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from conftest import plain_study, tiny_study
 from isocost.config.data import FolderSource, ScenesSource, WebdatasetSource
 from isocost.config.model import TextEncoderSpec
 from isocost.data.caption_files import read_caption_lists
@@ -26,9 +27,11 @@ from isocost.data.row_store import ShardStore
 from isocost.errors import ConfigError, RunError
 from isocost.evaluation.prompt_lists import _read_csv, read_prompt_list
 from isocost.evaluation.protocol_presets import PromptList
+from isocost.experiments.study_assets import StudyAssets
 from isocost.models.autoencoder import PCAAutoencoder
 from isocost.models.text_encoder import MiniLMTextEncoder
 from isocost.sampling.generate import PromptEmbeds
+from isocost.utils.artifact_store import Store
 
 R = 16
 
@@ -281,6 +284,11 @@ def test_caption_lists_of_subfolders_are_read(name: str, tmp_path: Path) -> None
     assert source_fingerprint(source) != before
 
 
+def test_rows_of_one_image_in_metadata_csv_add_up(tmp_path: Path) -> None:
+    source = folder(tmp_path / "data", b"file_name,text\n0.png,a\n1.png,c\n0.png,b\n", name="metadata.csv")
+    assert captions_of(source) == {"0.png": ("a", "b"), "1.png": ("c",)}
+
+
 def test_lists_of_a_folder_and_of_its_subfolder_add_up(tmp_path: Path) -> None:
     root = tmp_path / "data"
     folder(root / "sub", [line(0, "of the subfolder"), line(1, "b")])
@@ -336,11 +344,26 @@ def test_tables_are_read_in_every_unicode_encoding_with_every_separator(
         (ROWS.encode() + b"COCO_val2014_000000203564.jpg,another\n", "line 6: id 203564 appears twice"),
         (ROWS.encode("utf-16")[:-1], "UTF-16"),
         (b"a,b\n1,2\n", r"needs a column image_id or id and a column prompt or caption; it has \['a', 'b'\]"),
+        (b"id,prompt,prompt\n1,a,b\n", "the column prompt appears twice; keep one of the two"),
+        (b"id;prompt;id\n1;a;2\n", "the column id appears twice"),
         (b"", "needs a column image_id or id"),
         (b"id,prompt\n1,a\rb\rc\n", "line 3 has 1 values"),
         (b"id,prompt\n1," + b"x" * 200_000, "is not a table row .*field larger"),
     ],
-    ids=["cp1252", "short", "long", "twice", "twice by number", "odd UTF-16", "columns", "empty", "lone CR", "endless"],
+    ids=[
+        "cp1252",
+        "short",
+        "long",
+        "twice",
+        "twice by number",
+        "odd UTF-16",
+        "columns",
+        "column twice",
+        "id column twice",
+        "empty",
+        "lone CR",
+        "endless",
+    ],
 )
 def test_a_broken_table_names_its_line(content: bytes, message: str, tmp_path: Path) -> None:
     file = table(tmp_path, content)
@@ -493,6 +516,20 @@ def test_a_cache_saves_the_counts_and_its_note_names_them(encoder: MiniLMTextEnc
     note = LatentCache(store).token_note
     assert "of 64 distinct captions, 64 (100.0%) have words that the text encoder does not know" in note
     assert "only 1 distinct token rows" in note
+
+
+def test_a_study_warns_when_it_makes_its_cache_which_is_before_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = plain_study()
+    data = {**plain["data"], "train": {"kind": "scenes", "num_images": 40}}
+    autoencoder = {**plain["autoencoder"], "num_fit_images": 40}
+    study = tiny_study(data=data, autoencoder=autoencoder, text_encoder={"path": "minilm", "max_tokens": 4})
+    with caplog.at_level(logging.WARNING, "isocost"):
+        StudyAssets(study, Store(tmp_path)).load_or_build_latent_cache()
+    assert "data.train: of " in caplog.text
+    assert "are longer than 4 tokens and are cut" in caplog.text
+    assert "distinct token rows" in caplog.text
 
 
 def test_prompts_that_are_cut_are_warned_about_once(encoder: MiniLMTextEncoder, caplog: pytest.LogCaptureFixture) -> None:

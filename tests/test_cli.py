@@ -66,6 +66,7 @@ HUGE = "99999999999999999999"
         ("latency CKPT --batch 1 --batch 0", "--batch 0"),
         (f"latency CKPT --batch {HUGE}", f"--batch {HUGE}"),
         ("latency CKPT --repeats 2", "--repeats 2"),
+        ("score CKPT --reference CKPT --protocol fid --weights inception=a --weights inception=b", "already has the source a"),
         ("recommend CKPT --budget-ms nan", "--budget-ms nan: it should be a finite number"),
         ("recommend CKPT --images-per-hour 0", "--images-per-hour 0.0: it should be greater than 0"),
         ("compare CKPT CKPT --budget inf", "--budget inf: it should be a finite number"),

@@ -29,7 +29,7 @@ from isocost.evaluation.feature_store import SampleFeatures, read_sample_feature
 from isocost.evaluation.protocol_presets import protocol_preset
 from isocost.evaluation.reference_stats import build_statistics, read_statistics
 from isocost.experiments.study_assets import StudyAssets
-from isocost.models.autoencoder import load_autoencoder
+from isocost.models.autoencoder import DiffusersVAE, load_autoencoder
 from isocost.models.checkpoint import load_checkpoint
 from isocost.models.components import load_pipeline_autoencoder
 from isocost.models.text_encoder import MiniLMTextEncoder
@@ -134,13 +134,15 @@ def test_a_damaged_file_is_named_with_the_remedy(
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", [*DAMAGES, "list", "changed"])
+@pytest.mark.parametrize("name", [*DAMAGES, "list", "changed", "deep"])
 @pytest.mark.parametrize("kind", WHOLE)
 def test_a_damaged_manifest_is_named_with_the_remedy(kind: str, name: str, whole: dict[str, Path], tmp_path: Path) -> None:
     folder = copy_of_whole(whole, kind, tmp_path)
     manifest = folder / MANIFEST
     if name == "list":
         manifest.write_text("[]")
+    elif name == "deep":
+        manifest.write_text(manifest.read_text().replace("{", '{"x": ' + "[" * 980 + "]" * 980 + ",", 1))
     elif name == "changed":
         manifest.write_text(manifest.read_text().replace('"created": "2', '"created": "3'))
     else:
@@ -301,6 +303,32 @@ def test_an_autoencoder_with_wrong_weights_or_factors_is_refused(name: str, vae:
         assert str(folder) in str(refused.value)
 
 
+def test_pixels_and_latents_that_are_nan_are_an_error_and_never_black(tmp_path: Path) -> None:
+    """Finite weights can give NaN too, such as those with a flipped bit of the exponent."""
+    small = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    network = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, **small)
+    autoencoder, latents = DiffusersVAE(network), torch.ones(3, 4, 4, 4)
+    assert autoencoder.decode(latents).shape == (3, 3, 4, 4)
+    latents[1] = float("nan")
+    for part in (network.decoder, network.encoder):
+        with torch.no_grad():
+            part.conv_in.weight.fill_(3e38)
+    assert all(bool(weight.isfinite().all()) for weight in network.parameters())
+    images = torch.full((2, 3, 4, 4), 255, dtype=torch.uint8)
+    pca = pca_autoencoder()
+    with pytest.raises(RunError, match="NaN or inf for 1 of 3 images that are decoded"):
+        pca.decode(latents)
+    pca.scale[0] = 1e-45
+    for call in (
+        lambda: autoencoder.decode(torch.ones(2, 4, 4, 4)),
+        lambda: autoencoder.encode(images),
+        lambda: pca.encode(images),
+    ):
+        with pytest.raises(RunError, match="the autoencoder gives NaN or inf for 2 of 2 images") as stopped:
+            call()
+        assert "\n" not in str(stopped.value)
+
+
 def test_every_part_of_a_checkpoint_refuses_nan(whole: dict[str, Path], tmp_path: Path) -> None:
     folder = copy_of_whole(whole, "checkpoint", tmp_path)
     (folder / MANIFEST).write_text(
@@ -350,6 +378,37 @@ def test_a_damaged_latent_cache_is_one_line(file: str, name: str, cache: Path, t
     if (file, name) == ("isocost", "flipped"):
         return  # its last tenth is the provenance, which nobody computes with
     with pytest.raises(RunError, match=f"{path.name}.*remove") as refused:
+        read_everything(folder)
+    assert "\n" not in str(refused.value)
+
+
+def replaced(file: Path, old: bytes, new: bytes) -> None:
+    data = file.read_bytes()
+    assert old in data
+    file.write_bytes(data.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("latents-00000.safetensors", b'"mean"', b'"mfan"'),
+        ("latents-00000.safetensors", b"F16", b"I16"),
+        ("text-00000.safetensors", b'"prompt_embeds"', b'"prompt_embedz"'),
+        ("isocost.json", b'"shard_size": ', b'"shard_size": -'),
+        ("isocost.json", b'"shard_size": ', b'"shard_size": 0.'),
+        ("isocost.json", b'"num_captions": ', b'"num_captions": 9'),
+        ("isocost.json", b'"num_captions"', b'"num_images": 1, "num_captions"'),
+        ("isocost.json", b'"num_images": ', b'"num_images": 1e'),
+        ("isocost.json", b'"token_statistics": {', b'"token_statistics": {"x": 1,'),
+        ("isocost.json", b'"with_prompt_embeds": true', b'"with_prompt_embeds": "a"'),
+    ],
+)
+def test_a_latent_cache_with_another_header_or_index_is_one_line(
+    file: str, old: bytes, new: bytes, cache: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(cache, tmp_path / "cache"))
+    replaced(folder / file, old, new)
+    with pytest.raises(RunError, match=r"isocost\.json.*the same command writes") as refused:
         read_everything(folder)
     assert "\n" not in str(refused.value)
 

@@ -16,6 +16,7 @@ from isocost.config.base import parse_spec
 from isocost.config.study import StudySpec
 from isocost.errors import ConfigError
 from isocost.models.text_encoder import minilm_path
+from isocost.pipeline import compatibility
 from isocost.pipeline.compatibility import DATA_FILE, read_content
 from isocost.pipeline.merge import merge
 from isocost.pipeline.pipeline import Pipeline
@@ -77,6 +78,22 @@ def test_moved_components_keep_the_names_of_all_artefacts(vae: Path, text: Path,
     assert digests(other) != before
 
 
+def test_a_moved_component_that_is_absent_now_stays_known(vae: Path, text: Path, out: Path, tmp_path: Path) -> None:
+    """As when an output folder goes to a machine without the autoencoder and the text encoder."""
+    before = digests(Pipeline(study(vae, text), out))
+    moved = [Path(shutil.move(folder, tmp_path / f"{folder.name}-moved")) for folder in (vae, text)]
+    Pipeline(study(*moved), out).prepare()
+    for folder in moved:
+        shutil.rmtree(folder)
+    pipeline = Pipeline(study(*moved), out)
+    assert digests(pipeline) == before
+    pipeline.prepare()
+    assert digests(Pipeline(study(*moved), out)) == before, "the record stays"
+    assert digests(Pipeline(study(vae, text), out)) == before, "the first paths name the artefacts"
+    with pytest.raises(ConfigError, match=r"autoencoder\.path"):
+        Pipeline(study(tmp_path / "elsewhere", moved[1]), out)
+
+
 def test_other_files_at_another_path_are_refused(vae: Path, text: Path, out: Path) -> None:
     moved = vae.rename(vae.with_name("elsewhere"))
     config = json.loads((moved / "config.json").read_text())
@@ -93,11 +110,16 @@ def test_other_files_at_the_same_path_are_refused(vae: Path, text: Path, out: Pa
         Pipeline(study(vae, text), out)
 
 
-def test_a_folder_without_the_record_compares_both_paths(vae: Path, text: Path, out: Path) -> None:
+def test_a_folder_without_the_record_compares_both_paths(
+    vae: Path, text: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = digests(Pipeline(study(vae, text), out))
     (out / DATA_FILE).unlink()
     copied = Path(shutil.copytree(vae, vae.with_name("copy")))
+    read, files = compatibility.load_study, []
+    monkeypatch.setattr(compatibility, "load_study", lambda file: files.append(file) or read(file))
     assert digests(Pipeline(study(copied, text), out)) == before
+    assert files == [out / "study.yaml"], "the former study is read once"
     shutil.rmtree(vae)
     with pytest.raises(ConfigError, match=r"autoencoder\.path"):
         Pipeline(study(copied, text), out)

@@ -281,6 +281,38 @@ def test_a_read_only_folder_is_archived_and_merged(template: Path) -> None:
             assert [event["subject"] for event in ResultsDB(folder / name / "results.sqlite").events()] == ["1.png"]
 
 
+READ_ONLY = {
+    "run": ["run", "STUDY", "--out", "OUT"],
+    "train": ["train", "STUDY", "--out", "OUT"],
+    "archive": ["archive", "SOURCE", "OUT"],
+    "merge": ["merge", "OUT", "SOURCE"],
+    "merge --artefacts": ["merge", "OUT", "SOURCE", "--artefacts"],
+    "compare": ["compare", "SOURCE", "SOURCE", "--out", "OUT"],
+}
+
+
+def test_a_destination_on_a_read_only_disk_is_one_line(isocost: Any, template: Path) -> None:
+    with plain_user() as folder:
+        source, study = folder / "source", folder / "study.yaml"
+        merging.copy_folder(template, source)
+        study.write_text(yaml.safe_dump(plain_study()))
+        words = {"STUDY": study, "SOURCE": source}
+        warm_up = {**words, "OUT": template / "notes"}  # modules are imported before the privileges are given up
+        (template / "notes").write_text("a file")
+        for arguments in READ_ONLY.values():
+            assert isocost(*(warm_up.get(word, word) for word in arguments)).status == 2
+        before = contents(folder)
+        with read_only(folder):
+            for name, arguments in READ_ONLY.items():
+                outcome = isocost(*({**words, "OUT": folder / "new" / "out"}.get(word, word) for word in arguments))
+                assert outcome.status in (1, 2), name
+                assert "Traceback" not in outcome.err, name
+                assert outcome.line.startswith("isocost: "), outcome.err
+                assert "ermission" in outcome.line or name == "compare", outcome.line
+        assert contents(folder) == before
+        (template / "notes").unlink()
+
+
 def test_points_that_are_only_in_the_log_of_a_read_only_database_are_read(template: Path) -> None:
     with plain_user() as folder:
         source = folder / "source"

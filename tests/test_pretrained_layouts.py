@@ -199,6 +199,14 @@ def test_another_adapter_is_refused(whole: Path, tmp_path: Path, config: dict[st
         read_info(Path(f"{whole} + {folder}"))
 
 
+@pytest.mark.parametrize("alpha", ["8", [8], {}, True, float("nan"), 10**400])
+def test_an_alpha_that_is_no_number_is_refused(whole: Path, tmp_path: Path, alpha: Any) -> None:
+    folder = adapter(tmp_path / "style", products(tiny_pipelines.unet()), lora_alpha=alpha)
+    with pytest.raises(ConfigError, match=r"adapter_model\.safetensors: .*: alpha = .*: must be a finite number") as caught:
+        read_info(Path(f"{whole} + {folder}"))
+    assert "\n" not in str(caught.value)
+
+
 def test_an_adapter_without_its_config_is_refused(whole: Path, tmp_path: Path) -> None:
     folder = adapter(tmp_path / "style", products(tiny_pipelines.unet()))
     (folder / "adapter_config.json").unlink()

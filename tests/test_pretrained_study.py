@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +145,40 @@ def test_a_run_is_scored_and_recommended_from(folders: list[Path], tmp_path: Pat
         "run", file, "--dry-run", "--devices", "8xH100"
     )
     assert "is a diffusers pipeline already" in isocost("export", folders[0], tmp_path / "exported")
+
+
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """Files cannot grow beyond a size, so the operating system refuses to write more, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.slow
+def test_a_sweep_and_its_report_stop_in_one_line_where_nothing_can_be_written_and_go_on(
+    folders: list[Path], tmp_path: Path, isocost: Any
+) -> None:
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    sweep = {"solvers": [{"name": "ddim"}], "num_steps": [1], "guidance": [1], "batch_size": 16}
+    file.write_text(yaml.safe_dump(plain(folders[:1], sweep=sweep)))
+    pipeline = Pipeline(study(folders[:1], sweep=sweep), out)
+    for stage, limit in (("start", 1000), ("features", 200_000), ("sweep", 150_000)):
+        if stage == "sweep":
+            pipeline.assets.prepare_reference()
+        assert bool(list(out.glob("artefacts/features/*"))) is (stage == "sweep")
+        with largest_file(limit):
+            line = isocost("run", file, "--out", out, "--no-figures")
+        assert isinstance(line, str)
+        assert line.startswith("isocost: ")
+        assert "sqlalche" not in line
+        assert not list(out.glob("artefacts/point/*"))
+        assert not list(out.glob("artefacts/.partial/*"))
+    result = isocost("run", file, "--out", out, "--no-figures")
+    assert (result["finished"], result["num_points"]) == (True, 1)
 
 
 def test_guidance_is_searched(folders: list[Path], tmp_path: Path) -> None:

@@ -128,6 +128,22 @@ def test_a_label_that_is_text_is_one_unreadable_image(tmp_path: Path) -> None:
     assert reasons_of(source) == ["its label is no integer: cat"]
 
 
+def test_a_row_with_a_text_for_its_image_or_a_huge_label_is_one_unreadable_image(tmp_path: Path) -> None:
+    """A text in the place of the image's bytes is no path: the file with this name is not read."""
+    (tmp_path / "secret.png").write_bytes(encoded())
+    columns = {
+        "image": [{"bytes": str(tmp_path / "secret.png"), "path": None}],
+        "captions": ["a"],
+        "label": pa.array([2**64 - 1], pa.uint64()),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    source = HubSource(kind="hub", path=str(tmp_path / "train.parquet"))
+    assert reasons_of(source) == ["no image bytes in the image column"]
+    pq.write_table(pa.table(columns | {"image": [{"bytes": encoded(), "path": None}]}), tmp_path / "train.parquet")
+    (reason,) = reasons_of(source.model_copy(update={"label_column": "label"}))
+    assert reason.startswith("its label is no integer")
+
+
 def test_caption_files_of_sd_scripts_are_read(tmp_path: Path) -> None:
     """taggui 57 and kohya_ss 1370: `.caption` is the default of sd-scripts."""
     files = {"0.png": encoded(), "0.caption": b"a cat", "1.png": encoded(), "1.caption": b"less", "1.txt": b"more"}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from conftest import plain_study
 from finished_study import finished_spec
 from isocost.errors import ConfigError
 from isocost.pipeline.pipeline import Pipeline
@@ -56,6 +57,18 @@ def test_more_steps_take_longer(swept: Pipeline) -> None:
     swept.remeasure(swept.runs[0])
     ms = swept.results_db.table().groupby("nfe")["ms_per_image"].first()
     assert ms.iloc[-1] > ms.iloc[0]
+
+
+def test_points_that_get_a_further_metric_keep_their_measured_times(swept: Pipeline) -> None:
+    for point in swept.results_db.points():
+        swept.results_db.set_time(point, 5.0, {"device": "another"}, latency_ms=7.0)
+    protocol = {**plain_study()["protocol"], "metrics": ["mmd", "precision_recall"]}
+    assert Pipeline(finished_spec(protocol=protocol), swept.out).run()
+    table = swept.results_db.table()
+    assert table["precision_efficientnet"].notna().all()
+    assert set(table["ms_per_image"]) == {5.0}
+    assert set(table["latency_ms"]) == {7.0}
+    assert {json.loads(text)["timed_with"]["device"] for text in table["provenance"]} == {"another"}
 
 
 def test_without_the_checkpoint_nothing_is_timed(swept: Pipeline) -> None:

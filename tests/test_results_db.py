@@ -241,6 +241,21 @@ def test_a_point_takes_the_times_of_a_copy_whose_latency_was_measured(tmp_path: 
     assert "timed_with" not in json.loads(table.loc["b", "provenance"])
 
 
+def test_measured_times_survive_another_record_of_the_point(tmp_path: Path) -> None:
+    results_db = ResultsDB(tmp_path / "results.sqlite")
+    for point in ("a", "b"):
+        results_db.add_point(row(point), SCORES, {"host": "here"}, {})
+    results_db.set_time("a", 2.0, TIMED_WITH, latency_ms=7.0)
+    for point in ("a", "b"):
+        results_db.add_point(row(point, ms_per_image=9.0), {"alignment": Interval(0.9, 0.8, 1.0)}, {"host": "there"}, {})
+    table = results_db.table().set_index("point")
+    assert table.loc["a", ["ms_per_image", "latency_ms"]].tolist() == [2.0, 7.0]
+    assert json.loads(table.loc["a", "provenance"]) == {"host": "there", "timed_with": TIMED_WITH}
+    assert table.loc["b", "ms_per_image"] == 9.0, "it was never measured again"
+    assert json.loads(table.loc["b", "provenance"]) == {"host": "there"}
+    assert table["alignment"].tolist() == [0.9, 0.9]
+
+
 def test_every_column_added_since_the_first_release_is_nullable() -> None:
     """A new column that is not nullable would make databases of schema version 7 unreadable."""
     required: dict[str, set[str]] = {

@@ -157,9 +157,19 @@ def test_a_last_update_that_breaks_the_weights_is_never_saved(
 def test_a_damaged_training_state_is_an_error(cache: LatentCache, tmp_path: Path) -> None:
     run(SPEC.model_copy(update={"num_images": 48, "snapshots": ()}), cache, tmp_path)
     (state,) = tmp_path.glob("state-*")
-    (state / "part-00000.safetensors").write_bytes(b"broken")
-    with pytest.raises(RunError, match="the training state cannot be read"):
-        run(SPEC, cache, tmp_path)
+    for name, content in (
+        ("part-00000.json", "[]"),
+        ("part-00000.json", "[" * 100_000),
+        ("isocost.json", '{"images_seen": "x", "num_parts": 1}'),
+        ("isocost.json", '{"images_seen": 48, "num_parts": "x"}'),
+        ("part-00000.safetensors", "broken"),
+    ):
+        whole = (state / name).read_bytes()
+        (state / name).write_text(content)
+        with pytest.raises(RunError, match="the training state cannot be read") as stopped:
+            run(SPEC, cache, tmp_path)
+        assert "\n" not in str(stopped.value)
+        (state / name).write_bytes(whole)
 
 
 def test_an_incomplete_training_state_is_ignored(cache: LatentCache, tmp_path: Path) -> None:

@@ -82,13 +82,15 @@ def verify(
 
 
 def _parse_weights(weights: list[str] | None) -> dict[str, str]:
-    sources = {}
+    sources: dict[str, str] = {}
     for item in weights or []:
         name, equals, source = item.partition("=")
         if not equals or not name or not source:
             raise ConfigError(
                 f"--weights {item}: give NAME=SOURCE, such as inception=weights-inception-2015-12-05-6726825d.pth"
             )
+        if name in sources:
+            raise ConfigError(f"--weights {item}: {name} already has the source {sources[name]}; give it once")
         sources[name] = source
     return sources
 

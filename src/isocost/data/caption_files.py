@@ -1,11 +1,10 @@
-"""Readers of captions: text in any Unicode encoding, JSON without repeated keys, caption lists of a folder, caption tables."""
+"""Readers of captions: text in any Unicode encoding, caption lists of a folder, caption tables."""
 
 from __future__ import annotations
 
 import codecs
 import csv
 import io
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from isocost.data.image_files import printable
 from isocost.errors import ConfigError
+from isocost.utils.json_text import parse_json
 
 CAPTION_LIST = "captions.jsonl"
 """isocost's own caption list of a folder."""
@@ -43,26 +43,6 @@ def decode_text(data: bytes) -> str:
         line = error.object.count(b"\n", 0, error.start) + 1
         name = encoding.removesuffix("-sig").upper()
         raise ValueError(f"line {line}: byte 0x{error.object[error.start]:02x} is not {name}; save it as UTF-8") from error
-
-
-def parse_json(text: str) -> Any:
-    """Parse JSON.
-
-    Raises:
-        ValueError: it is not JSON, an object has a key twice, or it is nested too deeply.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=_without_repeated_keys)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key '{printable(repeated)}' appears twice")
-    return dict(pairs)
 
 
 def parse_captions(entry: Any) -> tuple[str, ...]:
@@ -181,8 +161,8 @@ def read_caption_table(file: Path, id_columns: Sequence[str], caption_columns: S
         caption_columns: the same for the column of captions.
 
     Raises:
-        ConfigError: there is no such file, its encoding is not Unicode, a column is missing, or a row has too few or too many
-            values.
+        ConfigError: there is no such file, its encoding is not Unicode, a column is missing or appears twice, or a row has too
+            few or too many values.
     """
     if not os.path.isfile(file):
         raise ConfigError(f"{file}: no such file")
@@ -191,6 +171,9 @@ def read_caption_table(file: Path, id_columns: Sequence[str], caption_columns: S
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: the table cannot be read ({error})") from error
     rows, columns = _reader(text, id_columns, caption_columns)
+    repeated = next((name for name in (*id_columns, *caption_columns) if columns.count(name) > 1), None)
+    if repeated is not None:
+        raise ConfigError(f"{file}: the column {repeated} appears twice; keep one of the two")
     indices = [
         next((columns.index(name) for name in names if name in columns), None) for names in (id_columns, caption_columns)
     ]

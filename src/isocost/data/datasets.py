@@ -31,7 +31,6 @@ from isocost.data.caption_files import (
     caption_problem,
     decode_text,
     parse_captions,
-    parse_json,
     read_caption_lists,
 )
 from isocost.data.image_files import (
@@ -48,6 +47,7 @@ from isocost.data.image_files import (
 )
 from isocost.data.synthetic import scenes
 from isocost.errors import ConfigError
+from isocost.utils.json_text import parse_json
 from isocost.utils.warn_once import warn_once
 
 READING_VERSION = 2
@@ -464,11 +464,11 @@ def _raw_hub(source: HubSource) -> Iterator[_Raw | UnreadableSample]:
         captions = row[source.caption_column]
         captions = [captions] if isinstance(captions, str) else captions
         label = row[source.label_column] if source.label_column else None
-        if not data:
+        if not data or not isinstance(data, bytes):
             yield UnreadableSample(name, "no image bytes in the image column")
         elif problem := caption_problem(captions if isinstance(captions, list) else None):
             yield UnreadableSample(name, problem)
-        elif source.label_column and not isinstance(label, int):
+        elif source.label_column and not (isinstance(label, int) and abs(label) < 2**63):
             yield UnreadableSample(name, "no label" if label is None else f"its label is no integer: {str(label)[:40]}")
         else:
             yield _Raw(name, data, tuple(captions), None if label is None else int(label))

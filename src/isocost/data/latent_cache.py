@@ -32,6 +32,7 @@ from isocost.data.row_store import RowTable, ShardStore, write_shard
 from isocost.errors import RunError
 from isocost.models.autoencoder import Autoencoder
 from isocost.models.text_encoder import MiniLMTextEncoder, TokenStatistics
+from isocost.utils.json_text import parse_json
 from isocost.utils.output_paths import remove_leftovers
 
 CACHE_VERSION = 2
@@ -262,7 +263,7 @@ def _write_latents(
             return False
         try:
             num_bytes = json.loads(store.read(info_file))["bytes"]
-        except (ValueError, KeyError, TypeError):  # a damaged description: the shard is written again
+        except (ValueError, KeyError, TypeError, RecursionError):  # a damaged description: the shard is written again
             return False
         return existing.get(f"latents-{shard:05d}.safetensors", 0) == num_bytes
 
@@ -406,14 +407,21 @@ class LatentCache(Cache):
     def __init__(self, store: ShardStore | str | Path) -> None:
         self.store = store if isinstance(store, ShardStore) else ShardStore(store)
         try:
-            index = self.index = json.loads(self.store.read(INDEX))
+            index = self.index = parse_json(self.store.read(INDEX))
             tables, size = index["tables"], index["shard_size"]
             self.num_captions: int = index["num_captions"]
+            counts = (size, self.num_captions, index["num_images"], *(item["position"] for item in index["bad"]))
+            if not all(type(count) is int and 0 <= count < 2**63 for count in counts) or size < 1:
+                raise ValueError("a count is not a number of images, captions or rows")
+            if type(index["with_prompt_embeds"]) is not bool:
+                raise ValueError("with_prompt_embeds is neither true nor false")
             unreadable = np.array(sorted(item["position"] for item in index["bad"]), dtype=np.int64)
+            statistics = index.get("token_statistics")
+            self._token_note = TokenStatistics(**statistics).note() if statistics else ""
             self._latents, self._captions, self._text = (
                 RowTable(self.store, tables[name], size) for name in ("latents", "captions", "text")
             )
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise RunError(
                 f"{self.store.url}/{INDEX}: the index is damaged; remove this file, and the same command writes it again"
             ) from error
@@ -425,8 +433,7 @@ class LatentCache(Cache):
     @property
     def token_note(self) -> str:
         """A warning about captions that the text encoder cuts or does not know; empty if none were counted."""
-        counts = self.index.get("token_statistics")
-        return TokenStatistics(**counts).note() if counts else ""
+        return self._token_note
 
     @property
     def null_caption(self) -> int:
@@ -442,20 +449,20 @@ class LatentCache(Cache):
         """Mean and standard deviation of the latents of images int64 [B]: float32 [B, C, L, L] each."""
         indices = images.numpy()
         positions = indices + np.searchsorted(self._next_readable, indices, side="right")
-        rows = self._latents.rows(torch.from_numpy(positions))
+        rows = self._latents.rows(torch.from_numpy(positions), mean="f", std="f")
         return rows["mean"].float(), rows["std"].float()
 
     def captions(self, images: Tensor) -> Tensor:
         """Caption numbers of images int64 [B]: int64 [B, K], padded with -1."""
-        return self._captions.rows(images)["numbers"].long()
+        return self._captions.rows(images, numbers="i")["numbers"].long()
 
     def token_ids(self, captions: Tensor) -> Tensor:
         """Token ids int32 [B, T] of caption numbers int64 [B]."""
-        return self._text.rows(captions)["token_ids"]
+        return self._text.rows(captions, token_ids="i")["token_ids"]
 
     def prompt_embeds(self, captions: Tensor) -> Tensor:
         """Prompt embeddings float32 [B, T, D] of caption numbers int64 [B]; needs `has_prompt_embeds`."""
-        return self._text.rows(captions)["prompt_embeds"].float()
+        return self._text.rows(captions, prompt_embeds="f")["prompt_embeds"].float()
 
 
 class MemoryCache(Cache):

@@ -81,6 +81,7 @@ class _Column:
     shape: tuple[int, ...]
     start: int
     row_bytes: int
+    num_rows: int
 
 
 def write_shard(store: ShardStore, name: str, columns: Mapping[str, Tensor]) -> int:
@@ -120,21 +121,34 @@ class RowTable:
                 raise RunError(f"{store.url}/{name}: the shard {problem}, the index expects {expected} bytes; {self._remedy}")
 
     @property
+    def _index_remedy(self) -> str:
+        return f"remove {self.store.url}/isocost.json, and the same command writes it again"
+
+    @property
     def _remedy(self) -> str:
         return f"remove {self.store.url}/isocost.json and this shard, and the same command writes them again"
 
-    def rows(self, indices: Tensor) -> dict[str, Tensor]:
+    def rows(self, indices: Tensor, **columns_needed: str) -> dict[str, Tensor]:
         """Read rows int64 [B] of the table: a tensor [B, ...] for every column, in the order of `indices`.
 
+        Args:
+            indices: numbers of the rows.
+            columns_needed: columns that the table must have, with numpy's letter for the kind of their type, "f" or "i".
+
         Raises:
-            RunError: a row does not match its checksum, or a file is damaged.
+            RunError: a row does not match its checksum, a column is missing, or a file or the index is damaged.
         """
         row_indices = indices.numpy()
         shards, rows_in_shard = row_indices // self.shard_size, row_indices % self.shard_size
         result: dict[str, np.ndarray] = {}
         for shard in np.unique(shards):
             positions = np.flatnonzero(shards == shard)
+            if not 0 <= shard < len(self.files):
+                raise RunError(
+                    f"{self.store.url}: the index has no shard for row {row_indices[positions[0]]}; {self._index_remedy}"
+                )
             columns = self._columns(int(shard))
+            self._check_columns(int(shard), columns, int(rows_in_shard[positions].max()), columns_needed)
             blocks = self._blocks(int(shard), columns, rows_in_shard[positions])
             for position, row in zip(positions, blocks, strict=True):
                 self._check(int(shard), columns, row)
@@ -145,6 +159,17 @@ class RowTable:
                         result[column.name] = np.empty((len(row_indices), *column.shape), column.dtype)
                     result[column.name][position] = np.frombuffer(block, column.dtype).reshape(column.shape)
         return {name: torch.from_numpy(values) for name, values in result.items()}
+
+    def _check_columns(self, shard: int, columns: list[_Column], last_row: int, needed: Mapping[str, str]) -> None:
+        """Raise RunError if a shard lacks a row or a column."""
+        kinds = {column.name: np.dtype(column.dtype).kind for column in columns}
+        problem = ""
+        if last_row >= min(column.num_rows for column in columns):
+            problem = f"the shard has no row {last_row}"
+        elif wrong := next((name for name, kind in needed.items() if kinds.get(name) != kind), None):
+            problem = f"the column {wrong} is missing or has another type"
+        if problem:
+            raise RunError(f"{self.store.url}/{self.files[shard]['name']}: the file is damaged ({problem}); {self._remedy}")
 
     def _check(self, shard: int, columns: list[_Column], row: list[Any]) -> None:
         crc, expected = 0, None
@@ -190,12 +215,18 @@ class RowTable:
                 entry = header[name]
                 start, end = entry["data_offsets"]
                 num_rows, *shape = entry["shape"]
+                if not all(type(number) is int for number in (start, end, num_rows, *shape)) or start < 0:
+                    raise ValueError(f"the column {name} has a size or position that is no number")
+                if 8 + length + end > self.files[shard]["bytes"]:
+                    raise ValueError(f"the column {name} ends after the file")
                 column = _Column(
-                    name, _NUMPY_DTYPES[entry["dtype"]], tuple(shape), 8 + length + start, (end - start) // num_rows
+                    name, _NUMPY_DTYPES[entry["dtype"]], tuple(shape), 8 + length + start, (end - start) // num_rows, num_rows
                 )
                 if column.row_bytes != np.dtype(column.dtype).itemsize * int(np.prod(shape)):
                     raise ValueError(f"the column {name} has another size than its header")
                 columns.append(column)
+            if not columns:
+                raise ValueError("it has no columns")
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise RunError(
                 f"{self.store.url}/{self.files[shard]['name']}: the file is damaged ({error}); {self._remedy}"

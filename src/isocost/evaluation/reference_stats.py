@@ -189,7 +189,7 @@ def read_statistics(folder: Path, extractors: dict[str, FeatureExtractor]) -> Fe
     try:
         rows = [json.loads(line) for line in (folder / IMAGE_LIST_FILE).read_text(encoding="utf-8").splitlines()]
         ids, prompts = tuple(str(row["id"]) for row in rows), tuple(tuple(row["prompts"]) for row in rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{folder / IMAGE_LIST_FILE}: damaged; {remedy(folder)}") from error
     features = read_features(folder, tuple(extractors))
     _check_rows(folder, features, manifest["num_images"])

@@ -73,10 +73,18 @@ class Autoencoder(Protocol):
         """A sentence for every kind of call that was divided because memory ran out."""
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode uint8 [N, 3, R, R] to the mean and standard deviation of the latents, each float32 [N, C, L, L]."""
+        """Encode uint8 [N, 3, R, R] to the mean and standard deviation of the latents, each float32 [N, C, L, L].
+
+        Raises:
+            RunError: a latent is NaN or infinite.
+        """
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode float32 [N, C, L, L] to uint8 [N, 3, R, R], rounded to the nearest grey level."""
+        """Decode float32 [N, C, L, L] to uint8 [N, 3, R, R], rounded to the nearest grey level.
+
+        Raises:
+            RunError: a pixel is NaN or infinite. As a grey level it would be black.
+        """
 
     def save(self, folder: Path) -> None:
         """Write the files that `load_autoencoder` reads."""
@@ -135,11 +143,13 @@ class PCAAutoencoder:
         blocks = _to_blocks(to_unit(images.to(self.mean.device)), self.factor)
         centred = blocks - self.mean[:, None, None]
         latents = torch.einsum("cp,nphw->nchw", self.basis, centred) / self.scale[:, None, None]
+        _refuse_nonfinite(latents, "encod")
         return latents, torch.zeros_like(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
         scaled = latents.to(self.mean.device) * self.scale[:, None, None]
         blocks = torch.einsum("cp,nchw->nphw", self.basis, scaled) + self.mean[:, None, None]
+        _refuse_nonfinite(blocks, "decod")
         return to_uint8(torch.nn.functional.pixel_shuffle(blocks, self.factor))
 
     def save(self, folder: Path) -> None:
@@ -200,6 +210,8 @@ class DiffusersVAE:
         batches = self._split(images, images.shape[-1])
         encoded = [part for batch in batches for part in self._halving(self._encode, batch, "encod", images.shape[-1])]
         mean, std = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+        _refuse_nonfinite(mean, "encod")
+        _refuse_nonfinite(std, "encod")
         return (mean - self.shift) * self.scale, std * self.scale
 
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,7 +228,9 @@ class DiffusersVAE:
 
     def _decode(self, latents: Tensor) -> Tensor:
         scaled = latents.to(self.network.device) / self.scale + self.shift
-        return to_uint8(self.network.decode(scaled.to(self.network.dtype)).sample.float())
+        values = self.network.decode(scaled.to(self.network.dtype)).sample.float()
+        _refuse_nonfinite(values, "decod")
+        return to_uint8(values)
 
     def _halving(self, function: Callable[[Tensor], T], batch: Tensor, verb: str, resolution: int) -> list[T]:
         """Call a function with a batch, or with halves of it when memory runs out.
@@ -249,6 +263,16 @@ class DiffusersVAE:
 
     def save(self, folder: Path) -> None:
         self.network.save_pretrained(folder, safe_serialization=True)
+
+
+def _refuse_nonfinite(values: Tensor, verb: str) -> None:
+    """Raise RunError if the result of an autoencoder, [N, ...], has NaN or inf."""
+    is_finite = values.isfinite().flatten(1).all(1)
+    if not bool(is_finite.all()):
+        raise RunError(
+            f"the autoencoder gives NaN or inf for {int((~is_finite).sum())} of {len(values)} images that are {verb}ed; its "
+            "weights are damaged or too large: get its files again, or use another autoencoder"
+        )
 
 
 def _factor(config: Any, name: str, default: float) -> float:

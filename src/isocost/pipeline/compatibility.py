@@ -84,29 +84,35 @@ def read_study_file(out: Path) -> StudySpec:
         raise ConfigError(f"{error}; or remove {STUDY_FILE}: `isocost run STUDY --out {out}` writes it again") from error
 
 
-def find_components(study: StudySpec, out: Path, has_artefacts: bool) -> dict[str, Component]:
+def find_components(
+    study: StudySpec, out: Path, former: StudySpec | None, recorded: Mapping[str, Component]
+) -> dict[str, Component]:
     """The autoencoder and text encoder of a study that are folders, with the paths that name their artefacts.
 
     Args:
         study: the study.
         out: its output folder.
-        has_artefacts: whether it has artefacts, which a changed component would no longer fit.
+        former: the study that made the artefacts of the folder; None if there are none, or if its file is missing.
+        recorded: the components of these artefacts, by part.
 
     Raises:
         ConfigError: the files at a path have changed since the artefacts were made.
     """
-    recorded = read_content(out).components if has_artefacts else {}
     components = {}
     for part in COMPONENT_PARTS:
         path, content = _component(study, part)
         known = recorded.get(part)
-        if path is not None and content is None and known is not None and known.path == path:
-            components[part] = known  # the folder is not on this machine
-        if path is None or content is None:
+        if path is None:
             continue
-        if known is None and has_artefacts and (out / STUDY_FILE).is_file():  # of a version without the record
-            former, former_content = _component(read_study_file(out), part)
-            known = Component(former, former_content) if former is not None and former_content is not None else None
+        if content is None:
+            former_path = None if former is None else getattr(getattr(former, part), "path", None)
+            if known is not None and path in (known.path, former_path):
+                components[part] = known  # the folder is not on this machine
+            continue
+        if known is None and former is not None:  # of a version without the record
+            former_path, former_content = _component(former, part)
+            if former_path is not None and former_content is not None:
+                known = Component(former_path, former_content)
         if known is not None and known.path == path and known.content != content:
             raise ConfigError(
                 f"{part}.path = {path}: its files have changed since the artefacts of {out} were made; restore them, or give "
@@ -123,7 +129,7 @@ def _component(study: StudySpec, part: str) -> tuple[str | None, str | None]:
     return path, None if path is None or study.checkpoints else component_content(path, spec.subfolder)
 
 
-def check_compatible(study: StudySpec, store: Store, contents: RecordedContent | None = None) -> None:
+def check_compatible(study: StudySpec, store: Store, contents: RecordedContent | None = None) -> dict[str, Component]:
     """Check that a study may continue in its output folder. Sizes, steps, guidance, solvers, snapshots and images may be added.
 
     The files of a data source, of the autoencoder and of the text encoder may have moved to another path if their names and
@@ -134,23 +140,29 @@ def check_compatible(study: StudySpec, store: Store, contents: RecordedContent |
         store: artefacts of the output folder.
         contents: digests of its files, if another output folder has recorded them; files are read for the others.
 
+    Returns:
+        The autoencoder and text encoder of the study, see `find_components`.
+
     Raises:
         ConfigError: the folder holds artefacts of a study that this one cannot continue.
     """
-    file = store.out / STUDY_FILE
-    if not file.is_file() or store.is_empty():
-        return
-    before = read_study_file(store.out)
+    has_artefacts = not store.is_empty()
+    before = read_study_file(store.out) if has_artefacts and (store.out / STUDY_FILE).is_file() else None
+    recorded = read_content(store.out) if has_artefacts else RecordedContent()
+    if contents is None:
+        components = find_components(study, store.out, before, recorded.components)
+    else:
+        components = dict(contents.components)
+    if before is None:
+        return components
     old_fields, new_fields = before.immutable_fields(), study.immutable_fields()
     reason = ""
-    recorded = read_content(store.out)
     for part in DATA_PARTS:
         if _only_path_differs(getattr(before.data, part), getattr(study.data, part)):
             different = _content_difference(before, study, part, recorded.data, {} if contents is None else contents.data)
             if different is None:
                 new_fields["data"][part]["path"] = old_fields["data"][part]["path"]
             reason = reason or different or ""
-    components = find_components(study, store.out, has_artefacts=True) if contents is None else contents.components
     for part in COMPONENT_PARTS:
         for fields, known in ((old_fields[part], recorded.components), (new_fields[part], components)):
             if fields is not None and part in known:
@@ -166,6 +178,7 @@ def check_compatible(study: StudySpec, store: Store, contents: RecordedContent |
             f"{store.out}: its artefacts were made with {key} = {old}, but the study has {new}{reason if is_path else ''}; "
             f"set {key} back to {old}, or give another --out"
         )
+    return components
 
 
 def _only_path_differs(old: Any, new: Any) -> bool:

@@ -35,7 +35,6 @@ from isocost.pipeline.compatibility import (
     STUDY_FILE,
     RecordedContent,
     check_compatible,
-    find_components,
     write_content,
 )
 from isocost.pipeline.status import PlannedPoint, Status, StatusFile, now, seconds_left, size_status
@@ -89,9 +88,8 @@ class Pipeline:
         self.study, self.out = study, check_output_folder(out)
         self.results_db_address = results_db or self.out / RESULTS_DB_FILE
         self.store = Store(self.out)
-        check_compatible(study, self.store)
+        self.components = check_compatible(study, self.store)
         self.process = process_info()
-        self.components = find_components(study, self.out, has_artefacts=not self.store.is_empty())
         paths = {part: component.path for part, component in self.components.items()}
         self.assets = StudyAssets(study, self.store, self.process, paths)
         self._results_db: ResultsDB | None = None

@@ -277,7 +277,7 @@ def _load_page(folder: Path) -> Page:
             pretrained = Pretrained(pretrained["task"], pd.read_parquet(folder / PRETRAINED), pretrained["metric"])
         scope = Scope(**contents.get("scope", {}))
         return Page(**{**contents, "comparison_rows": comparison_rows, "pretrained": pretrained, "scope": scope})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{folder}: the report data is damaged ({error}); write the report of the study again") from error
 
 

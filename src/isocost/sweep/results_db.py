@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pandas as pd
-from sqlalchemy import Float, delete, func, inspect, select, update
+from sqlalchemy import Float, Row, delete, func, inspect, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -42,6 +42,8 @@ from isocost.sweep.schema import (
 SCHEMA_VERSION = 7
 """Version of the tables. isocost 0.1 wrote versions 1 to 6."""
 MAX_ATTEMPTS = 10
+TIMED_WITH = "timed_with"
+"""In the provenance of a point: device and conditions of a measurement of its times by `isocost remeasure`."""
 
 
 class ResultsDB:
@@ -132,6 +134,8 @@ class ResultsDB:
     ) -> None:
         """Write a point with its scores and its protocol, replace an earlier record of it, and delete its shards.
 
+        The times that `set_time` has written into an earlier record stay: they belong to the settings of the point.
+
         Args:
             row: the columns of `PointRecord` except `created` and `provenance`.
             scores: interval by metric.
@@ -147,9 +151,14 @@ class ResultsDB:
             session.merge(ProtocolRecord(protocol=row["protocol"], parts=parts))
             if vae is not None:
                 session.execute(delete(VaeRecord).where(VaeRecord.point == row["point"]))
+            columns = (PointRecord.ms_per_image, PointRecord.latency_ms, PointRecord.provenance)
+            earlier = session.execute(select(*columns).where(PointRecord.point == row["point"])).one_or_none()
             for table in (ScoreRecord, PointRecord, ShardRecord):
                 session.execute(delete(table).where(table.point == row["point"]))
-            session.add(PointRecord(**row, created=_now(), provenance=json.dumps(dict(provenance))))
+            record = PointRecord(**row, created=_now(), provenance=json.dumps(dict(provenance)))
+            if earlier is not None and TIMED_WITH in json.loads(earlier.provenance):
+                _take_times(record, earlier)
+            session.add(record)
             session.flush()
             session.add_all(ScoreRecord.from_interval(row["point"], metric, interval) for metric, interval in scores.items())
             if vae is not None:
@@ -175,7 +184,7 @@ class ResultsDB:
         def write(session: Session) -> None:
             row = session.get_one(PointRecord, point)
             row.ms_per_image, row.latency_ms = ms_per_image, latency_ms
-            row.provenance = json.dumps({**json.loads(row.provenance), "timed_with": dict(timed_with)})
+            row.provenance = json.dumps({**json.loads(row.provenance), TIMED_WITH: dict(timed_with)})
 
         run_transaction(self.engine, write)
 
@@ -334,11 +343,10 @@ class ResultsDB:
         return table.reset_index().sort_values(order, ignore_index=True)
 
 
-def _take_times(row: PointRecord, timed: PointRecord) -> None:
+def _take_times(row: PointRecord, timed: PointRecord | Row[float, float | None, str]) -> None:
     """Replace the times of a point by those of another record of it."""
     row.ms_per_image, row.latency_ms = timed.ms_per_image, timed.latency_ms
-    timed_with = json.loads(timed.provenance)["timed_with"]
-    row.provenance = json.dumps({**json.loads(row.provenance), "timed_with": timed_with})
+    row.provenance = json.dumps({**json.loads(row.provenance), TIMED_WITH: json.loads(timed.provenance)[TIMED_WITH]})
 
 
 def _now() -> str:

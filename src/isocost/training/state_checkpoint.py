@@ -84,11 +84,12 @@ class TrainingState:
         newest = states[-1]
         try:
             manifest = read_manifest(newest)
+            images_seen = int(manifest["images_seen"])
             self._restore(_StateParts(newest, manifest["num_parts"]))
-        except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
             fallback = f"resume from {states[-2].name}" if len(states) > 1 else "train from the start"
             raise RunError(f"{newest}: the training state cannot be read ({error}); remove it to {fallback}") from error
-        return int(manifest["images_seen"])
+        return images_seen
 
     def _named_tensors(self) -> list[tuple[str, ParamShard, Tensor]]:
         """List every tensor of the state: its name in the file, its shard, and the rows; a scalar is a single row."""

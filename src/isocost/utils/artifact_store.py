@@ -214,6 +214,7 @@ def read_manifest(folder: Path) -> Manifest:
     file = folder / MANIFEST
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        own_checksum = _checksum_of(content) if isinstance(content, dict) else None
     except FileNotFoundError as error:
         raise RunError(f"{file}: missing; {remedy(folder)}") from error
     except (ValueError, RecursionError) as error:
@@ -221,7 +222,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(content, dict):
         raise RunError(f"{file}: damaged, it is not a JSON object; {remedy(folder)}")
     has_checksums = {FILE_CHECKSUMS, OWN_CHECKSUM} & content.keys()
-    if has_checksums and content.get(OWN_CHECKSUM) != _checksum_of(content):
+    if has_checksums and content.get(OWN_CHECKSUM) != own_checksum:
         raise RunError(
             f"{file}: damaged, it does not match its checksum; {remedy(folder)} "
             f"(if you have changed it yourself, remove its entries {FILE_CHECKSUMS} and {OWN_CHECKSUM})"

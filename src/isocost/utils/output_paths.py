@@ -84,11 +84,11 @@ def check_separate(target: str | Path, *sources: str | Path) -> None:
         if not source.exists():
             continue
         if own_id == _id_of(source):
-            raise ConfigError(f"{target}: this is {source} itself; give another folder to write into")
+            raise ConfigError(f"{_shown(target)}: this is {_shown(source)} itself; give another folder to write into")
         if _id_of(source) in ids:
-            raise ConfigError(f"{target}: lies inside {source}, which is read; give a folder outside it")
+            raise ConfigError(f"{_shown(target)}: lies inside {_shown(source)}, which is read; give a folder outside it")
         if own_id in _ids_of_parents(source.resolve()):
-            raise ConfigError(f"{target}: contains {source}, which is read; give another folder to write into")
+            raise ConfigError(f"{_shown(target)}: contains {_shown(source)}, which is read; give another folder to write into")
 
 
 @contextmanager
@@ -169,13 +169,14 @@ def _check_path(path: Path) -> None:
                 f"{_shown(path)}: cannot be written ({os_error_message(OSError(error.errno, error.strerror))})"
             ) from error
         if is_dangling:
-            raise ConfigError(f"{_shown(part)}: a link to {os.readlink(part)}, which does not exist; give another path")
+            raise ConfigError(f"{_shown(part)}: a link to {_shown(os.readlink(part))}, which does not exist; give another path")
         if is_file_above:
-            raise ConfigError(f"{_shown(path)}: {part} is a file, so it cannot contain files; give another path")
+            raise ConfigError(f"{_shown(path)}: {_shown(part)} is a file, so it cannot contain files; give another path")
 
 
-def _shown(path: Path) -> str:
-    text = str(path).replace("\0", "\\0")
+def _shown(path: str | Path) -> str:
+    """A path in one line for messages: characters that cannot be printed are escapes, and the middle of a long path is cut."""
+    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(path))
     return text if len(text) <= 200 else f"{text[:120]}...{text[-40:]}"
 
 

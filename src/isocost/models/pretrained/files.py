@@ -23,6 +23,7 @@ from isocost.config.base import digest
 from isocost.errors import ConfigError
 from isocost.models.weight_checks import check_loaded
 from isocost.utils.file_hash import file_sha256
+from isocost.utils.json_text import parse_json
 
 MODEL_INDEX = "model_index.json"
 WEIGHT_FOLDERS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -189,13 +190,13 @@ def read_config(file: Path) -> dict[str, Any]:
     """Read a JSON file.
 
     Raises:
-        ConfigError: the file is missing or is not a JSON object.
+        ConfigError: the file is missing or is not a JSON object, or an object has a key twice.
     """
     if not file.is_file():
         raise ConfigError(_missing(file))
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or an integer of too many digits
+        config = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, not UTF-8, a key twice, nested too deeply, or an integer of too many digits
         raise ConfigError(f"{file}: not JSON: {' '.join(str(error).split())[:160]}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{file}: not a JSON object")
@@ -261,9 +262,9 @@ def weight_files(folder: Path) -> tuple[str, list[Path]]:
                 shards = read_config(index).get("weight_map")
                 if not isinstance(shards, dict) or not shards:
                     raise ConfigError(f"{index}: has no weight_map")
-                invalid = next((name for name in shards.values() if not _is_file_name(name)), None)
-                if invalid is not None:
-                    raise ConfigError(f"{index}: weight_map: {str(invalid)[:60]!r} is not the name of a file in this folder")
+                invalid = [name for name in shards.values() if not _is_file_name(name)]
+                if invalid:
+                    raise ConfigError(f"{index}: weight_map: {str(invalid[0])[:60]!r} is not the name of a file in this folder")
                 files = [folder / name for name in sorted(set(shards.values()))]
             elif single.is_file():
                 files = [single]

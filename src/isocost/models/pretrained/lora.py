@@ -289,7 +289,7 @@ def _layer_updates(
     peft_alphas = convert_unet_state_dict_to_peft(
         {key.removeprefix(prefix).removesuffix(".alpha"): value for key, value in alphas.items()}
     )
-    layer_alphas = {key.partition(".lora_A")[0]: float(value) for key, value in peft_alphas.items()}
+    layer_alphas = {key.partition(".lora_A")[0]: value for key, value in peft_alphas.items()}
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, value in peft_weights.items():
         layer, separator, suffix = key.partition(".lora_")
@@ -300,12 +300,32 @@ def _layer_updates(
         raise ConfigError(f"{file}: has no LoRA weights")
     updates = {}
     for layer, pair in pairs.items():
-        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1] or math.prod(pair["B"].shape[2:]) != 1:
+        if set(pair) != {"A", "B"} or not _can_be_multiplied(pair["B"], pair["A"]):
             raise ConfigError(f"{file}: {layer}: its up and down weights are incomplete or cannot be multiplied")
         rank = pair["A"].shape[0]
-        alpha = layer_alphas.get(layer, options.get("lora_alpha", rank))
-        updates[layer] = LoraDelta(pair["B"], pair["A"], float(alpha) / rank)
+        alpha = _alpha(layer_alphas.get(layer, options.get("lora_alpha", rank)), f"{file}: {layer}")
+        updates[layer] = LoraDelta(pair["B"], pair["A"], alpha / rank)
     return updates
+
+
+def _can_be_multiplied(up: Tensor, down: Tensor) -> bool:
+    """Whether up is [O, R] or [O, R, 1, 1], and down [R, I] or [R, I, K, K], with a rank R of 1 or more."""
+    return min(up.ndim, down.ndim) > 1 and up.shape[1] == down.shape[0] > 0 and math.prod(up.shape[2:]) == 1
+
+
+def _alpha(value: Any, source: str) -> float:
+    """The alpha of a layer as a number.
+
+    Raises:
+        ConfigError: it is not a finite number.
+    """
+    try:
+        number = math.nan if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # also a tensor of several values
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{source}: alpha = {' '.join(str(value).split())[:60]}: must be a finite number")
+    return number
 
 
 def check_loras(

@@ -21,7 +21,7 @@ from isocost.config.pretrained import NoiseSpec
 from isocost.config.sampling import SolverSpec
 from isocost.config.types import PredictionType
 from isocost.errors import ConfigError
-from isocost.models.pretrained.files import read_config
+from isocost.models.pretrained.files import MAX_SIZE, read_config
 from isocost.models.pretrained.scheduler_fields import (
     WITHOUT_EXACT_SOLVER,
     FieldProblem,
@@ -174,6 +174,8 @@ def _resolution_shift(num_patches: int, config: dict[str, Any], file: Path) -> f
     for key, value in fields.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{file}: {key} = {value!r}: must be a number for a resolution-dependent shift")
+        if not abs(value) <= MAX_SIZE:  # also NaN
+            raise ConfigError(f"{file}: {key} = {str(value)[:60]}: too large for a resolution-dependent shift")
     base_length, max_length = fields["base_image_seq_len"], fields["max_image_seq_len"]
     if base_length == max_length:
         raise ConfigError(f"{file}: base_image_seq_len = max_image_seq_len = {base_length}: they must differ")
@@ -182,7 +184,10 @@ def _resolution_shift(num_patches: int, config: dict[str, Any], file: Path) -> f
     shift_type = config.get("time_shift_type", "exponential")
     if shift_type not in ("exponential", "linear"):
         raise ConfigError(f"{file}: time_shift_type = {shift_type!r}: supported: exponential, linear")
-    return float(math.exp(mu) if shift_type == "exponential" else mu)
+    try:
+        return float(math.exp(mu) if shift_type == "exponential" else mu)
+    except OverflowError as error:
+        raise ConfigError(f"{file}: base_shift and max_shift give a shift of exp({mu:.3g}), which is too large") from error
 
 
 def _noise_spec(config: dict[str, Any], defaults: Mapping[str, Any], file: Path) -> NoiseSpec:
