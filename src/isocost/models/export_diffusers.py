@@ -104,12 +104,12 @@ def _pipeline(parts: ExportParts) -> Any:
     is_consistent = opened.info.solver.name == "lcm"
     if is_consistent:
         scheduler = LCMScheduler.from_config(scheduler.config)
-    parts = {"vae": autoencoder.network, "scheduler": scheduler}
+    shared = {"vae": autoencoder.network, "scheduler": scheduler}
     if isinstance(opened.network, DiT):
-        return PixArtAlphaPipeline(**parts, transformer=to_diffusers(opened.network), text_encoder=None, tokenizer=None)
+        return PixArtAlphaPipeline(**shared, transformer=to_diffusers(opened.network), text_encoder=None, tokenizer=None)
     embeds = is_consistent and opened.info.model.embeds_guidance
     return (LatentConsistencyModelPipeline if embeds else StableDiffusionPipeline)(
-        **parts,
+        **shared,
         text_encoder=text_encoder.network,
         tokenizer=text_encoder.tokenizer,
         unet=opened.network,
