@@ -195,6 +195,7 @@ def test_recorded_paired_differences_decide() -> None:
     assert "(not paired)" not in markdown_summary(wide, METRIC, "synthetic", pairs=recorded).partition(QUESTION)[2]
 
 
+@pytest.mark.slow
 def test_metrics_that_contradict_each_other_are_named(table: pd.DataFrame, tmp_path: Path) -> None:
     guided = table["guide"].notna()
     contradicting = table.copy()
@@ -360,6 +361,7 @@ def test_the_page_has_the_section_with_its_charts(table: pd.DataFrame, tmp_path:
     assert not any("data-cost" in attributes for attributes in costs), "the budget line of the slider would replace the frames"
 
 
+@pytest.mark.slow
 def test_a_table_without_guides_has_the_same_page_as_before(tmp_path: Path) -> None:
     """Empty columns of guides change neither the page nor the summary."""
     plain = synthetic_table(sizes=("0.2M", "0.8M"), num_steps=(2, 4))
@@ -378,6 +380,7 @@ def test_a_table_without_guides_has_the_same_page_as_before(tmp_path: Path) -> N
     assert "guide" not in markdown_summary(plain, METRIC, "synthetic").replace("guidance", "")
 
 
+@pytest.mark.slow
 def test_names_of_guides_stay_text(table: pd.DataFrame, tmp_path: Path) -> None:
     hostile = table.replace({"guide": {"0.8M@50000": "<img src=x onerror=alert(1)> | *a*"}})
     page = written(tmp_path, hostile)

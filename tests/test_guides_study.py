@@ -175,6 +175,7 @@ def timed(guided: Pipeline, monkeypatch: pytest.MonkeyPatch) -> tuple[Pipeline, 
 GUIDE_S, CALL_S = 0.004, 0.03
 
 
+@pytest.mark.slow
 def test_remeasured_times_count_the_passes_of_both_networks(timed: tuple[Pipeline, VirtualClock]) -> None:
     pipeline, clock = timed
     run = pipeline.runs[1]
@@ -268,6 +269,7 @@ def test_the_command_of_a_point_draws_its_images(guided: Pipeline, table: pd.Dat
     assert np.abs(drawn - saved).max() <= 2, "the batch size differs, so rounding may"
 
 
+@pytest.mark.slow
 def test_without_the_guide_nothing_is_timed(guided: Pipeline, tmp_path: Path) -> None:
     copy_of(guided.out, tmp_path / "out")
     pipeline = Pipeline(finished_spec(family={"widths": [4, 8]}, sweep=FEW_WAYS), tmp_path / "out")
@@ -288,6 +290,7 @@ def test_the_page_and_the_table_show_the_guidance(guided: Pipeline, table: pd.Da
     assert "guidance" in summary
 
 
+@pytest.mark.slow
 def test_the_report_compares_the_guides_by_paired_differences(guided: Pipeline, tmp_path: Path) -> None:
     """The differences are in the report data, so that a page without the features of the points shows the same."""
     section = (

@@ -143,13 +143,13 @@ class PCAAutoencoder:
         blocks = _to_blocks(to_unit(images.to(self.mean.device)), self.factor)
         centred = blocks - self.mean[:, None, None]
         latents = torch.einsum("cp,nphw->nchw", self.basis, centred) / self.scale[:, None, None]
-        _refuse_nonfinite(latents, "encod")
+        _refuse_nonfinite(latents, images, "encod")
         return latents, torch.zeros_like(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
         scaled = latents.to(self.mean.device) * self.scale[:, None, None]
         blocks = torch.einsum("cp,nchw->nphw", self.basis, scaled) + self.mean[:, None, None]
-        _refuse_nonfinite(blocks, "decod")
+        _refuse_nonfinite(blocks, latents, "decod")
         return to_uint8(torch.nn.functional.pixel_shuffle(blocks, self.factor))
 
     def save(self, folder: Path) -> None:
@@ -210,8 +210,8 @@ class DiffusersVAE:
         batches = self._split(images, images.shape[-1])
         encoded = [part for batch in batches for part in self._halving(self._encode, batch, "encod", images.shape[-1])]
         mean, std = (torch.cat(parts) for parts in zip(*encoded, strict=True))
-        _refuse_nonfinite(mean, "encod")
-        _refuse_nonfinite(std, "encod")
+        _refuse_nonfinite(mean, images, "encod")
+        _refuse_nonfinite(std, images, "encod")
         return (mean - self.shift) * self.scale, std * self.scale
 
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,7 +229,7 @@ class DiffusersVAE:
     def _decode(self, latents: Tensor) -> Tensor:
         scaled = latents.to(self.network.device) / self.scale + self.shift
         values = self.network.decode(scaled.to(self.network.dtype)).sample.float()
-        _refuse_nonfinite(values, "decod")
+        _refuse_nonfinite(values, latents, "decod")
         return to_uint8(values)
 
     def _halving(self, function: Callable[[Tensor], T], batch: Tensor, verb: str, resolution: int) -> list[T]:
@@ -265,9 +265,9 @@ class DiffusersVAE:
         self.network.save_pretrained(folder, safe_serialization=True)
 
 
-def _refuse_nonfinite(values: Tensor, verb: str) -> None:
-    """Raise RunError if the result of an autoencoder, [N, ...], has NaN or inf."""
-    is_finite = values.isfinite().flatten(1).all(1)
+def _refuse_nonfinite(values: Tensor, inputs: Tensor, verb: str) -> None:
+    """Raise RunError if the result of an autoencoder, [N, ...], has NaN or inf where its input [N, ...] has none."""
+    is_finite = values.isfinite().flatten(1).all(1) | ~inputs.to(values.device).isfinite().flatten(1).all(1)
     if not bool(is_finite.all()):
         raise RunError(
             f"the autoencoder gives NaN or inf for {int((~is_finite).sum())} of {len(values)} images that are {verb}ed; its "

@@ -40,10 +40,13 @@ def check_guide(main: CheckpointInfo, guide: CheckpointInfo) -> None:
             raise ConfigError(
                 f"{pair}: {info.label} was trained with its guidance as an input; choose a model that was not distilled"
             )
-    shapes = [(model.latent_channels, model.latent_size, model.extra_input_channels) for model in (main.model, guide.model)]
+    shapes = [f"{model.latent_channels} x {model.latent_size} x {model.latent_size}" for model in (main.model, guide.model)]
     if shapes[0] != shapes[1]:
-        texts = [f"{channels} x {size} x {size}" for channels, size, _ in shapes]
-        raise ConfigError(f"{pair}: its latents are {texts[1]}, not {texts[0]}; choose a guide of the same latent space")
+        raise ConfigError(f"{pair}: its latents are {shapes[1]}, not {shapes[0]}; choose a guide of the same latent space")
+    if main.model.extra_input_channels != guide.model.extra_input_channels:
+        raise ConfigError(
+            f"{pair}: one of them has a low-resolution image as an input, the other has not; choose a guide of the same task"
+        )
     schedules = schedule_of(main), schedule_of(guide)
     if not all(
         np.array_equal(getattr(schedules[0], name), getattr(schedules[1], name)) for name in ("alpha", "sigma", "timesteps")
@@ -85,11 +88,25 @@ def check_pair(
     Raises:
         ConfigError: the guide is the same checkpoint, or has another latent space or noise schedule.
     """
+    check_other_checkpoint(main, guide, guide_name)
+    if not has_same_autoencoder(main, guide):
+        check_same_latent_space(load_autoencoder(main), load_autoencoder(guide), guide_name)
+
+
+def check_other_checkpoint(main: CheckpointSource, guide: CheckpointSource, guide_name: str) -> None:
+    """Check that a checkpoint can guide another one, by the metadata of both, before their parts are loaded.
+
+    Args:
+        main: the checkpoint that is guided.
+        guide: its guide.
+        guide_name: the guide as the request names it.
+
+    Raises:
+        ConfigError: the guide is the same checkpoint, or has another shape of latents or noise schedule.
+    """
     if guide.digest == main.digest:
         raise ConfigError(f"guide {guide_name}: a model cannot guide itself; give a smaller or less trained one")
     check_guide(main.info, guide.info)
-    if not has_same_autoencoder(main, guide):
-        check_same_latent_space(load_autoencoder(main), load_autoencoder(guide), guide_name)
 
 
 def has_same_autoencoder(main: CheckpointSource, guide: CheckpointSource) -> bool:

@@ -23,7 +23,7 @@ from isocost.models.checkpoint import Checkpoint, CheckpointInfo, CheckpointSour
 from isocost.models.components import load_checkpoint_autoencoder, load_checkpoint_text_encoder
 from isocost.sampling.denoiser import Denoiser, SamplingDTypeName, torch_dtype
 from isocost.sampling.generate import schedule_of
-from isocost.sampling.guides import check_pair, has_same_text_encoder, weights_of_evaluations
+from isocost.sampling.guides import check_other_checkpoint, check_pair, has_same_text_encoder, weights_of_evaluations
 from isocost.sampling.latency_stages import (
     DENOISER,
     END_TO_END,
@@ -179,6 +179,8 @@ def latency(
     # rejects an invalid guidance before more is loaded
     SampleRequest(0, 0, coefficients, guidance, guidance_per_evaluation=weights, guide=name)
     guide_source = None if guide is None else open_checkpoint(guide)
+    if guide_source is not None:
+        check_other_checkpoint(opened, guide_source, str(guide))
     model = load_components(opened, dtype, compiled, target)
     loaded_guide = None
     if guide_source is not None:
