@@ -93,7 +93,7 @@ def test_the_loop_of_the_readme_gives_the_latents_of_sample(
     theirs = names["sample"](PROMPTS, noise)
     assert float((ours - theirs).abs().max()) <= 1e-4 * float(ours.abs().max())
     plain = latents_of_sample(monkeypatch, folders[main], PROMPTS, guidance=1.0)
-    assert float((ours - plain).abs().max()) > 1e-2 * float(ours.abs().max()), "guidance changes the latents"
+    assert float((ours - plain).abs().max()) > 3e-3 * float(ours.abs().max()), "guidance changes the latents"
 
 
 def test_the_guide_is_a_complete_pipeline(folders: dict[str, Path], tmp_path: Path) -> None:
