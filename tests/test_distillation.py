@@ -395,6 +395,24 @@ def test_the_target_of_a_pair_equals_a_plain_computation_in_float64(prediction_t
     assert float((own - second).abs().mean()) > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("kind", "num_passes"),
+    [(ConsistencyDistillation, 2), (ConditionalConsistencyDistillation, 2), (ProgressiveDistillation, 4)],
+)
+def test_the_guided_teacher_takes_the_passes_that_the_training_cost_states(kind: type[Distillation], num_passes: int) -> None:
+    spec = distill_spec()
+    teacher, student = teacher_and_student(spec)
+    stage: dict[str, Any] = {"num_steps": 8, "is_first": True} if kind is ProgressiveDistillation else {}
+    objective = kind(spec, TextToImage(spec.train, RandomCache(), SCHEDULE), teacher, student, **stage)
+    objective.on_train_start({30: [parameter.detach() for parameter in student.parameters()]})
+    calls: list[object] = []
+    assert objective.teacher is not None
+    handle = objective.teacher.register_forward_hook(lambda *_: calls.append(None))
+    objective.loss(student, objective.batch(0, range(4), CPU))
+    handle.remove()
+    assert len(calls) == num_passes
+
+
 def test_guidance_shifts_the_clean_latent_of_codi_as_it_shifts_the_teacher() -> None:
     objective, teacher, student = make_objective(ConditionalConsistencyDistillation, distill_spec(latent_weight=1.0))
     batch = objective.batch(0, range(16), CPU)

@@ -167,7 +167,9 @@ class Distillation(ABC):
         _, _, _, _, skip, out, _ = self.coefficients_at(indices)
         return skip * z + out * self.to_x0_eps(self.network_output(network, z, batch, indices), z, indices).x0
 
-    def guided_prediction(self, teacher: nn.Module, z: Tensor, batch: DistillBatch, indices: Tensor) -> Prediction:
+    def guided_prediction(
+        self, teacher: nn.Module, z: Tensor, batch: DistillBatch, indices: Tensor, conditional: Tensor | None = None
+    ) -> Prediction:
         """Return the guided prediction of a network without guidance input, in two passes.
 
         It is `guide + w (cond - guide)` with a guide (autoguidance, arXiv 2406.02507, eq. 3), and `uncond + w (cond - uncond)`
@@ -179,8 +181,9 @@ class Distillation(ABC):
             z: noisy latents [B, C, L, L].
             batch: prompts, further inputs and guidance of the rows.
             indices: schedule indices of z, int64 [B].
+            conditional: raw output [B, C, L, L] of the network with the prompt, where it is known already.
         """
-        output = self.network_output(teacher, z, batch, indices, guidance=None)
+        output = self.network_output(teacher, z, batch, indices, guidance=None) if conditional is None else conditional
         if self.spec.guidance_range is not None:
             overrides: dict[str, Tensor | None] = {"guidance": None}
             if self.spec.guide is None or self.spec.guide.null_prompt:
@@ -264,7 +267,8 @@ class ConditionalConsistencyDistillation(Distillation):
             if self.teacher is not None:
                 output = self.network_output(self.teacher, z, batch, batch.indices, guidance=None)
                 unguided = self.to_x0_eps(output, z, batch.indices)
-                clean = clean + self.guided_prediction(self.teacher, z, batch, batch.indices).x0 - unguided.x0
+                guided = self.guided_prediction(self.teacher, z, batch, batch.indices, output)
+                clean = clean + guided.x0 - unguided.x0
         return (eps - target_eps).square().mean() + self.spec.latent_weight * (x0 - clean).square().mean()
 
     def _eps(self, x0: Tensor, z: Tensor, indices: Tensor) -> Tensor:
