@@ -50,8 +50,8 @@ WAYS = (NONE, CLASSIFIER_FREE, CLASSIFIER_FREE_INTERVAL, GUIDE, GUIDE_INTERVAL) 
 )
 """Ways of guidance."""
 WITH_GUIDE = (GUIDE, GUIDE_INTERVAL)
-GUIDE_COSTS = ("gflop", "nfe", "ms_per_image")
-"""Costs that count the passes of a guide. `normalized_cost` does not, and the latency of two networks is not measured."""
+GUIDE_COSTS = ("gflop", "nfe", "ms_per_image", "latency_ms")
+"""Costs that count the passes of a guide. `normalized_cost` does not."""
 NUM_BUDGETS = 4
 NUM_REPLICATES = 400
 """Bootstrap replicates for the optimism of a selected score."""
