@@ -112,7 +112,7 @@ def test_checkpoints_of_scored_snapshots_may_be_absent(finished: Path, tmp_path:
     pd.testing.assert_frame_equal(table_of(again.out), table_of(finished))
     assert not (again.out / "artefacts" / "run").exists()
     other_snapshots = finished_spec(sweep={**BASE["sweep"], "snapshot_num_steps": 2, "snapshot_guidance": 1.5})
-    assert [size["images_to_train"] for size in plan(Pipeline(other_snapshots, again.out))["sizes"]] == [64]
+    assert [size["images_to_train"] for size in plan(Pipeline(other_snapshots, again.out))["sizes"]] == [32]
 
 
 def test_large_checkpoints_are_not_archived(finished: Path, tmp_path: Path) -> None:

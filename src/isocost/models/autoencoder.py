@@ -266,13 +266,16 @@ class DiffusersVAE:
 
 
 def _refuse_nonfinite(values: Tensor, inputs: Tensor, verb: str) -> None:
-    """Raise RunError if the result of an autoencoder, [N, ...], has NaN or inf where its input [N, ...] has none."""
-    is_finite = values.isfinite().flatten(1).all(1) | ~inputs.to(values.device).isfinite().flatten(1).all(1)
-    if not bool(is_finite.all()):
-        raise RunError(
-            f"the autoencoder gives NaN or inf for {int((~is_finite).sum())} of {len(values)} images that are {verb}ed; its "
-            "weights are damaged or too large: get its files again, or use another autoencoder"
-        )
+    """Raise RunError if the result of an autoencoder, [N, ...], or its input, [N, ...], has NaN or inf."""
+    is_finite = values.isfinite().flatten(1).all(1)
+    if bool(is_finite.all()):
+        return
+    number = f"NaN or inf for {int((~is_finite).sum())} of {len(values)} images that are {verb}ed"
+    if not bool(inputs.isfinite().all()):
+        raise RunError(f"the latents have {number}; the network that made them is damaged or needs dtype fp32")
+    raise RunError(
+        f"the autoencoder gives {number}; its weights are damaged or too large: get its files again, or use another autoencoder"
+    )
 
 
 def _factor(config: Any, name: str, default: float) -> float:

@@ -292,7 +292,9 @@ class BatchedPipeline:
         self.results = sorted(self._engine.run(self.requests), key=lambda result: result.request.sample_index)
         on_stage_end(DENOISER)
         latents = torch.stack([result.latent for result in self.results])
-        self.images = torch.cat([autoencoder.decode(chunk).cpu() for chunk in latents.split(images_per_call(info.resolution))])
+        self.images = torch.cat(
+            [autoencoder.decode(chunk).cpu() for chunk in latents.nan_to_num().split(images_per_call(info.resolution))]
+        )
         on_stage_end(DECODER)
 
     def check(self) -> None:
