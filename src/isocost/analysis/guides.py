@@ -115,7 +115,7 @@ class BestGuide:
         size: name of the guided network.
         guide: label of the guide: its size, then "@IMAGES" for a snapshot and "/null" for the empty prompt.
         guidance: w, interval or schedule, in running text.
-        cost: of the point, in the unit of the cost that was asked for.
+        cost: of the point, in the unit of the requested cost.
         score: with its interval.
         unguided: score and configuration of the best point without a guide that costs at most as much; None if none does.
         difference: the point with the guide minus that point.
