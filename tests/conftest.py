@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,4 +103,16 @@ def isocost(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     from finished_study import sort_modules  # it imports this file
 
+    mark_later_cases_slow(items)
     sort_modules(items)
+
+
+def mark_later_cases_slow(items: list[pytest.Item]) -> None:
+    """Give the marker `slow` to all but the first cases of the tests with the marker `fast_cases`."""
+    num_cases: Counter[str] = Counter()
+    for item in items:
+        if marker := item.get_closest_marker("fast_cases"):
+            test = item.nodeid.split("[")[0]
+            num_cases[test] += 1
+            if num_cases[test] > marker.args[0]:
+                item.add_marker("slow")

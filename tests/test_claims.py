@@ -91,6 +91,7 @@ def test_small_sizes_win_at_little_cost_and_large_sizes_at_any_cost() -> None:
 
 
 @pytest.mark.parametrize("is_falling", [True, False])
+@pytest.mark.fast_cases(1)
 def test_the_best_guidance_by_size_and_steps(is_falling: bool) -> None:
     grid = (1.0, 1.5, 2.0, 3.0, 5.0)
 
@@ -143,6 +144,7 @@ def test_a_best_guidance_at_the_end_of_the_range_is_a_bound() -> None:
     assert verdict_of(12.0, 12.5, False, False).verdict == "does not hold"
 
 
+@pytest.mark.slow
 def test_solvers_in_the_papers_order() -> None:
     statement = ("With few steps DPM-Solver++ is better than DDIM, and DDIM is better than DDPM", "")
     solvers = ("ddpm/trailing", "ddim/trailing", "dpmsolver++2m/trailing")

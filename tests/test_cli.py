@@ -207,6 +207,7 @@ def test_sweep_without_checkpoints_names_the_command_that_makes_them(isocost: An
     )
 
 
+@pytest.mark.slow
 def test_a_part_without_checkpoints_is_refused_before_the_first_image(isocost: Any, tmp_path: Path) -> None:
     plain = {"family": {"widths": [8]}, "train": {"num_images": 16, "batch_size": 8}}
     tuned = {"train": {"num_images": 16}, "sweep": {"num_steps": [1]}}
@@ -257,6 +258,7 @@ def test_stop_after_needs_positive_hours(isocost: Any, tmp_path: Path, hours: st
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_family_prints_our_numbers_and_the_papers(isocost: Any) -> None:
     outcome = isocost("family", "--widths", "64,83M")
     assert [row["size"] for row in outcome.answer["family"]] == ["39M", "83M"]
@@ -316,6 +318,7 @@ def test_recommend_reads_a_results_database_without_a_folder(isocost: Any, tmp_p
         assert ("OUT/" in outcome.answer["command"]) is (len(arguments) == 2)
 
 
+@pytest.mark.slow
 def test_a_sweep_checks_the_weights_of_every_task_before_its_first_image(isocost: Any, tmp_path: Path) -> None:
     plain = {"family": {"widths": [8]}, "train": {"num_images": 16, "batch_size": 8}}
     protocol = {"num_images": 32, "num_reference": 64, "lpips": "no.safetensors"}

@@ -160,6 +160,7 @@ def folders(family_copy: Path) -> tuple[Path, Path]:
     return first, second.out
 
 
+@pytest.mark.slow
 def test_differences_are_paired_across_folders(folders: tuple[Path, Path]) -> None:
     compared = compare(folders, cost="nfe", budgets=[4])
     (ranking,) = compared.rankings
@@ -178,6 +179,7 @@ def test_differences_are_paired_across_folders(folders: tuple[Path, Path]) -> No
     assert (against.difference, against.low, against.high) == (expected.value, expected.low, expected.high)
 
 
+@pytest.mark.slow
 def test_the_command_prints_sentences_and_json(folders: tuple[Path, Path], isocost: Any, tmp_path: Path) -> None:
     outcome = isocost("compare", *folders, "--budget", "0.2", "--out", tmp_path)
     assert outcome.status == 0, outcome.err
@@ -186,6 +188,7 @@ def test_the_command_prints_sentences_and_json(folders: tuple[Path, Path], isoco
     assert all(Path(file).is_file() for file in outcome.answer["files"])
 
 
+@pytest.mark.slow
 def test_studies_of_one_name_are_named_by_their_folders(folders: tuple[Path, Path], tmp_path: Path) -> None:
     for folder in folders:
         (tmp_path / folder.name).mkdir()
@@ -205,6 +208,7 @@ def test_studies_of_one_name_are_named_by_their_folders(folders: tuple[Path, Pat
         (("tiny", "absent"), "no study.yaml"),
     ],
 )
+@pytest.mark.slow
 def test_the_command_refuses_in_one_line(
     folders: tuple[Path, Path],
     isocost: Any,

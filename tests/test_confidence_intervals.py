@@ -100,6 +100,7 @@ def test_the_interval_of_a_skewed_mean_covers_the_truth() -> None:
 
 
 @pytest.mark.parametrize(("num", "num_reference"), [(80, 80), (40, 160), (160, 40)])
+@pytest.mark.fast_cases(1)
 def test_the_interval_of_a_squared_mmd_covers_the_truth(num: int, num_reference: int) -> None:
     assert_calibrated(repeated(mmd_experiment(POOR, num, num_reference)), true_squared_mmd(POOR, REAL))
 

@@ -474,6 +474,7 @@ def test_an_interrupted_training_of_a_student_ends_with_the_same_bits(name: str,
     assert json.loads(lines[0][-1]) == json.loads(lines[1][-1])
 
 
+@pytest.mark.slow
 def test_the_efficient_form_does_not_change_the_u_net(tmp_path: Path) -> None:
     _, student = teacher_and_student(distill_spec(), adapter=True)
     before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}

@@ -84,6 +84,7 @@ def test_parameters_are_those_of_the_published_weights() -> None:
 
 
 @pytest.mark.parametrize("patch", [1, 2])
+@pytest.mark.slow
 def test_parameters_and_gflop_follow_from_a_formula(patch: int) -> None:
     c, depth, channels, size, tokens, context = 96, 4, 4, 8, 5, 24
     spec = ModelSpec(kind="dit", width=c, latent_size=size, cross_attention_dim=context, extra_input_channels=4, patch=patch)

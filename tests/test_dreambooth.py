@@ -305,6 +305,7 @@ def test_a_killed_fine_tuning_ends_with_the_same_table(
     pd.testing.assert_frame_equal(left, right)
 
 
+@pytest.mark.slow
 def test_an_estimate_names_each_fine_tuning_and_measures_each_network_once(
     finished: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,13 +16,19 @@ from matplotlib import cbook
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.models import AlexNet, AlexNet_Weights
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from isocost.config.data import ScenesSource
 from isocost.data.latent_cache import load_images
 from isocost.errors import ConfigError
+from isocost.metrics.download import file_sha256
 from isocost.metrics.efficientnet import EfficientNetLite0
+from isocost.metrics.extractor_base import FeatureExtractor
+from isocost.metrics.feature_extractors import make_extractor
 from isocost.metrics.lpips import Lpips, load_lpips
+from isocost.metrics.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 MILITARY_UNIFORM = 652
 DREAMBOOTH_CLASSES = {
@@ -401,3 +407,39 @@ def test_trained_lpips_sees_blur_as_closer_than_another_image(shared: Path) -> N
     assert to_itself == 0
     assert 0.02 < to_blurred < 0.6 * to_teapot
     assert 0.3 < to_teapot < 1.2
+
+
+# --- AlexNet as a feature extractor -----------------------------------------------------------------------------------
+
+
+def alexnet_features(weights: Path, side: int) -> FeatureExtractor:
+    source = f"{weights}#sha256={file_sha256(weights)}"
+    return make_extractor("alexnet", feature_size=side, weights={"alexnet": source})
+
+
+def test_alexnet_features_are_the_means_of_torchvisions_maps(alexnet: AlexNet, alexnet_file: Path, images: Tensor) -> None:
+    larger = functional.interpolate(images.float(), (64, 64), mode="bicubic", antialias=True).clamp(0, 255)
+    extractor = alexnet_features(alexnet_file, 64)
+    network = create_feature_extractor(alexnet, [f"features.{index}" for index in (1, 4, 7, 9, 11)])
+    mean, deviation = ([[[value]] for value in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    with torch.inference_mode():
+        maps = network((larger / 255 - torch.tensor(mean)) / torch.tensor(deviation))
+    expected = torch.cat([feature_map.mean((2, 3)) for feature_map in maps.values()], 1)
+    assert expected.shape == (len(images), extractor.feature_dim)
+    torch.testing.assert_close(extractor(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_alexnet_features_are_the_same_bits_in_any_batch_at_their_row(alexnet_file: Path, images: Tensor) -> None:
+    extractor = alexnet_features(alexnet_file, 64)
+    many = torch.cat([images.flip(0)] * 8)
+    many[extractor.BATCH_SIZE + 3] = images[3]
+    assert torch.equal(extractor(many)[extractor.BATCH_SIZE + 3], extractor(images)[3])
+
+
+def test_wrong_requests_for_alexnet_features_name_the_remedy(alexnet_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="feature_size = 63: AlexNet needs at least 64 pixels"):
+        alexnet_features(alexnet_file, 63)
+    with pytest.raises(ConfigError, match=r"if you trust alexnet.safetensors, give .*#sha256="):
+        make_extractor("alexnet", weights={"alexnet": str(alexnet_file)})
+    with pytest.raises(ConfigError, match="no such weights file"):
+        make_extractor("alexnet", weights={"alexnet": str(tmp_path / "gone.safetensors")})

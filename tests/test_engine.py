@@ -60,6 +60,7 @@ def identity(x, timesteps, context, guidance):
     return x
 
 
+@pytest.mark.fast_cases(1)
 def test_the_same_bits_whatever_shares_the_batch(make_engine, two_threads):
     """At one batch size: a single request, a mixed batch, another order, and one or three parallel calls."""
     requests = mixed_requests()
@@ -120,6 +121,7 @@ def test_the_position_in_the_call_depends_only_on_the_image(make_engine, rounds_
         assert torch.equal(result.latent, plain[result.request.tag]), result.request.tag
 
 
+@pytest.mark.slow
 def test_other_batch_sizes_agree_up_to_rounding(make_engine):
     requests = mixed_requests()
     first, *further = (by_sample_index(make_engine(batch_size).run(requests)) for batch_size in (1, 7, 64))
@@ -167,6 +169,7 @@ def requests_of_points(num_images=6):
 @pytest.mark.parametrize(
     "batch_size", [pytest.param(1, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), 16, 64]
 )
+@pytest.mark.fast_cases(1)
 def test_first_evaluations_are_computed_once_and_shared(make_engine, passes_seen, batch_size):
     requests = requests_of_points()
     plain = {result.request.tag: result for result in make_engine(batch_size).run(requests)}
@@ -237,6 +240,7 @@ def test_guidance_decides_the_prompt_embeddings(make_engine, embeds):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("name", ["ddim", "dpmsolver++2m"])
+@pytest.mark.fast_cases(3)
 def test_equals_diffusers_with_guidance(make_engine, unet, embeds, name, prediction_type):
     options = {**SD_SCHEDULER, "prediction_type": prediction_type, "timestep_spacing": "leading"}
     if name == "ddim":

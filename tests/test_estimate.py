@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import alexnet
 
 from conftest import plain_study, tiny_study
 from isocost.cli import main
@@ -25,7 +26,6 @@ from isocost.errors import ConfigError
 from isocost.estimate import estimator
 from isocost.estimate.accelerators import DEVICES, Cluster, Device, Work, parse_cluster
 from isocost.estimate.component_shapes import (
-    EXTRACTOR_GFLOP,
     TransformerShape,
     autoencoder_shape,
     extractor_gflop,
@@ -109,6 +109,7 @@ def test_work_is_divided_by_the_rate_of_its_arithmetic() -> None:
 # --- hours ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_is_three_forward_passes_per_image(estimate_866m: StudyEstimate) -> None:
     size = only_size(estimate_866m)
     assert size.size == "866M"
@@ -118,6 +119,7 @@ def test_training_is_three_forward_passes_per_image(estimate_866m: StudyEstimate
     assert size.training_device_hours / 24 == pytest.approx(72.3, abs=0.1)
 
 
+@pytest.mark.slow
 def test_the_sweep_is_every_point_of_the_grid_and_one_per_snapshot(estimate_866m: StudyEstimate) -> None:
     """3 solvers x (4 + 6 + 8 + 10 + 20 + 50) steps x 9 guidance values; snapshots at 50 steps, the last one is in the grid."""
     size = only_size(estimate_866m)
@@ -226,6 +228,7 @@ def test_an_estimate_has_the_work_of_a_dry_run(tmp_path: Path, unlimited_memory:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_every_subject_is_trained_and_scored_before_and_after(unlimited_memory: None) -> None:
     estimate = estimate_study(downstream_study(), ONE_H200)
     (size,) = (size for size in estimate.sizes if size.task == "dreambooth")
@@ -297,6 +300,7 @@ def test_sizes_narrower_than_one_that_fits_are_not_checked(monkeypatch: pytest.M
     assert checked == [24, 16]
 
 
+@pytest.mark.slow
 def test_a_size_that_does_not_fit_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = training_memory(SMALL, SPEC, 1, 4)
     monkeypatch.setattr(Device, "memory_bytes", memory.state * 5 // 4 - 1)
@@ -328,6 +332,7 @@ def test_configs_that_are_not_available_are_reported_or_refused(tmp_path: Path) 
         text_encoder_shape(TextEncoderSpec(path="somebody/else"))
 
 
+@pytest.mark.slow
 def test_a_config_that_is_available_is_read(tmp_path: Path, unlimited_memory: None) -> None:
     autoencoder = {
         "_class_name": "AutoencoderKL",
@@ -372,7 +377,11 @@ def test_transformers_are_counted_as_networks_are() -> None:
         count_gflop(t5.eval(), ids)
     )
     image = torch.empty(1, 3, 224, 224, device="meta")
-    assert EXTRACTOR_GFLOP["dinov2-vit-b-14"] == pytest.approx(count_gflop(dino.eval(), image), rel=1e-3)
+    assert gflop_of("dinov2-vit-b-14") == pytest.approx(count_gflop(dino.eval(), image), rel=1e-3)
+
+
+def gflop_of(name: str, feature_size: int = 64) -> float:
+    return extractor_gflop(ProtocolSpec(features=(name,), feature_size=feature_size))
 
 
 def test_extractors_are_counted_as_networks_are() -> None:
@@ -386,13 +395,18 @@ def test_extractors_are_counted_as_networks_are() -> None:
     ):
         inception = source.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], verbose=False)
     image = torch.empty(1, 3, 64, 64, dtype=torch.uint8, device="meta")
-    assert EXTRACTOR_GFLOP["inception"] == pytest.approx(count_gflop(inception, image), rel=1e-3)
+    assert gflop_of("inception") == pytest.approx(count_gflop(inception, image), rel=1e-3)
     with torch.device("meta"):
         lite = EfficientNet.from_name("efficientnet-lite0", image_size=224).eval()
     expected = count_gflop(lite.extract_features, torch.empty(1, 3, 224, 224, device="meta"))
     assert extractor_gflop(ProtocolSpec(feature_size=224)) == pytest.approx(expected)
+    with torch.device("meta"):
+        convolutions = alexnet().eval().features
+    for side in (64, 80, 224):
+        expected_alexnet = count_gflop(convolutions, torch.empty(1, 3, side, side, device="meta"))
+        assert gflop_of("alexnet", side) == pytest.approx(expected_alexnet)
     both = ProtocolSpec(feature_size=224, features=("efficientnet-lite0", "inception"))
-    assert extractor_gflop(both) == pytest.approx(expected + EXTRACTOR_GFLOP["inception"])
+    assert extractor_gflop(both) == pytest.approx(expected + gflop_of("inception"))
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -345,6 +345,7 @@ def test_the_extractor_of_a_protocol_has_its_feature_size() -> None:
     assert extractor.id == EfficientNetLite0(side=96).id
 
 
+@pytest.mark.slow
 def test_an_attribute_classifier_is_trained_saved_and_tested_on_other_images(tmp_path: Path) -> None:
     def shaded(num: int, seed: int) -> ImageDataset:
         generator = torch.Generator().manual_seed(seed)

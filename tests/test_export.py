@@ -35,6 +35,7 @@ def checkpoint(finished_study: Path) -> Path:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.fast_cases(1)
 def test_diffusers_generates_the_same_images(checkpoint: Path, tmp_path: Path, guidance: float) -> None:
     prompts = ["a red circle on a white background", "two blue squares"]
     ours = sample(checkpoint, prompts, num_steps=4, guidance=guidance, num_images=1, seed=5).array[:, 0]

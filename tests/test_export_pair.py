@@ -77,6 +77,7 @@ FAST = ("guide in an interval", "own empty prompt in an interval")
 
 
 @pytest.mark.parametrize("case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in PAIRS])
+@pytest.mark.fast_cases(1)
 def test_the_loop_of_the_readme_gives_the_latents_of_sample(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:

@@ -62,6 +62,7 @@ def check_crossing(lines: Lines, sign: float) -> None:
 
 
 @pytest.mark.parametrize("cost", [cost for cost in COSTS if cost != "nfe"])
+@pytest.mark.slow
 def test_which_size_is_best_at_equal_cost(cost: str) -> None:
     table = synthetic_table()
     lines = drawn_lines(figures.plot_quality_vs_cost(table, METRIC, cost))
@@ -277,6 +278,7 @@ def test_does_dreambooth_follow_pretraining() -> None:
 
 
 @pytest.mark.parametrize("cost", list(COSTS))
+@pytest.mark.fast_cases(1)
 def test_does_distillation_change_the_frontier(cost: str) -> None:
     """Students reach the quality of 8 times their steps minus 0.03: they are ahead at low cost, the undistilled in the end."""
     table = synthetic_students()

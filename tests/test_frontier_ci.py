@@ -52,6 +52,7 @@ def test_the_frontier_of_exact_scores_is_the_best_within_each_budget(cost: str, 
 
 
 @pytest.mark.parametrize("half_width", [0.002, 0.01])
+@pytest.mark.fast_cases(1)
 def test_intervals_cover_the_true_frontier_and_crossings(half_width: float) -> None:
     truth = frontier_bands(exact(synthetic()), "normalized_cost", KERNEL, num_replicates=1)
     true_crossings = crossings_of(truth)

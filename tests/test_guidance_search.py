@@ -91,6 +91,7 @@ def test_rungs_double_from_a_twentieth_to_a_half() -> None:
 
 
 @pytest.mark.parametrize("best", [1.3, 2.6, 5.0])
+@pytest.mark.fast_cases(1)
 def test_synthetic_optima_are_found_with_few_images_and_intervals_that_cover(best: float) -> None:
     results = [run(SyntheticCurve(best, seed)) for seed in range(60)]
     losses = np.array([SyntheticCurve(best, 0).true_score(result.guidance) - 1 for result in results])
@@ -152,6 +153,7 @@ def race_options(curves: Sequence[SyntheticCurve]) -> SearchResult:
     return answer(search_options(CONFIG, [CONFIG.initial_indices(None) for _ in curves]), curves)
 
 
+@pytest.mark.slow
 def test_the_best_of_several_guides_is_found_at_its_best_guidance_with_few_images() -> None:
     minima, optima = (1.3, 1.0, 1.02, 1.6), (1.6, 4.0, 2.0, 7.0)
     losses, num_images = [], []

@@ -157,6 +157,7 @@ KINDS = ("epsilon", "v_prediction", "sample")
         ("flow_prediction", "flow_prediction", [SolverSpec(name=name) for name in ("euler", "dpmsolver++2m")]),
     ],
 )
+@pytest.mark.fast_cases(4)
 def test_equals_a_plain_loop_in_float64(unet, small_guide, embeds, prediction_type, guide_prediction, specs):
     """Every solver, with guide, interval and schedule; both networks of every prediction type."""
     is_flow = prediction_type == "flow_prediction"
@@ -337,6 +338,7 @@ def mixture_denoiser(means, deviation):
 
 
 @pytest.mark.parametrize("interval", [pytest.param(None, marks=pytest.mark.slow), (-2.0, 3.0)])
+@pytest.mark.slow
 def test_moments_of_a_mixture_with_an_analytic_guide(interval):
     """Main: one component of a mixture; guide: the whole, wider mixture. SciPy integrates the guided ODE as the oracle."""
     main, guide, w = gaussian_denoiser(1.0, 0.3), mixture_denoiser((-1.0, 1.0), 0.5), 2.0

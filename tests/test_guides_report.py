@@ -118,6 +118,7 @@ def test_a_planted_gain_is_found_at_every_cost(table: pd.DataFrame, cost: str) -
 
 
 @pytest.mark.parametrize(("gain", "verdict"), [(GAIN, "better"), (0.0, NOT_SHOWN), (-GAIN, "worse")])
+@pytest.mark.fast_cases(1)
 def test_the_report_states_the_planted_verdict(gain: float, verdict: str, tmp_path: Path) -> None:
     guided = synthetic_guides(gain, guides=("0.8M@50000",))
     sentence = {
@@ -316,6 +317,7 @@ def test_changes_are_written_with_a_sign() -> None:
 
 
 @pytest.mark.parametrize("cost", GUIDE_COSTS)
+@pytest.mark.fast_cases(1)
 def test_both_back_ends_draw_the_planted_frontiers(table: pd.DataFrame, cost: str) -> None:
     curves = guide_frontier(table, METRIC, cost)
     assert [series.label for series in curves.series] == list(WAYS)
@@ -346,6 +348,7 @@ def test_figures_exist_only_with_guides(table: pd.DataFrame, tmp_path: Path) -> 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_page_has_the_section_with_its_charts(table: pd.DataFrame, tmp_path: Path) -> None:
     page = written(tmp_path, table)
     sections = [attributes["id"] for tag, attributes in page.elements if tag == "section"]

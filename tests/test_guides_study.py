@@ -43,6 +43,7 @@ from isocost.sweep import worker
 from isocost.sweep.grid import SearchCell, distinct_intervals
 from isocost.sweep.guidance_search_runner import option_of
 from isocost.sweep.image_shards import read_images
+from isocost.sweep.leases import Leases
 from isocost.training.state_checkpoint import newest_state_images
 from test_timings import VirtualClock
 
@@ -526,3 +527,27 @@ def family_copy_of_race(guided: Pipeline, tmp_path: Path) -> Path:
 
     copy_trained(guided.out, tmp_path / "race")
     return tmp_path / "race"
+
+
+@pytest.mark.slow
+def test_a_worker_trains_while_another_one_trains_a_guide(
+    finished_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Width 8 needs width 4 as a guide for its sweep, but not for its training."""
+    study = finished_spec(family={"widths": [4, 8]}, sweep={**BASE["sweep"], "guides": [{"size": "smaller"}]})
+    pipeline = Pipeline(study, copy_of(finished_study / "family", tmp_path / "out"))
+    small, large = pipeline.runs
+    shutil.rmtree(pipeline.store.folder("checkpoint", large.final))
+    was_trained = []
+
+    def stop_the_other_worker(*_: str) -> None:
+        was_trained.append(pipeline.store.has("checkpoint", large.final))
+        other_worker.close()
+
+    pipeline.prepare()
+    other_worker = Leases(pipeline.results_db.engine)
+    assert other_worker.acquire(f"train {small.digest}")
+    monkeypatch.setattr(pipeline.leases, "wait", stop_the_other_worker)
+    assert pipeline.run()
+    assert was_trained == [True]
+    assert pipeline.results_db.table()["guide_checkpoint"].eq(small.final).any()

@@ -207,6 +207,7 @@ def test_the_commands_score_and_reference(coco: tuple[str, Path, Path, Path], tm
     assert answer["scores"]["mmd_efficientnet"]["low"] < answer["scores"]["mmd_efficientnet"]["high"]
 
 
+@pytest.mark.slow
 def test_verify_exits_with_status_1_if_a_check_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 

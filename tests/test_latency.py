@@ -498,6 +498,7 @@ def test_the_command_measures_a_pair_by_its_own_mix_of_passes(folders: dict[str,
         ("superres", "ddim/trailing", 16, 1.0, 1),
     ],
 )
+@pytest.mark.fast_cases(2)
 def test_the_defaults_equal_those_of_sample_and_upscale(
     folders: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,

@@ -63,6 +63,7 @@ def images_of(folder: Path, num_images: int = 2, **options: Any) -> np.ndarray:
 # --- settings of the autoencoder ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tiles_slices_and_dtype_are_those_of_diffusers(folder: Path) -> None:
     latents = torch.randn(3, 4, SIDE // 2, SIDE // 2)
     network = AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True).eval()
@@ -350,6 +351,7 @@ def test_live_tensors_are_counted() -> None:
     assert activation_bytes(network, lambda q: attention(q, q, q), query) == query.nbytes  # no matrix of 4096 x 4096
 
 
+@pytest.mark.slow
 def test_a_decoder_takes_memory_by_pixels_dtype_and_tile(folder: Path) -> None:
     config = json.loads((folder / "vae" / "config.json").read_text())
     whole = decoder_bytes(config, 256)
@@ -369,6 +371,7 @@ PIPELINES = {
 
 
 @pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.fast_cases(2)
 def test_the_weights_of_a_forecast_are_those_of_the_pipeline(name: str, tmp_path: Path) -> None:
     make, denoiser = PIPELINES[name]
     pipeline = make()

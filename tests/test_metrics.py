@@ -236,6 +236,7 @@ def test_summing_in_blocks_does_not_change_the_squared_mmd(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("num_a", "num_b"), [(8, 8), (5, 40)])
+@pytest.mark.fast_cases(1)
 def test_the_squared_mmd_of_equal_distributions_is_zero_on_average(num_a: int, num_b: int) -> None:
     values = np.array([squared_mmd(draws(num_a, 4, 2 * seed), draws(num_b, 4, 2 * seed + 1)) for seed in range(3000)])
     assert abs(values.mean()) < 3 * values.std() / np.sqrt(len(values))

@@ -100,6 +100,7 @@ def baseline(real: list[Image.Image], reference: ReferenceSet) -> dict[str, Inte
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.slow
 def test_distances_rise_with_the_damage_from_the_baseline_of_test_against_train(
     kind: str, real: list[Image.Image], reference: ReferenceSet, baseline: dict[str, Interval]
 ) -> None:

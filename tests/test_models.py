@@ -25,11 +25,13 @@ def family() -> list[dict[str, object]]:
     return family_table([row.width for row in TABLE_1], ModelSpec(width=64))
 
 
+@pytest.mark.slow
 def test_the_eleven_sizes_have_the_papers_parameters(family: list[dict]) -> None:
     assert tuple(row["parameters_million"] for row in family) == PARAMETERS_MILLION
     assert [row["size"] for row in family] == [row.size for row in TABLE_1]
 
 
+@pytest.mark.slow
 def test_gflop_are_within_three_percent_of_the_papers_column(family: list[dict]) -> None:
     for ours, paper in zip(family, TABLE_1, strict=True):
         if paper.size == "39M":

@@ -136,6 +136,7 @@ def test_a_folder_with_the_name_of_a_built_in_part_is_not_read(
     assert pipeline.components == {}
 
 
+@pytest.mark.slow
 def test_folders_whose_artefacts_have_other_names_are_not_merged(vae: Path, text: Path, out: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(vae, vae.with_name("copy")))
     other = Pipeline(study(copied, text), tmp_path / "other")

@@ -207,6 +207,7 @@ def test_a_conflicting_study_is_refused_and_writes_nothing(finished: Path, part:
     assert (finished / "study.yaml").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_an_image_with_nan_is_named_and_never_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoilt: list[int] = []
     encode = PromptEmbeds.encode.__func__

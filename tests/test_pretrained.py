@@ -150,6 +150,7 @@ def test_half_precision_files_and_shards_are_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.fast_cases(1)
 def test_published_sizes_are_counted_without_weights(name: str) -> None:
     published = PUBLISHED[name]
     family = next(family for family in FAMILIES if family.name == published.family)

@@ -108,6 +108,7 @@ def test_another_layout_is_explained(folder: Path, name: str, isocost: Any, tmp_
 
 
 @pytest.mark.parametrize("variant", ["fp16", "bf16", "fp32", "ema", "non_ema", "pruned"])
+@pytest.mark.fast_cases(4)
 def test_a_variant_alone_is_read(folder: Path, whole: Path, variant: str) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(variant, torch.float32)
     for component in ("unet", "vae", "text_encoder"):
@@ -134,6 +135,7 @@ def test_several_unknown_variants_are_named(folder: Path) -> None:
     "pipeline",
     ["StableDiffusionPAGPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"],
 )
+@pytest.mark.fast_cases(3)
 def test_a_pipeline_with_the_networks_of_the_plain_one(folder: Path, whole: Path, pipeline: str) -> None:
     tiny_pipelines.change(folder / "model_index.json", _class_name=pipeline)
     expected = sample(whole, tiny_pipelines.PROMPTS, **SETTINGS).array

@@ -100,6 +100,7 @@ def assert_fused(source: str, base: Path, pairs: dict[str, tuple[Tensor, Tensor]
 
 
 @pytest.mark.parametrize("form", ["peft", "peft with alpha", "kohya", "older", "bare"])
+@pytest.mark.fast_cases(4)
 def test_weights_change_by_the_product_in_the_file(
     base: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,7 @@ def mutations(folder: Path) -> Iterator[tuple[Path, str, Any]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.fast_cases(1)
 def test_a_wrong_value_of_any_field_is_one_line(wholes: dict[str, Path], family: str) -> None:
     """A sample of all mutations; another one for every seed."""
     drawn = random.Random(family).sample(sorted(mutations(wholes[family]), key=repr), 15)

@@ -18,6 +18,8 @@ from isocost.config.sampling import SolverSpec
 from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import SolverCoefficients, register_solver, solver_coefficients, unregister_solver
 from isocost.errors import ConfigError
+from isocost.estimate.accelerators import DEVICES, Cluster
+from isocost.estimate.estimator import estimate_study
 from isocost.evaluation.metric_registry import METRIC_GROUPS, METRICS, MetricInputs, register_metric
 from isocost.metrics.feature_extractors import EXTRACTORS, register_extractor
 from isocost.pipeline.pipeline import Pipeline
@@ -66,9 +68,14 @@ def test_registered_names_work_from_sweep_to_report(tmp_path: Path) -> None:
                   "metrics": ["mmd", "brightness"]},
         report={"metric": "brightness_tile_colours"},
     )  # fmt: skip
+    not_counted = estimate_study(study, Cluster(1, DEVICES["H200"])).not_counted
+    assert {text for text in not_counted if "tile-colours" in text} == {
+        "the time of the extractor tile-colours: it is registered without gflop",
+        "the disk space of the features of tile-colours: it is registered without feature_dim",
+    }
     pipeline = Pipeline(study, tmp_path / "out")
     assert pipeline.run()
-    written = report(pipeline)
+    written = report(pipeline, with_figures=False)
     table = pd.read_parquet(tmp_path / "out" / "table.parquet")
     assert {"mmd_tile_colours", "brightness_tile_colours", "brightness_tile_colours_low"} <= set(table.columns)
     by_solver = {name: rows.set_index(["num_steps", "guidance"]) for name, rows in table.groupby("solver")}

@@ -23,6 +23,7 @@ def swept(family_copy: Path) -> Pipeline:
     return Pipeline(finished_spec(), family_copy)
 
 
+@pytest.mark.slow
 def test_every_point_is_timed_again_and_nothing_else_changes(swept: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     before = swept.results_db.table().set_index("point")
     for point in before.index:

@@ -247,14 +247,18 @@ def read(path: Path) -> Reader:
     return reader
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_synthetic(folder: Path, with_figures: bool) -> Path:
     table = synthetic_table(noise=0.004)
     table.loc[table["size"] == "3.2M", "size"] = "3.2M <b>&"
     provenance = {"commit": "abc", "hours": {"training": 0.5}, "study_yaml": "name: </pre><script>alert('yaml')</script>\n"}
-    reconstruction_floors = {METRIC: 0.013, "alignment": 0.95}
-    folder = tmp_path_factory.mktemp("page") / "report"
-    return write_report(folder, "synthetic", table, METRIC, provenance, reconstruction_floors, plain_images(table), PROMPTS)
+    floors = {METRIC: 0.013, "alignment": 0.95}
+    images = plain_images(table)
+    return write_report(folder, "synthetic", table, METRIC, provenance, floors, images, PROMPTS, with_figures=with_figures)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_synthetic(tmp_path_factory.mktemp("page") / "report", with_figures=False)
 
 
 def test_the_answer_comes_first_and_the_parts_in_order(written: Path) -> None:
@@ -271,6 +275,7 @@ def test_the_answer_comes_first_and_the_parts_in_order(written: Path) -> None:
     assert "Not in this report" not in page.text
 
 
+@pytest.mark.slow
 def test_the_papers_claims_come_after_the_answer(tmp_path: Path) -> None:
     table = synthetic_table(sizes=("0.2M", "0.8M", "3.2M"))
     table.loc[table["size"] == "3.2M", "size"] = "3.2M <b>&"
@@ -334,8 +339,9 @@ def test_the_table_holds_every_point_best_first(written: Path) -> None:
     assert points["sorted_by"] == [index, "ascending"]
 
 
-def test_figures_are_saved_next_to_the_page(written: Path) -> None:
-    folder = written.parent / "figures"
+@pytest.mark.slow
+def test_figures_are_saved_next_to_the_page(tmp_path: Path) -> None:
+    folder = write_synthetic(tmp_path, with_figures=True).parent / "figures"
     names = {
         *(f"quality_vs_cost-{cost}" for cost in COSTS),
         "quality_vs_compute-training_gflop",

@@ -124,6 +124,7 @@ def test_the_report_command_rebuilds_a_folder(reported: Pipeline, tmp_path: Path
     assert not any(name.endswith((".png", ".pdf")) for name in report_files(tmp_path / "archive"))
 
 
+@pytest.mark.slow
 def test_a_damaged_folder_gives_one_line(reported: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="to rebuild from"):
         rebuild(tmp_path)

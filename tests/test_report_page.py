@@ -21,11 +21,11 @@ from isocost.analysis.paper_claims import CLAIMS
 from isocost.analysis.pareto import best_at_budgets
 from isocost.report.budget_slider import slider_values
 from isocost.report.html import write_report
-from synthetic_results import synthetic_table
+from synthetic_results import synthetic_guides, synthetic_table
 from test_budget_slider import raced_table, with_fid
 from test_report import METRIC, PROMPTS, plain_images
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
 WIDE, NARROW = (1440, 900), (390, 844)
 SIZES = 5
 
@@ -47,7 +47,7 @@ def written(table: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Pa
     verdicts = evaluate_claims(CLAIMS, {"text2image": TaskResults(table, METRIC)})
     return write_report(
         folder, "synthetic", table, METRIC, provenance, reconstruction_floors, plain_images(table), PROMPTS,
-        other_pages=other_pages, missing_experiments=["DreamBooth"], verdicts=verdicts,
+        other_pages=other_pages, missing_experiments=["DreamBooth"], verdicts=verdicts, with_figures=False,
     )  # fmt: skip
 
 
@@ -356,7 +356,7 @@ def test_it_can_be_printed(page: Page, tmp_path: Path) -> None:
     page.wait(f"document.documentElement.scrollWidth <= {PRINT_WIDTH}")
     visible_titles = "[...document.querySelectorAll('#table th')].filter(cell => cell.getClientRects().length)"
     titles = f"{visible_titles}.map(cell => cell.textContent)"
-    metric, costs = "squared MMD", ["normalized cost", "evaluations", "GFLOP", "milliseconds"]
+    metric, costs = "squared MMD", ["normalized cost", "evaluations", "GFLOP", "milliseconds", "latency"]
     assert page.run(titles) == ["size", "solver", "steps", "guidance", metric, *costs, "point"]
     page.send("Emulation.setEmulatedMedia", media="")
     assert len(page.run(titles)) > 15, "the screen shows every column"
@@ -373,7 +373,7 @@ def test_a_page_with_missing_parts_has_no_console_messages(chromium: tuple[Page,
     }[kind]
     opened, _ = chromium
     opened.console_messages.clear()
-    opened.open(write_report(tmp_path, kind, table, METRIC, {}, {}, {}, []), *NARROW)
+    opened.open(write_report(tmp_path, kind, table, METRIC, {}, {}, {}, [], with_figures=False), *NARROW)
     assert opened.console_messages == []
     assert opened.run("document.documentElement.scrollWidth") <= NARROW[0]
     assert opened.run("document.getElementById('slider-panel')?.hidden === false") == (kind != "unfinished")
@@ -384,3 +384,24 @@ def test_a_page_with_missing_parts_has_no_console_messages(chromium: tuple[Page,
         assert format_row(best) in opened.text("#selected")
         assert opened.text("#selected-legend") == "No images were saved for this point."
     assert "Not in this report" in opened.text("main")
+
+
+def test_points_with_guides_are_filtered_and_charted(chromium: tuple[Page, Path], tmp_path: Path) -> None:
+    table = synthetic_guides(0.02)
+    opened, _ = chromium
+    opened.console_messages.clear()
+    opened.open(write_report(tmp_path, "guides", table, METRIC, {}, {}, {}, [], with_figures=False), *WIDE)
+    assert opened.run("document.querySelectorAll('[data-chart^=guide_] .js-plotly-plot').length") == 2
+    options = opened.run("[...document.querySelector('[name=filter-guide]').options].map(option => option.textContent)")
+    assert options == ["all", "none", *sorted(table["guide"].dropna().unique())]
+    for choice, expected in (
+        ("0.8M@50000", table[table["guide"] == "0.8M@50000"]),
+        ("", table),
+        ("none", table[table["guide"].isna()]),
+    ):
+        opened.choose("[name=filter-guide]", choice or "all")
+        counted = f"{len(expected)} of {len(table)} points" if choice else f"{len(table)} points"
+        assert opened.text("#count") == counted
+    opened.open(tmp_path / "index.html", *NARROW)
+    assert opened.run("document.documentElement.scrollWidth") <= NARROW[0]
+    assert opened.console_messages == []

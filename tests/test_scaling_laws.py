@@ -64,6 +64,7 @@ def test_a_curve_that_does_not_fall_has_no_law() -> None:
         assert str(law) == "flat: no power law fits its 9 points"
 
 
+@pytest.mark.slow
 def test_both_axes_give_the_same_law_and_differ_by_the_batch_size() -> None:
     table = synthetic_table(noise=0.0)
     points = points_over_compute(table, KERNEL, batch_size=64)
@@ -87,6 +88,7 @@ def test_the_family_follows_the_best_size_at_each_compute() -> None:
     assert [law.name for law in fitted.sizes] == ["0.2M", "0.8M", "3.2M", "7.1M", "12.6M"]
 
 
+@pytest.mark.slow
 def test_fractions_are_fitted_as_one_minus_the_value_and_short_curves_are_left_out() -> None:
     table = synthetic_table(noise=0.0)
     law = fit_scaling_laws(table, "alignment", 64).sizes[0]

@@ -102,6 +102,7 @@ def verdicts(spread: float | None) -> dict[str, str]:
     return {verdict.statement: verdict.verdict for verdict in results if not verdict.cost}
 
 
+@pytest.mark.slow
 def test_sizes_have_to_differ_by_more_than_the_seed_variance() -> None:
     larger, longer = (
         "Of two sizes trained on the same images the larger is better",

@@ -250,6 +250,7 @@ def test_the_study_of_all_parts_is_valid() -> None:
         for section in sorted({path[0] for path in PATHS})
     ],
 )
+@pytest.mark.fast_cases(2)
 def test_every_value_of_every_setting_is_taken_or_refused_in_one_line(section: str) -> None:
     started = time.monotonic()
     for path in (path for path in PATHS if path[0] == section):

@@ -177,7 +177,7 @@ def run_diffusers(scheduler, spec, num_steps, denoise, start, noises, monkeypatc
     return x[0]
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", pytest.param("sample", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("spec", SHARED, ids=label)
 def test_equals_diffusers(spec, prediction_type, float64_diffusers, monkeypatch):
     if (spec.name, prediction_type) == ("euler-ancestral", "sample"):
@@ -377,6 +377,7 @@ def test_ancestral_sampling_reaches_the_data(name):
 
 @pytest.mark.parametrize("timestep_spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("name", ["ddim", "dpmsolver++2m", "unipc"])
+@pytest.mark.fast_cases(3)
 def test_timesteps_of_every_number_of_steps_equal_diffusers(name, timestep_spacing):
     spec = SolverSpec(name=name, timestep_spacing=timestep_spacing)
     scheduler = diffusers_scheduler(spec, "epsilon")

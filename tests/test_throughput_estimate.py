@@ -38,6 +38,7 @@ def test_disk_is_the_size_of_states_and_checkpoints(tmp_path: Path) -> None:
     assert disk_bytes(SPEC, number, num_snapshots=5) - disk_bytes(SPEC, number, num_snapshots=0) == 20 * number
 
 
+@pytest.mark.slow
 def test_hours_follow_from_measured_steps_and_then_from_gflop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput_estimate, "measure_step_times", lambda *_: (0.5, 2.0))
     estimator = ThroughputEstimator(SPEC, 4, disk_free=1 << 40)
@@ -104,6 +105,7 @@ def test_gradient_checkpointing_takes_less_memory() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"adapter": "noisy"}, {"adapter": "concat_cond", "extra_input_channels": 4}])
+@pytest.mark.slow
 def test_an_adapter_takes_more_memory(changes: dict[str, Any]) -> None:
     adapted, plain = (training_memory(SMALL.model_copy(update=update), SPEC, 2, 4) for update in (changes, {}))
     assert adapted.state > plain.state

@@ -73,6 +73,7 @@ def test_a_remeasured_point_belongs_to_the_device_of_the_new_measurement() -> No
     assert timing_device(None) == ""
 
 
+@pytest.mark.slow
 def test_a_report_leaves_out_and_mentions_times_of_another_device(family_copy: Path) -> None:
     pipeline = Pipeline(finished_spec(), family_copy)
     points = pipeline.results_db.table()["point"].tolist()
@@ -127,6 +128,7 @@ class VirtualClock:
         pytest.param(0.05, id="decoding worth five evaluations"),
     ],
 )
+@pytest.mark.slow
 def test_every_point_has_its_true_milliseconds_on_a_virtual_clock(
     finished_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded_image_s: float
 ) -> None:

@@ -178,6 +178,7 @@ def test_scores_from_images_equal_torch_fidelity(ours: Inception, inception_file
     assert (precision, recall) == (pytest.approx(theirs["precision"], rel=1e-4), pytest.approx(theirs["recall"], rel=1e-4))
 
 
+@pytest.mark.slow
 def test_an_images_features_are_the_same_bits_in_any_batch_at_its_row(ours: Inception, images: Tensor) -> None:
     expected = ours(images[:6])
     assert torch.equal(ours(images[[9, 5]])[1], expected[5])
@@ -212,6 +213,7 @@ def test_weights_that_cannot_be_downloaded_name_the_remedy(monkeypatch: pytest.M
 # --- verify -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_check_passes(inception_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("isocost.evaluation.self_check.NUM_INCEPTION_IMAGES", 4)
     checks = run_checks(with_hash(inception_file))

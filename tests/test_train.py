@@ -77,6 +77,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(cache: LatentCache, tmp
     assert lines == sorted(set(lines))
 
 
+@pytest.mark.fast_cases(1)
 def test_a_longer_training_starts_with_the_same_steps_as_a_shorter_one(cache: LatentCache, tmp_path: Path) -> None:
     shorter = run(SPEC.model_copy(update={"num_images": 64, "snapshots": ()}), cache, tmp_path / "run")
     longer = run(SPEC.model_copy(update={"num_images": 128, "snapshots": ()}), cache, tmp_path / "run")
@@ -87,6 +88,7 @@ def test_a_longer_training_starts_with_the_same_steps_as_a_shorter_one(cache: La
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.fast_cases(1)
 def test_the_loss_falls(cache: LatentCache, tmp_path: Path, prediction_type: str) -> None:
     spec = SPEC.model_copy(
         update={"num_images": 960, "snapshots": (), "prediction_type": prediction_type, "state_every_images": 10_000}
@@ -124,6 +126,7 @@ def test_a_nonfinite_loss_stops_the_training_and_the_last_good_state_stays(cache
     ("images", "part", "value"),
     [(64, "weights", math.nan), (64, "average", math.inf), (160, "weights", -math.inf), (192, "weights", math.nan)],
 )
+@pytest.mark.fast_cases(1)
 def test_a_last_update_that_breaks_the_weights_is_never_saved(
     images: int, part: str, value: float, cache: LatentCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,6 +162,7 @@ def test_the_shards_of_a_point_cover_it_once(finished: Path) -> None:
     assert len({shard.digest for shard in shards}) == 3
 
 
+@pytest.mark.slow
 def test_the_shard_size_changes_no_bit(finished: Path, tmp_path: Path) -> None:
     copy_trained(finished, tmp_path / "out")
     one_shard = finished_spec(sweep={**BASE["sweep"], "shard_size": 1000})
@@ -177,6 +178,7 @@ def test_the_shard_size_changes_no_bit(finished: Path, tmp_path: Path) -> None:
     assert not any((finished / "artefacts").glob("shard/*"))
 
 
+@pytest.mark.slow
 def test_shards_survive_a_kill_and_are_not_made_again(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy_trained(finished, tmp_path / "out")
     made: list[str] = []
@@ -298,6 +300,7 @@ def test_an_unreachable_ray_cluster_is_one_line(isocost: Any, tmp_path: Path) ->
 # --- merged folders ---
 
 
+@pytest.mark.slow
 def test_two_folders_of_one_study_are_merged(finished: Path, tmp_path: Path) -> None:
     for name, change in (("left", {"num_steps": [1]}), ("right", {"num_steps": [2]})):
         out = copy_trained(finished, tmp_path / name)

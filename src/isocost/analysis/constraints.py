@@ -82,7 +82,7 @@ class ConstraintStatus:
 
     Attributes:
         name: the bounded column.
-        is_most: whether the bound is a maximum; otherwise it is a minimum.
+        is_upper_bound: whether the bound is a maximum; otherwise it is a minimum.
         value: the configuration's value.
         low: lower end of the 95 % interval of a score; None for a cost, or without an interval.
         high: upper end.
@@ -90,7 +90,7 @@ class ConstraintStatus:
 
     name: str
     bound: float
-    is_most: bool
+    is_upper_bound: bool
     value: float
     low: float | None
     high: float | None

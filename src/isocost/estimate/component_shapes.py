@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -23,9 +23,7 @@ from isocost.config.evaluation import ProtocolSpec
 from isocost.config.model import PCAAutoencoderSpec, PretrainedAutoencoderSpec, TextEncoderSpec, TrainedAutoencoderSpec
 from isocost.config.study import StudySpec
 from isocost.errors import ConfigError
-from isocost.metrics.efficientnet import EfficientNetLite0
-from isocost.metrics.inception import Inception
-from isocost.metrics.vit import VIT_EXTRACTORS
+from isocost.metrics.feature_extractors import EXTRACTORS
 from isocost.models.autoencoder import BUILTIN_AUTOENCODER, DiffusersVAE, PCAAutoencoder
 from isocost.models.decoder_memory import autoencoder_on_meta
 from isocost.training.autoencoder import build_autoencoder
@@ -279,31 +277,27 @@ def _describe_text_encoder(title: str, width: int) -> str:
 
 # --- extractors -------------------------------------------------------------------------------------------------------
 
-_EFFICIENTNET_GFLOP_PER_PIXEL = 1.53024375e-5
-EXTRACTOR_GFLOP = {
-    "inception": 11.42,
-    "clip-vit-b-32": 8.82,
-    "clip-vit-l-14": 162.03,
-    "clip-vit-l-14-336": 381.92,
-    "dinov2-vit-b-14": 46.32,
-    "dinov2-vit-l-14": 162.02,
-    "dino-vit-s-16": 9.20,
-    "pickscore": 334.59,
-    "hpsv2": 334.59,
-}
-"""GFLOP of one image at the extractor's input size, counted on the meta device as in `models/flops.py`."""
-
 
 def extractor_gflop(protocol: ProtocolSpec) -> float:
-    """GFLOP of one image in all extractors of a protocol."""
-    efficientnet = _EFFICIENTNET_GFLOP_PER_PIXEL * protocol.feature_size**2
-    return sum(efficientnet if name == "efficientnet-lite0" else EXTRACTOR_GFLOP[name] for name in protocol.features)
+    """GFLOP of one image in all extractors of a protocol whose GFLOP are registered."""
+    extractors = [EXTRACTORS[name] for name in protocol.features]
+    return sum(extractor.gflop(protocol.feature_size) for extractor in extractors if extractor.gflop is not None)
 
 
 def feature_width(protocol: ProtocolSpec) -> int:
-    """Number of features that are stored per image, from all extractors of a protocol."""
-    dims = {"efficientnet-lite0": EfficientNetLite0.feature_dim, "inception": Inception.feature_dim}
-    return sum(dims[name] if name in dims else VIT_EXTRACTORS[name].feature_dim for name in protocol.features)
+    """Number of features that are stored per image, from all extractors of a protocol whose number is registered."""
+    return sum(EXTRACTORS[name].feature_dim or 0 for name in protocol.features)
+
+
+def uncounted_extractors(protocols: Iterable[ProtocolSpec]) -> list[str]:
+    """The parts that an estimate omits, because an extractor is registered without its GFLOP or its number of features."""
+    parts = []
+    for name in sorted({name for protocol in protocols for name in protocol.features}):
+        if EXTRACTORS[name].gflop is None:
+            parts.append(f"the time of the extractor {name}: it is registered without gflop")
+        if EXTRACTORS[name].feature_dim is None:
+            parts.append(f"the disk space of the features of {name}: it is registered without feature_dim")
+    return parts
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from isocost.config.types import DTypeName, TaskName
 from isocost.data.latent_cache import estimate_cache_bytes
 from isocost.errors import ConfigError
 from isocost.estimate.accelerators import DEFAULT_UTILISATION, Cluster, Work
-from isocost.estimate.component_shapes import ComponentShapes, extractor_gflop, feature_width
+from isocost.estimate.component_shapes import ComponentShapes, extractor_gflop, feature_width, uncounted_extractors
 from isocost.estimate.planned_work import PlannedWork, StudyPlan, plan_study
 from isocost.experiments.study_assets import NUM_SAVED_IMAGES
 from isocost.models.flops import model_cost
@@ -390,6 +390,7 @@ def _format_dtypes(trained: set[DTypeName], sampled: set[DTypeName]) -> str:
 
 def _not_counted(study: StudySpec, shapes: ComponentShapes, plan: StudyPlan, assets: AssetsEstimate) -> list[str]:
     parts = list(plan.not_counted)
+    parts += uncounted_extractors(protocol for work in plan.work for protocol, _ in work.points)
     if assets.cache_images is None:
         parts.append(
             f"the latent cache ({assets.cache_bytes_per_image:,} bytes per image) and its encoding: data.train does not set "

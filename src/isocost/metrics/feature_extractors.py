@@ -31,6 +31,8 @@ class RegisteredExtractor:
         embeds_text: whether it has `encode_text`, so that images are compared with prompts.
         is_preference_model: whether its image-text similarity is a trained preference score.
         classifies: whether it has `logits`, so that an Inception score can be computed.
+        feature_dim: features per image; None if it is known only after loading. Estimates need it.
+        gflop: GFLOP of one image by `protocol.feature_size`; None if unknown. Estimates need it.
     """
 
     name: str
@@ -40,7 +42,27 @@ class RegisteredExtractor:
     embeds_text: bool = False
     is_preference_model: bool = False
     classifies: bool = False
+    feature_dim: int | None = None
+    gflop: Callable[[int], float] | None = None
 
+
+EFFICIENTNET_GFLOP_PER_PIXEL = 1.53024375e-5
+ALEXNET_LAYERS = (
+    (3, 64, 11, 4, 2, False), (64, 192, 5, 1, 2, True), (192, 384, 3, 1, 1, True),
+    (384, 256, 3, 1, 1, False), (256, 256, 3, 1, 1, False),
+)  # fmt: skip
+"""Convolutions: channels in and out, kernel, stride, padding, and whether a max pool (3, stride 2) precedes."""
+VIT_GFLOP = {
+    "clip-vit-b-32": 8.82,
+    "clip-vit-l-14": 162.03,
+    "clip-vit-l-14-336": 381.92,
+    "dinov2-vit-b-14": 46.32,
+    "dinov2-vit-l-14": 162.02,
+    "dino-vit-s-16": 9.20,
+    "pickscore": 334.59,
+    "hpsv2": 334.59,
+}
+"""GFLOP of one image at the extractor's input size, counted on the meta device as in `models/flops.py`."""
 
 EXTRACTORS: Registry[RegisteredExtractor] = Registry("feature extractor")
 
@@ -53,6 +75,8 @@ def register_extractor(
     embeds_text: bool = False,
     is_preference_model: bool = False,
     classifies: bool = False,
+    feature_dim: int | None = None,
+    gflop: float | Callable[[int], float] | None = None,
 ) -> Callable[[MakeExtractor], MakeExtractor]:
     """Register the decorated function as the maker of a feature extractor.
 
@@ -63,6 +87,9 @@ def register_extractor(
         embeds_text: the extractor has `encode_text(texts) -> float32 [K, D]` and `scale`.
         is_preference_model: its image-text similarity is a trained preference score.
         classifies: the extractor has `logits(features) -> [N, L]`.
+        feature_dim: features per image. Without it an estimate leaves out the disk space of the features.
+        gflop: GFLOP of one image (one multiply-add is 2 FLOP), as a number or by `feature_size` in pixels. Without it an
+            estimate leaves out the time of the extractor.
 
     Returns:
         A decorator for a function (feature_size, weights, device) -> FeatureExtractor. The function imports what it needs
@@ -74,11 +101,23 @@ def register_extractor(
 
     def register(make: MakeExtractor) -> MakeExtractor:
         column_name = column or re.sub(r"\W+", "_", name)
-        entry = RegisteredExtractor(name, column_name, label or name, make, embeds_text, is_preference_model, classifies)
+        by_size = gflop if gflop is None or callable(gflop) else lambda _: float(gflop)
+        entry = RegisteredExtractor(
+            name, column_name, label or name, make, embeds_text, is_preference_model, classifies, feature_dim, by_size
+        )
         EXTRACTORS.add(name, entry)
         return make
 
     return register
+
+
+def alexnet_gflop(feature_size: int) -> float:
+    """GFLOP of AlexNet's five convolutions on an image of `feature_size` x `feature_size` pixels."""
+    multiply_adds, side = 0, feature_size
+    for inputs, outputs, kernel, stride, padding, pooled in ALEXNET_LAYERS:
+        side = (((side - 3) // 2 + 1 if pooled else side) + 2 * padding - kernel) // stride + 1
+        multiply_adds += side**2 * outputs * inputs * kernel**2
+    return 2 * multiply_adds / 1e9
 
 
 def make_extractor(
@@ -98,7 +137,10 @@ def make_extractor(
     return EXTRACTORS[name].make(feature_size, (weights or {}).get(name), device)
 
 
-@register_extractor("efficientnet-lite0", label="EfficientNet-lite0", column="efficientnet", classifies=True)
+@register_extractor(
+    "efficientnet-lite0", label="EfficientNet-lite0", column="efficientnet", classifies=True, feature_dim=1280,
+    gflop=lambda feature_size: EFFICIENTNET_GFLOP_PER_PIXEL * feature_size**2,
+)  # fmt: skip
 def _efficientnet(feature_size: int, weights: str | None, device: Any) -> FeatureExtractor:
     from isocost.metrics.efficientnet import EfficientNetLite0
 
@@ -107,7 +149,14 @@ def _efficientnet(feature_size: int, weights: str | None, device: Any) -> Featur
     return EfficientNetLite0(side=feature_size, device=device)
 
 
-@register_extractor("inception", label="Inception", classifies=True)
+@register_extractor("alexnet", label="AlexNet", feature_dim=1152, gflop=alexnet_gflop)
+def _alexnet(feature_size: int, weights: str | None, device: Any) -> FeatureExtractor:
+    from isocost.metrics.alexnet import AlexNetFeatures
+
+    return AlexNetFeatures(feature_size, weights, device)
+
+
+@register_extractor("inception", label="Inception", classifies=True, feature_dim=2048, gflop=11.42)
 def _inception(feature_size: int, weights: str | None, device: Any) -> FeatureExtractor:
     from isocost.metrics.inception import URL, Inception
 
@@ -126,8 +175,9 @@ def _register_vit(name: str) -> None:
 
     is_preference_model = name in ("pickscore", "hpsv2")
     register_extractor(
-        name, label=spec.title, column=column, embeds_text=spec.kind == "clip", is_preference_model=is_preference_model
-    )(make)
+        name, label=spec.title, column=column, embeds_text=spec.kind == "clip", is_preference_model=is_preference_model,
+        feature_dim=spec.feature_dim, gflop=VIT_GFLOP[name],
+    )(make)  # fmt: skip
 
 
 for _name in VIT_EXTRACTORS:

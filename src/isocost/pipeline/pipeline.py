@@ -539,11 +539,13 @@ class Pipeline:
         while unfinished:
             for run in list(unfinished):
                 training = f"train {run.digest}"
-                if self._must_wait(run, unfinished) or not self.leases.acquire(training):
+                if self._lacks_sources(run, unfinished) or not self.leases.acquire(training):
                     continue
                 self._write_status(f"train {run.title}", is_last=True)
                 self.train(run, deadline)
                 self.leases.release(training)
+                if self._lacks_guides(run, unfinished):
+                    continue
                 if not self.sweep(run, deadline):
                     return False
                 unfinished.remove(run)
@@ -554,9 +556,16 @@ class Pipeline:
                 self.leases.wait(*(f"train {run.digest}" for run in unfinished))
         return self.score_search_winners(runs, deadline)
 
-    def _must_wait(self, run: TrainingRun, unfinished: list[TrainingRun]) -> bool:
-        """Whether another unfinished run has yet to train a checkpoint that this one starts from, or that guides it."""
-        absent = {folder.name for folder in run.sources if not folder.is_dir()}
-        guides = (guide.checkpoint for guide in self.experiments[run.task].guides(run) if guide is not None)
-        absent.update(name for name in guides if not self.store.has("checkpoint", name))
-        return any(absent.intersection(other.checkpoints.values()) for other in unfinished if other is not run)
+    def _lacks_sources(self, run: TrainingRun, unfinished: list[TrainingRun]) -> bool:
+        """Whether another unfinished run has yet to train a checkpoint that this one starts from."""
+        return is_made_by_others({folder.name for folder in run.sources if not folder.is_dir()}, run, unfinished)
+
+    def _lacks_guides(self, run: TrainingRun, unfinished: list[TrainingRun]) -> bool:
+        """Whether another unfinished run has yet to train a guide of this one. Such a run is trained, not swept."""
+        guides = {guide.checkpoint for guide in self.experiments[run.task].guides(run) if guide is not None}
+        return is_made_by_others({name for name in guides if not self.store.has("checkpoint", name)}, run, unfinished)
+
+
+def is_made_by_others(checkpoints: Collection[str], run: TrainingRun, unfinished: Sequence[TrainingRun]) -> bool:
+    """Whether another unfinished run makes one of the checkpoints."""
+    return any(not set(checkpoints).isdisjoint(other.checkpoints.values()) for other in unfinished if other is not run)

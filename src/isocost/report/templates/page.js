@@ -168,7 +168,8 @@ addEventListener("load", renderNextChart);
 
 // --- the table of points -------------------------------------------------------------------------------------------------
 const { rows: numRows, columns, sorted_by: initialSort } = readJson("point-data");
-const PAGE_SIZE = 50, MAX_OPTIONS = 60, FILTER_COLUMNS = ["size", "solver", "num_steps", "guidance"];
+const PAGE_SIZE = 50, MAX_OPTIONS = 60;
+const FILTER_COLUMNS = ["size", "solver", "num_steps", "guidance", "guide", "guidance_interval", "guidance_schedule"];
 const table = byId("table"), headerRow = table.tHead.insertRow();
 const valueIndex = (column, row) => (column.codes ? column.codes[row] : row);
 const keyOf = (column, row) => column.keys[valueIndex(column, row)];
@@ -230,7 +231,7 @@ for (const column of columns.filter(candidate => FILTER_COLUMNS.includes(candida
   if (keyByText.size < 2 || keyByText.size > MAX_OPTIONS) continue;
   const select = addFilter(column.title, Object.assign(document.createElement("select"), { name: `filter-${column.name}` }));
   const options = [...keyByText].sort((a, b) => (typeof a[1] === "number" ? a[1] - b[1] : a[1] < b[1] ? -1 : 1));
-  select.append(new Option("all", ""), ...options.map(([text]) => new Option(text, `=${text}`)));
+  select.append(new Option("all", ""), ...options.map(([text]) => new Option(text || "none", `=${text}`)));
   select.addEventListener("change", () => {
     if (select.value) filters.set(column.name, row => `=${textOf(column, row)}` === select.value);
     else filters.delete(column.name);
