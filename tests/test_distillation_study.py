@@ -94,6 +94,7 @@ def test_students_and_teachers_are_in_one_table_with_true_costs(finished: Pipeli
     assert set(pd.read_parquet(finished.out / "table.parquet")["size"]) == {"0.8M"}
 
 
+@pytest.mark.slow
 def test_training_compute_counts_teacher_and_average(finished: Pipeline) -> None:
     table = pd.read_parquet(finished.out / "table-distill.parquet")
     training_gflop = table[table["is_final"]].groupby(["size", "num_steps"])["training_gflop"].first()
@@ -208,6 +209,7 @@ def test_diffusers_generates_the_latents_of_a_consistency_student(
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
+@pytest.mark.slow
 def test_a_progressive_student_is_exported_to_the_pipeline_of_stable_diffusion(finished: Pipeline, tmp_path: Path) -> None:
     folder = student_folder(finished, "progressive")
     ours = sample(folder, ["a red ring"], num_steps=2, guidance=2.0, num_images=1, seed=5).array[:, 0]

@@ -208,6 +208,7 @@ def test_a_missing_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> 
         EfficientNetLite0(side=64)
 
 
+@pytest.mark.slow
 def test_a_portrait_in_uniform_is_recognised() -> None:
     (classes,) = top_classes([Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))], 1)
     assert classes == {MILITARY_UNIFORM}

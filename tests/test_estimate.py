@@ -133,6 +133,7 @@ def test_the_sweep_is_every_point_of_the_grid_and_one_per_snapshot(estimate_866m
     assert size.sweep_device_hours == pytest.approx(seconds / 3600)
 
 
+@pytest.mark.slow
 def test_prompts_encoded_in_each_step_and_the_latent_cache(estimate_866m: StudyEstimate, unlimited_memory: None) -> None:
     size, assets = only_size(estimate_866m), estimate_866m.assets
     assert size.preparing_gflop == pytest.approx(47.09 * 1.024e9, rel=1e-3)

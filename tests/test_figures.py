@@ -74,6 +74,7 @@ def test_which_size_is_best_at_equal_cost(cost: str) -> None:
         check_crossing(charted_lines(figure), -1.0 if label == format_metric("alignment") else 1.0)
 
 
+@pytest.mark.slow
 def test_at_equal_evaluations_the_largest_size_is_best_throughout() -> None:
     """The number of evaluations does not depend on the size of the network, so no lines cross."""
     table = synthetic_table()

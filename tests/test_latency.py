@@ -227,6 +227,7 @@ def batched_pipeline(folder: Path, guidance: float, size: int, num_steps: int = 
         ("superres", "ddim", 2.0, 2, 3, 12),
     ],
 )
+@pytest.mark.fast_cases(3)
 def test_every_pass_is_a_row_of_a_counted_call(
     folders: dict[str, Path], kind: str, name: str, guidance: float, size: int, calls: int, rows: int
 ) -> None:

@@ -246,7 +246,7 @@ def with_scheduler(folder: Path, values: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize(("values", "message"), REFUSED_OWN, ids=lambda value: value if isinstance(value, str) else None)
-@pytest.mark.fast_cases(6)
+@pytest.mark.fast_cases(3)
 def test_another_solver_is_used_only_on_request(
     folder: Path, values: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:

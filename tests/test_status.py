@@ -87,6 +87,7 @@ def test_sigterm_finishes_the_shard_and_the_same_command_continues(tmp_path: Pat
     assert len(pipeline.results_db.points()) == 16
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_ends_with_json(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no status\.json"):
         read_status(tmp_path)

@@ -294,6 +294,7 @@ def checkpoint_of(pipeline: Pipeline, run_index: int = 0) -> Path:
 
 
 @pytest.mark.parametrize(("height", "width", "num_tiles"), [(8, 8, 1), (5, 7, 1), (9, 23, 8), (20, 14, 6)])
+@pytest.mark.fast_cases(2)
 def test_any_size_is_upscaled(finished: Pipeline, height: int, width: int, num_tiles: int) -> None:
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     result = upscale(checkpoint_of(finished), image, num_steps=2)

@@ -314,6 +314,7 @@ def test_two_folders_of_one_study_are_merged(finished: Path, tmp_path: Path) -> 
     assert len(report(Pipeline(finished_spec(), tmp_path / "both"), with_figures=False).table) == 5
 
 
+@pytest.mark.slow
 def test_folders_that_cannot_be_merged_are_refused_in_one_line(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not the output folder of a study"):
         merge(tmp_path / "both", [tmp_path])
