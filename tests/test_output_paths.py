@@ -15,7 +15,7 @@ import yaml
 from safetensors import SafetensorError
 
 from conftest import Outcome, plain_study
-from isocost.errors import ConfigError
+from isocost.errors import ConfigError, RunError
 from isocost.pipeline import merge as merging
 from isocost.pipeline.merge import archive, merge, take_artefacts
 from isocost.sweep.results_db import ResultsDB
@@ -329,12 +329,17 @@ def test_points_that_are_only_in_the_log_of_a_read_only_database_are_read(templa
                 (source / f"results.sqlite{suffix}").write_bytes((source / f"live.sqlite{suffix}").read_bytes())
         assert (source / "results.sqlite-wal").stat().st_size
         with read_only(source):
-            assert [event["subject"] for event in ResultsDB(source / "results.sqlite").events()] == ["2.png"]
+            copy = ResultsDB(source / "results.sqlite")
+            assert [event["subject"] for event in copy.events()] == ["2.png"]
+            with pytest.raises(RunError, match=f"the results database {source / 'results.sqlite'}: .*readonly database"):
+                copy.set_events("data.train", [("3.png", "lost")])
 
 
 FAILURES = {
     "full": (OSError(errno.ENOSPC, "No space left on device", "archive/weights"), 1, "free some disk space"),
     "read-only": (OSError(errno.EROFS, "Read-only file system", "archive"), 1, "folder on a writable disk"),
+    "too large": (OSError(errno.EFBIG, "File too large", "archive/weights"), 1, "ulimit -f"),
+    "not mounted": (OSError(errno.ESTALE, "Stale file handle", "archive"), 1, "mount it again"),
     "denied": (PermissionError(errno.EACCES, "Permission denied", "archive"), 1, "permissions"),
     "too long": (OSError(errno.ENAMETOOLONG, "File name too long", "n" * 300), 2, "shorter path"),
     "without a number": (OSError("the server\ndid not answer"), 1, "the server did not answer"),

@@ -26,6 +26,8 @@ RETRY_S = 0.5
 MAX_CONFLICTS = 5
 READ_ONLY = "isocost_read_only"
 """Execution option of an engine whose database cannot be written."""
+FILE = "isocost_file"
+"""Execution option of such an engine: the file that the user gave, for messages."""
 _DAMAGED = "restore the database from a copy, or remove it: points whose artefacts are there are scored again without sampling"
 _LASTING_PROBLEMS = {
     "full": "free some disk space, then run the same command again",
@@ -94,22 +96,28 @@ def _connect_read_only(file: Path) -> Engine:
     SQLite needs to write next to a file in write-ahead mode, unless the file never changes. Work that is only in the log is
     read from a temporary copy of both files.
     """
+    options = {READ_ONLY: True, FILE: str(file)}
     log = file.with_name(f"{file.name}-wal")
     if log.is_file() and log.stat().st_size:
         folder = tempfile.TemporaryDirectory(prefix="isocost-results-")
         copies = [Path(shutil.copyfile(source, Path(folder.name) / source.name)) for source in (file, log)]
-        engine = create_engine(URL.create("sqlite", database=str(copies[0])), execution_options={READ_ONLY: True})
+        engine = create_engine(URL.create("sqlite", database=str(copies[0])), execution_options=options)
+        event.listen(engine, "connect", _refuse_writes)
         weakref.finalize(engine, folder.cleanup)
     else:
         address = f"file:{quote(str(file.resolve()))}?mode=ro&immutable=1"
         engine = create_engine(
             "sqlite://",
             creator=lambda: sqlite3.connect(address, uri=True, check_same_thread=False),
-            execution_options={READ_ONLY: True},
+            execution_options=options,
         )
     with engine.connect() as connection:
         connection.execute(text("SELECT count(*) FROM sqlite_master"))
     return engine
+
+
+def _refuse_writes(connection: sqlite3.Connection, _: object) -> None:
+    connection.execute("PRAGMA query_only = ON").close()
 
 
 def add_missing_columns(engine: Engine, metadata: MetaData) -> None:
@@ -156,8 +164,13 @@ def read_missing_columns_as_null(engine: Engine, metadata: MetaData) -> None:
 
     def create_views(connection: Any, _record: Any) -> None:
         cursor = connection.cursor()
+        is_read_only = engine.get_execution_options().get(READ_ONLY)
+        if is_read_only:
+            cursor.execute("PRAGMA query_only = OFF")
         for view in views:
             cursor.execute(view)
+        if is_read_only:
+            cursor.execute("PRAGMA query_only = ON")
         cursor.close()
         connection.commit()
 
@@ -224,6 +237,8 @@ def run_transaction(
 
 
 def _name(engine: Engine) -> str:
+    if file := engine.get_execution_options().get(FILE):
+        return str(file)
     return engine.url.database or "" if engine.dialect.name == "sqlite" else engine.url.render_as_string(hide_password=True)
 
 

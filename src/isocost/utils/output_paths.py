@@ -143,6 +143,7 @@ def os_error_message(error: OSError) -> str:
 _REMEDIES = {
     errno.ENOSPC: "; free some disk space, then run the same command again",
     errno.EDQUOT: "; free some of your disk quota, then run the same command again",
+    errno.EFBIG: "; raise the limit of file sizes (ulimit -f), or give a folder on another disk",
     errno.EROFS: "; give a folder on a writable disk",
     errno.EACCES: "; change its permissions, or give another path",
     errno.EPERM: "; change its permissions, or give another path",
@@ -151,6 +152,10 @@ _REMEDIES = {
     errno.ELOOP: "; a link of this path points to itself: give another path",
     errno.EIO: "; the disk failed: check it, then run the same command again",
     errno.EMFILE: "; raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "; the system has too many open files: end other programs, then run the same command again",
+    errno.ESTALE: "; the server of this folder was restarted: mount it again, then run the same command again",
+    errno.ENOTCONN: "; the server of this folder is not connected: mount it again, then run the same command again",
+    errno.ENXIO: "; this is a device or a pipe without a reader: give another path",
 }
 WRONG_PATH_ERRORS = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EISDIR})
 """Error numbers of a path that was given wrongly, in contrast to a disk that failed."""
