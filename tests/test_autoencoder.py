@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
+from transformers.utils.logging import is_progress_bar_enabled
 
 from conftest import tiny_study
 from isocost.config.data import ScenesSource
@@ -175,6 +176,13 @@ def test_a_missing_perceptual_network_is_refused(images: Tensor, tmp_path: Path)
 
 
 # --- text encoder -----------------------------------------------------------------------------------------------------
+
+
+def test_loading_weights_shows_no_progress_bar_of_a_library(capfd: pytest.CaptureFixture[str]) -> None:
+    was_enabled = is_progress_bar_enabled()
+    MiniLMTextEncoder(TextEncoderSpec(max_tokens=8))
+    assert capfd.readouterr().err == ""
+    assert is_progress_bar_enabled() == was_enabled
 
 
 def test_embeddings_of_a_prompt_do_not_depend_on_the_batch() -> None:

@@ -26,6 +26,10 @@ def format_configuration(size: str, num_steps: int, guidance: str, solver: str) 
     return f"{size}, {format_steps(num_steps)}, {guidance}, {solver}"
 
 
+ROW_COLUMNS = ("size", "num_steps", "guidance", "solver", "guide", "guidance_interval", "guidance_schedule")
+"""Columns of a results table that `format_row` reads; the last three may be absent."""
+
+
 def format_row(row: Mapping[Any, Any] | pd.Series) -> str:
     """The sampling configuration of a row of a results table in running text."""
     return format_configuration(str(row["size"]), int(row["num_steps"]), format_row_guidance(row), str(row["solver"]))

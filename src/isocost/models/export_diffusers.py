@@ -20,6 +20,7 @@ from isocost.models.checkpoint import Checkpoint, load_checkpoint, read_info, sc
 from isocost.models.dit import DiT, GuidedTransformer, to_diffusers
 from isocost.models.text_encoder import MiniLMTextEncoder
 from isocost.utils.output_paths import check_output_folder, check_separate, private_folder
+from isocost.utils.progress import no_library_progress
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,11 @@ def load_parts(checkpoint: str | Path) -> ExportParts:
 
 def write_pipeline(parts: ExportParts, folder: Path) -> None:
     """Write a pipeline into an existing folder."""
-    _pipeline(parts).save_pretrained(folder, safe_serialization=True)
-    if isinstance(parts.opened.network, DiT):
-        parts.text_encoder.network.save_pretrained(folder / "text_encoder")
-        parts.text_encoder.tokenizer.save_pretrained(folder / "tokenizer")
+    with no_library_progress():
+        _pipeline(parts).save_pretrained(folder, safe_serialization=True)
+        if isinstance(parts.opened.network, DiT):
+            parts.text_encoder.network.save_pretrained(folder / "text_encoder")
+            parts.text_encoder.tokenizer.save_pretrained(folder / "tokenizer")
 
 
 def _pipeline(parts: ExportParts) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from isocost.config.types import PredictionType
 from isocost.models.checkpoint import save_networks
+from isocost.utils.progress import no_library_progress
 
 TEXT_FOLDER = "text_encoder"
 
@@ -86,5 +87,6 @@ class UNetWithTextEncoder(nn.Module):
             for key, tensor in module.state_dict().items()
         }
         text_weights = self.text_encoder.state_dict() | trained | unused
-        self.text_encoder.save_pretrained(folder / TEXT_FOLDER, state_dict=text_weights)  # type: ignore[operator]
+        with no_library_progress():
+            self.text_encoder.save_pretrained(folder / TEXT_FOLDER, state_dict=text_weights)  # type: ignore[operator]
         tokenizer.save_pretrained(folder / TEXT_FOLDER)

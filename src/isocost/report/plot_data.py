@@ -17,7 +17,7 @@ from matplotlib import colormaps
 from matplotlib.colors import Normalize
 
 from isocost.analysis.costs import cost_of
-from isocost.analysis.formatting import format_metric, format_number, format_row, format_score
+from isocost.analysis.formatting import ROW_COLUMNS, format_metric, format_number, format_row, format_score
 from isocost.analysis.pareto import best_guidance, metric_of, pareto
 from isocost.analysis.results_table import best_per_group, classifier_free, final_points, rank_points, sizes_in_order
 from isocost.analysis.scaling_laws import format_setting, points_over_compute
@@ -387,12 +387,19 @@ def _format_best_guidance(row: Mapping[Any, Any], metric: str) -> str:
 
 def _series_by_size(table: pd.DataFrame, rows: pd.DataFrame, x: str, metric: str, note: str) -> tuple[Series, ...]:
     sizes = sizes_in_order(table)
-    present = [(index, size) for index, size in enumerate(sizes) if (rows["size"] == size).any()]
     colors = size_colors(len(sizes))
+    rows_by_size = dict(iter(rows[_shown_columns(rows, x, metric)].groupby("size")))
     return tuple(
-        make_series(size, rows[rows["size"] == size], x, metric, note, colors[index], MARKERS[index % len(MARKERS)])
-        for index, size in present
+        make_series(size, rows_by_size[size], x, metric, note, colors[index], MARKERS[index % len(MARKERS)])
+        for index, size in enumerate(sizes)
+        if size in rows_by_size
     )
+
+
+def _shown_columns(rows: pd.DataFrame, x: str, metric: str) -> list[str]:
+    """The columns that a line shows; to select rows of all columns is slow."""
+    names = dict.fromkeys([*ROW_COLUMNS, x, metric, f"{metric}_low", f"{metric}_high", "point"])
+    return [name for name in names if name in rows.columns]
 
 
 def make_series(
@@ -416,7 +423,7 @@ def make_series(
     metric_label = format_metric(metric)
     notes = tuple(
         f"{format_row(row)}\n{metric_label} {format_score(*score)}\n{note.format(format_number(row[x]))}\npoint {row['point']}"
-        for row, *score in zip(rows.to_dict("records"), values, low, high, strict=True)
+        for row, *score in zip(rows[_shown_columns(rows, x, metric)].to_dict("records"), values, low, high, strict=True)
     )
     return Series(label, rows[x].to_numpy(dtype=float), values, low, high, notes, color, marker, dash)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,3 +96,17 @@ def _log_lines(title: str, total: int, unit: str, done: int) -> Report:
         logger.info(f"{title}: {completed}/{total} {unit}, {rate:.1f} {unit}/s, {seconds_left:.0f} s left  {note}")
 
     return report
+
+
+@contextmanager
+def no_library_progress() -> Iterator[None]:
+    """Hide the progress bars of transformers and diffusers for local files. They would stand between isocost's own lines."""
+    modules = [sys.modules.get(f"{library}.utils.logging") for library in ("transformers", "diffusers")]
+    shown = [module for module in modules if module is not None and module.is_progress_bar_enabled()]
+    for module in shown:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module in shown:
+            module.enable_progress_bar()

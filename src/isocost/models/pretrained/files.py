@@ -24,6 +24,7 @@ from isocost.errors import ConfigError
 from isocost.models.weight_checks import check_loaded
 from isocost.utils.file_hash import file_sha256
 from isocost.utils.json_text import parse_json
+from isocost.utils.progress import no_library_progress
 
 MODEL_INDEX = "model_index.json"
 WEIGHT_FOLDERS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -341,7 +342,8 @@ def load_module(
     is_diffusers = issubclass(network_class, ModelMixin)
     options |= {"torch_dtype" if is_diffusers else "dtype": dtype}
     try:
-        network, loading_info = network_class.from_pretrained(str(folder), **options)  # type: ignore[attr-defined]
+        with no_library_progress():
+            network, loading_info = network_class.from_pretrained(str(folder), **options)  # type: ignore[attr-defined]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # diffusers and transformers raise many kinds of errors for a wrong config
