@@ -15,7 +15,6 @@ import pytest
 from isocost.cli import main
 from isocost.config.base import parse_spec
 from isocost.config.study import StudySpec
-from isocost.sampling import stage_times
 
 pytest_plugins = ["finished_study"]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "assets"
@@ -56,6 +55,8 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def short_measurements() -> Iterator[None]:
     """Measure the stages of sampling once: the tests need no exact milliseconds."""
+    from isocost.sampling import stage_times  # with torch: the process that distributes the tests does not need it
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage_times, "MIN_REPEATS", 1)
         patch.setattr(stage_times, "ENOUGH_SECONDS", 0.0)

@@ -13,8 +13,6 @@ from filelock import FileLock
 from conftest import plain_study
 from isocost.config.base import parse_spec
 from isocost.config.study import StudySpec
-from isocost.pipeline.pipeline import Pipeline
-from isocost.report.build import report
 
 VARIANTS = ["consistency", "codi", "codi-efficient", "progressive"]
 LPIPS_FREE = ["psnr", "ssim"]
@@ -92,6 +90,9 @@ def finish_once(session_folder: Path) -> Path:
     Returns:
         A folder with two output folders: `family`, as it was before the other experiments, and `complete`.
     """
+    from isocost.pipeline.pipeline import Pipeline  # with torch: the process that distributes the tests does not need it
+    from isocost.report.build import report
+
     finished = session_folder / "finished-study"
     with FileLock(session_folder / "finished-study.lock"):
         if not finished.exists():

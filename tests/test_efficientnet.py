@@ -214,6 +214,7 @@ def test_a_portrait_in_uniform_is_recognised() -> None:
     assert classes == {MILITARY_UNIFORM}
 
 
+@pytest.mark.slow
 def test_photographs_of_known_things_are_recognised(shared: Path) -> None:
     files = [shared / "dreambooth" / subject / "00.jpg" for subject in DREAMBOOTH_CLASSES]
     expected = DREAMBOOTH_CLASSES.values()

@@ -419,6 +419,7 @@ def without_network(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.chdir(folder)
 
 
+@pytest.mark.slow
 def test_the_papers_study_needs_neither_data_nor_network(
     isocost: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unlimited_memory: None
 ) -> None:

@@ -55,6 +55,7 @@ def test_a_folder_that_is_not_empty_is_not_changed(checkpoint: Path, tmp_path: P
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 def test_the_pca_autoencoder_has_no_diffusers_form(tmp_path: Path) -> None:
     with_pca = trained(tmp_path / "run", autoencoder=plain_study()["autoencoder"])
     with pytest.raises(ConfigError, match="PCA autoencoder has no diffusers form"):

@@ -181,6 +181,7 @@ def test_a_sweep_and_its_report_stop_in_one_line_where_nothing_can_be_written_an
     assert (result["finished"], result["num_points"]) == (True, 1)
 
 
+@pytest.mark.slow
 def test_guidance_is_searched(folders: list[Path], tmp_path: Path) -> None:
     race = {"search": "race", "guidance": [1, 2, 4], "num_steps": [1], "solvers": [{"name": "ddim"}], "batch_size": 16}
     pipeline = Pipeline(study(folders[:1], sweep={**race, "race": {"rungs": [16]}}), tmp_path / "out")

@@ -77,7 +77,7 @@ def test_the_command_contains_eta() -> None:
     assert "--solver ddim --timestep-spacing leading --eta 0.5" in recommend(table, "nfe", 64, KERNEL).command
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("seed", [0, pytest.param(7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("guidance", [1.0, 2.0 ** (1 / 12), 7.5])

@@ -57,6 +57,7 @@ def finished(finished_copy: Path) -> Pipeline:
     return Pipeline(superres_study(), finished_copy)
 
 
+@pytest.mark.slow
 def test_without_checkpoints_only_unscored_trainings_and_their_parents_are_trained(finished: Pipeline, tmp_path: Path) -> None:
     archive(finished.out, tmp_path / "archive", checkpoint_mib=0.0001)
     merge(tmp_path / "out", [tmp_path / "archive"])
