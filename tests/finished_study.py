@@ -45,7 +45,7 @@ PARTS: dict[str, dict[str, Any]] = {
         "variants": VARIANTS,
         "guidance_range": [1, 4],
         "stages": [4, 2],
-        "train": {"num_images": 64, "lr": 1e-3},
+        "train": {"num_images": 64, "snapshots": [32], "lr": 1e-3},
         "sweep": {"num_steps": [1, 2, 4], "guidance": [1, 2], "batch_size": 16},
     },
     "superres": {

@@ -90,7 +90,7 @@ def test_students_and_teachers_are_in_one_table_with_true_costs(finished: Pipeli
     }
     progressive = final_points[final_points["size"] == "0.8M progressive"].groupby("num_steps")["checkpoint"].agg(set)
     assert progressive[1] == progressive[2] != progressive[4]
-    assert set(table["images_seen"]) == {32, 64}, "a stage of the progressive student has 32 images"
+    assert set(table[~table["is_final"]]["images_seen"]) == {32}
     assert set(pd.read_parquet(finished.out / "table.parquet")["size"]) == {"0.8M"}
 
 
@@ -340,8 +340,7 @@ def test_a_wrong_guide_of_teachers_is_one_line_and_nothing_is_written(case: str,
     outcome = isocost("run", study, "--out", tmp_path / "out")
     assert outcome.status == 2, outcome.err
     assert message in outcome.line
-    lines = [line for line in outcome.err.replace("\r", "\n").splitlines() if line and not line.startswith("Loading weights")]
-    assert lines == [outcome.line], "one line, apart from the progress of a library"
+    assert len(outcome.err.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -15,7 +15,7 @@ from isocost.metrics.lpips import load_lpips
 from isocost.metrics.preprocessing import run_in_batches
 
 MIN_SIDE = 64
-"""Pixels below which AlexNet has no positions left."""
+"""Smallest side in pixels; below 63 AlexNet has no positions left."""
 
 
 class AlexNetFeatures:
