@@ -176,6 +176,7 @@ def test_unreadable_images_are_an_error_beyond_the_allowed_fraction(isocost: Any
     assert "3.png" in outcome.line
 
 
+@pytest.mark.slow
 def test_skipped_images_are_named_in_the_results_database(isocost: Any, tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", 40)
     (images / "3.png").write_bytes(b"no image")

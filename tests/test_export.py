@@ -75,6 +75,7 @@ def test_samples_depend_only_on_seed_and_index(checkpoint: Path) -> None:
     assert two_prompts.grid().size == (64, 64)
 
 
+@pytest.mark.slow
 def test_a_negative_prompt_replaces_the_empty_prompt(checkpoint: Path) -> None:
     empty = sample(checkpoint, ["a ring"], num_steps=3, num_images=2, guidance=3.0)
     same = sample(checkpoint, ["a ring"], num_steps=3, num_images=2, guidance=3.0, negative_prompt="a ring")

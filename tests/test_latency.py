@@ -351,6 +351,7 @@ def test_nonfinite_images_are_rejected(folders: dict[str, Path]) -> None:
 # --- readings of the device ---
 
 
+@pytest.mark.slow
 def test_the_memory_peak_excludes_earlier_use() -> None:
     monitor = HostMonitor()
     if monitor.memory_kind is None:

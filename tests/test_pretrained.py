@@ -177,6 +177,7 @@ def test_images_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert read_info(Path("folder")) == info
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near(tmp_path: Path) -> None:
     for name, pipeline in (("sdxl", tiny_pipelines.sdxl()), ("pixart", tiny_pipelines.pixart()), ("sd3", tiny_pipelines.sd3())):
         folder = tiny_pipelines.written(pipeline, tmp_path / name)

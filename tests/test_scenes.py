@@ -59,6 +59,7 @@ def test_order_and_global_state_do_not_matter():
     assert np.array_equal(before, np.random.get_state()[1])  # noqa: NPY002
 
 
+@pytest.mark.slow
 def test_another_process_renders_the_same():
     printed = subprocess.check_output([sys.executable, "-c", PRINT_DIGEST], cwd=Path(__file__).parent, text=True)
     assert printed.strip() == digest_of_scenes()

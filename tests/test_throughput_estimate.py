@@ -96,6 +96,7 @@ def test_the_start_of_a_training_that_cannot_fit_warns(monkeypatch: pytest.Monke
     assert throughput_estimate.oom_message(SPEC.model_copy(update={"sharding": "fsdp"}), cost, 2, 1 << 40) == ""
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_takes_less_memory() -> None:
     model = SMALL.model_copy(update={"latent_size": 32})
     plain, lean = (

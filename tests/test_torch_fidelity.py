@@ -131,6 +131,7 @@ def test_the_weights_are_the_file_of_torch_fidelity() -> None:
     assert inception.SHA256.startswith(Path(inception.URL).stem.rpartition("-")[2])
 
 
+@pytest.mark.slow
 def test_inception_features_equal_torch_fidelity(ours: Inception, inception_file: Path, images: Tensor) -> None:
     theirs = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception_file), verbose=False
