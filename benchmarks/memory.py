@@ -114,7 +114,7 @@ def sweep(folder: Path, num_images: int) -> None:
         }
     )
     with tempfile.TemporaryDirectory() as out:
-        isocost.run(study, Path(out) / "out", device="cpu", with_figures=False)
+        isocost.run(study, Path(out) / "out", device="cpu", figure_formats=())
 
 
 def measure_decoder(folder: Path) -> dict[str, float]:

@@ -100,7 +100,7 @@ def finish_once(session_folder: Path) -> Path:
             for parts in ((), tuple(PARTS)):
                 pipeline = Pipeline(finished_spec(*parts), partial / "complete")
                 assert pipeline.run()
-                report(pipeline, with_figures=False)
+                report(pipeline, figure_formats=())
                 if not parts:
                     shutil.copytree(partial / "complete", partial / "family")
             partial.rename(finished)

@@ -28,7 +28,7 @@ matplotlib.use("Agg")
 
 @pytest.fixture(scope="module")
 def result(family_copy: Path) -> isocost.StudyResult:
-    return isocost.run(isocost.Study.from_dict(plain_finished()), family_copy, device="cpu", with_figures=False)
+    return isocost.run(isocost.Study.from_dict(plain_finished()), family_copy, device="cpu", figure_formats=())
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_transformer_samples_the_same_images_again(tmp_path: Path) -> None:
         plain_study(family={"kind": "dit", "widths": [16]}, train={"num_images": 16, "batch_size": 16})
         | {"sweep": {"num_steps": [1], "guidance": [1], "batch_size": 16}}
     )
-    run = isocost.run(study, tmp_path / "out", with_figures=False)
+    run = isocost.run(study, tmp_path / "out", figure_formats=())
     model = isocost.load_checkpoint(run.out / "artefacts" / "checkpoint" / str(run.results["checkpoint"].iloc[0]))
     first, second = (model.sample("a star", num_steps=2, seed=1).array for _ in range(2))
     assert np.array_equal(first, second)

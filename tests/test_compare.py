@@ -155,7 +155,7 @@ def folders(family_copy: Path) -> tuple[Path, Path]:
         finished_spec(train={**BASE["train"], "lr": 1e-4, "snapshots": []}, name="second"), family_copy.parent / "second"
     )
     assert second.run()
-    report(second, with_figures=False)
+    report(second, figure_formats=())
     first = family_copy.rename(family_copy.parent / "tiny")
     return first, second.out
 

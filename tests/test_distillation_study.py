@@ -142,7 +142,7 @@ def test_a_killed_run_ends_with_the_same_table(finished: Pipeline, tmp_path: Pat
     stop_twice(study, out, monkeypatch, at_step=4 + 3 * 4 + 3, at_record=2)
     pipeline = Pipeline(study, out)
     assert pipeline.run()
-    report(pipeline, with_figures=False)
+    report(pipeline, figure_formats=())
     left, right = (
         pd.read_parquet(run.out / "table-distill.parquet").drop(columns=HARDWARE_COLUMNS).dropna(axis="columns", how="all")
         for run in (finished, pipeline)
@@ -540,7 +540,7 @@ def test_a_folder_merged_from_an_archive_has_its_report(finished: Pipeline, tmp_
     archive(finished.out, tmp_path / "archive")
     merge(tmp_path / "elsewhere", [tmp_path / "archive"])
     elsewhere = Pipeline(distill_study(), tmp_path / "elsewhere")
-    report(elsewhere, with_figures=False)
+    report(elsewhere, figure_formats=())
     page = (elsewhere.out / "report" / "distill" / "index.html").read_text()
     assert "(not paired)" in page
     assert "(not paired)" not in (finished.out / "report" / "distill" / "index.html").read_text()

@@ -297,7 +297,7 @@ def test_a_killed_fine_tuning_ends_with_the_same_table(
     stop_twice(dreambooth_study(), out, monkeypatch, at_step=6, at_record=2)  # the family takes four steps and has five points
     pipeline = Pipeline(dreambooth_study(), out)
     assert pipeline.run()
-    report(pipeline, with_figures=False)
+    report(pipeline, figure_formats=())
     left, right = (
         pd.read_parquet(run.out / "table-dreambooth.parquet").drop(columns=HARDWARE_COLUMNS).dropna(axis="columns", how="all")
         for run in (finished, pipeline)
@@ -337,7 +337,7 @@ def test_photographs_run_as_a_complete_study_of_two_sizes_without_alignment(tmp_
     spec = finished_spec("dreambooth", family={"widths": [8, 16]}, dreambooth=dreambooth, protocol=protocol)
     pipeline = Pipeline(spec, tmp_path / "out")
     assert pipeline.run()
-    report(pipeline, with_figures=False)
+    report(pipeline, figure_formats=())
     table = pd.read_parquet(pipeline.out / "table-dreambooth.parquet").set_index("size")
     assert set(table.index) == {size + name for size in ("0.8M", "2.6M") for name in ("", f" {PRETRAINED_BASELINE}")}
     assert set(table["num_images"]) == {2 * (2 + 1)}

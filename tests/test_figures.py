@@ -346,6 +346,24 @@ def test_equal_figures_have_equal_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "first" / f"a.{ending}").read_bytes() == (tmp_path / "second" / f"a.{ending}").read_bytes()
 
 
+def test_only_the_formats_that_are_asked_for_are_written_and_stale_files_are_removed(tmp_path: Path) -> None:
+    def make_figure() -> Figure:
+        return matplotlib_backend.draw_curves(plot_data.solver_curves(synthetic_table(), METRIC))
+
+    def suffixes() -> set[str]:
+        return {file.suffix for file in tmp_path.glob("figures/*")}
+
+    assert figures.save_figures(tmp_path / "figures", {"a": make_figure}, ["png", "pdf"]) == ["a"]
+    assert suffixes() == {".png", ".pdf"}
+    assert figures.save_figures(tmp_path / "figures", {"a": make_figure}, ["png"]) == ["a"]
+    assert suffixes() == {".png"}
+    with pytest.raises(ConfigError, match="figure format svg: choose from png, pdf"):
+        figures.save_figures(tmp_path / "figures", {"a": make_figure}, ["svg"])
+    assert suffixes() == {".png"}, "a mistake loses nothing"
+    assert figures.save_figures(tmp_path / "figures", {"a": make_figure}, []) == []
+    assert not (tmp_path / "figures").exists()
+
+
 @pytest.mark.slow
 def test_names_are_not_read_as_formulas(tmp_path: Path) -> None:
     table = synthetic_table(snapshots=()).replace({"size": {"3.2M": r"3.2M $\frac{$"}})

@@ -53,7 +53,7 @@ def table() -> pd.DataFrame:
 
 
 def written(folder: Path, table: pd.DataFrame, **options: Any) -> Reader:
-    return read(write_report(folder, "synthetic", table, METRIC, {}, {}, {}, [], with_figures=False, **options))
+    return read(write_report(folder, "synthetic", table, METRIC, {}, {}, {}, [], figure_formats=(), **options))
 
 
 # --- ways of guidance -------------------------------------------------------------------------------------------------
@@ -374,7 +374,7 @@ def test_a_table_without_guides_has_the_same_page_as_before(tmp_path: Path) -> N
     assert not has_guides(empty)
     texts = []
     for name, points in (("plain", plain), ("empty", empty)):
-        page = write_report(tmp_path / name, "synthetic", points, METRIC, {}, {}, {}, [], with_figures=False)
+        page = write_report(tmp_path / name, "synthetic", points, METRIC, {}, {}, {}, [], figure_formats=())
         texts.append(page.read_text(encoding="utf-8"))
     assert texts[0] == texts[1]
     assert 'id="guides"' not in texts[0]

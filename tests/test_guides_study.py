@@ -63,7 +63,7 @@ def guided(family_copy: Path) -> Pipeline:
     """The finished family with a second, smaller size and all ways of guidance, after a run and a report."""
     pipeline = Pipeline(finished_spec(**GUIDED), family_copy)
     assert pipeline.run()
-    report(pipeline, with_figures=False)
+    report(pipeline, figure_formats=())
     return pipeline
 
 
@@ -311,7 +311,7 @@ def test_the_report_compares_the_guides_by_paired_differences(guided: Pipeline, 
     assert again is not None
     assert (again.value, again.low, again.high) == (value, low, high)
     archive(guided.out, tmp_path / "archive")
-    rebuild(tmp_path / "archive", with_figures=False)
+    rebuild(tmp_path / "archive", figure_formats=())
     for name in ("index.html", "summary.md"):
         assert (tmp_path / "archive" / "report" / name).read_bytes() == (guided.out / "report" / name).read_bytes()
 

@@ -182,7 +182,7 @@ def test_a_sweep_decodes_with_the_settings(folder: Path, tmp_path: Path) -> None
         },
         "protocol": {"num_images": 32, "num_reference": 64, "num_bootstrap": 20},
     }
-    result = isocost.run(isocost.Study.from_dict(plain), tmp_path / "out", device="cpu", with_figures=False)
+    result = isocost.run(isocost.Study.from_dict(plain), tmp_path / "out", device="cpu", figure_formats=())
     (point,) = result.results.to_dict("records")
     assert (point["vae_dtype"], point["vae_tile_size"], bool(point["vae_slicing"])) == ("bf16", TILE_SIZE, True)
     command = result.recommend(nfe=4).command

@@ -108,7 +108,7 @@ def test_checkpoints_of_scored_snapshots_may_be_absent(finished: Path, tmp_path:
     checkpoints = {folder.name for folder in (again.out / "artefacts" / "checkpoint").iterdir()}
     assert checkpoints == {run.final for run in again.runs}
     assert again.run()
-    report(again, with_figures=False)
+    report(again, figure_formats=())
     pd.testing.assert_frame_equal(table_of(again.out), table_of(finished))
     assert not (again.out / "artefacts" / "run").exists()
     other_snapshots = finished_spec(sweep={**BASE["sweep"], "snapshot_num_steps": 2, "snapshot_guidance": 1.5})
@@ -130,7 +130,7 @@ def test_a_scored_study_without_checkpoints_trains_nothing_again(finished: Path,
     for kind in ("run", "checkpoint", "shard", "point"):
         assert not (again.out / "artefacts" / kind).exists(), kind
     assert [size.images_seen for size in again.status("done").sizes] == [64]
-    report(again, with_figures=False)
+    report(again, figure_formats=())
     pd.testing.assert_frame_equal(table_of(again.out), table_of(finished))
     with pytest.raises(ConfigError, match="no checkpoint"):
         again.remeasure(again.runs[0])
@@ -145,7 +145,7 @@ def test_a_new_point_of_a_study_without_checkpoints_trains_its_size_again(finish
     assert [(size["points_to_make"], size["images_to_train"]) for size in plan(more_steps)["sizes"]] == [(2, 64)]
     assert more_steps.run()
     assert all(more_steps.store.has("checkpoint", run.final) for run in more_steps.runs)
-    report(more_steps, with_figures=False)
+    report(more_steps, figure_formats=())
     table = table_of(more_steps.out)
     assert len(table[table["num_steps"] == 4]) == 2
     earlier_rows = table[table["num_steps"] != 4].reset_index(drop=True)

@@ -75,7 +75,7 @@ def test_registered_names_work_from_sweep_to_report(tmp_path: Path) -> None:
     }
     pipeline = Pipeline(study, tmp_path / "out")
     assert pipeline.run()
-    written = report(pipeline, with_figures=False)
+    written = report(pipeline, figure_formats=())
     table = pd.read_parquet(tmp_path / "out" / "table.parquet")
     assert {"mmd_tile_colours", "brightness_tile_colours", "brightness_tile_colours_low"} <= set(table.columns)
     by_solver = {name: rows.set_index(["num_steps", "guidance"]) for name, rows in table.groupby("solver")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -247,18 +248,18 @@ def read(path: Path) -> Reader:
     return reader
 
 
-def write_synthetic(folder: Path, with_figures: bool) -> Path:
+def write_synthetic(folder: Path, figure_formats: Sequence[str]) -> Path:
     table = synthetic_table(noise=0.004)
     table.loc[table["size"] == "3.2M", "size"] = "3.2M <b>&"
     provenance = {"commit": "abc", "hours": {"training": 0.5}, "study_yaml": "name: </pre><script>alert('yaml')</script>\n"}
     floors = {METRIC: 0.013, "alignment": 0.95}
     images = plain_images(table)
-    return write_report(folder, "synthetic", table, METRIC, provenance, floors, images, PROMPTS, with_figures=with_figures)
+    return write_report(folder, "synthetic", table, METRIC, provenance, floors, images, PROMPTS, figure_formats=figure_formats)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_synthetic(tmp_path_factory.mktemp("page") / "report", with_figures=False)
+    return write_synthetic(tmp_path_factory.mktemp("page") / "report", figure_formats=())
 
 
 def test_the_answer_comes_first_and_the_parts_in_order(written: Path) -> None:
@@ -280,7 +281,7 @@ def test_the_papers_claims_come_after_the_answer(tmp_path: Path) -> None:
     table = synthetic_table(sizes=("0.2M", "0.8M", "3.2M"))
     table.loc[table["size"] == "3.2M", "size"] = "3.2M <b>&"
     verdicts = evaluate_claims(CLAIMS, {"text2image": TaskResults(table, METRIC)})
-    page = read(write_report(tmp_path, "synthetic", table, METRIC, {}, {}, {}, [], verdicts=verdicts, with_figures=False))
+    page = read(write_report(tmp_path, "synthetic", table, METRIC, {}, {}, {}, [], verdicts=verdicts, figure_formats=()))
     sections = [attributes["id"] for tag, attributes in page.elements if tag == "section"]
     assert sections[:3] == ["answer", "budget-slider", "claims"]
     for text in (
@@ -341,7 +342,7 @@ def test_the_table_holds_every_point_best_first(written: Path) -> None:
 
 @pytest.mark.slow
 def test_figures_are_saved_next_to_the_page(tmp_path: Path) -> None:
-    folder = write_synthetic(tmp_path, with_figures=True).parent / "figures"
+    folder = write_synthetic(tmp_path, figure_formats=matplotlib_backend.FORMATS).parent / "figures"
     names = {
         *(f"quality_vs_cost-{cost}" for cost in COSTS),
         "quality_vs_compute-training_gflop",
@@ -400,7 +401,7 @@ def test_an_unfinished_study_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "quality_vs_cost-nfe.png").write_bytes(b"from an earlier report")
     unfinished = table[~table["is_final"]]
-    page = read(write_report(tmp_path, "unfinished", unfinished, METRIC, {}, {}, {}, [], with_figures=False))
+    page = read(write_report(tmp_path, "unfinished", unfinished, METRIC, {}, {}, {}, [], figure_formats=()))
     assert not (tmp_path / "figures").exists(), "on request, without figures"
     assert "figures/" not in page.text
     assert "No answer yet" in page.text

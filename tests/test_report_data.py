@@ -81,9 +81,9 @@ def test_a_full_disk_loses_neither_images_nor_tables(
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, full)
             with pytest.raises(OSError, match="No space left"):
-                report(pipeline, with_figures=False)
+                report(pipeline, figure_formats=())
         assert {file: file.read_bytes() for file in before} == before
-    report(pipeline, with_figures=False)
+    report(pipeline, figure_formats=())
     assert b"data:image" in (tmp_path / "out" / "report" / "index.html").read_bytes()
     assert not list((tmp_path / "out").rglob("*.partial"))[1:], "only the folder of unfinished artefacts"
     assert not list((tmp_path / "out" / "artefacts" / ".partial").iterdir())
@@ -95,7 +95,7 @@ def test_a_changed_number_changes_the_page(reported: Pipeline, tmp_path: Path) -
     file = tmp_path / "archive" / "table.parquet"
     table = pd.read_parquet(file)
     table.assign(mmd_efficientnet=table["mmd_efficientnet"] + 1).to_parquet(file, index=False)
-    rebuild(tmp_path / "archive", with_figures=False)
+    rebuild(tmp_path / "archive", figure_formats=())
     assert report_files(tmp_path / "archive")["report/index.html"] != report_files(reported.out)["report/index.html"]
 
 
@@ -105,7 +105,7 @@ def test_a_merged_folder_still_shows_its_images(reported: Pipeline, tmp_path: Pa
     merge(tmp_path / "out", [tmp_path / "archive"])
     pipeline = Pipeline(reported.study, tmp_path / "out")
     assert pipeline.run()
-    report(pipeline, with_figures=False)
+    report(pipeline, figure_formats=())
     merged, original = (sorted((out / REPORT_DATA).rglob("*.webp")) for out in (tmp_path / "out", reported.out))
     assert [file.name for file in merged] == [file.name for file in original]
     assert len(merged) >= 2
@@ -119,6 +119,15 @@ def test_the_report_command_rebuilds_a_folder(reported: Pipeline, tmp_path: Path
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout.splitlines()[-1])["num_points"] == len(reported.results_db.table())
     assert report_files(tmp_path / "archive") == report_files(reported.out)
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "archive"), "--pdf"])
+    assert result.exit_code == 0, result.output
+    files = report_files(tmp_path / "archive")
+    assert {name for name in files if name.endswith(".pdf")} == {
+        name.replace(".png", ".pdf") for name in report_files(reported.out) if name.endswith(".png")
+    }
+    assert b"quality_vs_cost-nfe.pdf" in files["report/index.html"]
+    assert not CliRunner().invoke(app, ["report", str(tmp_path / "archive")]).exit_code
+    assert report_files(tmp_path / "archive") == report_files(reported.out), "the PDF files are removed"
     result = CliRunner().invoke(app, ["report", str(tmp_path / "archive"), "--no-figures"])
     assert result.exit_code == 0, result.output
     assert not any(name.endswith((".png", ".pdf")) for name in report_files(tmp_path / "archive"))

@@ -47,7 +47,7 @@ def written(table: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Pa
     verdicts = evaluate_claims(CLAIMS, {"text2image": TaskResults(table, METRIC)})
     return write_report(
         folder, "synthetic", table, METRIC, provenance, reconstruction_floors, plain_images(table), PROMPTS,
-        other_pages=other_pages, missing_experiments=["DreamBooth"], verdicts=verdicts, with_figures=False,
+        other_pages=other_pages, missing_experiments=["DreamBooth"], verdicts=verdicts, figure_formats=(),
     )  # fmt: skip
 
 
@@ -373,7 +373,7 @@ def test_a_page_with_missing_parts_has_no_console_messages(chromium: tuple[Page,
     }[kind]
     opened, _ = chromium
     opened.console_messages.clear()
-    opened.open(write_report(tmp_path, kind, table, METRIC, {}, {}, {}, [], with_figures=False), *NARROW)
+    opened.open(write_report(tmp_path, kind, table, METRIC, {}, {}, {}, [], figure_formats=()), *NARROW)
     assert opened.console_messages == []
     assert opened.run("document.documentElement.scrollWidth") <= NARROW[0]
     assert opened.run("document.getElementById('slider-panel')?.hidden === false") == (kind != "unfinished")
@@ -390,7 +390,7 @@ def test_points_with_guides_are_filtered_and_charted(chromium: tuple[Page, Path]
     table = synthetic_guides(0.02)
     opened, _ = chromium
     opened.console_messages.clear()
-    opened.open(write_report(tmp_path, "guides", table, METRIC, {}, {}, {}, [], with_figures=False), *WIDE)
+    opened.open(write_report(tmp_path, "guides", table, METRIC, {}, {}, {}, [], figure_formats=()), *WIDE)
     assert opened.run("document.querySelectorAll('[data-chart^=guide_] .js-plotly-plot').length") == 2
     options = opened.run("[...document.querySelector('[name=filter-guide]').options].map(option => option.textContent)")
     assert options == ["all", "none", *sorted(table["guide"].dropna().unique())]

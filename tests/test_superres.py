@@ -74,7 +74,7 @@ def test_without_checkpoints_only_unscored_trainings_and_their_parents_are_train
 @pytest.mark.slow
 def test_the_pages_of_every_experiment_are_rebuilt_byte_by_byte(finished: Pipeline, tmp_path: Path) -> None:
     archive(finished.out, tmp_path)
-    rebuild(tmp_path, with_figures=False)
+    rebuild(tmp_path, figure_formats=())
     pages = [page.relative_to(finished.out) for page in (finished.out / "report").rglob("index.html")]
     assert len(pages) == 6
     for page in pages:
@@ -243,7 +243,7 @@ def test_a_killed_run_ends_with_the_same_table(finished: Pipeline, tmp_path: Pat
     pipeline = Pipeline(study, out)
     assert pipeline.run()
     report(pipeline)
-    assert (out / "report" / "superres" / "figures" / "inputs_outputs.pdf").is_file()
+    assert (out / "report" / "superres" / "figures" / "inputs_outputs.png").is_file()
     left, right = (
         pd.read_parquet(run.out / "table-superres.parquet").drop(columns=HARDWARE_COLUMNS).dropna(axis="columns", how="all")
         for run in (finished, pipeline)

@@ -83,7 +83,7 @@ def test_a_report_leaves_out_and_mentions_times_of_another_device(family_copy: P
     table = study_table(pipeline, family)
     assert table[table["ms_per_image"].isna()]["point"].tolist() == points[:2]
     assert len(table) == len(points), "they compete by every other cost"
-    report(pipeline, with_figures=False)
+    report(pipeline, figure_formats=())
     page = (family_copy / "report" / "index.html").read_text(encoding="utf-8")
     assert f"2 of {len(points)} points were timed on another device" in page
     by_ms = pareto(table, "ms_per_image", "mmd_efficientnet")
@@ -179,7 +179,7 @@ def test_every_point_has_its_true_latency_on_a_virtual_clock(family_copy: Path, 
     table = pipeline.results_db.table()
     true_ms = 1000 * (clock.prompt_s + table["num_steps"] * call_s + clock.decoded_image_s)
     assert (table["latency_ms"] / true_ms).tolist() == pytest.approx([1.0] * len(table), rel=0.01)
-    written = report(pipeline, with_figures=False)
+    written = report(pipeline, figure_formats=())
     assert written.table["latency_ms"].tolist() == pytest.approx(table["latency_ms"].tolist())
     page = (family_copy / "report" / "index.html").read_text(encoding="utf-8")
     assert COSTS["latency_ms"].axis in page

@@ -262,7 +262,7 @@ def test_a_postgresql_results_database_has_the_same_table(finished: Path, tmp_pa
         assert pipeline.run()
         assert not (tmp_path / "out" / "results.sqlite").exists()
         pd.testing.assert_frame_equal(table_of(tmp_path / "out", address), table_of(finished), check_dtype=False)
-        assert len(report(pipeline, with_figures=False).table) == 5
+        assert len(report(pipeline, figure_formats=()).table) == 5
         first, second = Leases(ResultsDB(address).engine), Leases(ResultsDB(address).engine)
         assert first.acquire("a")
         assert not second.acquire("a")
@@ -311,7 +311,7 @@ def test_two_folders_of_one_study_are_merged(finished: Path, tmp_path: Path) -> 
     study = yaml.safe_load((tmp_path / "both" / "study.yaml").read_text())
     assert study["sweep"]["num_steps"] == [1, 2]
     assert merge(tmp_path / "both", [tmp_path / "right"]) == {"artefacts": 0, "points": 0}
-    assert len(report(Pipeline(finished_spec(), tmp_path / "both"), with_figures=False).table) == 5
+    assert len(report(Pipeline(finished_spec(), tmp_path / "both"), figure_formats=()).table) == 5
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def page_digests(study: Path, folder: Path) -> dict[str, str]:
     """
     ignored = shutil.ignore_patterns("artefacts", "report", *(other.name for other in STUDIES[1:]))
     shutil.copytree(study, folder, ignore=ignored)
-    rebuild(folder, with_figures=False)
+    rebuild(folder, figure_formats=())
     digests = {}
     for page in sorted((folder / "report").rglob("*.html")):
         text = LONG_NUMBER.sub(lambda number: f"{float(number[0]):.9g}", page.read_text(encoding="utf-8"))

@@ -78,9 +78,8 @@ Database = Annotated[
 StopAfter = Annotated[
     float | None, typer.Option("--stop-after", metavar="HOURS", help="stop after this time and save all progress")
 ]
-Figures = Annotated[
-    bool, typer.Option(help="also save every figure as PNG and PDF; without them the report takes about a third of the time")
-]
+Figures = Annotated[bool, typer.Option(help="also save every figure as PNG; the report is faster without them")]
+Pdf = Annotated[bool, typer.Option("--pdf", help="also save every figure as PDF, for print; the report then takes longer")]
 
 # --- sampling ---
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from isocost.cli.options import (
     Figures,
     OutputDir,
     Overrides,
+    Pdf,
     Positive,
     StopAfter,
     StudyFile,
@@ -55,6 +57,7 @@ def run(
     ] = None,
     ray: Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto or HOST:PORT")] = None,
     figures: Figures = True,
+    pdf: Pdf = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the remaining work and exit")] = False,
     devices: Annotated[
         str | None,
@@ -82,7 +85,7 @@ def run(
 
         print_plan(plan(Pipeline(study, output_dir_of(study, out), results_db), parse_tasks(tasks)))
         return
-    _run(study, out, stop_after, tasks, results_db, workers, ray, figures)
+    _run(study, out, stop_after, tasks, results_db, workers, ray, _figure_formats(figures, pdf))
 
 
 @app.command()
@@ -222,6 +225,7 @@ def report(
     overrides: Overrides = None,
     results_db: Database = None,
     figures: Figures = True,
+    pdf: Pdf = False,
 ) -> None:
     """Write the report of the results database. For a folder, rebuild its last report without data or checkpoints."""
     from isocost.pipeline.pipeline import Pipeline
@@ -232,10 +236,10 @@ def report(
             raise ConfigError(
                 f"{source} is a folder: its report is rebuilt unchanged, so leave out --out, --set and --database"
             )
-        _print_report(source.name, source, rebuild(source, figures), finished=True)
+        _print_report(source.name, source, rebuild(source, _figure_formats(figures, pdf)), finished=True)
         return
     study = read_study(source, overrides)
-    _report(Pipeline(study, output_dir_of(study, out), results_db), finished=True, with_figures=figures)
+    _report(Pipeline(study, output_dir_of(study, out), results_db), finished=True, figure_formats=_figure_formats(figures, pdf))
 
 
 @app.command()
@@ -387,7 +391,7 @@ def _run(
     results_db: str | None = None,
     workers: int | None = None,
     ray: str | None = None,
-    with_figures: bool = True,
+    figure_formats: Sequence[str] = ("png",),
 ) -> None:
     from isocost.pipeline.pipeline import Pipeline
     from isocost.pipeline.workers import LocalWorkers, run_on_ray
@@ -415,15 +419,26 @@ def _run(
     else:
         finished = pipeline.run(parse_deadline(stop_after), only_tasks)
     if finished:
-        _report(pipeline, finished, with_figures)
+        _report(pipeline, finished, figure_formats)
     else:
         print_json({"study": pipeline.study.name, "out": str(pipeline.out), "finished": False})
 
 
-def _report(pipeline: Any, finished: bool, with_figures: bool = True) -> None:
+def _figure_formats(figures: bool, pdf: bool) -> tuple[str, ...]:
+    """The formats that `--no-figures` and `--pdf` ask for.
+
+    Raises:
+        ConfigError: both are given.
+    """
+    if pdf and not figures:
+        raise ConfigError("--pdf with --no-figures: leave one out")
+    return ("png", "pdf") if pdf else ("png",) if figures else ()
+
+
+def _report(pipeline: Any, finished: bool, figure_formats: Sequence[str] = ("png",)) -> None:
     from isocost.report.build import report as write_report
 
-    _print_report(pipeline.study.name, pipeline.out, write_report(pipeline, with_figures), finished)
+    _print_report(pipeline.study.name, pipeline.out, write_report(pipeline, figure_formats), finished)
 
 
 def _print_report(name: str, out: Path, report: Any, finished: bool) -> None:

@@ -1,4 +1,4 @@
-"""Figures for papers; `isocost report` saves every one as PNG and PDF.
+"""Figures for papers; `isocost report` saves every one as PNG, and with `--pdf` as PDF too.
 
 Each function takes the table of points (`isocost.analysis.results_table`) and returns a figure whose title is the question that
 it answers. It raises ConfigError if the table lacks the data. `overrides` replace fields of the figure's `Curves`, for example
@@ -9,6 +9,7 @@ Shape letters: K prompts, H, W height and width in pixels; images are uint8 [K, 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -229,22 +230,34 @@ def file_name(plot: Callable[..., Figure]) -> str:
     return plot.__name__.removeprefix("plot_")
 
 
-def save_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]]) -> list[str]:
-    """Save every figure in all `FORMATS` and return the names of those that the table has data for.
+def save_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]], formats: Sequence[str] = FORMATS) -> list[str]:
+    """Save every figure and return the names of those that the table has data for.
 
-    If the table lacks the data of a figure, files of an earlier report under its name are removed.
+    Files of an earlier report that are not written again are removed, because they may show old points.
+
+    Args:
+        folder: created if missing, and removed if there are no formats.
+        figures: file name -> function that draws the figure.
+        formats: some of `FORMATS`.
+
+    Raises:
+        ConfigError: an unknown format.
     """
+    if unknown := [ending for ending in formats if ending not in FORMATS]:
+        raise ConfigError(f"figure format {unknown[0]}: choose from {', '.join(FORMATS)}")
+    if not formats:
+        shutil.rmtree(folder, ignore_errors=True)
+        return []
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for name, make in figures.items():
         try:
-            figure = make()
+            save(make(), folder, name, formats)
+            names.append(name)
         except ConfigError:
-            for ending in FORMATS:
-                (folder / f"{name}.{ending}").unlink(missing_ok=True)
-            continue
-        save(figure, folder, name)
-        names.append(name)
+            pass
+        for ending in set(FORMATS) - set(formats if name in names else ()):
+            (folder / f"{name}.{ending}").unlink(missing_ok=True)
     return names
 
 

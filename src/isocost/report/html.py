@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -22,7 +21,6 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 from plotly.offline import get_plotlyjs
 
 from isocost.analysis.claims import ClaimVerdict
@@ -52,7 +50,6 @@ from isocost.report.guides_section import guide_section
 from isocost.report.image_embedding import EmbeddedImages, embed_images
 from isocost.report.image_grids import ImageGrid, image_grid, saved_images_of
 from isocost.report.markdown import headline
-from isocost.report.matplotlib_backend import FORMATS
 from isocost.report.plot_data_finetune import DISTILLATION_QUESTION, PRETRAINING_QUESTIONS, Pretrained
 from isocost.report.plot_data_guides import FRONTIER_QUESTION, HEATMAP_QUESTION
 from isocost.report.results_table import headline_facts, point_columns, size_rows
@@ -84,11 +81,11 @@ def write_report(
     missing_experiments: Sequence[str] = (),
     pretrained: Pretrained | None = None,
     verdicts: Sequence[ClaimVerdict] = (),
-    with_figures: bool = True,
+    figure_formats: Sequence[str] = ("png",),
     scope: Scope = TRAINED,
     pairs: PairedDifferences | None = None,
 ) -> Path:
-    """Write `index.html` and `figures/` (`isocost.report.figures`, PNG and PDF) into `folder` and return the path of the page.
+    """Write `index.html` and `figures/` (`isocost.report.figures`) into `folder` and return the path of the page.
 
     Args:
         folder: created if missing.
@@ -108,7 +105,8 @@ def write_report(
         missing_experiments: titles of experiments that have no page.
         pretrained: the points of the checkpoints that the runs started from, for tasks that are compared with them.
         verdicts: verdicts for the paper's claims on these points and those of the other tasks.
-        with_figures: false writes only the page, in about a third of the time, and removes figures of an earlier report.
+        figure_formats: some of `isocost.report.matplotlib_backend.FORMATS`. Files of an earlier report in other formats are
+            removed, because they may show old points.
         scope: whether the study trained the networks, and the cost of the budgets.
         pairs: paired differences for the section on guides; without them the scores are treated as independent.
 
@@ -186,8 +184,8 @@ def write_report(
             sizes=size_rows(table, scope),
             provenance={key: value for key, value in provenance.items() if key != STUDY_YAML},
             study_yaml=provenance.get(STUDY_YAML),
-            figures=_save_figures(folder / FIGURES, figures, with_figures),
-            formats=FORMATS,
+            figures=save_figures(folder / FIGURES, figures, figure_formats),
+            formats=figure_formats,
             page_css=_asset("page.css"),
             page_js=_asset("page.js"),
             plotly_js=Markup(get_plotlyjs()),
@@ -197,14 +195,6 @@ def write_report(
     path = folder / "index.html"
     write_atomically(path, page)
     return path
-
-
-def _save_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]], with_figures: bool) -> list[str]:
-    """Save the figures and return their names. Without figures, remove those of an earlier report: they may show old points."""
-    if with_figures:
-        return save_figures(folder, figures)
-    shutil.rmtree(folder, ignore_errors=True)
-    return []
 
 
 # --- images ---------------------------------------------------------------------------------------------------------

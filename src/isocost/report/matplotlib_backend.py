@@ -54,15 +54,21 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write NAME.png at 160 dpi and NAME.pdf with embedded fonts.
+def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = FORMATS) -> None:
+    """Write NAME.png at 160 dpi, and NAME.pdf with embedded fonts, which takes longer than the PNG file.
 
     The files contain no time stamp, so equal figures have equal bytes.
+
+    Args:
+        figure: its layout is fixed.
+        folder: an existing folder.
+        name: file name without ending.
+        formats: some of `FORMATS`.
     """
     with matplotlib.rc_context(STYLE):
-        figure.savefig(folder / f"{name}.png")
-        figure.set_layout_engine("none")  # keep the layout of the PNG
-        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+        for ending in formats:
+            figure.savefig(folder / f"{name}.{ending}", metadata={"CreationDate": None} if ending == "pdf" else None)
+            figure.set_layout_engine("none")  # the second format keeps the layout of the first
 
 
 def draw_heatmaps(panels: Sequence[HeatPanel], sizes: Sequence[str]) -> Figure:

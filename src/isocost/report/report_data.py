@@ -95,8 +95,8 @@ ReportData = tuple[Page, pd.DataFrame, Mapping[str, np.ndarray]]
 """A page, its table, and point -> images."""
 
 
-def render(out: Path, reports: Mapping[TaskName, ReportData], with_figures: bool = True) -> Report:
-    """Write the pages of all tasks, their data as files and, on request, the figures as PNG and PDF.
+def render(out: Path, reports: Mapping[TaskName, ReportData], figure_formats: Sequence[str] = ("png",)) -> Report:
+    """Write the pages of all tasks, their data as files and, in the given formats, the figures.
 
     The tables are read back from their files, so that a rebuilt page is equal byte by byte. A point without images gets the
     images that an earlier report of the folder showed.
@@ -119,15 +119,15 @@ def render(out: Path, reports: Mapping[TaskName, ReportData], with_figures: bool
                 table.to_csv(temporary, index=False)
             replace_folder(partial / task, folder)
         samples[task] = _RecordedImages(images, LazyImages(folder / IMAGES), folder / IMAGES)
-    return _write_reports(out, {task: page for task, (page, _, _) in reports.items()}, samples, with_figures)
+    return _write_reports(out, {task: page for task, (page, _, _) in reports.items()}, samples, figure_formats)
 
 
-def rebuild(out: str | Path, with_figures: bool = True) -> Report:
+def rebuild(out: str | Path, figure_formats: Sequence[str] = ("png",)) -> Report:
     """Write the pages of an output folder again from the data of its last report.
 
     Args:
         out: output folder of a study, or an archive.
-        with_figures: false writes only the pages, in about a third of the time.
+        figure_formats: see `isocost.report.html.write_report`.
 
     Raises:
         ConfigError: there is no report data, or it is damaged.
@@ -137,7 +137,7 @@ def rebuild(out: str | Path, with_figures: bool = True) -> Report:
     if not tasks:
         raise ConfigError(f"{out}: no {REPORT_DATA}/TASK/{PAGE} to rebuild from; `isocost report STUDY --out {out}` writes it")
     pages = {task: _load_page(root / REPORT_DATA / task) for task in tasks}
-    return _write_reports(root, pages, {task: LazyImages(root / REPORT_DATA / task / IMAGES) for task in tasks}, with_figures)
+    return _write_reports(root, pages, {task: LazyImages(root / REPORT_DATA / task / IMAGES) for task in tasks}, figure_formats)
 
 
 def task_folder(task: TaskName) -> str:
@@ -146,7 +146,10 @@ def task_folder(task: TaskName) -> str:
 
 
 def _write_reports(
-    out: Path, pages: Mapping[TaskName, Page], samples: Mapping[TaskName, Mapping[str, np.ndarray]], with_figures: bool
+    out: Path,
+    pages: Mapping[TaskName, Page],
+    samples: Mapping[TaskName, Mapping[str, np.ndarray]],
+    figure_formats: Sequence[str],
 ) -> Report:
     tables = with_seed_variance({task: TaskResults(read_table(out, task), page.metric) for task, page in pages.items()})
     first_page = next(iter(pages.values()))
@@ -159,7 +162,7 @@ def _write_reports(
         (out / "report" / "claims.md").unlink(missing_ok=True)
     with shared_final_points():
         first, *others = (
-            _write_task_report(out, task, page, tables[task].table, samples[task], () if index else verdicts, with_figures)
+            _write_task_report(out, task, page, tables[task].table, samples[task], () if index else verdicts, figure_formats)
             for index, (task, page) in enumerate(pages.items())
         )
     return replace(first, task_reports=dict(zip(list(pages)[1:], others, strict=True)))
@@ -172,7 +175,7 @@ def _write_task_report(
     table: pd.DataFrame,
     samples: Mapping[str, np.ndarray],
     verdicts: Sequence[ClaimVerdict],
-    with_figures: bool,
+    figure_formats: Sequence[str],
 ) -> Report:
     folder = out / "report" / task_folder(task)
     pairs = RecordedDifferences.from_rows(page.differences)
@@ -194,7 +197,7 @@ def _write_task_report(
         page.missing_experiments,
         page.pretrained,
         verdicts,
-        with_figures,
+        figure_formats,
         page.scope,
         pairs,
     )
