@@ -335,6 +335,23 @@ def test_the_api_samples_with_a_guide(guided: Pipeline) -> None:
         model.sample("a red ring", guide=finals[1])
 
 
+def test_a_snapshot_is_named_as_in_the_training(tmp_path: Path) -> None:
+    """Both numbers are rounded up to whole batches of 16, so 20 images are the snapshot at 32."""
+    spec = finished_spec(
+        family={"widths": [4, 8]},
+        train={**BASE["train"], "snapshots": [20]},
+        sweep={**BASE["sweep"], "guides": ["none", {"size": "smaller", "snapshot": 20}, {"size": "same", "snapshot": 32}]},
+    )
+    pipeline = Pipeline(spec, tmp_path / "out")
+    small, large = pipeline.runs
+    guides = pipeline.experiments["text2image"].guides(large)
+    assert [None if guide is None else guide.checkpoint for guide in guides] == [
+        None,
+        small.checkpoints[32],
+        large.checkpoints[32],
+    ]
+
+
 WRONG_SWEEPS = {
     "itself": ({"guides": [{"size": "same"}]}, "each would guide itself; give an earlier snapshot"),
     "no such width": ({"guides": [{"size": 5}]}, "no such width; the study has 4, 8"),

@@ -108,7 +108,9 @@ class DistillGuideSpec(Spec):
     size: Literal["smaller", "same"] | Channels | None = Field(
         None, description="smaller: the next smaller width; same: the teacher's own width; or a width of the family"
     )
-    snapshot: Literal["last"] | ImagesSeen = Field("last", description="last, or the number of images of a snapshot")
+    snapshot: Literal["last"] | ImagesSeen = Field(
+        "last", description="last, or the number of images of a snapshot, as in train.snapshots"
+    )
     checkpoint: LocalPath | None = Field(None, description="a checkpoint folder in place of a size")
     null_prompt: bool = Field(False, description="the guide gets the empty prompt in place of the image's prompt")
 

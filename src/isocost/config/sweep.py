@@ -111,7 +111,7 @@ class GuideSelection(Spec):
         None, description="guides by size: smaller, same (earlier snapshots), all of these, or a width of the family"
     )
     snapshot: Literal["last", "all"] | ImagesSeen = Field(
-        "last", description="guides by training: last, all, or the number of images of a snapshot"
+        "last", description="guides by training: last, all, or the number of images of a snapshot, as in train.snapshots"
     )
     checkpoint: str | None = Field(None, description="a published checkpoint in place of a size: a folder or OWNER/NAME")
     null_prompt: bool = Field(False, description="the guide gets the empty prompt in place of the image's prompt")

@@ -73,6 +73,18 @@ class TrainingRun:
         """Digest of the last checkpoint."""
         return self.checkpoints[max(self.checkpoints)]
 
+    def checkpoint_after(self, images: int, where: str) -> str:
+        """Digest of the snapshot after a number of images, which is rounded up to whole batches as in `train.snapshots`.
+
+        Raises:
+            ConfigError: there is none; `where` begins the message.
+        """
+        images_seen = self.spec.whole_batches(images)
+        if images_seen not in self.checkpoints:
+            known = ", ".join(map(str, sorted(self.checkpoints)))
+            raise ConfigError(f"{where}: width {self.model.width} has no such snapshot; it has {known} images")
+        return self.checkpoints[images_seen]
+
     @property
     def title(self) -> str:
         """Title such as "superres width 8 from scratch"."""
@@ -245,12 +257,12 @@ class Experiment(ABC):
         }.get(str(selection.size), lambda other: other.model.width == selection.size)
         checkpoints = []
         for other in filter(fits, members):
-            snapshots = other.checkpoints
-            if isinstance(selection.snapshot, int) and selection.snapshot not in snapshots:
-                known = ", ".join(map(str, sorted(snapshots)))
-                raise ConfigError(f"{where}: width {other.model.width} has no such snapshot; it has {known} images")
-            chosen = {"last": [max(snapshots)], "all": sorted(snapshots)}.get(str(selection.snapshot), [selection.snapshot])
-            names = [snapshots[images] for images in chosen if isinstance(images, int)]
+            if isinstance(selection.snapshot, int):
+                names = [other.checkpoint_after(selection.snapshot, where)]
+            elif selection.snapshot == "last":
+                names = [other.final]
+            else:
+                names = [other.checkpoints[images] for images in sorted(other.checkpoints)]
             checkpoints += [name for name in names if name != run.final]
         return checkpoints
 

@@ -294,10 +294,7 @@ class DistillExperiment(Experiment):
         if width not in members:
             raise ConfigError(f"{source}: no such width; the study has {', '.join(map(str, widths))}")
         run = members[width]
-        if snapshot != "last" and snapshot not in run.checkpoints:
-            known = ", ".join(map(str, sorted(run.checkpoints)))
-            raise ConfigError(f"{source}: width {width} has no such snapshot; it has {known} images")
-        name = run.final if snapshot == "last" else run.checkpoints[snapshot]
+        name = run.final if snapshot == "last" else run.checkpoint_after(snapshot, source)
         return TeacherGuide(self.assets.store.folder("checkpoint", name), run.model)
 
     def _load_guide(self, folder: str, source: str) -> TeacherGuide:
