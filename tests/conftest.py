@@ -16,6 +16,7 @@ from isocost.cli import main
 from isocost.config.base import parse_spec
 from isocost.config.study import StudySpec
 
+os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # figures are drawn in this process: the test processes share the cores already
 pytest_plugins = ["finished_study"]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "assets"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -332,18 +332,30 @@ def test_every_figure_is_a_function_with_the_name_of_its_file(tmp_path: Path) ->
     assert names == {name.removeprefix("plot_") for name in functions if name.startswith("plot_")}
     superres = all_figures(synthetic_superres(), pretrained())
     selected = {name: superres[name] for name in ("superres_vs_pretraining", "dreambooth_vs_pretraining")}
-    assert figures.save_figures(tmp_path, selected) == ["superres_vs_pretraining"]
+    assert figures.FigureFiles(tmp_path, selected).names() == ["superres_vs_pretraining"]
     assert {file.suffix for file in tmp_path.iterdir()} == {".png", ".pdf"}
 
 
-def test_equal_figures_have_equal_bytes(tmp_path: Path) -> None:
-    def make_figure() -> Figure:
-        return matplotlib_backend.draw_curves(plot_data.solver_curves(synthetic_table(), METRIC))
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_equal_figures_have_equal_bytes(tmp_path: Path, num_processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether this process draws them or another one."""
+    monkeypatch.setattr(figures.joblib, "effective_n_jobs", lambda _: num_processes)
+    makers = {name: partial(figures.plot_solvers, synthetic_table(), METRIC) for name in ("a", "b")}
+    makers["none"] = partial(figures.plot_guide_frontier, synthetic_table(), METRIC)
+    assert figures.FigureFiles(tmp_path / "report", makers).names() == ["a", "b"]
+    for name in ("a", "b"):
+        figures.save_figure(tmp_path, name, makers[name])
+        for ending in matplotlib_backend.FORMATS:
+            file = f"{name}.{ending}"
+            assert (tmp_path / "report" / file).read_bytes() == (tmp_path / file).read_bytes()
 
-    for folder in ("first", "second"):
-        figures.save_figures(tmp_path / folder, {"a": make_figure})
-    for ending in matplotlib_backend.FORMATS:
-        assert (tmp_path / "first" / f"a.{ending}").read_bytes() == (tmp_path / "second" / f"a.{ending}").read_bytes()
+
+@pytest.mark.slow
+def test_a_fault_of_a_figure_in_another_process_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures.joblib, "effective_n_jobs", lambda _: 2)
+    makers = {"a": partial(figures.plot_solvers, synthetic_table(), METRIC, no_such_option=1)}
+    with pytest.raises(TypeError, match="no_such_option"):
+        figures.FigureFiles(tmp_path / "report", makers).names()
 
 
 def test_only_the_formats_that_are_asked_for_are_written_and_stale_files_are_removed(tmp_path: Path) -> None:
@@ -353,14 +365,14 @@ def test_only_the_formats_that_are_asked_for_are_written_and_stale_files_are_rem
     def suffixes() -> set[str]:
         return {file.suffix for file in tmp_path.glob("figures/*")}
 
-    assert figures.save_figures(tmp_path / "figures", {"a": make_figure}, ["png", "pdf"]) == ["a"]
+    assert figures.FigureFiles(tmp_path / "figures", {"a": make_figure}, ["png", "pdf"]).names() == ["a"]
     assert suffixes() == {".png", ".pdf"}
-    assert figures.save_figures(tmp_path / "figures", {"a": make_figure}, ["png"]) == ["a"]
+    assert figures.FigureFiles(tmp_path / "figures", {"a": make_figure}, ["png"]).names() == ["a"]
     assert suffixes() == {".png"}
     with pytest.raises(ConfigError, match="figure format svg: choose from png, pdf"):
-        figures.save_figures(tmp_path / "figures", {"a": make_figure}, ["svg"])
+        figures.FigureFiles(tmp_path / "figures", {"a": make_figure}, ["svg"]).names()
     assert suffixes() == {".png"}, "a mistake loses nothing"
-    assert figures.save_figures(tmp_path / "figures", {"a": make_figure}, []) == []
+    assert figures.FigureFiles(tmp_path / "figures", {"a": make_figure}, []).names() == []
     assert not (tmp_path / "figures").exists()
 
 
@@ -368,5 +380,7 @@ def test_only_the_formats_that_are_asked_for_are_written_and_stale_files_are_rem
 def test_names_are_not_read_as_formulas(tmp_path: Path) -> None:
     table = synthetic_table(snapshots=()).replace({"size": {"3.2M": r"3.2M $\frac{$"}})
     prefixes = ("quality_vs_cost", "solvers", "guidance")
-    figures.save_figures(tmp_path, {name: make for name, make in all_figures(table).items() if name.startswith(prefixes)})
+    figures.FigureFiles(
+        tmp_path, {name: make for name, make in all_figures(table).items() if name.startswith(prefixes)}
+    ).names()
     assert matplotlib.rcParams["text.parse_math"], "the caller's settings are unchanged"

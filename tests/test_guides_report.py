@@ -335,7 +335,7 @@ def test_both_back_ends_draw_the_planted_frontiers(table: pd.DataFrame, cost: st
 def test_figures_exist_only_with_guides(table: pd.DataFrame, tmp_path: Path) -> None:
     def saved(points: pd.DataFrame) -> list[str]:
         makers = figures.all_figures(points, METRIC, None, {}, [], [], {})
-        return figures.save_figures(tmp_path, {name: make for name, make in makers.items() if name in expected})
+        return figures.FigureFiles(tmp_path, {name: make for name, make in makers.items() if name in expected}).names()
 
     expected = ["guide_frontier-gflop", "guide_heatmap-gflop"]
     every = figures.all_figures(table, METRIC, None, {}, [], [], {})

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -168,6 +169,10 @@ PRETRAINING_FIGURES = {
     "dreambooth": plot_dreambooth_vs_pretraining,
 }
 """Task -> the figure that compares it with the pretrained checkpoints."""
+MAX_PROCESSES = 4
+"""Processes that draw figures. Each takes about 0.7 GB of memory."""
+IMAGE_FIGURES = ("steps_grid", "budget_grid", "inputs_outputs")
+"""Figures that need the images of points; they are not sent to another process."""
 
 
 def all_figures(
@@ -230,35 +235,62 @@ def file_name(plot: Callable[..., Figure]) -> str:
     return plot.__name__.removeprefix("plot_")
 
 
-def save_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]], formats: Sequence[str] = FORMATS) -> list[str]:
-    """Save every figure and return the names of those that the table has data for.
+class FigureFiles:
+    """Files of figures. Other processes draw them while this one goes on; without a second core, this one draws them first."""
+
+    def __init__(self, folder: Path, figures: Mapping[str, Callable[[], Figure]], formats: Sequence[str] = FORMATS) -> None:
+        """Start to draw.
+
+        Args:
+            folder: created if missing, and removed if there are no formats.
+            figures: file name -> function that draws the figure.
+            formats: some of `FORMATS`.
+
+        Raises:
+            ConfigError: an unknown format.
+        """
+        if unknown := [ending for ending in formats if ending not in FORMATS]:
+            raise ConfigError(f"figure format {unknown[0]}: choose from {', '.join(FORMATS)}")
+        self.folder, self.figures, self.formats = folder, figures if formats else {}, formats
+        if not formats:
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        num_processes = min(joblib.effective_n_jobs(-1), MAX_PROCESSES)
+        self.elsewhere = [name for name in figures if name not in IMAGE_FIGURES] if num_processes > 1 else []
+        self.drawn = joblib.Parallel(n_jobs=num_processes, return_as="generator")(
+            joblib.delayed(save_figure)(folder, name, figures[name], formats) for name in self.elsewhere
+        )
+
+    def names(self) -> list[str]:
+        """Wait for the files, and return the names of the figures that the table has data for."""
+        if not self.figures:
+            return []
+        here = {name: make for name, make in self.figures.items() if name not in self.elsewhere}
+        is_drawn = {name: save_figure(self.folder, name, make, self.formats) for name, make in here.items()}
+        is_drawn |= zip(self.elsewhere, self.drawn, strict=True)
+        return [name for name in self.figures if is_drawn[name]]
+
+
+def save_figure(folder: Path, name: str, make: Callable[[], Figure], formats: Sequence[str] = FORMATS) -> bool:
+    """Save a figure; false if the table lacks its data.
 
     Files of an earlier report that are not written again are removed, because they may show old points.
 
     Args:
-        folder: created if missing, and removed if there are no formats.
-        figures: file name -> function that draws the figure.
+        folder: an existing folder.
+        name: file name without ending.
+        make: draws the figure.
         formats: some of `FORMATS`.
-
-    Raises:
-        ConfigError: an unknown format.
     """
-    if unknown := [ending for ending in formats if ending not in FORMATS]:
-        raise ConfigError(f"figure format {unknown[0]}: choose from {', '.join(FORMATS)}")
-    if not formats:
-        shutil.rmtree(folder, ignore_errors=True)
-        return []
-    folder.mkdir(parents=True, exist_ok=True)
-    names = []
-    for name, make in figures.items():
-        try:
-            save(make(), folder, name, formats)
-            names.append(name)
-        except ConfigError:
-            pass
-        for ending in set(FORMATS) - set(formats if name in names else ()):
-            (folder / f"{name}.{ending}").unlink(missing_ok=True)
-    return names
+    try:
+        save(make(), folder, name, formats)
+        written = set(formats)
+    except ConfigError:
+        written = set()
+    for ending in set(FORMATS) - written:
+        (folder / f"{name}.{ending}").unlink(missing_ok=True)
+    return bool(written)
 
 
 def _plot_vs_pretraining(

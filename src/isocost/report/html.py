@@ -45,7 +45,7 @@ from isocost.report.chart_panels import (
     try_make,
 )
 from isocost.report.claims_table import claim_rows
-from isocost.report.figures import all_figures, save_figures
+from isocost.report.figures import FigureFiles, all_figures
 from isocost.report.guides_section import guide_section
 from isocost.report.image_embedding import EmbeddedImages, embed_images
 from isocost.report.image_grids import ImageGrid, image_grid, saved_images_of
@@ -127,9 +127,10 @@ def write_report(
     choices = budgets if isinstance(budgets, Unavailable) else try_make(best_at_budgets, table, cost, metric, budgets)
     grid_budgets = [] if isinstance(budgets, Unavailable) else budgets
     comparison_rows = comparison_rows or {}
-    figures = all_figures(
+    makers = all_figures(
         table, metric, floor, samples, prompts, grid_budgets, comparison_rows, pretrained, scope, **curve_options(metric)
     )
+    figures = FigureFiles(folder / FIGURES, makers, figure_formats)
     finetune = finetune_charts(table, metric, reconstruction_floors, curve_options, pretrained)
     grids = try_make(_image_grids, table, metric, samples, prompts, grid_budgets, cost)
     slider = try_make(budget_slider, table, metric, set(samples), scope)
@@ -184,7 +185,7 @@ def write_report(
             sizes=size_rows(table, scope),
             provenance={key: value for key, value in provenance.items() if key != STUDY_YAML},
             study_yaml=provenance.get(STUDY_YAML),
-            figures=save_figures(folder / FIGURES, figures, figure_formats),
+            figures=figures.names(),
             formats=figure_formats,
             page_css=_asset("page.css"),
             page_js=_asset("page.js"),
