@@ -24,6 +24,7 @@ from isocost.pipeline.workers import run_on_ray, work
 from isocost.report.build import report
 from isocost.sweep import leases
 from isocost.sweep import worker as workers
+from isocost.sweep.grid import SweepPoint
 from isocost.sweep.image_shards import split_into_shards
 from isocost.sweep.leases import Leases
 from isocost.sweep.results_db import ResultsDB
@@ -176,6 +177,22 @@ def test_the_shard_size_changes_no_bit(finished: Path, tmp_path: Path) -> None:
         assert (ours.features["efficientnet-lite0"] == theirs.features["efficientnet-lite0"]).all()
         assert (ours.ids == theirs.ids).all()  # type: ignore[union-attr]
     assert not any((finished / "artefacts").glob("shard/*"))
+
+
+def test_work_that_is_asked_for_twice_is_done_once(finished: Path, tmp_path: Path) -> None:
+    """Two searches can end with the same winner. With 64 slots, all its images are under way at the same time."""
+    copy_trained(finished, tmp_path / "out")
+    pipeline = Pipeline(finished_spec(sweep={**BASE["sweep"], "batch_size": 64}), tmp_path / "out")
+    pipeline.prepare()
+    (run,) = pipeline.runs
+    job = pipeline.experiments["text2image"].jobs(run)[-1]
+    first, second, *_ = job.points
+    done: list[SweepPoint] = []
+    worker = pipeline._sweeper._worker(run, job)
+    assert worker.generate_shards([*split_into_shards(first, 12), *split_into_shards(first, 12)], None)
+    assert worker.run([first, first, second, second], done.append, None)
+    pipeline.close()
+    assert {point.digest for point in done} == {first.digest, second.digest}
 
 
 @pytest.mark.slow

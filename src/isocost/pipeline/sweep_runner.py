@@ -37,9 +37,13 @@ def planned_points(jobs: Sequence[EvalJob], races: Races) -> list[SweepPoint]:
 
 
 def winning_points(job: EvalJob, races: Races, excluded: Collection[str]) -> list[SweepPoint]:
-    """The winners of a job's finished guidance searches, without the cells whose digest is in `excluded`."""
+    """The winners of a job's finished guidance searches, without the cells whose digest is in `excluded`.
+
+    Several cells may have the same winner: a race of intervals can end with guidance at all noise levels.
+    """
     cells = [cell for cell in job.cells if cell.digest in races and cell.digest not in excluded]
-    return [cell.point(races[cell.digest]["guidance"], option_of(races[cell.digest])) for cell in cells]
+    winners = [cell.point(races[cell.digest]["guidance"], option_of(races[cell.digest])) for cell in cells]
+    return list({point.digest: point for point in winners}.values())
 
 
 def unsearched_cells(jobs: Sequence[EvalJob], races: Races) -> list[SearchCell]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
-import plotly.graph_objects as go
 
 from isocost.analysis.costs import COSTS, is_measured
 from isocost.analysis.distillation import split_student_name
@@ -21,6 +20,7 @@ from isocost.errors import ConfigError
 from isocost.evaluation.metric_registry import METRICS
 from isocost.report import plot_data, plot_data_finetune, plot_data_guides, plotly_backend
 from isocost.report.plot_data_finetune import Pretrained
+from isocost.report.plotly_backend import PlotlyFigure
 from isocost.report.scope import TRAINED, Scope
 
 RACE_COLUMNS = ("guidance_low", "guidance_high", "race_images", "race_at_boundary")
@@ -50,14 +50,14 @@ class Chart:
 
     name: str
     controls: tuple[Control, ...]
-    figures: Mapping[str, Sequence[go.Figure]]
+    figures: Mapping[str, Sequence[PlotlyFigure]]
     subtitles: Mapping[str, str]
 
     @property
     def has_published(self) -> bool:
         """Whether any figure has a layer with the paper's numbers."""
-        traces = (trace for figures in self.figures.values() for figure in figures for trace in figure.data)
-        return any(trace.meta == plotly_backend.PUBLISHED for trace in traces)
+        traces = (trace for figures in self.figures.values() for figure in figures for trace in figure["data"])
+        return any(trace.get("meta") == plotly_backend.PUBLISHED for trace in traces)
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,7 @@ def _report_json(slider: Mapping[str, Any] | Unavailable, images: EmbeddedImages
 def _chart_json(charts: Mapping[str, Chart | Unavailable]) -> Markup:
     contents = {
         name: {
-            "figures": {key: [json.loads(figure.to_json()) for figure in figures] for key, figures in chart.figures.items()},
+            "figures": dict(chart.figures),
             "subtitles": dict(chart.subtitles),
         }
         for name, chart in charts.items()

@@ -1,12 +1,18 @@
-"""Draws `Curves` and `HeatPanel`s with plotly, for the page. Hover texts show the configuration of a point."""
+"""Draws `Curves` and `HeatPanel`s with plotly, for the page. Hover texts show the configuration of a point.
+
+A figure is plain data, as plotly.js reads it: `plotly.graph_objects.Figure` would check every value of every chart again, which
+is slow. The tests check the figures with it.
+"""
 
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
+import plotly.io
 from matplotlib.colors import to_hex
 
 from isocost.analysis.formatting import format_number
@@ -14,30 +20,34 @@ from isocost.report.plot_data import Curves, HeatPanel, Series, all_series, pane
 from isocost.report.plot_data_guides import GuideHeatmap, change_colors
 from isocost.report.plot_style import HAIRLINE, INK, MUTED, OPTIMUM, log_ticks, tick_indices
 
+PlotlyFigure = dict[str, Any]
+"""`data`, a list of traces, and `layout`; lists, texts, numbers and None only, so it can be written as JSON."""
 PUBLISHED = "published"
 """`meta` of the trace with the paper's numbers; the page hides it until the reader ticks its box."""
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 
-def plotly_curves(curves: Curves) -> go.Figure:
+def plotly_curves(curves: Curves) -> PlotlyFigure:
     """Draw lines with bands, as `draw_curves` does. A click on the legend hides a size."""
-    figure, meta = go.Figure(), dict[str, Any]()
+    traces, meta = list[dict[str, Any]](), dict[str, Any]()
     for series in () if curves.has_error_bars else curves.series:
         has_interval = ~(np.isnan(series.low) | np.isnan(series.high))
         band_x, low, high = series.x[has_interval], series.low[has_interval], series.high[has_interval]
         if curves.is_staircase:
             band_x, low, high = np.repeat(band_x, 2)[1:], np.repeat(low, 2)[:-1], np.repeat(high, 2)[:-1]
-        figure.add_scatter(
-            x=[*band_x, *band_x[::-1]],
-            y=[*high, *low[::-1]],
-            fill="toself",
-            fillcolor=_with_alpha(series.color, 0.16),
-            line={"width": 0},
-            mode="lines",
-            hoverinfo="skip",
-            legendgroup=series.label,
-            showlegend=False,
-            name=f"{html.escape(series.label)} 95 % interval",
+        traces.append(
+            _scatter(
+                x=_numbers([*band_x, *band_x[::-1]]),
+                y=_numbers([*high, *low[::-1]]),
+                fill="toself",
+                fillcolor=_with_alpha(series.color, 0.16),
+                line={"width": 0},
+                mode="lines",
+                hoverinfo="skip",
+                legendgroup=series.label,
+                showlegend=False,
+                name=f"{html.escape(series.label)} 95 % interval",
+            )
         )
     max_x = max(float(series.x.max()) for series in curves.series)
     for series in curves.series:
@@ -45,35 +55,37 @@ def plotly_curves(curves: Curves) -> go.Figure:
         marker = {"symbol": series.marker[1], "size": 10, "line": {"color": "white", "width": 0.5}}
         shape = "hv" if curves.is_staircase else "linear"
         line = {"color": series.color, "width": 2, "dash": series.dash, "shape": shape}
-        figure.add_scatter(**trace, marker=marker, line=line)
+        traces.append(_scatter(**trace, marker=marker, line=line))
         if curves.is_staircase:
             tail = {"x": [float(series.x[-1]), max_x], "y": [float(series.y[-1])] * 2, "legendgroup": series.label}
             line = {"color": series.color, "width": 2, "dash": series.dash}
-            figure.add_scatter(**tail, mode="lines", line=line, showlegend=False, hoverinfo="skip")
+            traces.append(_scatter(**tail, mode="lines", line=line, showlegend=False, hoverinfo="skip"))
     for series in curves.off_line_points:
         marker = {"symbol": series.marker[1], "size": 10, "color": series.color, "line": {"color": "white", "width": 0.5}}
         changes = {"mode": "markers", "name": f"{html.escape(series.label)}, off its line"}
-        figure.add_scatter(**_trace(series) | changes, marker=marker, showlegend=False)
+        traces.append(_scatter(**_trace(series) | changes, marker=marker, showlegend=False))
     if curves.frontier is not None:
         line = {"color": INK, "width": 1.2, "shape": "hv"}
         marker = {"symbol": "circle-open", "size": 15, "color": INK, "line": {"width": 1.2}}
-        figure.add_scatter(**_trace(curves.frontier), marker=marker, line=line)
+        traces.append(_scatter(**_trace(curves.frontier), marker=marker, line=line))
     xs, ys = [series.x for series in all_series(curves)], y_range(curves)
     ends = [float(min(x.min() for x in xs)), float(max(x.max() for x in xs))]
     for label, value, dash in curves.horizontal_lines:
-        figure.add_scatter(
-            x=ends,
-            y=[value] * 2,
-            mode="lines",
-            line={"color": MUTED, "width": 1.5, "dash": dash},
-            name=html.escape(label),
-            hovertemplate=f"{html.escape(label)}: {format_number(value)}<extra></extra>",
+        traces.append(
+            _scatter(
+                x=ends,
+                y=[float(value)] * 2,
+                mode="lines",
+                line={"color": MUTED, "width": 1.5, "dash": dash},
+                name=html.escape(label),
+                hovertemplate=f"{html.escape(label)}: {format_number(value)}<extra></extra>",
+            )
         )
     if curves.published is not None:
         published = curves.published
         marker = {"symbol": published.marker[1], "size": 9, "color": published.color, "line": {"width": 1.4}}
         line = {"color": published.color, "width": 1.2, "dash": published.dash}
-        figure.add_scatter(**_trace(published), marker=marker, line=line, meta=PUBLISHED, visible=False)
+        traces.append(_scatter(**_trace(published), marker=marker, line=line, meta=PUBLISHED, visible=False))
         ticks = {"xaxis": _ticks(*x_ticks(curves, with_published=True))}
         if curves.log_y:
             ticks["yaxis"] = _ticks(*log_ticks(*y_range(curves, with_published=True)))
@@ -81,7 +93,7 @@ def plotly_curves(curves: Curves) -> go.Figure:
     x_axis = _axis(curves.x_label) | (_log_axis(*x_ticks(curves)) if curves.log_x else {})
     y_axis = _axis(curves.y_label.split(",")[0].split(" (")[0]) | (_log_axis(*log_ticks(*ys)) if curves.log_y else {})
     legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemwidth": 30}
-    figure.layout = {
+    layout = {
         **meta,
         **_layout(),
         "xaxis": x_axis,
@@ -91,7 +103,7 @@ def plotly_curves(curves: Curves) -> go.Figure:
         "height": 400 if curves.has_error_bars else 520,
         "margin": {"l": 62, "r": 12, "t": 10, "b": 56},
     }
-    return figure
+    return {"data": traces, "layout": layout}
 
 
 def _error_bars(series: Series) -> dict[str, Any]:
@@ -100,7 +112,7 @@ def _error_bars(series: Series) -> dict[str, Any]:
     return {"error_y": {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "width": 5, "thickness": 1.4}}
 
 
-def plotly_heatmap(panel: HeatPanel) -> go.Figure:
+def plotly_heatmap(panel: HeatPanel) -> PlotlyFigure:
     """Draw one heat map of steps × guidance, as `draw_heatmaps` does."""
     colors, scale = panel_colors(panel)
     texts = [
@@ -113,9 +125,8 @@ def plotly_heatmap(panel: HeatPanel) -> go.Figure:
         for row, values in enumerate(panel.values)
     ]
     guidance, steps = [format_number(value) for value in panel.guidance], [str(value) for value in panel.num_steps]
-    figure = go.Figure()
-    figure.add_heatmap(
-        z=panel.values,
+    heatmap = _heatmap(
+        z=[_numbers(row) for row in panel.values],
         zmin=scale.vmin,
         zmax=scale.vmax,
         colorscale=[[position, to_hex(colors(position))] for position in np.linspace(0, 1, 11).tolist()],
@@ -133,21 +144,25 @@ def plotly_heatmap(panel: HeatPanel) -> go.Figure:
         {**frame, "x0": column - 0.48, "x1": column + 0.48, "y0": row - 0.46, "y1": row + 0.46}
         for row, column in enumerate(panel.best_columns)
     ]
+    traces = [heatmap]
     for row, interval in enumerate(panel.race_intervals):
         if interval is not None:
             low, high = (panel.column_position(end) for end in interval)
-            figure.add_scatter(
-                x=[low, high],
-                y=[row + 0.36] * 2,
-                mode="lines+markers",
-                line={"color": OPTIMUM, "width": 2.5},
-                marker={"symbol": "line-ns-open", "size": 8, "color": OPTIMUM, "line": {"width": 2}},
-                showlegend=False,
-                hovertemplate=f"best guidance {format_number(interval[0])} to {format_number(interval[1])}<extra>race</extra>",
+            ends = f"{format_number(interval[0])} to {format_number(interval[1])}"
+            traces.append(
+                _scatter(
+                    x=[low, high],
+                    y=[row + 0.36] * 2,
+                    mode="lines+markers",
+                    line={"color": OPTIMUM, "width": 2.5},
+                    marker={"symbol": "line-ns-open", "size": 8, "color": OPTIMUM, "line": {"width": 2}},
+                    showlegend=False,
+                    hovertemplate=f"best guidance {ends}<extra>race</extra>",
+                )
             )
     x_axis = _axis("guidance") | _category_axis(guidance) | {"range": [-0.5, len(guidance) - 0.5]}
     y_axis = _axis("steps") | _category_axis(steps) | {"range": [len(steps) - 0.5, -0.5]}
-    figure.layout = {
+    layout = {
         "shapes": shapes,
         **_layout(),
         "xaxis": x_axis,
@@ -156,17 +171,16 @@ def plotly_heatmap(panel: HeatPanel) -> go.Figure:
         "margin": {"l": 48, "r": 6, "t": 34, "b": 44},
         "title": {"text": html.escape(panel.size), "font": {"size": 14}, "x": 0, "xref": "paper", "y": 0.96},
     }
-    return figure
+    return {"data": traces, "layout": layout}
 
 
-def plotly_guide_heatmap(heatmap: GuideHeatmap) -> go.Figure:
+def plotly_guide_heatmap(heatmap: GuideHeatmap) -> PlotlyFigure:
     """Draw networks (rows) × guides (columns), as `draw_guide_heatmap` does."""
     colors, scale = change_colors(heatmap)
     networks, guides = ([html.escape(name) for name in names] for names in (heatmap.networks, heatmap.guides))
     notes = [[html.escape(note).replace("\n", "<br>") for note in row] for row in heatmap.notes]
-    figure = go.Figure()
-    figure.add_heatmap(
-        z=heatmap.percent,
+    trace = _heatmap(
+        z=[_numbers(row) for row in heatmap.percent],
         zmin=scale.vmin,
         zmax=scale.vmax,
         colorscale=[[position, to_hex(colors(position))] for position in np.linspace(0, 1, 11).tolist()],
@@ -184,7 +198,7 @@ def plotly_guide_heatmap(heatmap: GuideHeatmap) -> go.Figure:
         {**frame, "x0": column - 0.48, "x1": column + 0.48, "y0": row - 0.46, "y1": row + 0.46}
         for row, column in enumerate(heatmap.best_columns)
     ]
-    figure.layout = {
+    layout = {
         "shapes": shapes,
         **_layout(),
         "xaxis": _axis("guide") | _category_axis(guides) | {"range": [-0.5, len(guides) - 0.5]},
@@ -192,13 +206,33 @@ def plotly_guide_heatmap(heatmap: GuideHeatmap) -> go.Figure:
         "height": 150 + 36 * len(networks),
         "margin": {"l": 62, "r": 12, "t": 10, "b": 56},
     }
-    return figure
+    return {"data": [trace], "layout": layout}
+
+
+def _scatter(**options: Any) -> dict[str, Any]:
+    return {"type": "scatter", **options}
+
+
+def _heatmap(**options: Any) -> dict[str, Any]:
+    return {"type": "heatmap", **options}
+
+
+def _numbers(values: Iterable[float]) -> list[float | None]:
+    """Floats for JSON; None for NaN."""
+    return [None if np.isnan(value) else float(value) for value in values]
+
+
+@lru_cache(maxsize=1)
+def _template() -> dict[str, Any]:
+    """plotly's template without colours of its own."""
+    template: dict[str, Any] = plotly.io.templates["none"].to_plotly_json()
+    return template
 
 
 def _trace(series: Series) -> dict[str, Any]:
     notes = [html.escape(note).replace("\n", "<br>") for note in series.notes]
     name = html.escape(series.label)
-    trace = {"x": series.x.tolist(), "y": series.y.tolist(), "text": notes, "name": name, "legendgroup": series.label}
+    trace = {"x": _numbers(series.x), "y": _numbers(series.y), "text": notes, "name": name, "legendgroup": series.label}
     if not series.point_labels:
         return trace | {"mode": "lines+markers", "hovertemplate": "%{text}<extra></extra>"}
     labels = [html.escape(label) for label in series.point_labels]
@@ -209,7 +243,7 @@ def _trace(series: Series) -> dict[str, Any]:
 def _layout() -> dict[str, Any]:
     font = {"family": FONT, "size": 13, "color": INK}
     hover = {"bgcolor": "white", "bordercolor": HAIRLINE, "font": font}
-    return {"template": "none", "font": font, "paper_bgcolor": "white", "plot_bgcolor": "white", "hoverlabel": hover}
+    return {"template": _template(), "font": font, "paper_bgcolor": "white", "plot_bgcolor": "white", "hoverlabel": hover}
 
 
 def _axis(title: str) -> dict[str, Any]:

@@ -134,7 +134,7 @@ class Worker:
         Raises:
             RunError: too many images of a point are not finite.
         """
-        missing = list(points)
+        missing = list({point.digest: point for point in points}.values())
         while missing := self._missing(missing, done):
             if deadline_passed(deadline):
                 return False
@@ -145,7 +145,8 @@ class Worker:
 
     def generate_shards(self, shards: Sequence[Shard], deadline: float | None) -> bool:
         """Generate shards of a search, whose points are not scored; False if the deadline came first."""
-        while missing := [shard for shard in shards if not self._exists(shard)]:
+        missing = list({shard.digest: shard for shard in shards}.values())
+        while missing := [shard for shard in missing if not self._exists(shard)]:
             if deadline_passed(deadline):
                 return False
             if not self._generate(missing, deadline, None):
