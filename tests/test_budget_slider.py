@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 
 from isocost.analysis.costs import COSTS
@@ -84,7 +85,7 @@ def test_the_interval_of_a_race_is_drawn_around_the_best_guidance() -> None:
         np.testing.assert_allclose(series.low, series.y / 1.2)
         np.testing.assert_allclose(series.high, series.y * 1.3)
         assert all("race of 1,200 images" in note for note in series.notes)
-    (trace, *_) = plotly_backend.plotly_curves(curves).data
+    (trace, *_) = go.Figure(plotly_backend.plotly_curves(curves)).data
     np.testing.assert_allclose(trace.error_y.arrayminus, curves.series[0].y - curves.series[0].low)
     assert "chosen by races" in curves.setting
     assert figures.plot_best_guidance(table, METRIC).axes
@@ -99,7 +100,7 @@ def test_heat_panels_hold_the_interval_of_a_race() -> None:
         assert interval is not None
         low, high = (panel.column_position(end) for end in interval)
         assert low < panel.best_columns[row] < high
-    bars = [trace for trace in plotly_backend.plotly_heatmap(panel).data if trace.type == "scatter"]
+    bars = [trace for trace in go.Figure(plotly_backend.plotly_heatmap(panel)).data if trace.type == "scatter"]
     intervals = filter(None, panel.race_intervals)
     assert [list(bar.x) for bar in bars] == [[panel.column_position(end) for end in interval] for interval in intervals]
     assert plot_data.guidance_panels(synthetic_table(), METRIC)[0].race_intervals == (None,) * 5
@@ -120,7 +121,9 @@ def test_the_papers_results_are_a_layer_only_under_normalized_cost_and_for_its_m
     assert layer not in plot_data.all_series(curves)
     for metric, cost in ((METRIC, "normalized_cost"), ("fid", "gflop"), ("fid", "ms_per_image")):
         assert plot_data.cost_curves(table, metric, cost).published is None
-    (trace,) = (trace for trace in plotly_backend.plotly_curves(curves).data if trace.meta == plotly_backend.PUBLISHED)
+    (trace,) = (
+        trace for trace in go.Figure(plotly_backend.plotly_curves(curves)).data if trace.meta == plotly_backend.PUBLISHED
+    )
     assert trace.visible is False, "hidden by default"
     at_low_cost = plot_data.cost_curves(table.assign(normalized_cost=table["normalized_cost"] / 1e4), "fid", "normalized_cost")
     assert plot_data.x_ticks(at_low_cost)[0][-1] < 1

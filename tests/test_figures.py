@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -37,7 +38,7 @@ def drawn_lines(figure: Figure) -> Lines:
 
 def charted_lines(figure: Any) -> Lines:
     """Return label -> x and y of every line of a plotly figure, without bands."""
-    lines = [trace for trace in figure.data if "markers" in (trace.mode or "")]
+    lines = [trace for trace in go.Figure(figure).data if "markers" in (trace.mode or "")]
     return {trace.name: (np.asarray(trace.x, float), np.asarray(trace.y, float)) for trace in lines}
 
 
@@ -90,7 +91,7 @@ def test_the_solver_control_of_the_chart_selects_the_solver(position: int) -> No
     chart = synthetic_chart("cost")
     solver = chart.controls[1].choices[position]
     (of_solver,) = chart.figures[f"0|{position}|0"]
-    notes = [note for trace in of_solver.data if trace.name in SIZES for note in trace.text]
+    notes = [note for trace in go.Figure(of_solver).data if trace.name in SIZES for note in trace.text]
     assert all(solver in note for note in notes)
     (of_best_solver,) = chart.figures["0|0|0"]
     gap = charted_lines(of_solver)["3.2M"][1] - charted_lines(of_best_solver)["3.2M"][1]
@@ -161,7 +162,7 @@ def test_which_guidance_is_best() -> None:
         assert star.get_position() == (column, 4), "the most steps, the known best guidance"
     chart = synthetic_chart("guidance")
     for panels in chart.figures.values():
-        for panel in panels:
+        for panel in map(go.Figure, panels):
             assert [(frame.x0 + frame.x1) / 2 for frame in panel.layout.shapes] == pytest.approx([column] * 5)
             assert [row for row, texts in enumerate(panel.data[0].text) if texts[column].startswith("★")] == [4]
 
@@ -288,9 +289,10 @@ def test_does_distillation_change_the_frontier(cost: str) -> None:
     (charted,) = chart.figures[f"{list(COSTS).index(cost)}|0"]
     figure = figures.plot_distillation_frontier(table, METRIC, cost)
     assert {line.get_drawstyle() for line in figure.axes[0].get_lines()} == {"steps-post"}
-    assert {trace.line.shape for trace in charted.data if trace.name in ("undistilled", "codi")} == {"hv"}
+    traces = go.Figure(charted).data
+    assert {trace.line.shape for trace in traces if trace.name in ("undistilled", "codi")} == {"hv"}
     is_student = table["size"].str.endswith(" codi")
-    ends = [trace for trace in charted.data if trace.mode == "lines" and trace.hoverinfo == "skip" and trace.name is None]
+    ends = [trace for trace in traces if trace.mode == "lines" and trace.hoverinfo == "skip" and trace.name is None]
     assert [(end.x[1], end.y[0]) for end in ends] == [
         (table[cost].max(), table.loc[rows, METRIC].min()) for rows in (~is_student, is_student)
     ], "the best value holds for any larger cost"

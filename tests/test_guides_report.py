@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 
 from isocost.analysis import guides as analysis
@@ -292,7 +293,7 @@ def test_the_heat_map_has_the_planted_changes(table: pd.DataFrame) -> None:
         assert change.is_best == (guide == "0.8M@50000")
     heatmap = guide_heatmap(table, METRIC)
     (drawn,) = matplotlib_backend.draw_guide_heatmap(heatmap).axes[0].images
-    charted = plotly_backend.plotly_guide_heatmap(heatmap)
+    charted = go.Figure(plotly_backend.plotly_guide_heatmap(heatmap))
     for values in (heatmap.percent, np.ma.filled(drawn.get_array(), np.nan), np.array(charted.data[0].z, dtype=float)):
         assert np.isnan(values[0, 1:]).all()
         assert values[1].tolist() == pytest.approx([100 * changes["3.2M", guide].change for guide in heatmap.guides])
@@ -325,7 +326,7 @@ def test_both_back_ends_draw_the_planted_frontiers(table: pd.DataFrame, cost: st
     assert at_most[3] - min(at_most[:3]) == pytest.approx(-GAIN)
     drawn = {line.get_label(): line.get_ydata() for line in figures.plot_guide_frontier(table, METRIC, cost).axes[0].lines}
     chart = guide_charts(table, METRIC, {}, lambda _: {})["guide_frontier"]
-    (charted,) = chart.figures[f"{GUIDE_COSTS.index(cost)}|0"]
+    charted = go.Figure(*chart.figures[f"{GUIDE_COSTS.index(cost)}|0"])
     for series in curves.series:
         np.testing.assert_array_equal(drawn[series.label], series.y)
         (trace,) = (trace for trace in charted.data if trace.name == series.label)

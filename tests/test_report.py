@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 from PIL import Image
 
@@ -77,7 +78,7 @@ def test_every_point_of_the_frontier_has_the_marker_of_its_size() -> None:
     assert curves.setting.endswith("; points off the lines: other guidance or solver")
     lines = matplotlib_backend.draw_curves(curves).axes[0].lines
     assert {(x, y) for line in lines for x, y in line.get_xydata()} >= off_line  # type: ignore[attr-defined]
-    traces = [trace for trace in plotly_backend.plotly_curves(curves).data if trace.mode == "markers"]
+    traces = [trace for trace in go.Figure(plotly_backend.plotly_curves(curves)).data if trace.mode == "markers"]
     assert {(x, y) for trace in traces for x, y in zip(trace.x, trace.y, strict=True)} == off_line
     assert not plot_data.cost_curves(table[~is_single_pass], METRIC, "nfe").off_line_points
 
@@ -122,7 +123,7 @@ def test_heat_panels_of_an_incomplete_grid() -> None:
     panel = plot_data.guidance_panels(table[~is_missing], METRIC)[0]
     assert np.argwhere(np.isnan(panel.values)).tolist() == [[2, 3]]
     assert figures.plot_guidance_heatmap(table[~is_missing], METRIC).axes
-    assert plotly_backend.plotly_heatmap(panel).data[0].text[2][3] == ""
+    assert go.Figure(plotly_backend.plotly_heatmap(panel)).data[0].text[2][3] == ""
 
 
 def test_image_grids_show_the_best_point_of_each_cell() -> None:
@@ -186,7 +187,7 @@ def test_both_back_ends_draw_the_same_data() -> None:
     curves = plot_data.cost_curves(synthetic_table(), METRIC, "normalized_cost", floor=0.013)
     (axes,) = matplotlib_backend.draw_curves(curves).axes
     lines = {line.get_label(): line for line in axes.get_lines()}
-    traces = {trace.name: trace for trace in plotly_backend.plotly_curves(curves).data}
+    traces = {trace.name: trace for trace in go.Figure(plotly_backend.plotly_curves(curves)).data}
     for series in curves.series:
         np.testing.assert_array_equal(lines[series.label].get_xydata(), np.column_stack([series.x, series.y]))
         assert list(traces[series.label].x) == series.x.tolist()
@@ -423,7 +424,7 @@ def test_horizontal_lines_are_the_floor_and_the_reference_lines() -> None:
     with_more = dataclasses.replace(curves, floor_label="photographs", reference_lines=(("bicubic", 9.0),))
     assert [label for label, *_ in with_more.horizontal_lines] == ["photographs", "bicubic"]
     assert plot_data.y_range(with_more)[1] == 9.0
-    traces = {trace.name: list(trace.y) for trace in plotly_backend.plotly_curves(with_more).data}
+    traces = {trace.name: list(trace.y) for trace in go.Figure(plotly_backend.plotly_curves(with_more)).data}
     assert traces["bicubic"] == [9.0, 9.0]
     figure = matplotlib_backend.draw_curves(with_more)
     legend = figure.axes[0].get_legend() or figure.legends[0]
