@@ -177,7 +177,9 @@ def run_diffusers(scheduler, spec, num_steps, denoise, start, noises, monkeypatc
     return x[0]
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", pytest.param("sample", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "prediction_type", ["v_prediction", *(pytest.param(name, marks=pytest.mark.slow) for name in ("epsilon", "sample"))]
+)
 @pytest.mark.parametrize("spec", SHARED, ids=label)
 def test_equals_diffusers(spec, prediction_type, float64_diffusers, monkeypatch):
     if (spec.name, prediction_type) == ("euler-ancestral", "sample"):

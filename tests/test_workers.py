@@ -179,6 +179,7 @@ def test_the_shard_size_changes_no_bit(finished: Path, tmp_path: Path) -> None:
     assert not any((finished / "artefacts").glob("shard/*"))
 
 
+@pytest.mark.slow
 def test_work_that_is_asked_for_twice_is_done_once(finished: Path, tmp_path: Path) -> None:
     """Two searches can end with the same winner. With 64 slots, all its images are under way at the same time."""
     copy_trained(finished, tmp_path / "out")
