@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/isocost demo --out runs/demo
 
 reference-report: $(READY)
-	for study in docs/reference docs/reference/*/study.yaml; do $(BIN)/isocost report $${study%/study.yaml} || exit 1; done
+	for study in docs/reference docs/reference/*/study.yaml docs/guides/*/study.yaml; do $(BIN)/isocost report $${study%/study.yaml} || exit 1; done
 	$(BIN)/python tools/page_digests.py
 
 test: $(READY)
