@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 import pytest
 
 from isocost.analysis.costs import COSTS
+from isocost.analysis.formatting import format_metric
 from isocost.analysis.pareto import best_at_budgets, pareto
 from isocost.analysis.recommend import recommend
 from isocost.analysis.results_table import final_points
@@ -278,3 +279,14 @@ def test_a_page_of_large_images_stays_small(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (6, 128, 128, 3), dtype=np.uint8)
     page = write_report(tmp_path, "noise", table, METRIC, {}, {}, dict.fromkeys(table["point"], noise), ["a prompt"] * 6)
     assert page.stat().st_size < 15e6
+
+
+def test_metrics_of_two_extractors_are_told_apart() -> None:
+    """Both are called squared MMD; the one would replace the other among the facts of a point."""
+    table = synthetic_table()
+    ends = {f"mmd_alexnet{end}": table[f"{METRIC}{end}"] * 2 for end in ("", "_low", "_high")}
+    slider = budget_slider(table.assign(**ends), METRIC, set())
+    names = {"squared MMD on EfficientNet-lite0 features", "squared MMD on AlexNet features"}
+    for configuration in slider["configurations"].values():
+        assert names <= set(configuration["facts"])
+    assert format_metric(METRIC) == format_metric(METRIC, [METRIC, "fid"]) == "squared MMD"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -58,9 +58,17 @@ def format_guidance(guidance: float, guide: str | None = None, interval: str | N
     return text if interval is None else f"{text} in {format_interval(json.loads(interval))}"
 
 
-def format_metric(name: str) -> str:
-    """The metric in running text: its label up to the first comma, "squared MMD"."""
-    return metric_of(name).label.split(",")[0]
+def format_metric(name: str, among: Iterable[str] = ()) -> str:
+    """The metric in running text: "squared MMD".
+
+    Args:
+        name: its column.
+        among: the metrics in the same text or table. If another one has the same text, the features are named: "squared MMD on
+            AlexNet features".
+    """
+    text, _, features = metric_of(name).label.partition(", ")
+    is_ambiguous = any(other != name and metric_of(other).label.partition(", ")[0] == text for other in among)
+    return f"{text} on {features}" if is_ambiguous and features else text
 
 
 def format_number(value: float) -> str:

@@ -372,7 +372,9 @@ def summarise(comparisons: Sequence[GuideComparison], metric: str | None = None)
     verdicts = {budget: difference.verdict for budget, difference in differences.items() if difference is not None}
     if not verdicts:
         return "No cost has both a point with a guide and a point without one."
-    label = f"the best {format_metric(comparisons[0].metric)}" if metric is None else f"{format_metric(metric)} of these points"
+    leading = comparisons[0].metric
+    names = [leading, *(name for comparison in comparisons for name in comparison.other_metrics)]
+    label = f"the best {format_metric(leading, names)}" if metric is None else f"{format_metric(metric, names)} of these points"
     texts = {
         "better": f"With a guide, {label} is better",
         "worse": f"With a guide, {label} is worse",

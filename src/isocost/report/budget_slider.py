@@ -112,8 +112,9 @@ def _configuration_data(
     scope: Scope,
 ) -> dict[str, Any]:
     """Return what the page shows of a point: label, score, `facts` by name, and the `sources` of the numbers."""
-    facts = {format_metric(metric): configuration.score}
-    facts |= {format_metric(name): _format_row_score(row, name) for name in other_metrics if not _is_nan(row[name])}
+    names = [metric, *other_metrics]
+    facts = {format_metric(metric, names): configuration.score}
+    facts |= {format_metric(name, names): _format_row_score(row, name) for name in other_metrics if not _is_nan(row[name])}
     facts |= {COSTS[name].label: format_number(row[name]) for name in scope.costs if not _is_nan(row.get(name))}
     facts["parameters"] = f"{row['num_parameters']:,}"
     if "guidance_low" in row and not _is_nan(row["guidance_low"]):

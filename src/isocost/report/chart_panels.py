@@ -318,7 +318,7 @@ def _solvers_by_guidance_choice(table: pd.DataFrame, metric: str) -> list[str]:
 
 
 def _metric_control(metrics: Sequence[str]) -> Control:
-    return Control("Quality", tuple(format_metric(name) for name in metrics))
+    return Control("Quality", tuple(format_metric(name, metrics) for name in metrics))
 
 
 def _curves_chart(

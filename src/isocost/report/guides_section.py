@@ -106,10 +106,11 @@ def guide_section(table: pd.DataFrame, metric: str, pairs: PairedDifferences) ->
 def _table(comparisons: list[GuideComparison], metric: str, cost: str) -> GuideTable:
     ways = tuple(way for way in WAYS if any(way in comparison.best for comparison in comparisons))
     others = dict.fromkeys(name for comparison in comparisons for name in comparison.other_metrics)
+    names = (metric, *others)
     notes = [summarise(comparisons, name) for name in others]
     notes += [
-        f"The metrics disagree at {cost_of(cost).format_amount(budget)}: the guide is {verdict} by {format_metric(metric)}, "
-        f"{other_verdict} by {format_metric(other)}."
+        f"The metrics disagree at {cost_of(cost).format_amount(budget)}: the guide is {verdict} by "
+        f"{format_metric(metric, names)}, {other_verdict} by {format_metric(other, names)}."
         for budget, verdict, other, other_verdict in disagreements(comparisons)
     ]
     return GuideTable(
@@ -128,7 +129,10 @@ def _row(comparison: GuideComparison, ways: tuple[str, ...]) -> GuideRow:
         best=tuple(comparison.best.get(way, (NOTHING_FITS, "")) for way in ways),
         difference="" if comparison.difference is None else comparison.difference.amount,
         verdict=comparison.verdict,
-        other_metrics=tuple(f"{format_metric(name)} {difference}" for name, difference in comparison.other_metrics.items()),
+        other_metrics=tuple(
+            f"{format_metric(name, [comparison.metric, *comparison.other_metrics])} {difference}"
+            for name, difference in comparison.other_metrics.items()
+        ),
     )
 
 

@@ -64,7 +64,7 @@ def point_columns(table: pd.DataFrame, metric: str, scope: Scope = TRAINED) -> d
         columns.append(_column("race_images", "race images", *_numbers(rows, "race_images", _format_integer)))
     for name in metrics:
         texts = ["" if _is_nan(row[name]) else _format_row_score(row, name) for row in rows]
-        column = _column(name, format_metric(name), [_plain(row[name]) for row in rows], texts)
+        column = _column(name, format_metric(name, metrics), [_plain(row[name]) for row in rows], texts)
         ends = {end: [_plain(row[f"{name}_{end}"]) for row in rows] for end in ("low", "high")}
         columns.append(column | ends)
     costs = [name for name in scope.costs if name in expected_costs(table)]
