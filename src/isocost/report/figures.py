@@ -283,14 +283,16 @@ def save_figure(folder: Path, name: str, make: Callable[[], Figure], formats: Se
         make: draws the figure.
         formats: some of `FORMATS`.
     """
+    figure: Figure | None = None
     try:
-        save(make(), folder, name, formats)
-        written = set(formats)
+        figure = make()
     except ConfigError:
-        written = set()
-    for ending in set(FORMATS) - written:
+        pass
+    else:
+        save(figure, folder, name, formats)
+    for ending in FORMATS if figure is None else set(FORMATS) - set(formats):
         (folder / f"{name}.{ending}").unlink(missing_ok=True)
-    return bool(written)
+    return figure is not None
 
 
 def _plot_vs_pretraining(
