@@ -15,8 +15,10 @@ from isocost.analysis.costs import COSTS
 from isocost.analysis.study_comparison import concat_studies, headline, rankings
 from isocost.config.study_yaml import load_study
 from isocost.errors import ConfigError
-from isocost.evaluation.paired import PairedComparer, paired_differences
+from isocost.evaluation.feature_store import read_sample_features
+from isocost.evaluation.paired import paired_differences
 from isocost.pipeline.compare import compare
+from isocost.pipeline.merge import archive
 from isocost.pipeline.pipeline import Pipeline
 from isocost.report.build import report
 from isocost.report.study_comparison import markdown_comparison, write_comparison
@@ -170,13 +172,25 @@ def test_differences_are_paired_across_folders(folders: tuple[Path, Path]) -> No
         row["study"]: row["point"] for row in compared.table.sort_values(KERNEL).drop_duplicates("study").to_dict("records")
     }
     pipelines = {folder.name: Pipeline(load_study(folder / "study.yaml"), folder) for folder in folders}
-    pipeline = pipelines[ranking.leader]
-    features = [
-        PairedComparer((pipelines[study].store,), pipeline.assets.reference, ("mmd",)).features_of(points[study])
+    reference = pipelines[ranking.leader].assets.reference
+    ours, theirs = (
+        read_sample_features(pipelines[study].store.open("point", points[study]), tuple(reference.extractors))
         for study in (ranking.leader, against.other)
-    ]
-    expected = paired_differences(features[0], features[1], pipeline.assets.reference, ("mmd",))[KERNEL]
-    assert (against.difference, against.low, against.high) == (expected.value, expected.low, expected.high)
+    )
+    expected = paired_differences(ours, theirs, reference, ("mmd",))[KERNEL]
+    found = (against.difference, against.low, against.high)
+    assert found == pytest.approx((expected.value, expected.low, expected.high), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_archives_have_the_same_paired_differences(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    archives = [tmp_path / folder.name for folder in folders]
+    for folder, target in zip(folders, archives, strict=True):
+        archive(folder, target)
+        assert not (target / "point").exists()
+    rankings_before, rankings_after = (compare(paths, cost="nfe", budgets=[4]).rankings for paths in (folders, archives))
+    assert rankings_after == rankings_before
+    assert rankings_after[0].against[0].is_paired
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ from isocost.config.data import ScenesSource
 from isocost.config.evaluation import MIN_IMAGES, ProtocolSpec
 from isocost.data.latent_cache import ImageDataset, load_images
 from isocost.errors import ConfigError
-from isocost.evaluation.evaluator import FeatureCollector, frechet_is_biased, score
+from isocost.evaluation.confidence_intervals import paired_kernel_difference, percentile_interval
+from isocost.evaluation.evaluator import FeatureCollector, Scorer, frechet_is_biased, score
 from isocost.evaluation.feature_store import SampleFeatures
 from isocost.evaluation.metric_registry import METRICS
 from isocost.evaluation.protocol import Protocol, make_protocol
@@ -143,6 +144,18 @@ def test_order_and_batching_of_images_do_not_change_a_bit(reference: ReferenceSe
         assert score(again, reference, ("mmd",)) == score(expected, reference, ("mmd",))
 
 
+def test_a_collector_uses_only_the_requested_extractors(real: ImageDataset, generated: Tensor) -> None:
+    reference = reference_of(real, Thumbnail(), num_images=80)
+    reference.extractors["other"] = Thumbnail()
+    for names, expected in ((None, {LITE, "other"}), ((LITE,), {LITE}), ((), set())):
+        collector = FeatureCollector(reference, names)
+        collector.add([3, 1], generated[[3, 1]])
+        samples = collector.features()
+        assert set(samples.features) == expected
+        assert samples.ids is not None
+        assert samples.ids.tolist() == [1, 3]
+
+
 def test_features_are_in_the_order_of_image_ids(thumbnails: ReferenceSet, generated: Tensor) -> None:
     samples = collect(thumbnails, generated, [[5, 79, 0], [33]])
     assert samples.features[LITE].shape == (4, 48)
@@ -161,7 +174,37 @@ def test_an_images_alignment_uses_the_labels_of_its_own_id(reference: ReferenceS
     np.testing.assert_allclose(alignment, expected)
 
 
-# --- score ------------------------------------------------------------------------------------------------------------
+# --- score and its resamples -------------------------------------------------------------------------------------------
+
+
+def test_resamples_are_paired_and_follow_the_scores(thumbnails: ReferenceSet, generated: Tensor) -> None:
+    metrics = ("mmd", "frechet", "precision_recall")
+    images = [generated, blurred(generated, 1.0)]
+    scorers = [Scorer(collect(thumbnails, rows, [list(range(80))]), thumbnails, metrics) for rows in images]
+    resamples = [scorer.resamples() for scorer in scorers]
+    for scorer, by_metric in zip(scorers, resamples, strict=True):
+        intervals = scorer.intervals()
+        assert set(by_metric) == {"mmd_efficientnet", "frechet_efficientnet"}, "precision and recall have no resamples"
+        for name, values in by_metric.items():
+            assert values.shape == (61,)
+            assert values[0] == pytest.approx(intervals[name].value)
+        assert percentile_interval(by_metric["mmd_efficientnet"]) == intervals["mmd_efficientnet"]
+    kernel = thumbnails.kernel(LITE)
+    features = [scorer.samples.features[LITE] for scorer in scorers]
+    expected = paired_kernel_difference(*features, kernel)
+    assert percentile_interval(resamples[0]["mmd_efficientnet"] - resamples[1]["mmd_efficientnet"]) == expected
+    unpaired = resamples[0]["frechet_efficientnet"].std() + resamples[1]["frechet_efficientnet"].std()
+    assert (resamples[0]["frechet_efficientnet"] - resamples[1]["frechet_efficientnet"]).std() < 0.7 * unpaired
+
+
+def test_resamples_leave_out_images_that_are_not_finite(thumbnails: ReferenceSet, generated: Tensor) -> None:
+    """Image i has the same weight in a resample whether or not other images are missing."""
+    finite = [i for i in range(80) if i != 7]
+    all_rows, without = (
+        Scorer(collect(thumbnails, generated, [ids]), thumbnails, ("mmd",), 80).resamples()["mmd_efficientnet"]
+        for ids in (list(range(80)), finite)
+    )
+    assert np.corrcoef(all_rows[1:], without[1:])[0, 1] > 0.95
 
 
 def test_scores_are_the_requested_metrics_under_their_names(thumbnails: ReferenceSet, generated: Tensor) -> None:

@@ -37,6 +37,16 @@ class TileColours:
         return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)
 
 
+class GreyLevels(TileColours):
+    """The mean grey level of each of 16 tiles."""
+
+    id = "grey-levels/4x4"
+    feature_dim = 16
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return super().__call__(images).unflatten(1, (3, 16)).mean(1)
+
+
 @pytest.fixture
 def plugin() -> Iterator[None]:
     @register_solver("half-ddim")
@@ -47,6 +57,10 @@ def plugin() -> Iterator[None]:
     def tile_colours(feature_size: int, weights: str | None, device: Any) -> Any:
         return TileColours()
 
+    @register_extractor("grey-levels", label="grey levels")
+    def grey_levels(feature_size: int, weights: str | None, device: Any) -> Any:
+        return GreyLevels()
+
     @register_metric("brightness", label="brightness", higher_is_better=True, note="mean level")
     def brightness(inputs: MetricInputs) -> np.ndarray:
         return inputs.features.mean(axis=1).astype(np.float64)
@@ -54,6 +68,7 @@ def plugin() -> Iterator[None]:
     yield
     unregister_solver("half-ddim")
     EXTRACTORS.remove("tile-colours")
+    EXTRACTORS.remove("grey-levels")
     METRIC_GROUPS.remove("brightness")
 
 
@@ -64,7 +79,7 @@ def test_registered_names_work_from_sweep_to_report(tmp_path: Path) -> None:
         train={"num_images": 32, "batch_size": 16, "lr": 1e-3},
         sweep={"num_steps": [2], "guidance": [1, 4], "batch_size": 16, "search": "race", "race": {"rungs": [16, 32]},
                "solvers": [{"name": "ddim"}, {"name": "half-ddim"}]},
-        protocol={"num_images": 32, "num_reference": 64, "num_bootstrap": 20, "features": ["tile-colours"],
+        protocol={"num_images": 32, "num_reference": 64, "num_bootstrap": 20, "features": ["tile-colours", "grey-levels"],
                   "metrics": ["mmd", "brightness"]},
         report={"metric": "brightness_tile_colours"},
     )  # fmt: skip
@@ -78,6 +93,13 @@ def test_registered_names_work_from_sweep_to_report(tmp_path: Path) -> None:
     written = report(pipeline, figure_formats=())
     table = pd.read_parquet(tmp_path / "out" / "table.parquet")
     assert {"mmd_tile_colours", "brightness_tile_colours", "brightness_tile_colours_low"} <= set(table.columns)
+    assert table["mmd_grey_levels"].notna().all()
+    for kind, expected in (("shard", {"tile-colours"}), ("point", {"tile-colours", "grey-levels"})):
+        folders = list((tmp_path / "out" / "artefacts" / kind).iterdir())
+        assert folders
+        for folder in folders:
+            names = {file.name.rpartition("-")[0] for file in folder.glob("*-0*.safetensors")}
+            assert names == expected, "a race extracts only the features that its metric needs"
     by_solver = {name: rows.set_index(["num_steps", "guidance"]) for name, rows in table.groupby("solver")}
     assert set(by_solver) == {"ddim/trailing", "half-ddim/trailing"}
     scores = [rows["brightness_tile_colours"] for rows in by_solver.values()]

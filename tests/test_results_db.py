@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sqlalchemy.schema import Column
 
 from isocost.analysis.results_table import read_table
 from isocost.errors import ConfigError, RunError
 from isocost.evaluation.confidence_intervals import Interval
+from isocost.evaluation.paired import PointResamples
 from isocost.sweep.results_db import ResultsDB
 from isocost.sweep.schema import Base
 from output_folders import plain_user, read_only
@@ -76,6 +79,37 @@ def test_a_point_recorded_again_replaces_itself(tmp_path: Path) -> None:
     table = results_db.table()
     assert table["guidance"].tolist() == [2.0]
     assert "alignment" not in table
+
+
+def test_resamples_are_stored_with_the_scores(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    resamples = {"mmd_efficientnet": 1.7 + 0.03 * generator.standard_normal(201)}
+    scores = {"mmd_efficientnet": Interval(resamples["mmd_efficientnet"][0], 1.6, 1.8), "recall": Interval(0.1, 0.0, 0.2)}
+    results_db = ResultsDB(tmp_path / "results.sqlite")
+    results_db.add_point(row("a"), scores, {}, {}, resamples=resamples)
+    results_db.add_point(row("b"), SCORES, {}, {})
+    found = results_db.resamples("a")
+    assert found is not None
+    assert (found.protocol, found.num_images, set(found.by_metric)) == ("p", 5, {"mmd_efficientnet"})
+    assert found.by_metric["mmd_efficientnet"][0] == resamples["mmd_efficientnet"][0]
+    np.testing.assert_allclose(found.by_metric["mmd_efficientnet"], resamples["mmd_efficientnet"], rtol=0, atol=1e-8)
+    assert results_db.resamples("b") is None
+    assert results_db.resamples("absent") is None
+    assert not any("resamples" in column for column in results_db.table())
+    copy = ResultsDB(tmp_path / "copy.sqlite")
+    copy.import_from(results_db)
+    again = copy.resamples("a")
+    assert again is not None
+    np.testing.assert_array_equal(again.by_metric["mmd_efficientnet"], found.by_metric["mmd_efficientnet"])
+
+
+def test_points_are_paired_only_under_one_protocol_and_number_of_images() -> None:
+    first = PointResamples("p", 5, {"mmd": np.array([1.0, 1.1, 0.9]), "recall": np.array([0.1, 0.1, 0.1])})
+    second = PointResamples("p", 5, {"mmd": np.array([0.5, 0.6, 0.4])})
+    (difference,) = first.minus(second).values()
+    assert (difference.value, difference.low, difference.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert first.minus(replace(second, protocol="q")) == {}
+    assert first.minus(replace(second, num_images=6)) == {}
 
 
 def test_a_row_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

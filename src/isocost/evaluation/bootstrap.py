@@ -41,6 +41,11 @@ def check_resampled(metric: str) -> None:
         raise ConfigError(f"{metric}: has no paired resamples, so the guidance search cannot use it; take one of {known}, ...")
 
 
+def extractors_of(metric: str) -> tuple[str, ...]:
+    """The feature extractors that the resamples of the column `metric` need: one, or none for a score that every image has."""
+    return () if metric in PER_IMAGE_METRICS else (_resampled_columns()[metric][1],)
+
+
 def resamples(samples: SampleFeatures, num_images: int, metric: str, reference: ReferenceSet) -> Array:
     """The score of images 0 to `num_images` - 1 for every bootstrap resample.
 

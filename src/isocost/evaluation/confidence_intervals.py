@@ -182,8 +182,12 @@ def frechet_interval(
         reference_moments: `Moments.of(reference)`, if already computed.
         confidence: coverage, 0..1.
     """
-    value, influence, reference_influence = frechet_influence(features, reference, reference_moments)
-    return _normal_interval(value, _standard_error(influence, reference_influence), confidence)
+    return influence_interval(*frechet_influence(features, reference, reference_moments), confidence=confidence)
+
+
+def influence_interval(value: float, *influences: Array, confidence: float = 0.95) -> Interval:
+    """Return the normal interval of a value from the influences of the images of each set on it, [N] and [M]."""
+    return _normal_interval(value, _standard_error(*influences), confidence)
 
 
 def frechet_infinity_interval(
@@ -213,28 +217,38 @@ def paired_frechet_difference(
     reference: ArrayLike,
     *,
     reference_moments: Moments | None = None,
+    num_bootstrap: int = 200,
+    seed: int = 0,
     confidence: float = 0.95,
 ) -> Interval:
     """Frechet distance of `first` minus that of `second`, with an interval in which shared noise cancels.
 
-    The interval is normal and uses the differences of the images' influences. The two biases cancel as far as they are equal.
+    Each resample contains the same image ids of both sets and the same reference images, to first order. The two biases
+    cancel as far as they are equal.
 
     Args:
         first: features [N, D].
         second: features [N, D]; image i has the same noise and prompt as image i of `first`.
         reference: [M, D].
         reference_moments: `Moments.of(reference)`, if already computed.
+        num_bootstrap: R, number of resamples.
+        seed: of the resamples.
         confidence: coverage, 0..1.
 
     Raises:
         ValueError: the shapes differ.
     """
-    features_1, features_2 = _paired(first, second)
     moments = reference_moments or Moments.of(reference)
-    value_1, influence_1, reference_influence_1 = frechet_influence(features_1, reference, moments)
-    value_2, influence_2, reference_influence_2 = frechet_influence(features_2, reference, moments)
-    error = _standard_error(influence_1 - influence_2, reference_influence_1 - reference_influence_2)
-    return _normal_interval(value_1 - value_2, error, confidence)
+    of_reference = reference_counts(len(np.asarray(reference)), num_bootstrap, seed)
+    resamples_1, resamples_2 = (
+        frechet_resamples(
+            *frechet_influence(features, reference, moments),
+            generated_counts(len(features), num_bootstrap, seed),
+            of_reference,
+        )
+        for features in _paired(first, second)
+    )
+    return percentile_interval(resamples_1 - resamples_2, confidence)
 
 
 def _paired(first: ArrayLike, second: ArrayLike) -> tuple[Array, Array]:
@@ -256,7 +270,7 @@ def _normal_interval(value: float, error: float, confidence: float) -> Interval:
 
 
 def frechet_resamples(
-    features: ArrayLike, counts: Array, reference: ArrayLike, reference_moments: Moments, reference_counts: Array
+    value: float, influence: Array, reference_influence: Array, counts: Array, reference_counts: Array
 ) -> Array:
     """`frechet_distance` in every resample, to first order: [1 + R].
 
@@ -264,13 +278,12 @@ def frechet_resamples(
     differences at equal N only.
 
     Args:
-        features: [N, D].
+        value: the distance.
+        influence: of the images on it, [N] (`frechet_influence`).
+        reference_influence: of the reference images, [M].
         counts: [1 + R, N].
-        reference: [M, D].
-        reference_moments: `Moments.of(reference)`.
         reference_counts: [1 + R, M].
     """
-    value, influence, reference_influence = frechet_influence(features, reference, reference_moments)
     change = (counts - counts[:1]) @ influence / counts.sum(1)
     return value + change + (reference_counts - 1) @ reference_influence / len(reference_influence)
 

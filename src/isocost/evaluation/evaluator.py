@@ -5,18 +5,21 @@ Shapes: N images, M reference images, R resolution, D features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from isocost.errors import RunError
-from isocost.evaluation.confidence_intervals import Interval
+from isocost.evaluation.confidence_intervals import Interval, generated_counts, mean_resamples, percentile_interval
 from isocost.evaluation.feature_batches import BatchFunction, FixedBatchRunner
 from isocost.evaluation.feature_store import SampleFeatures
-from isocost.evaluation.metric_registry import METRIC_GROUPS, MetricInputs, mean_of, metric_columns
+from isocost.evaluation.metric_registry import METRIC_GROUPS, MetricInputs, RegisteredMetric, metric_columns
 from isocost.evaluation.reference_set import ReferenceSet
+from isocost.metrics.arrays import Array
 
 FRECHET_MIN_FRACTION = 2
 """A Frechet distance from fewer images than this times the feature width is flagged."""
@@ -24,11 +27,17 @@ _CLASSIFIER = "attribute_classifier"
 
 
 class FeatureCollector:
-    """Collects images in any order and grouping; `features` returns their features in the order of image ids."""
+    """Collects images in any order and grouping; `features` returns their features in the order of image ids.
 
-    def __init__(self, reference: ReferenceSet) -> None:
+    Args:
+        reference: the protocol.
+        extractors: names of the feature extractors to use; None for all of the protocol.
+    """
+
+    def __init__(self, reference: ReferenceSet, extractors: Sequence[str] | None = None) -> None:
         self._labels = reference.labels if reference.attribute_classifier is not None else None
-        functions: dict[str, BatchFunction] = dict(reference.extractors)
+        names = reference.extractors if extractors is None else extractors
+        functions: dict[str, BatchFunction] = {name: reference.extractors[name] for name in names}
         if reference.attribute_classifier is not None and self._labels is not None:
             functions[_CLASSIFIER] = reference.attribute_classifier.predict
         self._blocks = FixedBatchRunner(functions)
@@ -75,22 +84,100 @@ def score(samples: SampleFeatures, reference: ReferenceSet, metrics: tuple[str, 
     Raises:
         RunError: an image equals its original, so its PSNR is infinite.
     """
-    scores: dict[str, Interval] = {}
-    for extractor, features in samples.features.items():
-        inputs = MetricInputs(features, extractor, samples.ids, reference)
-        for group in metrics:
-            if columns := metric_columns(group, extractor):
-                scores.update(zip(columns, METRIC_GROUPS[group].intervals(inputs), strict=True))
-    if samples.alignment is not None:
-        scores["alignment"] = mean_of(samples.alignment, reference)
-    for name, values in samples.paired_metrics.items():
-        if num_equal := int(np.isinf(values).sum()):
-            raise RunError(
-                f"{num_equal} images are identical to their originals, so their {name} is infinite: remove {name} from "
-                "protocol.paired_metrics"
-            )
-        scores[name] = mean_of(values, reference)
-    return scores
+    return Scorer(samples, reference, metrics).intervals()
+
+
+@dataclass
+class Scorer:
+    """Scores of generated images with their intervals and bootstrap resamples.
+
+    Resamples of two points of equally many images draw the same image ids and the same reference images. The noise that the
+    points share therefore cancels in the difference of their resamples (`evaluation/paired.py`).
+
+    Attributes:
+        samples: features, alignment and paired metrics of the images.
+        reference: the protocol with the real images' features.
+        metrics: names of `protocol.metrics`.
+        num_images: number of sampled images; those that are not finite have no features. Default: the number of rows.
+    """
+
+    samples: SampleFeatures
+    reference: ReferenceSet
+    metrics: tuple[str, ...]
+    num_images: int | None = None
+    _resamples: dict[str, Array] = field(default_factory=dict, init=False, repr=False)
+    _counts: dict[int, Array] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def _measured(self) -> list[tuple[RegisteredMetric, MetricInputs, tuple[str, ...]]]:
+        """The metrics on the features of each extractor, with the columns that they fill."""
+        samples = self.samples
+        inputs = [MetricInputs(rows, name, samples.ids, self.reference) for name, rows in samples.features.items()]
+        measured = [
+            (METRIC_GROUPS[name], item, metric_columns(name, item.extractor)) for item in inputs for name in self.metrics
+        ]
+        return [(metric, item, columns) for metric, item, columns in measured if columns]
+
+    @cached_property
+    def _per_image(self) -> dict[str, np.ndarray]:
+        """Scores that every image has, float64 [N] by column name."""
+        values = dict(self.samples.paired_metrics)
+        for name, column in values.items():
+            if num_equal := int(np.isinf(column).sum()):
+                raise RunError(
+                    f"{num_equal} images are identical to their originals, so their {name} is infinite: remove {name} from "
+                    "protocol.paired_metrics"
+                )
+        return values if self.samples.alignment is None else {"alignment": self.samples.alignment, **values}
+
+    def intervals(self) -> dict[str, Interval]:
+        """Return the scores with their 95 % intervals by column name.
+
+        Raises:
+            RunError: an image equals its original, so its PSNR is infinite.
+        """
+        scores: dict[str, Interval] = {}
+        for metric, inputs, columns in self._measured:
+            if metric.intervals is None:
+                scores[columns[0]] = percentile_interval(self._resampled(metric, inputs, columns[0]))
+            else:
+                scores.update(zip(columns, metric.intervals(inputs), strict=True))
+        return scores | {name: percentile_interval(self._resampled_mean(name)) for name in self._per_image}
+
+    def resamples(self) -> dict[str, Array]:
+        """Return the score of every bootstrap resample, float64 [1 + R] by column name; row 0 is the score itself.
+
+        Metrics without resamples are left out.
+
+        Raises:
+            RunError: an image equals its original, so its PSNR is infinite.
+        """
+        resampled = {
+            columns[0]: self._resampled(metric, inputs, columns[0])
+            for metric, inputs, columns in self._measured
+            if metric.resamples is not None
+        }
+        return resampled | {name: self._resampled_mean(name) for name in self._per_image}
+
+    def _resampled(self, metric: RegisteredMetric, inputs: MetricInputs, column: str) -> Array:
+        if column not in self._resamples:
+            assert metric.resamples is not None, "without resamples a metric has intervals of its own"
+            self._resamples[column] = metric.resamples(inputs, self._counts_of(len(inputs.features)))
+        return self._resamples[column]
+
+    def _resampled_mean(self, name: str) -> Array:
+        if name not in self._resamples:
+            values = self._per_image[name]
+            self._resamples[name] = mean_resamples(values, self._counts_of(len(values)))
+        return self._resamples[name]
+
+    def _counts_of(self, num_rows: int) -> Array:
+        """How often each resample contains each row, [1 + R, N]."""
+        if num_rows not in self._counts:
+            num_images, protocol, ids = self.num_images or num_rows, self.reference.protocol, self.samples.ids
+            counts = generated_counts(num_images, protocol.num_bootstrap, protocol.seed)
+            self._counts[num_rows] = counts if num_rows == num_images or ids is None else counts[:, ids]
+        return self._counts[num_rows]
 
 
 def metric_names(reference: ReferenceSet, metrics: Iterable[str]) -> set[str]:

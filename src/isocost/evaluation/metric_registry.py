@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from isocost.errors import ConfigError
@@ -63,11 +64,17 @@ class MetricInputs:
     sample_indices: np.ndarray | None
     reference: ReferenceSet
 
+    @cached_property
+    def frechet_influence(self) -> tuple[float, Array, Array]:
+        """The Fréchet distance and the influence of each image on it (`isocost.metrics.frechet`)."""
+        from isocost.metrics.frechet import frechet_influence
+
+        return frechet_influence(self.features, self.reference.features[self.extractor], self.reference.moments(self.extractor))
+
 
 PerImage = Callable[[MetricInputs], "np.ndarray | tuple[np.ndarray, ...]"]
 MakeIntervals = Callable[[MetricInputs], "tuple[Interval, ...]"]
 MakeResamples = Callable[[MetricInputs, "np.ndarray"], "Array"]
-MakeDifference = Callable[[MetricInputs, MetricInputs], "Interval"]
 
 
 @dataclass(frozen=True)
@@ -77,16 +84,15 @@ class RegisteredMetric:
     Attributes:
         name: as in `protocol.metrics`.
         columns: extractor -> the columns that the metric fills on its features; empty where it does not fit.
-        intervals: inputs -> one value with its 95 % interval per column.
-        resamples: inputs and counts int [1 + R, N] -> the score of every bootstrap resample [1 + R]; None: it has none.
-        difference: inputs of two points with shared noise -> their paired difference; None: it has none.
+        intervals: inputs -> one value with its 95 % interval per column; None: the percentiles of the resamples.
+        resamples: inputs and counts int [1 + R, N] -> the score of every bootstrap resample [1 + R], from which paired
+            differences follow; None: it has none, and no paired differences.
     """
 
     name: str
     columns: Callable[[RegisteredExtractor], tuple[Metric, ...]]
-    intervals: MakeIntervals
+    intervals: MakeIntervals | None
     resamples: MakeResamples | None
-    difference: MakeDifference | None
 
 
 METRIC_GROUPS: Registry[RegisteredMetric] = Registry("metric")
@@ -101,15 +107,14 @@ def register_metric(
     columns: tuple[str, ...] | None = None,
     extractors: Callable[[RegisteredExtractor], bool] = lambda extractor: True,
     names: Callable[[RegisteredExtractor], tuple[tuple[str, str], ...] | None] = lambda extractor: None,
-    interval: MakeIntervals | Literal["mean"] = "mean",
+    interval: MakeIntervals | Literal["mean", "resamples"] = "mean",
     resamples: MakeResamples | Literal["mean"] | None = "mean",
-    difference: MakeDifference | Literal["mean"] | None = "mean",
 ) -> Callable[[PerImage], PerImage]:
     """Register the decorated function as a metric.
 
     The function maps `MetricInputs` to one value per image, float64 [N], or to a tuple of such arrays, one per column. Their
     mean is the score; its interval, its bootstrap resamples and paired differences follow from them. A metric of whole sets
-    (a distance between distributions) gives `interval`, and `resamples` and `difference` where it has them, in place of "mean".
+    (a distance between distributions) gives `resamples`, and `interval` unless "resamples" is right.
 
     Args:
         name: as in `protocol.metrics`; the column is NAME_EXTRACTOR.
@@ -119,9 +124,9 @@ def register_metric(
         columns: first parts of the column names where there are several; `name` by default.
         extractors: which extractors the metric fits; all by default.
         names: extractor -> (column, label) pairs in place of the usual names; None for the usual ones.
-        interval: "mean", or a function to one interval per column.
-        resamples: "mean", a function to [1 + R] values, or None if the guidance search cannot use the metric.
-        difference: "mean", a function to a paired difference, or None.
+        interval: "mean", a function to one interval per column, or "resamples" for the percentiles of the resamples.
+        resamples: "mean", a function to [1 + R] values, or None: then the guidance search cannot use the metric, and it has no
+            paired differences.
 
     Returns:
         A decorator.
@@ -154,9 +159,8 @@ def register_metric(
             RegisteredMetric(
                 name,
                 columns_of,
-                _mean_intervals(per_image) if interval == "mean" else interval,
+                _mean_intervals(per_image) if interval == "mean" else None if interval == "resamples" else interval,
                 _mean_resamples(per_image) if resamples == "mean" else resamples,
-                _mean_difference(per_image) if difference == "mean" else difference,
             ),
         )
         return per_image
@@ -283,14 +287,6 @@ def _mean_resamples(per_image: PerImage) -> MakeResamples:
     return resamples
 
 
-def _mean_difference(per_image: PerImage) -> MakeDifference:
-    def difference(first: MetricInputs, second: MetricInputs) -> Interval:
-        (ours,), (theirs,) = _columns_of_values(per_image, first), _columns_of_values(per_image, second)
-        return mean_of(ours - theirs, first.reference)
-
-    return difference
-
-
 def mean_of(values: np.ndarray, reference: ReferenceSet) -> Interval:
     """The mean of float64 [N] with its bootstrap interval under the protocol's seed."""
     from isocost.evaluation.confidence_intervals import mean_interval
@@ -313,56 +309,36 @@ def _register_kernel_distance(
 
         return getattr(mmd, kernel_name)
 
-    def intervals(inputs: MetricInputs) -> tuple[Interval, ...]:
-        from isocost.evaluation.confidence_intervals import kernel_interval
-
-        return (kernel_interval(inputs.features, inputs.reference.kernel(inputs.extractor, kernel())),)
-
     def resamples(inputs: MetricInputs, counts: np.ndarray) -> Array:
         from isocost.evaluation.confidence_intervals import kernel_resamples
 
         return kernel_resamples(inputs.features, counts, inputs.reference.kernel(inputs.extractor, kernel()))
-
-    def difference(first: MetricInputs, second: MetricInputs) -> Interval:
-        from isocost.evaluation.confidence_intervals import paired_kernel_difference
-
-        reference = first.reference.kernel(first.extractor, kernel())
-        return paired_kernel_difference(first.features, second.features, reference)
 
     register_metric(
         name,
         label=label,
         note=note,
         higher_is_better=False,
-        interval=intervals,
+        interval="resamples",
         resamples=resamples,
-        difference=difference,
         **options,
     )(_only_for_sets)
 
 
 def _frechet_intervals(inputs: MetricInputs) -> tuple[Interval, ...]:
-    from isocost.evaluation.confidence_intervals import frechet_interval
+    from isocost.evaluation.confidence_intervals import influence_interval
 
-    reference, name = inputs.reference, inputs.extractor
-    return (frechet_interval(inputs.features, reference.features[name], reference_moments=reference.moments(name)),)
+    return (influence_interval(*inputs.frechet_influence),)
 
 
 def _frechet_resamples(inputs: MetricInputs, counts: np.ndarray) -> Array:
     """To first order, see `frechet_resamples`."""
     from isocost.evaluation.confidence_intervals import frechet_resamples, reference_counts
 
-    reference, real = inputs.reference, inputs.reference.features[inputs.extractor]
-    reference_resamples = reference_counts(len(real), reference.protocol.num_bootstrap, reference.protocol.seed)
-    return frechet_resamples(inputs.features, counts, real, reference.moments(inputs.extractor), reference_resamples)
-
-
-def _frechet_difference(first: MetricInputs, second: MetricInputs) -> Interval:
-    from isocost.evaluation.confidence_intervals import paired_frechet_difference
-
-    reference, name = first.reference, first.extractor
-    moments = reference.moments(name)
-    return paired_frechet_difference(first.features, second.features, reference.features[name], reference_moments=moments)
+    protocol, num_real = inputs.reference.protocol, len(inputs.reference.features[inputs.extractor])
+    return frechet_resamples(
+        *inputs.frechet_influence, counts, reference_counts(num_real, protocol.num_bootstrap, protocol.seed)
+    )
 
 
 def _frechet_infinity_intervals(inputs: MetricInputs) -> tuple[Interval, ...]:
@@ -426,7 +402,6 @@ register_metric(
     names=_on_inception("fid", "FID"),
     interval=_frechet_intervals,
     resamples=_frechet_resamples,
-    difference=_frechet_difference,
 )(_only_for_sets)
 register_metric(
     "frechet_infinity",
@@ -436,7 +411,6 @@ register_metric(
     names=_on_inception("fid_infinity", "FID at infinite N"),
     interval=_frechet_infinity_intervals,
     resamples=None,
-    difference=None,
 )(_only_for_sets)
 
 
@@ -447,7 +421,6 @@ register_metric(
     higher_is_better=True,
     note="fraction of images",
     resamples=None,
-    difference=None,
 )
 def _precision_recall(inputs: MetricInputs) -> tuple[np.ndarray, ...]:
     values = _prdc(inputs, PRECISION_NEIGHBOUR)
@@ -461,7 +434,6 @@ def _precision_recall(inputs: MetricInputs) -> tuple[np.ndarray, ...]:
     higher_is_better=True,
     note="fraction of images",
     resamples=None,
-    difference=None,
 )
 def _density_coverage(inputs: MetricInputs) -> tuple[np.ndarray, ...]:
     values = _prdc(inputs, DENSITY_NEIGHBOUR)
@@ -476,7 +448,6 @@ register_metric(
     names=_classifier_score_names,
     interval=_inception_score_intervals,
     resamples=None,
-    difference=None,
 )(_only_for_sets)
 _register_kernel_distance(
     "cmmd",
@@ -495,7 +466,6 @@ _register_kernel_distance(
     note="cosine",
     extractors=lambda extractor: extractor.embeds_text,
     names=_prompt_similarity_names,
-    difference=None,
 )
 def _prompt_similarity(inputs: MetricInputs) -> np.ndarray:
     from isocost.metrics.image_similarity import cosine
@@ -514,7 +484,6 @@ def _prompt_similarity(inputs: MetricInputs) -> np.ndarray:
     extractors=lambda extractor: extractor.name in SUBJECT_COLUMNS,
     names=_subject_names,
     resamples=None,
-    difference=None,
 )
 def _subject_similarity(inputs: MetricInputs) -> np.ndarray:
     from isocost.metrics.image_similarity import mean_cosine_to_set

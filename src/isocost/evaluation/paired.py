@@ -1,18 +1,24 @@
 """Differences between the scores of two sets of images. Image i of both has the same noise, caption or original.
 
-Shapes: N images, D features.
+The resamples of both sets draw the same image ids and the same reference images, so that the noise which the sets share
+cancels in the difference of their resamples. The results database stores the resamples of every point: differences need
+neither images nor features.
+
+Shapes: N images, D features, R resamples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from isocost.evaluation.confidence_intervals import Interval
+from isocost.evaluation.confidence_intervals import Interval, percentile_interval
+from isocost.evaluation.evaluator import Scorer
 from isocost.evaluation.feature_store import SampleFeatures, read_sample_features
-from isocost.evaluation.metric_registry import METRIC_GROUPS, MetricInputs, mean_of, metric_columns
 from isocost.evaluation.reference_set import ReferenceSet
+from isocost.metrics.arrays import Array
 from isocost.utils.artifact_store import Store
 
 
@@ -21,7 +27,7 @@ def paired_differences(
 ) -> dict[str, Interval]:
     """Score of `first` minus score of `second`, with 95 % intervals in which their shared noise cancels.
 
-    Covers the metrics that have a paired difference and every score that is a mean of values per image.
+    Covers the metrics that have resamples and every score that is a mean of values per image.
 
     Returns:
         Column name -> difference.
@@ -31,51 +37,80 @@ def paired_differences(
     """
     if first.ids is not None and second.ids is not None and not np.array_equal(first.ids, second.ids):
         raise ValueError("paired differences need the same sample indices on both sides")
-    differences: dict[str, Interval] = {}
-    for extractor, features in first.features.items():
-        inputs = MetricInputs(features, extractor, first.ids, reference)
-        others = MetricInputs(second.features[extractor], extractor, second.ids, reference)
-        for name in metrics:
-            difference = METRIC_GROUPS[name].difference
-            if difference is not None:
-                differences |= {column: difference(inputs, others) for column in metric_columns(name, extractor)}
-    per_image = {name: (values, second.paired_metrics[name]) for name, values in first.paired_metrics.items()}
-    if first.alignment is not None and second.alignment is not None:
-        per_image["alignment"] = (first.alignment, second.alignment)
-    return differences | {name: mean_of(ours - theirs, reference) for name, (ours, theirs) in per_image.items()}
+    ours, theirs = (Scorer(samples, reference, metrics).resamples() for samples in (first, second))
+    return {name: resampled_difference(ours[name], theirs[name]) for name in ours if name in theirs}
+
+
+def resampled_difference(first: Array, second: Array) -> Interval:
+    """The first score minus the second, from the paired resamples [1 + R] of both."""
+    return percentile_interval(first - second)
+
+
+@dataclass(frozen=True)
+class PointResamples:
+    """The scores of a point in every bootstrap resample.
+
+    Attributes:
+        protocol: id of the protocol.
+        num_images: number of sampled images.
+        by_metric: float64 [1 + R] by column name; row 0 is the score itself.
+    """
+
+    protocol: str
+    num_images: int
+    by_metric: Mapping[str, Array]
+
+    def minus(self, other: PointResamples) -> dict[str, Interval]:
+        """Return the differences by metric; empty if the two are not paired: another protocol, or another number of images."""
+        if (self.protocol, self.num_images) != (other.protocol, other.num_images):
+            return {}
+        shared = [name for name in self.by_metric if name in other.by_metric]
+        return {name: resampled_difference(self.by_metric[name], other.by_metric[name]) for name in shared}
+
+
+ReadResamples = Callable[[str], PointResamples | None]
+"""Reads the stored resamples of a point, by its digest; None if it has none."""
 
 
 @dataclass
 class PairedComparer:
-    """Paired differences between points under one protocol, from the stored features of output folders."""
+    """Paired differences between points.
 
+    Attributes:
+        stored: read the resamples of points from results databases.
+        stores: output folders with the features of points whose resamples are not stored, as before version 0.2.
+        reference: makes the reference set, which features need.
+        metrics: names of `protocol.metrics`.
+    """
+
+    stored: tuple[ReadResamples, ...]
     stores: tuple[Store, ...]
-    reference: ReferenceSet
+    reference: Callable[[], ReferenceSet]
     metrics: tuple[str, ...]
-    _features: dict[str, SampleFeatures] = field(default_factory=dict)
+    _resamples: dict[str, PointResamples | None] = field(default_factory=dict, init=False, repr=False)
 
-    def has_features(self, point: str) -> bool:
-        """Whether one of the output folders has the features of a point. An archive does not contain them."""
-        return any(store.has("point", point) for store in self.stores)
+    def resamples_of(self, point: str) -> PointResamples | None:
+        """Return the resamples of a point, by its digest; None if neither its resamples nor its features are stored."""
+        if point not in self._resamples:
+            found = next((resamples for read in self.stored if (resamples := read(point)) is not None), None)
+            self._resamples[point] = found or self._from_features(point)
+        return self._resamples[point]
 
-    def features_of(self, point: str) -> SampleFeatures:
-        """The features of a point, by its digest."""
-        if point not in self._features:
-            store = next((store for store in self.stores if store.has("point", point)), self.stores[0])
-            folder = store.open("point", point)
-            self._features[point] = read_sample_features(folder, tuple(self.reference.extractors))
-        return self._features[point]
+    def _from_features(self, point: str) -> PointResamples | None:
+        store = next((store for store in self.stores if store.has("point", point)), None)
+        if store is None:
+            return None
+        reference = self.reference()
+        samples = read_sample_features(store.open("point", point), tuple(reference.extractors))
+        rows = [len(values) for values in (*samples.features.values(), *samples.paired_metrics.values())]
+        resamples = Scorer(samples, reference, self.metrics).resamples()
+        return PointResamples(reference.protocol.id, rows[0], resamples) if rows else None
 
-    def differences(self, first: SampleFeatures, second: SampleFeatures) -> dict[str, Interval]:
-        """The scores of `first` minus those of `second`, by metric."""
-        return paired_differences(first, second, self.reference, self.metrics)
+    def differences(self, first: str, second: str) -> dict[str, Interval]:
+        """Return the scores of the first point minus those of the second by metric; empty if the two are not paired."""
+        ours, theirs = self.resamples_of(first), self.resamples_of(second)
+        return {} if ours is None or theirs is None else ours.minus(theirs)
 
     def difference(self, first: str, second: str, metric: str) -> Interval | None:
-        """The score of the first point minus that of the second.
-
-        Returns:
-            None if the metric has no paired interval, or the features of a point are not stored.
-        """
-        if not (self.has_features(first) and self.has_features(second)):
-            return None
-        return self.differences(self.features_of(first), self.features_of(second)).get(metric)
+        """Return the score of the first point minus that of the second; None if the two are not paired in this metric."""
+        return self.differences(first, second).get(metric)

@@ -22,7 +22,6 @@ from isocost.config.sampling import SolverSpec
 from isocost.config.training import TrainSpec
 from isocost.config.types import TaskName
 from isocost.errors import ConfigError
-from isocost.evaluation.paired import PairedComparer
 from isocost.experiments.base import EvalJob, Experiment, TrainingRun, make_run
 from isocost.experiments.pretrain import PretrainExperiment
 from isocost.experiments.study_assets import StudyAssets
@@ -441,8 +440,7 @@ class DistillExperiment(Experiment):
 
     def findings(self, table: pd.DataFrame) -> dict[str, Any]:
         """Compare students with teachers: at the same number of steps, in saved steps, and at equal cost."""
-        reference = self.base.make_eval_context().reference
-        comparer = PairedComparer((self.assets.store,), reference, self.protocol_spec.metrics)
+        comparer = self.assets.comparer(lambda: self.base.make_eval_context().reference, self.protocol_spec.metrics)
         return {
             "student minus its own teacher at equal steps": format_teacher_differences(table, self.metric, comparer),
             "steps that the undistilled model needs for the student's score, divided by the student's steps": (

@@ -94,7 +94,7 @@ class PretrainExperiment(Experiment):
 
     def comparer(self) -> PairedComparer:
         """Return the paired differences between points, by the reference set of the study."""
-        return PairedComparer((self.assets.store,), self.assets.reference, self.protocol_spec.metrics)
+        return self.assets.comparer(lambda: self.assets.reference, self.protocol_spec.metrics)
 
     @property
     def protocol_summary(self) -> str:

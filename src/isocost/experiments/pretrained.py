@@ -238,7 +238,7 @@ class PretrainedExperiment(Experiment):
 
     def comparer(self) -> PairedComparer:
         """Return the paired differences between points, by the reference set of the study."""
-        return PairedComparer((self.assets.store,), self.assets.reference, self.protocol_spec.metrics)
+        return self.assets.comparer(lambda: self.assets.reference, self.protocol_spec.metrics)
 
     @property
     def protocol_summary(self) -> str:

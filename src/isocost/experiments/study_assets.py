@@ -38,6 +38,7 @@ from isocost.errors import ConfigError
 from isocost.evaluation import reference_set as referencing
 from isocost.evaluation.evaluator import score
 from isocost.evaluation.feature_store import SampleFeatures
+from isocost.evaluation.paired import PairedComparer, ReadResamples
 from isocost.evaluation.protocol import Protocol, make_protocol
 from isocost.evaluation.reconstruction import autoencoder_quality, round_trip
 from isocost.evaluation.reference_set import (
@@ -85,6 +86,7 @@ class StudyAssets:
         store: Store,
         process: ProcessInfo = ProcessInfo(),  # noqa: B008
         component_paths: Mapping[str, str] | None = None,
+        read_resamples: ReadResamples = lambda point: None,
     ) -> None:
         """
         Args:
@@ -93,12 +95,18 @@ class StudyAssets:
             process: this process among several that train together; the first one computes everything that is not distributed.
             component_paths: the first paths of `autoencoder` and `text_encoder`, where the files have moved since. They name
                 the artefacts.
+            read_resamples: reads the bootstrap resamples of a point from the results database of the study.
         """
         self.study, self.store, self.process = study, store, process
         self.component_paths = dict(component_paths or {})
+        self._read_resamples = read_resamples
         self._images: dict[str, ImageDataset] = {}
         self._fingerprints: dict[str, str] = {}
         self._sampling_autoencoders: dict[VaeSpec, Autoencoder] = {}
+
+    def comparer(self, reference: Callable[[], ReferenceSet], metrics: tuple[str, ...]) -> PairedComparer:
+        """Return the paired differences between the points that `reference` scored by `metrics`."""
+        return PairedComparer((self._read_resamples,), (self.store,), reference, metrics)
 
     # --- images ---
 

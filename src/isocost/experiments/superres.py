@@ -24,9 +24,9 @@ from isocost.config.model import ModelSpec
 from isocost.data.degradations import check_scale, degrade, encode_enlarged, resize
 from isocost.errors import ConfigError
 from isocost.evaluation.confidence_intervals import Interval
-from isocost.evaluation.evaluator import FeatureCollector, score
+from isocost.evaluation.evaluator import FeatureCollector, Scorer, score
 from isocost.evaluation.feature_store import SampleFeatures, read_sample_features, write_sample_features
-from isocost.evaluation.paired import PairedComparer
+from isocost.evaluation.paired import PairedComparer, PointResamples
 from isocost.evaluation.paired_images import PairedImageMetric, paired_image_metric
 from isocost.evaluation.protocol import Protocol
 from isocost.evaluation.reconstruction import round_trip
@@ -290,26 +290,33 @@ class SuperresExperiment(Experiment):
             title: {metric: interval.value for metric, interval in scores.items()} for title, scores in scores_by_title.items()
         }
 
+    def _baseline_resamples(self, title: str) -> PointResamples:
+        """Return the resamples of a baseline, paired with those of the points."""
+        num_images, metrics = len(self._originals), self.spec.protocol.metrics
+        resamples = Scorer(self._baseline(title), self.reference, metrics, num_images).resamples()
+        return PointResamples(self.reference.protocol.id, num_images, resamples)
+
     def comparer(self) -> PairedComparer:
         """Return the paired differences between points, by the reference set of the task."""
-        return PairedComparer((self.assets.store,), self.reference, self.spec.protocol.metrics)
+        return self.assets.comparer(lambda: self.reference, self.spec.protocol.metrics)
 
     def findings(self, table: pd.DataFrame) -> dict[str, Any]:
         """Compare every size at its best settings with bicubic, and pretrained with from scratch, by paired differences."""
         best = best_per_group(final_points(table, self.metric), self.metric, ["size"]).to_dict("records")
         comparer = self.comparer()
-        features = {row["size"]: comparer.features_of(row["point"]) for row in best if comparer.has_features(row["point"])}
+        found = {row["size"]: comparer.resamples_of(row["point"]) for row in best}
+        resamples = {size: point for size, point in found.items() if point is not None}
         findings: dict[str, Any] = {}
-        bicubic = self._baseline("bicubic")
-        minus_bicubic = {size: _format_intervals(comparer.differences(ours, bicubic)) for size, ours in features.items()}
-        findings["size minus bicubic, at the best settings"] = minus_bicubic | {
-            row["size"]: "its features are in another output folder" for row in best if row["size"] not in features
-        }
-        pairs = [(size, f"{size} {FROM_SCRATCH}") for size in features if f"{size} {FROM_SCRATCH}" in features]
+        if resamples:
+            bicubic = self._baseline_resamples("bicubic")
+            minus_bicubic = {size: _format_intervals(ours.minus(bicubic)) for size, ours in resamples.items()}
+            findings["size minus bicubic, at the best settings"] = minus_bicubic | {
+                size: "its features are in another output folder" for size in found if size not in resamples
+            }
+        pairs = [(size, f"{size} {FROM_SCRATCH}") for size in resamples if f"{size} {FROM_SCRATCH}" in resamples]
         if pairs:
             findings["pretrained minus from scratch"] = {
-                size: _format_intervals(comparer.differences(features[size], features[from_scratch]))
-                for size, from_scratch in pairs
+                size: _format_intervals(resamples[size].minus(resamples[from_scratch])) for size, from_scratch in pairs
             }
         return findings
 

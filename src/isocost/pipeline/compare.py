@@ -1,4 +1,4 @@
-"""Compare the output folders of several studies: one common table, and paired differences where all features are stored."""
+"""Compare the output folders of several studies: one common table, and paired differences where they can be had."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from isocost.analysis.study_comparison import Ranking, concat_studies, rankings
 from isocost.errors import ConfigError
 from isocost.evaluation.paired import PairedComparer
 from isocost.pipeline.compatibility import STUDY_FILE, read_study_file
-from isocost.pipeline.pipeline import Pipeline
+from isocost.pipeline.pipeline import RESULTS_DB_FILE, Pipeline
+from isocost.sweep.results_db import ResultsDB
 from isocost.utils.artifact_store import Store
 
 
@@ -34,8 +35,9 @@ def compare(
 ) -> Compared:
     """Compare the tables that the last reports of several output folders wrote.
 
-    Differences of text2image are paired where every folder still has the features of its points: under one protocol, image i
-    has the same prompt and seed in all studies. Otherwise the differences are those of independent scores, and are marked so.
+    Differences of text2image are paired where the results databases have the resamples of both points, or the folders their
+    features: under one protocol, image i has the same prompt and seed in all studies. Otherwise the differences are those of
+    independent scores, and are marked so.
 
     Args:
         outs: two or more output folders, each with a table.
@@ -59,12 +61,18 @@ class _Unpaired:
 
 
 def _comparer(folders: Sequence[Path], task: str) -> PairedComparer | _Unpaired:
-    """Paired differences against the reference set of the first folder, where every folder has stored features."""
-    stores = tuple(Store(folder) for folder in folders)
-    if task != "text2image" or not all(any((store.root / "point").glob("[!.]*")) for store in stores):
+    """Paired differences, from stored resamples, or from features by the reference set of the first folder."""
+    if task != "text2image":
         return _Unpaired()
-    pipeline = Pipeline(read_study_file(folders[0]), folders[0])
-    return PairedComparer(stores, pipeline.assets.reference, pipeline.study.protocol.metrics)
+    files = [folder / RESULTS_DB_FILE for folder in folders]
+    stored = tuple(ResultsDB(file, keep_tables=True).resamples for file in files if file.is_file())
+    study = read_study_file(folders[0])
+    return PairedComparer(
+        stored,
+        tuple(Store(folder) for folder in folders),
+        lambda: Pipeline(study, folders[0]).assets.reference,
+        study.protocol.metrics,
+    )
 
 
 def _study_names(folders: Sequence[Path]) -> list[str]:

@@ -19,6 +19,7 @@ from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import SOLVERS, solver_coefficients
 from isocost.errors import ConfigError
 from isocost.evaluation.metric_registry import check_metrics, metric_columns, metric_of
+from isocost.evaluation.paired import PointResamples
 from isocost.experiments.base import Experiment, TrainingRun
 from isocost.experiments.distillation import DistillExperiment
 from isocost.experiments.dreambooth import DreamboothExperiment
@@ -91,7 +92,7 @@ class Pipeline:
         self.components = check_compatible(study, self.store)
         self.process = process_info()
         paths = {part: component.path for part, component in self.components.items()}
-        self.assets = StudyAssets(study, self.store, self.process, paths)
+        self.assets = StudyAssets(study, self.store, self.process, paths, self._read_resamples)
         self._results_db: ResultsDB | None = None
 
     def prepare(self) -> None:
@@ -297,6 +298,10 @@ class Pipeline:
         """Digests of the points in the results database; none if it does not exist yet."""
         database = self._existing_results_db()
         return set() if database is None else database.points()
+
+    def _read_resamples(self, point: str) -> PointResamples | None:
+        database = self._existing_results_db()
+        return None if database is None else database.resamples(point)
 
     def _existing_results_db(self) -> ResultsDB | None:
         """The results database where it exists, opened without a change to the output folder."""

@@ -232,7 +232,7 @@ def _predicted_frontier(experiment: Experiment, table: pd.DataFrame) -> dict[str
 
 def _guide_differences(pipeline: Pipeline, experiment: Experiment, table: pd.DataFrame) -> list[list[str | float]]:
     """Return the paired differences that the section on guides shows; none without guides or without stored features."""
-    if not has_guides(table) or not any(pipeline.store.has("point", point) for point in table["point"]):
+    if not has_guides(table):
         return []
     comparer = experiment.comparer()
     if comparer is None:
@@ -253,10 +253,8 @@ class _DifferenceRecorder:
     def difference(self, first: str, second: str, metric: str) -> Interval | None:
         if (first, second) not in self._compared:
             self._compared.add((first, second))
-            if self.comparer.has_features(first) and self.comparer.has_features(second):
-                features = (self.comparer.features_of(point) for point in (first, second))
-                for name, interval in self.comparer.differences(*features).items():
-                    self.differences[first, second, name] = interval
+            for name, interval in self.comparer.differences(first, second).items():
+                self.differences[first, second, name] = interval
         return self.differences.get((first, second, metric))
 
 

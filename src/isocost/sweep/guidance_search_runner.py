@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from isocost.errors import RunError
-from isocost.evaluation.bootstrap import resamples
+from isocost.evaluation.bootstrap import extractors_of, resamples
 from isocost.evaluation.confidence_intervals import percentile_interval
 from isocost.evaluation.metric_registry import metric_of
 from isocost.evaluation.reference_set import ReferenceSet
@@ -115,7 +115,7 @@ class TrialStore:
         if num_nonfinite > MAX_NONFINITE_FRACTION * num_images:
             worst = -np.inf if metric_of(cell.metric).better == "higher" else np.inf
             return np.full(self.reference.protocol.num_bootstrap + 1, worst)
-        features = read_shards(self.store, self.reference, shards)
+        features = read_shards(self.store, extractors_of(cell.metric), shards)
         return resamples(features, num_images, cell.metric, self.reference)
 
 
@@ -153,7 +153,8 @@ def _run_races(worker: Worker, cells: Sequence[SearchCell], done: Callable[[Sear
     running = [chain for chain in chains if chain.start_next()]
     while running:
         shards = {shard.digest: shard for chain in running for shard in chain.shards()}
-        if not worker.generate_shards(list(shards.values()), deadline):
+        extractors = sorted({name for cell in cells for name in extractors_of(cell.metric)})
+        if not worker.generate_shards(list(shards.values()), extractors, deadline):
             return False
         running = [chain for chain in running if chain.advance()]
     return True

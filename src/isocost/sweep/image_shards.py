@@ -82,10 +82,22 @@ class ShardChunk:
 class ShardBuilder:
     """Collects the images of one shard and writes it."""
 
-    def __init__(self, shard: Shard, reference: ReferenceSet, saved_indices: Collection[int]) -> None:
-        """`saved_indices` are the indices of the samples whose images every point saves."""
+    def __init__(
+        self,
+        shard: Shard,
+        reference: ReferenceSet,
+        saved_indices: Collection[int],
+        extractors: Sequence[str] | None = None,
+    ) -> None:
+        """
+        Args:
+            shard: the shard.
+            reference: the reference set.
+            saved_indices: indices of the samples whose images every point saves.
+            extractors: names of the feature extractors to use; None for all of the protocol.
+        """
         self.shard, self.reference, self.saved_indices = shard, reference, saved_indices
-        self.collector = FeatureCollector(reference)
+        self.collector = FeatureCollector(reference, extractors)
         self.images: dict[int, Tensor] = {}
         self.nonfinite: list[int] = []
         self.num_finite = 0
@@ -176,13 +188,14 @@ def merge_shards(
         "peak_memory_mib": max(peaks) / MIB if peaks else None,
     }
     with store.create("point", point.digest, manifest) as folder:
-        write_sample_features(folder, read_shards(store, reference, shards), reference.feature_dtype)
+        samples = read_shards(store, tuple(reference.extractors), shards)
+        write_sample_features(folder, samples, reference.feature_dtype)
         save_file({"images": torch.cat(saved)}, folder / IMAGES)
     _remove(store, shards)
 
 
-def read_shards(store: Store, reference: ReferenceSet, shards: Sequence[Shard]) -> SampleFeatures:
-    """Read and concatenate the features of several shards, in their order.
+def read_shards(store: Store, extractors: tuple[str, ...], shards: Sequence[Shard]) -> SampleFeatures:
+    """Read and concatenate the features of several shards by some extractors, in their order.
 
     Raises:
         RunError: no image is finite.
@@ -190,8 +203,7 @@ def read_shards(store: Store, reference: ReferenceSet, shards: Sequence[Shard]) 
     nonempty = [shard for shard in shards if len(store.manifest("shard", shard.digest)["nonfinite"]) < len(shard.images)]
     if not nonempty:
         raise RunError(f"{shards[0].point.title}: every image contains NaN or inf; lower the guidance or train longer")
-    names = tuple(reference.extractors)
-    return _concatenate([read_sample_features(store.open("shard", shard.digest), names) for shard in nonempty])
+    return _concatenate([read_sample_features(store.open("shard", shard.digest), extractors) for shard in nonempty])
 
 
 def read_images(folder: Path) -> np.ndarray:

@@ -20,6 +20,8 @@ from sqlalchemy.orm import Session
 
 from isocost.errors import ConfigError, RunError
 from isocost.evaluation.confidence_intervals import Interval
+from isocost.evaluation.paired import PointResamples
+from isocost.metrics.arrays import Array
 from isocost.sweep.db import (
     add_missing_columns,
     connect,
@@ -131,6 +133,7 @@ class ResultsDB:
         provenance: Mapping[str, str],
         protocol_parts: Mapping[str, Any],
         vae: Mapping[str, Any] | None = None,
+        resamples: Mapping[str, Array] | None = None,
     ) -> None:
         """Write a point with its scores and its protocol, replace an earlier record of it, and delete its shards.
 
@@ -142,7 +145,9 @@ class ResultsDB:
             provenance: code version, device and the like.
             protocol_parts: see `ProtocolRecord`.
             vae: the columns of `VaeRecord` except `point`; None if the autoencoder has its default settings.
+            resamples: scores of the bootstrap resamples by metric, [1 + R], for paired differences.
         """
+        resampled = resamples or {}
         if vae is not None:
             self._create_vae_table()
 
@@ -160,7 +165,10 @@ class ResultsDB:
                 _take_times(record, earlier)
             session.add(record)
             session.flush()
-            session.add_all(ScoreRecord.from_interval(row["point"], metric, interval) for metric, interval in scores.items())
+            session.add_all(
+                ScoreRecord.from_interval(row["point"], metric, interval, resampled.get(metric))
+                for metric, interval in scores.items()
+            )
             if vae is not None:
                 session.add(VaeRecord(point=row["point"], **vae))
 
@@ -241,6 +249,19 @@ class ResultsDB:
 
         return run_transaction(self.engine, read)
 
+    def resamples(self, point: str) -> PointResamples | None:
+        """Return the bootstrap resamples of a point; None if it is not here, or was scored before version 0.2."""
+
+        def read(session: Session) -> PointResamples | None:
+            row = session.get(PointRecord, point)
+            columns = select(ScoreRecord.metric, ScoreRecord.value, ScoreRecord.resamples).where(
+                ScoreRecord.point == point, ScoreRecord.resamples.is_not(None)
+            )
+            by_metric = {name: ScoreRecord.unpack(value, packed or b"") for name, value, packed in session.execute(columns)}
+            return PointResamples(row.protocol, row.num_images, by_metric) if row is not None and by_metric else None
+
+        return run_transaction(self.engine, read)
+
     def import_from(self, other: ResultsDB) -> int:
         """Copy points with scores and protocols, races and events that are missing here.
 
@@ -316,7 +337,7 @@ class ResultsDB:
             tables = []
             has_vae = inspect(session.connection()).has_table(VaeRecord.__tablename__)
             for record in (PointRecord, ScoreRecord, ProtocolRecord, RaceRecord, *((VaeRecord,) if has_vae else ())):
-                result = session.execute(select(record.__table__))
+                result = session.execute(select(*(column for column in record.__table__.columns if column.name != "resamples")))
                 rows = [tuple(row) for row in result]
                 tables.append(pd.DataFrame.from_records(rows, columns=list(result.keys()), coerce_float=True))
             return tables

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Boolean, Float, ForeignKey, Integer, String, Text
+import numpy as np
+from sqlalchemy import Boolean, Float, ForeignKey, Integer, LargeBinary, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from isocost.evaluation.confidence_intervals import Interval
+from isocost.metrics.arrays import Array
 
 
 class Base(DeclarativeBase):
@@ -78,7 +80,10 @@ class VaeRecord(Base):
 
 
 class ScoreRecord(Base):
-    """One score of a point with its 95 % interval."""
+    """One score of a point with its 95 % interval.
+
+    `resamples` has the scores of the bootstrap resamples minus `value`, float32 [R] in little-endian order, or NULL.
+    """
 
     __tablename__ = "scores"
     point: Mapped[str] = mapped_column(ForeignKey("points.point"), primary_key=True)
@@ -86,10 +91,18 @@ class ScoreRecord(Base):
     value: Mapped[float] = mapped_column(Float)
     low: Mapped[float] = mapped_column(Float)
     high: Mapped[float] = mapped_column(Float)
+    resamples: Mapped[bytes | None] = mapped_column(LargeBinary)
 
     @classmethod
-    def from_interval(cls, point: str, metric: str, interval: Interval) -> ScoreRecord:
-        return cls(point=point, metric=metric, value=interval.value, low=interval.low, high=interval.high)
+    def from_interval(cls, point: str, metric: str, interval: Interval, resamples: Array | None = None) -> ScoreRecord:
+        """Make the record of a score. `resamples` are the scores of the bootstrap resamples, [1 + R]."""
+        packed = None if resamples is None else (resamples[1:] - resamples[0]).astype("<f4").tobytes()
+        return cls(point=point, metric=metric, value=interval.value, low=interval.low, high=interval.high, resamples=packed)
+
+    @staticmethod
+    def unpack(value: float, resamples: bytes) -> Array:
+        """Return the scores of the bootstrap resamples, float64 [1 + R], from the columns `value` and `resamples`."""
+        return value + np.concatenate([[0.0], np.frombuffer(resamples, "<f4").astype(np.float64)])
 
 
 class ProtocolRecord(Base):

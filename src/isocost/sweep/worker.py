@@ -19,7 +19,7 @@ from pathlib import Path
 from isocost.config.sweep import PointSpec
 from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import solver_coefficients
-from isocost.evaluation.evaluator import has_too_few_samples, metric_names, score
+from isocost.evaluation.evaluator import Scorer, has_too_few_samples, metric_names
 from isocost.evaluation.feature_store import read_sample_features
 from isocost.evaluation.reference_set import ReferenceSet
 from isocost.models.autoencoder import Autoencoder, images_per_call
@@ -143,13 +143,17 @@ class Worker:
                 self._wait(shards)
         return True
 
-    def generate_shards(self, shards: Sequence[Shard], deadline: float | None) -> bool:
-        """Generate shards of a search, whose points are not scored; False if the deadline came first."""
+    def generate_shards(self, shards: Sequence[Shard], extractors: Sequence[str], deadline: float | None) -> bool:
+        """Generate shards of a search, whose points are not scored, with the features of some extractors only.
+
+        Returns:
+            False if the deadline came first.
+        """
         missing = list({shard.digest: shard for shard in shards}.values())
         while missing := [shard for shard in missing if not self._exists(shard)]:
             if deadline_passed(deadline):
                 return False
-            if not self._generate(missing, deadline, None):
+            if not self._generate(missing, deadline, None, extractors):
                 self._wait(missing)
         return True
 
@@ -235,10 +239,23 @@ class Worker:
                 missing.append(point)
         return missing
 
-    def _generate(self, shards: Sequence[Shard], deadline: float | None, done: PointCallback | None) -> int:
-        """Generate shards, one stream of requests for each setting of the numerics; finish points only if `done` is given.
+    def _generate(
+        self,
+        shards: Sequence[Shard],
+        deadline: float | None,
+        done: PointCallback | None,
+        extractors: Sequence[str] | None = None,
+    ) -> int:
+        """Generate shards, one stream of requests for each setting of the numerics.
 
-        Returns the number of shards that this worker generated.
+        Args:
+            shards: the shards.
+            deadline: as in `run`.
+            done: called with every point that is recorded; None records no point.
+            extractors: names of the feature extractors to use; None for all of the protocol.
+
+        Returns:
+            The number of shards that this worker generated.
         """
         model, num_generated = self.info.model, 0
         for numerics in sorted({shard.point.spec.numerics for shard in shards}):
@@ -247,7 +264,7 @@ class Worker:
             same_numerics.sort(
                 key=lambda shard: -passes_per_evaluation(shard.point.weights(self.schedule)[0], model.embeds_guidance)
             )
-            num_generated += self._run_stream(same_numerics, deadline, done)
+            num_generated += self._run_stream(same_numerics, deadline, done, extractors)
         return num_generated
 
     def _engine(self, first: Shard, is_single_point: bool) -> Engine:
@@ -309,7 +326,13 @@ class Worker:
             self._stage_times[key] = measure_guide(times, engine, requests, self.now)
         return self._stage_times[key]
 
-    def _run_stream(self, shards: Sequence[Shard], deadline: float | None, done: PointCallback | None) -> int:
+    def _run_stream(
+        self,
+        shards: Sequence[Shard],
+        deadline: float | None,
+        done: PointCallback | None,
+        extractors: Sequence[str] | None,
+    ) -> int:
         acquired = self._acquire(shards, deadline)
         first = next(acquired, None)
         if first is None:
@@ -322,7 +345,7 @@ class Worker:
 
         def requests() -> Iterator[SampleRequest]:
             for shard in itertools.chain([first], acquired):
-                builders[shard.digest] = ShardBuilder(shard, self.reference, frozenset(self.saved_indices))
+                builders[shard.digest] = ShardBuilder(shard, self.reference, frozenset(self.saved_indices), extractors)
                 yield from _requests(shard, self.schedule)
 
         num_generated = 0
@@ -399,7 +422,8 @@ class Worker:
         """Score a merged point and write it to the results database."""
         manifest = self.store.manifest("point", point.digest)
         features = read_sample_features(self.store.open("point", point.digest), tuple(self.reference.extractors))
-        scores = score(features, self.reference, self.metrics)
+        scorer = Scorer(features, self.reference, self.metrics, point.spec.num_images)
+        scores, resamples = scorer.intervals(), scorer.resamples()
         guide = None if point.spec.guide is None else self.guides[point.spec.guide.checkpoint].info
         row = {
             **point.coordinate(),
@@ -416,7 +440,7 @@ class Worker:
             "peak_memory_mib": manifest.get("peak_memory_mib"),
             "has_too_few_samples": has_too_few_samples(point.spec.num_images, self.reference, self.metrics),
         }
-        self.results_db.add_point(row, scores, provenance(), self.reference.protocol.parts, point.vae_columns())
+        self.results_db.add_point(row, scores, provenance(), self.reference.protocol.parts, point.vae_columns(), resamples)
 
 
 def _split_by_shard(batch: GeneratedBatch) -> Iterator[ShardChunk]:
