@@ -190,7 +190,8 @@ def test_work_that_is_asked_for_twice_is_done_once(finished: Path, tmp_path: Pat
     first, second, *_ = job.points
     done: list[SweepPoint] = []
     worker = pipeline._sweeper._worker(run, job)
-    assert worker.generate_shards([*split_into_shards(first, 12), *split_into_shards(first, 12)], list(worker.reference.extractors), None)
+    shards = split_into_shards(first, 12)
+    assert worker.generate_shards([*shards, *shards], list(worker.reference.extractors), None)
     assert worker.run([first, first, second, second], done.append, None)
     pipeline.close()
     assert {point.digest for point in done} == {first.digest, second.digest}
