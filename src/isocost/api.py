@@ -44,8 +44,9 @@ class StudyResult:
     summary: str
 
     def recommend(self, **budgets: Any) -> Recommendation:
-        """The best configuration within the budgets; see `isocost.recommend`."""
-        return recommend(self.results, out=str(self.out), **budgets)
+        """The best configuration within the budgets, by paired decisions; see `isocost.recommend`."""
+        resamples = read_resamples(self.out, budgets.get("metric", "mmd_efficientnet"))
+        return recommend(self.results, out=str(self.out), **{"resamples": resamples, **budgets})
 
     def plot(self, name: str, **options: Any) -> Figure:
         """Draw a figure of the results; see `isocost.plot`."""
@@ -98,12 +99,33 @@ def read_results(out: str | Path, task: str = "text2image") -> pd.DataFrame:
     return read_table(out, task)
 
 
+def read_resamples(out: str | Path, metric: str = "mmd_efficientnet") -> dict[str, np.ndarray]:
+    """The scores of an output folder's points in every bootstrap resample, for paired decisions.
+
+    Args:
+        out: an output folder or an archive.
+        metric: the column of the scores.
+
+    Returns:
+        Point -> float64 [1 + R], where the first value is the score itself; empty without a results database.
+    """
+    from isocost.pipeline.pipeline import RESULTS_DB_FILE
+    from isocost.sweep.results_db import ResultsDB
+
+    file = Path(out) / RESULTS_DB_FILE
+    if not file.is_file():
+        return {}
+    with ResultsDB(file, keep_tables=True) as database:
+        return database.resamples_of_metric(metric, database.points())
+
+
 def recommend(
     results: pd.DataFrame,
     *,
     metric: str = "mmd_efficientnet",
     require: Mapping[str, float] | None = None,
     out: str = "OUT",
+    resamples: Mapping[str, np.ndarray] | None = None,
     **budgets: float,
 ) -> Recommendation:
     """The best configuration by `metric` within all budgets; the first budget breaks ties.
@@ -113,6 +135,7 @@ def recommend(
         metric: the column that decides.
         require: metric -> value that the configuration must reach, in the metric's direction.
         out: the output folder for the command in the answer.
+        resamples: `read_resamples(out, metric)`: the choice between two sizes is then decided by their paired difference.
         **budgets: `nfe`, `gflop`, `ms` or `normalized_cost` per image, `latency_ms`, `images_per_hour`, `memory_gib`.
 
     Raises:
@@ -132,7 +155,7 @@ def recommend(
     if lead is None:
         raise ConfigError("recommend: memory_gib needs a second budget, such as nfe=16")
     others = {name: value for name, value in named.items() if name != lead}
-    return choose(results, lead, named[lead], metric, out, also=others, requirements=require)
+    return choose(results, lead, named[lead], metric, out, also=others, requirements=require, resamples=resamples)
 
 
 def load_checkpoint(

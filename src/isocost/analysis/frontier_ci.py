@@ -1,8 +1,10 @@
 """The cost-quality frontier with confidence bands, the best size at a budget, and the budgets at which the best size changes.
 
-All intervals come from a parametric bootstrap. Each replicate draws every point's score from a normal distribution around the
-observed score, independently of the other points. The standard deviation is the width of the score's 95 % interval divided by
-3.92. All results are computed again for each replicate, including the choices of guidance, steps and solver.
+All intervals come from a bootstrap. If the resamples of all points are stored, they are the replicates: the points share
+noise, prompts and reference images, so their errors are paired. Otherwise the bootstrap is parametric. Each replicate then
+draws every point's score from a normal distribution around the observed score, independently of the other points. The standard
+deviation is the width of the score's 95 % interval divided by 3.92. All results are computed again for each replicate,
+including the choices of guidance, steps and solver.
 
 The minimum of several noisy scores is too optimistic (winner's curse). In a replicate the observed scores act as the truth, so
 the optimism of the selected point is its replicate score minus its observed score. This bias is subtracted from the observed
@@ -13,8 +15,9 @@ For the crossings the sizes are ordered by their number of parameters. For each 
 to a larger size, never back to a smaller one, that optimise the mean score over the logarithm of the budget. Single budgets at
 which noise, or the coarse grid of steps, puts another size ahead therefore change nothing; `against_order` measures them.
 
-Two effects are not included. The points of a study share noise and prompts, so their differences are known better than
-independent replicates suggest, and verdicts err towards undecided. Another training seed would move all points of a size.
+Another training seed would move all points of a size; this effect is not included. Without resamples the noise that points
+share is not included either: differences are then known better than independent replicates suggest, and verdicts err towards
+undecided.
 
 Shapes: N points in rising cost, B budgets at which the frontier may change, S sizes, R bootstrap replicates; row 0 of [1 + R]
 is the estimate itself.
@@ -33,6 +36,7 @@ from numpy.typing import NDArray
 
 from isocost.analysis.costs import COSTS, cost_of, is_measured
 from isocost.analysis.formatting import ROUNDING, format_number, format_score
+from isocost.analysis.paired_decisions import Resamples, joint_replicates
 from isocost.analysis.pareto import BEYOND_DATA_FACTOR
 from isocost.analysis.results_table import final_points, rank_points, sizes_in_order, standard_errors
 from isocost.errors import ConfigError
@@ -199,14 +203,22 @@ class FrontierBands:
         )
 
 
-def frontier_bands(table: pd.DataFrame, cost: str, metric: str, num_replicates: int = 1000, seed: int = 0) -> FrontierBands:
+def frontier_bands(
+    table: pd.DataFrame,
+    cost: str,
+    metric: str,
+    num_replicates: int = 1000,
+    seed: int = 0,
+    resamples: Resamples | None = None,
+) -> FrontierBands:
     """Compute the frontier under a cost, with its confidence bands, the best size at every budget, and the crossings.
 
     Args:
         table: points of one family of models; put few-step students in a separate table.
         cost: a name of `COSTS`.
-        num_replicates: number of bootstrap replicates, R; time and memory grow with it.
-        seed: random seed of the replicates.
+        num_replicates: number of parametric bootstrap replicates, R; time and memory grow with it.
+        seed: random seed of these replicates.
+        resamples: resamples of the points by `metric`; where all points have them, they are the replicates.
 
     Raises:
         ConfigError: there are no final points, the scores cannot be compared, or a cost is not above 0.
@@ -219,9 +231,13 @@ def frontier_bands(table: pd.DataFrame, cost: str, metric: str, num_replicates: 
         )
     sign = 1.0 if metric_of(metric).better == "lower" else -1.0
     values, errors = sign * rows[metric].to_numpy(dtype=float), standard_errors(rows, metric)
-    by_name = np.argsort(rows["point"].to_numpy(dtype=str))  # the same replicates under every cost
-    replicates = np.empty((num_replicates, len(values)))
-    replicates[:, by_name] = draw_replicates(values[by_name], errors[by_name], num_replicates, seed)
+    paired = joint_replicates(rows, metric, resamples or {})
+    if paired is None:
+        by_name = np.argsort(rows["point"].to_numpy(dtype=str))  # the same replicates under every cost
+        replicates = np.empty((num_replicates, len(values)))
+        replicates[:, by_name] = draw_replicates(values[by_name], errors[by_name], num_replicates, seed)
+    else:
+        replicates = paired
     ends = _last_of_equals(costs)
     frontier = corrected_running_minimum(values, replicates)[:, ends]
     low, high = np.quantile(frontier[1:], TAILS, axis=0)
@@ -264,13 +280,16 @@ def frontier_bands(table: pd.DataFrame, cost: str, metric: str, num_replicates: 
     )
 
 
-def format_best_sizes(table: pd.DataFrame, metric: str) -> dict[str, Any]:
-    """Text for a report, by cost: the budgets at which the best size changes, and how often the best size is decided."""
+def format_best_sizes(table: pd.DataFrame, metric: str, resamples: Resamples | None = None) -> dict[str, Any]:
+    """Text for a report, by cost: the budgets at which the best size changes, and how often the best size is decided.
+
+    `resamples` are those of the points by `metric`.
+    """
     texts: dict[str, Any] = {}
     for cost in COSTS.values():
         if not is_measured(table[table["is_final"].astype(bool)], cost.name):
             continue
-        bands = frontier_bands(table, cost.name, metric)
+        bands = frontier_bands(table, cost.name, metric, resamples=resamples)
         crossings = [str(crossing) for crossing in bands.crossings] or [f"{bands.sizes[bands.best[-1]]} at every budget"]
         if bands.against_order > 0:
             crossings.append(f"another size is decidedly best over {bands.against_order:.0%} of the range of budgets")

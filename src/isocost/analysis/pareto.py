@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import pandas as pd
 
 from isocost.analysis.costs import cost_of, format_unmeasured, is_measured
 from isocost.analysis.formatting import ROUNDING, decimal_exponent, format_configuration, format_guidance, format_score
+from isocost.analysis.paired_decisions import PairedDecision, Resamples, decide, decide_together
 from isocost.analysis.results_table import (
     CELL_COLUMNS,
     best_per_group,
@@ -90,11 +91,13 @@ class BudgetChoice:
         num_points: number of points within the budget.
         best: None if the budget is below the cost of every point.
         runner_up: the best configuration of another size; None if no other size fits.
-        undecided: whether the intervals of `best` and `runner_up` overlap, or one of the two has no interval.
+        undecided: whether the paired decision does not separate `best` and `runner_up`. Without one: whether their intervals
+            overlap, or one of the two has no interval.
         beyond_data: whether the budget exceeds the cost of the most expensive point by more than 10 %, so that a still more
             expensive configuration could be better.
         cheapest: of all points, whether they fit or not.
         most_expensive: of all points, whether they fit or not.
+        decision: the paired difference between the sizes of `best` and `runner_up`; None without resamples of all their points.
     """
 
     budget: float
@@ -107,6 +110,7 @@ class BudgetChoice:
     beyond_data: bool
     cheapest: Configuration
     most_expensive: Configuration
+    decision: PairedDecision | None = None
 
 
 def best_guidance(table: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -131,15 +135,24 @@ def pareto(table: pd.DataFrame, cost: str, metric: str) -> pd.DataFrame:
 
 
 def best_at_budgets(
-    table: pd.DataFrame, cost: str, metric: str, budgets: Iterable[float], points: Collection[str] | None = None
+    table: pd.DataFrame,
+    cost: str,
+    metric: str,
+    budgets: Iterable[float],
+    points: Collection[str] | None = None,
+    resamples: Resamples | None = None,
 ) -> list[BudgetChoice]:
     """For each budget the best configuration within it, and the best one of any other size.
+
+    With resamples, the paired difference decides between the two sizes, and the choices of all budgets are judged together
+    (`decide_together`).
 
     Args:
         cost: a name of `COSTS`.
         budgets: in the unit of that cost.
         points: digests of the points that may be chosen; None for all. The other points still count for `cheapest`,
             `most_expensive` and the boundaries of guidance.
+        resamples: the resamples of the points by `metric`.
 
     Returns:
         One choice per budget, in the same order.
@@ -171,9 +184,28 @@ def best_at_budgets(
                 beyond_data=budget > most_expensive.cost * BEYOND_DATA_FACTOR,
                 cheapest=cheapest,
                 most_expensive=most_expensive,
+                decision=_decide(within, best, runner_up, metric, resamples),
             )
         )
-    return choices
+    decisions = decide_together([choice.decision for choice in choices])
+    return [
+        choice if decision is None else replace(choice, decision=decision, undecided=not decision.is_decided)
+        for choice, decision in zip(choices, decisions, strict=True)
+    ]
+
+
+def _decide(
+    within: pd.DataFrame,
+    best: Configuration | None,
+    runner_up: Configuration | None,
+    metric: str,
+    resamples: Resamples | None,
+) -> PairedDecision | None:
+    """The paired difference between the size of the best point and the size of the runner-up, within a budget."""
+    if best is None or runner_up is None or not resamples:
+        return None
+    first, second = (within[within["size"] == configuration.size] for configuration in (best, runner_up))
+    return decide(first, second, metric, resamples)
 
 
 def intervals_overlap(first: Configuration, second: Configuration) -> bool:

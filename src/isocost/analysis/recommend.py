@@ -21,15 +21,19 @@ from isocost.analysis.constraints import (
     make_constraints,
 )
 from isocost.analysis.costs import cost_of
-from isocost.analysis.formatting import format_metric
-from isocost.analysis.pareto import BudgetChoice, Configuration, best_at_budgets, intervals_overlap
+from isocost.analysis.formatting import format_metric, format_score
+from isocost.analysis.paired_decisions import Resamples
+from isocost.analysis.pareto import BudgetChoice, Configuration, best_at_budgets
 from isocost.analysis.results_table import final_points, rank_points
 from isocost.analysis.timings import TIME_COLUMN, format_sweep_timings
 from isocost.errors import ConfigError
+from isocost.evaluation.confidence_intervals import Interval
 from isocost.evaluation.metric_registry import metric_of
 
 SOLVER_OPTIONS = {"eta": "--eta", "offset": "--steps-offset"}
 """Options of `isocost sample` for the parts of a solver's label."""
+
+MAX_NAMED_IMAGES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class Recommendation:
         cost: cost of the first budget, which breaks ties.
         value: the score; `interval` is its 95 % interval, None without one.
         runner_up: the best configuration of another size; None if none meets the constraints.
-        decided: whether the intervals of the two do not overlap; True if there is no runner-up.
+        decided: whether the paired difference of the two sizes, or without resamples their separate intervals, decide; True if
+            there is no runner-up.
+        difference: the paired difference between the two sizes, value and 95 % interval; None without resamples.
         reason: the recommendation as a sentence.
         limits: every budget and requirement, with the value of the configuration.
         command: a command line that samples with the configuration.
@@ -55,6 +61,7 @@ class Recommendation:
     interval: tuple[float, float] | None
     runner_up: Configuration | None
     decided: bool
+    difference: Interval | None
     reason: str
     notes: tuple[str, ...]
     limits: tuple[ConstraintStatus, ...]
@@ -86,6 +93,7 @@ def recommend(
     *,
     also: Mapping[str, float] | None = None,
     requirements: Mapping[str, float] | None = None,
+    resamples: Resamples | None = None,
 ) -> Recommendation:
     """Choose the best configuration by `metric` among those that meet every budget and every requirement.
 
@@ -97,6 +105,7 @@ def recommend(
         out: output folder of the study, for the command line.
         also: further budgets, name -> value; `memory_gib` needs the column `peak_memory_mib`.
         requirements: metric -> value that the score must equal or better.
+        resamples: resamples of the points by `metric`, for a paired decision.
 
     Raises:
         ConfigError: no point meets all constraints (the message names the nearest one), or a constraint is invalid.
@@ -108,7 +117,8 @@ def recommend(
     is_feasible = feasible(rows, constraints)
     if not is_feasible.any():
         raise ConfigError(explain_infeasible(rows, constraints))
-    (choice,) = best_at_budgets(table, lead.column, metric, [lead.bound], points=set(rows.loc[is_feasible, "point"]))
+    allowed = set(rows.loc[is_feasible, "point"])
+    (choice,) = best_at_budgets(table, lead.column, metric, [lead.bound], allowed, resamples)
     best = choice.best
     assert best is not None, "at least one point is feasible"
     row = rows[rows["point"] == best.point].iloc[0]
@@ -121,6 +131,7 @@ def recommend(
         interval=None if best.low is None or best.high is None else (best.low, best.high),
         runner_up=choice.runner_up,
         decided=not choice.undecided,
+        difference=None if choice.decision is None else choice.decision.difference,
         reason=_format_reason(choice, best, format_constraints(constraints)),
         notes=(*_notes(choice, best, _other_budgets_bind(rows, constraints)), *_constraint_notes(rows, row, constraints)),
         limits=constraint_status(row, constraints),
@@ -142,7 +153,7 @@ def describe_choice(choice: BudgetChoice, noun: str = "size") -> RecommendationT
     if choice.runner_up is None:
         verdict = f"no other {noun} fits"
     else:
-        tail = f"; {_format_undecided(choice.best, choice.runner_up)}" if choice.undecided else ""
+        tail = f"; {format_verdict(choice)}" if choice.undecided or choice.decision is not None else ""
         verdict = f"runner-up {choice.runner_up} with {choice.runner_up.score}{tail}"
     notes = _notes(choice, choice.best, noun=noun)
     return RecommendationText(lead, str(choice.best), score, verdict, notes, decided=not choice.undecided)
@@ -202,14 +213,31 @@ def _format_reason(choice: BudgetChoice, best: Configuration, constraints: str) 
     runner_up = choice.runner_up
     if runner_up is None:
         return f"{text}; no other size fits."
-    verdict = _format_undecided(best, runner_up) if choice.undecided else "decided, the intervals do not overlap"
-    return f"{text}; the best configuration of another size, {runner_up}, has {runner_up.score}: {verdict}."
+    return f"{text}; the best configuration of another size, {runner_up}, has {runner_up.score}: {format_verdict(choice)}."
 
 
-def _format_undecided(best: Configuration, runner_up: Configuration) -> str:
+def format_verdict(choice: BudgetChoice) -> str:
+    """Whether the best size is decided, and why: "decided, paired difference -0.16 [-0.22, -0.1]"."""
+    best, runner_up, decision = choice.best, choice.runner_up, choice.decision
+    if best is None or runner_up is None:
+        return ""
+    if decision is not None:
+        difference = decision.difference
+        text = f"paired difference {format_score(difference.value, difference.low, difference.high)}"
+        if decision.is_decided:
+            return f"decided, {text}"
+        return f"undecided, {text}; {_format_images(decision.num_images)}"
+    if not choice.undecided:
+        return "decided, the intervals do not overlap"
     has_intervals = None not in (best.low, best.high, runner_up.low, runner_up.high)
-    overlap = intervals_overlap(best, runner_up) and has_intervals
-    return "undecided, the intervals overlap" if overlap else "undecided, an interval is missing"
+    return "undecided, the intervals overlap" if has_intervals else "undecided, an interval is missing"
+
+
+def _format_images(num_images: int) -> str:
+    if num_images > MAX_NAMED_IMAGES:
+        return f"more than {MAX_NAMED_IMAGES:,} images per point would be needed"
+    rounded = math.ceil(num_images / (unit := 10 ** max(len(str(num_images)) - 2, 0))) * unit
+    return f"about {rounded:,} images per point would decide it"
 
 
 def _notes(choice: BudgetChoice, best: Configuration, other_budgets_bind: bool = False, noun: str = "size") -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -342,7 +342,14 @@ def recommend(
     folder = "OUT" if out is None else str(out)
     requirement_values = _parse_requirements(requirements)
     recommendation = recommend_configuration(
-        table, lead, limits[lead], metric, folder, also=also, requirements=requirement_values
+        table,
+        lead,
+        limits[lead],
+        metric,
+        folder,
+        also=also,
+        requirements=requirement_values,
+        resamples=_read_resamples(out, results_db, metric, table),
     )
     for line in (recommendation.reason, *(f"note: {note}" for note in recommendation.notes), recommendation.command):
         print(line, file=sys.stderr)
@@ -366,6 +373,17 @@ def _read_points(out: Path | None, results_db: str | None, task: str, protocol: 
             f"--database {results_db}: no such file; give the results.sqlite of an output folder, or the URL of a database"
         )
     return of_task(ResultsDB(results_db, keep_tables=True).table(), task, protocol)
+
+
+def _read_resamples(out: Path | None, results_db: str | None, metric: str, table: Any) -> Mapping[str, Any]:
+    """The bootstrap resamples of the points in a table, from the results database of the folder or the given one."""
+    from isocost.pipeline.pipeline import RESULTS_DB_FILE
+    from isocost.sweep.results_db import ResultsDB
+
+    address = results_db if results_db is not None or out is None else out / RESULTS_DB_FILE
+    if address is None or (isinstance(address, Path) and not address.is_file()):
+        return {}
+    return ResultsDB(address, keep_tables=True).resamples_of_metric(metric, table["point"])
 
 
 def _parse_requirements(items: list[str] | None) -> dict[str, float]:

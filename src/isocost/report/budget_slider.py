@@ -1,7 +1,7 @@
 """The positions of the budget slider: for every cost, the budgets at which the best configuration changes.
 
-A position is valid from its budget up to the next one. The choices come from `isocost.analysis.pareto.best_at_budgets`, so the
-slider agrees with `isocost recommend`.
+A position is valid from its budget up to the next one. The choices come from `isocost.analysis.pareto.best_at_budgets`, as
+those of `isocost recommend` do. Paired decisions at all positions of a cost are judged together.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pandas as pd
 
 from isocost.analysis.costs import COSTS
 from isocost.analysis.formatting import ROUNDING, format_metric, format_number, format_score
+from isocost.analysis.paired_decisions import Resamples
 from isocost.analysis.pareto import BudgetChoice, Configuration, best_at_budgets
 from isocost.analysis.recommend import describe_choice, sample_command
 from isocost.analysis.results_table import final_points, rank_points
@@ -27,8 +28,11 @@ from isocost.report.scope import TRAINED, Scope
 NOT_RECORDED = "not recorded"
 
 
-def slider_values(table: pd.DataFrame, metric: str, cost: str) -> list[BudgetChoice]:
+def slider_values(table: pd.DataFrame, metric: str, cost: str, resamples: Resamples | None = None) -> list[BudgetChoice]:
     """Return the choice at every budget where the best configuration or its runner-up changes, in order of cost.
+
+    Args:
+        resamples: resamples of the points by `metric`, for paired decisions.
 
     Raises:
         ConfigError: no final point has the metric and the cost.
@@ -50,17 +54,22 @@ def slider_values(table: pd.DataFrame, metric: str, cost: str) -> list[BudgetCho
             budgets.append(float(costs[by_cost[start]]))
             previous = top_two
         start = int(ends[start])
-    return best_at_budgets(table, cost, metric, budgets)
+    return best_at_budgets(table, cost, metric, budgets, resamples=resamples)
 
 
 def budget_slider(
-    table: pd.DataFrame, metric: str, points_with_images: Collection[str], scope: Scope = TRAINED
+    table: pd.DataFrame,
+    metric: str,
+    points_with_images: Collection[str],
+    scope: Scope = TRAINED,
+    resamples: Resamples | None = None,
 ) -> dict[str, Any]:
     """Return the data of the slider as plain values: `axes`, one per cost with its positions, and `configurations` by point.
 
     Args:
         points_with_images: points whose images the page can show.
         scope: gives the order of the costs and the word for one network.
+        resamples: resamples of the points by `metric`, for paired decisions.
 
     Raises:
         ConfigError: no final point has the metric.
@@ -69,7 +78,7 @@ def budget_slider(
     axes: list[dict[str, Any]] = []
     shown: dict[str, Configuration] = {}
     for cost in costs_in(table, scope):
-        choices = slider_values(table, metric, cost)
+        choices = slider_values(table, metric, cost, resamples)
         timed_by_sweep = format_sweep_timings(final_points(table, metric, cost)) if cost == TIME_COLUMN else None
         values = [_slider_value(choice, scope, timed_by_sweep) for choice in choices]
         axes.append({"cost": cost, **_axis_labels(cost), "values": values})

@@ -17,6 +17,7 @@ from isocost.analysis.frontier_ci import format_best_sizes
 from isocost.analysis.guides import has_guides
 from isocost.analysis.iso_cost import RecordedDifferences
 from isocost.analysis.joint_scaling_law import predict_held_out
+from isocost.analysis.paired_decisions import Resamples
 from isocost.analysis.pareto import default_budgets
 from isocost.analysis.power_laws import MIN_POINTS
 from isocost.analysis.results_table import best_per_group, final_points
@@ -160,10 +161,12 @@ def _report_data(
     baselines = experiment.baselines
     scope = checkpoint_scope(table) if study.checkpoints else TRAINED
     missing = [title for title in TITLES.values() if title not in other_pages and title != TITLES[task]]
+    final_digests = table.loc[table["is_final"].astype(bool), "point"]
+    resamples = pipeline.results_db.resamples_of_metric(experiment.metric, final_digests)
     page = Page(
         study_name=study.name if task == "text2image" else f"{study.name}, {TITLES[task]}",
         metric=experiment.metric,
-        provenance=_provenance(pipeline, experiment, table, scope),
+        provenance=_provenance(pipeline, experiment, table, scope, resamples),
         reconstruction_floors=next(iter(baselines.values())),
         prompts=experiment.sample_labels,
         budgets=(list(study.report.budgets) if task == "text2image" else []) or default_budgets(table, scope.budget_cost),
@@ -176,6 +179,7 @@ def _report_data(
         pretrained=pretrained,
         scope=scope,
         differences=_guide_differences(pipeline, experiment, table),
+        resamples=resamples,
     )
     return page, table, samples
 
@@ -211,10 +215,10 @@ def _has_one_family(table: pd.DataFrame) -> bool:
     return set(table["task"].fillna("text2image")) == {"text2image"}
 
 
-def _best_size_by_budget(experiment: Experiment, table: pd.DataFrame) -> dict[str, Any] | str:
+def _best_size_by_budget(experiment: Experiment, table: pd.DataFrame, resamples: Resamples) -> dict[str, Any] | str:
     """Return the budgets at which the best size changes, with confidence bands, under every cost."""
     try:
-        return format_best_sizes(table, experiment.metric)
+        return format_best_sizes(table, experiment.metric, resamples)
     except ConfigError as error:
         return str(error)
 
@@ -277,7 +281,9 @@ class SavedImages(Mapping[str, np.ndarray]):
         return len(self.points)
 
 
-def _provenance(pipeline: Pipeline, experiment: Experiment, table: pd.DataFrame, scope: Scope) -> dict[str, Any]:
+def _provenance(
+    pipeline: Pipeline, experiment: Experiment, table: pd.DataFrame, scope: Scope, resamples: Resamples
+) -> dict[str, Any]:
     assets = pipeline.assets
     skipped = [event for event in pipeline.results_db.events() if event["stage"].startswith("data.")]
     num_flagged = int(table["has_too_few_samples"].sum())
@@ -288,7 +294,7 @@ def _provenance(pipeline: Pipeline, experiment: Experiment, table: pd.DataFrame,
         "autoencoder": {"digest": assets.autoencoder_digest, "latent shape": " x ".join(map(str, assets.latent_shape))},
         **{BASELINES[title]: _rounded(scores) for title, scores in experiment.baselines.items()},
         **({"quality against training compute": _scaling_laws(experiment, table)} if scope.trained else {}),
-        **({"best size by budget": _best_size_by_budget(experiment, table)} if is_family else {}),
+        **({"best size by budget": _best_size_by_budget(experiment, table, resamples)} if is_family else {}),
         **({"predicted frontier of the largest size": _predicted_frontier(experiment, table)} if is_family else {}),
         **{label: note for column, label in TIME_LABELS.items() if (note := format_excluded_timings(table, column))},
         "images skipped": len(skipped),

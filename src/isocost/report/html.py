@@ -28,6 +28,7 @@ from isocost.analysis.costs import COSTS, expected_costs, is_measured
 from isocost.analysis.formatting import format_metric, format_number
 from isocost.analysis.guides import has_guides
 from isocost.analysis.iso_cost import PairedDifferences, RecordedDifferences
+from isocost.analysis.paired_decisions import Resamples
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets, default_budgets, metric_of
 from isocost.analysis.recommend import describe_choice
 from isocost.analysis.results_table import replaced_schedulers, with_metric
@@ -84,6 +85,7 @@ def write_report(
     figure_formats: Sequence[str] = ("png",),
     scope: Scope = TRAINED,
     pairs: PairedDifferences | None = None,
+    resamples: Resamples | None = None,
 ) -> Path:
     """Write `index.html` and `figures/` (`isocost.report.figures`) into `folder` and return the path of the page.
 
@@ -109,6 +111,7 @@ def write_report(
             removed, because they may show old points.
         scope: whether the study trained the networks, and the cost of the budgets.
         pairs: paired differences for the section on guides; without them the scores are treated as independent.
+        resamples: resamples of the points by `metric`, for paired decisions between sizes.
 
     Raises:
         ConfigError: the points cannot be compared (they differ in protocol, number of images or seed).
@@ -124,7 +127,8 @@ def write_report(
         return {"floor_label": floor_label, "reference_lines": lines}
 
     budgets = list(budgets) or try_make(lambda: default_budgets(table, cost))
-    choices = budgets if isinstance(budgets, Unavailable) else try_make(best_at_budgets, table, cost, metric, budgets)
+    choose = partial(best_at_budgets, table, cost, metric, resamples=resamples)
+    choices = budgets if isinstance(budgets, Unavailable) else try_make(choose, budgets)
     grid_budgets = [] if isinstance(budgets, Unavailable) else budgets
     comparison_rows = comparison_rows or {}
     makers = all_figures(
@@ -133,7 +137,7 @@ def write_report(
     figures = FigureFiles(folder / FIGURES, makers, figure_formats)
     finetune = finetune_charts(table, metric, reconstruction_floors, curve_options, pretrained)
     grids = try_make(_image_grids, table, metric, samples, prompts, grid_budgets, cost)
-    slider = try_make(budget_slider, table, metric, set(samples), scope)
+    slider = try_make(budget_slider, table, metric, set(samples), scope, resamples)
     images = _embed_shown_images(choices, slider, grids, samples, prompts, comparison_rows)
     page = (
         _environment()
@@ -147,6 +151,7 @@ def write_report(
             answers=choices
             if isinstance(choices, Unavailable)
             else [describe_choice(choice, scope.noun) for choice in choices],
+            is_paired=not isinstance(choices, Unavailable) and any(choice.decision is not None for choice in choices),
             headline=None if isinstance(choices, Unavailable) else headline(choices, scope.noun),
             scope=scope,
             budget_unit="units" if cost == PAPER_COST else COSTS[cost].label,

@@ -15,8 +15,9 @@ from isocost.analysis.costs import COSTS, cost_of, expected_costs, is_measured
 from isocost.analysis.formatting import format_metric, format_number, format_row, format_score
 from isocost.analysis.guides import has_guides
 from isocost.analysis.iso_cost import PairedDifferences, RecordedDifferences
+from isocost.analysis.paired_decisions import Resamples
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets, default_budgets, metric_of, pareto
-from isocost.analysis.recommend import describe_choice, sample_command
+from isocost.analysis.recommend import describe_choice, format_verdict, sample_command
 from isocost.analysis.results_table import final_points, replaced_schedulers, sizes_in_order, with_metric
 from isocost.errors import ConfigError
 from isocost.report.guides_section import guide_section
@@ -40,6 +41,7 @@ def markdown_summary(
     missing_experiments: Sequence[str] = (),
     scope: Scope = TRAINED,
     pairs: PairedDifferences | None = None,
+    resamples: Resamples | None = None,
 ) -> str:
     """Return the best configuration at each budget, the frontier, the data behind it, what is not included, and next commands.
 
@@ -55,13 +57,15 @@ def markdown_summary(
         missing_experiments: titles of experiments that the study does not have.
         scope: whether the study trained the networks, and the cost of the budgets.
         pairs: paired differences for the section on guides; without them the scores are treated as independent.
+        resamples: resamples of the points by `metric`, for paired decisions between sizes.
 
     Raises:
         ConfigError: the points cannot be compared (they differ in protocol, number of images or seed).
     """
     rows, cost = with_metric(table, metric), scope.budget_cost
     try:
-        choices = best_at_budgets(table, cost, metric, list(budgets) or default_budgets(table, cost))
+        named_budgets = list(budgets) or default_budgets(table, cost)
+        choices = best_at_budgets(table, cost, metric, named_budgets, resamples=resamples)
     except ConfigError as error:
         choices, lines = [], [f"**{escape_markdown(study_name)}**: No answer yet: {escape_markdown(str(error))}."]
     else:
@@ -92,7 +96,8 @@ def markdown_summary(
 def headline(choices: Sequence[BudgetChoice], noun: str = "size") -> str:
     """Return one sentence about all budgets: whether the best size changes, and how many choices are decided.
 
-    A choice is decided if the best and the second-best size both have intervals, and these do not overlap.
+    A choice is decided by the paired difference of the two sizes. Without resamples it is decided if the best and the
+    second-best size both have intervals, and these do not overlap.
 
     Args:
         choices: one per budget.
@@ -134,6 +139,8 @@ def _format_choices(choices: Sequence[BudgetChoice], metric: str, scope: Scope) 
         best_cells = ("nothing fits", "") if best is None else (escape_markdown(str(best)), best.score)
         runner_up_cell = "none fits" if runner_up is None else f"{escape_markdown(str(runner_up))}: {runner_up.score}"
         verdict = "" if runner_up is None else "undecided" if choice.undecided else "decided"
+        if choice.decision is not None:
+            verdict = format_verdict(choice)
         lines.append(_table_row(format_number(choice.budget), *best_cells, runner_up_cell, verdict))
     return [f"Budgets in {cost_of(scope.budget_cost).unit}:", "", *lines]
 

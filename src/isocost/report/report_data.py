@@ -22,10 +22,13 @@ from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from isocost.analysis.claims import ClaimVerdict, TaskResults, evaluate_claims, with_seed_variance
 from isocost.analysis.iso_cost import RecordedDifferences
+from isocost.analysis.paired_decisions import Resamples
 from isocost.analysis.paper_claims import CLAIMS
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets
 from isocost.analysis.results_table import REPORT_DATA, read_table, shared_final_points, table_file
@@ -39,8 +42,10 @@ from isocost.report.plot_data_finetune import Pretrained
 from isocost.report.scope import TRAINED, Scope
 from isocost.utils.artifact_store import replace_folder, replacing, write_atomically
 from isocost.utils.output_paths import private_folder
+from isocost.utils.tensor_files import read_tensors
 
 PAGE, IMAGES, COMPARISON_ROWS, PRETRAINED = "page.json", "images", "comparison_rows", "pretrained.parquet"
+RESAMPLES = "resamples.safetensors"
 IMAGE_ROW_SUFFIXES = (".webp", ".png")
 WEBP_MAX_SIDE = 16383
 """The largest width and height of a WebP image in pixels."""
@@ -71,7 +76,8 @@ class Report:
 class Page:
     """The contents of a page, without the table and the images of the points; see `isocost.report.html.write_report`.
 
-    The fields are the keys of page.json. `differences` are the rows of `isocost.analysis.iso_cost.RecordedDifferences`.
+    The fields are the keys of page.json. `differences` are the rows of `isocost.analysis.iso_cost.RecordedDifferences`, and
+    `resamples` those of the final points by `metric`, in a file of their own.
     """
 
     study_name: str
@@ -89,6 +95,7 @@ class Page:
     pretrained: Pretrained | None = None
     scope: Scope = TRAINED
     differences: Sequence[Sequence[Any]] = ()
+    resamples: Resamples = field(default_factory=dict)
 
 
 ReportData = tuple[Page, pd.DataFrame, Mapping[str, np.ndarray]]
@@ -200,13 +207,23 @@ def _write_task_report(
         figure_formats,
         page.scope,
         pairs,
+        page.resamples,
     )
     floor = page.reconstruction_floors.get(page.metric)
     summary = markdown_summary(
-        table, page.metric, page.study_name, page.budgets, floor, page.floor_label, page.missing_experiments, page.scope, pairs
+        table,
+        page.metric,
+        page.study_name,
+        page.budgets,
+        floor,
+        page.floor_label,
+        page.missing_experiments,
+        page.scope,
+        pairs,
+        page.resamples,
     )
     write_atomically(folder / "summary.md", summary)
-    choices = best_at_budgets(table, page.scope.budget_cost, page.metric, page.budgets)
+    choices = best_at_budgets(table, page.scope.budget_cost, page.metric, page.budgets, resamples=page.resamples)
     return Report(page_file, table, choices, summary, scope=page.scope)
 
 
@@ -253,7 +270,7 @@ class LazyImages(Mapping[str, np.ndarray]):
 
 def _save_page(folder: Path, page: Page) -> None:
     folder.mkdir()
-    separate = ("comparison_rows", "pretrained", "scope", "differences")
+    separate = ("comparison_rows", "pretrained", "scope", "differences", "resamples")
     contents = {name: value for name, value in vars(page).items() if name not in separate}
     if page.scope != TRAINED:
         contents["scope"] = vars(page.scope)
@@ -264,6 +281,8 @@ def _save_page(folder: Path, page: Page) -> None:
     if page.pretrained is not None:
         contents["pretrained"] = {"task": page.pretrained.task, "metric": page.pretrained.metric}
         page.pretrained.table.to_parquet(folder / PRETRAINED, index=False, compression="zstd")
+    if page.resamples:
+        save_file({point: torch.from_numpy(values) for point, values in page.resamples.items()}, folder / RESAMPLES)
     (folder / COMPARISON_ROWS).mkdir()
     for number, images in enumerate(page.comparison_rows.values()):
         write_image_row(folder / COMPARISON_ROWS, str(number), images)
@@ -279,9 +298,15 @@ def _load_page(folder: Path) -> Page:
         if pretrained is not None:
             pretrained = Pretrained(pretrained["task"], pd.read_parquet(folder / PRETRAINED), pretrained["metric"])
         scope = Scope(**contents.get("scope", {}))
-        return Page(**{**contents, "comparison_rows": comparison_rows, "pretrained": pretrained, "scope": scope})
+        separate = {"comparison_rows": comparison_rows, "pretrained": pretrained, "scope": scope}
+        return Page(**{**contents, **separate, "resamples": _load_resamples(folder)})
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{folder}: the report data is damaged ({error}); write the report of the study again") from error
+
+
+def _load_resamples(folder: Path) -> dict[str, np.ndarray]:
+    file = folder / RESAMPLES
+    return {point: values.numpy() for point, values in read_tensors(file).items()} if file.is_file() else {}
 
 
 def write_image_row(folder: Path, name: str, images: np.ndarray) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -259,6 +259,19 @@ class ResultsDB:
             )
             by_metric = {name: ScoreRecord.unpack(value, packed or b"") for name, value, packed in session.execute(columns)}
             return PointResamples(row.protocol, row.num_images, by_metric) if row is not None and by_metric else None
+
+        return run_transaction(self.engine, read)
+
+    def resamples_of_metric(self, metric: str, points: Iterable[str]) -> dict[str, Array]:
+        """Return the bootstrap resamples by one metric, float64 [1 + R], of those of the points that have them."""
+        wanted = set(points)
+        columns = select(ScoreRecord.point, ScoreRecord.value, ScoreRecord.resamples).where(
+            ScoreRecord.metric == metric, ScoreRecord.resamples.is_not(None)
+        )
+
+        def read(session: Session) -> dict[str, Array]:
+            rows = session.execute(columns.order_by(ScoreRecord.point))
+            return {point: ScoreRecord.unpack(value, packed or b"") for point, value, packed in rows if point in wanted}
 
         return run_transaction(self.engine, read)
 
