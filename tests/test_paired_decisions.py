@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,17 @@ def test_an_undecided_choice_names_the_images_that_would_decide_it() -> None:
     text = str(describe_choice(choice))
     assert "undecided, paired difference" in text
     assert "images per point would" in text
+
+
+def test_a_choice_that_only_the_other_budgets_leave_undecided_says_so() -> None:
+    table, resamples = table_with_resamples()
+    (choice,) = best_at_budgets(table, "normalized_cost", KERNEL, [3], resamples=resamples)
+    assert choice.decision is not None
+    assert not choice.undecided
+    rejected = replace(choice, decision=replace(choice.decision, is_decided=False), undecided=True)
+    text = str(describe_choice(rejected))
+    assert "; undecided among all budgets together, paired difference -0.0" in text
+    assert "images per point" not in text
 
 
 def test_choices_that_are_judged_together_are_decided_no_more_often() -> None:

@@ -226,6 +226,8 @@ def format_verdict(choice: BudgetChoice) -> str:
         text = f"paired difference {format_score(difference.value, difference.low, difference.high)}"
         if decision.is_decided:
             return f"decided, {text}"
+        if difference.low > 0 or difference.high < 0:
+            return f"undecided among all budgets together, {text}"
         return f"undecided, {text}; {_format_images(decision.num_images)}"
     if not choice.undecided:
         return "decided, the intervals do not overlap"
