@@ -29,7 +29,6 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from isocost.config.base import parse_spec
 from isocost.config.study import StudySpec
-from isocost.evaluation.paired import PairedComparer
 from isocost.metrics.efficientnet import EfficientNetLite0
 from isocost.models.export_diffusers import export
 from isocost.pipeline.pipeline import Pipeline
@@ -167,7 +166,8 @@ def agrees(pipeline: Pipeline, num_steps: int, race_guidance: float, grid_guidan
         return True
     (run,) = pipeline.runs
     digests = {point.spec.guidance: point.digest for point in pipeline.points(run) if point.spec.num_steps == num_steps}
-    comparer = PairedComparer((pipeline.store,), pipeline.assets.reference, pipeline.study.protocol.metrics)
+    comparer = pipeline.experiments["text2image"].comparer()
+    assert comparer is not None
     difference = comparer.difference(digests[nearest], digests[grid_guidance], METRIC)
     return difference is not None and difference.low <= 0
 

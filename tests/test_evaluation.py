@@ -20,6 +20,7 @@ from isocost.config.data import ScenesSource
 from isocost.config.evaluation import MIN_IMAGES, ProtocolSpec
 from isocost.data.latent_cache import ImageDataset, load_images
 from isocost.errors import ConfigError
+from isocost.evaluation.bootstrap import extractors_of
 from isocost.evaluation.confidence_intervals import paired_kernel_difference, percentile_interval
 from isocost.evaluation.evaluator import FeatureCollector, Scorer, frechet_is_biased, score
 from isocost.evaluation.feature_store import SampleFeatures
@@ -154,6 +155,19 @@ def test_a_collector_uses_only_the_requested_extractors(real: ImageDataset, gene
         assert set(samples.features) == expected
         assert samples.ids is not None
         assert samples.ids.tolist() == [1, 3]
+
+
+def test_a_race_names_a_metric_that_it_cannot_use(thumbnails: ReferenceSet) -> None:
+    assert extractors_of("mmd_efficientnet", thumbnails) == (LITE,)
+    assert extractors_of("alignment", thumbnails) == ()
+    for metric, message in (
+        ("precision_efficientnet", "has no paired resamples"),
+        ("fid_infinity", "has no paired resamples"),
+        ("clip_i", "has no paired resamples"),
+        ("kid", "the protocol does not measure it"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            extractors_of(metric, thumbnails)
 
 
 def test_features_are_in_the_order_of_image_ids(thumbnails: ReferenceSet, generated: Tensor) -> None:

@@ -104,11 +104,39 @@ def test_the_estimated_number_of_images_decides() -> None:
     decision = decide(first, second, KERNEL, resamples)
     assert decision is not None
     assert not decision.is_decided
+    assert decision.num_images is not None
     shrink = np.sqrt(1000 / decision.num_images)
     closer = {name: values[0] + shrink * (values - values[0]) for name, values in resamples.items()}
     at_estimate = decide(first, second, KERNEL, closer)
     assert at_estimate is not None
     assert at_estimate.p_value == pytest.approx(0.05, abs=0.02)
+
+
+def test_a_best_point_that_is_only_lucky_is_not_decided() -> None:
+    """The best of twelve noisy points looks better than one exact point; corrected for the selection it is worse."""
+    generator = np.random.default_rng(0)
+    first = pd.DataFrame({"point": [f"a{i}" for i in range(12)], KERNEL: np.linspace(1.0, 1.055, 12), "num_images": 1000})
+    second = pd.DataFrame({"point": ["b"], KERNEL: [1.001], "num_images": 1000})
+    errors = {**dict.fromkeys(first["point"], 0.05), "b": 0.01}
+    scores = dict(zip([*first["point"], "b"], [*first[KERNEL], 1.001], strict=True))
+    resamples = {
+        point: np.concatenate([[scores[point]], scores[point] + error * generator.standard_normal(NUM_RESAMPLES)])
+        for point, error in errors.items()
+    }
+    decision = decide(first, second, KERNEL, resamples)
+    assert decision is not None
+    assert decision.difference.low > 0, "the corrected difference says that the other group is better"
+    assert not decision.is_decided
+    assert decision.num_images is None
+
+
+def test_equal_scores_without_noise_are_undecided() -> None:
+    rows = [pd.DataFrame({"point": [name], KERNEL: [1.0], "num_images": 1000}) for name in "ab"]
+    decision = decide(*rows, KERNEL, {name: np.ones(NUM_RESAMPLES + 1) for name in "ab"})
+    assert decision is not None
+    assert (decision.p_value, decision.is_decided) == (1.0, False)
+    assert decision.num_images is not None
+    assert decision.num_images > 1_000_000
 
 
 @pytest.mark.parametrize("change", ["no resamples", "fewer resamples", "fewer images"])
@@ -186,6 +214,7 @@ def test_a_choice_that_only_the_other_budgets_leave_undecided_says_so() -> None:
     (choice,) = best_at_budgets(table, "normalized_cost", KERNEL, [3], resamples=resamples)
     assert choice.decision is not None
     assert not choice.undecided
+    assert choice.decision.num_images is None
     rejected = replace(choice, decision=replace(choice.decision, is_decided=False), undecided=True)
     text = str(describe_choice(rejected))
     assert "; undecided among all budgets together, paired difference -0.0" in text

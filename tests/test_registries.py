@@ -61,6 +61,10 @@ def plugin() -> Iterator[None]:
     def grey_levels(feature_size: int, weights: str | None, device: Any) -> Any:
         return GreyLevels()
 
+    @register_metric("extremes", label=("darkest", "lightest"), columns=("darkest", "lightest"), higher_is_better=True)
+    def extremes(inputs: MetricInputs) -> tuple[np.ndarray, ...]:
+        return inputs.features.min(axis=1).astype(np.float64), inputs.features.max(axis=1).astype(np.float64)
+
     @register_metric("brightness", label="brightness", higher_is_better=True, note="mean level")
     def brightness(inputs: MetricInputs) -> np.ndarray:
         return inputs.features.mean(axis=1).astype(np.float64)
@@ -70,6 +74,7 @@ def plugin() -> Iterator[None]:
     EXTRACTORS.remove("tile-colours")
     EXTRACTORS.remove("grey-levels")
     METRIC_GROUPS.remove("brightness")
+    METRIC_GROUPS.remove("extremes")
 
 
 @pytest.mark.usefixtures("plugin")
@@ -80,7 +85,7 @@ def test_registered_names_work_from_sweep_to_report(tmp_path: Path) -> None:
         sweep={"num_steps": [2], "guidance": [1, 4], "batch_size": 16, "search": "race", "race": {"rungs": [16, 32]},
                "solvers": [{"name": "ddim"}, {"name": "half-ddim"}]},
         protocol={"num_images": 32, "num_reference": 64, "num_bootstrap": 20, "features": ["tile-colours", "grey-levels"],
-                  "metrics": ["mmd", "brightness"]},
+                  "metrics": ["mmd", "brightness", "extremes"]},
         report={"metric": "brightness_tile_colours"},
     )  # fmt: skip
     not_counted = estimate_study(study, Cluster(1, DEVICES["H200"])).not_counted
@@ -94,6 +99,11 @@ def test_registered_names_work_from_sweep_to_report(tmp_path: Path) -> None:
     table = pd.read_parquet(tmp_path / "out" / "table.parquet")
     assert {"mmd_tile_colours", "brightness_tile_colours", "brightness_tile_colours_low"} <= set(table.columns)
     assert table["mmd_grey_levels"].notna().all()
+    assert (table["darkest_tile_colours"] < table["lightest_tile_colours"]).all()
+    stored = pipeline.results_db.resamples(table["point"].iloc[0])
+    assert stored is not None
+    for column in ("darkest_tile_colours", "lightest_tile_colours", "brightness_grey_levels", "mmd_grey_levels"):
+        assert stored.by_metric[column][0] == table[column].iloc[0]
     for kind, expected in (("shard", {"tile-colours"}), ("point", {"tile-colours", "grey-levels"})):
         folders = list((tmp_path / "out" / "artefacts" / kind).iterdir())
         assert folders

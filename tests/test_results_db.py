@@ -7,6 +7,7 @@ import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from sqlalchemy.schema import Column
 from isocost.analysis.results_table import read_table
 from isocost.errors import ConfigError, RunError
 from isocost.evaluation.confidence_intervals import Interval
-from isocost.evaluation.paired import PointResamples
+from isocost.evaluation.paired import PairedComparer, PointResamples
+from isocost.pipeline.resamples import read_resamples
 from isocost.sweep.results_db import ResultsDB
 from isocost.sweep.schema import Base
+from isocost.utils.artifact_store import Store
 from output_folders import plain_user, read_only
 
 
@@ -101,6 +104,37 @@ def test_resamples_are_stored_with_the_scores(tmp_path: Path) -> None:
     again = copy.resamples("a")
     assert again is not None
     np.testing.assert_array_equal(again.by_metric["mmd_efficientnet"], found.by_metric["mmd_efficientnet"])
+
+
+def test_reading_resamples_changes_no_file(tmp_path: Path) -> None:
+    with ResultsDB(tmp_path / "results.sqlite") as results_db:
+        results_db.add_point(row("a"), SCORES, {}, {}, resamples={"mmd_efficientnet": np.array([0.5, 0.6, 0.4])})
+    with sqlite3.connect(tmp_path / "results.sqlite") as connection:
+        connection.execute("PRAGMA journal_mode=DELETE")
+    connection.close()
+    before = (tmp_path / "results.sqlite").read_bytes()
+    for folder in (tmp_path, tmp_path / "absent"):
+        found = read_resamples(folder, "mmd_efficientnet")
+        assert set(found) == ({"a"} if folder == tmp_path else set())
+    assert [file.name for file in tmp_path.iterdir()] == ["results.sqlite"]
+    assert (tmp_path / "results.sqlite").read_bytes() == before
+
+
+def test_points_are_not_compared_if_one_has_neither_resamples_nor_features(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.create("point", "b", {"spec": {"num_images": 5}, "protocol": "p"}):
+        pass
+
+    def no_reference() -> Any:
+        raise AssertionError("the reference set is not needed")
+
+    def read(point: str) -> PointResamples | None:
+        return PointResamples("p", 5, {"mmd": np.array([1.0, 1.1])}) if point == "a" else None
+
+    comparer = PairedComparer((read,), (store,), no_reference, ("mmd",))
+    assert comparer.difference("a", "absent", "mmd") is None
+    assert comparer.difference("b", "absent", "mmd") is None
+    assert comparer.difference("a", "a", "mmd") is not None
 
 
 def test_points_are_paired_only_under_one_protocol_and_number_of_images() -> None:

@@ -107,16 +107,11 @@ def read_resamples(out: str | Path, metric: str = "mmd_efficientnet") -> dict[st
         metric: the column of the scores.
 
     Returns:
-        Point -> float64 [1 + R], where the first value is the score itself; empty without a results database.
+        Point -> float64 [1 + R], where the first value is the score itself; empty if the folder has no resamples of the metric.
     """
-    from isocost.pipeline.pipeline import RESULTS_DB_FILE
-    from isocost.sweep.results_db import ResultsDB
+    from isocost.pipeline.resamples import read_resamples as read
 
-    file = Path(out) / RESULTS_DB_FILE
-    if not file.is_file():
-        return {}
-    with ResultsDB(file, keep_tables=True) as database:
-        return database.resamples_of_metric(metric, database.points())
+    return read(Path(out), metric)
 
 
 def recommend(

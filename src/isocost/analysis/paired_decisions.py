@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,7 @@ Resamples = Mapping[str, Array]
 """The score of each point in every bootstrap resample, float64 [1 + R] by the digest of the point."""
 LEVEL = 0.05
 TAILS = (LEVEL / 2, 1 - LEVEL / 2)
+MAX_IMAGES = 10**9
 
 
 @dataclass(frozen=True)
@@ -37,22 +38,24 @@ class PairedDecision:
     Attributes:
         difference: the difference, corrected for the selection of the best points, with its 95 % interval.
         p_value: probability of a difference this large between equal groups (normal approximation).
-        is_decided: whether the interval does not contain 0, and the p-value passes where several decisions are made at once.
-        num_images: estimated number of images per point that would decide it, if the difference stays as it is. More images do
-            not lower the error from the reference images, so the true number can be higher.
+        is_decided: whether the whole interval says that the first group is better, and the p-value passes where several
+            decisions are made at once.
+        num_images: estimated number of images per point that would decide it, if the difference stays as it is; None if it is
+            not above the present number. More images do not lower the error from the reference images, so the true number can
+            be higher.
     """
 
     difference: Interval
     p_value: float
     is_decided: bool
-    num_images: int
+    num_images: int | None
 
 
 def decide(first: pd.DataFrame, second: pd.DataFrame, metric: str, resamples: Resamples) -> PairedDecision | None:
-    """Compare the best points of two groups.
+    """Decide whether the best point of one group is better than the best point of another.
 
     Args:
-        first: rows of the points of one group, with `point`, `num_images` and the metric.
+        first: rows of the points of the group with the better score, with `point`, `num_images` and the metric.
         second: rows of the other group.
         metric: the column of the scores.
         resamples: the resamples of the points.
@@ -70,7 +73,7 @@ def decide(first: pd.DataFrame, second: pd.DataFrame, metric: str, resamples: Re
     difference = corrected_minimum(values[:split], replicates[:, :split]) - corrected_minimum(
         values[split:], replicates[:, split:]
     )
-    return _decision(sign * difference, int(rows["num_images"].iloc[0]))
+    return _decision(difference, sign, int(rows["num_images"].iloc[0]))
 
 
 def joint_replicates(rows: pd.DataFrame, metric: str, resamples: Resamples) -> Array | None:
@@ -115,28 +118,18 @@ def decide_together(decisions: Sequence[PairedDecision | None]) -> list[PairedDe
     passed = [p for rank, p in enumerate(ordered, start=1) if p <= LEVEL * rank / len(ordered)]
     threshold = passed[-1] if passed else -1.0
     return [
-        None
-        if decision is None
-        else PairedDecision(
-            decision.difference,
-            decision.p_value,
-            decision.is_decided and decision.p_value <= threshold,
-            decision.num_images,
-        )
+        None if decision is None else replace(decision, is_decided=decision.is_decided and decision.p_value <= threshold)
         for decision in decisions
     ]
 
 
-def _decision(difference: Array, num_images: int) -> PairedDecision:
+def _decision(difference: Array, sign: float, num_images: int) -> PairedDecision:
+    """The decision from a difference [1 + R] in which lower is better; `sign` converts it to the direction of the metric."""
     value = float(difference[0])
     low, high = (float(end) for end in np.quantile(difference[1:], TAILS, method="weibull"))
     low, high = min(low, value), max(high, value)
     error = float(difference[1:].std(ddof=1))
-    z = abs(value) / error if error > 0 else math.inf
-    enough = math.inf if z == 0 else num_images * (float(norm.ppf(TAILS[1])) / z) ** 2
-    return PairedDecision(
-        Interval(value, low, high),
-        float(2 * norm.sf(z)),
-        low > 0 or high < 0,
-        int(min(math.ceil(enough), 10**9)),
-    )
+    z = abs(value) / error if error > 0 else math.inf if value else 0.0
+    enough = math.ceil(min(num_images * (float(norm.ppf(TAILS[1])) / z) ** 2, MAX_IMAGES)) if z else MAX_IMAGES
+    interval = Interval(value, low, high) if sign > 0 else Interval(-value, -high, -low)
+    return PairedDecision(interval, float(2 * norm.sf(z)), high < 0, enough if enough > num_images else None)

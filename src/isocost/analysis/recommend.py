@@ -226,9 +226,11 @@ def format_verdict(choice: BudgetChoice) -> str:
         text = f"paired difference {format_score(difference.value, difference.low, difference.high)}"
         if decision.is_decided:
             return f"decided, {text}"
-        if difference.low > 0 or difference.high < 0:
-            return f"undecided among all budgets together, {text}"
-        return f"undecided, {text}; {_format_images(decision.num_images)}"
+        if decision.num_images is not None:
+            return f"undecided, {text}; {_format_images(decision.num_images)}"
+        is_better = (difference.value < 0) == (metric_of(choice.metric).better == "lower")
+        excludes_zero = difference.low > 0 or difference.high < 0
+        return f"undecided{' among all budgets together' if is_better and excludes_zero else ''}, {text}"
     if not choice.undecided:
         return "decided, the intervals do not overlap"
     has_intervals = None not in (best.low, best.high, runner_up.low, runner_up.high)

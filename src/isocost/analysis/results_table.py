@@ -240,6 +240,8 @@ def with_cost_columns(table: pd.DataFrame) -> pd.DataFrame:
 
 REPORT_DATA = "report_data"
 """Folder in an output folder with the data of its report that is not in the tables (`isocost.report.report_data`)."""
+RESAMPLES = "resamples.safetensors"
+"""File with the bootstrap resamples of a page's points by its metric, in the folder of its data."""
 
 
 def table_file(out: str | Path, task: str = "text2image", suffix: str = "parquet") -> Path:

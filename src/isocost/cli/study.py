@@ -376,14 +376,14 @@ def _read_points(out: Path | None, results_db: str | None, task: str, protocol: 
 
 
 def _read_resamples(out: Path | None, results_db: str | None, metric: str, table: Any) -> Mapping[str, Any]:
-    """The bootstrap resamples of the points in a table, from the results database of the folder or the given one."""
-    from isocost.pipeline.pipeline import RESULTS_DB_FILE
+    """The bootstrap resamples of the points in a table, from the folder or from the given results database."""
+    from isocost.pipeline.resamples import read_resamples
     from isocost.sweep.results_db import ResultsDB
 
-    address = results_db if results_db is not None or out is None else out / RESULTS_DB_FILE
-    if address is None or (isinstance(address, Path) and not address.is_file()):
-        return {}
-    return ResultsDB(address, keep_tables=True).resamples_of_metric(metric, table["point"])
+    if results_db is None:
+        return {} if out is None else read_resamples(out, metric)
+    with ResultsDB(results_db, keep_tables=True) as database:
+        return database.resamples_of_metric(metric, table["point"])
 
 
 def _parse_requirements(items: list[str] | None) -> dict[str, float]:

@@ -41,9 +41,25 @@ def check_resampled(metric: str) -> None:
         raise ConfigError(f"{metric}: has no paired resamples, so the guidance search cannot use it; take one of {known}, ...")
 
 
-def extractors_of(metric: str) -> tuple[str, ...]:
-    """The feature extractors that the resamples of the column `metric` need: one, or none for a score that every image has."""
-    return () if metric in PER_IMAGE_METRICS else (_resampled_columns()[metric][1],)
+def extractors_of(metric: str, reference: ReferenceSet) -> tuple[str, ...]:
+    """The feature extractors that the resamples of the column `metric` need: one, or none for a score that every image has.
+
+    Raises:
+        ConfigError: the metric has no resamples, or the protocol does not measure it.
+    """
+    check_resampled(metric)
+    if metric in PER_IMAGE_METRICS:
+        return ()
+    extractor = _resampled_columns()[metric][1]
+    if extractor not in reference.extractors:
+        raise _not_measured(metric)
+    return (extractor,)
+
+
+def _not_measured(metric: str) -> ConfigError:
+    return ConfigError(
+        f"{metric}: the protocol does not measure it; see protocol.features, protocol.alignment and protocol.paired_metrics"
+    )
 
 
 def resamples(samples: SampleFeatures, num_images: int, metric: str, reference: ReferenceSet) -> Array:
@@ -67,10 +83,9 @@ def resamples(samples: SampleFeatures, num_images: int, metric: str, reference: 
     check_resampled(metric)
     group, extractor = _resampled_columns().get(metric, ("", ""))
     if extractor not in samples.features:
-        raise ConfigError(
-            f"{metric}: the protocol does not measure it; see protocol.features, protocol.alignment and protocol.paired_metrics"
-        )
+        raise _not_measured(metric)
     make_resamples = METRIC_GROUPS[group].resamples
     assert make_resamples is not None, "only metrics with resamples are listed"
     features = samples.features[extractor][: len(indices)]
-    return make_resamples(MetricInputs(features, extractor, indices, reference), counts)
+    values = np.atleast_2d(make_resamples(MetricInputs(features, extractor, indices, reference), counts))
+    return values[metric_columns(group, extractor).index(metric)]

@@ -139,7 +139,7 @@ class Scorer:
         scores: dict[str, Interval] = {}
         for metric, inputs, columns in self._measured:
             if metric.intervals is None:
-                scores[columns[0]] = percentile_interval(self._resampled(metric, inputs, columns[0]))
+                scores.update({name: percentile_interval(self._resampled(metric, inputs, columns)[name]) for name in columns})
             else:
                 scores.update(zip(columns, metric.intervals(inputs), strict=True))
         return scores | {name: percentile_interval(self._resampled_mean(name)) for name in self._per_image}
@@ -152,18 +152,18 @@ class Scorer:
         Raises:
             RunError: an image equals its original, so its PSNR is infinite.
         """
-        resampled = {
-            columns[0]: self._resampled(metric, inputs, columns[0])
-            for metric, inputs, columns in self._measured
-            if metric.resamples is not None
-        }
+        resampled: dict[str, Array] = {}
+        for metric, inputs, columns in self._measured:
+            if metric.resamples is not None:
+                resampled |= self._resampled(metric, inputs, columns)
         return resampled | {name: self._resampled_mean(name) for name in self._per_image}
 
-    def _resampled(self, metric: RegisteredMetric, inputs: MetricInputs, column: str) -> Array:
-        if column not in self._resamples:
+    def _resampled(self, metric: RegisteredMetric, inputs: MetricInputs, columns: tuple[str, ...]) -> dict[str, Array]:
+        if columns[0] not in self._resamples:
             assert metric.resamples is not None, "without resamples a metric has intervals of its own"
-            self._resamples[column] = metric.resamples(inputs, self._counts_of(len(inputs.features)))
-        return self._resamples[column]
+            values = np.atleast_2d(metric.resamples(inputs, self._counts_of(len(inputs.features))))
+            self._resamples.update(zip(columns, values, strict=True))
+        return {name: self._resamples[name] for name in columns}
 
     def _resampled_mean(self, name: str) -> Array:
         if name not in self._resamples:

@@ -85,8 +85,8 @@ class RegisteredMetric:
         name: as in `protocol.metrics`.
         columns: extractor -> the columns that the metric fills on its features; empty where it does not fit.
         intervals: inputs -> one value with its 95 % interval per column; None: the percentiles of the resamples.
-        resamples: inputs and counts int [1 + R, N] -> the score of every bootstrap resample [1 + R], from which paired
-            differences follow; None: it has none, and no paired differences.
+        resamples: inputs and counts int [1 + R, N] -> the score of every bootstrap resample, [1 + R] or, for C columns,
+            [C, 1 + R]. Paired differences follow from them. None: it has none, and no paired differences.
     """
 
     name: str
@@ -125,8 +125,8 @@ def register_metric(
         extractors: which extractors the metric fits; all by default.
         names: extractor -> (column, label) pairs in place of the usual names; None for the usual ones.
         interval: "mean", a function to one interval per column, or "resamples" for the percentiles of the resamples.
-        resamples: "mean", a function to [1 + R] values, or None: then the guidance search cannot use the metric, and it has no
-            paired differences.
+        resamples: "mean", a function to [1 + R] values ([C, 1 + R] for C columns), or None: then the guidance search cannot use
+            the metric, and it has no paired differences.
 
     Returns:
         A decorator.
@@ -279,10 +279,12 @@ def _mean_intervals(per_image: PerImage) -> MakeIntervals:
 
 def _mean_resamples(per_image: PerImage) -> MakeResamples:
     def resamples(inputs: MetricInputs, counts: np.ndarray) -> Array:
+        import numpy as np
+
         from isocost.evaluation.confidence_intervals import mean_resamples
 
-        (values,) = _columns_of_values(per_image, inputs)
-        return mean_resamples(values, counts)
+        columns = [mean_resamples(values, counts) for values in _columns_of_values(per_image, inputs)]
+        return columns[0] if len(columns) == 1 else np.stack(columns)
 
     return resamples
 

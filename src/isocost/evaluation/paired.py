@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -91,23 +92,36 @@ class PairedComparer:
 
     def resamples_of(self, point: str) -> PointResamples | None:
         """Return the resamples of a point, by its digest; None if neither its resamples nor its features are stored."""
+        stored = self._stored(point)
+        return self._from_features(point) if stored is None else stored
+
+    def _stored(self, point: str) -> PointResamples | None:
         if point not in self._resamples:
-            found = next((resamples for read in self.stored if (resamples := read(point)) is not None), None)
-            self._resamples[point] = found or self._from_features(point)
+            self._resamples[point] = next((found for read in self.stored if (found := read(point)) is not None), None)
         return self._resamples[point]
 
+    def _store_of(self, point: str) -> Store | None:
+        return next((store for store in self.stores if store.has("point", point)), None)
+
     def _from_features(self, point: str) -> PointResamples | None:
-        store = next((store for store in self.stores if store.has("point", point)), None)
+        store = self._store_of(point)
         if store is None:
             return None
-        reference = self.reference()
+        manifest, reference = store.manifest("point", point), self._reference
         samples = read_sample_features(store.open("point", point), tuple(reference.extractors))
-        rows = [len(values) for values in (*samples.features.values(), *samples.paired_metrics.values())]
-        resamples = Scorer(samples, reference, self.metrics).resamples()
-        return PointResamples(reference.protocol.id, rows[0], resamples) if rows else None
+        num_images = int(manifest["spec"]["num_images"])
+        resamples = Scorer(samples, reference, self.metrics, num_images).resamples()
+        self._resamples[point] = PointResamples(manifest["protocol"], num_images, resamples)
+        return self._resamples[point]
+
+    @cached_property
+    def _reference(self) -> ReferenceSet:
+        return self.reference()
 
     def differences(self, first: str, second: str) -> dict[str, Interval]:
         """Return the scores of the first point minus those of the second by metric; empty if the two are not paired."""
+        if any(self._stored(point) is None and self._store_of(point) is None for point in (first, second)):
+            return {}
         ours, theirs = self.resamples_of(first), self.resamples_of(second)
         return {} if ours is None or theirs is None else ours.minus(theirs)
 

@@ -307,12 +307,11 @@ class SuperresExperiment(Experiment):
         found = {row["size"]: comparer.resamples_of(row["point"]) for row in best}
         resamples = {size: point for size, point in found.items() if point is not None}
         findings: dict[str, Any] = {}
-        if resamples:
-            bicubic = self._baseline_resamples("bicubic")
-            minus_bicubic = {size: _format_intervals(ours.minus(bicubic)) for size, ours in resamples.items()}
-            findings["size minus bicubic, at the best settings"] = minus_bicubic | {
-                size: "its features are in another output folder" for size in found if size not in resamples
-            }
+        bicubic = self._baseline_resamples("bicubic")
+        minus_bicubic = {size: _format_intervals(ours.minus(bicubic)) for size, ours in resamples.items()}
+        findings["size minus bicubic, at the best settings"] = minus_bicubic | {
+            size: "neither its resamples nor its features are in this output folder" for size in found if size not in resamples
+        }
         pairs = [(size, f"{size} {FROM_SCRATCH}") for size in resamples if f"{size} {FROM_SCRATCH}" in resamples]
         if pairs:
             findings["pretrained minus from scratch"] = {

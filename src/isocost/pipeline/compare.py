@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def compare(
         raise ConfigError("an output folder was given twice: give each only once")
     names = _study_names(folders)
     table = concat_studies({name: read_table(folder, task) for name, folder in zip(names, folders, strict=True)}, metric)
-    return Compared(table, rankings(table, metric, cost, _comparer(folders, task), budgets))
+    with ExitStack() as opened:
+        return Compared(table, rankings(table, metric, cost, _comparer(folders, task, opened), budgets))
 
 
 class _Unpaired:
@@ -60,12 +62,13 @@ class _Unpaired:
         return None
 
 
-def _comparer(folders: Sequence[Path], task: str) -> PairedComparer | _Unpaired:
+def _comparer(folders: Sequence[Path], task: str, opened: ExitStack) -> PairedComparer | _Unpaired:
     """Paired differences, from stored resamples, or from features by the reference set of the first folder."""
     if task != "text2image":
         return _Unpaired()
     files = [folder / RESULTS_DB_FILE for folder in folders]
-    stored = tuple(ResultsDB(file, keep_tables=True).resamples for file in files if file.is_file())
+    databases = [ResultsDB(file, keep_tables=True, read_only=True) for file in files if file.is_file()]
+    stored = tuple(opened.enter_context(database).resamples for database in databases)
     study = read_study_file(folders[0])
     return PairedComparer(
         stored,

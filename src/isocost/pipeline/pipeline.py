@@ -18,6 +18,7 @@ from isocost.config.types import TaskName
 from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import SOLVERS, solver_coefficients
 from isocost.errors import ConfigError
+from isocost.evaluation.bootstrap import check_resampled
 from isocost.evaluation.metric_registry import check_metrics, metric_columns, metric_of
 from isocost.evaluation.paired import PointResamples
 from isocost.experiments.base import Experiment, TrainingRun
@@ -86,6 +87,8 @@ class Pipeline:
                 for num_steps in () if study.checkpoints else (*sweep.num_steps, sweep.snapshot_num_steps):
                     solver_coefficients(solver, num_steps, NoiseSchedule.scaled_linear())
             metric_of(metric)
+            if sweep.search == "race":
+                check_resampled(metric)
         self.study, self.out = study, check_output_folder(out)
         self.results_db_address = results_db or self.out / RESULTS_DB_FILE
         self.store = Store(self.out)

@@ -151,7 +151,8 @@ def write_report(
             answers=choices
             if isinstance(choices, Unavailable)
             else [describe_choice(choice, scope.noun) for choice in choices],
-            is_paired=not isinstance(choices, Unavailable) and any(choice.decision is not None for choice in choices),
+            num_paired=0 if isinstance(choices, Unavailable) else sum(choice.decision is not None for choice in choices),
+            num_contested=0 if isinstance(choices, Unavailable) else sum(choice.runner_up is not None for choice in choices),
             headline=None if isinstance(choices, Unavailable) else headline(choices, scope.noun),
             scope=scope,
             budget_unit="units" if cost == PAPER_COST else COSTS[cost].label,

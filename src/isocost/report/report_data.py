@@ -31,7 +31,7 @@ from isocost.analysis.iso_cost import RecordedDifferences
 from isocost.analysis.paired_decisions import Resamples
 from isocost.analysis.paper_claims import CLAIMS
 from isocost.analysis.pareto import BudgetChoice, best_at_budgets
-from isocost.analysis.results_table import REPORT_DATA, read_table, shared_final_points, table_file
+from isocost.analysis.results_table import REPORT_DATA, RESAMPLES, read_table, shared_final_points, table_file
 from isocost.config.types import TaskName
 from isocost.data.image_files import read_image_file
 from isocost.errors import ConfigError
@@ -45,7 +45,6 @@ from isocost.utils.output_paths import private_folder
 from isocost.utils.tensor_files import read_tensors
 
 PAGE, IMAGES, COMPARISON_ROWS, PRETRAINED = "page.json", "images", "comparison_rows", "pretrained.parquet"
-RESAMPLES = "resamples.safetensors"
 IMAGE_ROW_SUFFIXES = (".webp", ".png")
 WEBP_MAX_SIDE = 16383
 """The largest width and height of a WebP image in pixels."""
@@ -282,7 +281,8 @@ def _save_page(folder: Path, page: Page) -> None:
         contents["pretrained"] = {"task": page.pretrained.task, "metric": page.pretrained.metric}
         page.pretrained.table.to_parquet(folder / PRETRAINED, index=False, compression="zstd")
     if page.resamples:
-        save_file({point: torch.from_numpy(values) for point, values in page.resamples.items()}, folder / RESAMPLES)
+        tensors = {point: torch.from_numpy(values) for point, values in page.resamples.items()}
+        save_file(tensors, folder / RESAMPLES, metadata={"metric": page.metric})
     (folder / COMPARISON_ROWS).mkdir()
     for number, images in enumerate(page.comparison_rows.values()):
         write_image_row(folder / COMPARISON_ROWS, str(number), images)

@@ -46,13 +46,14 @@ _LASTING_PROBLEMS = {
 """Reasons that waiting does not remove, with their remedies."""
 
 
-def connect(address: str | Path) -> Engine:
+def connect(address: str | Path, read_only: bool = False) -> Engine:
     """Open a database and check that it answers.
 
     An SQLite file in a folder that cannot be written is opened for reading only.
 
     Args:
         address: a SQLAlchemy URL, or the path of an SQLite file, which is created if it is missing.
+        read_only: open an SQLite file that exists without any change to it or to its folder.
 
     Raises:
         ConfigError: the URL is invalid, its driver is not installed, or the database does not answer.
@@ -63,7 +64,7 @@ def connect(address: str | Path) -> Engine:
             url = url.set(drivername="postgresql+psycopg")
         if url.drivername == "sqlite" and url.database:
             file = Path(url.database)
-            if file.is_file() and not (_is_writable(file) and _is_writable(file.parent)):
+            if file.is_file() and (read_only or not (_is_writable(file) and _is_writable(file.parent))):
                 return _connect_read_only(file)
             file.parent.mkdir(parents=True, exist_ok=True)
         connect_args = {"timeout": TRANSACTION_TIMEOUT_S} if url.drivername == "sqlite" else {}

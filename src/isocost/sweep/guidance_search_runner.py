@@ -106,7 +106,16 @@ class TrialStore:
         """Return the shards of a trial's first images. They are also cut at the rungs, so shards do not depend on the rung."""
         bounds = [n for n in search_config(cell).rungs if n <= num_images]
         assert bounds, "a request is for a rung"
-        return split_into_shards(cell.trial(guidance, option), self.shard_size, bounds)
+        return split_into_shards(cell.trial(guidance, option), self.shard_size, bounds, self.extractors(cell))
+
+    def extractors(self, cell: SearchCell) -> tuple[str, ...] | None:
+        """Return the only feature extractors that the race of a cell needs; None if these are all of the protocol.
+
+        Raises:
+            ConfigError: the race cannot use its metric, or the protocol does not measure it.
+        """
+        needed = extractors_of(cell.metric, self.reference)
+        return None if needed == tuple(self.reference.extractors) else needed
 
     def score(self, cell: SearchCell, guidance: float, num_images: int, option: int = 0) -> Array:
         """Return the score of a trial's first images in every resample, [1 + R]; ±inf if too many images are non-finite."""
@@ -115,7 +124,7 @@ class TrialStore:
         if num_nonfinite > MAX_NONFINITE_FRACTION * num_images:
             worst = -np.inf if metric_of(cell.metric).better == "higher" else np.inf
             return np.full(self.reference.protocol.num_bootstrap + 1, worst)
-        features = read_shards(self.store, extractors_of(cell.metric), shards)
+        features = read_shards(self.store, extractors_of(cell.metric, self.reference), shards)
         return resamples(features, num_images, cell.metric, self.reference)
 
 
@@ -152,10 +161,13 @@ def _run_races(worker: Worker, cells: Sequence[SearchCell], done: Callable[[Sear
     chains = [_WarmStartedSearches(worker, queue, recorded, done) for queue in queues.values()]
     running = [chain for chain in chains if chain.start_next()]
     while running:
-        shards = {shard.digest: shard for chain in running for shard in chain.shards()}
-        extractors = sorted({name for cell in cells for name in extractors_of(cell.metric)})
-        if not worker.generate_shards(list(shards.values()), extractors, deadline):
-            return False
+        by_extractors: dict[tuple[str, ...] | None, dict[str, Shard]] = {}
+        for chain in running:
+            shards = by_extractors.setdefault(chain.trials.extractors(chain.cell), {})
+            shards.update({shard.digest: shard for shard in chain.shards()})
+        for extractors, shards in by_extractors.items():
+            if not worker.generate_shards(list(shards.values()), extractors, deadline):
+                return False
         running = [chain for chain in running if chain.advance()]
     return True
 

@@ -46,19 +46,24 @@ class Shard:
     digest: str
 
 
-def split_into_shards(point: SweepPoint, size: int, bounds: Sequence[int] = ()) -> list[Shard]:
+def split_into_shards(
+    point: SweepPoint, size: int, bounds: Sequence[int] = (), extractors: Sequence[str] | None = None
+) -> list[Shard]:
     """Split a point into shards.
 
     Args:
         point: the point.
         size: images of a shard; the last one before a bound may be smaller.
         bounds: image indices, increasing, at which a shard must end; the last one is the end. Default: the end of the point.
+        extractors: the only feature extractors whose features the shards have; None for all of the protocol.
     """
     ends = [0, *(bounds or (point.spec.num_images,))]
     ranges = [
         range(first, min(first + size, stop)) for start, stop in itertools.pairwise(ends) for first in range(start, stop, size)
     ]
-    stage = {"stage": "shard", "version": SHARD_VERSION, "point": point.digest}
+    stage: dict[str, Any] = {"stage": "shard", "version": SHARD_VERSION, "point": point.digest}
+    if extractors is not None:
+        stage["extractors"] = list(extractors)
     return [Shard(point, images, digest(stage, {"first": images.start, "stop": images.stop})) for images in ranges]
 
 

@@ -51,18 +51,19 @@ TIMED_WITH = "timed_with"
 class ResultsDB:
     """An open results database. Its tables are created if they are missing."""
 
-    def __init__(self, address: str | Path, keep_tables: bool = False) -> None:
+    def __init__(self, address: str | Path, keep_tables: bool = False, read_only: bool = False) -> None:
         """
         Args:
             address: a SQLAlchemy URL, or the path of an SQLite file.
             keep_tables: do not add the columns that an earlier release did not write, but read them as NULL: for a database
                 that is only read.
+            read_only: open an SQLite file without any change to it or to its folder.
 
         Raises:
             ConfigError: the database cannot be reached, or another version of isocost wrote it.
             RunError: it lacks columns, and the account may not add them.
         """
-        self.engine = connect(address)
+        self.engine = connect(address, read_only)
         version = self._version()
         if version is None:
             self._create_tables()

@@ -143,8 +143,8 @@ class Worker:
                 self._wait(shards)
         return True
 
-    def generate_shards(self, shards: Sequence[Shard], extractors: Sequence[str], deadline: float | None) -> bool:
-        """Generate shards of a search, whose points are not scored, with the features of some extractors only.
+    def generate_shards(self, shards: Sequence[Shard], extractors: Sequence[str] | None, deadline: float | None) -> bool:
+        """Generate shards of a search, whose points are not scored, with the features of some extractors; None for all.
 
         Returns:
             False if the deadline came first.
