@@ -209,6 +209,12 @@ def test_metrics_that_contradict_each_other_are_named(table: pd.DataFrame, tmp_p
     assert text in written(tmp_path, contradicting).text
     assert text in read_markdown(markdown_summary(contradicting, METRIC, "synthetic")).text
     assert not disagreements(compare_guides(table, METRIC, "gflop", UNPAIRED))
+    for end in ("", "_low", "_high"):
+        contradicting[f"psnr{end}"] = 30 * contradicting[f"alignment{end}"]
+    both = guide_section(contradicting, METRIC, UNPAIRED).tables[0].by_other_metrics
+    lines = [line for line in both if line.startswith("The metrics disagree at 62 GFLOP")]
+    assert len(lines) == 1, "one sentence per cost"
+    assert lines[0].endswith("worse by prompt alignment and peak signal-to-noise ratio.")
 
 
 def test_mixed_verdicts_are_counted(table: pd.DataFrame) -> None:

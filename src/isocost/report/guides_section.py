@@ -108,10 +108,13 @@ def _table(comparisons: list[GuideComparison], metric: str, cost: str) -> GuideT
     others = dict.fromkeys(name for comparison in comparisons for name in comparison.other_metrics)
     names = (metric, *others)
     notes = [summarise(comparisons, name) for name in others]
+    contradicting: dict[tuple[float, str, str], list[str]] = {}
+    for budget, verdict, other, other_verdict in disagreements(comparisons):
+        contradicting.setdefault((budget, verdict, other_verdict), []).append(format_metric(other, names))
     notes += [
         f"The metrics disagree at {cost_of(cost).format_amount(budget)}: the guide is {verdict} by "
-        f"{format_metric(metric, names)}, {other_verdict} by {format_metric(other, names)}."
-        for budget, verdict, other, other_verdict in disagreements(comparisons)
+        f"{format_metric(metric, names)}, {other_verdict} by {_and(labels)}."
+        for (budget, verdict, other_verdict), labels in contradicting.items()
     ]
     return GuideTable(
         cost=COSTS[cost].label,
@@ -121,6 +124,10 @@ def _table(comparisons: list[GuideComparison], metric: str, cost: str) -> GuideT
         ways=ways,
         rows=tuple(_row(comparison, ways) for comparison in comparisons),
     )
+
+
+def _and(labels: list[str]) -> str:
+    return " and ".join(part for part in (", ".join(labels[:-1]), labels[-1]) if part)
 
 
 def _row(comparison: GuideComparison, ways: tuple[str, ...]) -> GuideRow:
