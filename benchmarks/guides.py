@@ -1,11 +1,12 @@
 """Images per second of guidance: at every step, in an interval of half of the steps, and by a smaller guide network.
 
-    python benchmarks/guides.py [--quick] [--json]
+    python benchmarks/guides.py [--quick] [--json] [--compiled] [--turns 7] [--seconds 10]
 
 Four streams of the engine run in turns within one process, with the same main network, solver and number of steps: without
 guidance, classifier-free guidance at every step, the same in an interval that covers half of the steps, and a guide of a third
 of the width, which has about a ninth of the parameters. Latents are 4 x 8 x 8. Images are not decoded. Weights are random, so
-only time is measured, not quality. The last line is JSON.
+only time is measured, not quality. With `--compiled` all networks are compiled and a call has 256 slots, as in
+studies/reference-guides.yaml; otherwise it has 64. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ WIDTHS = (24, 48)
 GUIDE_FRACTION = 3
 NUM_STEPS, GUIDANCE = 8, 3.0
 INTERVAL_BOUND, GUIDE_BOUND = 1.25, 1.5
+COMPILED_BATCH_SIZE = 256
 
 
-def streams(width: int, folder: Path, prompts: PromptEmbeds) -> tuple[dict[str, Iterator[int]], float]:
+def streams(width: int, folder: Path, prompts: PromptEmbeds, compiled: bool) -> tuple[dict[str, Iterator[int]], float]:
     """Endless streams of finished images by the way of guidance, and main parameters / guide parameters."""
     checkpoint = load_checkpoint(random_checkpoint(folder, width))
     guide = load_checkpoint(random_checkpoint(folder, width // GUIDE_FRACTION))
@@ -55,9 +57,12 @@ def streams(width: int, folder: Path, prompts: PromptEmbeds) -> tuple[dict[str, 
     }
 
     def stream(weights: tuple[float, ...], name: str | None) -> Iterator[int]:
-        engine = make_engine(load_checkpoint(checkpoint.folder).network, checkpoint.info, prompts, batch_size=BATCH_SIZE)
+        batch_size = COMPILED_BATCH_SIZE if compiled else BATCH_SIZE
+        network = load_checkpoint(checkpoint.folder).network
+        engine = make_engine(network, checkpoint.info, prompts, batch_size=batch_size, compiled=compiled)
         if name is not None:
-            engine.add_guide(name, make_guide(load_checkpoint(guide.folder).network, guide.info, prompts))
+            guide_network = load_checkpoint(guide.folder).network
+            engine.add_guide(name, make_guide(guide_network, guide.info, prompts, compiled=compiled))
         requests = (
             SampleRequest(i, i % len(prompts.index), solver, GUIDANCE, guidance_per_evaluation=weights, guide=name)
             for i in itertools.count()
@@ -78,11 +83,11 @@ def images_per_second(stream: Iterator[int], seconds: float) -> float:
     return num_images / (time.perf_counter() - started)
 
 
-def measure(width: int, turns: int, seconds: float, log: Callable[[str], None]) -> list[Row]:
+def measure(width: int, turns: int, seconds: float, compiled: bool, log: Callable[[str], None]) -> list[Row]:
     """Rates of all ways at one width, and ratios to classifier-free guidance at every step in each turn."""
     prompts = PromptEmbeds.encode([f"an image of {number}" for number in range(64)], MiniLMTextEncoder(TEXT_ENCODER))
     with tempfile.TemporaryDirectory() as folder:
-        running, sizes = streams(width, Path(folder), prompts)
+        running, sizes = streams(width, Path(folder), prompts, compiled)
         rates: dict[str, list[float]] = {way: [] for way in running}
         for stream in running.values():
             images_per_second(stream, seconds)
@@ -98,7 +103,12 @@ def measure(width: int, turns: int, seconds: float, log: Callable[[str], None]) 
 
 
 def main() -> None:
-    arguments = argument_parser(__doc__, quick="one width, two turns").parse_args()
+    parser = argument_parser(__doc__, quick="one width, two turns")
+    parser.add_argument("--compiled", action="store_true", help="compile all networks; 256 slots per call")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each way in each turn")
+    arguments = parser.parse_args()
+    turns, seconds = (2, 3.0) if arguments.quick else (arguments.turns, arguments.seconds)
 
     def log(line: str) -> None:
         if not arguments.json:
@@ -107,10 +117,10 @@ def main() -> None:
     rows: list[Row] = []
     bounds = {}
     for width in WIDTHS[:1] if arguments.quick else WIDTHS:
-        rows += measure(width, 2 if arguments.quick else 7, 3.0 if arguments.quick else 10.0, log)
+        rows += measure(width, turns, seconds, arguments.compiled, log)
         bounds[f"width {width}: classifier-free, half of the steps / classifier-free"] = INTERVAL_BOUND
         bounds[f"width {width}: guide / classifier-free"] = GUIDE_BOUND
-    print_results("guides", rows, at_least(rows, bounds))
+    print_results("guides", rows, at_least(rows, bounds), compiled=arguments.compiled)
 
 
 if __name__ == "__main__":
