@@ -86,6 +86,8 @@ def _row(
         "normalized_cost": gflop * steps / 3,
         "nfe": float(steps * passes),
         "gflop": gflop * steps * passes,
+        **dict.fromkeys(("gflop_text", "gflop_encoder", "gflop_decoder"), 0.0),
+        "gflop_denoiser": gflop * steps * passes,
         "ms_per_image": 0.05 * steps * passes * (1 + gflop),
         "latency_ms": 1 + 0.2 * steps * (1 + 0.1 * passes * gflop),
         "mmd_efficientnet": distance,

@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from isocost.analysis.costs import COSTS
+from isocost.analysis.costs import REPORT_COSTS
 from isocost.analysis.formatting import format_metric
 from isocost.analysis.pareto import best_at_budgets, pareto
 from isocost.analysis.recommend import recommend
@@ -163,7 +163,7 @@ def test_every_marker_names_its_point() -> None:
 # --- the slider -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cost", list(COSTS))
+@pytest.mark.parametrize("cost", list(REPORT_COSTS))
 @pytest.mark.parametrize("noise", [0.0, 0.02])
 def test_the_slider_has_a_position_wherever_the_answer_changes_and_nowhere_else(cost: str, noise: float) -> None:
     table = synthetic_table(noise=noise, half_width=0.01)
@@ -188,7 +188,7 @@ def test_costs_that_differ_in_their_last_digits_share_a_position() -> None:
 def test_the_slider_agrees_with_recommend() -> None:
     table = synthetic_table(noise=0.004)
     slider = budget_slider(table, METRIC, {"0000000000000003"})
-    assert [axis["cost"] for axis in slider["axes"]] == list(COSTS)
+    assert [axis["cost"] for axis in slider["axes"]] == list(REPORT_COSTS)
     for axis in slider["axes"]:
         for value in axis["values"]:
             recommended = recommend(table, axis["cost"], float(value["budget_text"]), METRIC)
@@ -214,7 +214,7 @@ def test_milliseconds_of_a_sweep_have_a_note_at_every_position() -> None:
 def test_a_page_without_latencies_does_not_mention_them() -> None:
     measured = synthetic_table(snapshots=())
     for table in (measured.drop(columns="latency_ms"), measured.assign(latency_ms=np.nan)):
-        assert [axis["cost"] for axis in budget_slider(table, METRIC, set())["axes"]] == list(COSTS)[:-1]
+        assert [axis["cost"] for axis in budget_slider(table, METRIC, set())["axes"]] == list(REPORT_COSTS)[:-1]
         assert "latency_ms" not in [column["name"] for column in point_columns(table, METRIC)["columns"]]
         assert "latency" not in markdown_summary(table, METRIC, "study")
     assert "latency_ms" in [column["name"] for column in point_columns(measured, METRIC)["columns"]]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from sqlalchemy import inspect
 
 from conftest import Outcome, plain_study
 from isocost.evaluation.confidence_intervals import Interval
@@ -300,7 +301,7 @@ def test_recommend_meets_several_budgets_and_requirements(isocost: Any, tmp_path
 
 def test_recommend_reads_a_results_database_without_a_folder(isocost: Any, tmp_path: Path) -> None:
     table = synthetic_table(sizes=("0.2M", "0.8M"))
-    columns = [column.name for column in PointRecord.__table__.columns if column.name in table.columns]
+    columns = [column.key for column in inspect(PointRecord).column_attrs if column.key in table.columns]
     other_columns = {"num_nonfinite": 0, "dtype": "fp32", "seconds": 1.0, "has_too_few_samples": False, "task": "text2image"}
     other_columns |= {"compiled": False, "batch_size": 64, "min_batch_size": 64}
     results_db = ResultsDB(tmp_path / "results.sqlite")

@@ -195,7 +195,7 @@ def test_archives_have_the_same_paired_differences(folders: tuple[Path, Path], t
 
 @pytest.mark.slow
 def test_the_command_prints_sentences_and_json(folders: tuple[Path, Path], isocost: Any, tmp_path: Path) -> None:
-    outcome = isocost("compare", *folders, "--budget", "0.2", "--out", tmp_path)
+    outcome = isocost("compare", *folders, "--budget", "0.5", "--out", tmp_path)
     assert outcome.status == 0, outcome.err
     assert outcome.answer["answer"] in outcome.err
     assert set(outcome.answer["rankings"][0]["scores"]) == {"tiny", "second"}

@@ -15,7 +15,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from isocost.analysis.costs import COSTS
+from isocost.analysis.costs import REPORT_COSTS
 from isocost.analysis.formatting import format_metric
 from isocost.analysis.pareto import best_at_budgets
 from isocost.errors import ConfigError
@@ -62,7 +62,7 @@ def check_crossing(lines: Lines, sign: float) -> None:
     assert sign * large[1][-1] < min(sign * small[1]), "the small size never reaches this value"
 
 
-@pytest.mark.parametrize("cost", [cost for cost in COSTS if cost != "nfe"])
+@pytest.mark.parametrize("cost", [cost for cost in REPORT_COSTS if cost != "nfe"])
 @pytest.mark.slow
 def test_which_size_is_best_at_equal_cost(cost: str) -> None:
     table = synthetic_table()
@@ -279,14 +279,14 @@ def test_does_dreambooth_follow_pretraining() -> None:
     assert (np.diff(lines["tuned"][1]) > 0).all()
 
 
-@pytest.mark.parametrize("cost", list(COSTS))
+@pytest.mark.parametrize("cost", list(REPORT_COSTS))
 @pytest.mark.fast_cases(1)
 def test_does_distillation_change_the_frontier(cost: str) -> None:
     """Students reach the quality of 8 times their steps minus 0.03: they are ahead at low cost, the undistilled in the end."""
     table = synthetic_students()
     chart = finetune_charts(table, METRIC, {}, lambda _: {}, None)["distillation"]
     assert isinstance(chart, Chart)
-    (charted,) = chart.figures[f"{list(COSTS).index(cost)}|0"]
+    (charted,) = chart.figures[f"{list(REPORT_COSTS).index(cost)}|0"]
     figure = figures.plot_distillation_frontier(table, METRIC, cost)
     assert {line.get_drawstyle() for line in figure.axes[0].get_lines()} == {"steps-post"}
     traces = go.Figure(charted).data

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from isocost.analysis.costs import COSTS
+from isocost.analysis.costs import REPORT_COSTS
 from isocost.analysis.frontier_ci import (
     DECIDED,
     FrontierBands,
@@ -36,7 +36,7 @@ def crossings_of(bands: FrontierBands) -> dict[str, float]:
 # --- the known truth is found -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cost", list(COSTS))
+@pytest.mark.parametrize("cost", list(REPORT_COSTS))
 @pytest.mark.parametrize("metric", [KERNEL, "alignment"])
 def test_the_frontier_of_exact_scores_is_the_best_within_each_budget(cost: str, metric: str) -> None:
     table = exact(synthetic(noise=0.02), metric)

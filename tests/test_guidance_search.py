@@ -20,7 +20,9 @@ from isocost.errors import ConfigError
 from isocost.evaluation.bootstrap import check_resampled
 from isocost.evaluation.confidence_intervals import generated_counts, mean_resamples
 from isocost.evaluation.protocol import Protocol
+from isocost.metrics.arrays import Array
 from isocost.models.checkpoint import CheckpointInfo
+from isocost.models.component_costs import ComponentCosts
 from isocost.pipeline.dry_run import plan
 from isocost.pipeline.merge import archive, merge
 from isocost.pipeline.pipeline import Pipeline
@@ -197,7 +199,7 @@ def test_equal_options_are_reported_as_decided() -> None:
 # --- which cells are scored -------------------------------------------------------------------------------------------
 
 
-def candidate(size: str, gflop: float, num_steps: int, score: float, seed: int = 0) -> Candidate:
+def candidate(size: str, gflop: float, num_steps: int, score: float, seed: int = 0, decoder: float = 1.0) -> Candidate:
     protocol = Protocol(1000, 1000, 32, "synthetic", "synthetic", "synthetic", "none", 100, 0)
     spec = PointSpec(checkpoint=size, solver=SolverSpec(), num_steps=num_steps, guidance=2.0, num_images=1000)
     cell = SearchCell(spec, spec, (2.0, 4.0), protocol, "mmd_efficientnet", RaceSpec(), is_two_pass=True)
@@ -215,9 +217,11 @@ def candidate(size: str, gflop: float, num_steps: int, score: float, seed: int =
         run="",
     )
     noise = np.random.default_rng(seed).standard_normal(1000)
-    return Candidate(
-        cell, info, None, 2.0, lambda n: mean_resamples(score + 0.5 * noise[:n], generated_counts(n, 100, 0)), 1000
-    )
+
+    def scores(n: int) -> Array:
+        return mean_resamples(score + 0.5 * noise[:n], generated_counts(n, 100, 0))
+
+    return Candidate(cell, info, None, 2.0, scores, 1000, ComponentCosts(1.0, 0.0, decoder))
 
 
 def test_cells_that_a_cheaper_cell_beats_are_dominated_and_no_others() -> None:
@@ -228,6 +232,8 @@ def test_cells_that_a_cheaper_cell_beats_are_dominated_and_no_others() -> None:
     assert "small, ddim 4 steps" in reasons[large.cell.digest]
     near = candidate("large", 4, 4, 1.001, seed=1)
     assert dominated([small, near], 0.99) == {}  # the interval of their difference contains 0
+    with_costly_decoder = candidate("small", 1, 4, 1.0, decoder=30.0)
+    assert not dominated([with_costly_decoder, large], 0.99), "its whole image costs more: 8 + 1 + 30, not 32 + 2 GFLOP"
 
 
 # --- a study that races -----------------------------------------------------------------------------------------------

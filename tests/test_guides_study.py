@@ -103,7 +103,7 @@ def test_costs_count_both_networks(guided: Pipeline, table: pd.DataFrame) -> Non
             guide = read_info(guided.store.folder("checkpoint", row["guide_checkpoint"]))
             expected += guide.gflop_per_forward * row["guide_nfe"]
             assert row["nfe"] == 4 + row["guide_nfe"]
-        assert row["gflop"] == pytest.approx(expected)
+        assert row["gflop_denoiser"] == pytest.approx(expected)
         if row["guidance"] == 1:
             assert guided_steps == 0
         elif isinstance(row["guidance_interval"], str):
@@ -219,7 +219,7 @@ def test_a_plan_counts_the_passes_of_guides(tmp_path: Path, guided: Pipeline, ta
     wanted = {point.digest for run in guided.runs for point in guided.experiments["text2image"].points(run)}
     rows = rows[rows["point"].isin(wanted)]
     gflop = sum(size["sampling_gflop"] for size in planned["sizes"])
-    assert gflop == pytest.approx(float((rows["gflop"] * rows["num_images"]).sum()))
+    assert gflop == pytest.approx(float((rows["gflop_denoiser"] * rows["num_images"]).sum()))
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def test_names_in_a_results_database_are_parameters_never_sql(tmp_path: Path) ->
         **{"point": "a", "checkpoint": NASTY, "protocol": "p", "task": NASTY, "size": NASTY, "solver": NASTY},
         **{"width": 8, "num_parameters": 1, "images_seen": 1, "training_gflop": 1.0, "num_steps": 1, "guidance": 1.0},
         **{"num_images": 32, "num_nonfinite": 0, "seed": 0, "dtype": "fp32", "compiled": False, "batch_size": 1},
-        **{"min_batch_size": 1, "normalized_cost": 1.0, "nfe": 1.0, "gflop": 1.0, "ms_per_image": 1.0, "seconds": 1.0},
+        **{"min_batch_size": 1, "normalized_cost": 1.0, "nfe": 1.0, "gflop_denoiser": 1.0, "ms_per_image": 1.0, "seconds": 1.0},
         "has_too_few_samples": False,
     }
     results_db.add_point(row, {NASTY: Interval(1.0, 0.5, 1.5)}, {}, {"captions": NASTY})

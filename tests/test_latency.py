@@ -447,7 +447,9 @@ def test_the_command_prints_every_value(folders: dict[str, Path], isocost: Any, 
     assert settings["dtype"] == {"text": "fp32", "denoiser": "fp32", "decoder": "fp32"}
     assert (settings["compiled"], settings["repeats"], settings["warm_up"]) == (False, 5, 3)
     assert settings["timer"] == {"stages": "perf_counter", "whole": "perf_counter"}
-    assert settings["gflop_per_image"] == 4 * 0.125
+    assert settings["gflop_parts"]["denoiser"] == 4 * 0.125
+    assert settings["gflop_per_image"] == pytest.approx(sum(settings["gflop_parts"].values()))
+    assert min(settings["gflop_parts"][part] for part in ("text", "decoder")) > 0
     assert document["device"]["name"]
     assert document["device"]["num_threads"] == torch.get_num_threads()
     assert document["notes"]
@@ -483,7 +485,7 @@ def test_the_command_measures_a_pair_by_its_own_mix_of_passes(folders: dict[str,
     assert (settings["guidance_interval"], settings["guided_evaluations"]) == ([-3.0, None], 1)
     assert (batch["nfe_per_image"], batch["guide_nfe_per_image"]) == (3, 1)
     assert (batch["network_calls"], batch["network_rows"], batch["guide_calls"], batch["guide_rows"]) == (2, 4, 1, 2)
-    assert settings["gflop_per_image"] == 3 * 0.125, "both networks of the test state the same cost"
+    assert settings["gflop_parts"]["denoiser"] == 3 * 0.125, "both networks of the test state the same cost"
     assert "3 network passes per image: 2 of the network and 1 of the guide 0.2M" in progress
     status, printed, progress = isocost(folders["base"], *arguments)
     assert status == 0, progress

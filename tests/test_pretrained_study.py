@@ -126,7 +126,7 @@ def test_a_run_is_scored_and_recommended_from(folders: list[Path], tmp_path: Pat
         assert set(rows["num_parameters"]) == {info.num_parameters}
         two_passes = (rows["guidance"] > 1) & (not info.model.embeds_guidance)
         assert list(rows["nfe"]) == list(rows["num_steps"] * (1 + two_passes))
-        assert list(rows["gflop"]) == pytest.approx(list(rows["nfe"] * info.gflop_per_forward))
+        assert list(rows["gflop_denoiser"]) == pytest.approx(list(rows["nfe"] * info.gflop_per_forward))
         assert list(rows["normalized_cost"]) == pytest.approx(list(rows["num_steps"] * info.normalized_cost_per_step))
         assert set(rows["solver"]) == {"lcm/trailing" if folder.name == "student" else "euler/trailing"}
     before = table.set_index("point")["mmd_efficientnet"]

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from isocost.analysis.claims import TaskResults, evaluate_claims
-from isocost.analysis.costs import COSTS
+from isocost.analysis.costs import COSTS, REPORT_COSTS
 from isocost.analysis.paper_claims import CLAIMS
 from isocost.errors import ConfigError
 from isocost.report import figures, image_grids, matplotlib_backend, plot_data, plot_style, plotly_backend
@@ -324,12 +324,14 @@ def test_the_page_makes_no_network_request(written: Path) -> None:
 
 def test_every_choice_has_its_figure(written: Path) -> None:
     charts = json.loads(read(written).scripts["chart-data"])
-    assert len(charts["cost"]["figures"]) == len(COSTS) * 3 * 3
+    assert len(charts["cost"]["figures"]) == len(REPORT_COSTS) * 3 * 3
     assert len(charts["compute"]["figures"]) == 3
     assert len(charts["solvers"]["figures"]) == (1 + 5) * 2 * 3
     assert len(charts["guidance"]["figures"]) == len(charts["best_guidance"]["figures"]) == 2 * 3
-    axes = [charts["cost"]["figures"][f"{index}|0|0"][0]["layout"]["xaxis"]["title"]["text"] for index in range(len(COSTS))]
-    assert axes == [cost.axis for cost in COSTS.values()]
+    axes = [
+        charts["cost"]["figures"][f"{index}|0|0"][0]["layout"]["xaxis"]["title"]["text"] for index in range(len(REPORT_COSTS))
+    ]
+    assert axes == [COSTS[name].axis for name in REPORT_COSTS]
 
 
 def test_the_table_holds_every_point_best_first(written: Path) -> None:
@@ -345,8 +347,9 @@ def test_the_table_holds_every_point_best_first(written: Path) -> None:
 def test_figures_are_saved_next_to_the_page(tmp_path: Path) -> None:
     folder = write_synthetic(tmp_path, figure_formats=matplotlib_backend.FORMATS).parent / "figures"
     names = {
-        *(f"quality_vs_cost-{cost}" for cost in COSTS),
+        *(f"quality_vs_cost-{cost}" for cost in REPORT_COSTS),
         "quality_vs_compute-training_gflop",
+        "cost_parts",
         "solvers",
         "guidance_heatmap",
         "best_guidance",

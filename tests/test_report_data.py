@@ -71,7 +71,7 @@ def test_a_full_disk_loses_neither_images_nor_tables(
     pipeline = Pipeline(finished_spec(), tmp_path / "out")
     kept = [tmp_path / "out" / REPORT_DATA / "text2image", tmp_path / "out" / "table.parquet"]
     before = {file: file.read_bytes() for path in kept for file in [path, *path.rglob("*")] if file.is_file()}
-    assert {file.suffix for file in before} == {".json", ".webp", ".parquet"}
+    assert {file.suffix for file in before} == {".json", ".webp", ".parquet", ".safetensors"}
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -200,7 +200,7 @@ def test_every_point_of_a_reference_study_is_in_its_results_database(folder: Pat
     table = pd.read_parquet(folder / "table.parquet").set_index("point")
     assert set(table.index) <= set(database.index)
     scores = [name for name in ("mmd_efficientnet", "mmd_efficientnet_low", "alignment") if name in table.columns]
-    for column in (*scores, "guidance", "gflop", "num_images"):
+    for column in (*scores, "guidance", "gflop_denoiser", "num_images"):
         pd.testing.assert_series_equal(table[column], database.loc[table.index, column])
 
 

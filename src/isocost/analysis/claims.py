@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from isocost.analysis.costs import COSTS, expected_costs
+from isocost.analysis.costs import REPORT_COSTS, expected_costs
 from isocost.analysis.formatting import format_score
 from isocost.analysis.results_table import classifier_free
 from isocost.analysis.seed_variance import SeedVariance, estimate_seed_variance
@@ -133,7 +133,7 @@ def evaluate_claims(claims: Sequence[Claim], tables: Tables) -> list[ClaimVerdic
     """
     tables = {task: replace(results, table=classifier_free(results.table)) for task, results in tables.items()}
     expected = {cost for results in tables.values() for cost in expected_costs(results.table)}
-    costs = [cost for cost in COSTS if cost in expected]
+    costs = [cost for cost in REPORT_COSTS if cost in expected]
     verdicts = []
     for claim in claims:
         for cost in costs if claim.depends_on_cost else ("",):

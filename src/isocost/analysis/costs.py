@@ -24,6 +24,8 @@ class Cost:
         unit: the unit after a number, in running text.
         measured_by: how to measure a cost that a sweep does not measure; "" for the others. Reports do not mention such a cost
             until a point has it.
+        counted_by: how to add a cost that is counted, not measured, to a table that lacks it; "" for the others.
+        is_part: it is a part of another cost. Budgets and figures take it by name; reports show the other.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Cost:
     axis: str
     unit: str
     measured_by: str = ""
+    counted_by: str = ""
+    is_part: bool = False
 
     def format_amount(self, value: float) -> str:
         """`value` with its unit: "12 units of normalized cost"."""
@@ -52,7 +56,14 @@ COSTS = {
             "units of normalized cost",
         ),
         Cost("nfe", "nfe", "evaluations", "network evaluations per image", "network evaluations per image"),
-        Cost("gflop", "gflop", "GFLOP", "GFLOP per image (denoiser, all passes)", "GFLOP per image"),
+        Cost(
+            "gflop",
+            "gflop",
+            "GFLOP",
+            "GFLOP per image (prompt, all passes, decoder)",
+            "GFLOP per image",
+            counted_by="`isocost report OUT` counts it; a table of version 0.1 has only gflop_denoiser",
+        ),
         Cost("ms_per_image", "ms", "milliseconds", "ms per image (measured, by throughput)", "ms per image"),
         Cost(
             "latency_ms",
@@ -62,8 +73,18 @@ COSTS = {
             "ms of latency",
             measured_by=f"{REMEASURE} measures it, and `isocost report STUDY` adds it to the table",
         ),
+        Cost(
+            "gflop_denoiser",
+            "gflop_denoiser",
+            "GFLOP of the denoiser",
+            "GFLOP per image (all passes of the denoiser)",
+            "GFLOP of the denoiser per image",
+            is_part=True,
+        ),
     )
 }
+REPORT_COSTS = tuple(name for name, cost in COSTS.items() if not cost.is_part)
+"""The costs that a report shows."""
 
 
 def cost_of(name: str) -> Cost:
@@ -84,10 +105,10 @@ def is_measured(table: pd.DataFrame, name: str) -> bool:
 
 def expected_costs(table: pd.DataFrame) -> list[str]:
     """The costs that a report of the table shows or misses: all but those measured on request that no row has."""
-    return [cost.name for cost in COSTS.values() if not cost.measured_by or is_measured(table, cost.name)]
+    return [name for name in REPORT_COSTS if not COSTS[name].measured_by or is_measured(table, name)]
 
 
 def format_unmeasured(name: str, points: str = "point") -> str:
     """The message for a table in which no point has the cost, with the remedy."""
-    remedy = cost_of(name).measured_by or f"choose another cost of {', '.join(COSTS)}"
-    return f"no {points} has a measured {name}; {remedy}"
+    remedy = cost_of(name).measured_by or cost_of(name).counted_by or f"choose another cost of {', '.join(COSTS)}"
+    return f"no {points} has a {'known' if cost_of(name).counted_by else 'measured'} {name}; {remedy}"

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
-from isocost.analysis.costs import COSTS, is_measured
+from isocost.analysis.costs import COSTS, REPORT_COSTS, is_measured
 from isocost.analysis.formatting import format_number, format_steps
 from isocost.analysis.iso_cost import PairedDifferences, best_at_budget, classify, difference_between, format_difference
 from isocost.analysis.results_table import best_per_group, final_points, rank_points, sizes_in_order
@@ -161,7 +161,7 @@ def comparisons(table: pd.DataFrame, metric: str, pairs: PairedDifferences, num_
         undistilled, large student" (the surprising result of the paper) and "small student, large undistilled".
     """
     results = []
-    for cost in COSTS:
+    for cost in REPORT_COSTS:
         if not is_measured(table[table["is_final"].astype(bool)], cost):
             continue
         rows = rank_points(final_points(table, metric, cost), metric, cost)

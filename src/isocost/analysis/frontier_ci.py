@@ -34,7 +34,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from isocost.analysis.costs import COSTS, cost_of, is_measured
+from isocost.analysis.costs import REPORT_COSTS, cost_of, is_measured
 from isocost.analysis.formatting import ROUNDING, format_number, format_score
 from isocost.analysis.paired_decisions import Resamples, joint_replicates
 from isocost.analysis.pareto import BEYOND_DATA_FACTOR
@@ -286,7 +286,7 @@ def format_best_sizes(table: pd.DataFrame, metric: str, resamples: Resamples | N
     `resamples` are those of the points by `metric`.
     """
     texts: dict[str, Any] = {}
-    for cost in COSTS.values():
+    for cost in map(cost_of, REPORT_COSTS):
         if not is_measured(table[table["is_final"].astype(bool)], cost.name):
             continue
         bands = frontier_bands(table, cost.name, metric, resamples=resamples)

@@ -14,6 +14,7 @@ replaced_scheduler                        with solver `nearest`: scheduler class
 num_images, seed, protocol                the evaluation
 guide_nfe                                 the evaluations by the guide, part of nfe
 normalized_cost, nfe, gflop, ms_per_image, latency_ms    the costs (`isocost.analysis.costs.COSTS`), NaN if not measured
+gflop_text, gflop_encoder, gflop_denoiser, gflop_decoder the parts of `gflop`; the encoder's is 0 except in super-resolution
 m, m_low, m_high                          for every metric m: the score and the ends of its 95 % interval, NaN where absent
 """
 
@@ -233,7 +234,12 @@ def is_within_budget(costs: pd.Series, budget: float) -> pd.Series:
 
 
 def with_cost_columns(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with NaN in the columns of costs that an earlier release did not write."""
+    """The table with NaN in the columns of costs that an earlier release did not write.
+
+    The column `gflop` of version 0.1 is the denoiser's part of `gflop`.
+    """
+    if "gflop" in table.columns and "gflop_denoiser" not in table.columns:
+        table = table.rename(columns={"gflop": "gflop_denoiser"})
     missing = [cost for cost in COSTS if cost not in table.columns]
     return table.assign(**dict.fromkeys(missing, np.nan)) if missing else table
 

@@ -152,7 +152,11 @@ def headline(results: Sequence[Ranking]) -> str:
 
 def _check_units(table: pd.DataFrame) -> None:
     """Check that the unit of normalized cost, the largest U-Net at the study's latent shape and prompt length, is the same."""
-    units = (table["gflop"] / (table["normalized_cost"] * table["nfe"] / table["num_steps"])).groupby(table["study"]).median()
+    units = (
+        (table["gflop_denoiser"] / (table["normalized_cost"] * table["nfe"] / table["num_steps"]))
+        .groupby(table["study"])
+        .median()
+    )
     if units.max() > units.min() * (1 + UNIT_TOLERANCE):
         values = ", ".join(f"{unit:.3g} GFLOP ({study})" for study, unit in units.items())
         raise ConfigError(f"the unit of normalized cost differs between these studies: {values}; compare by --cost gflop")

@@ -264,7 +264,19 @@ def recommend(
     ] = None,
     budget_gflop: Annotated[
         float | None,
-        typer.Option("--budget-gflop", callback=in_range("--budget-gflop", Positive), help="maximum GFLOP per image"),
+        typer.Option(
+            "--budget-gflop",
+            callback=in_range("--budget-gflop", Positive),
+            help="maximum GFLOP per image: prompt, all passes and decoder",
+        ),
+    ] = None,
+    budget_gflop_denoiser: Annotated[
+        float | None,
+        typer.Option(
+            "--budget-gflop-denoiser",
+            callback=in_range("--budget-gflop-denoiser", Positive),
+            help="maximum GFLOP per image of all passes of the denoiser",
+        ),
     ] = None,
     budget_nfe: Annotated[
         float | None,
@@ -317,6 +329,7 @@ def recommend(
         "ms": budget_ms,
         "latency_ms": budget_latency_ms,
         "gflop": budget_gflop,
+        "gflop_denoiser": budget_gflop_denoiser,
         "nfe": budget_nfe,
         "normalized_cost": budget_normalized_cost,
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from huggingface_hub import try_to_load_from_cache
-from torch.utils.flop_counter import FlopCounterMode
 
 from isocost.config.evaluation import ProtocolSpec
 from isocost.config.model import PCAAutoencoderSpec, PretrainedAutoencoderSpec, TextEncoderSpec, TrainedAutoencoderSpec
@@ -25,6 +24,7 @@ from isocost.config.study import StudySpec
 from isocost.errors import ConfigError
 from isocost.metrics.feature_extractors import EXTRACTORS
 from isocost.models.autoencoder import BUILTIN_AUTOENCODER, DiffusersVAE, PCAAutoencoder
+from isocost.models.component_costs import autoencoder_cost, pca_autoencoder_cost
 from isocost.models.decoder_memory import autoencoder_on_meta
 from isocost.training.autoencoder import build_autoencoder
 
@@ -136,23 +136,19 @@ def _config_file(path: str, subfolder: str | None) -> Path | None:
 
 
 def _pca_shape(channels: int, patch: int, resolution: int, title: str) -> AutoencoderShape:
-    gflop = 2 * channels * 3 * resolution**2 / 1e9
-    return AutoencoderShape(channels, patch, gflop, gflop, _describe_autoencoder(title, channels, patch))
+    cost = pca_autoencoder_cost(channels, resolution)
+    return AutoencoderShape(
+        channels, patch, cost.encode_gflop, cost.decode_gflop, _describe_autoencoder(title, channels, patch)
+    )
 
 
 def _network_shape(network: AutoencoderKL | AutoencoderTiny, resolution: int, title: str) -> AutoencoderShape:
     autoencoder = DiffusersVAE(network, "meta")
     channels, factor = autoencoder.latent_channels, autoencoder.factor
-    latent_size = resolution // factor
-    encode = _count_gflop(network.encode, torch.empty(1, 3, resolution, resolution, device="meta"))
-    decode = _count_gflop(network.decode, torch.empty(1, channels, latent_size, latent_size, device="meta"))
-    return AutoencoderShape(channels, factor, encode, decode, _describe_autoencoder(title, channels, factor))
-
-
-def _count_gflop(function: Callable[[torch.Tensor], Any], argument: torch.Tensor) -> float:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        function(argument)
-    return counter.get_total_flops() / 1e9
+    cost = autoencoder_cost({**network.config, "_class_name": type(network).__name__}, resolution)
+    return AutoencoderShape(
+        channels, factor, cost.encode_gflop, cost.decode_gflop, _describe_autoencoder(title, channels, factor)
+    )
 
 
 def _describe_autoencoder(title: str, channels: int, factor: int) -> str:

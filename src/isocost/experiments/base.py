@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from isocost.config.base import digest
 from isocost.config.evaluation import ProtocolSpec
 from isocost.config.model import ModelSpec
-from isocost.config.sweep import GuideSelection, GuideSpec, SweepSpec
+from isocost.config.sampling import VaeSpec
+from isocost.config.sweep import GuideSelection, GuideSpec, PointSpec, SweepSpec
 from isocost.config.training import TrainSpec
 from isocost.config.types import TaskName
 from isocost.diffusion.guidance import check_interval
@@ -28,8 +29,11 @@ from isocost.errors import ConfigError
 from isocost.evaluation.paired import PairedComparer
 from isocost.evaluation.protocol import Protocol
 from isocost.evaluation.reference_set import ReferenceSet
+from isocost.experiments.component_costs import study_component_costs
+from isocost.experiments.study_assets import StudyAssets
 from isocost.models.autoencoder import Autoencoder
 from isocost.models.checkpoint import CheckpointInfo, save_networks
+from isocost.models.component_costs import ComponentCosts
 from isocost.models.factory import Network
 from isocost.sampling.generate import PromptEmbeds
 from isocost.sampling.request import PerSampleFn
@@ -145,6 +149,7 @@ class EvalJob:
 class Experiment(ABC):
     """One experiment of a study."""
 
+    assets: StudyAssets
     sweep: SweepSpec
     protocol_spec: ProtocolSpec
     metric: str
@@ -265,6 +270,27 @@ class Experiment(ABC):
                 names = [other.checkpoints[images] for images in sorted(other.checkpoints)]
             checkpoints += [name for name in names if name != run.final]
         return checkpoints
+
+    def components(self, checkpoint: str, vae: VaeSpec, guide: str | None) -> ComponentCosts:
+        """Return the costs of the text encoder and the autoencoder for one image.
+
+        Args:
+            checkpoint: digest of the checkpoint that makes the image.
+            vae: settings of the autoencoder.
+            guide: digest of the guide, None without one.
+
+        Raises:
+            ConfigError: the text encoder or the autoencoder is not there.
+        """
+        return study_component_costs(self.assets.study, vae)
+
+    def components_of_point(self, point: PointSpec) -> ComponentCosts:
+        """Return the costs of the text encoder and the autoencoder for one image of a point.
+
+        Raises:
+            ConfigError: the text encoder or the autoencoder is not there.
+        """
+        return self.components(point.checkpoint, point.vae, None if point.guide is None else point.guide.checkpoint)
 
     def labels(self, run: TrainingRun) -> dict[str, str]:
         """Return columns of the results table that the study decides, since another study may have trained the checkpoint."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from isocost.analysis.distillation import format_accelerations, format_equal_cost, format_teacher_differences
 from isocost.config.finetune import ADAPTED_VARIANTS, NO_ADAPTER, DistillSpec, DistillVariant
 from isocost.config.model import ModelSpec
-from isocost.config.sampling import SolverSpec
+from isocost.config.sampling import SolverSpec, VaeSpec
 from isocost.config.training import TrainSpec
 from isocost.config.types import TaskName
 from isocost.errors import ConfigError
@@ -28,6 +28,7 @@ from isocost.experiments.study_assets import StudyAssets
 from isocost.experiments.superres import SuperresExperiment
 from isocost.models.checkpoint import Checkpoint, CheckpointInfo, checkpoint_name, load_checkpoint, read_info
 from isocost.models.codi_unet import CoDiUNet
+from isocost.models.component_costs import ComponentCosts
 from isocost.models.factory import add_guidance_embedding
 from isocost.models.flops import model_cost
 from isocost.sampling.generate import schedule_of
@@ -118,6 +119,10 @@ class DistillExperiment(Experiment):
         self.sweep, self.protocol_spec = spec.sweep, base.protocol_spec
         self.metric = spec.metric or base.metric
         self.baseline = base
+
+    def components(self, checkpoint: str, vae: VaeSpec, guide: str | None) -> ComponentCosts:
+        """Return the costs around the denoiser, which are those of the teacher."""
+        return self.base.components(checkpoint, vae, guide)
 
     # --- trainings ---
 

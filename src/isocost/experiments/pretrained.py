@@ -7,7 +7,7 @@ from functools import cached_property, partial
 
 from torch import nn
 
-from isocost.config.sampling import SolverSpec
+from isocost.config.sampling import SolverSpec, VaeSpec
 from isocost.config.study import StudySpec
 from isocost.config.sweep import GuideSpec, SweepSpec
 from isocost.config.training import TrainSpec
@@ -19,6 +19,7 @@ from isocost.evaluation.protocol import Protocol
 from isocost.experiments.base import EvalContext, EvalJob, Experiment, TrainingRun
 from isocost.experiments.study_assets import StudyAssets
 from isocost.models.checkpoint import CheckpointInfo, pretrained_info
+from isocost.models.component_costs import ComponentCosts, pipeline_components
 from isocost.models.components import DownsamplingDecoder, load_pipeline_autoencoder
 from isocost.models.pretrained.lora import split_loras
 from isocost.models.pretrained.pipeline_config import display_name, find_base_folder, source_digest
@@ -44,6 +45,7 @@ class PretrainedExperiment(Experiment):
     def __init__(self, study: StudySpec, assets: StudyAssets) -> None:
         self.study, self.assets = study, assets
         self.sweep, self.protocol_spec, self.metric = study.sweep, study.protocol, study.report.metric
+        self._components: dict[tuple[str, VaeSpec, str | None], ComponentCosts] = {}
 
     @cached_property
     def infos(self) -> dict[str, CheckpointInfo]:
@@ -143,6 +145,15 @@ class PretrainedExperiment(Experiment):
             folders = [find_base_folder(part.path) for part in (info.pretrained, guide.pretrained)]
             main_autoencoder, guide_autoencoder = (load_pipeline_autoencoder(folder) for folder in folders)
             check_same_latent_space(main_autoencoder, guide_autoencoder, guide.label)
+
+    def components(self, checkpoint: str, vae: VaeSpec, guide: str | None) -> ComponentCosts:
+        """Return the costs of the pipeline's text encoders and autoencoder; a guide encodes the prompts with its own."""
+        key = (checkpoint, vae, guide)
+        if key not in self._components:
+            guides = {spec.checkpoint: info for spec, info in self.selected_guides}
+            guide_info = None if guide is None else guides[guide]
+            self._components[key] = pipeline_components(self.infos[checkpoint], guide_info, vae)
+        return self._components[key]
 
     def objective(self, run: TrainingRun, network: nn.Module) -> Objective:
         """Not available: pretrained checkpoints are not trained."""

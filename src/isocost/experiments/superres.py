@@ -21,6 +21,7 @@ from isocost.analysis.results_table import best_per_group, final_points
 from isocost.config.base import digest
 from isocost.config.finetune import SuperresSpec
 from isocost.config.model import ModelSpec
+from isocost.config.sampling import VaeSpec
 from isocost.data.degradations import check_scale, degrade, encode_enlarged, resize
 from isocost.errors import ConfigError
 from isocost.evaluation.confidence_intervals import Interval
@@ -32,10 +33,12 @@ from isocost.evaluation.protocol import Protocol
 from isocost.evaluation.reconstruction import round_trip
 from isocost.evaluation.reference_set import ReferenceSet, make_extractors
 from isocost.experiments.base import EvalContext, EvalJob, Experiment, TrainingRun, make_run
+from isocost.experiments.component_costs import study_component_costs
 from isocost.experiments.pretrain import PretrainExperiment
 from isocost.experiments.study_assets import StudyAssets, images_to_save
 from isocost.metrics.extractor_base import FeatureExtractor
 from isocost.models.checkpoint import checkpoint_name, load_checkpoint
+from isocost.models.component_costs import ComponentCosts
 from isocost.models.factory import build_network, expand_in_channels
 from isocost.models.flops import model_cost
 from isocost.sampling.generate import PromptEmbeds
@@ -108,6 +111,10 @@ class SuperresExperiment(Experiment):
             )
         self.assets.check_compatible_parent(info, self.spec.train.prediction_type, f"superres.parents: {folder}")
         return info.model
+
+    def components(self, checkpoint: str, vae: VaeSpec, guide: str | None) -> ComponentCosts:
+        """Return the costs around the denoiser, with the encoding of the enlarged image."""
+        return study_component_costs(self.assets.study, vae, with_encoder=True)
 
     def objective(self, run: TrainingRun, network: nn.Module) -> Objective:
         """Train on the latents of the cache, each with the latent of its degraded and enlarged image."""

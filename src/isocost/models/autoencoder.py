@@ -288,6 +288,18 @@ def _factor(config: Any, name: str, default: float) -> float:
     return float(value)
 
 
+def autoencoder_folder(path: str | Path, subfolder: str | None = None) -> Path:
+    """Folder of an autoencoder that is given by folder, Hub id or built-in name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if str(path) == BUILTIN_AUTOENCODER:
+        path = str(resources.files("isocost.assets") / "scenes-autoencoder")
+    root = find_component(path, subfolder)
+    return root / subfolder if subfolder else root
+
+
 def load_autoencoder(
     path: str | Path, subfolder: str | None = None, device: torch.device | str = "cpu", vae: VaeSpec | None = None
 ) -> Autoencoder:
@@ -305,10 +317,7 @@ def load_autoencoder(
         RunError: a file of an artefact does not match its checksum.
     """
     vae = vae or VaeSpec()
-    if str(path) == BUILTIN_AUTOENCODER:
-        path = str(resources.files("isocost.assets") / "scenes-autoencoder")
-    root = find_component(path, subfolder)
-    folder = root / subfolder if subfolder else root
+    folder = autoencoder_folder(path, subfolder)
     if (folder / MANIFEST).is_file():
         verified_manifest(folder)
     if (folder / PCA_FILE).is_file():

@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isocost.config.model import TextEncoderSpec
 from isocost.errors import ConfigError
@@ -106,17 +107,8 @@ class MiniLMTextEncoder:
         Raises:
             ConfigError: the path of `spec` holds no loadable text encoder, or a weight is missing, NaN or infinite.
         """
-        from transformers import AutoConfig
-
-        path = minilm_path() if spec.path == BUILTIN_TEXT_ENCODER else spec.path
-        tokenizer = (spec.subfolder or "").replace("text_encoder", "tokenizer")
-        root = find_component(path, spec.subfolder, (tokenizer,) if tokenizer else ())
-        folder = root / (spec.subfolder or "")
-        read_component_config(folder / "config.json")
-        try:
-            config = AutoConfig.from_pretrained(str(folder))
-        except Exception as error:  # transformers raises many kinds of errors for a wrong config
-            raise ConfigError(f"{folder}: cannot load a text encoder from it: {first_line(error)}") from error
+        root, folder, config = text_encoder_config(spec)
+        tokenizer = _tokenizer_subfolder(spec)
         self.tokenizer = load_tokenizer(root / tokenizer)
         network = load_module(_text_network(config), folder, unused_weights=("pooler.",))
         self.network = network.to(device)
@@ -144,6 +136,53 @@ class MiniLMTextEncoder:
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Prompt embeddings float32 [N, T, D] of prompts."""
         return self.encode_tokens(self.tokenize(prompts))
+
+
+def text_encoder_config(spec: TextEncoderSpec) -> tuple[Path, Path, Any]:
+    """Find a text encoder, and read its config.
+
+    Returns:
+        The folder of the pipeline, the folder of the text encoder, and the config of transformers.
+
+    Raises:
+        ConfigError: the path of `spec` holds no text encoder, or transformers does not know it.
+    """
+    from transformers import AutoConfig
+
+    path, tokenizer = minilm_path() if spec.path == BUILTIN_TEXT_ENCODER else spec.path, _tokenizer_subfolder(spec)
+    root = find_component(path, spec.subfolder, (tokenizer,) if tokenizer else ())
+    folder = root / (spec.subfolder or "")
+    read_component_config(folder / "config.json")
+    try:
+        return root, folder, AutoConfig.from_pretrained(str(folder))
+    except Exception as error:  # transformers raises many kinds of errors for a wrong config
+        raise ConfigError(f"{folder}: cannot load a text encoder from it: {first_line(error)}") from error
+
+
+def _tokenizer_subfolder(spec: TextEncoderSpec) -> str:
+    return (spec.subfolder or "").replace("text_encoder", "tokenizer")
+
+
+def text_network_on_meta(spec: TextEncoderSpec) -> nn.Module:
+    """Build the network of a text encoder on the meta device from its config, which needs no memory.
+
+    Raises:
+        ConfigError: the path of `spec` holds no text encoder, or transformers cannot build it.
+    """
+    from transformers import AutoModel
+
+    _, folder, config = text_encoder_config(spec)
+    network_class = _text_network(config)
+    try:
+        with torch.device("meta"):
+            network: nn.Module = (
+                AutoModel.from_config(config)
+                if network_class is AutoModel
+                else network_class(config.text_config if config.model_type == "clip" else config)
+            )
+    except Exception as error:  # transformers raises many kinds of errors for a wrong config
+        raise ConfigError(f"{folder}: cannot build a text encoder from its config: {first_line(error)}") from error
+    return network.eval()
 
 
 def minilm_path() -> str:

@@ -59,8 +59,8 @@ def _plan_run(pipeline: Pipeline, run: TrainingRun, recorded: set[str], races: d
     training_images = 0
     if not run.is_pretrained and (snapshots := pipeline.missing_snapshots(run)):
         training_images = max(0, max(snapshots) - newest_state_images(pipeline.store.folder("run", run.digest)))
-    sampling_gflop = sum(pipeline.gflop_per_image(run, point) * point.spec.num_images for point in missing) + sum(
-        pipeline.gflop_per_image(run, cell.point(cell.guidance[-1])) * expected_race_images(cell) for cell in cells
+    sampling_gflop = sum(pipeline.denoiser_gflop(run, point) * point.spec.num_images for point in missing) + sum(
+        pipeline.denoiser_gflop(run, cell.point(cell.guidance[-1])) * expected_race_images(cell) for cell in cells
     )
     protocol, resolution = experiment.protocol_spec, pipeline.study.data.resolution
     points_bytes = sum(point_bytes(protocol, point.spec.num_images, resolution) for point in points)

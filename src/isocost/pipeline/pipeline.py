@@ -188,7 +188,7 @@ class Pipeline:
             return ModelCost(info.size, info.model.width, *numbers)
         return model_cost(run.model, self.study.text_encoder.max_tokens)
 
-    def gflop_per_image(self, run: TrainingRun, point: SweepPoint) -> float:
+    def denoiser_gflop(self, run: TrainingRun, point: SweepPoint) -> float:
         """Cost of the passes of one image of a run's network and of its guide."""
         experiment = self.experiments[run.task]
         main_passes, guide_passes = point.passes(run.model, experiment.schedule(run))
@@ -488,7 +488,7 @@ class Pipeline:
             cost, experiment = self.cost(run), self.experiments[run.task]
             jobs = experiment.jobs(run)
             points = [
-                PlannedPoint(point.digest, self.gflop_per_image(run, point) * point.spec.num_images)
+                PlannedPoint(point.digest, self.denoiser_gflop(run, point) * point.spec.num_images)
                 for point in planned_points(jobs, races)
             ]
             all_points += points

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from isocost.analysis.timings import NUM_LATENCY_RUNS
-from isocost.config.sweep import SweepSpec
 from isocost.config.types import TaskName
 from isocost.experiments.base import EvalContext, EvalJob, Experiment, TrainingRun
 from isocost.experiments.study_assets import StudyAssets
@@ -124,7 +123,7 @@ class Sweeper:
         for task in dict.fromkeys(run.task for run in runs):
             raced = [(run, job) for run in runs if run.task == task for job in self.experiments[task].jobs(run) if job.cells]
             races = self.results_db.races()
-            reasons = self._dominated([job for _, job in raced], races, self.experiments[task].sweep)
+            reasons = self._dominated([job for _, job in raced], races, self.experiments[task])
             for run, job in raced:
                 for cell in job.cells:
                     self.results_db.set_dominated(cell.digest, reasons.get(cell.digest))
@@ -157,11 +156,12 @@ class Sweeper:
 
             return run_races(self._worker(run, job), job.cells, done, deadline)
 
-    def _dominated(self, jobs: Sequence[EvalJob], races: Races, sweep: SweepSpec) -> dict[str, str]:
+    def _dominated(self, jobs: Sequence[EvalJob], races: Races, experiment: Experiment) -> dict[str, str]:
         """Digests of the cells that are not scored, with the reason.
 
         A cell without its checkpoint or the images of its search keeps the decision of the results database.
         """
+        sweep = experiment.sweep
         if sweep.race.stop_confidence is None:
             return {}
         candidates, decided = [], {}
@@ -178,7 +178,9 @@ class Sweeper:
                 info = read_info(self.store.folder("checkpoint", job.checkpoint))
                 guide_spec = cell.options[option].guide
                 guide = None if guide_spec is None else read_info(self.store.folder("checkpoint", guide_spec.checkpoint))
-                candidates.append(make_candidate(cell, info, guide, trials, guidance, num_images, option))
+                candidates.append(
+                    make_candidate(cell, info, guide, trials, guidance, num_images, experiment.components_of_point, option)
+                )
         reasons = {cell: reason for cell, reason in decided.items() if reason is not None}
         return dominated(candidates, sweep.race.stop_confidence) | reasons
 
@@ -195,6 +197,7 @@ class Sweeper:
             eval_context.saved_indices,
             eval_context.metrics,
             self.experiments[run.task].sweep.shard_size,
+            self.experiments[run.task].components_of_point,
             eval_context.concat_cond,
             {name: self._guide_source(name, eval_context) for name in job.guides},
             labels=self.experiments[run.task].labels(run),

@@ -33,6 +33,7 @@ from isocost.experiments.base import Experiment
 from isocost.models.checkpoint import checkpoint_name
 from isocost.pipeline.pipeline import Pipeline
 from isocost.report.chart_panels import try_make
+from isocost.report.gflop_parts import with_gflop_parts
 from isocost.report.guides_section import guide_section
 from isocost.report.html import STUDY_YAML
 from isocost.report.plot_data import COMPUTE_AXES, FLOOR_LABEL
@@ -51,7 +52,7 @@ TITLES: dict[TaskName, str] = {
     "superres-distill": "super-resolution, distilled",
     "dreambooth": "DreamBooth",
 }
-PREDICTION_COSTS, PREDICTION_REPLICATES = ("normalized_cost", "gflop"), 100
+PREDICTION_COSTS, PREDICTION_REPLICATES = ("normalized_cost", "gflop_denoiser"), 100
 FLOOR_LABELS = {"photographs": "the subjects' own images"}
 BASELINES = {
     "decoded": "real images after the autoencoder",
@@ -122,7 +123,7 @@ def study_table(pipeline: Pipeline, experiment: Experiment) -> pd.DataFrame:
         digests |= {point.digest for point in points if point.spec.checkpoint in baseline_finals}
         final_checkpoints |= baseline_finals
     table = pipeline.results_db.table()
-    table = table[table["point"].isin(digests)]
+    table = with_gflop_parts(table[table["point"].isin(digests)], experiment.components)
     table = _with_labels(table, [experiment] if experiment.baseline is None else [experiment, experiment.baseline])
     if replaced := experiment.replaced_schedulers():
         keys = zip(table["checkpoint"], table["solver"], strict=True)

@@ -19,6 +19,7 @@ from isocost.analysis.results_table import final_points, sizes_in_order
 from isocost.errors import ConfigError
 from isocost.evaluation.metric_registry import METRICS
 from isocost.report import plot_data, plot_data_finetune, plot_data_guides, plotly_backend
+from isocost.report.plot_data_costs import cost_parts
 from isocost.report.plot_data_finetune import Pretrained
 from isocost.report.plotly_backend import PlotlyFigure
 from isocost.report.scope import TRAINED, Scope
@@ -273,8 +274,20 @@ def _guide_heatmap_chart(table: pd.DataFrame, metric: str) -> Chart:
     )
 
 
-CHARTS = {
+def _cost_parts_chart(table: pd.DataFrame, metric: str, _floors: Mapping[str, float], _options: CurveOptions) -> Chart:
+    metrics = _with_metric_first(table, metric)
+    by_metric = {f"{c}": try_make(cost_parts, table, name) for c, name in enumerate(metrics)}
+    available = {key: parts for key, parts in by_metric.items() if not isinstance(parts, Unavailable)}
+    if not available:
+        raise ConfigError(next(parts.reason for parts in by_metric.values()))
+    figures = {key: [plotly_backend.plotly_cost_parts(parts)] for key, parts in available.items()}
+    subtitles = {key: f"{parts.setting[0].upper()}{parts.setting[1:]}." for key, parts in available.items()}
+    return Chart("cost_parts", (_metric_control(metrics),), figures, subtitles)
+
+
+CHARTS: dict[str, Callable[..., Chart]] = {
     "cost": cost_chart,
+    "cost_parts": _cost_parts_chart,
     "compute": _compute_chart,
     "solvers": _solver_chart,
     "guidance": _guidance_chart,

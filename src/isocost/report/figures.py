@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from isocost.analysis.costs import COSTS
+from isocost.analysis.costs import REPORT_COSTS
 from isocost.analysis.guides import GUIDE_COSTS
 from isocost.analysis.results_table import final_points, sizes_in_order
 from isocost.errors import ConfigError
@@ -29,6 +29,7 @@ from isocost.report.image_grids import image_grid
 from isocost.report.matplotlib_backend import (
     FORMATS,
     draw_comparison_rows,
+    draw_cost_parts,
     draw_curves,
     draw_guide_heatmap,
     draw_heatmaps,
@@ -44,6 +45,7 @@ from isocost.report.plot_data import (
     guidance_panels,
     solver_curves,
 )
+from isocost.report.plot_data_costs import cost_parts
 from isocost.report.plot_data_finetune import Pretrained, distillation_curves, pretraining_curves
 from isocost.report.plot_data_guides import guide_frontier, guide_heatmap
 from isocost.report.scope import TRAINED, Scope
@@ -164,6 +166,11 @@ def plot_guide_heatmap(table: pd.DataFrame, metric: str, cost: str = "gflop") ->
     return draw_guide_heatmap(guide_heatmap(table, metric, cost))
 
 
+def plot_cost_parts(table: pd.DataFrame, metric: str) -> Figure:
+    """Plot the shares of prompt, denoiser and decoder in the GFLOP of the points on the frontier; see `cost_parts`."""
+    return draw_cost_parts(cost_parts(table, metric))
+
+
 PRETRAINING_FIGURES = {
     "superres": plot_superres_vs_pretraining,
     "dreambooth": plot_dreambooth_vs_pretraining,
@@ -203,11 +210,12 @@ def all_figures(
     plots_by_axis: dict[Callable[..., Figure], Sequence[str]] = {
         plot_quality_vs_cost: scope.costs,
         plot_quality_vs_compute: [axis for axis in COMPUTE_AXES if scope.trained and axis in table.columns],
-        plot_distillation_frontier: list(COSTS),
+        plot_distillation_frontier: REPORT_COSTS,
         plot_guide_frontier: GUIDE_COSTS,
     }
     questions = {} if scope.trained else {plot_quality_vs_cost: {"question": "Which checkpoint is best at equal cost?"}}
     single_plots: dict[Callable[..., Figure], Callable[[], Figure]] = {
+        plot_cost_parts: lambda: plot_cost_parts(table, metric),
         plot_solvers: lambda: plot_solvers(table, metric, **options),
         plot_guidance_heatmap: lambda: plot_guidance_heatmap(table, metric),
         plot_best_guidance: lambda: plot_best_guidance(table, metric),
@@ -313,6 +321,7 @@ TABLE_PLOTS: dict[str, Callable[..., Figure]] = {
     for draw in (
         plot_quality_vs_cost,
         plot_quality_vs_compute,
+        plot_cost_parts,
         plot_solvers,
         plot_guidance_heatmap,
         plot_best_guidance,

@@ -51,6 +51,7 @@ from isocost.report.guides_section import guide_section
 from isocost.report.image_embedding import EmbeddedImages, embed_images
 from isocost.report.image_grids import ImageGrid, image_grid, saved_images_of
 from isocost.report.markdown import headline
+from isocost.report.plot_data_costs import PARTS_QUESTION
 from isocost.report.plot_data_finetune import DISTILLATION_QUESTION, PRETRAINING_QUESTIONS, Pretrained
 from isocost.report.plot_data_guides import FRONTIER_QUESTION, HEATMAP_QUESTION
 from isocost.report.results_table import headline_facts, point_columns, size_rows
@@ -164,6 +165,7 @@ def write_report(
             | finetune
             | guide_charts(table, metric, reconstruction_floors, curve_options),
             guides=try_make(guide_section, table, metric, pairs or RecordedDifferences()) if has_guides(table) else None,
+            parts_question=PARTS_QUESTION,
             guide_questions=(FRONTIER_QUESTION, HEATMAP_QUESTION),
             finetune_questions={
                 name: PRETRAINING_QUESTIONS[pretrained.task][0]

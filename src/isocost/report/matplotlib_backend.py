@@ -23,6 +23,7 @@ from matplotlib.patheffects import withStroke
 from isocost.analysis.formatting import format_number
 from isocost.report.image_grids import ImageGrid
 from isocost.report.plot_data import Curves, HeatPanel, panel_colors, x_ticks, y_range
+from isocost.report.plot_data_costs import MIN_LABELLED_SHARE, CostParts
 from isocost.report.plot_data_guides import GuideHeatmap, change_colors
 from isocost.report.plot_style import DASHES, EMPTY, HAIRLINE, INK, MUTED, OPTIMUM, log_ticks, tick_indices
 
@@ -129,6 +130,38 @@ def draw_guide_heatmap(heatmap: GuideHeatmap) -> Figure:
         axes.set_title(heatmap.question, pad=10 + 11.5 * len(setting))
         below_title: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
         axes.annotate("\n".join(setting), (0, 1), (0, 6), color=MUTED, fontsize=8.5, **below_title)
+    return figure
+
+
+def draw_cost_parts(parts: CostParts) -> Figure:
+    """Draw one horizontal bar per point, divided into the shares of the parts, with its GFLOP at the end."""
+    num_bars = len(parts.labels)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(
+            figsize=(max(map(len, parts.labels)) * CHARACTER_WIDTH * 0.8 + 4.4, 0.28 * num_bars + 1.5), layout="constrained"
+        )
+        axes = figure.subplots()
+        left = np.zeros(num_bars)
+        for label, share in parts.shares.items():
+            axes.barh(range(num_bars), share, left=left, color=parts.colors[label], label=label, height=0.74)
+            for bar, value in enumerate(share):
+                if value >= MIN_LABELLED_SHARE:
+                    style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8, "color": "white"}
+                    axes.text(left[bar] + value / 2, bar, f"{value:.0f}", **style)
+            left = left + share
+        for bar, total in enumerate(parts.totals):
+            axes.text(101, bar, format_number(float(total)), va="center", fontsize=8.5, color=INK)
+        axes.text(101, -0.85, "GFLOP", va="center", fontsize=8.5, color=MUTED)
+        axes.set_yticks(range(num_bars), list(parts.labels))
+        axes.invert_yaxis()
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("share of the GFLOP of an image (%)")
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(f"{parts.question}\n", pad=14)
+        below_title: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
+        axes.annotate(parts.setting, (0, 1), (0, 12), color=MUTED, fontsize=8.5, **below_title)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(parts.shares))
     return figure
 
 

@@ -17,6 +17,7 @@ from matplotlib.colors import to_hex
 
 from isocost.analysis.formatting import format_number
 from isocost.report.plot_data import Curves, HeatPanel, Series, all_series, panel_colors, x_ticks, y_range
+from isocost.report.plot_data_costs import MIN_LABELLED_SHARE, CostParts
 from isocost.report.plot_data_guides import GuideHeatmap, change_colors
 from isocost.report.plot_style import HAIRLINE, INK, MUTED, OPTIMUM, log_ticks, tick_indices
 
@@ -207,6 +208,46 @@ def plotly_guide_heatmap(heatmap: GuideHeatmap) -> PlotlyFigure:
         "margin": {"l": 62, "r": 12, "t": 10, "b": 56},
     }
     return {"data": [trace], "layout": layout}
+
+
+def plotly_cost_parts(parts: CostParts) -> PlotlyFigure:
+    """Draw one stacked bar per point, as `draw_cost_parts` does."""
+    labels = [html.escape(label) for label in parts.labels]
+    bars = list(range(len(labels)))
+    traces = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": html.escape(label),
+            "x": _numbers(share),
+            "y": bars,
+            "marker": {"color": parts.colors[label]},
+            "text": [f"{value:.0f}" if value >= MIN_LABELLED_SHARE else "" for value in share],
+            "textposition": "inside",
+            "insidetextanchor": "middle",
+            "textangle": 0,
+            "textfont": {"color": "white", "size": 12},
+            "customdata": [html.escape(parts.note(label, bar)).replace("\n", "<br>") for bar in bars],
+            "hovertemplate": "%{customdata}<extra></extra>",
+        }
+        for label, share in parts.shares.items()
+    ]
+    total: dict[str, Any] = {"x": 100, "xanchor": "left", "xshift": 6, "showarrow": False, "font": {"size": 12, "color": INK}}
+    totals = [f"{format_number(float(value))} GFLOP" for value in parts.totals]
+    layout = {
+        **_layout(),
+        "barmode": "stack",
+        "bargap": 0.25,
+        "annotations": [{**total, "y": bar, "text": text} for bar, text in zip(bars, totals, strict=True)],
+        "xaxis": _axis("share of the GFLOP of an image (%)") | {"range": [0, 100]},
+        "yaxis": _axis("")
+        | _ticks([float(bar) for bar in bars], labels)
+        | {"range": [len(bars) - 0.4, -0.6], "showgrid": False},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
+        "height": 120 + 28 * len(bars),
+        "margin": {"l": 62, "r": 96, "t": 40, "b": 50},
+    }
+    return {"data": traces, "layout": layout}
 
 
 def _scatter(**options: Any) -> dict[str, Any]:

@@ -35,7 +35,10 @@ from isocost.analysis.results_table import REPORT_DATA, RESAMPLES, read_table, s
 from isocost.config.types import TaskName
 from isocost.data.image_files import read_image_file
 from isocost.errors import ConfigError
+from isocost.pipeline.compatibility import STUDY_FILE, read_study_file
+from isocost.pipeline.pipeline import Pipeline
 from isocost.report.claims_table import markdown_claims
+from isocost.report.gflop_parts import with_gflop_parts
 from isocost.report.html import write_report
 from isocost.report.markdown import markdown_summary
 from isocost.report.plot_data_finetune import Pretrained
@@ -119,10 +122,7 @@ def render(out: Path, reports: Mapping[TaskName, ReportData], figure_formats: Se
             for point in without_images:
                 if (file := find_image_row(folder / IMAGES, point)) is not None:
                     shutil.copyfile(file, partial / task / IMAGES / file.name)
-            with replacing(table_file(out, task, "parquet")) as temporary:
-                table.to_parquet(temporary, index=False, compression="zstd")
-            with replacing(table_file(out, task, "csv")) as temporary:
-                table.to_csv(temporary, index=False)
+            _write_table(out, task, table)
             replace_folder(partial / task, folder)
         samples[task] = _RecordedImages(images, LazyImages(folder / IMAGES), folder / IMAGES)
     return _write_reports(out, {task: page for task, (page, _, _) in reports.items()}, samples, figure_formats)
@@ -142,8 +142,28 @@ def rebuild(out: str | Path, figure_formats: Sequence[str] = ("png",)) -> Report
     tasks = [task for task in get_args(TaskName) if (root / REPORT_DATA / task / PAGE).is_file()]
     if not tasks:
         raise ConfigError(f"{out}: no {REPORT_DATA}/TASK/{PAGE} to rebuild from; `isocost report STUDY --out {out}` writes it")
+    _add_gflop_parts(root, tasks)
     pages = {task: _load_page(root / REPORT_DATA / task) for task in tasks}
     return _write_reports(root, pages, {task: LazyImages(root / REPORT_DATA / task / IMAGES) for task in tasks}, figure_formats)
+
+
+def _add_gflop_parts(out: Path, tasks: Sequence[TaskName]) -> None:
+    """Write the tables of a version that counted the denoiser only with the parts of GFLOP that the study tells."""
+    tables = {task: table for task in tasks if (table := read_table(out, task))["gflop"].isna().any()}
+    if not tables or not (out / STUDY_FILE).is_file():
+        return
+    experiments = Pipeline(read_study_file(out), out).experiments
+    for task, table in tables.items():
+        completed = with_gflop_parts(table, experiments[task].components)
+        if completed["gflop"].notna().any():
+            _write_table(out, task, completed)
+
+
+def _write_table(out: Path, task: TaskName, table: pd.DataFrame) -> None:
+    with replacing(table_file(out, task, "parquet")) as temporary:
+        table.to_parquet(temporary, index=False, compression="zstd")
+    with replacing(table_file(out, task, "csv")) as temporary:
+        table.to_csv(temporary, index=False)
 
 
 def task_folder(task: TaskName) -> str:

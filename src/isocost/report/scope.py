@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from isocost.analysis.costs import COSTS
+from isocost.analysis.costs import REPORT_COSTS
 
 PAPER_COST = "normalized_cost"
 _FIRST_COSTS = ("gflop", "ms_per_image", "nfe")
-CHECKPOINT_COSTS = (*_FIRST_COSTS, *(cost for cost in COSTS if cost not in (*_FIRST_COSTS, PAPER_COST)), PAPER_COST)
+CHECKPOINT_COSTS = (*_FIRST_COSTS, *(cost for cost in REPORT_COSTS if cost not in (*_FIRST_COSTS, PAPER_COST)), PAPER_COST)
 """Costs for published checkpoints in order of preference. The paper's cost ignores the guidance pass, so it is last."""
 
 
@@ -19,7 +19,7 @@ class Scope:
     """The kind of networks in a report, and the cost that the report shows first.
 
     Attributes:
-        budget_cost: cost of the budgets, a name of `COSTS`.
+        budget_cost: cost of the budgets, a name of `REPORT_COSTS`.
         trained: false for published checkpoints, which have no snapshots, no training compute and no other experiments.
     """
 
@@ -34,7 +34,7 @@ class Scope:
     @property
     def costs(self) -> tuple[str, ...]:
         """All costs in the order of the report; the cost of the budgets is first."""
-        costs = tuple(COSTS) if self.trained else CHECKPOINT_COSTS
+        costs = REPORT_COSTS if self.trained else CHECKPOINT_COSTS
         return (self.budget_cost, *(cost for cost in costs if cost != self.budget_cost))
 
 

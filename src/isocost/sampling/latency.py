@@ -20,6 +20,7 @@ from isocost.diffusion.solvers import solver_coefficients
 from isocost.errors import ConfigError, RunError
 from isocost.models.autoencoder import Autoencoder
 from isocost.models.checkpoint import Checkpoint, CheckpointInfo, CheckpointSource, load_checkpoint, open_checkpoint
+from isocost.models.component_costs import checkpoint_components
 from isocost.models.components import load_checkpoint_autoencoder, load_checkpoint_text_encoder
 from isocost.sampling.denoiser import Denoiser, SamplingDTypeName, torch_dtype
 from isocost.sampling.generate import schedule_of
@@ -198,9 +199,10 @@ def latency(
         except torch.OutOfMemoryError as error:
             raise RunError(f"a batch of {batch_size} does not fit into the device's memory; use a smaller --batch") from error
     main_passes, guide_passes = passes_in_total(weights, model.network.embeds_guidance, guide is not None)
-    gflop = main_passes * info.gflop_per_forward
+    components = checkpoint_components(opened, guide_source)
+    gflop_denoiser = main_passes * info.gflop_per_forward
     if guide_source is not None:
-        gflop += guide_passes * guide_source.info.gflop_per_forward
+        gflop_denoiser += guide_passes * guide_source.info.gflop_per_forward
     settings = {
         "solver": spec.label,
         "replaced_scheduler": info.replaced_scheduler(solver) or None,
@@ -212,7 +214,13 @@ def latency(
         "guidance_schedule": guidance_schedule,
         "passes_per_evaluation": max(map(model.passes_per_evaluation, weights)),
         "guided_evaluations": main_passes + guide_passes - len(weights),
-        "gflop_per_image": gflop,
+        "gflop_per_image": gflop_denoiser + components.total,
+        "gflop_parts": {
+            "text": components.gflop_text,
+            "encoder": components.gflop_encoder,
+            "denoiser": gflop_denoiser,
+            "decoder": components.gflop_decoder,
+        },
         "dtype": {"text": "fp32", "denoiser": dtype, "decoder": "fp32"},
         "compiled": compiled,
         "repeats": repeats,

@@ -27,6 +27,7 @@ from isocost.diffusion.solvers import solver_coefficients
 from isocost.errors import ConfigError
 from isocost.models.autoencoder import Autoencoder, check_vae
 from isocost.models.checkpoint import open_checkpoint
+from isocost.models.component_costs import checkpoint_components
 from isocost.models.components import load_checkpoint_autoencoder, load_checkpoint_text_encoder
 from isocost.models.text_encoder import TextEncoder
 from isocost.sampling.denoiser import Denoiser, torch_dtype
@@ -61,7 +62,7 @@ class Samples:
         array: uint8 [P, K, R, R, 3].
         prompts: P prompts.
         nfe: network evaluations per image, including those of a guide.
-        gflop: cost of these evaluations per image.
+        gflop: cost of an image: its prompt, these evaluations and the decoder.
         seconds: wall-clock time of sampling and decoding; with `offload`, of loading the denoiser and the autoencoder too.
         solver: label of the solver.
         replaced_scheduler: scheduler class of a published checkpoint, if the request `nearest` replaced it; else empty.
@@ -294,6 +295,7 @@ class Model:
         own, of_guide = passes_in_total(weights, info.model.embeds_guidance, guide_model is not None)
         gflop = own * info.gflop_per_forward
         gflop += 0.0 if guide_model is None else of_guide * guide_model.info.gflop_per_forward
+        gflop += checkpoint_components(self._source, None if guide_model is None else guide_model._source, self.vae).total
         replaced = info.replaced_scheduler(requested)
         return Samples(by_prompt, tuple(prompts), own + of_guide, gflop, seconds, spec.label, replaced)
 

@@ -25,6 +25,7 @@ from isocost.diffusion.solvers import solver_coefficients
 from isocost.errors import ConfigError
 from isocost.models.autoencoder import load_autoencoder
 from isocost.models.checkpoint import Checkpoint, load_checkpoint
+from isocost.models.component_costs import checkpoint_components
 from isocost.models.text_encoder import MiniLMTextEncoder
 from isocost.sampling.generate import PromptEmbeds, generate, make_engine, schedule_of
 from isocost.sampling.request import SampleRequest, passes_in_total, passes_per_evaluation
@@ -42,7 +43,7 @@ class Upscaled:
         image: uint8 [H, W, 3].
         num_tiles: N.
         nfe: network evaluations per tile.
-        gflop: cost of the network evaluations of all tiles.
+        gflop: cost of the image: the prompt, and of every tile the encoder, the network evaluations and the decoder.
         seconds: wall-clock time.
     """
 
@@ -135,7 +136,9 @@ def upscale(
     joined = tiling.join([tiles[i] for i in range(len(requests))])[:, :height, :width]
     nfe, _ = passes_in_total(requests[0].weights, info.model.embeds_guidance)
     seconds = time.perf_counter() - started
-    gflop = nfe * len(requests) * info.gflop_per_forward
+    components = checkpoint_components(opened, vae=vae)
+    gflop_per_tile = nfe * info.gflop_per_forward + components.gflop_encoder + components.gflop_decoder
+    gflop = components.gflop_text + len(requests) * gflop_per_tile
     return Upscaled(joined.permute(1, 2, 0).numpy(), len(requests), nfe, gflop, seconds)
 
 

@@ -18,6 +18,7 @@ from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import num_function_evaluations, solver_coefficients
 from isocost.evaluation.protocol import Protocol
 from isocost.models.checkpoint import CheckpointInfo
+from isocost.models.component_costs import ComponentCosts
 from isocost.sampling.generate import schedule_of
 from isocost.sampling.request import passes_in_total, passes_per_evaluation
 from isocost.sweep.guidance_search import grid_value
@@ -59,8 +60,8 @@ class SweepPoint:
         """Solver evaluations per image, each of one or two network passes: the number of steps, except for Heun's solver."""
         return num_function_evaluations(self.spec.solver, self.spec.num_steps)
 
-    def costs(self, info: CheckpointInfo, guide: CheckpointInfo | None) -> dict[str, float]:
-        """Return all costs of one image that do not need a measurement.
+    def costs(self, info: CheckpointInfo, guide: CheckpointInfo | None, components: ComponentCosts) -> dict[str, float]:
+        """Return all costs of one image that do not need a measurement: those of the results database.
 
         `normalized_cost` is normalized cost x steps (arXiv 2404.01367, sec. 4.1); Heun's second evaluations count in full. It
         has no pass for guidance, neither of the network itself nor of a guide.
@@ -68,12 +69,16 @@ class SweepPoint:
         Args:
             info: the network.
             guide: its guide, if the point has one.
+            components: the costs of the text encoder and the autoencoder.
         """
         main_passes, guide_passes = self.passes(info.model, schedule_of(info))
         return {
             "normalized_cost": info.normalized_cost_per_step * self.num_function_evaluations,
             "nfe": float(main_passes + guide_passes),
-            "gflop": info.gflop_per_forward * main_passes + (guide.gflop_per_forward * guide_passes if guide else 0.0),
+            "gflop_text": components.gflop_text,
+            "gflop_encoder": components.gflop_encoder,
+            "gflop_denoiser": info.gflop_per_forward * main_passes + (guide.gflop_per_forward * guide_passes if guide else 0.0),
+            "gflop_decoder": components.gflop_decoder,
         }
 
     def coordinate(self) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from isocost.config.sweep import PointSpec
 from isocost.errors import RunError
 from isocost.evaluation.bootstrap import extractors_of, resamples
 from isocost.evaluation.confidence_intervals import percentile_interval
 from isocost.evaluation.metric_registry import metric_of
 from isocost.evaluation.reference_set import ReferenceSet
 from isocost.models.checkpoint import CheckpointInfo
+from isocost.models.component_costs import ComponentCosts
 from isocost.sweep.grid import SearchCell, SweepPoint
 from isocost.sweep.guidance_search import (
     MAX_EXTENSION,
@@ -34,6 +36,7 @@ from isocost.sweep.guidance_search import (
     search_options,
 )
 from isocost.sweep.image_shards import MAX_NONFINITE_FRACTION, Shard, read_shards, split_into_shards
+from isocost.sweep.schema import GFLOP_PARTS
 from isocost.sweep.worker import Worker
 from isocost.utils.artifact_store import Store
 
@@ -323,6 +326,7 @@ class Candidate:
         guidance: the guidance that the race found.
         scores: returns the score [1 + R] of the first so many images at that guidance.
         num_images: images generated at that guidance.
+        components: costs of the text encoder and the autoencoder.
         option: the guide and the interval that the race found, as an index into the cell's options.
     """
 
@@ -332,6 +336,7 @@ class Candidate:
     guidance: float
     scores: Callable[[int], Array]
     num_images: int
+    components: ComponentCosts
     option: int = 0
 
     @property
@@ -342,7 +347,8 @@ class Candidate:
     @property
     def costs(self) -> tuple[float, ...]:
         """All costs that do not need a measurement."""
-        return tuple(self.point.costs(self.info, self.guide).values())
+        costs = self.point.costs(self.info, self.guide, self.components)
+        return (costs["normalized_cost"], costs["nfe"], costs["gflop_denoiser"], sum(costs[part] for part in GFLOP_PARTS))
 
     def __str__(self) -> str:
         return f"{self.info.label}, {self.point.title}"
@@ -355,11 +361,13 @@ def make_candidate(
     trials: TrialStore,
     guidance: float,
     num_images: int,
+    components: Callable[[PointSpec], ComponentCosts],
     option: int = 0,
 ) -> Candidate:
-    """Return the candidate of a cell whose race is over; see `Candidate`."""
+    """Return the candidate of a cell whose race is over; see `Candidate`. `components` returns the costs of a point's."""
     scores = cache(partial(trials.score, cell, guidance, option=option))
-    return Candidate(cell, info, guide, guidance, scores, num_images, option)
+    parts = components(cell.point(guidance, option).spec)
+    return Candidate(cell, info, guide, guidance, scores, num_images, parts, option)
 
 
 def dominated(candidates: Sequence[Candidate], confidence: float) -> dict[str, str]:

@@ -30,6 +30,7 @@ from isocost.sweep.db import (
     without_password,
 )
 from isocost.sweep.schema import (
+    GFLOP_PARTS,
     Base,
     EventRecord,
     PointRecord,
@@ -343,7 +344,8 @@ class ResultsDB:
 
         For a point that a race found, `guidance_low` and `guidance_high` are the interval of the best guidance, `race_images`
         is the number of images of the race, and `race_at_boundary` tells whether the race ended at the end of its grid.
-        These columns are empty for points of a grid. `vae_dtype`, `vae_tile_size` and `vae_slicing` are columns if a point has
+        These columns are empty for points of a grid. `gflop` is the sum of its parts; it is NaN for a point of a version that
+        counted the denoiser only. `vae_dtype`, `vae_tile_size` and `vae_slicing` are columns if a point has
         other settings of the autoencoder than the defaults.
         """
 
@@ -360,7 +362,7 @@ class ResultsDB:
         numbers = [column.name for column in PointRecord.__table__.columns if isinstance(column.type, Float)]
         points = points.astype(dict.fromkeys(numbers, float))  # a column of NULLs has no dtype of its own
         protocols = protocols.set_index("protocol")
-        table = points.set_index("point")
+        table = with_total_gflop(points.rename(columns={"gflop": "gflop_denoiser"}).set_index("point"))
         table["protocol_parts"] = table["protocol"].map(protocols["parts"])
         if len(races):
             by_point = races.drop_duplicates("point", keep="last").set_index("point")
@@ -376,6 +378,11 @@ class ResultsDB:
         table["is_final"] = table["images_seen"] == last
         order = ["width", "images_seen", "solver", "num_steps", "guidance", "seed", "protocol"]
         return table.reset_index().sort_values(order, ignore_index=True)
+
+
+def with_total_gflop(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with the column `gflop`, the sum of `GFLOP_PARTS`; NaN where a part is unknown."""
+    return table.assign(gflop=table[list(GFLOP_PARTS)].sum(axis=1, skipna=False))
 
 
 def _take_times(row: PointRecord, timed: PointRecord | Row[float, float | None, str]) -> None:

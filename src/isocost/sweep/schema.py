@@ -17,6 +17,9 @@ class Base(DeclarativeBase):
 HARDWARE_COLUMNS = ["ms_per_image", "latency_ms", "seconds", "peak_memory_mib", "created", "provenance"]
 """Columns of the results table that depend on the machine or on the time; all other columns are reproducible."""
 
+GFLOP_PARTS = ("gflop_text", "gflop_encoder", "gflop_denoiser", "gflop_decoder")
+"""Columns of the results table whose sum is `gflop`, the cost of the whole image."""
+
 
 class SchemaRecord(Base):
     """Version of the tables, one row."""
@@ -29,6 +32,7 @@ class PointRecord(Base):
     """One scored point: its coordinate, costs and provenance (JSON).
 
     A column that is added to a released table is nullable: databases from before have no value for it (`isocost.sweep.db`).
+    The column `gflop` of a database is the denoiser's part.
     """
 
     __tablename__ = "points"
@@ -53,7 +57,10 @@ class PointRecord(Base):
     min_batch_size: Mapped[int] = mapped_column(Integer)
     normalized_cost: Mapped[float] = mapped_column(Float)
     nfe: Mapped[float] = mapped_column(Float)
-    gflop: Mapped[float] = mapped_column(Float)
+    gflop_denoiser: Mapped[float] = mapped_column("gflop", Float)
+    gflop_text: Mapped[float | None] = mapped_column(Float)
+    gflop_encoder: Mapped[float | None] = mapped_column(Float)
+    gflop_decoder: Mapped[float | None] = mapped_column(Float)
     ms_per_image: Mapped[float] = mapped_column(Float)
     latency_ms: Mapped[float | None] = mapped_column(Float)
     seconds: Mapped[float] = mapped_column(Float)

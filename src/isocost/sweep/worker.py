@@ -24,6 +24,7 @@ from isocost.evaluation.feature_store import read_sample_features
 from isocost.evaluation.reference_set import ReferenceSet
 from isocost.models.autoencoder import Autoencoder, images_per_call
 from isocost.models.checkpoint import CheckpointInfo, load_checkpoint, open_checkpoint, read_info, summary_columns
+from isocost.models.component_costs import ComponentCosts
 from isocost.sampling.denoiser import torch_dtype
 from isocost.sampling.engine import Engine
 from isocost.sampling.generate import GeneratedBatch, PromptEmbeds, generate, make_engine, schedule_of
@@ -83,6 +84,7 @@ class Worker:
         saved_indices: indices of the samples whose images every point saves.
         metrics: metrics to compute.
         shard_size: images of a shard.
+        components: returns the costs of the text encoder and the autoencoder of a point.
         concat_cond: second input of the network by sample index (super-resolution).
         guides: checkpoints that guide points, by the name in the points.
         labels: columns of the results table that the study decides, where the checkpoint was trained for another one.
@@ -99,6 +101,7 @@ class Worker:
     saved_indices: Sequence[int]
     metrics: tuple[str, ...]
     shard_size: int
+    components: Callable[[PointSpec], ComponentCosts]
     concat_cond: PerSampleFn | None = None
     guides: Mapping[str, GuideSource] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -427,7 +430,7 @@ class Worker:
         guide = None if point.spec.guide is None else self.guides[point.spec.guide.checkpoint].info
         row = {
             **point.coordinate(),
-            **point.costs(self.info, guide),
+            **point.costs(self.info, guide, self.components(point.spec)),
             **summary_columns(self.info),
             "guide": None if guide is None else guide_label(guide, self.info, point.spec.guide),
             "guide_nfe": point.passes(self.info.model, self.schedule)[1],

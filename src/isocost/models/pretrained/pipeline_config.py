@@ -175,18 +175,26 @@ def num_tokens_of(family: PipelineFamily, folder: Path) -> tuple[int, int]:
     Raises:
         ConfigError: the tokenizer's limit is no usable number.
     """
-    clip_tokens = _CLIP_TOKENS
-    if family.name in ("sd", "sdxl"):
-        tokenizer = folder / "tokenizer" / "tokenizer_config.json"
-        clip_tokens = read_config(tokenizer).get("model_max_length", _CLIP_TOKENS)
-        if not isinstance(clip_tokens, int) or not 3 <= clip_tokens <= MAX_PROMPT_TOKENS:
-            raise ConfigError(
-                f"{tokenizer}: model_max_length = {str(clip_tokens)[:40]}: must be the number of tokens of a prompt, usually 77"
-            )
+    clip_tokens = clip_tokens_of(folder / "tokenizer") if family.name in ("sd", "sdxl") else _CLIP_TOKENS
     max_tokens = family.max_tokens or clip_tokens
     if family.name == "flux" and is_schnell(folder):
         max_tokens = FLUX_SCHNELL_TOKENS
     return (clip_tokens + max_tokens if family.name == "sd3" else max_tokens), max_tokens
+
+
+def clip_tokens_of(tokenizer: Path) -> int:
+    """Tokens of a prompt by the folder of CLIP's tokenizer, which pads every prompt to its limit.
+
+    Raises:
+        ConfigError: the limit is no usable number.
+    """
+    file = tokenizer / "tokenizer_config.json"
+    clip_tokens = read_config(file).get("model_max_length", _CLIP_TOKENS)
+    if not isinstance(clip_tokens, int) or not 3 <= clip_tokens <= MAX_PROMPT_TOKENS:
+        raise ConfigError(
+            f"{file}: model_max_length = {str(clip_tokens)[:40]}: must be the number of tokens of a prompt, usually 77"
+        )
+    return clip_tokens
 
 
 def is_schnell(folder: Path) -> bool:
