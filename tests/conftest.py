@@ -90,6 +90,16 @@ class Outcome:
         return self.err.strip().splitlines()[-1]
 
 
+def assert_refused(outcome: Outcome, *fragments: str) -> None:
+    """A wrong request: exit status 2, nothing on standard output, one line that has the fragments."""
+    assert outcome.status == 2, outcome.err
+    assert outcome.out == ""
+    assert outcome.line.startswith("isocost: "), outcome.err
+    assert "Traceback" not in outcome.err
+    for fragment in fragments:
+        assert fragment in outcome.line
+
+
 @pytest.fixture
 def isocost(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
     """Run a command in this process."""

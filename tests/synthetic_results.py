@@ -89,6 +89,8 @@ def _row(
         **dict.fromkeys(("gflop_text", "gflop_encoder", "gflop_decoder"), 0.0),
         "gflop_denoiser": gflop * steps * passes,
         "ms_per_image": 0.05 * steps * passes * (1 + gflop),
+        "joules_per_image": 0.02 * steps * passes * (1 + gflop),
+        "usd_per_1000": 0.00005 * steps * passes * (1 + gflop),
         "latency_ms": 1 + 0.2 * steps * (1 + 0.1 * passes * gflop),
         "mmd_efficientnet": distance,
         "mmd_efficientnet_low": distance - half_width,

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from sqlalchemy import inspect
 
-from conftest import Outcome, plain_study
+from conftest import assert_refused, plain_study
 from isocost.evaluation.confidence_intervals import Interval
 from isocost.sweep.results_db import ResultsDB
 from isocost.sweep.schema import PointRecord
@@ -35,15 +35,6 @@ def write_images(folder: Path, count: int, lines: list[str] | None = None) -> Pa
     lines = lines or [json.dumps({"file": f"{number}.png", "caption": "noise"}) for number in range(count)]
     (folder / "captions.jsonl").write_text("\n".join(lines))
     return folder
-
-
-def assert_refused(outcome: Outcome, *fragments: str) -> None:
-    assert outcome.status == 2, outcome.err
-    assert outcome.out == ""
-    assert outcome.line.startswith("isocost: "), outcome.err
-    assert "Traceback" not in outcome.err
-    for fragment in fragments:
-        assert fragment in outcome.line
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

@@ -198,7 +198,9 @@ def test_the_band_is_missing_where_the_best_point_has_no_interval() -> None:
 
 
 def test_the_report_has_a_text_for_every_measured_cost() -> None:
-    table = measured(synthetic(), 0.001, 0).assign(ms_per_image=np.nan, latency_ms=np.nan)
+    table = measured(synthetic(), 0.001, 0).assign(
+        ms_per_image=np.nan, latency_ms=np.nan, joules_per_image=np.nan, usd_per_1000=np.nan
+    )
     texts = format_best_sizes(table, KERNEL)
     assert list(texts) == ["normalized cost", "evaluations", "GFLOP"]
     assert texts["evaluations"]["best size"] == ["12.6M at every budget"]

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from safetensors import SafetensorError
 
-from conftest import Outcome, plain_study
+from conftest import assert_refused, plain_study
 from isocost.errors import ConfigError, RunError
 from isocost.pipeline import merge as merging
 from isocost.pipeline.merge import archive, merge, take_artefacts
@@ -26,15 +26,6 @@ from isocost.utils.output_paths import check_separate, private_folder
 from output_folders import AUTOENCODER, CHECKPOINT, contents, plain_user, read_only, write_output_folder
 
 DEAD_PID = 2**31 - 7
-
-
-def assert_refused(outcome: Outcome, *fragments: str) -> None:
-    assert outcome.status == 2, outcome.err
-    assert outcome.out == ""
-    assert outcome.line.startswith("isocost: "), outcome.err
-    assert "Traceback" not in outcome.err
-    for fragment in fragments:
-        assert fragment in outcome.line, outcome.line
 
 
 @pytest.fixture(scope="module")

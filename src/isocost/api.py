@@ -121,6 +121,7 @@ def recommend(
     require: Mapping[str, float] | None = None,
     out: str = "OUT",
     resamples: Mapping[str, np.ndarray] | None = None,
+    prices: str | Path | None = None,
     **budgets: float,
 ) -> Recommendation:
     """The best configuration by `metric` within all budgets; the first budget breaks ties.
@@ -131,12 +132,16 @@ def recommend(
         require: metric -> value that the configuration must reach, in the metric's direction.
         out: the output folder for the command in the answer.
         resamples: `read_resamples(out, metric)`: the choice between two sizes is then decided by their paired difference.
-        **budgets: `nfe`, `gflop`, `ms` or `normalized_cost` per image, `latency_ms`, `images_per_hour`, `memory_gib`.
+        prices: with `usd`, a file with US dollars per hour of each device, or "shipped"; by default the prices of the report,
+            else the shipped ones.
+        **budgets: `nfe`, `gflop`, `gflop_denoiser`, `ms`, `joules` or `normalized_cost` per image, `usd` per 1,000 images,
+            `latency_ms`, `images_per_hour`, `memory_gib`.
 
     Raises:
         ConfigError: no budget is given, a name is unknown, or no point fits; the line names the nearest point.
     """
     from isocost.analysis.costs import COSTS
+    from isocost.analysis.prices import with_usd
     from isocost.analysis.recommend import recommend as choose
 
     names = {cost.keyword: cost.name for cost in COSTS.values()}
@@ -150,6 +155,10 @@ def recommend(
     if lead is None:
         raise ConfigError("recommend: memory_gib needs a second budget, such as nfe=16")
     others = {name: value for name, value in named.items() if name != lead}
+    if "usd" in budgets:
+        results, _ = with_usd(results, None if prices is None else str(prices))
+    elif prices is not None:
+        raise ConfigError("recommend: prices go with a budget in US dollars: give usd= too, or leave them out")
     return choose(results, lead, named[lead], metric, out, also=others, requirements=require, resamples=resamples)
 
 

@@ -74,6 +74,22 @@ COSTS = {
             measured_by=f"{REMEASURE} measures it, and `isocost report STUDY` adds it to the table",
         ),
         Cost(
+            "joules_per_image",
+            "joules",
+            "joules",
+            "energy per image in J (measured, full batches)",
+            "J per image",
+            measured_by=f"{REMEASURE} measures it on a GPU that reports its energy, and `isocost report STUDY` adds it",
+        ),
+        Cost(
+            "usd_per_1000",
+            "usd",
+            "US dollars",
+            "US dollars per 1,000 images (measured time × price)",
+            "US dollars per 1,000 images",
+            measured_by="give the price of the device: `--prices FILE`, or `report.prices` in the study",
+        ),
+        Cost(
             "gflop_denoiser",
             "gflop_denoiser",
             "GFLOP of the denoiser",
@@ -110,5 +126,6 @@ def expected_costs(table: pd.DataFrame) -> list[str]:
 
 def format_unmeasured(name: str, points: str = "point") -> str:
     """The message for a table in which no point has the cost, with the remedy."""
-    remedy = cost_of(name).measured_by or cost_of(name).counted_by or f"choose another cost of {', '.join(COSTS)}"
+    others = ", ".join(other for other, cost in COSTS.items() if other != name and not cost.measured_by)
+    remedy = cost_of(name).measured_by or cost_of(name).counted_by or f"choose another cost of {others}"
     return f"no {points} has a {'known' if cost_of(name).counted_by else 'measured'} {name}; {remedy}"

@@ -50,7 +50,7 @@ WAYS = (NONE, CLASSIFIER_FREE, CLASSIFIER_FREE_INTERVAL, GUIDE, GUIDE_INTERVAL) 
 )
 """Ways of guidance."""
 WITH_GUIDE = (GUIDE, GUIDE_INTERVAL)
-GUIDE_COSTS = ("gflop", "nfe", "ms_per_image", "latency_ms")
+GUIDE_COSTS = ("gflop", "nfe", "ms_per_image", "latency_ms", "joules_per_image", "usd_per_1000")
 """Costs that count the passes of a guide. `normalized_cost` does not."""
 NUM_BUDGETS = 4
 NUM_REPLICATES = 400

@@ -9,11 +9,15 @@ import pandas as pd
 
 from isocost.analysis.costs import COSTS, REMEASURE
 
-TIME_COLUMN, LATENCY_COLUMN = "ms_per_image", "latency_ms"
-TIME_LABELS = {column: COSTS[column].label for column in (TIME_COLUMN, LATENCY_COLUMN)}
-"""Columns of measured times with their names in running text."""
+TIME_COLUMN, LATENCY_COLUMN, ENERGY_COLUMN = "ms_per_image", "latency_ms", "joules_per_image"
+TIME_LABELS = {column: COSTS[column].label for column in (TIME_COLUMN, LATENCY_COLUMN, ENERGY_COLUMN)}
+"""Columns of measured times and energies with their names in running text."""
 NUM_LATENCY_RUNS = "num_latency_runs"
 """In the record `timed_with` of a point: the measured runs of its latency."""
+NUM_ENERGY_IMAGES = "num_energy_images"
+"""In the record `timed_with` of a point: the images whose energy was measured."""
+_MARKS = {LATENCY_COLUMN: NUM_LATENCY_RUNS, ENERGY_COLUMN: NUM_ENERGY_IMAGES}
+"""Column -> the key of `timed_with` that a measurement of it leaves."""
 
 
 def timing_device(provenance: Any) -> str:
@@ -74,8 +78,8 @@ def _points_per_device(table: pd.DataFrame, column: str) -> pd.Series[int]:
     if "provenance" not in table.columns:
         return pd.Series(dtype=int)
     provenance = table["provenance"]
-    if column == LATENCY_COLUMN:
-        provenance = provenance[[NUM_LATENCY_RUNS in _record(text).get("timed_with", {}) for text in provenance]]
+    if mark := _MARKS.get(column):
+        provenance = provenance[[mark in _record(text).get("timed_with", {}) for text in provenance]]
     return provenance.map(timing_device).value_counts().sort_index()
 
 

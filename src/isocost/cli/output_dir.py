@@ -60,7 +60,12 @@ def archive(
 @app.command()
 def compare(
     outs: Annotated[list[Path], typer.Argument(help="two or more output folders of studies under one protocol")],
-    cost: Annotated[str, typer.Option(help="gflop, nfe, ms_per_image, latency_ms or normalized_cost")] = "gflop",
+    cost: Annotated[
+        str,
+        typer.Option(
+            help="gflop, gflop_denoiser, nfe, ms_per_image, latency_ms, joules_per_image, usd_per_1000 or normalized_cost"
+        ),
+    ] = "gflop",
     budgets: Annotated[
         list[float] | None,
         typer.Option(

@@ -290,6 +290,29 @@ def recommend(
             help="maximum normalized cost x steps",
         ),
     ] = None,
+    budget_joules: Annotated[
+        float | None,
+        typer.Option(
+            "--budget-joules",
+            callback=in_range("--budget-joules", Positive),
+            help="maximum energy per image in J, measured by `isocost remeasure` on a GPU",
+        ),
+    ] = None,
+    budget_usd: Annotated[
+        float | None,
+        typer.Option(
+            "--budget-usd",
+            callback=in_range("--budget-usd", Positive),
+            help="maximum US dollars per 1,000 images",
+        ),
+    ] = None,
+    prices: Annotated[
+        str | None,
+        typer.Option(
+            "--prices",
+            help="file with US dollars per hour of each device, or `shipped`; default: as in the report, else `shipped`",
+        ),
+    ] = None,
     images_per_hour: Annotated[
         float | None,
         typer.Option(
@@ -322,6 +345,7 @@ def recommend(
 ) -> None:
     """Recommend the best size, solver, steps and guidance within all given budgets. The first budget breaks ties."""
     from isocost.analysis.costs import COSTS
+    from isocost.analysis.prices import with_usd
     from isocost.analysis.recommend import recommend as recommend_configuration
     from isocost.analysis.timings import TIME_LABELS, format_excluded_timings
 
@@ -330,6 +354,8 @@ def recommend(
         "latency_ms": budget_latency_ms,
         "gflop": budget_gflop,
         "gflop_denoiser": budget_gflop_denoiser,
+        "joules": budget_joules,
+        "usd": budget_usd,
         "nfe": budget_nfe,
         "normalized_cost": budget_normalized_cost,
     }
@@ -349,6 +375,11 @@ def recommend(
     lead = costs[0]
     also = {cost: value for cost, value in limits.items() if cost != lead}
     table = _read_points(out, results_db, task, protocol)
+    if prices is not None and budget_usd is None:
+        raise ConfigError("--prices goes with a budget in US dollars: give --budget-usd too, or leave it out")
+    if budget_usd is not None:
+        table, note = with_usd(table, prices)
+        print(f"note: {note}", file=sys.stderr)
     for column, label in TIME_LABELS.items():
         if untimed := format_excluded_timings(table, column):
             print(f"note: {label} {untimed}", file=sys.stderr)

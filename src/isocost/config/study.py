@@ -28,6 +28,10 @@ class ReportSpec(Spec):
         description="budgets of the recommendations: normalized cost, or GFLOP per image in a study of checkpoints; "
         "chosen from the data if empty",
     )
+    prices: str | None = Field(
+        None,
+        description="file with US dollars per hour of each device, or `shipped`, for US dollars per 1,000 images",
+    )
 
 
 class SeedReplicatesSpec(Spec):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from isocost.analysis.timings import NUM_LATENCY_RUNS
+from isocost.analysis.timings import NUM_ENERGY_IMAGES, NUM_LATENCY_RUNS
 from isocost.config.types import TaskName
 from isocost.experiments.base import EvalContext, EvalJob, Experiment, TrainingRun
 from isocost.experiments.study_assets import StudyAssets
@@ -91,6 +91,7 @@ class Sweeper:
         total, done = sum(len(points) for _, points in points_by_job), 0
         latencies: dict[TimeKey, tuple[float, int]] = {}
         throughputs: dict[TimeKey, tuple[float, int]] = {}
+        energies: dict[TimeKey, tuple[float, int] | None] = {}
         title = f"time {size} ({run.title})"
         with progress_bar(title, 2 * total, "times") as progress:
             for job, points in points_by_job:
@@ -98,7 +99,7 @@ class Sweeper:
                 worker = self._worker(run, job)
                 for point in points:
                     if (key := keys[point.digest]) not in latencies:
-                        latencies[key] = worker.measure_latency_ms(point)
+                        latencies[key], energies[key] = worker.measure_latency_ms(point), worker.measure_joules(point)
                     progress(done := done + 1, f"{point.title}: {latencies[key][0]:.3g} ms for one image")
                 worker = self._worker(run, job)
                 for point in points:
@@ -107,7 +108,10 @@ class Sweeper:
                     (ms, num_images), (latency_ms, num_runs) = throughputs[key], latencies[key]
                     source = {name: provenance()[name] for name in ("commit", "device", "num_threads")}
                     timed_with = {**source, "num_images": num_images, NUM_LATENCY_RUNS: num_runs}
-                    self.results_db.set_time(point.digest, ms, timed_with, latency_ms)
+                    joules = None
+                    if (energy := energies[key]) is not None:
+                        joules, timed_with[NUM_ENERGY_IMAGES] = energy
+                    self.results_db.set_time(point.digest, ms, timed_with, latency_ms, joules)
                     progress(done := done + 1, f"{point.title}: {ms:.3g} ms per image")
         return total
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from isocost.analysis.costs import COSTS
+from isocost.analysis.costs import COSTS, is_measured
 from isocost.analysis.frontier_ci import format_best_sizes
 from isocost.analysis.guides import has_guides
 from isocost.analysis.iso_cost import RecordedDifferences
@@ -20,9 +20,10 @@ from isocost.analysis.joint_scaling_law import predict_held_out
 from isocost.analysis.paired_decisions import Resamples
 from isocost.analysis.pareto import default_budgets
 from isocost.analysis.power_laws import MIN_POINTS
+from isocost.analysis.prices import with_usd
 from isocost.analysis.results_table import best_per_group, final_points
 from isocost.analysis.scaling_laws import fit_scaling_laws, normalized_training_compute
-from isocost.analysis.timings import TIME_LABELS, format_excluded_timings, keep_one_timing_device
+from isocost.analysis.timings import TIME_COLUMN, TIME_LABELS, format_excluded_timings, keep_one_timing_device
 from isocost.config.study import StudySpec
 from isocost.config.study_yaml import dump_study
 from isocost.config.types import TaskName
@@ -129,14 +130,13 @@ def study_table(pipeline: Pipeline, experiment: Experiment) -> pd.DataFrame:
         keys = zip(table["checkpoint"], table["solver"], strict=True)
         table = table.assign(replaced_scheduler=[replaced.get(key, "") for key in keys])
     batch_size = experiment.runs[0].spec.batch_size
-    return (
-        keep_one_timing_device(table)
-        .assign(
-            is_final=table["checkpoint"].isin(final_checkpoints),
-            normalized_training_compute=normalized_training_compute(table["training_gflop"], batch_size),
-        )
-        .reset_index(drop=True)
-    )
+    table = keep_one_timing_device(table)
+    if (file := pipeline.study.report.prices) is not None and is_measured(table, TIME_COLUMN):
+        table, _ = with_usd(table, file)
+    return table.assign(
+        is_final=table["checkpoint"].isin(final_checkpoints),
+        normalized_training_compute=normalized_training_compute(table["training_gflop"], batch_size),
+    ).reset_index(drop=True)
 
 
 def _with_labels(table: pd.DataFrame, experiments: Iterable[Experiment]) -> pd.DataFrame:

@@ -10,6 +10,7 @@ Shapes: B images of a batch, C L latent, T tokens, D width of the prompt embeddi
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,7 +30,7 @@ from isocost.sampling.denoiser import Denoiser
 from isocost.sampling.engine import Engine, GuideNetwork
 from isocost.sampling.generate import PromptEmbeds
 from isocost.sampling.request import Denoise, SampleRequest, SampleResult, passes_per_evaluation
-from isocost.utils.device import HostTimer, Timer
+from isocost.utils.device import DeviceMonitor, HostTimer, Timer
 
 TEXT, ENCODER, DENOISER, DECODER, END_TO_END = "text", "encoder", "denoiser", "decoder", "whole"
 GUIDE = "guide"
@@ -38,6 +39,8 @@ NUM_WARM_UP = 3
 MIN_REPEATS = 3
 MAX_REPEATS, ENOUGH_MS = 20, 1000.0
 """Limits of the repeats in `measure_latency_ms`."""
+ENOUGH_ENERGY_S = 2.0
+"""Shortest measurement of energy in seconds."""
 
 StageCallback = Callable[[str], None]
 """Called with the name of a stage when the stage has ended."""
@@ -127,6 +130,34 @@ def measure_latency_ms(run: TimedRun, clock: Timer, host_clock: Timer | None = N
     while len(times) < MIN_REPEATS or (sum(times) < ENOUGH_MS and len(times) < MAX_REPEATS):
         times.append(time_run(run, clock, host_clock)[END_TO_END])
     return Summary.from_times(times).median_ms, len(times)
+
+
+def measure_joules(
+    run: BatchedPipeline, monitor: DeviceMonitor, now: Callable[[], float] = time.perf_counter
+) -> tuple[float, int]:
+    """Measure the energy of the images of a run after one run as warm-up.
+
+    The counter of a device changes several times a second, so runs are repeated for at least `ENOUGH_ENERGY_S` seconds.
+
+    Args:
+        run: images of one batch.
+        monitor: of a device that reports its energy.
+        now: seconds since an arbitrary origin.
+
+    Returns:
+        Joules of the whole device per image, and the number of measured images.
+    """
+    run(lambda stage: None)
+    monitor.clock.wait()
+    before, started, num_images = monitor.read().energy_j, now(), 0
+    while num_images == 0 or now() - started < ENOUGH_ENERGY_S:
+        run(lambda stage: None)
+        num_images += run.batch_size
+        monitor.clock.wait()
+    after = monitor.read().energy_j
+    assert before is not None, "the caller has read it"
+    assert after is not None, "the caller has read it"
+    return (after - before) / num_images, num_images
 
 
 # --- the timed work ---

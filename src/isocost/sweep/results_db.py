@@ -158,7 +158,12 @@ class ResultsDB:
             session.merge(ProtocolRecord(protocol=row["protocol"], parts=parts))
             if vae is not None:
                 session.execute(delete(VaeRecord).where(VaeRecord.point == row["point"]))
-            columns = (PointRecord.ms_per_image, PointRecord.latency_ms, PointRecord.provenance)
+            columns = (
+                PointRecord.ms_per_image,
+                PointRecord.latency_ms,
+                PointRecord.joules_per_image,
+                PointRecord.provenance,
+            )
             earlier = session.execute(select(*columns).where(PointRecord.point == row["point"])).one_or_none()
             for table in (ScoreRecord, PointRecord, ShardRecord):
                 session.execute(delete(table).where(table.point == row["point"]))
@@ -181,7 +186,14 @@ class ResultsDB:
         table = Base.metadata.tables[VaeRecord.__tablename__]
         run_transaction(self.engine, lambda session: table.create(session.connection(), checkfirst=True))
 
-    def set_time(self, point: str, ms_per_image: float, timed_with: Mapping[str, Any], latency_ms: float | None = None) -> None:
+    def set_time(
+        self,
+        point: str,
+        ms_per_image: float,
+        timed_with: Mapping[str, Any],
+        latency_ms: float | None = None,
+        joules_per_image: float | None = None,
+    ) -> None:
         """Replace the measured times of a recorded point, and add `timed_with` to its provenance.
 
         Args:
@@ -189,11 +201,12 @@ class ResultsDB:
             ms_per_image: milliseconds per image at full batches.
             timed_with: device and conditions of the measurement.
             latency_ms: milliseconds of one image alone; None if they were not measured on this device.
+            joules_per_image: energy of one image at full batches; None if the device does not report it.
         """
 
         def write(session: Session) -> None:
             row = session.get_one(PointRecord, point)
-            row.ms_per_image, row.latency_ms = ms_per_image, latency_ms
+            row.ms_per_image, row.latency_ms, row.joules_per_image = ms_per_image, latency_ms, joules_per_image
             row.provenance = json.dumps({**json.loads(row.provenance), TIMED_WITH: dict(timed_with)})
 
         run_transaction(self.engine, write)
@@ -385,9 +398,10 @@ def with_total_gflop(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(gflop=table[list(GFLOP_PARTS)].sum(axis=1, skipna=False))
 
 
-def _take_times(row: PointRecord, timed: PointRecord | Row[float, float | None, str]) -> None:
+def _take_times(row: PointRecord, timed: PointRecord | Row[float, float | None, float | None, str]) -> None:
     """Replace the times of a point by those of another record of it."""
     row.ms_per_image, row.latency_ms = timed.ms_per_image, timed.latency_ms
+    row.joules_per_image = timed.joules_per_image
     row.provenance = json.dumps({**json.loads(row.provenance), TIMED_WITH: json.loads(timed.provenance)[TIMED_WITH]})
 
 

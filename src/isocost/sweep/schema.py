@@ -14,7 +14,7 @@ class Base(DeclarativeBase):
     """Base class of all tables."""
 
 
-HARDWARE_COLUMNS = ["ms_per_image", "latency_ms", "seconds", "peak_memory_mib", "created", "provenance"]
+HARDWARE_COLUMNS = ["ms_per_image", "latency_ms", "joules_per_image", "seconds", "peak_memory_mib", "created", "provenance"]
 """Columns of the results table that depend on the machine or on the time; all other columns are reproducible."""
 
 GFLOP_PARTS = ("gflop_text", "gflop_encoder", "gflop_denoiser", "gflop_decoder")
@@ -63,6 +63,7 @@ class PointRecord(Base):
     gflop_decoder: Mapped[float | None] = mapped_column(Float)
     ms_per_image: Mapped[float] = mapped_column(Float)
     latency_ms: Mapped[float | None] = mapped_column(Float)
+    joules_per_image: Mapped[float | None] = mapped_column(Float)
     seconds: Mapped[float] = mapped_column(Float)
     peak_memory_mib: Mapped[float | None] = mapped_column(Float)
     has_too_few_samples: Mapped[bool] = mapped_column(Boolean)

@@ -30,7 +30,14 @@ from isocost.sampling.engine import Engine
 from isocost.sampling.generate import GeneratedBatch, PromptEmbeds, generate, make_engine, schedule_of
 from isocost.sampling.guides import check_guide, make_guide
 from isocost.sampling.latency import load_components, load_guide
-from isocost.sampling.latency_stages import BatchedPipeline, CallCounter, LoadedGuide, LoadedModel, measure_latency_ms
+from isocost.sampling.latency_stages import (
+    BatchedPipeline,
+    CallCounter,
+    LoadedGuide,
+    LoadedModel,
+    measure_joules,
+    measure_latency_ms,
+)
 from isocost.sampling.request import PerSampleFn, SampleRequest, passes_per_evaluation
 from isocost.sampling.stage_times import StageTimes, measure_guide, measure_stage_times
 from isocost.sweep.grid import SweepPoint, guide_label
@@ -209,6 +216,25 @@ class Worker:
         Returns:
             Milliseconds, and the number of measured runs.
         """
+        device = best_device()
+        clock, host_clock = device_monitor(device).clock, HostTimer(lambda: round(1e9 * self.now()))
+        return measure_latency_ms(self._pipeline(point, 1), clock, host_clock)
+
+    def measure_joules(self, point: SweepPoint) -> tuple[float, int] | None:
+        """Measure the energy of one image at full batches, from its prompt to its pixels.
+
+        Returns:
+            Joules of the whole device per image, and the number of measured images; None if the device does not report them.
+        """
+        monitor = device_monitor(best_device())
+        if monitor.read().energy_j is None:
+            return None
+        spec, embeds_guidance = point.spec, self.info.model.embeds_guidance
+        num_passes = 1 if spec.guide is not None else passes_per_evaluation(spec.guidance, embeds_guidance)
+        return measure_joules(self._pipeline(point, max(1, spec.batch_size // num_passes)), monitor, self.now)
+
+    def _pipeline(self, point: SweepPoint, batch_size: int) -> BatchedPipeline:
+        """The point as a run over one batch, from the prompts to the pixels."""
         spec, device = point.spec, best_device()
         model = self._models.get((spec.dtype, spec.compiled))
         if model is None:
@@ -217,9 +243,7 @@ class Worker:
         guide = None if spec.guide is None else self._loaded_guide(spec.guide.checkpoint, spec, model)
         null_prompt = spec.guide is not None and spec.guide.null_prompt
         coefficients, weights = solver_coefficients(spec.solver, spec.num_steps, self.schedule), point.weights(self.schedule)
-        pipeline = BatchedPipeline(model, coefficients, spec.guidance, 1, weights, guide, null_prompt)
-        clock, host_clock = device_monitor(device).clock, HostTimer(lambda: round(1e9 * self.now()))
-        return measure_latency_ms(pipeline, clock, host_clock)
+        return BatchedPipeline(model, coefficients, spec.guidance, batch_size, weights, guide, null_prompt)
 
     def _loaded_guide(self, name: str, spec: PointSpec, main: LoadedModel) -> LoadedGuide:
         key = (spec.dtype, spec.compiled, name)
