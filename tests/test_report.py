@@ -350,6 +350,7 @@ def test_figures_are_saved_next_to_the_page(tmp_path: Path) -> None:
         *(f"quality_vs_cost-{cost}" for cost in REPORT_COSTS),
         "quality_vs_compute-training_gflop",
         "cost_parts",
+        "metric_front",
         "solvers",
         "guidance_heatmap",
         "best_guidance",

@@ -144,3 +144,45 @@ def test_the_paper_study_has_the_papers_recipe_and_a_tiny_scale() -> None:
     assert tiny.family.widths == (8, 16, 24)
     assert tiny.train.num_images == 256
     assert tiny.train.prediction_type == paper.train.prediction_type
+
+
+# --- protocol: offline ------------------------------------------------------------------------------------------------
+
+
+def study_file(folder: Path, **changes: Any) -> Path:
+    file = folder / "study.yaml"
+    protocol = {"num_images": 64, "num_reference": 128, "features": ["inception", "clip-vit-b-32"], "metrics": ["frechet"]}
+    file.write_text(yaml.safe_dump(plain_study(protocol=protocol, report={"metric": "fid"}, **changes)), encoding="utf-8")
+    return file
+
+
+def test_the_word_offline_takes_features_without_a_download_and_keeps_the_numbers_of_images(tmp_path: Path) -> None:
+    file = study_file(tmp_path)
+    assert load_study(file).report.metric == "fid"
+    offline = load_study(file, {"protocol": "offline"})
+    assert (offline.protocol.features, offline.protocol.metrics) == (("efficientnet-lite0",), ("mmd",))
+    assert (offline.protocol.num_images, offline.protocol.num_reference) == (64, 128)
+    assert offline.report.metric == "mmd_efficientnet"
+    later = load_study(file, {"protocol": "offline", "protocol.metrics": ["mmd", "frechet"], "protocol.num_images": 99})
+    assert (later.protocol.metrics, later.protocol.num_images) == (("mmd", "frechet"), 99)
+
+
+def test_a_study_file_can_have_the_word(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({**plain_study(), "protocol": "offline"}), encoding="utf-8")
+    assert load_study(file).protocol == ProtocolSpec()
+    assert load_study(file, {"protocol.num_images": 99}).protocol.num_images == 99
+    file.write_text(yaml.safe_dump({**plain_study(), "protocol": "online"}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="protocol = 'online': give a mapping, or one of the words offline"):
+        load_study(file)
+
+
+@pytest.mark.parametrize("name", ["hub", "paper"])
+def test_studies_of_published_scores_lead_with_fid_and_have_an_offline_form(name: str) -> None:
+    file = next(file for file in STUDIES if file.stem == name)
+    study, offline = load_study(file), load_study(file, {"protocol": "offline"})
+    assert study.report.metric == "fid"
+    assert {"inception", "clip-vit-b-32", "dinov2-vit-l-14"} == set(study.protocol.features)
+    assert {"frechet", "prompt_similarity"} <= set(study.protocol.metrics)
+    assert offline.protocol.features == ("efficientnet-lite0",)
+    assert offline.protocol.num_images == study.protocol.num_images >= 2 * 2048, "a Frechet distance of fewer images is flagged"

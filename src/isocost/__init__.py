@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from isocost.analysis.frontier_ci import frontier_bands
     from isocost.analysis.joint_scaling_law import frontier_law
+    from isocost.analysis.metric_front import metric_front
     from isocost.analysis.pareto import best_guidance, pareto
     from isocost.api import (
         Study,
@@ -73,6 +74,7 @@ _MODULES = {
     "list_plots": "isocost.api",
     "list_solvers": "isocost.api",
     "load_checkpoint": "isocost.api",
+    "metric_front": "isocost.analysis.metric_front",
     "pareto": "isocost.analysis.pareto",
     "plot": "isocost.api",
     "read_resamples": "isocost.api",
@@ -107,6 +109,7 @@ __all__ = [
     "list_plots",
     "list_solvers",
     "load_checkpoint",
+    "metric_front",
     "pareto",
     "plot",
     "read_resamples",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -330,7 +332,19 @@ def recommend(
     metric: Annotated[str, typer.Option(help="metric to optimise")] = "mmd_efficientnet",
     requirements: Annotated[
         list[str] | None,
-        typer.Option("--require", metavar="METRIC=VALUE", help="the score must equal or better VALUE; may be repeated"),
+        typer.Option(
+            "--require",
+            metavar="METRIC>=VALUE",
+            help="the score must reach VALUE (METRIC<=VALUE where lower is better); may be repeated",
+        ),
+    ] = None,
+    front: Annotated[
+        str | None,
+        typer.Option(
+            "--front",
+            metavar="METRIC",
+            help="also list the points within the first budget that no other point beats by both --metric and this metric",
+        ),
     ] = None,
     task: Annotated[
         str, typer.Option(help="text2image, seed-replicates, superres, dreambooth, distill or superres-distill")
@@ -345,8 +359,10 @@ def recommend(
 ) -> None:
     """Recommend the best size, solver, steps and guidance within all given budgets. The first budget breaks ties."""
     from isocost.analysis.costs import COSTS
+    from isocost.analysis.metric_front import format_front, metric_front
     from isocost.analysis.prices import with_usd
     from isocost.analysis.recommend import recommend as recommend_configuration
+    from isocost.analysis.results_table import CONFIGURATION_COLUMNS
     from isocost.analysis.timings import TIME_LABELS, format_excluded_timings
 
     given = {
@@ -395,9 +411,17 @@ def recommend(
         requirements=requirement_values,
         resamples=_read_resamples(out, results_db, metric, table),
     )
+    front_rows = None if front is None else metric_front(table, metric, front, lead, limits[lead])
     for line in (recommendation.reason, *(f"note: {note}" for note in recommendation.notes), recommendation.command):
         print(line, file=sys.stderr)
-    print_json(dataclasses.asdict(recommendation))
+    answer = dataclasses.asdict(recommendation)
+    if front is not None and front_rows is not None:
+        print("points that no other point within the first budget beats by both metrics:", file=sys.stderr)
+        for line in format_front(front_rows, metric, front):
+            print(line, file=sys.stderr)
+        columns = [name for name in ("point", *CONFIGURATION_COLUMNS, *COSTS, metric, front) if name in front_rows]
+        answer["front"] = json.loads(front_rows[columns].to_json(orient="records"))
+    print_json(answer)
 
 
 def _read_points(out: Path | None, results_db: str | None, task: str, protocol: str | None) -> Any:
@@ -431,11 +455,19 @@ def _read_resamples(out: Path | None, results_db: str | None, metric: str, table
 
 
 def _parse_requirements(items: list[str] | None) -> dict[str, float]:
+    from isocost.evaluation.metric_registry import METRICS
+
     requirements: dict[str, float] = {}
     for item in items or []:
-        metric, equals, value = item.partition("=")
-        if not equals or not metric:
-            raise ConfigError(f"--require {item}: give METRIC=VALUE, such as alignment=0.9")
+        parts = re.fullmatch(r"(\w+)\s*(>=|<=|=)\s*(.*)", item)
+        if parts is None:
+            raise ConfigError(f"--require {item}: give METRIC>=VALUE, such as alignment>=0.9, or METRIC<=VALUE")
+        metric, sign, value = parts.groups()
+        if sign != "=" and metric in METRICS and (sign == ">=") != METRICS[metric].higher_is_better:
+            right = ">=" if METRICS[metric].higher_is_better else "<="
+            raise ConfigError(
+                f"--require {item}: of {metric} {METRICS[metric].better} is better; give '{metric}{right}{value}'"
+            )
         if metric in requirements:
             raise ConfigError(f"--require {item}: {metric} already has the requirement {requirements[metric]:g}; give only one")
         try:

@@ -12,11 +12,22 @@ from isocost.config.study import StudySpec
 from isocost.config.yaml_text import format_yaml, parse_yaml, read_yaml
 from isocost.errors import ConfigError
 
+PROTOCOL_WORDS: dict[str, dict[str, Any]] = {
+    "offline": {
+        "protocol.features": ["efficientnet-lite0"],
+        "protocol.weights": {},
+        "protocol.metrics": ["mmd"],
+        "report.metric": "mmd_efficientnet",
+    }
+}
+"""`protocol: WORD` -> the values that it sets, by dotted key. Numbers of images and all other keys of the protocol stay."""
+
 
 def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> StudySpec:
     """Read a study from YAML.
 
     A file may define smaller versions of the study, `scales: {tiny: {train.num_images: 400, ...}}`; `scale` selects one.
+    `protocol` can be a word of `PROTOCOL_WORDS`: `offline` takes the features that come with isocost and need no download.
 
     Args:
         path: the YAML file.
@@ -33,8 +44,13 @@ def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         raise ConfigError(f"{file}: a study must be a mapping with the keys name, data, autoencoder, family, train, sweep, ...")
     values = dict(overrides or {})
     scales, scale = plain.pop("scales", {}), values.pop("scale", plain.pop("scale", None))
+    if isinstance(word := plain.get("protocol"), str):
+        values = {"protocol": word, **values}
+        plain["protocol"] = {}
     for key, value in {**_scale_overrides(scales, scale, file), **values}.items():
-        _set_dotted(plain, key, value, file)
+        is_word = key == "protocol" and isinstance(value, str)
+        for one_key, one_value in _word_overrides(value, file).items() if is_word else [(key, value)]:
+            _set_dotted(plain, one_key, one_value, file)
     return parse_spec(StudySpec, plain, str(file))
 
 
@@ -69,6 +85,13 @@ def _is_text(annotation: Any, path: tuple[str, ...]) -> bool:
         return _is_text(get_args(annotation)[1], path[1:])
     fields = [spec.model_fields[path[0]] for spec in specs_in(annotation) if path[0] in spec.model_fields]
     return any(_is_text(field.annotation, path[1:]) for field in fields)
+
+
+def _word_overrides(word: str, file: Path) -> dict[str, Any]:
+    """Values by dotted key of `protocol: WORD`."""
+    if word not in PROTOCOL_WORDS:
+        raise ConfigError(f"{file}: protocol = {word!r}: give a mapping, or one of the words {', '.join(PROTOCOL_WORDS)}")
+    return PROTOCOL_WORDS[word]
 
 
 def _scale_overrides(scales: Any, scale: Any, file: Path) -> dict[str, Any]:

@@ -33,6 +33,9 @@ class WeightsFile:
     sha256: str
 
 
+OFFLINE_REMEDY = "use features without a download: `protocol: offline` in a study (--set protocol=offline)"
+
+
 def find_weights(source: str, *, known_sha256: str | None, title: str, hub_file: str = "model.safetensors") -> WeightsFile:
     """Find the weights file of `source`, download it if necessary, and check its hash.
 
@@ -150,7 +153,7 @@ def _download_url(url: str, title: str) -> Path:
             torch.hub.download_url_to_file(url, str(partial), progress=False)
         except OSError as error:
             raise ConfigError(
-                f"{title}: {url} cannot be downloaded ({error}); put the file at {file}, or give its path"
+                f"{title}: {url} cannot be downloaded ({error}); put the file at {file}, give its path, or {OFFLINE_REMEDY}"
             ) from error
         partial.replace(file)
     return file
@@ -166,7 +169,8 @@ def _download_from_hub(source: str, name: str, title: str) -> tuple[Path, str | 
         file = Path(hf_hub_download(repository, name, revision=revision or None))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ConfigError(
-            f"{title}: {repository}: {name} is not in the Hub's cache and cannot be downloaded; give a local folder"
+            f"{title}: {repository}: {name} is not in the Hub's cache and cannot be downloaded; give a local folder, or "
+            f"{OFFLINE_REMEDY}"
         ) from error
     blob = file.resolve().name
     return file, blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None

@@ -15,12 +15,14 @@ from isocost.analysis.costs import COSTS, is_measured
 from isocost.analysis.distillation import split_student_name
 from isocost.analysis.formatting import format_metric
 from isocost.analysis.guides import guide_costs, has_guides
+from isocost.analysis.metric_front import second_metrics
 from isocost.analysis.results_table import final_points, sizes_in_order
 from isocost.errors import ConfigError
 from isocost.evaluation.metric_registry import METRICS
 from isocost.report import plot_data, plot_data_finetune, plot_data_guides, plotly_backend
 from isocost.report.plot_data_costs import cost_parts
 from isocost.report.plot_data_finetune import Pretrained
+from isocost.report.plot_data_metrics import metric_front_curves
 from isocost.report.plotly_backend import PlotlyFigure
 from isocost.report.scope import TRAINED, Scope
 
@@ -285,9 +287,27 @@ def _cost_parts_chart(table: pd.DataFrame, metric: str, _floors: Mapping[str, fl
     return Chart("cost_parts", (_metric_control(metrics),), figures, subtitles)
 
 
+def _metric_front_chart(table: pd.DataFrame, metric: str, _floors: Mapping[str, float], _options: CurveOptions) -> Chart:
+    others = second_metrics(table, metric)
+    if not others:
+        metric_front_curves(table, metric)
+    costs = [cost for cost in costs_in(table) if cost in ("gflop", "nfe", "ms_per_image")]
+    curves = {
+        f"{a}|{b}": metric_front_curves(table, metric, other, cost)
+        for a, other in enumerate(others)
+        for b, cost in enumerate(costs)
+    }
+    controls = (
+        Control("Second metric", tuple(format_metric(other, others) for other in others)),
+        Control("Cost", tuple(COSTS[cost].label for cost in costs)),
+    )
+    return _curves_chart("metric_front", controls, curves, "Each marker shows")
+
+
 CHARTS: dict[str, Callable[..., Chart]] = {
     "cost": cost_chart,
     "cost_parts": _cost_parts_chart,
+    "metric_front": _metric_front_chart,
     "compute": _compute_chart,
     "solvers": _solver_chart,
     "guidance": _guidance_chart,

@@ -48,6 +48,7 @@ from isocost.report.plot_data import (
 from isocost.report.plot_data_costs import cost_parts
 from isocost.report.plot_data_finetune import Pretrained, distillation_curves, pretraining_curves
 from isocost.report.plot_data_guides import guide_frontier, guide_heatmap
+from isocost.report.plot_data_metrics import metric_front_curves
 from isocost.report.scope import TRAINED, Scope
 
 
@@ -171,6 +172,11 @@ def plot_cost_parts(table: pd.DataFrame, metric: str) -> Figure:
     return draw_cost_parts(cost_parts(table, metric))
 
 
+def plot_metric_front(table: pd.DataFrame, metric: str, other: str | None = None, cost: str = "gflop") -> Figure:
+    """Plot the points that are best by two metrics at once, within several budgets; see `metric_front_curves`."""
+    return draw_curves(metric_front_curves(table, metric, other, cost))
+
+
 PRETRAINING_FIGURES = {
     "superres": plot_superres_vs_pretraining,
     "dreambooth": plot_dreambooth_vs_pretraining,
@@ -216,6 +222,7 @@ def all_figures(
     questions = {} if scope.trained else {plot_quality_vs_cost: {"question": "Which checkpoint is best at equal cost?"}}
     single_plots: dict[Callable[..., Figure], Callable[[], Figure]] = {
         plot_cost_parts: lambda: plot_cost_parts(table, metric),
+        plot_metric_front: lambda: plot_metric_front(table, metric),
         plot_solvers: lambda: plot_solvers(table, metric, **options),
         plot_guidance_heatmap: lambda: plot_guidance_heatmap(table, metric),
         plot_best_guidance: lambda: plot_best_guidance(table, metric),
@@ -322,6 +329,7 @@ TABLE_PLOTS: dict[str, Callable[..., Figure]] = {
         plot_quality_vs_cost,
         plot_quality_vs_compute,
         plot_cost_parts,
+        plot_metric_front,
         plot_solvers,
         plot_guidance_heatmap,
         plot_best_guidance,

@@ -54,6 +54,7 @@ from isocost.report.markdown import headline
 from isocost.report.plot_data_costs import PARTS_QUESTION
 from isocost.report.plot_data_finetune import DISTILLATION_QUESTION, PRETRAINING_QUESTIONS, Pretrained
 from isocost.report.plot_data_guides import FRONTIER_QUESTION, HEATMAP_QUESTION
+from isocost.report.plot_data_metrics import FRONT_QUESTION
 from isocost.report.results_table import headline_facts, point_columns, size_rows
 from isocost.report.scope import PAPER_COST, TRAINED, Scope
 from isocost.utils.artifact_store import write_atomically
@@ -166,6 +167,7 @@ def write_report(
             | guide_charts(table, metric, reconstruction_floors, curve_options),
             guides=try_make(guide_section, table, metric, pairs or RecordedDifferences()) if has_guides(table) else None,
             parts_question=PARTS_QUESTION,
+            front_question=FRONT_QUESTION,
             guide_questions=(FRONTIER_QUESTION, HEATMAP_QUESTION),
             finetune_questions={
                 name: PRETRAINING_QUESTIONS[pretrained.task][0]
