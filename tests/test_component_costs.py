@@ -31,7 +31,7 @@ from isocost.models.component_costs import (
     pipeline_components,
     text_encoder_gflop,
 )
-from isocost.report.gflop_parts import with_gflop_parts
+from isocost.pipeline.gflop_parts import with_gflop_parts
 from isocost.report.matplotlib_backend import draw_cost_parts
 from isocost.report.plot_data_costs import cost_parts
 from isocost.report.plotly_backend import plotly_cost_parts

@@ -23,7 +23,8 @@ from isocost.analysis.timings import format_excluded_timings, keep_one_timing_de
 from isocost.cli import app
 from isocost.pipeline import sweep_runner
 from isocost.pipeline.pipeline import Pipeline
-from isocost.report.build import report, study_table
+from isocost.pipeline.study_table import study_table
+from isocost.report.build import report
 from isocost.sampling import generate
 from isocost.sampling.generate import make_engine
 from isocost.sampling.latency import load_components

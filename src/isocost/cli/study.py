@@ -46,6 +46,15 @@ def demo(out: OutputDir = None, overrides: Overrides = None, stop_after: StopAft
         _run(read_study(file, overrides), out, stop_after)
 
 
+@dataclasses.dataclass(frozen=True)
+class Contests:
+    """Budgets to decide with fresh images, their cost, and the largest number of batches; None for the defaults."""
+
+    budgets: tuple[float, ...] = ()
+    cost: str | None = None
+    max_batches: int | None = None
+
+
 @app.command()
 def run(
     study_file: StudyFile,
@@ -60,6 +69,28 @@ def run(
     ray: Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto or HOST:PORT")] = None,
     figures: Figures = True,
     pdf: Pdf = False,
+    until_decided: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--until-decided",
+            metavar="BUDGET",
+            callback=in_range("--until-decided", Positive),
+            help="then compare the two best sizes within BUDGET with fresh images until one is better; may be repeated",
+        ),
+    ] = None,
+    decided_cost: Annotated[
+        str | None,
+        typer.Option("--decided-cost", help="with --until-decided: the cost of BUDGET; default: that of the report's budgets"),
+    ] = None,
+    max_batches: Annotated[
+        int | None,
+        typer.Option(
+            "--max-batches",
+            min=1,
+            help="with --until-decided: batches of protocol.num_images of each size, after which the question stays open; "
+            "default: 16",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the remaining work and exit")] = False,
     devices: Annotated[
         str | None,
@@ -78,6 +109,8 @@ def run(
 ) -> None:
     """Run a study: train, sweep, score, report. The same command resumes a stopped run, and parallel runs share the work."""
     study = read_study(study_file, overrides)
+    if not until_decided and (decided_cost is not None or max_batches is not None):
+        raise ConfigError("--decided-cost and --max-batches go with --until-decided BUDGET: give it too, or leave them out")
     if devices is not None or utilisation is not None:
         print_estimate(study, devices, utilisation, dry_run)
         return
@@ -87,7 +120,8 @@ def run(
 
         print_plan(plan(Pipeline(study, output_dir_of(study, out), results_db), parse_tasks(tasks)))
         return
-    _run(study, out, stop_after, tasks, results_db, workers, ray, _figure_formats(figures, pdf))
+    contests = Contests(tuple(until_decided or ()), decided_cost, max_batches)
+    _run(study, out, stop_after, tasks, results_db, workers, ray, _figure_formats(figures, pdf), contests)
 
 
 @app.command()
@@ -486,6 +520,7 @@ def _run(
     workers: int | None = None,
     ray: str | None = None,
     figure_formats: Sequence[str] = ("png",),
+    contests: Contests = Contests(),
 ) -> None:
     from isocost.pipeline.pipeline import Pipeline
     from isocost.pipeline.workers import LocalWorkers, run_on_ray
@@ -512,10 +547,30 @@ def _run(
             local_workers.stop()
     else:
         finished = pipeline.run(parse_deadline(stop_after), only_tasks)
+    if finished and contests.budgets:
+        finished = _decide(pipeline, contests, parse_deadline(stop_after))
     if finished:
         _report(pipeline, finished, figure_formats)
     else:
         print_json({"study": pipeline.study.name, "out": str(pipeline.out), "finished": False})
+
+
+def _decide(pipeline: Any, contests: Contests, deadline: float | None) -> bool:
+    """Compare sizes with fresh images; False if the deadline came first."""
+    from isocost.pipeline.until_decided import MAX_BATCHES, decide_budgets
+    from isocost.report.scope import PAPER_COST
+    from isocost.training.trainer import DeadlineReached
+
+    cost = contests.cost or ("gflop" if pipeline.study.checkpoints else PAPER_COST)
+    try:
+        for text in decide_budgets(pipeline, contests.budgets, cost, contests.max_batches or MAX_BATCHES, deadline):
+            print(text, file=sys.stderr)
+    except DeadlineReached as stopped:
+        print(stopped, file=sys.stderr)
+        return False
+    finally:
+        pipeline.close()
+    return True
 
 
 def _figure_formats(figures: bool, pdf: bool) -> tuple[str, ...]:

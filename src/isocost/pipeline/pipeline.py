@@ -21,7 +21,7 @@ from isocost.errors import ConfigError
 from isocost.evaluation.bootstrap import check_resampled
 from isocost.evaluation.metric_registry import check_metrics, metric_columns, metric_of
 from isocost.evaluation.paired import PointResamples
-from isocost.experiments.base import Experiment, TrainingRun
+from isocost.experiments.base import EvalJob, Experiment, TrainingRun
 from isocost.experiments.distillation import DistillExperiment
 from isocost.experiments.dreambooth import DreamboothExperiment
 from isocost.experiments.pretrain import PretrainExperiment
@@ -428,6 +428,11 @@ class Pipeline:
     def score_search_winners(self, runs: Sequence[TrainingRun], deadline: float | None = None) -> bool:
         """Score the winners of the runs' guidance searches, when all searches are over; False if the deadline came first."""
         return self._sweeper.score_search_winners(runs, deadline)
+
+    def score_fresh(self, run: TrainingRun, job: EvalJob, title: str, deadline: float | None = None) -> bool:
+        """Score the points of a job that are no part of the sweep; False if the deadline came first."""
+        self.prepare()
+        return self._sweeper.score_fresh(run, job, title, deadline)
 
     def remeasure(self, run: TrainingRun) -> int:
         """Measure the sampling time of all recorded points of one training again, on this machine; return their number.

@@ -24,6 +24,9 @@ from isocost.utils.progress import progress_bar
 Races = Mapping[str, Mapping[str, Any]]
 """The finished guidance searches by the digest of their cell, as in the results database."""
 
+FRESH_TASK = "fresh-batch"
+"""`task` of points that only a decision uses (`isocost.pipeline.until_decided`)."""
+
 TimeKey = tuple[Any, ...]
 """The settings of a point that its times depend on."""
 
@@ -136,8 +139,17 @@ class Sweeper:
                     return False
         return True
 
+    def score_fresh(self, run: TrainingRun, job: EvalJob, title: str, deadline: float | None) -> bool:
+        """Score the points of a job that are no part of the sweep; the table of the study does not have them."""
+        return self._score(run, [(job, job.points)], title, deadline, labels={"task": FRESH_TASK})
+
     def _score(
-        self, run: TrainingRun, jobs: Sequence[tuple[EvalJob, Sequence[SweepPoint]]], title: str, deadline: float | None
+        self,
+        run: TrainingRun,
+        jobs: Sequence[tuple[EvalJob, Sequence[SweepPoint]]],
+        title: str,
+        deadline: float | None,
+        labels: Mapping[str, str] | None = None,
     ) -> bool:
         requested, finished = {point.digest for _, points in jobs for point in points}, set[str]()
         with progress_bar(title, len(requested), "points") as progress:
@@ -147,7 +159,7 @@ class Sweeper:
                 progress(len(finished), point.title)
                 self.on_progress(f"{title}: {point.title}")
 
-            return all(self._worker(run, job).run(points, done, deadline) for job, points in jobs)
+            return all(self._worker(run, job, labels).run(points, done, deadline) for job, points in jobs)
 
     def _race(self, run: TrainingRun, job: EvalJob, title: str, deadline: float | None) -> bool:
         requested, finished = {cell.digest for cell in job.cells}, set[str]()
@@ -188,7 +200,7 @@ class Sweeper:
         reasons = {cell: reason for cell, reason in decided.items() if reason is not None}
         return dominated(candidates, sweep.race.stop_confidence) | reasons
 
-    def _worker(self, run: TrainingRun, job: EvalJob) -> Worker:
+    def _worker(self, run: TrainingRun, job: EvalJob, labels: Mapping[str, str] | None = None) -> Worker:
         eval_context = job.eval_context()
         return Worker(
             self.store,
@@ -204,7 +216,7 @@ class Sweeper:
             self.experiments[run.task].components_of_point,
             eval_context.concat_cond,
             {name: self._guide_source(name, eval_context) for name in job.guides},
-            labels=self.experiments[run.task].labels(run),
+            labels={**self.experiments[run.task].labels(run), **(labels or {})},
         )
 
     def _guide_source(self, name: str, eval_context: EvalContext) -> GuideSource:

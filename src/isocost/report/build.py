@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from isocost.analysis.costs import COSTS, is_measured
+from isocost.analysis.costs import COSTS
 from isocost.analysis.frontier_ci import format_best_sizes
 from isocost.analysis.guides import has_guides
 from isocost.analysis.iso_cost import RecordedDifferences
@@ -20,10 +20,9 @@ from isocost.analysis.joint_scaling_law import predict_held_out
 from isocost.analysis.paired_decisions import Resamples
 from isocost.analysis.pareto import default_budgets
 from isocost.analysis.power_laws import MIN_POINTS
-from isocost.analysis.prices import with_usd
 from isocost.analysis.results_table import best_per_group, final_points
-from isocost.analysis.scaling_laws import fit_scaling_laws, normalized_training_compute
-from isocost.analysis.timings import TIME_COLUMN, TIME_LABELS, format_excluded_timings, keep_one_timing_device
+from isocost.analysis.scaling_laws import fit_scaling_laws
+from isocost.analysis.timings import TIME_LABELS, format_excluded_timings
 from isocost.config.study import StudySpec
 from isocost.config.study_yaml import dump_study
 from isocost.config.types import TaskName
@@ -33,8 +32,8 @@ from isocost.evaluation.paired import PairedComparer
 from isocost.experiments.base import Experiment
 from isocost.models.checkpoint import checkpoint_name
 from isocost.pipeline.pipeline import Pipeline
+from isocost.pipeline.study_table import study_table
 from isocost.report.chart_panels import try_make
-from isocost.report.gflop_parts import with_gflop_parts
 from isocost.report.guides_section import guide_section
 from isocost.report.html import STUDY_YAML
 from isocost.report.plot_data import COMPUTE_AXES, FLOOR_LABEL
@@ -114,46 +113,6 @@ def _pretrained_points(pipeline: Pipeline, task: TaskName, tables: Mapping[TaskN
     return None if table.empty else Pretrained(task, table, family.metric)
 
 
-def study_table(pipeline: Pipeline, experiment: Experiment) -> pd.DataFrame:
-    """Return the points in the results database that belong to the experiment; `is_final` is true for final checkpoints."""
-    final_checkpoints = {run.final for run in experiment.runs}
-    digests = {point.digest for run in experiment.runs for point in pipeline.points(run)}
-    if experiment.baseline is not None:
-        baseline_finals = {run.final for run in experiment.baseline.runs}
-        points = (point for run in experiment.baseline.runs for point in pipeline.points(run))
-        digests |= {point.digest for point in points if point.spec.checkpoint in baseline_finals}
-        final_checkpoints |= baseline_finals
-    table = pipeline.results_db.table()
-    table = with_gflop_parts(table[table["point"].isin(digests)], experiment.components)
-    table = _with_labels(table, [experiment] if experiment.baseline is None else [experiment, experiment.baseline])
-    if replaced := experiment.replaced_schedulers():
-        keys = zip(table["checkpoint"], table["solver"], strict=True)
-        table = table.assign(replaced_scheduler=[replaced.get(key, "") for key in keys])
-    batch_size = experiment.runs[0].spec.batch_size
-    table = keep_one_timing_device(table)
-    if (file := pipeline.study.report.prices) is not None and is_measured(table, TIME_COLUMN):
-        table, _ = with_usd(table, file)
-    return table.assign(
-        is_final=table["checkpoint"].isin(final_checkpoints),
-        normalized_training_compute=normalized_training_compute(table["training_gflop"], batch_size),
-    ).reset_index(drop=True)
-
-
-def _with_labels(table: pd.DataFrame, experiments: Iterable[Experiment]) -> pd.DataFrame:
-    """Label the points as the study does; another study with the same results database may label them differently."""
-    labels = {
-        checkpoint: experiment.labels(run)
-        for experiment in experiments
-        for run in experiment.runs
-        for checkpoint in run.checkpoints.values()
-    }
-    columns = {column for by_column in labels.values() for column in by_column}
-    for column in columns:
-        values = zip(table["checkpoint"], table[column], strict=True)
-        table = table.assign(**{column: [labels.get(checkpoint, {}).get(column, value) for checkpoint, value in values]})
-    return table
-
-
 def _report_data(
     pipeline: Pipeline, task: TaskName, table: pd.DataFrame, other_pages: dict[str, str], pretrained: Pretrained | None
 ) -> ReportData:
@@ -173,7 +132,7 @@ def _report_data(
         budgets=(list(study.report.budgets) if task == "text2image" else []) or default_budgets(table, scope.budget_cost),
         comparison_rows=_comparison_rows(experiment, table, samples),
         other_pages=other_pages,
-        findings=experiment.findings(table),
+        findings=experiment.findings(table) | _decisions(pipeline, experiment, task),
         floor_label=FLOOR_LABELS.get(next(iter(baselines)), FLOOR_LABEL),
         reference_lines={"bicubic": baselines["bicubic"]} if "bicubic" in baselines else None,
         missing_experiments=missing if scope.trained else [],
@@ -183,6 +142,12 @@ def _report_data(
         resamples=resamples,
     )
     return page, table, samples
+
+
+def _decisions(pipeline: Pipeline, experiment: Experiment, task: TaskName) -> dict[str, Any]:
+    """Return what fresh images said about budgets (`isocost run --until-decided`)."""
+    texts = pipeline.results_db.decisions(experiment.metric) if task == "text2image" else []
+    return {"Decided with fresh images": texts} if texts else {}
 
 
 def _comparison_rows(experiment: Experiment, table: pd.DataFrame, samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -36,9 +36,9 @@ from isocost.config.types import TaskName
 from isocost.data.image_files import read_image_file
 from isocost.errors import ConfigError
 from isocost.pipeline.compatibility import STUDY_FILE, read_study_file
+from isocost.pipeline.gflop_parts import with_gflop_parts
 from isocost.pipeline.pipeline import Pipeline
 from isocost.report.claims_table import markdown_claims
-from isocost.report.gflop_parts import with_gflop_parts
 from isocost.report.html import write_report
 from isocost.report.markdown import markdown_summary
 from isocost.report.plot_data_finetune import Pretrained

@@ -32,6 +32,7 @@ from isocost.sweep.db import (
 from isocost.sweep.schema import (
     GFLOP_PARTS,
     Base,
+    DecisionRecord,
     EventRecord,
     PointRecord,
     ProtocolRecord,
@@ -151,7 +152,7 @@ class ResultsDB:
         """
         resampled = resamples or {}
         if vae is not None:
-            self._create_vae_table()
+            self._create_table(VaeRecord)
 
         def write(session: Session) -> None:
             parts = json.dumps(dict(protocol_parts), ensure_ascii=False)
@@ -181,9 +182,26 @@ class ResultsDB:
 
         run_transaction(self.engine, write)
 
-    def _create_vae_table(self) -> None:
-        """Create the table of `VaeRecord`, which older databases do not have."""
-        table = Base.metadata.tables[VaeRecord.__tablename__]
+    def set_decision(self, cost: str, budget: float, metric: str, text: str) -> None:
+        """Write what fresh images said about a budget, and replace an earlier sentence."""
+        self._create_table(DecisionRecord)
+        record = {"cost": cost, "budget": budget, "metric": metric, "text": text, "created": _now()}
+        run_transaction(self.engine, lambda session: session.merge(DecisionRecord(**record)))
+
+    def decisions(self, metric: str) -> list[str]:
+        """Return the sentences of `set_decision` on a metric, by cost and budget."""
+
+        def read(session: Session) -> list[str]:
+            if not inspect(session.connection()).has_table(DecisionRecord.__tablename__):
+                return []
+            texts = select(DecisionRecord.text).where(DecisionRecord.metric == metric)
+            return list(session.scalars(texts.order_by(DecisionRecord.cost, DecisionRecord.budget)))
+
+        return run_transaction(self.engine, read)
+
+    def _create_table(self, record: type[Base]) -> None:
+        """Create a table that older databases do not have."""
+        table = Base.metadata.tables[record.__tablename__]
         run_transaction(self.engine, lambda session: table.create(session.connection(), checkfirst=True))
 
     def set_time(
@@ -301,7 +319,9 @@ class ResultsDB:
         known_points, known_races, known_events = self.points(), self.races(), self.events()
 
         def read(session: Session) -> tuple[list[Any], list[Any], dict[str, PointRecord]]:
-            has_vae = inspect(session.connection()).has_table(VaeRecord.__tablename__)
+            has_vae, has_decisions = (
+                inspect(session.connection()).has_table(record.__tablename__) for record in (VaeRecord, DecisionRecord)
+            )
             all_points = session.scalars(select(PointRecord)).all()
             points = [row for row in all_points if row.point not in known_points]
             timed = {row.point: row for row in all_points if row.point in known_points and row.latency_ms is not None}
@@ -310,12 +330,14 @@ class ResultsDB:
             protocols = [row for row in session.scalars(select(ProtocolRecord)) if row.protocol in protocol_ids]
             races = [row for row in session.scalars(select(RaceRecord)) if row.cell not in known_races]
             vae = [row for row in session.scalars(select(VaeRecord)) if row.point in digests] if has_vae else []
+            decisions = list(session.scalars(select(DecisionRecord))) if has_decisions else []
             session.expunge_all()  # the rows outlive this session
-            return [*protocols, *points], [*scores, *races, *vae], timed
+            return [*protocols, *points], [*scores, *races, *vae, *decisions], timed
 
         first, second, timed = run_transaction(other.engine, read)
-        if any(isinstance(row, VaeRecord) for row in second):
-            self._create_vae_table()
+        for record in (VaeRecord, DecisionRecord):
+            if any(isinstance(row, record) for row in second):
+                self._create_table(record)
         events = [event for event in other.events() if event not in known_events]
 
         def write(session: Session) -> None:

@@ -151,6 +151,17 @@ class RaceRecord(Base):
     options: Mapped[str | None] = mapped_column(Text)
 
 
+class DecisionRecord(Base):
+    """A question between two configurations within a budget that fresh images decided, or left open, in one sentence."""
+
+    __tablename__ = "decisions"
+    cost: Mapped[str] = mapped_column(String(32), primary_key=True)
+    budget: Mapped[float] = mapped_column(Float, primary_key=True)
+    metric: Mapped[str] = mapped_column(String(64), primary_key=True)
+    text: Mapped[str] = mapped_column(Text)
+    created: Mapped[str] = mapped_column(String(40))
+
+
 class EventRecord(Base):
     """A message about the study: a failure or a skipped image."""
 
