@@ -11,7 +11,7 @@ import warnings
 
 from safetensors import SafetensorError
 
-from isocost.cli import benchmark, checkpoint, evaluate, list_names, model_family, output_dir, study
+from isocost.cli import benchmark, checkpoint, evaluate, list_names, model_family, output_dir, recommend, study
 from isocost.cli.app import app
 from isocost.errors import ConfigError, RunError
 from isocost.utils.output_paths import WRONG_PATH_ERRORS, os_error_message
@@ -25,7 +25,18 @@ ORDER = (
 """Order of the commands in `isocost --help`: studies, checkpoints, scores."""
 app.registered_commands.sort(key=lambda command: ORDER.index(command.name or command.callback.__name__))  # type: ignore[union-attr]
 
-__all__ = ["app", "benchmark", "checkpoint", "evaluate", "list_names", "main", "model_family", "output_dir", "study"]
+__all__ = [
+    "app",
+    "benchmark",
+    "checkpoint",
+    "evaluate",
+    "list_names",
+    "main",
+    "model_family",
+    "output_dir",
+    "recommend",
+    "study",
+]
 
 
 def main() -> None:
