@@ -218,7 +218,7 @@ def test_a_part_without_checkpoints_is_refused_before_the_first_image(isocost: A
         (["--budget-ms", "4", "--images-per-hour", "1000"], "two budgets of one kind, 4 ms per image and 3,600 ms"),
         (["--budget-nfe", "0"], "--budget-nfe 0.0: it should be greater than 0"),
         (["--budget-nfe", "16", "--budget-memory-gib", "8"], "no point has a measured peak memory"),
-        (["--budget-nfe", "16", "--require", "alignment"], "give METRIC>=VALUE, such as alignment>=0.9"),
+        (["--budget-nfe", "16", "--require", "alignment"], 'give "METRIC>=VALUE" or "METRIC<=VALUE" in quotes'),
         (["--budget-nfe", "16", "--require", "alignment=high"], "'high' is not a number"),
         (["--budget-nfe", "16", "--require", "alignment=1", "--require", "alignment=2"], "already has the requirement 1"),
         (

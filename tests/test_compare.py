@@ -127,6 +127,9 @@ def test_incomparable_studies_are_refused_in_one_line() -> None:
         rankings(
             concat_studies({"a": table, "b": table.assign(ms_per_image=np.nan)}, KERNEL), KERNEL, "ms_per_image", Unpaired()
         )
+    earlier = concat_studies({"a": table, "b": table.assign(gflop=np.nan)}, KERNEL)
+    with pytest.raises(ConfigError, match=r"b has no point with a known gflop; .*compare by --cost gflop_denoiser"):
+        rankings(earlier, KERNEL, "gflop", Unpaired())
     with pytest.raises(ConfigError, match="the unit of normalized cost differs between these studies"):
         rankings(two(0.05, normalized_cost=table["normalized_cost"] * 2), KERNEL, "normalized_cost", Unpaired())
     with pytest.raises(ConfigError, match="below every point"):

@@ -12,10 +12,12 @@ import pytest
 import torch
 import transformers
 from diffusers import AutoencoderKL
+from sqlalchemy import text
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import tiny_study
+from finished_study import finished_spec
 from isocost.analysis.formatting import format_row
 from isocost.analysis.pareto import pareto
 from isocost.analysis.recommend import recommend
@@ -32,9 +34,13 @@ from isocost.models.component_costs import (
     text_encoder_gflop,
 )
 from isocost.pipeline.gflop_parts import with_gflop_parts
+from isocost.pipeline.pipeline import Pipeline
+from isocost.report.build import report
 from isocost.report.matplotlib_backend import draw_cost_parts
 from isocost.report.plot_data_costs import cost_parts
 from isocost.report.plotly_backend import plotly_cost_parts
+from isocost.report.report_data import Page, rebuild, render
+from isocost.report.scope import Scope
 from published_configs import PIPELINES, PUBLISHED, PublishedPipeline, published_info
 from synthetic_results import synthetic_table
 
@@ -257,3 +263,54 @@ def test_a_budget_for_the_whole_image_buys_fewer_steps() -> None:
     rows = table.set_index("point").loc[[whole.configuration.point, denoiser.configuration.point]]
     assert rows["gflop"].iloc[0] <= 5
     assert rows["gflop_denoiser"].iloc[1] <= 5 < rows["gflop"].iloc[1]
+
+
+# --- databases of earlier versions ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_report_writes_the_parts_into_the_database(family_copy: Path, isocost: Any) -> None:
+    pipeline = Pipeline(finished_spec(), family_copy)
+    expected = pipeline.results_db.table()["gflop"]
+    assert expected.notna().all()
+    with pipeline.results_db.engine.begin() as connection:
+        connection.execute(text("UPDATE points SET gflop_text = NULL, gflop_encoder = NULL, gflop_decoder = NULL"))
+    assert pipeline.results_db.table()["gflop"].isna().all()
+    report(Pipeline(finished_spec(), family_copy), figure_formats=())
+    assert pipeline.results_db.table()["gflop"].tolist() == pytest.approx(expected.tolist())
+
+
+def test_points_without_a_known_cost_are_noted() -> None:
+    table = with_parts()
+    partly = table.assign(gflop=table["gflop"].where(table["size"] == "0.2M"))
+    notes = recommend(partly, "gflop", 100.0, METRIC).notes
+    missing = int((table["is_final"] & (table["size"] != "0.2M")).sum())
+    assert f"{missing} points are left out because gflop is not known" in notes
+
+
+def test_a_guide_with_the_empty_prompt_encodes_none(tmp_path: Path) -> None:
+    rows = table_of_an_earlier_version().assign(guide_checkpoint="g", guide_null_prompt=[True, False, True])
+    guides: list[str | None] = []
+
+    def components(checkpoint: str, vae: VaeSpec, guide: str | None) -> ComponentCosts:
+        guides.append(guide)
+        return ComponentCosts(0.5, 0.0, 0.25)
+
+    with_gflop_parts(rows, components)
+    assert guides == [None, "g", None]
+
+
+def test_a_page_of_published_checkpoints_that_are_absent_keeps_its_budgets(tmp_path: Path) -> None:
+    """The budgets of version 0.1 were GFLOP of the denoiser."""
+    table = with_parts().drop(columns=["gflop_text", "gflop_encoder", "gflop_decoder", "gflop"])
+    old = table.rename(columns={"gflop_denoiser": "gflop"})
+    page = Page("study", METRIC, {}, {}, [], [1.0], {}, {}, "floor", None, [], scope=Scope("gflop", trained=False))
+    _save_page_for(tmp_path, page, old)
+    written = rebuild(tmp_path, figure_formats=())
+    assert {choice.cost for choice in written.choices} == {"gflop_denoiser"}
+    assert "GFLOP of the denoiser" in written.summary
+
+
+def _save_page_for(out: Path, page: Page, table: pd.DataFrame) -> None:
+    render(out, {"text2image": (page, table.assign(gflop_denoiser=table["gflop"], ms_per_image=np.nan), {})}, figure_formats=())
+    table.to_parquet(out / "table.parquet")

@@ -101,12 +101,15 @@ def test_a_wrong_price_file_is_one_line(devices: str, date: str, message: str, t
 
 def test_wrong_requests_are_one_line(tmp_path: Path, isocost: Any) -> None:
     timed_on("another device").to_parquet(tmp_path / "table.parquet")
-    assert_refused(isocost("recommend", tmp_path, "--budget-usd", "1"), "shipped has no price for 'another device'")
+    assert_refused(
+        isocost("recommend", tmp_path, "--budget-usd", "1"),
+        "the list that comes with isocost has no price for 'another device'",
+    )
     assert_refused(isocost("recommend", tmp_path, "--budget-usd", "1", "--prices", tmp_path / "none.yaml"), "no such file")
     assert_refused(isocost("recommend", tmp_path, "--budget-nfe", "1", "--prices", "shipped"), "give --budget-usd too")
     assert_refused(isocost("recommend", tmp_path, "--budget-joules", "1"), "no point has a measured joules_per_image")
     timed_on("another device", ms_per_image=float("nan")).to_parquet(tmp_path / "table.parquet")
-    assert_refused(isocost("recommend", tmp_path, "--budget-usd", "1"), "no point has a measured ms_per_image")
+    assert_refused(isocost("recommend", tmp_path, "--budget-usd", "1"), "US dollars need ms_per_image, and no point has it")
 
 
 def test_the_command_recommends_within_dollars(tmp_path: Path, isocost: Any) -> None:
@@ -190,3 +193,18 @@ def test_remeasure_records_joules_where_the_device_tells(family_copy: Path, monk
     report(pipeline, figure_formats=())
     best = isocost.recommend(isocost.read_results(pipeline.out), joules=5.0)
     assert "J per image" in best.reason
+
+
+def test_a_table_that_does_not_record_its_device_is_refused_in_one_line() -> None:
+    table = synthetic_table().drop(columns=[USD_COLUMN, "joules_per_image"])
+    for unknown in (table, table.assign(provenance="")):
+        with pytest.raises(ConfigError, match="whose name is not recorded"):
+            with_usd(unknown, None)
+
+
+def test_a_report_skips_devices_without_a_price(tmp_path: Path) -> None:
+    table = timed_on(H100)
+    table["provenance"] = table["provenance"].where(table.index > 5, json.dumps({"device": "another"}))
+    priced, note = with_usd(table, str(write_prices(tmp_path)), skips_unknown=True)
+    assert priced[USD_COLUMN].isna().tolist() == (table.index <= 5).tolist()
+    assert "no price for another" in note

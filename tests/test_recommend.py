@@ -375,3 +375,23 @@ def test_the_points_of_a_results_database_are_selected_by_task_and_size() -> Non
             of_task(results_db, task, protocol)
     with pytest.raises(ConfigError, match="it has no point at all"):
         of_task(results_db.iloc[:0])
+
+
+# --- the default metric -----------------------------------------------------------------------------------------------
+
+
+def test_the_default_metric_is_that_of_the_report(tmp_path: Path, isocost: Any) -> None:
+    """A study of published checkpoints has FID and no squared MMD on EfficientNet-lite0."""
+    table = synthetic_table()
+    names = {f"{KERNEL}{end}": f"fid{end}" for end in ("", "_low", "_high")}
+    published = table.rename(columns=names).drop(columns=[name for name in table.columns if name.startswith("frechet")])
+    published.to_parquet(tmp_path / "table.parquet")
+    assert isocost("recommend", tmp_path, "--budget-nfe", 16).answer["metric"] == "fid"
+    page = tmp_path / "report_data" / "text2image" / "page.json"
+    page.parent.mkdir(parents=True)
+    page.write_text(json.dumps({"metric": "alignment"}), encoding="utf-8")
+    assert isocost("recommend", tmp_path, "--budget-nfe", 16).answer["metric"] == "alignment"
+    assert isocost("recommend", tmp_path, "--budget-nfe", 16, "--metric", "fid").answer["metric"] == "fid"
+    outcome = isocost("recommend", tmp_path, "--budget-nfe", 16, "--metric", KERNEL)
+    assert outcome.status == 2
+    assert "take another metric: alignment, fid" in outcome.line

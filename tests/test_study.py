@@ -186,3 +186,16 @@ def test_studies_of_published_scores_lead_with_fid_and_have_an_offline_form(name
     assert {"frechet", "prompt_similarity"} <= set(study.protocol.metrics)
     assert offline.protocol.features == ("efficientnet-lite0",)
     assert offline.protocol.num_images == study.protocol.num_images >= 2 * 2048, "a Frechet distance of fewer images is flagged"
+
+
+def test_the_word_keeps_what_a_scale_sets(tmp_path: Path) -> None:
+    """A word on the command line replaces the features of a scale, not its numbers; a word in the file comes first."""
+    paper = next(file for file in STUDIES if file.stem == "paper")
+    tiny = load_study(paper, {"scale": "tiny", "protocol": "offline"}).protocol
+    assert (tiny.num_images, tiny.num_reference, tiny.num_bootstrap) == (32, 64, 20)
+    file = tmp_path / "study.yaml"
+    scale = {"protocol.metrics": ["frechet"], "report.metric": "frechet_efficientnet"}
+    file.write_text(yaml.safe_dump({**plain_study(), "protocol": "offline", "scales": {"other": scale}}), encoding="utf-8")
+    assert load_study(file, {"scale": "other"}).report.metric == "frechet_efficientnet"
+    load_study(file, {"protocol": "offline", "protocol.weights.inception": "file.pth"})
+    assert load_study(file).protocol.weights == {}, "one study changes no other"

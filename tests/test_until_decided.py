@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from conftest import assert_refused, plain_study
-from isocost.analysis.until_decided import LOOKS, boundary, decide_with_batches, looks_up_to
+from isocost.analysis.until_decided import LOOKS, boundary, critical_value, decide_with_batches
 from isocost.cli.study import Contests
 from isocost.config.base import parse_spec
 from isocost.config.study import StudySpec
@@ -48,11 +48,22 @@ def test_the_boundary_is_that_of_pocock(looks: tuple[int, ...], published: float
     assert boundary(looks) == pytest.approx(published, abs=0.015)
 
 
-def test_the_last_look_has_all_batches() -> None:
-    assert looks_up_to(16) == LOOKS
-    assert looks_up_to(1) == (1,)
-    assert looks_up_to(5) == (1, 2, 3, 4, 5)
-    assert looks_up_to(40) == (*LOOKS, 40)
+def test_few_resamples_widen_the_interval() -> None:
+    """The standard error of a difference is itself an estimate."""
+    exact = boundary(LOOKS)
+    assert critical_value(10**6) == pytest.approx(exact, rel=1e-3)
+    assert critical_value(20) > 1.1 * exact
+    assert critical_value(200, 0.025) > critical_value(200, 0.05)
+
+
+@pytest.mark.parametrize("max_batches", [1, 5, 16])
+def test_fewer_batches_keep_the_boundary_of_all_looks(max_batches: int) -> None:
+    """So a call with more batches can continue it, and the probability of a false decision stays."""
+    decision = decide_with_batches(draw_of(0.0), True, max_batches)
+    assert decision.outcome == "open"
+    assert decision.num_batches == max(look for look in LOOKS if look <= max_batches)
+    error = (decision.difference.high - decision.difference.low) / 2 / critical_value(NUM_RESAMPLES)
+    assert error == pytest.approx(1 / np.sqrt(decision.num_batches), rel=0.25)
 
 
 def test_equal_configurations_are_told_apart_in_at_most_five_percent() -> None:
@@ -139,7 +150,7 @@ def test_a_second_call_samples_nothing_and_says_the_same(finished: Pipeline, mon
 def test_decisions_are_merged(finished: Pipeline, tmp_path: Path) -> None:
     (text,) = decide_budgets(again(finished), [BUDGET], "nfe", max_batches=1)
     merge(tmp_path / "merged", [finished.out])
-    assert ResultsDB(tmp_path / "merged" / "results.sqlite").decisions("mmd_efficientnet") == [text]
+    assert [row["text"] for row in ResultsDB(tmp_path / "merged" / "results.sqlite").decisions("mmd_efficientnet")] == [text]
 
 
 @pytest.mark.slow
@@ -148,7 +159,7 @@ def test_a_deadline_keeps_the_finished_batches(finished: Pipeline) -> None:
     monotonic_past = 0.0
     recorded = len(pipeline.recorded_points())
     with pytest.raises(DeadlineReached, match="the same command continues"):
-        decide_budgets(pipeline, [BUDGET], "nfe", max_batches=40, deadline=monotonic_past)
+        decide_budgets(pipeline, [BUDGET], "nfe", max_batches=16, deadline=monotonic_past)
     assert len(pipeline.recorded_points()) == recorded
 
 
@@ -156,7 +167,7 @@ def test_a_deadline_keeps_the_finished_batches(finished: Pipeline) -> None:
 def test_wrong_budgets_are_one_line(finished: Pipeline) -> None:
     with pytest.raises(ConfigError, match=r"a budget of 0\.5 network evaluations per image is below every point"):
         decide_budgets(again(finished), [0.5], "nfe")
-    with pytest.raises(ConfigError, match="no point has a measured latency_ms"):
+    with pytest.raises(ConfigError, match="no final point has a measured latency_ms"):
         decide_budgets(again(finished), [1.0], "latency_ms")
     cheapest = finished.results_db.table()["gflop_denoiser"].min()
     with pytest.raises(ConfigError, match="only one size fits within"):
@@ -185,7 +196,7 @@ def test_options_without_a_budget_are_refused(tmp_path: Path, isocost: Any) -> N
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(plain_study(**CHANGES)), encoding="utf-8")
     outcome = isocost("run", file, "--out", tmp_path / "out", "--max-batches", 2)
-    assert_refused(outcome, "go with --until-decided BUDGET")
+    assert_refused(outcome, "need --until-decided BUDGET")
     assert_refused(isocost("run", file, "--out", tmp_path / "out", "--until-decided", -1), "--until-decided -1")
     assert not (tmp_path / "out").exists()
     assert Contests().budgets == ()

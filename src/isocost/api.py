@@ -45,8 +45,11 @@ class StudyResult:
 
     def recommend(self, **budgets: Any) -> Recommendation:
         """The best configuration within the budgets, by paired decisions; see `isocost.recommend`."""
-        resamples = read_resamples(self.out, budgets.get("metric", "mmd_efficientnet"))
-        return recommend(self.results, out=str(self.out), **{"resamples": resamples, **budgets})
+        from isocost.analysis.results_table import report_metric
+
+        metric = budgets.pop("metric", None) or report_metric(self.out, self.results)
+        resamples = read_resamples(self.out, metric)
+        return recommend(self.results, metric=metric, out=str(self.out), **{"resamples": resamples, **budgets})
 
     def plot(self, name: str, **options: Any) -> Figure:
         """Draw a figure of the results; see `isocost.plot`."""
@@ -99,25 +102,26 @@ def read_results(out: str | Path, task: str = "text2image") -> pd.DataFrame:
     return read_table(out, task)
 
 
-def read_resamples(out: str | Path, metric: str = "mmd_efficientnet") -> dict[str, np.ndarray]:
+def read_resamples(out: str | Path, metric: str | None = None) -> dict[str, np.ndarray]:
     """The scores of an output folder's points in every bootstrap resample, for paired decisions.
 
     Args:
         out: an output folder or an archive.
-        metric: the column of the scores.
+        metric: the column of the scores; by default that of the last report.
 
     Returns:
         Point -> float64 [1 + R], where the first value is the score itself; empty if the folder has no resamples of the metric.
     """
+    from isocost.analysis.results_table import read_table, report_metric
     from isocost.pipeline.resamples import read_resamples as read
 
-    return read(Path(out), metric)
+    return read(Path(out), report_metric(out, read_table(out)) if metric is None else metric)
 
 
 def recommend(
     results: pd.DataFrame,
     *,
-    metric: str = "mmd_efficientnet",
+    metric: str | None = None,
     require: Mapping[str, float] | None = None,
     out: str = "OUT",
     resamples: Mapping[str, np.ndarray] | None = None,
@@ -128,7 +132,7 @@ def recommend(
 
     Args:
         results: a results table.
-        metric: the column that decides.
+        metric: the column that decides; by default squared MMD on EfficientNet-lite0, FID, KID, or the first distance.
         require: metric -> value that the configuration must reach, in the metric's direction.
         out: the output folder for the command in the answer.
         resamples: `read_resamples(out, metric)`: the choice between two sizes is then decided by their paired difference.
@@ -143,6 +147,7 @@ def recommend(
     from isocost.analysis.costs import COSTS
     from isocost.analysis.prices import with_usd
     from isocost.analysis.recommend import recommend as choose
+    from isocost.analysis.results_table import leading_metric
 
     names = {cost.keyword: cost.name for cost in COSTS.values()}
     names |= {"images_per_hour": "images_per_hour", "memory_gib": "memory_gib"}
@@ -159,7 +164,8 @@ def recommend(
         results, _ = with_usd(results, None if prices is None else str(prices))
     elif prices is not None:
         raise ConfigError("recommend: prices go with a budget in US dollars: give usd= too, or leave them out")
-    return choose(results, lead, named[lead], metric, out, also=others, requirements=require, resamples=resamples)
+    leading = leading_metric(results) if metric is None else metric
+    return choose(results, lead, named[lead], leading, out, also=others, requirements=require, resamples=resamples)
 
 
 def load_checkpoint(
@@ -262,20 +268,21 @@ def list_plots() -> list[str]:
     return list(TABLE_PLOTS)
 
 
-def plot(name: str, results: pd.DataFrame, metric: str = "mmd_efficientnet", **options: Any) -> Figure:
+def plot(name: str, results: pd.DataFrame, metric: str | None = None, **options: Any) -> Figure:
     """Draw a figure of a results table.
 
     Args:
         name: one of `list_plots()`.
         results: a results table.
-        metric: the column to draw.
+        metric: the column to draw; by default as in `recommend`.
         **options: of the figure's function in `isocost.report.figures`: `cost="gflop"`.
 
     Raises:
         ConfigError: the name is unknown, or the table lacks what the figure shows.
     """
+    from isocost.analysis.results_table import leading_metric
     from isocost.report.figures import TABLE_PLOTS
 
     if name not in TABLE_PLOTS:
         raise ConfigError(f"unknown plot {name!r}; known: {', '.join(TABLE_PLOTS)}")
-    return TABLE_PLOTS[name](results, metric, **options)
+    return TABLE_PLOTS[name](results, leading_metric(results) if metric is None else metric, **options)

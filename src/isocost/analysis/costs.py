@@ -62,7 +62,7 @@ COSTS = {
             "GFLOP",
             "GFLOP per image (prompt, all passes, decoder)",
             "GFLOP per image",
-            counted_by="`isocost report OUT` counts it; a table of version 0.1 has only gflop_denoiser",
+            counted_by="`isocost report OUT` adds it; a table of version 0.1 has only gflop_denoiser",
         ),
         Cost("ms_per_image", "ms", "milliseconds", "ms per image (measured, by throughput)", "ms per image"),
         Cost(
@@ -87,7 +87,7 @@ COSTS = {
             "US dollars",
             "US dollars per 1,000 images (measured time × price)",
             "US dollars per 1,000 images",
-            measured_by="give the price of the device: `--prices FILE`, or `report.prices` in the study",
+            measured_by="set `report.prices` in the study and run `isocost report STUDY`, or give `recommend` --prices FILE",
         ),
         Cost(
             "gflop_denoiser",

@@ -52,7 +52,7 @@ def metric_front(table: pd.DataFrame, metric: str, other: str, cost: str, budget
         known = ", ".join(second_metrics(table, metric)) or "none"
         raise ConfigError(f"no point has {other} along with {metric}; second metrics of this table: {known}")
     constraint = budget_constraint(cost, budget)
-    check_measured(rows, [constraint])
+    check_measured(rows[rows[other].notna()], [constraint])
     fits = rows[rows[other].notna() & constraint.holds(rows)]
     if fits.empty:
         cheapest = float(rows.loc[rows[other].notna(), constraint.column].min())

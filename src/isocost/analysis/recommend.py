@@ -20,7 +20,7 @@ from isocost.analysis.constraints import (
     format_constraints,
     make_constraints,
 )
-from isocost.analysis.costs import cost_of
+from isocost.analysis.costs import COSTS, cost_of
 from isocost.analysis.formatting import format_metric, format_score
 from isocost.analysis.paired_decisions import Resamples
 from isocost.analysis.pareto import BudgetChoice, Configuration, best_at_budgets
@@ -133,7 +133,10 @@ def recommend(
         decided=not choice.undecided,
         difference=None if choice.decision is None else choice.decision.difference,
         reason=_format_reason(choice, best, format_constraints(constraints)),
-        notes=(*_notes(choice, best, _other_budgets_bind(rows, constraints)), *_constraint_notes(rows, row, constraints)),
+        notes=(
+            *_notes(choice, best, _other_budgets_bind(rows, constraints)),
+            *_constraint_notes(final_points(table, metric), row, constraints),
+        ),
         limits=constraint_status(row, constraints),
         command=sample_command(best, out, str(row["task"]) if "task" in row and not pd.isna(row["task"]) else "text2image"),
     )
@@ -273,7 +276,8 @@ def _constraint_notes(rows: pd.DataFrame, row: pd.Series, constraints: Sequence[
         num_unmeasured = int(rows[column].isna().sum())
         if num_unmeasured:
             excluded = "1 point is" if num_unmeasured == 1 else f"{num_unmeasured} points are"
-            notes.append(f"{excluded} left out because {column} was not measured")
+            state = "is not known" if column in COSTS and COSTS[column].counted_by else "was not measured"
+            notes.append(f"{excluded} left out because {column} {state}")
         if column == TIME_COLUMN and timed_by_sweep:
             notes.append(timed_by_sweep)
         if constraint.is_requirement:

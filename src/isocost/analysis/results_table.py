@@ -34,7 +34,7 @@ from isocost.analysis.costs import COSTS, cost_of, format_unmeasured, is_measure
 from isocost.analysis.formatting import ROUNDING, format_row
 from isocost.analysis.timings import keep_one_timing_device
 from isocost.errors import ConfigError
-from isocost.evaluation.metric_registry import metric_of
+from isocost.evaluation.metric_registry import METRICS, metric_of
 from isocost.evaluation.protocol import format_difference
 
 COMPARABLE_BY = ("protocol", "num_images", "seed")
@@ -105,7 +105,10 @@ def with_metric(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     metric_of(metric)
     rows = table[table[metric].notna()] if metric in table.columns else table.iloc[:0]
     if rows.empty:
-        raise ConfigError(f"no point has {metric}: run the sweep with a protocol that computes it, or choose another metric")
+        known = ", ".join(name for name in METRICS if name in table.columns and table[name].notna().any()) or "none"
+        raise ConfigError(
+            f"no point has {metric}: run the sweep with a protocol that computes it, or take another metric: {known}"
+        )
     for column in COMPARABLE_BY:
         counts = rows[column].value_counts().sort_index()
         if len(counts) > 1:
@@ -248,6 +251,30 @@ REPORT_DATA = "report_data"
 """Folder in an output folder with the data of its report that is not in the tables (`isocost.report.report_data`)."""
 RESAMPLES = "resamples.safetensors"
 """File with the bootstrap resamples of a page's points by its metric, in the folder of its data."""
+
+
+def report_metric(out: str | Path, table: pd.DataFrame, task: str = "text2image") -> str:
+    """The metric that ranks the points in the last report of an output folder; without its data, `leading_metric`."""
+    file = Path(out) / REPORT_DATA / task / "page.json"
+    if not file.is_file():
+        return leading_metric(table)
+    return str(json.loads(file.read_text(encoding="utf-8"))["metric"])
+
+
+def leading_metric(table: pd.DataFrame) -> str:
+    """The metric that a query of a table takes by default: squared MMD on EfficientNet-lite0, FID, KID, or another distance.
+
+    Raises:
+        ConfigError: the table has no metric.
+    """
+    distances = [name for name in METRICS if not METRICS[name].higher_is_better]
+    for name in dict.fromkeys((*_LEADING_METRICS, *distances, *METRICS)):
+        if name in table.columns and table[name].notna().any():
+            return name
+    raise ConfigError("no point has a score; let `isocost run` finish the sweep")
+
+
+_LEADING_METRICS = ("mmd_efficientnet", "fid", "kid")
 
 
 def table_file(out: str | Path, task: str = "text2image", suffix: str = "parquet") -> Path:

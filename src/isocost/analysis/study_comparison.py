@@ -107,12 +107,14 @@ def rankings(
     Raises:
         ConfigError: a study has no point with a measured cost, the units of normalized cost differ, or no point fits a budget.
     """
-    measured_by = cost_of(cost).measured_by
+    measured_by, counted_by = cost_of(cost).measured_by, cost_of(cost).counted_by
     studies = list(dict.fromkeys(table["study"]))
     untimed = [study for study in studies if not is_measured(table[table["study"] == study], cost)]
     if untimed:
         raise ConfigError(
-            f"{untimed[0]} has no point with {cost} measured on the device of the other studies: compare by --cost gflop"
+            f"{untimed[0]} has no point with a known {cost}; {counted_by}, or compare by --cost gflop_denoiser"
+            if counted_by
+            else f"{untimed[0]} has no point with {cost} measured on the device of the other studies: compare by --cost gflop"
             + (f", or {measured_by}" if measured_by else "")
         )
     if cost == "normalized_cost":

@@ -84,5 +84,5 @@ def _points_per_device(table: pd.DataFrame, column: str) -> pd.Series[int]:
 
 
 def _record(provenance: Any) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(provenance) if isinstance(provenance, str) else {}
+    record: dict[str, Any] = json.loads(provenance) if isinstance(provenance, str) and provenance else {}
     return record

@@ -10,19 +10,21 @@ Shapes: K batches, R resamples; row 0 of [1 + R] is the score itself.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+from scipy.stats import norm, t
 
 from isocost.evaluation.confidence_intervals import Interval
 from isocost.metrics.arrays import Array
 
 LOOKS = (1, 2, 3, 4, 6, 8, 12, 16)
-"""Numbers of batches after which a decision is tried."""
+"""Numbers of batches after which a decision is tried. The boundary is always that of all of them, so that a call with fewer
+batches can be continued."""
+MAX_BATCHES = LOOKS[-1]
 LEVEL = 0.05
 NUM_PATHS = 200_000
 Outcome = Literal["first", "second", "open"]
@@ -36,13 +38,11 @@ class SequentialDecision:
         outcome: the better configuration; "open" if the last look does not tell them apart.
         difference: first minus second score, with an interval that covers the true difference at all looks together with 95 %.
         num_batches: batches of each configuration.
-        looks: numbers of batches of all possible looks.
     """
 
     outcome: Outcome
     difference: Interval
     num_batches: int
-    looks: tuple[int, ...]
 
 
 @lru_cache(maxsize=32)
@@ -60,13 +60,14 @@ def boundary(looks: tuple[int, ...], level: float = LEVEL) -> float:
     return float(np.quantile(np.abs(walks / np.sqrt(looks)).max(1), 1 - level))
 
 
-def looks_up_to(max_batches: int) -> tuple[int, ...]:
-    """Return the looks of at most `max_batches` batches; the last look has all of them."""
-    return tuple(sorted({number for number in LOOKS if number < max_batches} | {max_batches}))
+def critical_value(num_resamples: int, level: float = LEVEL) -> float:
+    """Return the boundary in standard errors that are estimated from R resamples: the same tail of Student's t with R - 1."""
+    tail = float(norm.sf(boundary(LOOKS, level)))
+    return float(t.isf(tail, num_resamples - 1))
 
 
 def decide_with_batches(
-    draw: Callable[[int], tuple[Array, Array]], lower_is_better: bool, max_batches: int
+    draw: Callable[[int], tuple[Array, Array]], lower_is_better: bool, max_batches: int = MAX_BATCHES, level: float = LEVEL
 ) -> SequentialDecision:
     """Draw batches of both configurations until a look decides.
 
@@ -75,26 +76,28 @@ def decide_with_batches(
             resample, [1 + R] each. All resamples draw the same image ids and the same reference images, so the errors that
             batches and configurations share are counted as shared.
         lower_is_better: direction of the metric.
-        max_batches: the last look.
+        max_batches: no look has more of them.
+        level: probability of a false decision, over all looks.
 
     Returns:
         The decision at the first look that tells the two apart, or at the last look.
     """
-    looks = looks_up_to(max_batches)
     differences: list[Array] = []
-    for look in looks:
+    for look in LOOKS:
+        if differences and look > max_batches:
+            break
         differences += [np.subtract(*draw(number)) for number in range(len(differences), look)]
-        decision = _look(differences, lower_is_better, looks)
+        decision = _look(differences, lower_is_better, level)
         if decision.outcome != "open":
-            return decision
+            break
     return decision
 
 
-def _look(differences: Sequence[Array], lower_is_better: bool, looks: tuple[int, ...]) -> SequentialDecision:
+def _look(differences: Sequence[Array], lower_is_better: bool, level: float) -> SequentialDecision:
     mean = np.mean(differences, axis=0)
     value, error = float(mean[0]), float(mean[1:].std(ddof=1))
-    half_width = boundary(looks) * error
+    half_width = critical_value(len(mean) - 1, level) * error
     outcome: Outcome = "open"
-    if abs(value) > half_width and not math.isclose(value, 0.0, abs_tol=0.0):
+    if abs(value) > half_width:
         outcome = "first" if (value < 0) == lower_is_better else "second"
-    return SequentialDecision(outcome, Interval(value, value - half_width, value + half_width), len(differences), looks)
+    return SequentialDecision(outcome, Interval(value, value - half_width, value + half_width, 1 - level), len(differences))

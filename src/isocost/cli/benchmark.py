@@ -102,7 +102,7 @@ def remeasure(
     tasks: Tasks = None,
     results_db: Database = None,
 ) -> None:
-    """Measure throughput and latency of every point of a study. Run it while nothing else uses the device."""
+    """Measure throughput, latency and, on a GPU that reports it, energy of every point. Run it while nothing else runs."""
     from isocost.pipeline.pipeline import Pipeline
 
     study = read_study(study_file, overrides)

@@ -74,7 +74,7 @@ def compare(
             help="budget in the unit of --cost; may be repeated; default: up to 6 over the range of costs",
         ),
     ] = None,
-    metric: Annotated[str, typer.Option(help="metric to rank by")] = "mmd_efficientnet",
+    metric: Annotated[str | None, typer.Option(help="metric to rank by; default: that of the first report")] = None,
     task: Annotated[str, typer.Option(help="text2image, superres, distill or superres-distill")] = "text2image",
     out: Annotated[Path | None, typer.Option("--out", help="folder for the result as Markdown and a figure")] = None,
 ) -> None:

@@ -85,7 +85,10 @@ def recommend(
         str | None,
         typer.Option(
             "--prices",
-            help="file with US dollars per hour of each device, or `shipped`; default: as in the report, else `shipped`",
+            help=(
+                "YAML file with US dollars per hour of each device; default: the prices of the report, else the "
+                "list that comes with isocost (`shipped`)"
+            ),
         ),
     ] = None,
     images_per_hour: Annotated[
@@ -102,13 +105,16 @@ def recommend(
             help="maximum peak device memory in GiB; give a second budget too, such as --budget-ms",
         ),
     ] = None,
-    metric: Annotated[str, typer.Option(help="metric to optimise")] = "mmd_efficientnet",
+    metric: Annotated[str | None, typer.Option(help="metric to optimise; default: that of the report")] = None,
     requirements: Annotated[
         list[str] | None,
         typer.Option(
             "--require",
             metavar="METRIC>=VALUE",
-            help="the score must reach VALUE (METRIC<=VALUE where lower is better); may be repeated",
+            help=(
+                'score that a point must reach, in quotes: "alignment>=0.9", or "fid<=20" where lower is better; '
+                "may be repeated"
+            ),
         ),
     ] = None,
     front: Annotated[
@@ -116,7 +122,10 @@ def recommend(
         typer.Option(
             "--front",
             metavar="METRIC",
-            help="also list the points within the first budget that no other point beats by both --metric and this metric",
+            help=(
+                "also list the Pareto front of --metric and METRIC within the first budget; other budgets and "
+                "--require do not apply to it"
+            ),
         ),
     ] = None,
     task: Annotated[
@@ -132,10 +141,11 @@ def recommend(
 ) -> None:
     """Recommend the best size, solver, steps and guidance within all given budgets. The first budget breaks ties."""
     from isocost.analysis.costs import COSTS
+    from isocost.analysis.formatting import format_metric
     from isocost.analysis.metric_front import format_front, metric_front
     from isocost.analysis.prices import with_usd
     from isocost.analysis.recommend import recommend as recommend_configuration
-    from isocost.analysis.results_table import CONFIGURATION_COLUMNS
+    from isocost.analysis.results_table import CONFIGURATION_COLUMNS, leading_metric, report_metric
     from isocost.analysis.timings import TIME_LABELS, format_excluded_timings
 
     given = {
@@ -164,6 +174,8 @@ def recommend(
     lead = costs[0]
     also = {cost: value for cost, value in limits.items() if cost != lead}
     table = _read_points(out, results_db, task, protocol)
+    if metric is None:
+        metric = leading_metric(table) if out is None or results_db is not None else report_metric(out, table, task)
     if prices is not None and budget_usd is None:
         raise ConfigError("--prices goes with a budget in US dollars: give --budget-usd too, or leave it out")
     if budget_usd is not None:
@@ -189,7 +201,7 @@ def recommend(
         print(line, file=sys.stderr)
     answer = dataclasses.asdict(recommendation)
     if front is not None and front_rows is not None:
-        print("points that no other point within the first budget beats by both metrics:", file=sys.stderr)
+        print(f"Pareto front of {format_metric(metric)} and {format_metric(front)} within the first budget:", file=sys.stderr)
         for line in format_front(front_rows, metric, front):
             print(line, file=sys.stderr)
         columns = [name for name in ("point", *CONFIGURATION_COLUMNS, *COSTS, metric, front) if name in front_rows]
@@ -234,13 +246,14 @@ def _parse_requirements(items: list[str] | None) -> dict[str, float]:
     for item in items or []:
         parts = re.fullmatch(r"(\w+)\s*(>=|<=|=)\s*(.*)", item)
         if parts is None:
-            raise ConfigError(f"--require {item}: give METRIC>=VALUE, such as alignment>=0.9, or METRIC<=VALUE")
+            raise ConfigError(
+                f'--require {item}: give "METRIC>=VALUE" or "METRIC<=VALUE" in quotes, such as --require "alignment>=0.9"; '
+                "without quotes the shell takes > for a redirection"
+            )
         metric, sign, value = parts.groups()
         if sign != "=" and metric in METRICS and (sign == ">=") != METRICS[metric].higher_is_better:
             right = ">=" if METRICS[metric].higher_is_better else "<="
-            raise ConfigError(
-                f"--require {item}: of {metric} {METRICS[metric].better} is better; give '{metric}{right}{value}'"
-            )
+            raise ConfigError(f'--require {item}: {METRICS[metric].better} {metric} is better; give "{metric}{right}{value}"')
         if metric in requirements:
             raise ConfigError(f"--require {item}: {metric} already has the requirement {requirements[metric]:g}; give only one")
         try:

@@ -73,20 +73,32 @@ def run(
             "--until-decided",
             metavar="BUDGET",
             callback=in_range("--until-decided", Positive),
-            help="then compare the two best sizes within BUDGET with fresh images until one is better; may be repeated",
+            help=(
+                "after the run: for an undecided BUDGET, sample new images of the best configuration and of the "
+                "best one of another size until the paired difference is decided; may be repeated"
+            ),
         ),
     ] = None,
     decided_cost: Annotated[
         str | None,
-        typer.Option("--decided-cost", help="with --until-decided: the cost of BUDGET; default: that of the report's budgets"),
+        typer.Option(
+            "--decided-cost",
+            help=(
+                "with --until-decided: cost of BUDGET, such as gflop, nfe or ms_per_image; default: "
+                "normalized_cost, or gflop for published checkpoints"
+            ),
+        ),
     ] = None,
     max_batches: Annotated[
         int | None,
         typer.Option(
             "--max-batches",
             min=1,
-            help="with --until-decided: batches of protocol.num_images of each size, after which the question stays open; "
-            "default: 16",
+            max=16,
+            help=(
+                "with --until-decided: largest number of batches of protocol.num_images images of each "
+                "configuration; default: 16"
+            ),
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the remaining work and exit")] = False,
@@ -108,7 +120,9 @@ def run(
     """Run a study: train, sweep, score, report. The same command resumes a stopped run, and parallel runs share the work."""
     study = read_study(study_file, overrides)
     if not until_decided and (decided_cost is not None or max_batches is not None):
-        raise ConfigError("--decided-cost and --max-batches go with --until-decided BUDGET: give it too, or leave them out")
+        raise ConfigError("--decided-cost and --max-batches need --until-decided BUDGET: give it too, or leave them out")
+    if until_decided and (dry_run or devices is not None):
+        raise ConfigError("--until-decided samples images: leave it out with --dry-run and --devices")
     if devices is not None or utilisation is not None:
         print_estimate(study, devices, utilisation, dry_run)
         return
@@ -294,7 +308,10 @@ def _run(
         raise ConfigError(
             "`isocost run` does not run under torchrun: run `isocost train` under torchrun, then `isocost run` without it"
         )
+    if contests.budgets:
+        _decided_cost(study, contests)
     stop_on_sigterm()
+    deadline = parse_deadline(stop_after)
     pipeline = Pipeline(study, output_dir_of(study, out), results_db)
     only_tasks = parse_tasks(tasks)
     if ray is not None:
@@ -305,17 +322,23 @@ def _run(
         pipeline.prepare()
         local_workers.start(pipeline.out, results_db, stop_after, tasks)
         try:
-            finished = pipeline.run(parse_deadline(stop_after), only_tasks)
+            finished = pipeline.run(deadline, only_tasks)
             if finished:
                 local_workers.wait()
         finally:
             local_workers.stop()
     else:
-        finished = pipeline.run(parse_deadline(stop_after), only_tasks)
+        finished = pipeline.run(deadline, only_tasks)
+    undecided: ConfigError | None = None
     if finished and contests.budgets:
-        finished = _decide(pipeline, contests, parse_deadline(stop_after))
+        try:
+            finished = _decide(pipeline, contests, deadline)
+        except ConfigError as error:  # the work of the run gets its report first
+            undecided = error
     if finished:
         _report(pipeline, finished, figure_formats)
+        if undecided is not None:
+            raise undecided
     else:
         print_json({"study": pipeline.study.name, "out": str(pipeline.out), "finished": False})
 
@@ -323,19 +346,33 @@ def _run(
 def _decide(pipeline: Any, contests: Contests, deadline: float | None) -> bool:
     """Compare sizes with fresh images; False if the deadline came first."""
     from isocost.pipeline.until_decided import MAX_BATCHES, decide_budgets
-    from isocost.report.scope import PAPER_COST
     from isocost.training.trainer import DeadlineReached
 
-    cost = contests.cost or ("gflop" if pipeline.study.checkpoints else PAPER_COST)
+    finished = False
     try:
+        cost = _decided_cost(pipeline.study, contests)
         for text in decide_budgets(pipeline, contests.budgets, cost, contests.max_batches or MAX_BATCHES, deadline):
             print(text, file=sys.stderr)
+        finished = True
     except DeadlineReached as stopped:
         print(stopped, file=sys.stderr)
-        return False
     finally:
         pipeline.close()
-    return True
+        pipeline.write_last_status(finished)
+    return finished
+
+
+def _decided_cost(study: StudySpec, contests: Contests) -> str:
+    """The cost of the budgets to decide, after a check that the study can decide them.
+
+    Raises:
+        ConfigError: the cost is unknown, or the metric of the report has no resamples.
+    """
+    from isocost.analysis.costs import cost_of
+    from isocost.evaluation.bootstrap import check_resampled
+
+    check_resampled(study.report.metric)
+    return cost_of(contests.cost or ("gflop" if study.checkpoints else "normalized_cost")).name
 
 
 def _figure_formats(figures: bool, pdf: bool) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from isocost.config.base import Spec, parse_spec
+from isocost.config.base import LocalPath, Spec, parse_spec
 from isocost.config.data import DataSpec, SourceSpec
 from isocost.config.evaluation import ProtocolSpec
 from isocost.config.finetune import ADAPTED_VARIANTS, NO_ADAPTER, DistillSpec, DreamboothSpec, SuperresSpec
@@ -28,7 +28,7 @@ class ReportSpec(Spec):
         description="budgets of the recommendations: normalized cost, or GFLOP per image in a study of checkpoints; "
         "chosen from the data if empty",
     )
-    prices: str | None = Field(
+    prices: LocalPath | None = Field(
         None,
         description="file with US dollars per hour of each device, or `shipped`, for US dollars per 1,000 images",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -45,12 +46,13 @@ def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     values = dict(overrides or {})
     scales, scale = plain.pop("scales", {}), values.pop("scale", plain.pop("scale", None))
     if isinstance(word := plain.get("protocol"), str):
-        values = {"protocol": word, **values}
         plain["protocol"] = {}
-    for key, value in {**_scale_overrides(scales, scale, file), **values}.items():
-        is_word = key == "protocol" and isinstance(value, str)
-        for one_key, one_value in _word_overrides(value, file).items() if is_word else [(key, value)]:
-            _set_dotted(plain, one_key, one_value, file)
+        values_of_word = _expand_words({"protocol": word}, file)
+    else:
+        values_of_word = {}
+    for level in (values_of_word, _expand_words(_scale_overrides(scales, scale, file), file), _expand_words(values, file)):
+        for key, value in level.items():
+            _set_dotted(plain, key, value, file)
     return parse_spec(StudySpec, plain, str(file))
 
 
@@ -87,11 +89,17 @@ def _is_text(annotation: Any, path: tuple[str, ...]) -> bool:
     return any(_is_text(field.annotation, path[1:]) for field in fields)
 
 
-def _word_overrides(word: str, file: Path) -> dict[str, Any]:
-    """Values by dotted key of `protocol: WORD`."""
-    if word not in PROTOCOL_WORDS:
-        raise ConfigError(f"{file}: protocol = {word!r}: give a mapping, or one of the words {', '.join(PROTOCOL_WORDS)}")
-    return PROTOCOL_WORDS[word]
+def _expand_words(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Values by dotted key, with the keys that `protocol: WORD` sets in its place."""
+    expanded: dict[str, Any] = {}
+    for key, value in values.items():
+        if key != "protocol" or not isinstance(value, str):
+            expanded[key] = value
+        elif value in PROTOCOL_WORDS:
+            expanded |= deepcopy(PROTOCOL_WORDS[value])
+        else:
+            raise ConfigError(f"{file}: protocol = {value!r}: give a mapping, or one of the words {', '.join(PROTOCOL_WORDS)}")
+    return expanded
 
 
 def _scale_overrides(scales: Any, scale: Any, file: Path) -> dict[str, Any]:

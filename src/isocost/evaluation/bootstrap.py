@@ -38,7 +38,10 @@ def check_resampled(metric: str) -> None:
     columns = _resampled_columns()
     if metric not in PER_IMAGE_METRICS and metric not in columns:
         known = ", ".join((*PER_IMAGE_METRICS, *list(columns)[:4]))
-        raise ConfigError(f"{metric}: has no paired resamples, so the guidance search cannot use it; take one of {known}, ...")
+        raise ConfigError(
+            f"{metric}: has no paired resamples, so paired decisions and the guidance search cannot use it; take "
+            f"one of {known}, ..."
+        )
 
 
 def extractors_of(metric: str, reference: ReferenceSet) -> tuple[str, ...]:

@@ -277,7 +277,7 @@ class Experiment(ABC):
         Args:
             checkpoint: digest of the checkpoint that makes the image.
             vae: settings of the autoencoder.
-            guide: digest of the guide, None without one.
+            guide: digest of the guide that encodes the prompt; None without one, or if it has the empty prompt.
 
         Raises:
             ConfigError: the text encoder or the autoencoder is not there.
@@ -290,7 +290,8 @@ class Experiment(ABC):
         Raises:
             ConfigError: the text encoder or the autoencoder is not there.
         """
-        return self.components(point.checkpoint, point.vae, None if point.guide is None else point.guide.checkpoint)
+        guide = None if point.guide is None or point.guide.null_prompt else point.guide.checkpoint
+        return self.components(point.checkpoint, point.vae, guide)
 
     def labels(self, run: TrainingRun) -> dict[str, str]:
         """Return columns of the results table that the study decides, since another study may have trained the checkpoint."""

@@ -18,10 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from isocost.config.model import TextEncoderSpec
 from isocost.config.sampling import VaeSpec
+from isocost.errors import ConfigError
 from isocost.models.autoencoder import PCA_FILE, DiffusersVAE, PCAAutoencoder, autoencoder_folder
 from isocost.models.checkpoint import CheckpointInfo, CheckpointSource
 from isocost.models.decoder_memory import autoencoder_on_meta
-from isocost.models.pretrained.files import MODEL_INDEX, read_config
+from isocost.models.pretrained.files import MODEL_INDEX, first_line, read_config
 from isocost.models.pretrained.pipeline_config import clip_tokens_of, family_at, find_base_folder, text_encoder_classes
 from isocost.models.pretrained.prompt_encoder import encoder_on_meta
 from isocost.models.text_encoder import text_network_on_meta
@@ -96,6 +97,7 @@ def _autoencoder_cost(config_json: str, resolution: int, tile_size: int | None) 
     )
 
 
+@lru_cache(maxsize=64)
 def autoencoder_cost_at(path: str, subfolder: str | None, resolution: int, vae: VaeSpec | None = None) -> AutoencoderCost:
     """Cost of the autoencoder that `load_autoencoder` would load, without its weights.
 
@@ -118,7 +120,7 @@ def text_encoder_gflop(spec: TextEncoderSpec) -> float:
     Raises:
         ConfigError: the path holds no text encoder.
     """
-    return _text_gflop(text_network_on_meta(spec), spec.max_tokens)
+    return _text_gflop(text_network_on_meta(spec), spec.max_tokens, spec.path)
 
 
 def pipeline_text_gflop(info: CheckpointInfo) -> float:
@@ -128,18 +130,26 @@ def pipeline_text_gflop(info: CheckpointInfo) -> float:
         ConfigError: the pipeline is not there, or transformers cannot build a text encoder from its config.
     """
     assert info.pretrained is not None, "checkpoints of isocost have a text encoder of their own"
-    folder = find_base_folder(info.pretrained.path)
+    return _pipeline_text_gflop(info.pretrained.path, info.pretrained.max_tokens)
+
+
+@lru_cache(maxsize=64)
+def _pipeline_text_gflop(path: str, max_tokens: int) -> float:
+    folder = find_base_folder(path)
     family = family_at(folder)
     total = 0.0
     for name, class_name in text_encoder_classes(family, read_config(folder / MODEL_INDEX), folder).items():
         is_t5 = class_name == "T5EncoderModel"
-        num_tokens = info.pretrained.max_tokens if is_t5 else clip_tokens_of(folder / name.replace("text_encoder", "tokenizer"))
-        total += _text_gflop(encoder_on_meta(folder / name, class_name), num_tokens)
+        num_tokens = max_tokens if is_t5 else clip_tokens_of(folder / name.replace("text_encoder", "tokenizer"))
+        total += _text_gflop(encoder_on_meta(folder / name, class_name), num_tokens, str(folder))
     return total
 
 
-def _text_gflop(network: nn.Module, num_tokens: int) -> float:
-    return count_gflop(network, torch.empty(1, num_tokens, dtype=torch.long, device="meta"))
+def _text_gflop(network: nn.Module, num_tokens: int, source: str) -> float:
+    try:
+        return count_gflop(network, torch.empty(1, num_tokens, dtype=torch.long, device="meta"))
+    except Exception as error:  # a tokenizer and an encoder that do not fit raise many kinds of errors
+        raise ConfigError(f"{source}: its text encoders and tokenizers do not run: {first_line(error)}") from error
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from isocost.analysis.results_table import read_table
+from isocost.analysis.results_table import read_table, report_metric
 from isocost.analysis.study_comparison import Ranking, concat_studies, rankings
 from isocost.errors import ConfigError
 from isocost.evaluation.paired import PairedComparer
@@ -29,7 +29,7 @@ class Compared:
 
 def compare(
     outs: Sequence[str | Path],
-    metric: str = "mmd_efficientnet",
+    metric: str | None = None,
     cost: str = "gflop",
     budgets: Sequence[float] = (),
     task: str = "text2image",
@@ -42,6 +42,7 @@ def compare(
 
     Args:
         outs: two or more output folders, each with a table.
+        metric: the metric to rank by; by default that of the first folder's report.
         cost: a name of `isocost.analysis.costs.COSTS`.
         budgets: values of that cost; spread over the points where empty.
 
@@ -52,9 +53,11 @@ def compare(
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ConfigError("an output folder was given twice: give each only once")
     names = _study_names(folders)
-    table = concat_studies({name: read_table(folder, task) for name, folder in zip(names, folders, strict=True)}, metric)
+    tables = {name: read_table(folder, task) for name, folder in zip(names, folders, strict=True)}
+    leading = report_metric(folders[0], tables[names[0]], task) if metric is None else metric
+    table = concat_studies(tables, leading)
     with ExitStack() as opened:
-        return Compared(table, rankings(table, metric, cost, _comparer(folders, task, opened), budgets))
+        return Compared(table, rankings(table, leading, cost, _comparer(folders, task, opened), budgets))
 
 
 class _Unpaired:

@@ -31,7 +31,7 @@ def with_gflop_parts(table: pd.DataFrame, components: MakeComponents) -> pd.Data
     table = table.assign(**{name: table.get(name, float("nan")) for name in COMPONENT_COLUMNS})
     is_missing = table[list(COMPONENT_COLUMNS)].isna().any(axis=1)
     for index, row in table[is_missing].iterrows():
-        guide = row.get("guide_checkpoint")
+        guide = None if row.get("guide_null_prompt") is True else row.get("guide_checkpoint")
         try:
             costs = components(str(row["checkpoint"]), _vae_of(row), guide if isinstance(guide, str) else None)
         except ConfigError as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from isocost.config.prices import load_prices
 from isocost.config.sampling import FOLDER_SOLVERS
 from isocost.config.study import StudySpec
 from isocost.config.study_yaml import dump_study
@@ -89,6 +90,8 @@ class Pipeline:
             metric_of(metric)
             if sweep.search == "race":
                 check_resampled(metric)
+        if study.report.prices is not None:
+            load_prices(study.report.prices)
         self.study, self.out = study, check_output_folder(out)
         self.results_db_address = results_db or self.out / RESULTS_DB_FILE
         self.store = Store(self.out)
@@ -539,8 +542,12 @@ class Pipeline:
             finished = False
         finally:
             self.close()
-        self._write_status("done" if finished else "stopped", is_last=True)
+        self.write_last_status(finished)
         return finished
+
+    def write_last_status(self, finished: bool) -> None:
+        """Write that the work is done, or that it has stopped."""
+        self._write_status("done" if finished else "stopped", is_last=True)
 
     def close(self) -> None:
         """Release the leases of this run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 import pandas as pd
@@ -11,8 +12,10 @@ from isocost.analysis.prices import with_usd
 from isocost.analysis.scaling_laws import normalized_training_compute
 from isocost.analysis.timings import TIME_COLUMN, keep_one_timing_device
 from isocost.experiments.base import Experiment
-from isocost.pipeline.gflop_parts import with_gflop_parts
+from isocost.pipeline.gflop_parts import COMPONENT_COLUMNS, with_gflop_parts
 from isocost.pipeline.pipeline import Pipeline
+
+logger = logging.getLogger(__name__)
 
 
 def study_table(pipeline: Pipeline, experiment: Experiment) -> pd.DataFrame:
@@ -25,7 +28,11 @@ def study_table(pipeline: Pipeline, experiment: Experiment) -> pd.DataFrame:
         digests |= {point.digest for point in points if point.spec.checkpoint in baseline_finals}
         final_checkpoints |= baseline_finals
     table = pipeline.results_db.table()
-    table = with_gflop_parts(table[table["point"].isin(digests)], experiment.components)
+    recorded = table[table["point"].isin(digests)]
+    table = with_gflop_parts(recorded, experiment.components)
+    is_new = recorded["gflop"].isna() & table["gflop"].notna()
+    rows = table.loc[is_new, ["point", *COMPONENT_COLUMNS]].to_dict("records")
+    pipeline.results_db.set_component_gflop({row["point"]: {name: row[name] for name in COMPONENT_COLUMNS} for row in rows})
     table = _with_labels(table, [experiment] if experiment.baseline is None else [experiment, experiment.baseline])
     if replaced := experiment.replaced_schedulers():
         keys = zip(table["checkpoint"], table["solver"], strict=True)
@@ -33,7 +40,8 @@ def study_table(pipeline: Pipeline, experiment: Experiment) -> pd.DataFrame:
     batch_size = experiment.runs[0].spec.batch_size
     table = keep_one_timing_device(table)
     if (file := pipeline.study.report.prices) is not None and is_measured(table, TIME_COLUMN):
-        table, _ = with_usd(table, file)
+        table, note = with_usd(table, file, skips_unknown=True)
+        logger.info(f"US dollars: {note}")
     return table.assign(
         is_final=table["checkpoint"].isin(final_checkpoints),
         normalized_training_compute=normalized_training_compute(table["training_gflop"], batch_size),

@@ -15,9 +15,9 @@ import pandas as pd
 
 from isocost.analysis.costs import cost_of
 from isocost.analysis.formatting import format_metric, format_number, format_row
-from isocost.analysis.pareto import BudgetChoice, best_at_budgets
+from isocost.analysis.pareto import BudgetChoice, best_at_budgets, default_budgets
 from isocost.analysis.results_table import with_metric
-from isocost.analysis.until_decided import SequentialDecision, decide_with_batches
+from isocost.analysis.until_decided import LEVEL, MAX_BATCHES, SequentialDecision, decide_with_batches
 from isocost.config.types import TaskName
 from isocost.errors import ConfigError
 from isocost.evaluation.bootstrap import check_resampled
@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 FIRST_SEED = 10_000
 """Seed of the first fresh batch; the next ones follow. A sweep and its races use small seeds."""
-MAX_BATCHES = 16
 TASK: TaskName = "text2image"
 
 
@@ -47,7 +46,7 @@ def decide_budgets(
         pipeline: a study whose points are scored.
         budgets: in the unit of the cost.
         cost: a name of `isocost.analysis.costs.COSTS`.
-        max_batches: batches of each configuration, after which the question stays open.
+        max_batches: largest number of batches of each configuration. The level of 5 % is divided by the number of budgets.
         deadline: `time.monotonic()` after which the work stops.
 
     Returns:
@@ -67,10 +66,13 @@ def decide_budgets(
     table = with_metric(study_table(pipeline, experiment), experiment.metric)
     finals = table.loc[table["is_final"].astype(bool), "point"]
     resamples = pipeline.results_db.resamples_of_metric(experiment.metric, finals)
-    choices = best_at_budgets(table, cost, experiment.metric, budgets, resamples=resamples)
+    of_report = list(pipeline.study.report.budgets) or default_budgets(table, cost)
+    together = best_at_budgets(table, cost, experiment.metric, [*budgets, *of_report], resamples=resamples)
+    choices = together[: len(budgets)]
     for choice in choices:
         _check_contested(choice)
-    return [_decide(pipeline, table, choice, max_batches, deadline) for choice in choices]
+    level = LEVEL / len(budgets)
+    return [_decide(pipeline, table, choice, max_batches, level, deadline) for choice in choices]
 
 
 def _check_contested(choice: BudgetChoice) -> None:
@@ -82,7 +84,14 @@ def _check_contested(choice: BudgetChoice) -> None:
         raise ConfigError(f"--until-decided: only one size fits within {amount}, so there is nothing to decide")
 
 
-def _decide(pipeline: Pipeline, table: pd.DataFrame, choice: BudgetChoice, max_batches: int, deadline: float | None) -> str:
+def _decide(
+    pipeline: Pipeline,
+    table: pd.DataFrame,
+    choice: BudgetChoice,
+    max_batches: int,
+    level: float,
+    deadline: float | None,
+) -> str:
     assert choice.best is not None
     assert choice.runner_up is not None
     experiment = pipeline.experiments[TASK]
@@ -90,7 +99,9 @@ def _decide(pipeline: Pipeline, table: pd.DataFrame, choice: BudgetChoice, max_b
     names = [format_row(rows[configuration.point]) for configuration in (choice.best, choice.runner_up)]
     amount = cost_of(choice.cost).format_amount(choice.budget)
     if not choice.undecided:
-        return f"within {amount}: {names[0]} is better than {names[1]}, which the study's own images decide"
+        return (
+            f"within {amount}: {names[0]} is better than {names[1]}; the images of the study decide this, no new ones were made"
+        )
     contestants = [_planned(pipeline, configuration.point) for configuration in (choice.best, choice.runner_up)]
 
     def draw(number: int) -> tuple[Array, Array]:
@@ -98,9 +109,10 @@ def _decide(pipeline: Pipeline, table: pd.DataFrame, choice: BudgetChoice, max_b
         return first, second
 
     lower_is_better = metric_of(experiment.metric).better == "lower"
-    decision = decide_with_batches(draw, lower_is_better, max_batches)
+    decision = decide_with_batches(draw, lower_is_better, max_batches, level)
     text = f"within {amount}: {_describe(decision, names, experiment.metric, contestants[0][2].spec.num_images)}"
-    pipeline.results_db.set_decision(choice.cost, choice.budget, experiment.metric, text)
+    points = (choice.best.point, choice.runner_up.point)
+    pipeline.results_db.set_decision(choice.cost, choice.budget, experiment.metric, points, text)
     logger.info(text)
     return text
 
@@ -129,12 +141,13 @@ def _batch(
     experiment = pipeline.experiments[TASK]
     protocol = job.eval_context().reference.protocol
     fresh = make_point(point.spec.model_copy(update={"seed": FIRST_SEED + number}), protocol)
-    if fresh.digest not in pipeline.recorded_points():
+    resamples = pipeline.results_db.resamples(fresh.digest)
+    if resamples is None or experiment.metric not in resamples.by_metric:
         _check_checkpoint(pipeline, point)
         title = f"decide {amount}, batch {number + 1}"
         if not pipeline.score_fresh(run, replace(job, points=(fresh,), cells=()), title, deadline):
             raise DeadlineReached(f"stopped while deciding {amount}; the same command continues")
-    resamples = pipeline.results_db.resamples(fresh.digest)
+        resamples = pipeline.results_db.resamples(fresh.digest)
     assert resamples is not None, "a scored point has resamples of a resampled metric"
     return np.asarray(resamples.by_metric[experiment.metric])
 
@@ -154,8 +167,8 @@ def _describe(decision: SequentialDecision, names: Sequence[str], metric: str, n
         format_number(end) for end in (decision.difference.low, decision.difference.value, decision.difference.high)
     )
     images = f"{decision.num_batches * num_images:,} fresh images of each"
-    difference = f"{format_metric(metric)} {value} [{low}, {high}], paired"
+    difference = f"{format_metric(metric)} of {names[0]} minus {names[1]} is {value} [{low}, {high}], paired"
     if decision.outcome == "open":
-        return f"{names[0]} and {names[1]} do not differ decidedly after {images}; first minus second {difference}"
+        return f"undecided between {names[0]} and {names[1]} after {images}: {difference}"
     better, worse = names if decision.outcome == "first" else reversed(names)
-    return f"{better} is better than {worse} by {images}; {names[0]} minus {names[1]} {difference}"
+    return f"{better} is better than {worse}: {difference}, on {images}"

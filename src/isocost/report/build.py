@@ -18,7 +18,7 @@ from isocost.analysis.guides import has_guides
 from isocost.analysis.iso_cost import RecordedDifferences
 from isocost.analysis.joint_scaling_law import predict_held_out
 from isocost.analysis.paired_decisions import Resamples
-from isocost.analysis.pareto import default_budgets
+from isocost.analysis.pareto import best_at_budgets, default_budgets
 from isocost.analysis.power_laws import MIN_POINTS
 from isocost.analysis.results_table import best_per_group, final_points
 from isocost.analysis.scaling_laws import fit_scaling_laws
@@ -132,7 +132,7 @@ def _report_data(
         budgets=(list(study.report.budgets) if task == "text2image" else []) or default_budgets(table, scope.budget_cost),
         comparison_rows=_comparison_rows(experiment, table, samples),
         other_pages=other_pages,
-        findings=experiment.findings(table) | _decisions(pipeline, experiment, task),
+        findings=experiment.findings(table) | _decisions(pipeline, experiment, table, resamples),
         floor_label=FLOOR_LABELS.get(next(iter(baselines)), FLOOR_LABEL),
         reference_lines={"bicubic": baselines["bicubic"]} if "bicubic" in baselines else None,
         missing_experiments=missing if scope.trained else [],
@@ -144,9 +144,14 @@ def _report_data(
     return page, table, samples
 
 
-def _decisions(pipeline: Pipeline, experiment: Experiment, task: TaskName) -> dict[str, Any]:
-    """Return what fresh images said about budgets (`isocost run --until-decided`)."""
-    texts = pipeline.results_db.decisions(experiment.metric) if task == "text2image" else []
+def _decisions(pipeline: Pipeline, experiment: Experiment, table: pd.DataFrame, resamples: Resamples) -> dict[str, Any]:
+    """Return what fresh images said about budgets (`isocost run --until-decided`), if the answer names these points today."""
+    texts = []
+    for decision in pipeline.results_db.decisions(experiment.metric):
+        if {decision["first"], decision["second"]} <= set(table["point"]):
+            (choice,) = best_at_budgets(table, decision["cost"], experiment.metric, [decision["budget"]], resamples=resamples)
+            named = [None if part is None else part.point for part in (choice.best, choice.runner_up)]
+            texts += [decision["text"]] if named == [decision["first"], decision["second"]] else []
     return {"Decided with fresh images": texts} if texts else {}
 
 

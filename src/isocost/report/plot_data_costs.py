@@ -60,7 +60,7 @@ def cost_parts(table: pd.DataFrame, metric: str) -> CostParts:
     columns = [column for column in PARTS if column in table.columns]
     known = table[table[columns].notna().all(axis=1)] if len(columns) == len(PARTS) else table.iloc[:0]
     if known.empty:
-        raise ConfigError("the GFLOP of the text encoder and the decoder are not known; `isocost report STUDY` counts them")
+        raise ConfigError("the GFLOP of the text encoder and the decoder are not known; `isocost report OUT` adds them")
     rows = pareto(known, "gflop", metric)
     setting = f"points on the frontier by {format_metric(metric)} under GFLOP, the cheapest first"
     if len(rows) > MAX_BARS:

@@ -50,7 +50,7 @@ def metric_front_curves(table: pd.DataFrame, metric: str, other: str | None = No
     ]
     return Curves(
         question=FRONT_QUESTION,
-        setting="a point that no other point within the budget beats by both metrics",
+        setting="a point of the Pareto front of both metrics within a budget",
         x_label=metric_of(other).axis,
         y_label=metric_of(metric).axis,
         series=tuple(lines),

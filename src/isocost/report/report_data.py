@@ -14,6 +14,7 @@ Shape letters: K images, R height and width in pixels; images are uint8 [K, R, R
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from isocost.analysis.claims import ClaimVerdict, TaskResults, evaluate_claims, with_seed_variance
+from isocost.analysis.costs import is_measured
 from isocost.analysis.iso_cost import RecordedDifferences
 from isocost.analysis.paired_decisions import Resamples
 from isocost.analysis.paper_claims import CLAIMS
@@ -35,6 +37,7 @@ from isocost.analysis.results_table import REPORT_DATA, RESAMPLES, read_table, s
 from isocost.config.types import TaskName
 from isocost.data.image_files import read_image_file
 from isocost.errors import ConfigError
+from isocost.models.pretrained.lora import split_loras
 from isocost.pipeline.compatibility import STUDY_FILE, read_study_file
 from isocost.pipeline.gflop_parts import with_gflop_parts
 from isocost.pipeline.pipeline import Pipeline
@@ -46,6 +49,8 @@ from isocost.report.scope import TRAINED, Scope
 from isocost.utils.artifact_store import replace_folder, replacing, write_atomically
 from isocost.utils.output_paths import private_folder
 from isocost.utils.tensor_files import read_tensors
+
+logger = logging.getLogger(__name__)
 
 PAGE, IMAGES, COMPARISON_ROWS, PRETRAINED = "page.json", "images", "comparison_rows", "pretrained.parquet"
 IMAGE_ROW_SUFFIXES = (".webp", ".png")
@@ -147,16 +152,29 @@ def rebuild(out: str | Path, figure_formats: Sequence[str] = ("png",)) -> Report
     return _write_reports(root, pages, {task: LazyImages(root / REPORT_DATA / task / IMAGES) for task in tasks}, figure_formats)
 
 
+def _with_known_budget_cost(page: Page, table: pd.DataFrame) -> Page:
+    """The page with budgets in GFLOP of the denoiser, if the report of an earlier version had them in its GFLOP."""
+    if page.scope.budget_cost != "gflop" or is_measured(table, "gflop"):
+        return page
+    return replace(page, scope=replace(page.scope, budget_cost="gflop_denoiser"))
+
+
 def _add_gflop_parts(out: Path, tasks: Sequence[TaskName]) -> None:
     """Write the tables of a version that counted the denoiser only with the parts of GFLOP that the study tells."""
     tables = {task: table for task in tasks if (table := read_table(out, task))["gflop"].isna().any()}
     if not tables or not (out / STUDY_FILE).is_file():
         return
-    experiments = Pipeline(read_study_file(out), out).experiments
+    try:
+        study = read_study_file(out)
+        if missing := [path for path in study.checkpoints if not Path(split_loras(path)[0]).is_dir()]:
+            raise ConfigError(f"{missing[0]} is not here")
+        experiments = Pipeline(study, out).experiments
+    except ConfigError as error:
+        logger.warning(f"GFLOP of the whole image stay unknown: {error}")
+        return
     for task, table in tables.items():
-        completed = with_gflop_parts(table, experiments[task].components)
-        if completed["gflop"].notna().any():
-            _write_table(out, task, completed)
+        if task in experiments and with_gflop_parts(table, experiments[task].components)["gflop"].notna().any():
+            _write_table(out, task, with_gflop_parts(table, experiments[task].components))
 
 
 def _write_table(out: Path, task: TaskName, table: pd.DataFrame) -> None:
@@ -178,6 +196,7 @@ def _write_reports(
     figure_formats: Sequence[str],
 ) -> Report:
     tables = with_seed_variance({task: TaskResults(read_table(out, task), page.metric) for task, page in pages.items()})
+    pages = {task: _with_known_budget_cost(page, tables[task].table) for task, page in pages.items()}
     first_page = next(iter(pages.values()))
     (out / "report").mkdir(exist_ok=True)
     verdicts: Sequence[ClaimVerdict] = ()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from isocost.config.sampling import SolverSpec
+from isocost.config.sampling import SolverSpec, VaeSpec
 from isocost.diffusion.guidance import GuidanceSchedule, Interval, check_schedule
 from isocost.diffusion.solvers import solver_coefficients
 from isocost.errors import ConfigError, RunError
@@ -199,7 +199,7 @@ def latency(
         except torch.OutOfMemoryError as error:
             raise RunError(f"a batch of {batch_size} does not fit into the device's memory; use a smaller --batch") from error
     main_passes, guide_passes = passes_in_total(weights, model.network.embeds_guidance, guide is not None)
-    components = checkpoint_components(opened, guide_source)
+    components = checkpoint_components(opened, None if guide_null_prompt else guide_source)
     gflop_denoiser = main_passes * info.gflop_per_forward
     if guide_source is not None:
         gflop_denoiser += guide_passes * guide_source.info.gflop_per_forward
@@ -232,15 +232,21 @@ def latency(
     return Latency(summary, settings, monitor.facts(), tuple(measured), notes, provenance())
 
 
-def load_components(checkpoint: Checkpoint, dtype: SamplingDTypeName, compiled: bool, device: torch.device) -> LoadedModel:
-    """Prepare the network of a checkpoint, and load its autoencoder and text encoder.
+def load_components(
+    checkpoint: Checkpoint,
+    dtype: SamplingDTypeName,
+    compiled: bool,
+    device: torch.device,
+    vae: VaeSpec | None = None,
+) -> LoadedModel:
+    """Prepare the network of a checkpoint, and load its autoencoder with the settings `vae`, and its text encoder.
 
     Raises:
         ConfigError: the autoencoder or the text encoder cannot be loaded.
     """
     if compiled:
         torch.compiler.reset()  # torch stops compiling a function after a few shapes, also those of other checkpoints
-    autoencoder = load_checkpoint_autoencoder(checkpoint, device)
+    autoencoder = load_checkpoint_autoencoder(checkpoint, device, vae)
     network = Denoiser(checkpoint.network, dtype, compiled)
     return LoadedModel(checkpoint.info, network, autoencoder, load_checkpoint_text_encoder(checkpoint, device))
 

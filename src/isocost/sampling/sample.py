@@ -260,6 +260,10 @@ class Model:
         coefficients = solver_coefficients(spec, info.num_steps if num_steps is None else num_steps, noise)
         weights = weights_of_evaluations(coefficients, noise, guidance, guidance_interval, guidance_schedule)
         guide_model = self._load_guide(guide)
+        encodes_prompt = guide_model is not None and not guide_null_prompt
+        components = checkpoint_components(
+            self._source, guide_model._source if guide_model and encodes_prompt else None, self.vae
+        )
         negative_index = None if negative_prompt is None else len(prompts)
         requests = [
             SampleRequest(
@@ -295,7 +299,7 @@ class Model:
         own, of_guide = passes_in_total(weights, info.model.embeds_guidance, guide_model is not None)
         gflop = own * info.gflop_per_forward
         gflop += 0.0 if guide_model is None else of_guide * guide_model.info.gflop_per_forward
-        gflop += checkpoint_components(self._source, None if guide_model is None else guide_model._source, self.vae).total
+        gflop += components.total
         replaced = info.replaced_scheduler(requested)
         return Samples(by_prompt, tuple(prompts), own + of_guide, gflop, seconds, spec.label, replaced)
 

@@ -23,6 +23,7 @@ from isocost.evaluation.confidence_intervals import Interval
 from isocost.evaluation.paired import PointResamples
 from isocost.metrics.arrays import Array
 from isocost.sweep.db import (
+    READ_ONLY,
     add_missing_columns,
     connect,
     read_missing_columns_as_null,
@@ -182,20 +183,23 @@ class ResultsDB:
 
         run_transaction(self.engine, write)
 
-    def set_decision(self, cost: str, budget: float, metric: str, text: str) -> None:
-        """Write what fresh images said about a budget, and replace an earlier sentence."""
+    def set_decision(self, cost: str, budget: float, metric: str, points: tuple[str, str], text: str) -> None:
+        """Write a sentence on two points within a budget that fresh images compared, and replace an earlier one on them."""
         self._create_table(DecisionRecord)
         record = {"cost": cost, "budget": budget, "metric": metric, "text": text, "created": _now()}
-        run_transaction(self.engine, lambda session: session.merge(DecisionRecord(**record)))
+        row = DecisionRecord(**record, first=points[0], second=points[1])
+        run_transaction(self.engine, lambda session: session.merge(row))
 
-    def decisions(self, metric: str) -> list[str]:
-        """Return the sentences of `set_decision` on a metric, by cost and budget."""
+    def decisions(self, metric: str) -> list[dict[str, Any]]:
+        """Return the columns of `DecisionRecord` of the decisions by a metric, by cost and budget."""
+        names = ("cost", "budget", "first", "second", "text")
 
-        def read(session: Session) -> list[str]:
+        def read(session: Session) -> list[dict[str, Any]]:
             if not inspect(session.connection()).has_table(DecisionRecord.__tablename__):
                 return []
-            texts = select(DecisionRecord.text).where(DecisionRecord.metric == metric)
-            return list(session.scalars(texts.order_by(DecisionRecord.cost, DecisionRecord.budget)))
+            rows = select(DecisionRecord).where(DecisionRecord.metric == metric)
+            ordered = session.scalars(rows.order_by(DecisionRecord.cost, DecisionRecord.budget))
+            return [{name: getattr(row, name) for name in names} for row in ordered]
 
         return run_transaction(self.engine, read)
 
@@ -226,6 +230,21 @@ class ResultsDB:
             row = session.get_one(PointRecord, point)
             row.ms_per_image, row.latency_ms, row.joules_per_image = ms_per_image, latency_ms, joules_per_image
             row.provenance = json.dumps({**json.loads(row.provenance), TIMED_WITH: dict(timed_with)})
+
+        run_transaction(self.engine, write)
+
+    def set_component_gflop(self, parts: Mapping[str, Mapping[str, float]]) -> None:
+        """Fill the costs of the components of points that an earlier version recorded without them.
+
+        Args:
+            parts: point -> `gflop_text`, `gflop_encoder` and `gflop_decoder`. A read-only database stays as it is.
+        """
+        if not parts or self.engine.get_execution_options().get(READ_ONLY):
+            return
+
+        def write(session: Session) -> None:
+            for point, columns in parts.items():
+                session.execute(update(PointRecord).where(PointRecord.point == point).values(**columns))
 
         run_transaction(self.engine, write)
 
@@ -345,6 +364,11 @@ class ResultsDB:
                 session.merge(row)
             session.flush()
             for row in second:
+                if isinstance(row, DecisionRecord):
+                    key = (row.cost, row.budget, row.metric, row.first, row.second)
+                    known = session.get(DecisionRecord, key)
+                    if known is not None and known.created >= row.created:
+                        continue
                 session.merge(row)
             session.add_all(EventRecord(**event) for event in events)
             for row in session.scalars(select(PointRecord).where(PointRecord.latency_ms.is_(None))):

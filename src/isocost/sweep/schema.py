@@ -152,12 +152,14 @@ class RaceRecord(Base):
 
 
 class DecisionRecord(Base):
-    """A question between two configurations within a budget that fresh images decided, or left open, in one sentence."""
+    """A sentence on two points within a budget that fresh images compared; `first` had the better score."""
 
     __tablename__ = "decisions"
     cost: Mapped[str] = mapped_column(String(32), primary_key=True)
     budget: Mapped[float] = mapped_column(Float, primary_key=True)
     metric: Mapped[str] = mapped_column(String(64), primary_key=True)
+    first: Mapped[str] = mapped_column(String(32), primary_key=True)
+    second: Mapped[str] = mapped_column(String(32), primary_key=True)
     text: Mapped[str] = mapped_column(Text)
     created: Mapped[str] = mapped_column(String(40))
 

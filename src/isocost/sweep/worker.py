@@ -10,12 +10,16 @@ next run writes the row without sampling again.
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
+from isocost.config.sampling import VaeSpec
 from isocost.config.sweep import PointSpec
 from isocost.diffusion.noise_schedule import NoiseSchedule
 from isocost.diffusion.solvers import solver_coefficients
@@ -48,6 +52,8 @@ from isocost.utils.artifact_store import Store
 from isocost.utils.device import HostTimer, best_device, device_monitor
 from isocost.utils.environment import provenance
 from isocost.utils.signals import deadline_passed
+
+logger = logging.getLogger(__name__)
 
 MEASURED_GUIDANCE = 2.0
 """w of the requests that measure the time of a guide, which is the same at any w above 1."""
@@ -117,7 +123,7 @@ class Worker:
     _stage_times: dict[tuple[tuple[str, bool, int], str | None], StageTimes] = field(
         default_factory=dict, init=False, repr=False
     )
-    _models: dict[tuple[str, bool], LoadedModel] = field(default_factory=dict, init=False, repr=False)
+    _models: dict[tuple[str, bool, VaeSpec], LoadedModel] = field(default_factory=dict, init=False, repr=False)
     _guides: dict[tuple[str, bool, str], LoadedGuide] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -231,15 +237,20 @@ class Worker:
             return None
         spec, embeds_guidance = point.spec, self.info.model.embeds_guidance
         num_passes = 1 if spec.guide is not None else passes_per_evaluation(spec.guidance, embeds_guidance)
-        return measure_joules(self._pipeline(point, max(1, spec.batch_size // num_passes)), monitor, self.now)
+        try:
+            return measure_joules(self._pipeline(point, max(1, spec.batch_size // num_passes)), monitor, self.now)
+        except torch.OutOfMemoryError:
+            logger.warning(f"{point.title}: its energy is not measured: a full batch with all networks does not fit")
+            return None
 
     def _pipeline(self, point: SweepPoint, batch_size: int) -> BatchedPipeline:
         """The point as a run over one batch, from the prompts to the pixels."""
         spec, device = point.spec, best_device()
-        model = self._models.get((spec.dtype, spec.compiled))
+        key = (spec.dtype, spec.compiled, spec.vae)
+        model = self._models.get(key)
         if model is None:
             checkpoint = load_checkpoint(self.checkpoint_folder, device, torch_dtype(spec.dtype))
-            model = self._models[spec.dtype, spec.compiled] = load_components(checkpoint, spec.dtype, spec.compiled, device)
+            model = self._models[key] = load_components(checkpoint, spec.dtype, spec.compiled, device, spec.vae)
         guide = None if spec.guide is None else self._loaded_guide(spec.guide.checkpoint, spec, model)
         null_prompt = spec.guide is not None and spec.guide.null_prompt
         coefficients, weights = solver_coefficients(spec.solver, spec.num_steps, self.schedule), point.weights(self.schedule)
