@@ -192,13 +192,14 @@ def test_an_images_alignment_uses_the_labels_of_its_own_id(reference: ReferenceS
 
 
 def test_resamples_are_paired_and_follow_the_scores(thumbnails: ReferenceSet, generated: Tensor) -> None:
-    metrics = ("mmd", "frechet", "precision_recall")
+    metrics = ("mmd", "frechet", "sliced_wasserstein", "precision_recall")
+    names = ("mmd_efficientnet", "frechet_efficientnet", "sliced_wasserstein_efficientnet")
     images = [generated, blurred(generated, 1.0)]
     scorers = [Scorer(collect(thumbnails, rows, [list(range(80))]), thumbnails, metrics) for rows in images]
     resamples = [scorer.resamples() for scorer in scorers]
     for scorer, by_metric in zip(scorers, resamples, strict=True):
         intervals = scorer.intervals()
-        assert set(by_metric) == {"mmd_efficientnet", "frechet_efficientnet"}, "precision and recall have no resamples"
+        assert set(by_metric) == set(names), "precision and recall have no resamples"
         for name, values in by_metric.items():
             assert values.shape == (61,)
             assert values[0] == pytest.approx(intervals[name].value)
@@ -207,8 +208,9 @@ def test_resamples_are_paired_and_follow_the_scores(thumbnails: ReferenceSet, ge
     features = [scorer.samples.features[LITE] for scorer in scorers]
     expected = paired_kernel_difference(*features, kernel)
     assert percentile_interval(resamples[0]["mmd_efficientnet"] - resamples[1]["mmd_efficientnet"]) == expected
-    unpaired = resamples[0]["frechet_efficientnet"].std() + resamples[1]["frechet_efficientnet"].std()
-    assert (resamples[0]["frechet_efficientnet"] - resamples[1]["frechet_efficientnet"]).std() < 0.7 * unpaired
+    for name in names[1:]:
+        first, second = (by_metric[name] for by_metric in resamples)
+        assert (first - second).std() < 0.7 * (first.std() + second.std())
 
 
 def test_resamples_leave_out_images_that_are_not_finite(thumbnails: ReferenceSet, generated: Tensor) -> None:

@@ -26,7 +26,7 @@ from isocost.metrics.lpips import load_lpips
 
 NUM, NUM_REFERENCE, NUM_PAIRS, NUM_FEATURES, SIDE = 128, 384, 16, 64, 128
 NAME = "efficientnet-lite0"
-DISTANCES = ("mmd", "frechet", "frechet_infinity")
+DISTANCES = ("mmd", "frechet", "frechet_infinity", "sliced_wasserstein")
 
 
 def blurred(image: Image.Image, radius: float) -> Image.Image:

@@ -162,14 +162,24 @@ def final_points(table: pd.DataFrame, metric: str, cost: str | None = None) -> p
     """
     shared = _SHARED.get()
     if shared is None:
-        return _select_final_points(table, metric, cost)
-    key = (id(table), metric, cost)
+        return _with_measured_cost(_select_final_points(table, metric), cost)
+    key_of_all, key = (id(table), metric, None), (id(table), metric, cost)
+    if key_of_all not in shared:
+        shared[key_of_all] = (table, _select_final_points(table, metric))
     if key not in shared:
-        shared[key] = (table, _select_final_points(table, metric, cost))
+        shared[key] = (table, _with_measured_cost(shared[key_of_all][1], cost))
     return shared[key][1].copy(deep=False)
 
 
-def _select_final_points(table: pd.DataFrame, metric: str, cost: str | None) -> pd.DataFrame:
+def _with_measured_cost(rows: pd.DataFrame, cost: str | None) -> pd.DataFrame:
+    if cost is None:
+        return rows
+    if not is_measured(rows, cost_of(cost).name):
+        raise ConfigError(format_unmeasured(cost))
+    return rows[rows[cost].notna()]
+
+
+def _select_final_points(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     rows = with_metric(table, metric)
     rows = rows[rows["is_final"].astype(bool)]
     if rows.empty:
@@ -191,12 +201,7 @@ def _select_final_points(table: pd.DataFrame, metric: str, cost: str | None) -> 
     if "race_at_boundary" in rows.columns:
         is_searched = rows["race_at_boundary"].notna()
         at_boundary = (at_boundary & ~is_searched) | rows["race_at_boundary"].eq(True)
-    rows = rows.assign(guidance_at_boundary=at_boundary)
-    if cost is not None:
-        if not is_measured(rows, cost_of(cost).name):
-            raise ConfigError(format_unmeasured(cost))
-        rows = rows[rows[cost].notna()]
-    return rows
+    return rows.assign(guidance_at_boundary=at_boundary)
 
 
 def classifier_free(rows: pd.DataFrame) -> pd.DataFrame:
@@ -220,14 +225,23 @@ def rank_points(rows: pd.DataFrame, metric: str, cost: str = "normalized_cost") 
 
     Ties are resolved by lower cost, then fewer parameters, fewer steps, lower guidance, solver name and point.
     """
+    return rows.iloc[_ranks(rows, metric, cost)]
+
+
+def _ranks(rows: pd.DataFrame, metric: str, cost: str = "normalized_cost") -> NDArray[np.intp]:
+    """Positions of `rows` from best to worst; values that are missing come last."""
     sign = 1.0 if metric_of(metric).better == "lower" else -1.0
-    keys = [cost, "num_parameters", "num_steps", "guidance", "solver", "point"]
-    return rows.assign(_worse=sign * rows[metric]).sort_values(["_worse", *keys], kind="stable").drop(columns="_worse")
+    keys = [cost, "num_parameters", "num_steps", "guidance"]
+    numbers = [sign * rows[metric].to_numpy(dtype=float), *(rows[key].to_numpy(dtype=float) for key in keys)]
+    texts = [np.unique(rows[key].to_numpy(dtype=str), return_inverse=True)[1] for key in ("solver", "point")]
+    return np.lexsort([*reversed(texts), *reversed(numbers)])
 
 
 def best_per_group(rows: pd.DataFrame, metric: str, by: Sequence[str]) -> pd.DataFrame:
     """The best row of every group of the columns `by`, ordered by size, solver and steps."""
-    best = rank_points(rows, metric).drop_duplicates(list(by))
+    order = _ranks(rows, metric)
+    is_first = ~rows[list(by)].iloc[order].duplicated()
+    best = rows.iloc[order[is_first.to_numpy()]]
     return best.sort_values(["num_parameters", "size", "solver", "num_steps"]).reset_index(drop=True)
 
 
@@ -292,7 +306,9 @@ def read_table(out: str | Path, task: str = "text2image") -> pd.DataFrame:
     if not file.is_file():
         raise ConfigError(f"{out}: no {file.name}; `isocost run` and `isocost report` write it")
     try:
-        return with_cost_columns(pd.read_parquet(file))
+        # text as plain Python objects: rows are selected thousands of times, which Arrow's strings make several times slower
+        with pd.option_context("future.infer_string", False):
+            return with_cost_columns(pd.read_parquet(file))
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ConfigError(f"{file}: cannot be read ({reason}); `isocost report STUDY --out {out}` writes it again") from error

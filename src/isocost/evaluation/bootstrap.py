@@ -69,7 +69,7 @@ def resamples(samples: SampleFeatures, num_images: int, metric: str, reference: 
     """The score of images 0 to `num_images` - 1 for every bootstrap resample.
 
     Images whose pixels were not finite have no features and are left out. The Fréchet distance is resampled to first order
-    (`frechet_resamples`).
+    (`influence_resamples`).
 
     Returns:
         float64 [1 + R].

@@ -241,7 +241,7 @@ def paired_frechet_difference(
     moments = reference_moments or Moments.of(reference)
     of_reference = reference_counts(len(np.asarray(reference)), num_bootstrap, seed)
     resamples_1, resamples_2 = (
-        frechet_resamples(
+        influence_resamples(
             *frechet_influence(features, reference, moments),
             generated_counts(len(features), num_bootstrap, seed),
             of_reference,
@@ -269,17 +269,17 @@ def _normal_interval(value: float, error: float, confidence: float) -> Interval:
     return Interval(value, value - half_width, value + half_width, confidence)
 
 
-def frechet_resamples(
+def influence_resamples(
     value: float, influence: Array, reference_influence: Array, counts: Array, reference_counts: Array
 ) -> Array:
-    """`frechet_distance` in every resample, to first order: [1 + R].
+    """A distance between two sets in every resample, to first order: [1 + R].
 
     The images' influences replace a decomposition per resample. The bias at N images remains in all resamples: use
     differences at equal N only.
 
     Args:
         value: the distance.
-        influence: of the images on it, [N] (`frechet_influence`).
+        influence: of the images on it, [N] (`frechet_influence`, `sliced_wasserstein`).
         reference_influence: of the reference images, [M].
         counts: [1 + R, N].
         reference_counts: [1 + R, M].

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from isocost.evaluation.reference_set import ReferenceSet
     from isocost.metrics.arrays import Array
     from isocost.metrics.precision_recall import PRDC
+    from isocost.metrics.sliced_wasserstein import SlicedWasserstein
 
 Better = Literal["lower", "higher"]
 PRECISION_NEIGHBOUR, DENSITY_NEIGHBOUR = 3, 5
@@ -70,6 +71,13 @@ class MetricInputs:
         from isocost.metrics.frechet import frechet_influence
 
         return frechet_influence(self.features, self.reference.features[self.extractor], self.reference.moments(self.extractor))
+
+    @cached_property
+    def sliced_wasserstein(self) -> SlicedWasserstein:
+        """The sliced Wasserstein distance and the influence of each image on it."""
+        from isocost.metrics.sliced_wasserstein import sliced_wasserstein
+
+        return sliced_wasserstein(self.features, self.reference.features[self.extractor])
 
 
 PerImage = Callable[[MetricInputs], "np.ndarray | tuple[np.ndarray, ...]"]
@@ -334,13 +342,30 @@ def _frechet_intervals(inputs: MetricInputs) -> tuple[Interval, ...]:
 
 
 def _frechet_resamples(inputs: MetricInputs, counts: np.ndarray) -> Array:
-    """To first order, see `frechet_resamples`."""
-    from isocost.evaluation.confidence_intervals import frechet_resamples, reference_counts
+    return _influence_resamples(inputs, counts, *inputs.frechet_influence)
 
-    protocol, num_real = inputs.reference.protocol, len(inputs.reference.features[inputs.extractor])
-    return frechet_resamples(
-        *inputs.frechet_influence, counts, reference_counts(num_real, protocol.num_bootstrap, protocol.seed)
-    )
+
+def _sliced_wasserstein_intervals(inputs: MetricInputs) -> tuple[Interval, ...]:
+    from isocost.evaluation.confidence_intervals import influence_interval
+
+    distance = inputs.sliced_wasserstein
+    return (influence_interval(distance.value, distance.influence, distance.reference_influence),)
+
+
+def _sliced_wasserstein_resamples(inputs: MetricInputs, counts: np.ndarray) -> Array:
+    distance = inputs.sliced_wasserstein
+    return _influence_resamples(inputs, counts, distance.value, distance.influence, distance.reference_influence)
+
+
+def _influence_resamples(
+    inputs: MetricInputs, counts: np.ndarray, value: float, influence: Array, reference_influence: Array
+) -> Array:
+    """A distance in every resample to first order, see `influence_resamples`."""
+    from isocost.evaluation.confidence_intervals import influence_resamples, reference_counts
+
+    protocol = inputs.reference.protocol
+    real = reference_counts(len(reference_influence), protocol.num_bootstrap, protocol.seed)
+    return influence_resamples(value, influence, reference_influence, counts, real)
 
 
 def _frechet_infinity_intervals(inputs: MetricInputs) -> tuple[Interval, ...]:
@@ -413,6 +438,15 @@ register_metric(
     names=_on_inception("fid_infinity", "FID at infinite N"),
     interval=_frechet_infinity_intervals,
     resamples=None,
+)(_only_for_sets)
+register_metric(
+    "sliced_wasserstein",
+    label="sliced Wasserstein distance",
+    higher_is_better=False,
+    note="biased up by about 1/N",
+    names=_on_inception("mind", "MIND"),
+    interval=_sliced_wasserstein_intervals,
+    resamples=_sliced_wasserstein_resamples,
 )(_only_for_sets)
 
 

@@ -197,18 +197,21 @@ def draw_comparison_rows(images: Mapping[str, np.ndarray], prompts: Sequence[str
     """
     shown = {title: batch.repeat(max(1, 72 // batch.shape[1]), 1) for title, batch in images.items()}
     shown = {title: batch.repeat(max(1, 72 // batch.shape[2]), 2) for title, batch in shown.items()}
-    with matplotlib.rc_context(STYLE):
+    height, width = (max(batch.shape[axis] for batch in shown.values()) for axis in (1, 2))
+    row_height, column_width = height + height // 12, width + width // 12
+    mosaic = np.full((len(prompts) * row_height, len(shown) * column_width, 3), 255, np.uint8)
+    for column, batch in enumerate(shown.values()):
+        for row, image in enumerate(batch):
+            top, left = row * row_height, column * column_width
+            mosaic[top : top + image.shape[0], left : left + image.shape[1]] = image
+    titles = ["\n".join(textwrap.wrap(title, 12)) for title in shown]
+    with matplotlib.rc_context(STYLE | {"axes.spines.left": False, "axes.spines.bottom": False}):
         figure = Figure(figsize=(0.95 * len(shown) + 1.2, 0.95 * len(prompts) + 0.4), layout="constrained")
-        grid = figure.subplots(len(prompts), len(shown), squeeze=False)
-        for index, row in enumerate(grid):
-            for axes, (title, batch) in zip(row, shown.items(), strict=True):
-                axes.imshow(batch[index], interpolation="nearest")
-                axes.set_xticks([])
-                axes.set_yticks([])
-                if index == 0:
-                    axes.set_title("\n".join(textwrap.wrap(title, 12)), fontsize=8, fontweight="normal")
-                for spine in axes.spines.values():
-                    spine.set_visible(False)
+        axes = figure.subplots()
+        axes.imshow(mosaic, interpolation="nearest")
+        axes.set_xticks([column * column_width + (width - 1) / 2 for column in range(len(shown))], titles, fontsize=8)
+        axes.set_yticks([])
+        axes.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False)
     return figure
 
 

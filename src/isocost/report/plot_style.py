@@ -6,6 +6,7 @@ No difference relies on colour only: sizes also differ in marker shape, solvers 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 from matplotlib import colormaps
@@ -39,10 +40,11 @@ def kind_style(index: int) -> tuple[str, tuple[str, str], str]:
     return CATEGORY_COLORS[index % len(CATEGORY_COLORS)], MARKERS[index % len(MARKERS)], list(DASHES)[index % len(DASHES)]
 
 
-def size_colors(num_sizes: int) -> list[str]:
+@cache
+def size_colors(num_sizes: int) -> tuple[str, ...]:
     """Return viridis colours from dark (small) to light (large). The yellow end fades on white and is left out."""
     positions = np.linspace(0.0, 0.82, num_sizes) if num_sizes > 1 else [0.3]
-    return [to_hex(colormaps["viridis"](position)) for position in positions]
+    return tuple(to_hex(colormaps["viridis"](position)) for position in positions)
 
 
 def tick_indices(count: int) -> list[int]:
