@@ -11,7 +11,7 @@ import warnings
 
 from safetensors import SafetensorError
 
-from isocost.cli import benchmark, checkpoint, evaluate, list_names, model_family, output_dir, recommend, study
+from isocost.cli import benchmark, checkpoint, drift, evaluate, list_names, model_family, output_dir, recommend, study
 from isocost.cli.app import app
 from isocost.errors import ConfigError, RunError
 from isocost.utils.output_paths import WRONG_PATH_ERRORS, os_error_message
@@ -20,7 +20,7 @@ from isocost.utils.progress import log_messages_on_stderr
 ORDER = (
     *("demo", "family", "run", "autoencoder", "train", "sweep", "remeasure", "worker", "status", "merge", "archive", "report"),
     *("dreambooth", "recommend", "compare"),
-    *("sample", "upscale", "latency", "export", "score", "reference", "verify", "list"),
+    *("sample", "upscale", "latency", "export", "drift", "score", "reference", "verify", "list"),
 )
 """Order of the commands in `isocost --help`: studies, checkpoints, scores."""
 app.registered_commands.sort(key=lambda command: ORDER.index(command.name or command.callback.__name__))  # type: ignore[union-attr]
@@ -29,6 +29,7 @@ __all__ = [
     "app",
     "benchmark",
     "checkpoint",
+    "drift",
     "evaluate",
     "list_names",
     "main",

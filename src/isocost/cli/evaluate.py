@@ -40,7 +40,7 @@ def score(
     """Score images against a reference under a protocol preset, with confidence intervals."""
     from isocost.evaluation.score_folder import score_folder
 
-    scored = score_folder(images, reference, protocol, prompts=prompts, weights=_parse_weights(weights))
+    scored = score_folder(images, reference, protocol, prompts=prompts, weights=parse_weights(weights))
     for note in scored.notes:
         print(note, file=sys.stderr)
     print_json(dataclasses.asdict(scored))
@@ -57,7 +57,7 @@ def reference(
     """Compute the statistics of reference images once, for `score --reference`."""
     from isocost.evaluation.score_folder import make_reference
 
-    features = make_reference(images, out, protocol, prompts=prompts, weights=_parse_weights(weights))
+    features = make_reference(images, out, protocol, prompts=prompts, weights=parse_weights(weights))
     print_json({"folder": str(out), "protocol": protocol, "num_images": len(features), "content": features.content})
 
 
@@ -81,7 +81,12 @@ def verify(
         raise RunError(f"{len(failed)} of {len(checks)} checks failed; the first is {failed[0]}")
 
 
-def _parse_weights(weights: list[str] | None) -> dict[str, str]:
+def parse_weights(weights: list[str] | None) -> dict[str, str]:
+    """The sources of --weights by network.
+
+    Raises:
+        ConfigError: an item is not NAME=SOURCE, or a name is given twice.
+    """
     sources: dict[str, str] = {}
     for item in weights or []:
         name, equals, source = item.partition("=")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from isocost.config.base import Spec
-from isocost.config.types import MAX_RESOLUTION, NUM_TRAIN_TIMESTEPS, DTypeName
+from isocost.config.types import MAX_RESOLUTION, NUM_TRAIN_TIMESTEPS, DTypeName, Guidance, NumSteps, Seed, SweepBatch
 from isocost.errors import ConfigError
 
 TIMESTEP_SPACING_NAMES = ("leading", "trailing", "linspace", "karras")
@@ -73,3 +73,26 @@ class VaeSpec(Spec):
                 f"{where} = {self.tile_size}: the images have {resolution} x {resolution} pixels, so there is one tile; "
                 "give a smaller size, or leave it out"
             )
+
+
+class ImageSettings(Spec):
+    """The settings of a model that makes images, as `Model` and `Model.sample` take them."""
+
+    num_steps: NumSteps | None = Field(None, description="solver steps; 16 by default, 4 for a few-step student")
+    guidance: Guidance = Field(2.0, description="guidance scale w in uncond + w (cond - uncond); 1 takes one network pass")
+    solver: SolverSpec | None = Field(None, description="name or mapping; the checkpoint's own by default")
+    negative_prompt: str | None = Field(None, description="text to guide away from")
+    guide: str | None = Field(None, description="checkpoint of a smaller or less trained network that guides this one")
+    guide_null_prompt: bool = Field(False, description="the guide gets the empty prompt")
+    guidance_interval: tuple[float | None, float | None] | None = Field(None, description="noise levels with guidance, log-SNR")
+    guidance_schedule: tuple[tuple[float, float], ...] | None = Field(None, description="points (log-SNR, guidance)")
+    seed: Seed = Field(0, description="seed of the noise")
+    batch_size: SweepBatch | None = Field(None, description="slots of a network call; chosen by the number of images if absent")
+    dtype: DTypeName = Field("fp32", description="data type of the network")
+    compiled: bool = Field(False, description="compile the network")
+    vae: VaeSpec = VaeSpec()
+
+    @field_validator("solver", mode="before")
+    @classmethod
+    def _named_solver(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value

@@ -81,15 +81,15 @@ def score_folder(
         ConfigError: an input is missing, has the wrong number, size or type, or was made with other weights.
     """
     preset = protocol_preset(protocol)
-    lpips_weights, spec = _with_weights(preset.spec, weights)
+    lpips_weights, spec = with_weights(preset.spec, weights)
     extractors = make_extractors(spec, best_device())
-    prompts_by_id = _read_prompts(preset, prompts)
+    prompts_by_id = read_protocol_prompts(preset, prompts)
     if preset.compares == "subjects":
         assert prompts_by_id is not None
         return _score_subjects(preset, spec, Path(images), Path(reference), prompts_by_id, extractors)
     generated = _generated_features(str(images), preset, extractors, prompts_by_id)
     reference_ids = list(prompts_by_id) if prompts_by_id is not None and preset.reference_ids else None
-    real = _reference_features(str(reference), preset, extractors, reference_ids)
+    real = read_reference_features(str(reference), preset, extractors, reference_ids)
     minimum = MIN_IMAGES if preset.num_images is None else 0
     check_num_images(str(images), len(generated), preset.num_images, minimum)
     check_num_images(str(reference), len(real), preset.num_reference, minimum)
@@ -153,8 +153,8 @@ def make_reference(
     preset = protocol_preset(protocol)
     if preset.compares == "subjects":
         raise ConfigError(f"protocol '{protocol}' needs no statistics; give the folder of photographs as --reference")
-    _, spec = _with_weights(preset.spec, weights)
-    prompts_by_id = _read_prompts(preset, prompts) if preset.reference_ids else None
+    _, spec = with_weights(preset.spec, weights)
+    prompts_by_id = read_protocol_prompts(preset, prompts) if preset.reference_ids else None
     ids = None if prompts_by_id is None else list(prompts_by_id)
     return build_statistics(str(images), Path(out), preset, make_extractors(spec, best_device()), ids)
 
@@ -203,8 +203,12 @@ def _folder_score(
     return FolderScore(f"{title}:{protocol.id}", ids, num_images, num_reference, scores, tuple(notes), parts)
 
 
-def _with_weights(spec: ProtocolSpec, weights: Mapping[str, str] | None) -> tuple[str | None, ProtocolSpec]:
-    """The source of LPIPS's convolutions, and the spec with the sources of its extractors' weights."""
+def with_weights(spec: ProtocolSpec, weights: Mapping[str, str] | None) -> tuple[str | None, ProtocolSpec]:
+    """The source of LPIPS's convolutions, and the spec with the sources of its extractors' weights.
+
+    Raises:
+        ConfigError: a source is for a network that the protocol does not use.
+    """
     sources = dict(weights or {})
     lpips_weights = sources.pop(LPIPS, None)
     unknown = set(sources) - set(spec.features)
@@ -214,8 +218,12 @@ def _with_weights(spec: ProtocolSpec, weights: Mapping[str, str] | None) -> tupl
     return lpips_weights, spec.model_copy(update={"weights": ordered})
 
 
-def _read_prompts(preset: ProtocolPreset, source: str | None) -> dict[str, str] | None:
-    """The protocol's prompts by id; None if it has none."""
+def read_protocol_prompts(preset: ProtocolPreset, source: str | None) -> dict[str, str] | None:
+    """The protocol's prompts by id; None if it has none.
+
+    Raises:
+        ConfigError: prompts are missing, are not those of the protocol, or the protocol has none.
+    """
     if preset.prompts is None:
         if source is not None:
             raise ConfigError(f"--prompts {source}: protocol '{preset.name}' has no prompts; omit the option")
@@ -237,8 +245,13 @@ def _generated_features(
     return extract_features(iter_images(source, resolution=preset.resolution, exact=exact, ids=ids), extractors, ids)
 
 
-def _reference_features(
+def read_reference_features(
     source: str, preset: ProtocolPreset, extractors: dict[str, FeatureExtractor], ids: list[str] | None
 ) -> FeatureSet:
+    """Features of the reference images in `source`, saved or computed now.
+
+    Raises:
+        ConfigError: the source is missing, or does not fit the protocol.
+    """
     saved = read_statistics(Path(source), extractors)
     return saved if saved is not None else extract_features(reference_images(source, preset, ids), extractors, ids)

@@ -177,10 +177,15 @@ class Model:
         return prompt_embeds
 
     def _generate(
-        self, requests: Sequence[SampleRequest], prompt_embeds: PromptEmbeds, guide: GuideNetwork | None
+        self,
+        requests: Sequence[SampleRequest],
+        prompt_embeds: PromptEmbeds,
+        guide: GuideNetwork | None,
+        batch_size: int | None,
     ) -> Iterator[GeneratedBatch]:
-        passes = 1 if guide is not None else passes_per_evaluation(requests[0].guidance, self.info.model.embeds_guidance)
-        batch_size = min(DEFAULT_BATCH_SIZE, len(requests) * passes)
+        if batch_size is None:
+            passes = 1 if guide is not None else passes_per_evaluation(requests[0].guidance, self.info.model.embeds_guidance)
+            batch_size = min(DEFAULT_BATCH_SIZE, len(requests) * passes)
         if self._denoiser is not None:
             engine = make_engine(self._denoiser, self.info, prompt_embeds, batch_size=batch_size)
             if guide is not None:
@@ -216,8 +221,10 @@ class Model:
         guide_null_prompt: bool = False,
         guidance_interval: Interval | None = None,
         guidance_schedule: GuidanceSchedule | None = None,
+        first_index: int = 0,
+        batch_size: int | None = None,
     ) -> Samples:
-        """Generate `num_images` images of each prompt. Image k of prompt p uses the noise of sample index p K + k.
+        """Generate `num_images` images of each prompt. Image k of prompt p has the sample index `first_index` + p K + k.
 
         Args:
             prompts: P prompts, or one.
@@ -235,6 +242,8 @@ class Model:
             guidance_interval: (low, high) in log-SNR, `log(alpha^2 / sigma^2)`: guidance where low <= log-SNR < high
                 (arXiv 2404.07724), elsewhere one pass with w = 1. None is an open end.
             guidance_schedule: w by log-SNR in place of `guidance`: points (log-SNR, w), linear between them.
+            first_index: sample index of the first image.
+            batch_size: slots of a network call; by default as many as the images fill, at most 64.
 
         Raises:
             ConfigError: the checkpoint or the solver does not support the settings, or an image contains NaN or inf.
@@ -267,7 +276,7 @@ class Model:
         negative_index = None if negative_prompt is None else len(prompts)
         requests = [
             SampleRequest(
-                i,
+                first_index + i,
                 i // num_images,
                 coefficients,
                 guidance,
@@ -289,11 +298,11 @@ class Model:
         started = time.perf_counter()
         size = info.resolution
         images = torch.empty(len(requests), 3, size, size, dtype=torch.uint8)
-        for batch in self._generate(requests, prompt_embeds, guide_network):
+        for batch in self._generate(requests, prompt_embeds, guide_network, batch_size):
             if batch.nonfinite:
                 index = batch.nonfinite[0].request.sample_index
                 raise ConfigError(f"image {index} contains NaN or inf; lower the guidance or train longer")
-            images[[result.request.sample_index for result in batch.results]] = batch.images
+            images[[result.request.sample_index - first_index for result in batch.results]] = batch.images
         seconds = time.perf_counter() - started
         by_prompt = images.permute(0, 2, 3, 1).numpy().reshape(len(prompts), num_images, size, size, 3)
         own, of_guide = passes_in_total(weights, info.model.embeds_guidance, guide_model is not None)

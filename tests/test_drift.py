@@ -1,0 +1,218 @@
+"""`isocost drift`: how much images differ, whether a variant is worse, and its requests."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import assert_refused
+from isocost.evaluation.confidence_intervals import KernelReference, generated_counts, kernel_resamples, percentile_interval
+from isocost.evaluation.drift import ImagePairs, ScoreDifference, measure_pairs, score_difference
+
+CHECKPOINT = Path(__file__).parents[1] / "docs/reference/artefacts/checkpoint/caabdccc783d484b"
+KERNEL = "mmd_efficientnet"
+NUM_IMAGES, WIDTH = 200, 8
+
+
+def judge(seed: int, gain: float, tolerance: float) -> ScoreDifference:
+    """A base whose features are shifted by 1.2 along one axis, and a variant that is shifted by `gain` more or less."""
+    generator = np.random.default_rng(seed)
+    reference = KernelReference.of(generator.standard_normal((300, WIDTH)), num_bootstrap=200, seed=seed)
+    counts = generated_counts(NUM_IMAGES, 200, seed)
+    shared = generator.standard_normal((NUM_IMAGES, WIDTH))
+    sides = []
+    for shift in (1.2, 1.2 + gain):
+        features = shared + 0.1 * generator.standard_normal((NUM_IMAGES, WIDTH))
+        features[:, 0] += shift
+        resamples = kernel_resamples(features, counts, reference)
+        sides.append((percentile_interval(resamples), resamples))
+    return score_difference(KERNEL, *sides, tolerance=tolerance, num_metrics=1, num_images=NUM_IMAGES)
+
+
+def write_images(folder: Path, images: np.ndarray) -> Path:
+    folder.mkdir(parents=True)
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def test_equal_variants_are_called_worse_in_at_most_five_percent() -> None:
+    verdicts = [judge(seed, 0.0, 0.0).verdict for seed in range(200)]
+    assert verdicts.count("worse") <= 10
+    assert verdicts.count("not worse") <= 10, "with no tolerance at all, equal scores cannot be shown to be not worse"
+
+
+def test_a_worse_variant_is_found_and_an_equal_one_within_the_tolerance_is_cleared() -> None:
+    assert sum(judge(seed, 0.15, 0.05).verdict == "worse" for seed in range(40)) >= 36
+    assert sum(judge(seed, 0.0, 0.3).verdict == "not worse" for seed in range(40)) >= 36
+    assert sum(judge(seed, -0.15, 0.05).verdict == "not worse" for seed in range(40)) >= 36, "a better variant is not worse"
+
+
+def test_an_undecided_verdict_says_how_many_pairs_decide_it() -> None:
+    undecided = [found for seed in range(40) if (found := judge(seed, 0.03, 0.05)).verdict == "undecided"]
+    assert undecided
+    for found in undecided:
+        assert found.num_images is not None and found.num_images > NUM_IMAGES
+        needed = (found.difference.high - found.difference.value) / abs(found.loss.value - found.tolerance)
+        assert found.num_images == pytest.approx(NUM_IMAGES * needed**2, abs=1)
+
+
+def test_the_level_is_divided_among_several_metrics() -> None:
+    resamples = np.concatenate([[0.0], np.random.default_rng(0).standard_normal(1000)])
+    base = percentile_interval(resamples + 10), resamples * 0 + 10
+    widths = []
+    for num_metrics in (1, 5):
+        variant = percentile_interval(resamples + 10), resamples + 10
+        found = score_difference(KERNEL, base, variant, tolerance=0, num_metrics=num_metrics, num_images=100)
+        widths.append(found.difference.high - found.difference.value)
+    assert widths[1] / widths[0] == pytest.approx(2.5758 / 1.9600, rel=1e-3)
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def test_differences_of_images_are_counted_by_pair(tmp_path: Path, images: np.ndarray) -> None:
+    changed = images.copy()
+    changed[3, 0, 0, 0] ^= 8
+    changed[7, :, :, 1] = 255 - changed[7, :, :, 1]
+    pairs = ImagePairs.read(str(write_images(tmp_path / "a", images)), str(write_images(tmp_path / "b", changed)))
+    found = measure_pairs(pairs, {}, ("psnr", "ssim")).images
+    assert (found.num_images, found.num_equal, found.verdict) == (40, 38, "different")
+    error = np.abs(images.astype(int) - changed.astype(int))
+    assert found.max_grey_levels == error.max()
+    assert found.mean_grey_levels == pytest.approx(error.mean())
+    psnr = [10 * math.log10(255**2 / np.square(error[index]).mean()) for index in (3, 7)]
+    assert found.similarity["psnr"].value == pytest.approx(np.mean(psnr))
+    assert found.most_different == ("7", "3")
+
+
+def test_one_grey_level_is_the_same_and_no_difference_is_identical(tmp_path: Path, images: np.ndarray) -> None:
+    base = str(write_images(tmp_path / "a", images))
+    assert measure_pairs(ImagePairs.read(base, base), {}, ("psnr",)).images.verdict == "identical"
+    close = np.where(images < 255, images + 1, images).astype(np.uint8)
+    pairs = ImagePairs.read(base, str(write_images(tmp_path / "b", close)))
+    assert measure_pairs(pairs, {}, ("psnr",)).images.verdict == "same"
+
+
+def test_images_without_counterpart_or_of_another_size_are_refused(tmp_path: Path, images: np.ndarray, isocost: Any) -> None:
+    base, fewer = (write_images(tmp_path / name, part) for name, part in (("a", images), ("b", images[:30])))
+    other = write_images(tmp_path / "c", images[:, :16, :16])
+    request = ("drift", "--image-metric", "psnr", base)
+    assert_refused(isocost(*request, fewer), f"{fewer}: 10 images of the other side are missing; the first is 30")
+    assert_refused(isocost(*request, other), "16 x 16 pixels, but")
+    assert_refused(isocost(*request, base), "base and variant are the same")
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drift(tmp_path: Path, isocost: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run `isocost drift` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: isocost("drift", *arguments)
+
+
+def test_a_trained_checkpoint_with_too_few_steps_is_worse_and_bf16_is_not(tmp_path: Path, drift: Any) -> None:
+    model = [CHECKPOINT, "--prompt", "a coat", "--prompt", "a sandal", "--num-images", 32, "--image-metric", "psnr"]
+    real = drift(*model, "--set", "num_steps=16", "--set", "seed=5", "--variant-set", "num_steps=15", "--out", "real")
+    assert real.status == 0, real.err
+    judged = [*model, "--reference", "real/base", "--tolerance", "0.5", "--set", "num_steps=2"]
+    worse = drift(*judged, "--variant-set", "num_steps=1", "--out", "steps", "--markdown", "pr.md")
+    assert (worse.status, worse.answer["verdict"]) == (3, "different, worse"), worse.err
+    assert (tmp_path / "pr.md").read_text().startswith("### Drift: different, worse\n")
+    assert Image.open(tmp_path / "steps/most-different.png").size[0] == 3 * 128 + 2 * 4
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "steps/variant").iterdir()}
+    assert len(before) == 64
+    again = drift(*judged, "--variant-set", "num_steps=1", "--out", "steps")
+    assert (again.status, again.answer["scores"]) == (3, worse.answer["scores"])
+    assert before == {file: file.stat().st_mtime_ns for file in before}, "nothing is sampled twice"
+    cleared = drift(*judged, "--variant-set", "dtype=bf16", "--out", "dtype")
+    assert (cleared.status, cleared.answer["verdict"]) == (0, "different, not worse"), cleared.err
+    refused = drift(*judged, "--variant-set", "dtype=bf16", "--set", "guidance=3", "--out", "dtype")
+    assert_refused(refused, "has images of another model, other settings or prompts; give a new folder (--out)")
+
+
+def test_batch_sizes_of_the_engine_are_compared(drift: Any) -> None:
+    arguments = (CHECKPOINT, "--batch-invariance", "--prompt", "a bag", "--num-images", 9, "--set", "num_steps=2")
+    compared = drift(*arguments, "--image-metric", "psnr", "--out", "out")
+    assert compared.status == 0, compared.err
+    assert compared.answer["images"]["verdict"] in ("identical", "same")
+
+
+ENGINE = """
+import numpy as np
+def generate(prompts, seeds, brightness=0):
+    values = [len(prompt) + seed % 7 + brightness for prompt, seed in zip(prompts, seeds)]
+    return np.stack([np.full((16, 16, 3), value, np.uint8) for value in values])
+def wrong(prompts, seeds):
+    return np.zeros((len(prompts), 16, 16))
+"""
+
+
+def test_a_function_of_the_user_makes_images_and_its_mistakes_are_one_line(
+    tmp_path: Path, drift: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "drift_engine.py").write_text(ENGINE)
+    (tmp_path / "prompts.txt").write_text("a\nbb\n\nccc\n")
+    plain = ["--prompts", "prompts.txt", "--num-images", 30, "--image-metric", "psnr"]
+    made = drift("python:drift_engine:generate", "--variant-set", "brightness=5", *plain, "--out", "out")
+    assert made.status == 0, made.err
+    assert made.answer["images"]["max_grey_levels"] == 5
+    assert np.asarray(Image.open(tmp_path / "out/base/31.png"))[0, 0, 0] == 2 + 31 % 7, "image 31: second prompt, seed 31"
+    for number, (name, message) in enumerate(
+        {
+            "drift_engine:missing": "cannot be imported (module 'drift_engine' has no attribute 'missing')",
+            "nowhere:generate": "cannot be imported (No module named 'nowhere')",
+            "drift_engine:wrong": "returned float64 [64, 16, 16]; return PIL images, or uint8 [N, H, W, 3]",
+            "drift_engine": "give python:MODULE:FUNCTION",
+        }.items()
+    ):
+        assert_refused(drift(f"python:{name}", "python:drift_engine:generate", *plain, "--out", f"out{number}"), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("CKPT --variant-set dtype=bf16", "a model needs prompts; give --prompt TEXT or --prompts FILE"),
+        ("CKPT --variant-set dtype=bf16 --prompt a", "a model needs a folder for its images; give --out FOLDER"),
+        ("CKPT --variant-set dtype=int8 --prompt a --out o", "settings: dtype = 'int8'"),
+        ("CKPT --variant-set steps=3 --prompt a --out o", "settings: steps"),
+        ("CKPT --variant-set dtype --prompt a --out o", "dtype: give KEY=VALUE, such as dtype=bf16"),
+        ("CKPT --variant-set dtype=bf16 --prompt a --prompts f --out o", "give --prompt or --prompts, not both"),
+        ("CKPT --variant-set dtype=bf16 --prompts f --out o", "--prompts f: no such file"),
+        ("CKPT --variant-set dtype=bf16 --prompt a --out o --image-metric mse", "--image-metric mse: give one of"),
+        ("CKPT --variant-set dtype=bf16 --prompt a --out o --tolerance -1", "tolerance -1: give 0 or more"),
+        ("CKPT --variant-set dtype=bf16 --prompt a --out o --protocol nope", "protocol 'nope': choose one of"),
+        ("CKPT CKPT --batch-invariance --prompt a --out o", "leave out VARIANT and batch_size"),
+        ("nowhere/model CKPT --prompt a --out o", "nowhere/model"),
+    ],
+)
+def test_a_wrong_request_is_one_line(arguments: str, message: str, tmp_path: Path, drift: Any) -> None:
+    assert_refused(drift(*arguments.replace("CKPT", str(CHECKPOINT)).split()), message)
+    assert not list(tmp_path.glob("o/*"))
+
+
+def test_images_take_no_settings(tmp_path: Path, images: np.ndarray, drift: Any) -> None:
+    folder = write_images(tmp_path / "a", images)
+    assert_refused(drift(folder, "--variant-set", "num_steps=4"), "takes no settings; leave out num_steps")
+
+
+def test_too_few_images_are_not_scored(tmp_path: Path, images: np.ndarray, drift: Any) -> None:
+    base, variant = (write_images(tmp_path / name, part) for name, part in (("a", images[:9]), ("b", images[1:10])))
+    request = (base, variant, "--reference", base, "--image-metric", "psnr")
+    assert_refused(drift(*request), "a score needs at least 32; leave out --reference")
