@@ -65,7 +65,8 @@ def test_an_undecided_verdict_says_how_many_pairs_decide_it() -> None:
     undecided = [found for seed in range(40) if (found := judge(seed, 0.03, 0.05)).verdict == "undecided"]
     assert undecided
     for found in undecided:
-        assert found.num_images is not None and found.num_images > NUM_IMAGES
+        assert found.num_images is not None
+        assert found.num_images > NUM_IMAGES
         needed = (found.difference.high - found.difference.value) / abs(found.loss.value - found.tolerance)
         assert found.num_images == pytest.approx(NUM_IMAGES * needed**2, abs=1)
 

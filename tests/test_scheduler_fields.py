@@ -53,7 +53,7 @@ VALUES: dict[str, list[Any]] = {
     "clip_sample_range": [0.5],
     "set_alpha_to_one": [True, False],
     "steps_offset": [0, 1, 3],
-    "timestep_spacing": ["leading", "trailing", "linspace", "karras"],
+    "timestep_spacing": ["leading", "trailing", "linspace", "karras", "beta"],
     "thresholding": [True],
     "dynamic_thresholding_ratio": [0.5],
     "sample_max_value": [0.5],
@@ -103,6 +103,13 @@ PAIRS: list[dict[str, Any]] = [
     for spacing in ("leading", "trailing", "linspace")
     for other in (
         {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True},
+        {"use_beta_sigmas": True},
+        {"use_exponential_sigmas": True, "use_beta_sigmas": True},
+        {"use_beta_sigmas": True, "rescale_betas_zero_snr": True},
+        {"use_beta_sigmas": True, "solver_order": 1},
+        {"beta_schedule": "squaredcos_cap_v2", "use_beta_sigmas": True},
+        {"beta_schedule": "squaredcos_cap_v2", "use_exponential_sigmas": True},
         {"steps_offset": 2},
         {"solver_order": 1},
         {"solver_order": 1, "algorithm_type": "sde-dpmsolver++"},
@@ -171,7 +178,7 @@ def assert_exact_or_named(tmp_path: Path, name: str, values: dict[str, Any], mon
     for num_steps in (1, 4, 5, 20):
         if settings.solver.timestep_spacing == "linspace" and (num_steps == 1 or name == "DDIMScheduler"):
             continue  # diffusers' mistakes, see test_solvers.py
-        if (settings.solver.timestep_spacing, num_steps) == ("karras", 1):
+        if settings.solver.timestep_spacing in ("karras", "exponential", "beta") and num_steps == 1:
             continue
         difference = trajectory_difference(settings, scheduler, num_steps, monkeypatch)
         assert difference < 1e-6, f"{name} {values}: {num_steps} steps differ by {difference:.1e}"

@@ -51,7 +51,10 @@ SPECS = [
     for eta in ((0.0, 0.6, 1.0) if name == "ddim" else (0.0,))
     if name != "lcm" or timestep_spacing == "trailing"
 ]
-SHARED = [spec for spec in SPECS if spec.timestep_spacing != "karras" or spec.name not in ("ddim", "ddpm", "euler-ancestral")]
+NOISE_RATIO = ("karras", "exponential", "beta")
+SHARED = [
+    spec for spec in SPECS if spec.timestep_spacing not in NOISE_RATIO or spec.name not in ("ddim", "ddpm", "euler-ancestral")
+]
 """Combinations that diffusers also supports."""
 
 DIFFUSERS_IS_WRONG = {
@@ -60,8 +63,7 @@ DIFFUSERS_IS_WRONG = {
     *(("ddim", "trailing", num_steps) for num_steps in (3, 6, 7, 13)),
     # A single "linspace" step runs at timestep 0, although it starts from pure noise.
     *((name, "linspace", 1) for name in ("ddpm", *SCALED_SOLVERS)),
-    ("euler", "karras", 1),
-    ("heun", "karras", 1),
+    *((name, spacing, 1) for name in ("euler", "heun") for spacing in NOISE_RATIO),
 }
 
 
@@ -135,8 +137,8 @@ def diffusers_scheduler(spec, prediction_type, rescale_betas_zero_snr=False):
         "prediction_type": prediction_type,
     }
     spacing = {"timestep_spacing": spec.timestep_spacing, "steps_offset": spec.steps_offset}
-    if spec.timestep_spacing == "karras":
-        spacing = {"timestep_spacing": "linspace", "use_karras_sigmas": True}
+    if spec.timestep_spacing in NOISE_RATIO:
+        spacing = {"timestep_spacing": "linspace", f"use_{spec.timestep_spacing}_sigmas": True}
     if rescale_betas_zero_snr:
         spacing["rescale_betas_zero_snr"] = True
     match spec.name:
@@ -316,9 +318,9 @@ def diffusers_first_timestep(spec):
 
 
 @pytest.mark.parametrize("name", tuple(SOLVERS))
-@pytest.mark.parametrize("timestep_spacing", ["trailing", "linspace", "karras"])
+@pytest.mark.parametrize("timestep_spacing", ["trailing", "linspace", *NOISE_RATIO])
 def test_one_step_goes_from_pure_noise_to_the_mean(name, timestep_spacing):
-    if (name, timestep_spacing) in (("lcm", "linspace"), ("lcm", "karras")):
+    if name == "lcm" and timestep_spacing != "trailing":
         return
     solver = solver_coefficients(SolverSpec(name=name, timestep_spacing=timestep_spacing), 1, SCHEDULE)
     assert solver.timesteps.tolist() == [999]

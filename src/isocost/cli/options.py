@@ -98,7 +98,9 @@ SolverName = Annotated[
         help="a name from `isocost list solvers`; own: the checkpoint's solver (default); nearest: the solver nearest to it",
     ),
 ]
-TimestepSpacing = Annotated[str, typer.Option("--timestep-spacing", help="trailing, leading, linspace or karras")]
+TimestepSpacing = Annotated[
+    str, typer.Option("--timestep-spacing", help="trailing, leading, linspace, karras, exponential or beta")
+]
 Eta = Annotated[float, typer.Option("--eta", help="ddim: fraction of ancestral noise, from 0 to 1")]
 StepsOffset = Annotated[int, typer.Option("--steps-offset", help="added to the timesteps of leading spacing")]
 Compiled = Annotated[bool, typer.Option("--compile/--no-compile", help="compile the network; takes minutes once per machine")]

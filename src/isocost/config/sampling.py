@@ -10,13 +10,13 @@ from isocost.config.base import Spec
 from isocost.config.types import MAX_RESOLUTION, NUM_TRAIN_TIMESTEPS, DTypeName, Guidance, NumSteps, Seed, SweepBatch
 from isocost.errors import ConfigError
 
-TIMESTEP_SPACING_NAMES = ("leading", "trailing", "linspace", "karras")
+TIMESTEP_SPACING_NAMES = ("leading", "trailing", "linspace", "karras", "exponential", "beta")
 
 OWN_SOLVER, NEAREST_SOLVER = "own", "nearest"
 FOLDER_SOLVERS = (OWN_SOLVER, NEAREST_SOLVER)
 """Names in place of a solver: that of the checkpoint's folder, exactly, or the nearest solver of isocost."""
 
-TimestepSpacingName = Literal["leading", "trailing", "linspace", "karras"]
+TimestepSpacingName = Literal["leading", "trailing", "linspace", "karras", "exponential", "beta"]
 
 
 class SolverSpec(Spec):

@@ -5,6 +5,7 @@ Shape letters: S steps, T training timesteps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +16,34 @@ from isocost.diffusion.noise_schedule import Floats, NoiseSchedule, apply_time_s
 from isocost.errors import ConfigError
 
 KARRAS_RHO = 7.0
+BETA_SHAPE = 0.6
+"""Both shape parameters of the beta distribution (arXiv 2407.12173)."""
+
+
+def _karras(high: float, low: float, num_steps: int) -> Floats:
+    """Uniform in the seventh root (arXiv 2206.00364, eq. 5)."""
+    first, last = high ** (1 / KARRAS_RHO), low ** (1 / KARRAS_RHO)
+    return (first + np.linspace(0, 1, num_steps) * (last - first)) ** KARRAS_RHO
+
+
+def _exponential(high: float, low: float, num_steps: int) -> Floats:
+    """Uniform in the logarithm."""
+    return np.exp(np.linspace(np.log(high), np.log(low), num_steps))
+
+
+def _beta(high: float, low: float, num_steps: int) -> Floats:
+    """Quantiles of a beta distribution, dense at both ends (arXiv 2407.12173)."""
+    from scipy.stats import beta
+
+    return np.asarray(low + beta.ppf(1 - np.linspace(0, 1, num_steps), BETA_SHAPE, BETA_SHAPE) * (high - low))
+
+
+NOISE_RATIO_SPACINGS: dict[str, Callable[[float, float, int], Floats]] = {
+    "karras": _karras,
+    "exponential": _exponential,
+    "beta": _beta,
+}
+"""Spacings of sigma / alpha: highest and lowest value of the schedule, number of steps -> [S], falling."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +94,9 @@ def make_timesteps(
 ) -> Timesteps:
     """The timesteps of `num_steps` steps (leading, trailing, linspace: arXiv 2305.08891, table 2).
 
-    "karras" is uniform in `(sigma / alpha)^(1/7)` between the ends of the schedule (arXiv 2206.00364, eq. 5). On a flow,
-    "linspace" is diffusers' FlowMatchEulerDiscreteScheduler (uniform between the ends of the schedule, then shifted once more,
-    as in Stable Diffusion 3), and "trailing" starts at 1 and steps by 1 / num_steps before the shift (as in Flux).
+    "karras", "exponential" and "beta" space `sigma / alpha` between the ends of the schedule (`NOISE_RATIO_SPACINGS`). On a
+    flow, "linspace" is diffusers' FlowMatchEulerDiscreteScheduler (uniform between the ends of the schedule, then shifted once
+    more, as in Stable Diffusion 3), and "trailing" starts at 1 and steps by 1 / num_steps before the shift (as in Flux).
 
     Args:
         spec: its spacing and offset are used.
@@ -82,8 +111,8 @@ def make_timesteps(
     """
     if schedule.is_flow:
         return _flow_timesteps(spec, num_steps, schedule)
-    if spec.timestep_spacing == "karras":
-        return _karras_timesteps(spec, num_steps, schedule, fractional)
+    if spec.timestep_spacing in NOISE_RATIO_SPACINGS:
+        return _noise_ratio_timesteps(spec, num_steps, schedule, fractional)
     num_timesteps = schedule.num_timesteps
     num_spaced = num_steps + includes_clean_end
     timesteps: Floats
@@ -108,14 +137,17 @@ def make_timesteps(
     return Timesteps.from_indices(schedule, timesteps.astype(np.int64))
 
 
-def _karras_timesteps(spec: SolverSpec, num_steps: int, schedule: NoiseSchedule, fractional: bool) -> Timesteps:
+def _noise_ratio_timesteps(spec: SolverSpec, num_steps: int, schedule: NoiseSchedule, fractional: bool) -> Timesteps:
     if schedule.has_zero_terminal_snr:
-        raise ConfigError(f"{spec.label}: karras spacing cannot start from zero terminal SNR; use trailing spacing")
+        raise ConfigError(
+            f"{spec.label}: {spec.timestep_spacing} spacing cannot start from zero terminal SNR; use trailing spacing"
+        )
     noise_ratios = _noise_ratios(schedule)
-    high, low = noise_ratios[-1] ** (1 / KARRAS_RHO), noise_ratios[0] ** (1 / KARRAS_RHO)
-    noise_ratio = (high + np.linspace(0, 1, num_steps) * (low - high)) ** KARRAS_RHO
+    noise_ratio = NOISE_RATIO_SPACINGS[spec.timestep_spacing](noise_ratios[-1], noise_ratios[0], num_steps)
     timesteps = np.interp(np.log(noise_ratio), np.log(noise_ratios), schedule.timesteps)
-    return _from_noise_ratio(noise_ratio, timesteps if fractional else timesteps.round())
+    if not fractional:  # as in diffusers
+        timesteps = timesteps.round() if spec.timestep_spacing == "karras" else np.floor(timesteps)
+    return _from_noise_ratio(noise_ratio, timesteps)
 
 
 def _flow_timesteps(spec: SolverSpec, num_steps: int, schedule: NoiseSchedule) -> Timesteps:

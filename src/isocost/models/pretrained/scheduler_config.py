@@ -46,6 +46,8 @@ SCHEDULER_CLASS_TO_SOLVER: dict[str, str] = {
 """The nearest solver of isocost for each scheduler class."""
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 SPACING_NAMES = ("leading", "trailing", "linspace")
+SIGMA_FIELDS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
+"""Fields that replace the timestep spacing, and the spacing of isocost that equals each."""
 
 
 @dataclass(frozen=True)
@@ -147,16 +149,21 @@ def _solver_problem(file: Path, config: Mapping[str, Any], problems: Sequence[Fi
 def _combination_problems(config: Mapping[str, Any], solver: SolverSpec) -> Iterator[FieldProblem]:
     """Yield fields whose values are supported, but not together."""
     name, spacing = config["_class_name"], config.get("timestep_spacing")
+    given = [field for field in SIGMA_FIELDS if config.get(field)]
+    if len(given) > 1:
+        yield FieldProblem(given[1], True, f"not with {given[0]}", False)
+    if given and name in ("EulerDiscreteScheduler", "HeunDiscreteScheduler") and spacing != "linspace":
+        yield FieldProblem("timestep_spacing", spacing, f"{given[0]} needs linspace", False)
     if config.get("use_karras_sigmas"):
-        if name in ("EulerDiscreteScheduler", "HeunDiscreteScheduler") and spacing != "linspace":
-            yield FieldProblem("timestep_spacing", spacing, "use_karras_sigmas needs linspace", False)
         is_rounded = name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
         if is_rounded and config["beta_schedule"] == "squaredcos_cap_v2":
             yield FieldProblem("use_karras_sigmas", True, "not with beta_schedule = squaredcos_cap_v2", False)
     if name == "DPMSolverMultistepScheduler" and config["solver_order"] == 1 and solver.timestep_spacing != "trailing":
-        yield FieldProblem("solver_order", 1, "needs timestep_spacing = trailing without karras sigmas", False)
-    if config.get("rescale_betas_zero_snr") and config.get("use_karras_sigmas"):
-        yield FieldProblem("use_karras_sigmas", True, "not with rescale_betas_zero_snr", False)
+        yield FieldProblem(
+            "solver_order", 1, "needs timestep_spacing = trailing without karras, exponential or beta sigmas", False
+        )
+    if config.get("rescale_betas_zero_snr") and given:
+        yield FieldProblem(given[0], True, "not with rescale_betas_zero_snr", False)
 
 
 def _resolution_shift(num_patches: int, config: dict[str, Any], file: Path) -> float:
@@ -231,7 +238,6 @@ def _solver_spec(config: Mapping[str, Any], file: Path) -> SolverSpec:
             name = "euler-ancestral" if is_sde else "euler"
         elif is_sde:
             name = "sde-dpmsolver++2m"
-    if config.get("use_karras_sigmas"):
-        timestep_spacing = "karras"
+    timestep_spacing = next((name for field, name in SIGMA_FIELDS.items() if config.get(field)), timestep_spacing)
     offset = {"steps_offset": config.get("steps_offset", 0)} if timestep_spacing == "leading" else {}
     return parse_spec(SolverSpec, {"name": name, "timestep_spacing": timestep_spacing, **offset}, str(file))

@@ -70,8 +70,8 @@ _THRESHOLDING = {
 }
 _SIGMAS = {
     "use_karras_sigmas": _honoured("read as karras spacing"),
-    "use_exponential_sigmas": _only(False),
-    "use_beta_sigmas": _only(False),
+    "use_exponential_sigmas": _honoured("read as exponential spacing"),
+    "use_beta_sigmas": _honoured("read as beta spacing"),
 }
 _FLOW = {
     "use_flow_sigmas": _only(False, is_schedule=True, reason="a flow needs a FlowMatchEulerDiscreteScheduler"),
