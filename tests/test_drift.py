@@ -217,3 +217,9 @@ def test_too_few_images_are_not_scored(tmp_path: Path, images: np.ndarray, drift
     base, variant = (write_images(tmp_path / name, part) for name, part in (("a", images[:9]), ("b", images[1:10])))
     request = (base, variant, "--reference", base, "--image-metric", "psnr")
     assert_refused(drift(*request), "a score needs at least 32; leave out --reference")
+
+
+def test_given_timesteps_are_those_of_the_spacing(drift: Any) -> None:
+    model = (CHECKPOINT, "--prompt", "a bag", "--num-images", 3, "--image-metric", "psnr", "--out", "out")
+    same = ("--base-set", "num_steps=2", "--variant-set", "solver={name: ddim, timesteps: [999, 499]}")
+    assert drift(*model, *same).answer["verdict"] == "identical"

@@ -81,7 +81,9 @@ def test_the_command_contains_eta() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("seed", [0, pytest.param(7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("guidance", [1.0, 2.0 ** (1 / 12), 7.5])
-@pytest.mark.parametrize("label", ["ddim/leading/eta=0.5/offset=0", "euler/karras", "sde-dpmsolver++2m/leading/offset=3"])
+@pytest.mark.parametrize(
+    "label", ["ddim/leading/eta=0.5/offset=0", "euler/karras", "sde-dpmsolver++2m/leading/offset=3", "ddim/999-500-20/eta=0.5"]
+)
 def test_the_command_reproduces_the_point(
     dtype: str, compiled: bool, seed: int, guidance: float, label: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ from isocost.config.sweep import PointSpec
 from isocost.config.yaml_text import format_yaml, parse_yaml
 from isocost.errors import ConfigError
 from isocost.models.unet import build_unet
+from isocost.pipeline.pipeline import Pipeline
 
 
 def study_with(tmp_path: Path, section: str, text: str) -> Path:
@@ -335,3 +336,38 @@ def test_a_latent_must_be_halved_as_often_as_the_network_has_levels(num_levels: 
 def test_a_latent_that_fewer_levels_can_halve_names_them() -> None:
     with pytest.raises(ConfigError, match=r"multiple of 8, or family\.num_levels 3"):
         build_unet(ModelSpec(width=8, latent_size=12))
+
+
+# --- timesteps of a solver --------------------------------------------------------------------------------------------
+
+
+def sweep_with(solvers: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    return plain_study(sweep={"num_steps": [2, 4], "guidance": [1.0], "solvers": solvers, "snapshot_num_steps": 4, **changes})
+
+
+def test_a_solver_with_timesteps_has_the_points_of_their_number_only(tmp_path: Path) -> None:
+    study = parse_spec(StudySpec, sweep_with([{"name": "ddim"}, {"name": "ddim", "timesteps": [999, 400]}]), "study")
+    pipeline = Pipeline(study, tmp_path / "out")
+    points = pipeline.points(pipeline.runs[0])
+    final = [point.spec for point in points if point.spec.checkpoint == pipeline.runs[0].final]
+    assert [(spec.solver.label, spec.num_steps) for spec in final if spec.guidance == 1] == [
+        ("ddim/trailing", 2),
+        ("ddim/trailing", 4),
+        ("ddim/999-400", 2),
+    ]
+    assert len({point.digest for point in points}) == len(points)
+
+
+@pytest.mark.parametrize(
+    ("solvers", "message"),
+    [
+        ([{"name": "ddim", "timesteps": [999, 500, 100]}], "ddim/999-500-100 has 3 timesteps; add this number to num_steps"),
+        ([{"name": "ddim", "timesteps": [999, 400]}], "sweep.snapshot_num_steps = 4: the first solver, ddim/999-400, samples"),
+        ([{"name": "ddim", "timesteps": [400, 999]}], "they must fall, from noise to clean"),
+    ],
+)
+def test_timesteps_that_do_not_fit_the_sweep_are_one_line(solvers: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Pipeline(parse_spec(StudySpec, sweep_with(solvers), "study"), tmp_path / "out")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -22,6 +22,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers import (
+    AysSchedules,
     scheduling_ddim,
     scheduling_ddpm,
     scheduling_dpmsolver_multistep,
@@ -164,7 +165,10 @@ def diffusers_scheduler(spec, prediction_type, rescale_betas_zero_snr=False):
 
 def run_diffusers(scheduler, spec, num_steps, denoise, start, noises, monkeypatch):
     """Final state float64 [E] of diffusers' scheduler with the same noises."""
-    scheduler.set_timesteps(num_steps)
+    if spec.timesteps is None:
+        scheduler.set_timesteps(num_steps)
+    else:
+        scheduler.set_timesteps(timesteps=list(spec.timesteps))
     x = start[None]
     if spec.name in SCALED_SOLVERS:
         x = x * (scheduler.sigmas[0] ** 2 + 1) ** 0.5
@@ -196,6 +200,30 @@ def test_equals_diffusers(spec, prediction_type, float64_diffusers, monkeypatch)
         theirs = run_diffusers(scheduler, spec, num_steps, network, start, noises, monkeypatch)
         difference = float((ours - theirs).norm() / theirs.norm())
         assert difference < 1e-6, f"{num_steps} steps differ by {difference:.1e}"
+
+
+AYS = tuple(AysSchedules["StableDiffusionTimesteps"])
+
+
+@pytest.mark.parametrize("timesteps", [AYS, (999, 500), (980, 310, 20), (999,)], ids=len)
+@pytest.mark.parametrize("name", ["ddpm", "euler", "heun", "dpmsolver++2m", "sde-dpmsolver++2m"])
+def test_given_timesteps_equal_diffusers(name, timesteps, float64_diffusers, monkeypatch):
+    spec, num_steps = SolverSpec(name=name, timesteps=timesteps), len(timesteps)
+    start, noises = start_and_noises(num_function_evaluations(spec, num_steps))
+    ours = run(solver_coefficients(spec, num_steps, SCHEDULE), "v_prediction", network, start, noises)[-1]
+    theirs = run_diffusers(diffusers_scheduler(spec, "v_prediction"), spec, num_steps, network, start, noises, monkeypatch)
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler-ancestral", "unipc"])
+def test_given_timesteps_of_a_spacing_are_that_spacing(name):
+    """diffusers' schedulers of these solvers take no list."""
+    for num_steps in (1, 4, 9):
+        by_spacing = solver_coefficients(SolverSpec(name=name), num_steps, SCHEDULE)
+        timesteps = tuple(int(timestep) for timestep in by_spacing.timesteps)
+        by_list = solver_coefficients(SolverSpec(name=name, timesteps=timesteps), num_steps, SCHEDULE)
+        for field in ("timesteps", "alpha", "sigma", "a", "b", "c", "d", "s"):
+            np.testing.assert_array_equal(getattr(by_list, field), getattr(by_spacing, field))
 
 
 @pytest.mark.parametrize(
@@ -414,6 +442,9 @@ def test_impossible_requests_are_rejected():
         (SolverSpec(name="lcm"), 51, SCHEDULE, "at most 50"),
         (SolverSpec(name="euler", timestep_spacing="karras"), 4, zero_snr, "use trailing"),
         (SolverSpec(timestep_spacing="leading"), 4, NoiseSchedule.flow(), "use trailing or linspace"),
+        (SolverSpec(timesteps=(999, 500)), 2, NoiseSchedule.flow(), "use timestep_spacing trailing or linspace"),
+        (SolverSpec(timesteps=(999, 500)), 3, SCHEDULE, "2 timesteps for 3 steps; give one for each step"),
+        (SolverSpec(name="lcm", timesteps=(999, 500)), 2, SCHEDULE, "only trailing spacing, not a list of timesteps"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
             solver_coefficients(spec, num_steps, schedule)
@@ -427,6 +458,10 @@ def test_impossible_requests_are_rejected():
         ({"eta": -0.1}, "greater than or equal to 0"),
         ({"timestep_spacing": "even"}, "'karras'"),
         ({"name": "a/b"}, "pattern"),
+        ({"timesteps": [500, 999]}, "they must fall, from noise to clean"),
+        ({"timesteps": [1000, 500]}, "less than 1000"),
+        ({"timesteps": []}, "at least 1 item"),
+        ({"timesteps": [999, 500], "timestep_spacing": "leading"}, "they replace timestep_spacing"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
             parse_spec(SolverSpec, plain, "solver")

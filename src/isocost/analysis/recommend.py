@@ -176,7 +176,9 @@ def sample_command(configuration: Configuration, out: str = "OUT", task: str = "
     command += ["--steps", str(configuration.num_steps)]
     command += ["--guidance", _exact(configuration.guidance)] if configuration.guidance_schedule is None else []
     command += _guidance_options(configuration, out)
-    command += ["--solver", name, "--timestep-spacing", timestep_spacing]
+    is_list = timestep_spacing.replace("-", "").isdecimal()
+    spacing = ["--timesteps", timestep_spacing.replace("-", ",")] if is_list else ["--timestep-spacing", timestep_spacing]
+    command += ["--solver", name, *spacing]
     for option in options:
         key, _, value = option.partition("=")
         command += [SOLVER_OPTIONS[key], value]

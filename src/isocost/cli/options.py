@@ -101,6 +101,10 @@ SolverName = Annotated[
 TimestepSpacing = Annotated[
     str, typer.Option("--timestep-spacing", help="trailing, leading, linspace, karras, exponential or beta")
 ]
+TimestepList = Annotated[
+    str | None,
+    typer.Option("--timesteps", help="the timesteps themselves in place of a spacing and --steps, such as 999,666,333"),
+]
 Eta = Annotated[float, typer.Option("--eta", help="ddim: fraction of ancestral noise, from 0 to 1")]
 StepsOffset = Annotated[int, typer.Option("--steps-offset", help="added to the timesteps of leading spacing")]
 Compiled = Annotated[bool, typer.Option("--compile/--no-compile", help="compile the network; takes minutes once per machine")]
@@ -251,18 +255,26 @@ def _finite(text: str, where: str) -> float:
 
 
 def parse_solver(
-    name: str | None, timestep_spacing: str = "trailing", eta: float = 0.0, steps_offset: int = 1
+    name: str | None,
+    timestep_spacing: str = "trailing",
+    eta: float = 0.0,
+    steps_offset: int = 1,
+    timesteps: str | None = None,
 ) -> SolverSpec | None:
-    """Return the solver that --solver, --timestep-spacing, --eta and --steps-offset describe.
+    """Return the solver that --solver, --timestep-spacing, --eta, --steps-offset and --timesteps describe.
 
     None if all have their default values: then the checkpoint's default solver is used.
 
     Raises:
         ConfigError: the solver is unknown or does not take an option.
     """
-    if name is None and (timestep_spacing, eta, steps_offset) == ("trailing", 0.0, 1):
+    if name is None and (timestep_spacing, eta, steps_offset, timesteps) == ("trailing", 0.0, 1, None):
         return None
-    fields = {"timestep_spacing": timestep_spacing, "eta": eta, "steps_offset": steps_offset}
+    fields: dict[str, Any] = {"timestep_spacing": timestep_spacing, "eta": eta, "steps_offset": steps_offset}
+    if timesteps is not None:
+        if not all(part.strip().isdecimal() for part in timesteps.split(",")):
+            raise ConfigError(f"--timesteps {timesteps}: give falling whole numbers, such as 999,666,333")
+        fields["timesteps"] = [int(part) for part in timesteps.split(",")]
     return parse_spec(SolverSpec, {"name": name or "ddim", **fields}, "--solver")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from isocost.config.base import Spec
 from isocost.config.types import MAX_RESOLUTION, NUM_TRAIN_TIMESTEPS, DTypeName, Guidance, NumSteps, Seed, SweepBatch
@@ -20,7 +21,10 @@ TimestepSpacingName = Literal["leading", "trailing", "linspace", "karras", "expo
 
 
 class SolverSpec(Spec):
-    """A solver with its timestep spacing. The number of steps and the guidance belong to the sweep point."""
+    """A solver with its timestep spacing. The number of steps and the guidance belong to the sweep point.
+
+    With `timesteps`, the number of steps is their number.
+    """
 
     name: str = Field("ddim", pattern=r"^[^/\s]+$", description="name of a solver; see `isocost list solvers`")
     timestep_spacing: TimestepSpacingName = "trailing"
@@ -28,12 +32,32 @@ class SolverSpec(Spec):
     steps_offset: int = Field(
         1, ge=0, le=NUM_TRAIN_TIMESTEPS, description="added to the timesteps of leading spacing, as in diffusers"
     )
+    timesteps: tuple[Annotated[int, Field(ge=0, lt=NUM_TRAIN_TIMESTEPS)], ...] | None = Field(
+        None, min_length=1, description="the timesteps themselves, falling, in place of a spacing: [999, 850, 736, ...]"
+    )
+
+    @model_validator(mode="after")
+    def _check_timesteps(self) -> SolverSpec:
+        if self.timesteps is None:
+            return self
+        if any(later >= earlier for earlier, later in pairwise(self.timesteps)):
+            raise ValueError("timesteps: they must fall, from noise to clean, such as [999, 666, 333]")
+        if (self.timestep_spacing, self.steps_offset) != ("trailing", 1):
+            raise ValueError("timesteps: they replace timestep_spacing and steps_offset; leave these out")
+        return self
 
     @property
     def label(self) -> str:
-        """Label for tables, such as `ddim/trailing`; eta and offset are shown if they are not the default."""
+        """Label for tables, such as `ddim/trailing` or `ddim/999-666-333`; eta and offset are shown if not the default."""
+        spacing = self.timestep_spacing if self.timesteps is None else "-".join(map(str, self.timesteps))
         eta = f"/eta={self.eta:g}" if self.eta else ""
-        return f"{self.name}/{self.timestep_spacing}{eta}" + (f"/offset={self.steps_offset}" if self.steps_offset != 1 else "")
+        return f"{self.name}/{spacing}{eta}" + (f"/offset={self.steps_offset}" if self.steps_offset != 1 else "")
+
+    def steps_or(self, num_steps: int | None, default: int) -> int:
+        """`num_steps` if it is given, else the number of `timesteps`, else `default`."""
+        if num_steps is not None:
+            return num_steps
+        return default if self.timesteps is None else len(self.timesteps)
 
 
 VAE_TILE_UNIT = 64

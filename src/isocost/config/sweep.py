@@ -199,6 +199,17 @@ class SweepSpec(Spec):
             raise ValueError("guidance below 1 with a guide leads to the images of the guide; remove the values below 1")
         return self
 
+    @model_validator(mode="after")
+    def _check_timesteps(self) -> SweepSpec:
+        for solver in self.solvers:
+            if solver.timesteps is not None and len(solver.timesteps) not in self.num_steps:
+                raise ValueError(f"solvers: {solver.label} has {len(solver.timesteps)} timesteps; add this number to num_steps")
+        return self
+
+    def step_counts(self, solver: SolverSpec) -> tuple[int, ...]:
+        """The numbers of steps of a solver, rising: those of `num_steps`, or the number of its own timesteps."""
+        return tuple(sorted(set(self.num_steps))) if solver.timesteps is None else (len(solver.timesteps),)
+
     @property
     def guide_selections(self) -> tuple[GuideSelection, ...]:
         """The guides other than the network itself."""

@@ -215,8 +215,9 @@ def lcm(spec: SolverSpec, num_steps: int, schedule: NoiseSchedule) -> SolverCoef
     """
     if schedule.is_flow:
         raise ConfigError("solver lcm needs a variance-preserving schedule; for a flow use euler")
-    if spec.timestep_spacing != "trailing":
-        raise ConfigError(f"solver lcm supports only trailing spacing, not {spec.timestep_spacing}; leave timestep_spacing out")
+    if spec.timestep_spacing != "trailing" or spec.timesteps is not None:
+        spacing = spec.timestep_spacing if spec.timesteps is None else "a list of timesteps"
+        raise ConfigError(f"solver lcm supports only trailing spacing, not {spacing}; leave it out")
     if num_steps > LCM_ORIGINAL_STEPS:
         raise ConfigError(f"solver lcm: {num_steps} steps are too many; use at most {LCM_ORIGINAL_STEPS}")
     stride = schedule.num_timesteps // LCM_ORIGINAL_STEPS

@@ -5,7 +5,7 @@ Shape letters: S steps, T training timesteps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -99,7 +99,7 @@ def make_timesteps(
     more, as in Stable Diffusion 3), and "trailing" starts at 1 and steps by 1 / num_steps before the shift (as in Flux).
 
     Args:
-        spec: its spacing and offset are used.
+        spec: its timesteps, or its spacing and offset, are used.
         num_steps: S.
         schedule: the noise schedule.
         includes_clean_end: "leading" and "linspace" are computed for S + 1 steps, and the clean end replaces the last one
@@ -107,8 +107,10 @@ def make_timesteps(
         fractional: timesteps need not be integers (diffusers' Euler and Heun).
 
     Raises:
-        ConfigError: the steps do not fit the schedule, or the schedule does not support the spacing.
+        ConfigError: the steps do not fit the schedule, or the schedule does not support the spacing or a list of timesteps.
     """
+    if spec.timesteps is not None:
+        return _given_timesteps(spec.timesteps, num_steps, schedule)
     if schedule.is_flow:
         return _flow_timesteps(spec, num_steps, schedule)
     if spec.timestep_spacing in NOISE_RATIO_SPACINGS:
@@ -135,6 +137,16 @@ def make_timesteps(
         noise_ratio = np.interp(timesteps, np.arange(num_timesteps), _noise_ratios(schedule))
         return _from_noise_ratio(noise_ratio, timesteps)
     return Timesteps.from_indices(schedule, timesteps.astype(np.int64))
+
+
+def _given_timesteps(timesteps: Sequence[int], num_steps: int, schedule: NoiseSchedule) -> Timesteps:
+    if schedule.is_flow:
+        raise ConfigError("timesteps: a flow has no list of timesteps; use timestep_spacing trailing or linspace")
+    if len(timesteps) != num_steps:
+        raise ConfigError(f"timesteps: {len(timesteps)} timesteps for {num_steps} steps; give one for each step")
+    if timesteps[0] >= schedule.num_timesteps:
+        raise ConfigError(f"timesteps: {timesteps[0]} is beyond the schedule, which ends at {schedule.num_timesteps - 1}")
+    return Timesteps.from_indices(schedule, np.array(timesteps, dtype=np.int64))
 
 
 def _noise_ratio_timesteps(spec: SolverSpec, num_steps: int, schedule: NoiseSchedule, fractional: bool) -> Timesteps:

@@ -179,7 +179,7 @@ class PretrainedExperiment(Experiment):
             self.sweep.vae.check_resolution(info.resolution, f"{info.variant}: sweep.vae.tile_size")
             sweep = self.sweeps[run.final]
             for solver in sweep.solvers:
-                for num_steps in sweep.num_steps:
+                for num_steps in sweep.step_counts(solver):
                     solver_coefficients(solver, num_steps, schedule_of(info))
         self.assets.prepare_reference()
 

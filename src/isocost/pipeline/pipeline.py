@@ -85,8 +85,14 @@ class Pipeline:
             for solver in sweep.solvers:
                 if not (study.checkpoints and solver.name in FOLDER_SOLVERS):
                     SOLVERS.check(solver.name, f"{study.name}: sweep.solvers")
-                for num_steps in () if study.checkpoints else (*sweep.num_steps, sweep.snapshot_num_steps):
+                for num_steps in () if study.checkpoints else sweep.step_counts(solver):
                     solver_coefficients(solver, num_steps, NoiseSchedule.scaled_linear())
+            first = sweep.solvers[0]
+            if not study.checkpoints and first.steps_or(None, sweep.snapshot_num_steps) != sweep.snapshot_num_steps:
+                raise ConfigError(
+                    f"sweep.snapshot_num_steps = {sweep.snapshot_num_steps}: the first solver, {first.label}, samples the "
+                    "snapshots; set it to the number of its timesteps, or list another solver first"
+                )
             metric_of(metric)
             if sweep.search == "race":
                 check_resampled(metric)

@@ -174,7 +174,7 @@ def latency(
     guidance = info.effective_guidance(guidance)
     spec = info.resolve_solver(solver)
     noise = schedule_of(info)
-    coefficients = solver_coefficients(spec, info.num_steps if num_steps is None else num_steps, noise)
+    coefficients = solver_coefficients(spec, spec.steps_or(num_steps, info.num_steps), noise)
     weights = weights_of_evaluations(coefficients, noise, guidance, guidance_interval, guidance_schedule)
     name = None if guide is None else GUIDE
     # rejects an invalid guidance before more is loaded

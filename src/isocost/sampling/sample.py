@@ -266,7 +266,7 @@ class Model:
         requested = SolverSpec(name=solver) if isinstance(solver, str) else solver
         spec = info.resolve_solver(requested)
         noise = schedule_of(info)
-        coefficients = solver_coefficients(spec, info.num_steps if num_steps is None else num_steps, noise)
+        coefficients = solver_coefficients(spec, spec.steps_or(num_steps, info.num_steps), noise)
         weights = weights_of_evaluations(coefficients, noise, guidance, guidance_interval, guidance_schedule)
         guide_model = self._load_guide(guide)
         encodes_prompt = guide_model is not None and not guide_null_prompt

@@ -111,8 +111,8 @@ def upscale(
     tiling = Tiling.from_size(enlarged.shape[1], enlarged.shape[2], tile_size, min_overlap, unit)
     started = time.perf_counter()
     guidance = info.effective_guidance(guidance)
-    steps = info.num_steps if num_steps is None else num_steps
-    coefficients = solver_coefficients(info.resolve_solver(solver), steps, schedule_of(info))
+    spec = info.resolve_solver(solver)
+    coefficients = solver_coefficients(spec, spec.steps_or(num_steps, info.num_steps), schedule_of(info))
     requests = [SampleRequest(i, 0, coefficients, guidance, seed=seed) for i in range(len(tiling.corners))]
     concat_cond = torch.cat([autoencoder.encode(tile)[0].float().cpu() for tile in tiling.cut(enlarged).split(1)])
     latent_height, latent_width = (length // autoencoder.factor for length in enlarged.shape[1:])

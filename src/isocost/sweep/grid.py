@@ -145,7 +145,7 @@ def grid_points(
     specs = [
         _point_spec(checkpoint, sweep, protocol_spec, solver=solver, num_steps=num_steps, **guidance)
         for solver in sweep.solvers
-        for num_steps in sorted(set(sweep.num_steps))
+        for num_steps in sweep.step_counts(solver)
         for guidance in _ways_of_guidance(sweep, guides)
     ]
     return [make_point(spec, protocol) for spec in specs]
@@ -309,7 +309,7 @@ def search_cells(
     for solver in sweep.solvers:
         for passes, values in by_passes.items():
             for options in _raced_options(sweep, guides) if values != [1] else [(GuidanceOption(),)]:
-                for num_steps in sorted(set(sweep.num_steps)):
+                for num_steps in sweep.step_counts(solver):
                     alone = options[0].fields if len(options) == 1 else {}
                     settings = {"guidance": values[0], **alone, "solver": solver, "num_steps": num_steps}
                     scored = _point_spec(checkpoint, sweep, protocol_spec, **settings)

@@ -342,7 +342,8 @@ class Worker:
     def _measure_stage_times(self, shard: Shard, engine: Engine) -> StageTimes:
         """Return the times of the stages for a shard's numerics and guide, measured on full batches of one or two steps."""
         spec = shard.point.spec
-        coefficients = solver_coefficients(spec.solver, min(spec.num_steps, MAX_MEASURED_STEPS), self.schedule)
+        solver = spec.solver.model_copy(update={"timesteps": None})  # which timesteps changes no time
+        coefficients = solver_coefficients(solver, min(spec.num_steps, MAX_MEASURED_STEPS), self.schedule)
         if (spec.numerics, None) not in self._stage_times:
             passes = passes_per_evaluation(spec.guidance, self.info.model.embeds_guidance) if spec.guide is None else 1
             guidance = spec.guidance if spec.guide is None else 1.0
