@@ -11,7 +11,18 @@ import warnings
 
 from safetensors import SafetensorError
 
-from isocost.cli import benchmark, checkpoint, drift, evaluate, list_names, model_family, output_dir, recommend, study
+from isocost.cli import (
+    benchmark,
+    checkpoint,
+    drift,
+    evaluate,
+    list_names,
+    model_family,
+    output_dir,
+    recommend,
+    study,
+    timesteps,
+)
 from isocost.cli.app import app
 from isocost.errors import ConfigError, RunError
 from isocost.utils.output_paths import WRONG_PATH_ERRORS, os_error_message
@@ -20,7 +31,7 @@ from isocost.utils.progress import log_messages_on_stderr
 ORDER = (
     *("demo", "family", "run", "autoencoder", "train", "sweep", "remeasure", "worker", "status", "merge", "archive", "report"),
     *("dreambooth", "recommend", "compare"),
-    *("sample", "upscale", "latency", "export", "drift", "score", "reference", "verify", "list"),
+    *("sample", "upscale", "latency", "optimize-timesteps", "export", "drift", "score", "reference", "verify", "list"),
 )
 """Order of the commands in `isocost --help`: studies, checkpoints, scores."""
 app.registered_commands.sort(key=lambda command: ORDER.index(command.name or command.callback.__name__))  # type: ignore[union-attr]
@@ -37,6 +48,7 @@ __all__ = [
     "output_dir",
     "recommend",
     "study",
+    "timesteps",
 ]
 
 

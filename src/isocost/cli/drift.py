@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import shlex
 import sys
@@ -13,7 +12,7 @@ import typer
 
 from isocost.cli.app import app, print_json
 from isocost.cli.evaluate import Weights, parse_weights
-from isocost.cli.options import NumImages
+from isocost.cli.options import NumImages, read_prompts
 from isocost.config.evaluation import PairedMetricName
 from isocost.config.yaml_text import parse_yaml
 from isocost.errors import ConfigError
@@ -88,7 +87,7 @@ def drift(
     compared = compare_sides(
         *sides,
         out=out,
-        prompts=_read_prompts(prompt, prompts),
+        prompts=read_prompts(prompt, prompts),
         images_per_prompt=images_per_prompt,
         reference=reference,
         protocol=protocol,
@@ -140,35 +139,6 @@ def _parse_image_metrics(names: list[str] | None) -> tuple[PairedMetricName, ...
         if name not in known:
             raise ConfigError(f"--image-metric {name}: give one of {', '.join(known)}")
     return tuple(name for name in known if names is None or name in names)
-
-
-def _read_prompts(texts: list[str] | None, file: Path | None) -> list[str]:
-    """The prompts of --prompt and --prompts.
-
-    Raises:
-        ConfigError: both are given, or the file cannot be read or has no prompts.
-    """
-    if file is None:
-        return texts or []
-    if texts:
-        raise ConfigError("give --prompt or --prompts, not both")
-    if not file.is_file():
-        raise ConfigError(f"--prompts {file}: no such file")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompts {file}: is not UTF-8 text; save it as UTF-8") from error
-    if file.suffix == ".csv":
-        rows = csv.DictReader(text.splitlines())
-        if "prompt" not in (rows.fieldnames or ()):
-            raise ConfigError(f"--prompts {file}: has no column prompt; add a header line with this name")
-        lines = [row["prompt"] or "" for row in rows]
-    else:
-        lines = text.splitlines()
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise ConfigError(f"--prompts {file}: has no prompts; write one per line")
-    return found
 
 
 def _describe(source: str, settings: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import time
 from collections.abc import Callable
@@ -285,3 +286,32 @@ def parse_vae(dtype: str, tile_size: int | None, slicing: bool) -> VaeSpec:
         ConfigError: the tile size is not a positive multiple of 64.
     """
     return parse_spec(VaeSpec, {"dtype": dtype, "tile_size": tile_size, "slicing": slicing}, "--vae-dtype, --vae-tile-size")
+
+
+def read_prompts(texts: list[str] | None, file: Path | None) -> list[str]:
+    """The prompts of --prompt and --prompts.
+
+    Raises:
+        ConfigError: both are given, or the file cannot be read or has no prompts.
+    """
+    if file is None:
+        return texts or []
+    if texts:
+        raise ConfigError("give --prompt or --prompts, not both")
+    if not file.is_file():
+        raise ConfigError(f"--prompts {file}: no such file")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts {file}: is not UTF-8 text; save it as UTF-8") from error
+    if file.suffix == ".csv":
+        rows = csv.DictReader(text.splitlines())
+        if "prompt" not in (rows.fieldnames or ()):
+            raise ConfigError(f"--prompts {file}: has no column prompt; add a header line with this name")
+        lines = [row["prompt"] or "" for row in rows]
+    else:
+        lines = text.splitlines()
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ConfigError(f"--prompts {file}: has no prompts; write one per line")
+    return found

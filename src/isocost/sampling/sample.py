@@ -154,6 +154,21 @@ class Model:
         network = self._source.load_network(self.device, torch_dtype(self.dtype))
         return Denoiser(network, self.dtype, self._compiled)
 
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network, ready to be called.
+
+        Raises:
+            ConfigError: it is loaded in every call (`offload`).
+        """
+        if self._denoiser is None:
+            raise ConfigError(f"{self.checkpoint}: the network is offloaded; load the model without offload")
+        return self._denoiser
+
+    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """The embeddings of prompts and of the empty prompt."""
+        return self._encode(prompts)
+
     @cached_property
     def _autoencoder(self) -> Autoencoder:
         return load_checkpoint_autoencoder(self._source, self.device, self.vae)
