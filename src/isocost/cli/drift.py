@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -18,7 +19,11 @@ from isocost.config.yaml_text import parse_yaml
 from isocost.errors import ConfigError
 from isocost.utils.output_paths import check_output_file, check_output_folder
 
+if TYPE_CHECKING:
+    from isocost.experiments.drift import Side
+
 EXIT_WORSE = 3
+IMAGES_PER_CALL = 8
 SIDE_HELP = "a folder of images, a .npy or .npz file, a checkpoint folder, a published pipeline, or python:MODULE:FUNCTION"
 
 
@@ -32,10 +37,13 @@ def drift(
             "--reference", help="real images, or statistics of `isocost reference`; without them only images are compared"
         ),
     ] = None,
-    protocol: Annotated[str, typer.Option("--protocol", help="protocol preset for the scores")] = "mmd-efficientnet-64",
+    protocol: Annotated[
+        str | None, typer.Option("--protocol", help="protocol preset for the scores; default: mmd-efficientnet-64")
+    ] = None,
     tolerance: Annotated[
-        float, typer.Option("--tolerance", help="how much worse the variant may be, as a fraction of the base's score")
-    ] = 0.05,
+        float | None,
+        typer.Option("--tolerance", help="how much worse the variant may be, as a fraction of the base's score; default: 0.05"),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="setting of both sides, such as num_steps=8")
     ] = None,
@@ -47,16 +55,17 @@ def drift(
         typer.Option("--variant-set", metavar="KEY=VALUE", help="setting of the variant only, such as dtype=bf16"),
     ] = None,
     batch_invariance: Annotated[
-        bool, typer.Option("--batch-invariance", help="compare one image per call with eight per call of the same model")
+        bool, typer.Option("--batch-invariance", help="compare one image per call with eight per call of the same checkpoint")
     ] = False,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="prompt for models; may be repeated")] = None,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="prompts for models: .txt with one per line, or .csv with a column prompt")
+        Path | None,
+        typer.Option(
+            "--prompts",
+            help="prompts for models: .txt with one per line, or .csv with a column prompt; or the list of the protocol",
+        ),
     ] = None,
     images_per_prompt: NumImages = 1,
-    protocol_prompts: Annotated[
-        str | None, typer.Option("--protocol-prompts", help="source of the prompts of a protocol that has prompts")
-    ] = None,
     image_metrics: Annotated[
         list[str] | None, typer.Option("--image-metric", help="lpips, psnr or ssim; may be repeated; default: all three")
     ] = None,
@@ -69,55 +78,81 @@ def drift(
     ] = None,
 ) -> None:
     """Compare a variant with its base, image by image and by score. Exit status 3: the variant is worse."""
-    from isocost.experiments.drift import Side, compare_sides
+    from isocost.evaluation.protocol_presets import protocol_preset
+    from isocost.experiments.drift import DEFAULT_PROTOCOL, DEFAULT_TOLERANCE, compare_sides
     from isocost.report.drift import drift_markdown, format_verdict, write_most_different
 
-    shared, of_base, of_variant = (_parse_settings(items) for items in (settings, base_settings, variant_settings))
-    if batch_invariance:
-        if variant is not None or "batch_size" in {**shared, **of_base, **of_variant}:
-            raise ConfigError("--batch-invariance sets the variant and both batch sizes; leave out VARIANT and batch_size")
-        of_base, of_variant = {**of_base, "batch_size": 1}, {**of_variant, "batch_size": 8}
-    sides = Side(base, {**shared, **of_base}), Side(base if variant is None else variant, {**shared, **of_variant})
-    if sides[0] == sides[1]:
-        raise ConfigError("base and variant are the same; give another VARIANT, or --variant-set KEY=VALUE")
+    if reference is None and (protocol, tolerance) != (None, None):
+        raise ConfigError("--protocol and --tolerance are for scores; give --reference too")
+    sides = _sides(base, variant, (settings, base_settings, variant_settings), batch_invariance)
+    protocol = DEFAULT_PROTOCOL if protocol is None else protocol
+    has_own_prompts = reference is not None and protocol_preset(protocol).prompts is not None
+    texts = read_prompts(prompt, None if has_own_prompts else prompts)
+    if all(side.has_images for side in sides) and (texts or images_per_prompt != 1):
+        raise ConfigError("both sides are images, so no prompts are needed; leave out --prompt, --prompts and --num-images")
+    if batch_invariance and len(texts) * images_per_prompt < IMAGES_PER_CALL:
+        raise ConfigError(f"--batch-invariance: give prompts for {IMAGES_PER_CALL} images or more (--num-images)")
     if markdown is not None:
-        check_output_file(markdown, ".md")
+        check_output_file(markdown, ".md", () if prompts is None else (prompts,))
     if out is not None:
         check_output_folder(out)
     compared = compare_sides(
         *sides,
         out=out,
-        prompts=read_prompts(prompt, prompts),
+        prompts=texts,
         images_per_prompt=images_per_prompt,
         reference=reference,
         protocol=protocol,
-        protocol_prompts=protocol_prompts,
+        protocol_prompts=str(prompts) if has_own_prompts and prompts is not None else None,
         weights=parse_weights(weights),
         image_metrics=_parse_image_metrics(image_metrics),
-        tolerance=tolerance,
+        tolerance=DEFAULT_TOLERANCE if tolerance is None else tolerance,
     )
     result = compared.drift
-    of_both = [_describe(side.source, dict(side.settings)) for side in sides]
-    text = drift_markdown(result, of_both[0], of_both[1], shlex.join(["isocost", *sys.argv[1:]]))
+    of_base, of_variant = (_describe(side.source, side.settings) for side in sides)
+    text = drift_markdown(result, of_base, of_variant, shlex.join(["isocost", *sys.argv[1:]]))
     print(text, file=sys.stderr)
     files: dict[str, str] = {}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        if write_most_different(out / "most-different.png", result, compared.base, compared.variant):
+        if write_most_different(out / "most-different.png", result, compared.pairs):
             files["most_different"] = str(out / "most-different.png")
     if markdown is not None:
         markdown.write_text(text, encoding="utf-8")
         files["markdown"] = str(markdown)
     scores = [{**dataclasses.asdict(score), "verdict": score.verdict} for score in result.scores]
     images = {**dataclasses.asdict(result.images), "verdict": result.images.verdict}
-    print_json({"verdict": format_verdict(result), "images": images, "scores": scores, "protocol": result.protocol, **files})
+    facts = {"protocol": result.protocol, "not_judged": list(result.not_judged)}
+    print_json({"verdict": format_verdict(result), "images": images, "scores": scores, **facts, **files})
     if result.verdict == "worse":
         raise typer.Exit(EXIT_WORSE)
 
 
-def _parse_settings(items: list[str] | None) -> dict[str, Any]:
+def _sides(base: str, variant: str | None, settings: tuple[list[str] | None, ...], batch_invariance: bool) -> tuple[Side, Side]:
+    """Both sides with their settings.
+
+    Raises:
+        ConfigError: a setting is not KEY=VALUE or is given for both sides and for one, or the sides are the same.
+    """
+    from isocost.experiments.drift import Side
+    from isocost.sampling.image_folder import PYTHON
+
+    of_base, of_variant = (_parse_settings([*(settings[0] or ()), *(own or ())]) for own in settings[1:])
+    if batch_invariance:
+        if variant is not None or base.startswith(PYTHON) or Side(base).has_images:
+            raise ConfigError("--batch-invariance compares a checkpoint with itself; give one checkpoint")
+        if "images_per_call" in {**of_base, **of_variant}:
+            raise ConfigError("--batch-invariance sets images_per_call of both sides; leave it out")
+        of_base, of_variant = {**of_base, "images_per_call": 1}, {**of_variant, "images_per_call": IMAGES_PER_CALL}
+    sides = Side(base, of_base), Side(base if variant is None else variant, of_variant)
+    if sides[0] == sides[1]:
+        raise ConfigError("base and variant are the same; give another VARIANT, or --variant-set KEY=VALUE")
+    return sides
+
+
+def _parse_settings(items: list[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
-    for item in items or []:
+    for item in items:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise ConfigError(f"{item}: give KEY=VALUE, such as dtype=bf16")
@@ -126,9 +161,9 @@ def _parse_settings(items: list[str] | None) -> dict[str, Any]:
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
-                raise ConfigError(f"{item}: {parent} already has a value; give it once")
+                raise ConfigError(f"{item}: {parent} already has a value; give it once, for both sides or for each")
         if name in target:
-            raise ConfigError(f"{item}: {key} is given twice")
+            raise ConfigError(f"{item}: {key} already has a value; give it once, for both sides or for each")
         target[name] = parse_yaml(value, item)
     return settings
 
@@ -141,5 +176,5 @@ def _parse_image_metrics(names: list[str] | None) -> tuple[PairedMetricName, ...
     return tuple(name for name in known if names is None or name in names)
 
 
-def _describe(source: str, settings: dict[str, Any]) -> str:
+def _describe(source: str, settings: Mapping[str, Any]) -> str:
     return " ".join([source, *(f"{key}={value}" for key, value in settings.items())])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import time
 from collections.abc import Callable
@@ -289,10 +290,10 @@ def parse_vae(dtype: str, tile_size: int | None, slicing: bool) -> VaeSpec:
 
 
 def read_prompts(texts: list[str] | None, file: Path | None) -> list[str]:
-    """The prompts of --prompt and --prompts.
+    """The prompts of --prompt and --prompts: lines of a .txt file, or the column `prompt` of a .csv file.
 
     Raises:
-        ConfigError: both are given, or the file cannot be read or has no prompts.
+        ConfigError: both are given, or the file cannot be read, has no prompts, or has an empty one.
     """
     if file is None:
         return texts or []
@@ -304,14 +305,25 @@ def read_prompts(texts: list[str] | None, file: Path | None) -> list[str]:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompts {file}: is not UTF-8 text; save it as UTF-8") from error
-    if file.suffix == ".csv":
-        rows = csv.DictReader(text.splitlines())
-        if "prompt" not in (rows.fieldnames or ()):
-            raise ConfigError(f"--prompts {file}: has no column prompt; add a header line with this name")
-        lines = [row["prompt"] or "" for row in rows]
+    if file.suffix.lower() == ".csv":
+        found = _prompt_column(file, text)
+    elif file.suffix.lower() == ".txt":
+        found = [line for line in map(str.strip, text.split("\n")) if line]
     else:
-        lines = text.splitlines()
-    found = [line.strip() for line in lines if line.strip()]
+        raise ConfigError(f"--prompts {file}: give a .txt file with one prompt per line, or a .csv file with a column prompt")
     if not found:
         raise ConfigError(f"--prompts {file}: has no prompts; write one per line")
     return found
+
+
+def _prompt_column(file: Path, text: str) -> list[str]:
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        if "prompt" not in (rows.fieldnames or ()):
+            raise ConfigError(f"--prompts {file}: has no column prompt; add a header line with this name")
+        found = [(rows.line_num, (row["prompt"] or "").strip()) for row in rows]
+    except csv.Error as error:
+        raise ConfigError(f"--prompts {file}: line {rows.line_num}: {error}") from error
+    if empty := [line for line, prompt in found if not prompt]:
+        raise ConfigError(f"--prompts {file}: line {empty[0]} has an empty prompt; fill it in or remove the line")
+    return [prompt for _, prompt in found]

@@ -111,7 +111,7 @@ class ImageSettings(Spec):
     guidance_interval: tuple[float | None, float | None] | None = Field(None, description="noise levels with guidance, log-SNR")
     guidance_schedule: tuple[tuple[float, float], ...] | None = Field(None, description="points (log-SNR, guidance)")
     seed: Seed = Field(0, description="seed of the noise")
-    batch_size: SweepBatch | None = Field(None, description="slots of a network call; chosen by the number of images if absent")
+    images_per_call: SweepBatch | None = Field(None, description="images that share a network call; as many as fit if absent")
     dtype: DTypeName = Field("fp32", description="data type of the network")
     compiled: bool = Field(False, description="compile the network")
     vae: VaeSpec = VaeSpec()
@@ -120,3 +120,9 @@ class ImageSettings(Spec):
     @classmethod
     def _named_solver(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_guide(self) -> ImageSettings:
+        if self.guide_null_prompt and self.guide is None:
+            raise ValueError("guide_null_prompt: there is no guide; give one, or leave it out")
+        return self

@@ -24,11 +24,10 @@ from isocost.config.evaluation import MIN_IMAGES, PairedMetricName, ProtocolSpec
 from isocost.errors import ConfigError
 from isocost.evaluation.confidence_intervals import Interval, mean_interval
 from isocost.evaluation.evaluator import Scorer
-from isocost.evaluation.feature_batches import FixedBatchRunner
+from isocost.evaluation.feature_batches import BatchFunction, FixedBatchRunner
 from isocost.evaluation.feature_store import SampleFeatures
 from isocost.evaluation.image_sources import SourceImage, images_by_id
 from isocost.evaluation.metric_registry import metric_of
-from isocost.evaluation.paired_images import paired_image_metric
 from isocost.evaluation.reference_set import ReferenceSet
 from isocost.metrics.arrays import Array
 from isocost.metrics.image_similarity import SSIM_WINDOW
@@ -38,6 +37,8 @@ IMAGE_METRICS: tuple[PairedMetricName, ...] = ("lpips", "psnr", "ssim")
 NUM_BOOTSTRAP = 1000
 LEVEL = 0.05
 """Probability that any metric calls a variant worse that is not, or not worse that is."""
+POWER_QUANTILE = float(norm.ppf(0.8))
+"""A named number of pairs decides with this power."""
 MAX_IMAGES = 10_000_000
 ReadImage = Callable[[], SourceImage]
 
@@ -56,18 +57,35 @@ class ImagePairs:
     variant: Mapping[str, ReadImage]
 
     @classmethod
-    def read(cls, base: str, variant: str) -> ImagePairs:
+    def read(cls, base: str, variant: str, resolution: int | None = None) -> ImagePairs:
         """Pair the images of two folders, or of two array files, by their ids.
 
+        Args:
+            base, variant: the sources.
+            resolution: height and width that a protocol requires; the images are then RGB too. None takes any images.
+
         Raises:
-            ConfigError: a source is missing or has two images of one id, or an id has only one image.
+            ConfigError: a source is missing, has no images or two of one id, or an id has only one image.
         """
-        sides = [images_by_id(source, resolution=None, exact=False) for source in (base, variant)]
+        sides = [images_by_id(source, resolution=resolution, exact=resolution is not None) for source in (base, variant)]
+        for name, side in zip((base, variant), sides, strict=True):
+            if not side:
+                raise ConfigError(f"{name}: has no images")
         for source, own, other in ((base, *sides), (variant, *reversed(sides))):
             if missing := sorted(set(other) - set(own), key=_id_order):
                 first = f"{len(missing)} images of the other side are missing; the first is {missing[0]}"
                 raise ConfigError(f"{source}: {first}: use the same names")
         return cls(tuple(sorted(sides[0], key=_id_order)), *sides)
+
+    def in_order(self, ids: Sequence[str], source: str) -> ImagePairs:
+        """The same pairs in the order of `ids`.
+
+        Raises:
+            ConfigError: the ids are not those of the pairs.
+        """
+        if set(ids) != set(self.ids):
+            raise ConfigError(f"the images do not have the ids of {source}")
+        return ImagePairs(tuple(ids), self.base, self.variant)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield index, base and variant of every pair, uint8 [3, H, W].
@@ -77,6 +95,8 @@ class ImagePairs:
         """
         for index, key in enumerate(self.ids):
             base, variant = self.base[key](), self.variant[key]()
+            if base.pixels.numel() == 0:
+                raise ConfigError(f"{base.name}: has no pixels")
             if base.pixels.shape != variant.pixels.shape:
                 sizes = [f"{image.pixels.shape[2]} x {image.pixels.shape[1]}" for image in (variant, base)]
                 raise ConfigError(
@@ -126,7 +146,8 @@ class ScoreDifference:
         base, variant: scores with their 95 % intervals.
         difference: variant minus base, paired; its interval allows for the number of metrics that are judged.
         tolerance: how much worse the variant may be, in units of the metric; not negative.
-        num_images: estimated number of pairs that decide an undecided verdict; None if it is decided, or if no number would.
+        num_images: estimated number of pairs that decide an undecided verdict in four of five cases; None if it is decided, or
+            if no number would. More pairs do not lower the error from the reference images, so the true number can be higher.
     """
 
     metric: str
@@ -160,12 +181,14 @@ class Drift:
         scores: one per metric; empty without reference images.
         protocol: id of the protocol; empty without reference images.
         num_reference: number of reference images.
+        not_judged: columns of the protocol that have no paired differences, such as precision.
     """
 
     images: ImageDifferences
     scores: tuple[ScoreDifference, ...]
     protocol: str = ""
     num_reference: int = 0
+    not_judged: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict | None:
@@ -193,8 +216,7 @@ class FeaturePairs:
 def measure_pairs(
     pairs: ImagePairs,
     extractors: Mapping[str, Callable[[Tensor], Tensor]],
-    image_metrics: Sequence[PairedMetricName] = IMAGE_METRICS,
-    lpips_weights: str | None = None,
+    image_metrics: Mapping[str, BatchFunction],
     num_most_different: int = 8,
 ) -> FeaturePairs:
     """Compare the images of every pair and compute their features.
@@ -202,14 +224,13 @@ def measure_pairs(
     Args:
         pairs: the images.
         extractors: feature extractors by name; none to compare images only.
-        image_metrics: of `IMAGE_METRICS`.
-        lpips_weights: source of LPIPS's AlexNet; None for torchvision's.
+        image_metrics: functions of pairs by name, of `IMAGE_METRICS` (`paired_image_metric`).
         num_most_different: number of pairs to name.
 
     Raises:
-        ConfigError: images of a pair differ in size or are too small for SSIM, or weights cannot be loaded.
+        ConfigError: images of a pair differ in size or are too small for SSIM.
     """
-    runner = FixedBatchRunner({name: paired_image_metric(name, lpips_weights).function for name in image_metrics})
+    runner = FixedBatchRunner(image_metrics)
     sides = [FixedBatchRunner(extractors) for _ in range(2)]
     largest, means = np.zeros(len(pairs.ids), np.int64), np.zeros(len(pairs.ids))
     for index, base, variant in pairs:
@@ -261,6 +282,12 @@ class ScoreComparison:
     @cached_property
     def _scorers(self) -> tuple[Scorer, Scorer]:
         return Scorer(self.base, self.reference, self.metrics), Scorer(self.variant, self.reference, self.metrics)
+
+    @property
+    def not_judged(self) -> tuple[str, ...]:
+        """Columns of the protocol without bootstrap resamples, and so without paired differences."""
+        base, _ = self._scorers
+        return tuple(name for name in base.intervals() if name not in base.resamples())
 
     def differences(self, tolerance: float) -> tuple[ScoreDifference, ...]:
         """Compare the scores by every metric that has bootstrap resamples.
@@ -315,7 +342,7 @@ def score_difference(
     distance = abs(found.loss.value - found.tolerance)
     if found.verdict != "undecided" or distance == 0:
         return found
-    enough = math.ceil(min(num_images * (quantile * error / distance) ** 2, MAX_IMAGES + 1))
+    enough = math.ceil(min(num_images * ((quantile + POWER_QUANTILE) * error / distance) ** 2, MAX_IMAGES + 1))
     return found if enough > MAX_IMAGES else replace(found, num_images=enough)
 
 

@@ -24,17 +24,20 @@ from isocost.evaluation.drift import (
     check_can_score,
     measure_pairs,
 )
+from isocost.evaluation.feature_batches import BatchFunction
 from isocost.evaluation.image_sources import ARRAY_SUFFIXES
+from isocost.evaluation.paired_images import paired_image_metric
 from isocost.evaluation.protocol import make_protocol
 from isocost.evaluation.protocol_presets import protocol_preset
 from isocost.evaluation.reference_set import ReferenceSet, make_extractors
 from isocost.evaluation.reference_stats import check_num_images
 from isocost.evaluation.score_folder import read_protocol_prompts, read_reference_features, with_weights
-from isocost.sampling.image_folder import PYTHON, ImageMaker, checkpoint_maker, python_maker, write_images
+from isocost.sampling.image_folder import PYTHON, ImageMaker, check_image_folder, checkpoint_maker, python_maker, write_images
 from isocost.utils.artifact_store import MANIFEST
 from isocost.utils.device import best_device
+from isocost.utils.output_paths import check_separate
 
-DEFAULT_PROTOCOL = "mmd-efficientnet-64"
+DEFAULT_PROTOCOL, DEFAULT_TOLERANCE = "mmd-efficientnet-64", 0.05
 BASE, VARIANT = "base", "variant"
 PIPELINE_INDEX = "model_index.json"
 
@@ -46,10 +49,17 @@ class Side:
     Attributes:
         source: a folder of images, an array file, a checkpoint, a published pipeline, or python:MODULE:FUNCTION.
         settings: fields of `ImageSettings`, or the arguments of the function; empty for images.
+
+    Raises:
+        ConfigError: the source is empty.
     """
 
     source: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.source.strip():
+            raise ConfigError("the name of a side is empty; give a folder of images or a model")
 
     @property
     def has_images(self) -> bool:
@@ -75,12 +85,11 @@ class ComparedSides:
 
     Attributes:
         drift: the differences and verdicts.
-        base, variant: the sources of the images: folders or array files.
+        pairs: the compared images.
     """
 
     drift: Drift
-    base: str
-    variant: str
+    pairs: ImagePairs
 
 
 def compare_sides(
@@ -95,9 +104,9 @@ def compare_sides(
     protocol_prompts: str | None = None,
     weights: Mapping[str, str] | None = None,
     image_metrics: Sequence[PairedMetricName] = IMAGE_METRICS,
-    tolerance: float = 0.05,
+    tolerance: float = DEFAULT_TOLERANCE,
 ) -> ComparedSides:
-    """Make the images of both sides where they are missing, and compare them.
+    """Make the images of both sides where they are missing, and compare them. Requests are checked before a model runs.
 
     Args:
         base: the side that is trusted.
@@ -107,36 +116,58 @@ def compare_sides(
         images_per_prompt: each with its own noise.
         reference: real images, as of `score_folder`; None compares the images only.
         protocol: a name of `isocost.evaluation.protocol_presets.PRESETS`.
-        protocol_prompts: source of the protocol's prompts, if it has prompts; they replace `prompts`.
+        protocol_prompts: source of the protocol's prompts, if it has prompts; then without `prompts`.
         weights: sources of weights by extractor name, and of AlexNet under "lpips".
         image_metrics: of "lpips", "psnr", "ssim".
         tolerance: fraction of the base's score by which the variant may be worse.
 
     Raises:
         ConfigError: a request is wrong: a source or a setting, images without counterparts, or too few of them.
+        RunError: a Python function of the user failed.
     """
     preset = protocol_preset(protocol)
     if preset.compares != "sets":
         raise ConfigError(f"protocol '{protocol}' compares {preset.compares}; give one of sets, such as {DEFAULT_PROTOCOL}")
-    if not tolerance >= 0:
-        raise ConfigError(f"tolerance {tolerance:g}: give 0 or more")
+    if not 0 <= tolerance < float("inf"):
+        raise ConfigError(f"tolerance {tolerance:g}: give a finite number, 0 or more")
+    makers = _makers(base, variant, out, reference)
     by_id = None if reference is None else read_protocol_prompts(preset, protocol_prompts)
-    if by_id is None:
-        wanted = {str(i): prompts[i // images_per_prompt] for i in range(len(prompts) * images_per_prompt)}
-    else:
-        wanted = by_id
+    if by_id is not None and prompts:
+        raise ConfigError(f"protocol '{protocol}' has prompts of its own; leave out the others")
+    wanted = by_id or {str(i): prompts[i // images_per_prompt] for i in range(len(prompts) * images_per_prompt)}
+    for name, maker in makers.items():
+        if not wanted:
+            raise ConfigError(f"the {name} is a model and needs prompts; give --prompt TEXT or --prompts FILE")
+        assert out is not None, "_makers() checks it"
+        maker.check()
+        check_image_folder(maker, wanted, out / name)
     lpips_weights, spec = with_weights(preset.spec, weights)
     extractors = {} if reference is None else make_extractors(spec, best_device())
-    sources = _image_sources(base, variant, wanted, out)
-    pairs = _paired(sources, by_id, protocol)
-    if reference is None:
-        images = measure_pairs(pairs, {}, image_metrics, lpips_weights).images
-        return ComparedSides(Drift(images, ()), *sources)
-    real = read_reference_features(reference, preset, extractors, list(by_id) if by_id and preset.reference_ids else None)
-    check_num_images("the pairs", len(pairs.ids), preset.num_images)
-    check_num_images(reference, len(real), preset.num_reference)
-    check_can_score(len(pairs.ids), len(real))
-    measured = measure_pairs(pairs, extractors, image_metrics, lpips_weights)
+    real = None
+    if reference is not None:
+        ids = list(by_id) if by_id is not None and preset.reference_ids else None
+        real = read_reference_features(reference, preset, extractors, ids)
+        check_num_images(reference, len(real), preset.num_reference)
+        if makers:
+            check_num_images("the prompts", len(wanted), preset.num_images)
+            check_can_score(len(wanted), len(real))
+    functions: dict[str, BatchFunction] = {name: paired_image_metric(name, lpips_weights).function for name in image_metrics}
+    for name, maker in makers.items():
+        assert out is not None, "_makers() checks it"
+        write_images(maker, wanted, out / name, f"images of the {name}")
+    first, second = (
+        str(out / name) if name in makers and out is not None else side.source
+        for name, side in ((BASE, base), (VARIANT, variant))
+    )
+    pairs = ImagePairs.read(first, second, None if reference is None else preset.resolution)
+    if by_id is not None:
+        pairs = pairs.in_order(list(by_id), f"the prompts of protocol '{protocol}'")
+    if real is not None:
+        check_num_images("the pairs", len(pairs.ids), preset.num_images)
+        check_can_score(len(pairs.ids), len(real))
+    measured = measure_pairs(pairs, extractors, functions)
+    if real is None:
+        return ComparedSides(Drift(measured.images, ()), pairs)
     prompt_list = [] if by_id is None else list(by_id.values())
     full_protocol = make_protocol(
         bootstrap_spec(spec, len(pairs.ids)),
@@ -147,46 +178,38 @@ def compare_sides(
         prompts=prompt_list,
     )
     reference_set = ReferenceSet(full_protocol, extractors, real.features, prompt_list)
-    scores = ScoreComparison(measured.base, measured.variant, reference_set, spec.metrics).differences(tolerance)
-    return ComparedSides(Drift(measured.images, scores, f"{protocol}:{full_protocol.id}", len(real)), *sources)
+    comparison = ScoreComparison(measured.base, measured.variant, reference_set, spec.metrics)
+    drift = Drift(
+        measured.images,
+        comparison.differences(tolerance),
+        f"{protocol}:{full_protocol.id}",
+        len(real),
+        comparison.not_judged,
+    )
+    return ComparedSides(drift, pairs)
 
 
-def _image_sources(base: Side, variant: Side, prompts: Mapping[str, str], out: Path | None) -> tuple[str, str]:
-    """The sources of both sides' images; models make theirs. All requests are checked before a model runs.
+def _makers(base: Side, variant: Side, out: Path | None, reference: str | None) -> dict[str, ImageMaker]:
+    """The models among both sides.
 
     Raises:
-        ConfigError: images have settings, or a model cannot be read or lacks prompts or a folder.
+        ConfigError: images have settings, a model cannot be read or lacks a folder for its images, or that folder overlaps with
+            an input.
     """
-    sides = {BASE: base, VARIANT: variant}
     makers: dict[str, ImageMaker] = {}
-    for name, side in sides.items():
-        if side.has_images and side.settings:
+    inputs = [] if reference is None else [reference]
+    for name, side in ((BASE, base), (VARIANT, variant)):
+        if not side.has_images:
+            makers[name] = side.maker()
+            if out is None:
+                raise ConfigError(f"{side.source}: a model needs a folder for its images; give --out FOLDER")
+            continue
+        inputs.append(side.source)
+        if side.settings:
             raise ConfigError(
                 f"{side.source}: is a folder of images, so it takes no settings; leave out {next(iter(side.settings))}"
             )
-        if side.has_images:
-            continue
-        if not prompts:
-            raise ConfigError(f"{side.source}: a model needs prompts; give --prompt TEXT or --prompts FILE")
-        if out is None:
-            raise ConfigError(f"{side.source}: a model needs a folder for its images; give --out FOLDER")
-        makers[name] = side.maker()
-    for name, maker in makers.items():
-        assert out is not None, "checked above"
-        write_images(maker, prompts, out / name, f"images of the {name}")
-    first, second = (str(out / name) if name in makers and out is not None else side.source for name, side in sides.items())
-    return first, second
-
-
-def _paired(sources: tuple[str, str], prompts: Mapping[str, str] | None, protocol: str) -> ImagePairs:
-    """The pairs of images, in the order of the protocol's prompts if it has any.
-
-    Raises:
-        ConfigError: images have no counterparts, or other ids than the prompts.
-    """
-    pairs = ImagePairs.read(*sources)
-    if prompts is None:
-        return pairs
-    if set(pairs.ids) != set(prompts):
-        raise ConfigError(f"{sources[0]}: its images do not have the ids of the prompts of protocol '{protocol}'")
-    return ImagePairs(tuple(prompts), pairs.base, pairs.variant)
+    for source in inputs:
+        if out is not None and Path(source).exists():
+            check_separate(out, source)
+    return makers

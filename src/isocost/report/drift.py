@@ -70,8 +70,12 @@ def _score_lines(drift: Drift) -> list[str]:
     )
     undecided = [score for score in drift.scores if score.verdict == "undecided"]
     needed = [score.num_images for score in undecided if score.num_images is not None]
-    if undecided:
-        note += f" About {max(needed):,} pairs would decide it." if needed else " More pairs would not decide it."
+    if undecided and len(needed) == len(undecided):
+        note += f" About {max(needed):,} pairs would decide it in four of five cases, with enough reference images."
+    elif undecided:
+        note += " More pairs would not decide it."
+    if drift.not_judged:
+        note += f" Not judged, because they have no paired differences: {', '.join(map(format_metric, drift.not_judged))}."
     head = ["| score | base | variant | variant minus base | tolerance | verdict |", "|---|---|---|---|--:|---|"]
     return [*head, *rows, "", note]
 
@@ -85,20 +89,20 @@ def _format(interval: Interval) -> str:
     return format_score(interval.value, interval.low, interval.high)
 
 
-def write_most_different(file: Path, drift: Drift, base: str, variant: str) -> bool:
+def write_most_different(file: Path, drift: Drift, pairs: ImagePairs) -> bool:
     """Write the pairs that differ most as one image: base, variant, and their difference times four.
 
     Args:
-        file: .png file to write.
+        file: .png file to write; without any difference an earlier one is removed.
         drift: the comparison.
-        base, variant: sources of the images.
+        pairs: the compared images.
 
     Returns:
         Whether there was any difference to show.
     """
     if not drift.images.most_different:
+        file.unlink(missing_ok=True)
         return False
-    pairs = ImagePairs.read(base, variant)
     shown = ImagePairs(drift.images.most_different, pairs.base, pairs.variant)
     rows = []
     for _, first, second in shown:

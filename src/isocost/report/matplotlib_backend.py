@@ -195,6 +195,8 @@ def draw_comparison_rows(images: Mapping[str, np.ndarray], prompts: Sequence[str
         images: column title -> images uint8 [K, H, W, 3].
         prompts: the K prompts; only their number is used.
     """
+    if any(len(batch) != len(prompts) for batch in images.values()):
+        raise ValueError(f"{len(prompts)} images of every kind are needed, not {[len(batch) for batch in images.values()]}")
     shown = {title: batch.repeat(max(1, 72 // batch.shape[1]), 1) for title, batch in images.items()}
     shown = {title: batch.repeat(max(1, 72 // batch.shape[2]), 2) for title, batch in shown.items()}
     height, width = (max(batch.shape[axis] for batch in shown.values()) for axis in (1, 2))
