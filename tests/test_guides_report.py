@@ -361,7 +361,7 @@ def test_the_page_has_the_section_with_its_charts(table: pd.DataFrame, tmp_path:
     sections = [attributes["id"] for tag, attributes in page.elements if tag == "section"]
     assert sections[sections.index("cost") + 1] == "guides"
     charts = json.loads(page.scripts["chart-data"])
-    assert set(charts["guide_frontier"]["figures"]) == {f"{cost}|{metric}" for cost in range(4) for metric in range(2)}
+    assert set(charts["guide_frontier"]["figures"]) == {f"{cost}|{metric}" for cost in range(6) for metric in range(2)}
     assert set(charts["guide_heatmap"]["figures"]) == set(charts["guide_frontier"]["figures"])
     assert charts["guide_heatmap"]["figures"]["0|0"][0]["layout"]["shapes"], "the frames of the best guides"
     for text in (QUESTION, "Which guide is best for each network?", "The best guide at each number of steps"):

@@ -391,11 +391,13 @@ def test_missing_parts_are_named_and_the_others_are_shown(tmp_path: Path) -> Non
     ):
         assert text in page.text
     assert metrics_in(table) == [METRIC, "frechet_efficientnet"]
-    assert set(json.loads(page.scripts["chart-data"])) == {"cost", "guidance", "best_guidance"}
+    assert set(json.loads(page.scripts["chart-data"])) == {"cost", "cost_parts", "guidance", "best_guidance"}
     assert [axis["cost"] for axis in json.loads(page.scripts["report-data"])["slider"]["axes"]] == [
         "normalized_cost",
         "nfe",
         "gflop",
+        "joules_per_image",
+        "usd_per_1000",
     ]
     assert not any(file.exists() for file in stale)
     assert "For " in page.text

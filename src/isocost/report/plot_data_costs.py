@@ -15,7 +15,7 @@ PARTS_QUESTION = "Which part of the model does an image pay for?"
 PARTS = {
     "gflop_text": ("prompt (text encoder)", "#0072b2"),
     "gflop_encoder": ("input image (encoder)", "#7a5c00"),
-    "gflop_denoiser": ("denoiser, all passes", "#d55e00"),
+    "gflop_denoiser": ("denoiser, all passes", "#b84a00"),
     "gflop_decoder": ("image (decoder)", "#00795a"),
 }
 """Column of a part of GFLOP -> its label and its colour, in the order of the work."""
