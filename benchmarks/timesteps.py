@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from drift import CHECKPOINT, METRIC, PROMPTS
 from results import Row, argument_parser, print_results
 
 from isocost.config.evaluation import ProtocolSpec
@@ -32,23 +33,10 @@ from isocost.sampling.generate import schedule_of
 from isocost.sampling.sample import Model
 from isocost.sampling.trajectories import optimize_timesteps
 
-CHECKPOINT = Path(__file__).parents[1] / "docs/reference/artefacts/checkpoint/fb6817a2d55ba57d"
-PROMPTS = (
-    "an ankle boot",
-    "a pullover",
-    "a pair of trousers",
-    "a shirt",
-    "a coat",
-    "a sandal",
-    "a sneaker",
-    "a dress",
-    "a bag",
-)
 STEPS, QUICK_STEPS = (2, 3, 4, 6, 8), (2, 4)
 SOLVERS = ("ddim", "dpmsolver++2m")
 SPACINGS = ("trailing", "linspace", "karras", "exponential", "beta")
 AYS_SIGMAS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
-METRIC = "mmd_efficientnet"
 
 
 def ays_timesteps(model: Model, num_steps: int) -> tuple[int, ...]:

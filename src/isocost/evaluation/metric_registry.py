@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from isocost.evaluation.reference_set import ReferenceSet
     from isocost.metrics.arrays import Array
     from isocost.metrics.precision_recall import PRDC
-    from isocost.metrics.sliced_wasserstein import SlicedWasserstein
 
 Better = Literal["lower", "higher"]
 PRECISION_NEIGHBOUR, DENSITY_NEIGHBOUR = 3, 5
@@ -73,16 +72,18 @@ class MetricInputs:
         return frechet_influence(self.features, self.reference.features[self.extractor], self.reference.moments(self.extractor))
 
     @cached_property
-    def sliced_wasserstein(self) -> SlicedWasserstein:
-        """The sliced Wasserstein distance and the influence of each image on it."""
+    def sliced_wasserstein_influence(self) -> tuple[float, Array, Array]:
+        """The sliced Wasserstein distance and the influence of each image on it (`isocost.metrics.sliced_wasserstein`)."""
         from isocost.metrics.sliced_wasserstein import sliced_wasserstein
 
-        return sliced_wasserstein(self.features, self.reference.features[self.extractor])
+        distance = sliced_wasserstein(self.features, self.reference.features[self.extractor])
+        return distance.value, distance.influence, distance.reference_influence
 
 
 PerImage = Callable[[MetricInputs], "np.ndarray | tuple[np.ndarray, ...]"]
 MakeIntervals = Callable[[MetricInputs], "tuple[Interval, ...]"]
 MakeResamples = Callable[[MetricInputs, "np.ndarray"], "Array"]
+MakeInfluences = Callable[[MetricInputs], "tuple[float, Array, Array]"]
 
 
 @dataclass(frozen=True)
@@ -335,37 +336,37 @@ def _register_kernel_distance(
     )(_only_for_sets)
 
 
-def _frechet_intervals(inputs: MetricInputs) -> tuple[Interval, ...]:
-    from isocost.evaluation.confidence_intervals import influence_interval
+def _register_influence_distance(name: str, label: str, distance: MakeInfluences, **options: Any) -> None:
+    """Register a distance whose interval and resamples follow, to first order, from the influence of every image.
 
-    return (influence_interval(*inputs.frechet_influence),)
+    Args:
+        name, label: see `register_metric`.
+        distance: inputs -> its value, and the influences of the images [N] and of the reference images [M].
+        options: of `register_metric`.
+    """
 
+    def intervals(inputs: MetricInputs) -> tuple[Interval, ...]:
+        from isocost.evaluation.confidence_intervals import influence_interval
 
-def _frechet_resamples(inputs: MetricInputs, counts: np.ndarray) -> Array:
-    return _influence_resamples(inputs, counts, *inputs.frechet_influence)
+        return (influence_interval(*distance(inputs)),)
 
+    def resamples(inputs: MetricInputs, counts: np.ndarray) -> Array:
+        from isocost.evaluation.confidence_intervals import influence_resamples, reference_counts
 
-def _sliced_wasserstein_intervals(inputs: MetricInputs) -> tuple[Interval, ...]:
-    from isocost.evaluation.confidence_intervals import influence_interval
+        value, influence, reference_influence = distance(inputs)
+        protocol = inputs.reference.protocol
+        real = reference_counts(len(reference_influence), protocol.num_bootstrap, protocol.seed)
+        return influence_resamples(value, influence, reference_influence, counts, real)
 
-    distance = inputs.sliced_wasserstein
-    return (influence_interval(distance.value, distance.influence, distance.reference_influence),)
-
-
-def _sliced_wasserstein_resamples(inputs: MetricInputs, counts: np.ndarray) -> Array:
-    distance = inputs.sliced_wasserstein
-    return _influence_resamples(inputs, counts, distance.value, distance.influence, distance.reference_influence)
-
-
-def _influence_resamples(
-    inputs: MetricInputs, counts: np.ndarray, value: float, influence: Array, reference_influence: Array
-) -> Array:
-    """A distance in every resample to first order, see `influence_resamples`."""
-    from isocost.evaluation.confidence_intervals import influence_resamples, reference_counts
-
-    protocol = inputs.reference.protocol
-    real = reference_counts(len(reference_influence), protocol.num_bootstrap, protocol.seed)
-    return influence_resamples(value, influence, reference_influence, counts, real)
+    register_metric(
+        name,
+        label=label,
+        note="biased up by about 1/N",
+        higher_is_better=False,
+        interval=intervals,
+        resamples=resamples,
+        **options,
+    )(_only_for_sets)
 
 
 def _frechet_infinity_intervals(inputs: MetricInputs) -> tuple[Interval, ...]:
@@ -421,15 +422,9 @@ def _subject_names(extractor: RegisteredExtractor) -> tuple[tuple[str, str], ...
 
 
 _register_kernel_distance("mmd", "POLYNOMIAL", "squared MMD", "unbiased MMD²", names=_on_inception("kid", "KID"))
-register_metric(
-    "frechet",
-    label="Fréchet distance",
-    higher_is_better=False,
-    note="biased up by about 1/N",
-    names=_on_inception("fid", "FID"),
-    interval=_frechet_intervals,
-    resamples=_frechet_resamples,
-)(_only_for_sets)
+_register_influence_distance(
+    "frechet", "Fréchet distance", lambda inputs: inputs.frechet_influence, names=_on_inception("fid", "FID")
+)
 register_metric(
     "frechet_infinity",
     label="Fréchet distance at infinite N",
@@ -439,15 +434,12 @@ register_metric(
     interval=_frechet_infinity_intervals,
     resamples=None,
 )(_only_for_sets)
-register_metric(
+_register_influence_distance(
     "sliced_wasserstein",
-    label="sliced Wasserstein distance",
-    higher_is_better=False,
-    note="biased up by about 1/N",
+    "sliced Wasserstein distance",
+    lambda inputs: inputs.sliced_wasserstein_influence,
     names=_on_inception("mind", "MIND"),
-    interval=_sliced_wasserstein_intervals,
-    resamples=_sliced_wasserstein_resamples,
-)(_only_for_sets)
+)
 
 
 @register_metric(
